@@ -1,0 +1,310 @@
+"""Pictures to features: the networks in whose features quality is measured.
+
+A Fréchet distance on other features than Inception's is called FD-<extractor>, never FID, and compares with
+no published FID. Every extractor takes uint8 pictures and is registered with torch-fidelity, so its own
+command line and `calculate_metrics` know the names `digits` and `resnet20-cifar10` once this module is
+imported.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.resources import as_file, files
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+from dyndit.errors import CheckpointError, InputError
+
+DIGITS_WEIGHTS = "digits-classifier.safetensors"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DigitsClassifier(nn.Module):
+    """Three convolutions, two linear layers, for 8x8 grey digits; recipes/digits_classifier.py trains it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 32, 3, padding=1, stride=2)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1, stride=2)
+        self.hidden = nn.Linear(64 * 2 * 2, 64)
+        self.linear = nn.Linear(64, 10)
+        self.drop = nn.Dropout(0.3)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x: (B, 1, 8, 8) in [0, 1] -> (B, 64), the values before the last layer."""
+        # SiLU, not ReLU: no unit dies, so the covariance of the features keeps its full rank.
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = F.silu(conv(x))
+        return F.silu(self.hidden(self.drop(x.flatten(1))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
+        return self.linear(self.drop(self.features(x)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters ("option A" of He et al. 2016)."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.stride = num_out // num_in  # 2 where a stage begins and the channels double
+        self.padding = (num_out - num_in) // 2
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, padding=1, stride=self.stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(num_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet-20 of He et al. 2016, section 4.2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16), BasicBlock(16, 16))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32), BasicBlock(32, 32), BasicBlock(32, 32))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64), BasicBlock(64, 64), BasicBlock(64, 64))
+        self.linear = nn.Linear(64, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x: (B, 3, 32, 32), normalised -> (B, 64), the means before `linear`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+
+
+class ClassifierExtractor(FeatureExtractorBase):
+    """A classifier as torch-fidelity sees it: "64" are its features, "logits" its scores for ten classes.
+
+    Subclasses say which `size` of picture they read, how to build the classifier and how to scale a picture.
+    """
+
+    size: int
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs
+    ) -> None:
+        super().__init__(name, features_list)
+        self.classifier = self.build(Path(feature_extractor_weights_path) if feature_extractor_weights_path else None)
+        self.requires_grad_(False)
+        self.eval()
+
+    def build(self, weights: Path | None) -> nn.Module:
+        """Return the classifier with its weights. Raises InputError, CheckpointError."""
+        raise NotImplementedError
+
+    def scale(self, pictures: Tensor) -> Tensor:
+        """Pictures: uint8 (B, 3, H, W) -> float32 (B, C, H, W) as the classifier was trained on."""
+        raise NotImplementedError
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Pictures: uint8 (B, 3, size, size) -> one tensor for each requested feature. Raises InputError."""
+        check_size(self.name, pictures, self.size)
+        features = self.classifier.features(self.scale(pictures))
+        outputs = {"64": features, "logits": self.classifier.linear(features)}
+        return tuple(outputs[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the outputs."""
+        return "64", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Return which output a metric of torch-fidelity reads."""
+        return {"isc": "logits", "fid": "64", "kid": "64", "prc": "64"}[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Say no: the size check is Python, and these networks are small."""
+        return False
+
+
+class DigitsExtractor(ClassifierExtractor):
+    """`digits`: 8x8 grey pictures, weights in the package."""
+
+    size = 8
+
+    def build(self, weights: Path | None) -> nn.Module:
+        """Return the classifier with the packaged weights, or those in `weights`."""
+        if weights is not None:
+            return load_strict(DigitsClassifier(), weights)
+        with as_file(files("dyndit.assets") / DIGITS_WEIGHTS) as path:
+            return load_strict(DigitsClassifier(), path)
+
+    def scale(self, pictures: Tensor) -> Tensor:
+        """Pictures: uint8 (B, 3, 8, 8) -> grey (B, 1, 8, 8) in [0, 1]."""
+        return pictures.float().mean(1, keepdim=True) / 255
+
+
+class ResNet20Extractor(ClassifierExtractor):
+    """`resnet20-cifar10`: 32x32 colour pictures, weights by path."""
+
+    size = 32
+
+    def build(self, weights: Path | None) -> nn.Module:
+        """Return the classifier with the weights in the file."""
+        if weights is None:
+            raise InputError("--extractor-weights: missing, expected the .safetensors file of resnet20-cifar10")
+        return load_strict(ResNet20(), weights)
+
+    def scale(self, pictures: Tensor) -> Tensor:
+        """Pictures: uint8 (B, 3, 32, 32) -> ImageNet mean and deviation removed."""
+        mean, std = (torch.tensor(c, device=pictures.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+        return (pictures / 255 - mean) / std
+
+
+def load_strict(model: nn.Module, path: Path) -> nn.Module:
+    """Load a .safetensors file whose names, shapes and values all must fit. Raises CheckpointError."""
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}; expected a readable .safetensors file") from error
+    # A counter that BatchNorm keeps for training; files made for inference leave it out.
+    expected = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    kind = type(model).__name__
+    if odd := sorted(expected.keys() ^ state.keys()):
+        found = "found" if odd[0] in state else "missing"
+        raise CheckpointError(f"{path}: tensor '{odd[0]}' {found}, expected the {len(expected)} tensors of {kind}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise CheckpointError(f"{path}: tensor '{name}' is {found}, expected {wanted} ({kind})")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: tensor '{name}' holds values that are not finite, expected numbers")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def check_size(name: str, pictures: Tensor, size: int) -> None:
+    """Raise InputError unless the pictures are size x size."""
+    if pictures.shape[-2:] != (size, size):
+        height, width = pictures.shape[-2:]
+        raise InputError(f"extractor {name}: pictures are {height}x{width}, expected {size}x{size}")
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's first line, for messages of one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def as_rgb(pictures: Tensor) -> Tensor:
+    """Pictures: uint8 (N, 1 or 3, H, W) -> (N, 3, H, W); grey is repeated. Raises InputError."""
+    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        raise InputError(
+            f"pictures: {str(pictures.dtype).removeprefix('torch.')} of shape {tuple(pictures.shape)}, "
+            "expected uint8 (N, 1 or 3, H, W)"
+        )
+    return pictures.expand(-1, 3, -1, -1)
+
+
+def state_hash(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, so the file format does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """A network ready to measure with. `fingerprint`: SHA-256 of its weights, for manifests."""
+
+    name: str
+    network: FeatureExtractorBase = field(repr=False)
+    fingerprint: str
+    device: str = "cpu"
+
+    @property
+    def metric_name(self) -> str:
+        """What a Fréchet distance on these features is called."""
+        return "FID" if self.name == "inception" else f"FD-{self.name}"
+
+    def _batches(self, pictures: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the network's outputs on the host, batch by batch, as float64."""
+        for batch in as_rgb(pictures).split(batch_size):
+            yield tuple(out.double().cpu() for out in self.network(batch.contiguous().to(self.device)))
+
+    @torch.inference_mode()
+    def outputs(self, pictures: Tensor, batch_size: int = 256) -> dict[str, Tensor]:
+        """Pictures: uint8 (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
+
+        Raises InputError for pictures of a wrong size or type.
+        """
+        if len(pictures) == 0:
+            raise InputError("pictures: none, expected at least one")
+        features, logits = zip(*self._batches(pictures, batch_size), strict=True)
+        return {"features": torch.cat(features), "logits": torch.cat(logits)}
+
+    def features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
+        """Pictures: uint8 (N, 1 or 3, H, W) -> float64 (N, D) on the host. Raises InputError."""
+        return self.outputs(pictures, batch_size)["features"]
+
+
+def _inception(weights: Path | None) -> FeatureExtractorBase:
+    """torch-fidelity's port of the original Inception; without a path it downloads the weights."""
+    if weights is not None:
+        try:  # torch-fidelity unpickles without restriction, so make sure first that there are only tensors
+            torch.load(weights, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise CheckpointError(f"{weights}: {first_line(error)}; expected torch-fidelity's Inception") from error
+    path = None if weights is None else str(weights)
+    try:
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=path,
+            verbose=False,
+        )
+    except OSError as error:
+        raise InputError(
+            f"--extractor-weights: missing, and the download failed ({first_line(error)}); "
+            "expected torch-fidelity's Inception weights"
+        ) from error
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{weights}: {first_line(error)}; expected torch-fidelity's Inception") from error
+
+
+EXTRACTORS = ("digits", "inception", "resnet20-cifar10")
+
+for _cls, _name in ((DigitsExtractor, "digits"), (ResNet20Extractor, "resnet20-cifar10")):
+    if _name not in FEATURE_EXTRACTORS_REGISTRY:  # survives importlib.reload in a notebook
+        register_feature_extractor(_name, _cls)
+
+
+def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
+    """Return the extractor of that name, frozen, on the device.
+
+    weights: a file; optional for `digits` (in the package) and `inception` (downloaded by torch-fidelity).
+    Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
+    """
+    if name not in EXTRACTORS:
+        raise InputError(f"--extractor: '{name}', expected one of {', '.join(EXTRACTORS)}")
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"--extractor-weights: no file {weights}, expected the weights of {name}")
+    if name == "inception":
+        network = _inception(weights)
+    else:
+        path = None if weights is None else str(weights)
+        network = FEATURE_EXTRACTORS_REGISTRY[name](name, ["64", "logits"], feature_extractor_weights_path=path)
+    return Extractor(name, network.to(device), state_hash(network), device)

@@ -1,0 +1,274 @@
+"""Figures: drawn off screen, in colours that stay apart for colour-blind readers, legible at README width."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
+
+from dyndit.analysis.intervals import paired_interval
+
+INK, FAINT = "#222222", "#bbbbbb"
+# Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
+OTHER_MARKER = "P"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.hashsalt": "dyndit",
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(partial, dpi=150, facecolor="white")
+    partial.replace(path)
+
+
+def _panels(num: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
+    """Return a figure without pyplot's global state, and `num` axes, `columns` to a row."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height * -(-num // columns)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(-(-num // columns), columns, squeeze=False, **kwargs).ravel()
+        for spare in axes[num:]:
+            spare.set_visible(False)
+    return figure, list(axes[:num])
+
+
+def _arms(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs -> per arm family, solver, steps, ms (median), fd (mean), half (of its interval), predicted."""
+    rows = []
+    for _, arm in runs[runs["role"] == "score"].groupby("arm", sort=False):
+        fd = paired_interval(arm["fd"])
+        row = {name: arm[name].iloc[0] for name in ("arm", "family", "solver", "steps", "budget")}
+        row |= {"ms": arm["ms_per_picture"].median(), "fd": fd.mean, "half": np.nan_to_num(fd.half)}
+        rows.append(row | {"predicted": arm["predicted_fd"].mean()})
+    return pd.DataFrame(rows)
+
+
+def _colours(arms: pd.DataFrame) -> dict[int, str]:
+    """Return a colour for each step count of a dynamic arm."""
+    steps = sorted(arms.loc[arms["family"] != "full", "steps"].unique())
+    return {s: COLOURS[k % len(COLOURS)] for k, s in enumerate(steps)}
+
+
+def _key(arms: pd.DataFrame, colours: Mapping[int, str]) -> list[Line2D]:
+    """Legend entries: a line for full depth, a colour per step count, a marker per family."""
+    key = []
+    families = list(dict.fromkeys(arms["family"]))
+    if "full" in families:
+        key.append(Line2D([], [], color=INK, marker="o", ms=4, label="full depth (label: steps)"))
+    key += [Line2D([], [], color=c, lw=3, label=f"{int(s)} steps") for s, c in colours.items()]
+    for family in families:
+        if family != "full":
+            marker = MARKERS.get(family, OTHER_MARKER)
+            label = f"{family} plan" + ("s" if (arms["family"] == family).sum() > 1 else "")
+            key.append(Line2D([], [], color="#777777", marker=marker, ls="", ms=4.5, label=label))
+    return key
+
+
+def frontier_figure(runs: pd.DataFrame) -> Figure:
+    """FD over time per picture, a panel per solver: full depth over steps, dynamic depth over budgets.
+
+    Runs of one machine and one model. Bars are 95% intervals of each arm by itself; arms share their seeds,
+    so paired differences are known better. Arms far above the frontier stand at the upper edge with their
+    FD.
+    """
+    arms, metric = _arms(runs), runs["metric"].iloc[0]
+    solvers = list(dict.fromkeys(arms["solver"]))
+    width = 8.0 if len(solvers) > 1 else 6.5
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(len(solvers), min(2, len(solvers)), width, 3.7, sharey=True)
+        main = arms[arms["family"].isin(["full", "searched"])]
+        main = arms if main.empty else main
+        low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
+        top = high + 0.08 * (high - low)
+        colours = _colours(arms)
+        for axis, solver in zip(axes, solvers, strict=True):
+            _draw_frontier(axis, arms[arms["solver"] == solver], colours, top)
+            axis.set(title=solver, xlabel="ms per picture, noise to uint8")
+            _log_time(axis)
+        axes[0].set_ylim(low - 0.06 * (high - low), top)
+        for axis in axes[:: min(2, len(solvers))]:
+            axis.set_ylabel(f"{metric} (lower is better)")
+        figure.legend(handles=_key(arms, colours), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _draw_frontier(axis: Axes, arms: pd.DataFrame, colours: Mapping[int, str], top: float) -> None:
+    full = arms[arms["family"] == "full"].sort_values("ms")
+    bars = {"capsize": 1.5, "elinewidth": 0.8, "zorder": 3}
+    axis.errorbar(full["ms"], full["fd"], full["half"], color=INK, marker="o", ms=4, lw=1.4, **bars)
+    for ms, fd, steps in zip(full["ms"], full["fd"], full["steps"], strict=True):
+        offset = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8, "color": INK}
+        axis.annotate(f"{int(steps)}", (ms, fd), **offset, annotation_clip=True, zorder=5)
+    for (family, steps), group in arms[arms["family"] != "full"].groupby(["family", "steps"], sort=False):
+        group = group.sort_values("ms")
+        marker, colour = MARKERS.get(family, OTHER_MARKER), colours[steps]
+        shown, above = group[group["fd"] <= top], group[group["fd"] > top]
+        if family == "searched":
+            line = {"marker": marker, "ms": 4.5, "lw": 1.4, **bars}
+            axis.errorbar(shown["ms"], shown["fd"], shown["half"], color=colour, **line)
+        else:
+            axis.plot(shown["ms"], shown["fd"], marker, color=colour, ms=4.5, alpha=0.55, mew=0, zorder=2)
+        edge = axis.get_xaxis_transform()
+        axis.plot(above["ms"], [0.97] * len(above), marker, color=colour, ms=4.5, mew=0, transform=edge)
+        for ms, fd in zip(above["ms"], above["fd"], strict=True):
+            place = {"xytext": (0, -5), "textcoords": "offset points", "ha": "center", "va": "top"}
+            axis.annotate(f"↑{fd:.0f}", (ms, 0.97), xycoords=edge, **place, fontsize=7, color=colour)
+
+
+def _log_time(axis: Axes) -> None:
+    """Log scale with plain numbers, enough of them where the range is less than a decade."""
+    axis.set_xscale("log")
+    axis.margins(x=0.08)
+    axis.autoscale_view()
+    left, right = axis.get_xlim()
+    subs = (1, 2, 3, 5, 7) if right / left < 12 else (1, 2, 5)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
+    """Depth over the sampling steps, a panel per plan; keys are titles, values the content of plan files.
+
+    Solid: conditional branch, dashed: unconditional branch (0: no unconditional pass at this step).
+    """
+    columns = min(3, len(plans))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(len(plans), columns, 2.9 * columns + 0.6, 2.5)
+        for axis, (title, plan) in zip(axes, plans.items(), strict=True):
+            _draw_plan(axis, plan)
+            axis.set_title(title, fontsize=9)
+        for axis in axes[::columns]:
+            axis.set_ylabel("depth (blocks run)")
+        key = [
+            Line2D([], [], color=COLOURS[1], lw=2, label="conditional"),
+            Line2D([], [], color=COLOURS[0], lw=1.6, ls=(0, (3, 1.5)), label="unconditional"),
+            Line2D([], [], color=FAINT, lw=1, label="full depth"),
+        ]
+        if not any(any(plan["uncond"]) for plan in plans.values()):
+            del key[1]
+        figure.legend(handles=key, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
+    timesteps, cond, uncond = plan["timesteps"], plan["cond"], plan["uncond"]
+    num = len(timesteps)
+    edges = np.arange(num + 1) + 0.5  # step k, counted from 1, is as wide as a bar
+    axis.axhline(plan["num_blocks"], color=FAINT, lw=1)
+    axis.stairs(cond, edges, color=COLOURS[1], alpha=0.15, fill=True)
+    axis.stairs(cond, edges, color=COLOURS[1], lw=2, baseline=None)
+    if any(uncond):
+        axis.stairs(uncond, edges, color=COLOURS[0], lw=1.6, ls=(0, (3, 1.5)), baseline=None)
+    ticks = range(1, num + 1, -(-num // 6))
+    axis.set_xticks(ticks, [f"{k}\n{int(timesteps[k - 1])}" for k in ticks])
+    axis.set_xlabel("step, and its timestep below")
+    axis.set_xlim(0.4, num + 0.6)
+    axis.set_ylim(0, plan["num_blocks"] * 1.06)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axis.grid(visible=False, axis="x")
+
+
+def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
+    """Pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes."""
+    strips = []
+    for pictures in rows.values():
+        few = pictures[:columns].cpu()
+        few = few.expand(-1, 3, -1, -1) if few.shape[1] == 1 else few
+        pad = max(1, few.shape[-1] // 16)
+        framed = torch.nn.functional.pad(few, (pad,) * 4, value=255)
+        strips.append(torch.cat(list(framed), dim=2).permute(1, 2, 0).numpy())
+    height, width = strips[0].shape[:2]
+    labels = max(len(label) for label in rows) * 0.08 + 0.1  # inches
+    with matplotlib.rc_context(STYLE):
+        tall = (8 - labels) * height / width * len(rows) + 0.1
+        figure, (axis,) = _panels(1, 1, 8, tall)
+        axis.imshow(np.concatenate(strips), interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks((np.arange(len(rows)) + 0.5) * height - 0.5, list(rows))
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[:].set_visible(False)
+        axis.grid(visible=False)
+    return figure
+
+
+def predicted_figure(runs: pd.DataFrame) -> Figure:
+    """FD predicted from the calibration table against FD measured on fresh seeds, a point per plan.
+
+    Arms without a prediction are left out. On the grey line the additive prediction is exact.
+    """
+    arms, metric = _arms(runs), runs["metric"].iloc[0]
+    arms = arms[arms["predicted"].notna()]
+    colours = _colours(arms)
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _panels(1, 1, 5.6, 4.0)
+        for (family, steps), group in arms.groupby(["family", "steps"], sort=False):
+            marker, colour = MARKERS.get(family, OTHER_MARKER), colours.get(steps, INK)
+            points = {"ls": "", "marker": marker, "ms": 4.5, "elinewidth": 0.8, "capsize": 1.5}
+            axis.errorbar(group["predicted"], group["fd"], group["half"], color=colour, alpha=0.8, **points)
+        if len(arms):
+            both = np.concatenate([arms["predicted"], arms["fd"]])
+            ends = [both.min() * 0.95, both.max() * 1.05]
+            axis.plot(ends, ends, color=FAINT, lw=1.2, zorder=1)
+            if both.max() > 4 * both.min() > 0:
+                axis.set(xscale="log", yscale="log")
+                for side in (axis.xaxis, axis.yaxis):
+                    side.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=20))
+                    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                    side.set_minor_formatter(NullFormatter())
+            axis.set_aspect("equal", adjustable="datalim")
+        if len(arms) > 2:
+            rank = arms["predicted"].corr(arms["fd"], method="spearman")
+            text = f"{len(arms)} plans, rank correlation {rank:.2f}"
+            axis.text(0.03, 0.96, text, transform=axis.transAxes, va="top", fontsize=8)
+        axis.set(xlabel=f"predicted {metric}", ylabel=f"measured {metric}")
+        axis.legend(handles=_key(arms, colours), loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def error_figure(frame: pd.DataFrame, label: str = "mean squared error") -> Figure:
+    """Heat map of the exits' errors.  frame: index layers, columns log-SNR bands, noisiest first."""
+    values = frame.to_numpy(float)
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _panels(1, 1, 6.5, 3.4)
+        positive = values[values > 0]
+        norm = LogNorm(positive.min(), positive.max()) if positive.size else None
+        image = axis.pcolormesh(np.where(values > 0, values, np.nan), norm=norm, cmap="viridis")
+        axis.set_xticks(np.arange(len(frame.columns)) + 0.5, _short(frame.columns))
+        axis.set_yticks(np.arange(len(frame.index)) + 0.5, _short(frame.index))
+        axis.grid(visible=False)
+        axis.set(xlabel="log-SNR band, noise to picture", ylabel="exit after layer")
+        axis.tick_params(length=0)
+        figure.colorbar(image, ax=axis, label=label)
+    return figure
+
+
+def _short(labels: Sequence[object]) -> list[str]:
+    """Numbers with one decimal at most, other labels as they are."""
+    return [f"{x:.1f}".removesuffix(".0") if isinstance(x, (int, float)) else str(x) for x in labels]

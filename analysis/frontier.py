@@ -1,0 +1,256 @@
+"""Quality against time: what a run measured, and what it says about dynamic depth.
+
+`runs.csv` holds a row per measured arm and seed block, raw numbers only (`COLUMNS` says what each column
+is). `summary` turns it into one row per arm. The reference is always full depth: at the same solver and
+number of steps (paired by seed block), and at equal quality or equal time on the full-depth frontier of the
+same solver, interpolated piecewise linearly in log time. Times are medians over the blocks of an arm, as
+their noise is small beside that of FD; every comparison of FD is made block by block and then given its
+interval.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dyndit.analysis.intervals import Interval, non_inferior, paired_interval
+from dyndit.errors import InputError
+
+RUNS = "runs.csv"
+
+COLUMNS: dict[str, str] = {
+    "run": "name of the run",
+    "machine": "machine the time was taken on; figures are never averaged across machines",
+    "extractor": "extractor of the features",
+    "metric": "what fd is called: FID, or FD-<extractor>",
+    "model": "name of the model",
+    "arm": "unique label of the arm, such as full-ddim-10 or searched-ddim-10-b0.60",
+    "family": "full, searched, ramp, constant, reversed, ...",
+    "solver": "ddpm, ddim, dpmpp, unipc, euler",
+    "steps": "sampling steps",
+    "budget": "asked share of the full model's time; empty for full depth",
+    "cfg_scale": "guidance scale",
+    "block": "index of the seed block; arms share the noise of a block",
+    "seed": "seed of the block",
+    "num_images": "pictures in the block",
+    "share_of_blocks": "transformer blocks run, over those of full depth at the same steps",
+    "mean_depth_cond": "mean depth of the conditional branch, in blocks",
+    "mean_depth_uncond": "mean depth of the unconditional branch, in blocks",
+    "ms_per_picture": "milliseconds from noise to uint8, per picture",
+    "ms_denoiser": "of those, in the denoiser",
+    "fd": "Fréchet distance to the reference pictures",
+    "predicted_fd": "Fréchet distance predicted from the calibration table; empty where there is none",
+    "role": "score: fresh seeds, counted in results; search: seeds that chose the plan",
+    "plan": "file of the plan; empty for full depth",
+}
+TEXT = ("run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan")
+OPTIONAL = ("budget", "mean_depth_cond", "mean_depth_uncond", "ms_denoiser", "predicted_fd")  # may be empty
+GROUP = [
+    "run",
+    "machine",
+    "model",
+    "extractor",
+    "metric",
+    "cfg_scale",
+    "num_images",
+]  # never compared across these
+
+
+def read_runs(path: Path) -> pd.DataFrame:
+    """Return the runs of a CSV file, or of the folder that holds runs.csv, columns as in COLUMNS.
+
+    Raises InputError: no such file, a column missing, a value that is no number, an arm measured twice.
+    """
+    path = Path(path)
+    file = path / RUNS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file}: no such file, expected the {RUNS} of a run")
+    try:
+        runs = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=["", "nan"])
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        raise InputError(f"{file}: unreadable ({str(error).splitlines()[0]}), expected a CSV file") from error
+    if missing := [name for name in COLUMNS if name not in runs]:
+        raise InputError(f"{file}: no column '{missing[0]}', expected {', '.join(COLUMNS)}")
+    if runs.empty:
+        raise InputError(f"{file}: no rows, expected one per arm and seed block")
+    for name in COLUMNS:
+        if name in TEXT:
+            runs[name] = runs[name].fillna("")
+        else:
+            _require_numbers(file, runs[name], required=name not in OPTIONAL)
+    twice = runs.duplicated([*GROUP, "arm", "block", "role"])
+    if twice.any():
+        row = runs[twice].iloc[0]
+        raise InputError(f"{file}: arm {row['arm']}, block {row['block']} stands twice, expected once")
+    return runs[[*COLUMNS, *(name for name in runs if name not in COLUMNS)]]
+
+
+def _require_numbers(file: Path, column: pd.Series, required: bool) -> None:
+    numbers = pd.to_numeric(column, errors="coerce")
+    wrong = ~np.isfinite(numbers) if required else numbers.isna() & column.notna()
+    if wrong.any():
+        line = int(np.flatnonzero(wrong)[0]) + 2
+        found = column[wrong].iloc[0]
+        raise InputError(f"{file}, line {line}: {column.name} is '{found}', expected a finite number")
+
+
+def append_run(path: Path, row: Mapping[str, object]) -> None:
+    """Add a row to a runs.csv, made if need be. A kill at any moment leaves the old file or the new one.
+
+    row: a value for each of COLUMNS; None and NaN are written as empty. Raises InputError for other columns.
+    """
+    path = Path(path)
+    if odd := sorted(COLUMNS.keys() ^ row.keys()):
+        raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    if path.exists():
+        text.write(path.read_text(encoding="utf-8"))
+    else:
+        writer.writeheader()
+    empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
+    writer.writerow({**row, **empty})
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def measured(path: Path, role: str = "score") -> set[tuple[str, int]]:
+    """Return which (arm, block) a runs.csv already holds, so that a run can go on; empty without a file."""
+    path = Path(path)
+    file = path / RUNS if path.is_dir() else path
+    if not file.exists():
+        return set()
+    runs = read_runs(file)
+    runs = runs[runs["role"] == role]
+    return {(arm, int(block)) for arm, block in zip(runs["arm"], runs["block"], strict=True)}
+
+
+def time_at_fd(times: np.ndarray, fds: np.ndarray, fd: float) -> float:
+    """Return the shortest time at which a frontier reaches this FD; NaN outside the measured range.
+
+    times: (K,) rising, fds: (K,). Piecewise linear in log time. Where the frontier crosses the FD more than
+    once, the first crossing counts: full depth gets the benefit.
+    """
+    if fds[0] <= fd:  # already better at its fastest point: how fast it could be is not measured
+        return float(times[0]) if fds[0] == fd else math.nan
+    for k in range(1, len(times)):
+        if fds[k] <= fd:
+            weight = (fds[k - 1] - fd) / (fds[k - 1] - fds[k])
+            return math.exp((1 - weight) * math.log(times[k - 1]) + weight * math.log(times[k]))
+    return math.nan
+
+
+def fd_at_time(times: np.ndarray, fds: np.ndarray, time: float) -> float:
+    """Return a frontier's FD at this time, piecewise linear in log time; NaN outside the measured range."""
+    if not times[0] <= time <= times[-1]:
+        return math.nan
+    return float(np.interp(math.log(time), np.log(times), fds))
+
+
+def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
+    """Runs -> one row per arm, from the rows of role "score"; times in ms per picture.
+
+    | column | what |
+    |---|---|
+    | the columns of GROUP, arm, family, solver, steps, budget | as in runs |
+    | blocks | seed blocks measured |
+    | share_of_blocks, mean_depth_cond, mean_depth_uncond | means over blocks |
+    | ms, ms_q25, ms_q75 | median and quartiles over blocks |
+    | fd | Interval over blocks |
+    | predicted_fd | mean over blocks, NaN where there is none |
+    | time_saved | 1 - time / time of full depth, same solver and steps: median of the blocks' ratios |
+    | fd_diff | Interval of FD - FD of full depth, same solver and steps, paired by block |
+    | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None without that arm |
+    | time_saved_equal_fd | Interval of 1 - time / time at which full depth reaches this FD |
+    | fd_diff_equal_time | Interval of FD - FD of full depth at this time |
+    | better, worse | whether fd_diff_equal_time lies wholly below, above 0 |
+    | note | why an interpolation is missing |
+
+    A block counts in an interpolation only if the full frontier of that block covers it; if any block is not
+    covered the Interval is NaN and the note says so, as an interval over the covered blocks would be biased.
+    """
+    scored = runs[runs["role"] == "score"]
+    rows = [
+        _summarise_arm(arm, group, margin)
+        for _, group in scored.groupby(GROUP, sort=False)
+        for _, arm in group.groupby("arm", sort=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dict[str, object]:
+    """Return the row of `summary` for the rows of one arm; group: all rows it may be compared with."""
+    arm = arm.set_index("block").sort_index()
+    first = arm.iloc[0]
+    row: dict[str, object] = {name: first[name] for name in (*GROUP, "arm", "family", "solver", "steps", "budget")}
+    row["steps"] = int(first["steps"])
+    row["blocks"] = len(arm)
+    row |= {k: arm[k].mean() for k in ("share_of_blocks", "mean_depth_cond", "mean_depth_uncond")}
+    ms = arm["ms_per_picture"]
+    row |= {"ms": ms.median(), "ms_q25": ms.quantile(0.25), "ms_q75": ms.quantile(0.75)}
+    row |= {"fd": paired_interval(arm["fd"]), "predicted_fd": arm["predicted_fd"].mean()}
+    full = group[(group["family"] == "full") & (group["solver"] == first["solver"])]
+    return row | _against_same_steps(arm, full, margin) | _against_frontier(arm, full)
+
+
+def _against_same_steps(arm: pd.DataFrame, full: pd.DataFrame, margin: float) -> dict[str, object]:
+    """Compare with full depth at the same number of steps, in the blocks that both have."""
+    nothing = {"time_saved": math.nan, "fd_diff": Interval(math.nan, math.nan, math.nan), "unchanged": None}
+    same = full[full["steps"] == arm["steps"].iloc[0]].set_index("block")
+    blocks = arm.index.intersection(same.index)
+    if arm["family"].iloc[0] == "full" or blocks.empty:
+        return nothing
+    ours, theirs = arm.loc[blocks], same.loc[blocks]
+    difference = paired_interval(ours["fd"], theirs["fd"])
+    return {
+        "time_saved": float(1 - (ours["ms_per_picture"] / theirs["ms_per_picture"]).median()),
+        "fd_diff": difference,
+        "unchanged": non_inferior(difference, float(theirs["fd"].mean()), margin),
+    }
+
+
+def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object]:
+    """Compare with full depth at equal FD and at equal time, block by block."""
+    missing = Interval(math.nan, math.nan, math.nan)
+    row = {
+        "time_saved_equal_fd": missing,
+        "fd_diff_equal_time": missing,
+        "better": False,
+        "worse": False,
+        "note": "",
+    }
+    if arm["family"].iloc[0] == "full":
+        return row
+    times = full.groupby("steps")["ms_per_picture"].median().sort_values()
+    if len(times) < 2:
+        return row | {"note": "full depth measured at fewer than two step counts"}
+    table = full.pivot(index="block", columns="steps", values="fd")[times.index].dropna()
+    blocks = arm.index.intersection(table.index)
+    if blocks.empty:
+        return row | {"note": "no seed block shared with all of full depth"}
+    ms, fds = float(arm["ms_per_picture"].median()), arm.loc[blocks, "fd"]
+    frontiers = table.loc[blocks].to_numpy()
+    notes = []
+    equal_fd = [time_at_fd(times.to_numpy(), line, fd) for line, fd in zip(frontiers, fds, strict=True)]
+    if np.isfinite(equal_fd).all():
+        row["time_saved_equal_fd"] = paired_interval([1 - ms / t for t in equal_fd])
+    else:
+        above = sum(fd > line[0] for line, fd in zip(frontiers, fds, strict=True))
+        where = "above the fastest" if above else "below the best"
+        notes.append(f"FD {where} full-depth arm in {sum(map(math.isnan, equal_fd))} of {len(blocks)} blocks")
+    equal_time = [fd_at_time(times.to_numpy(), line, ms) for line in frontiers]
+    if np.isfinite(equal_time).all():
+        difference = paired_interval(fds, equal_time)
+        row |= {"fd_diff_equal_time": difference, "better": difference.high < 0, "worse": difference.low > 0}
+    else:
+        notes.append(f"time outside full depth's {times.iloc[0]:.3g} to {times.iloc[-1]:.3g} ms")
+    return row | {"note": "; ".join(notes)}

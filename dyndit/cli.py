@@ -1,0 +1,708 @@
+"""The command line. Every verb is a thin function over the package; what it does, a notebook can call too."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from dyndit.errors import InputError
+
+if TYPE_CHECKING:
+    from dyndit.analysis.extractors import Extractor
+    from dyndit.dynamic import DynamicDepth
+    from dyndit.plan import DepthPlan
+
+Positional = tyro.conf.Positional
+
+
+def train(
+    recipe: Positional[str],
+    /,
+    out: Path,
+    data: str = "",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    sample_every: int | None = None,
+    vae: Path | None = None,
+    fresh: bool = False,
+) -> None:
+    """Train a backbone from scratch. A run that was stopped goes on where it was.
+
+    Args:
+        recipe: A recipe's name (digits, cifar10) or a Python file that defines `train`.
+        out: Folder for the model, checkpoints, losses and TensorBoard logs.
+        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        steps: Updates, in place of the recipe's.
+        batch_size: Pictures per update, in place of the recipe's.
+        seed: Seed, in place of the recipe's.
+        sample_every: Draw a sample grid every so many steps; 0 for never.
+        vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
+        fresh: Start anew even where a checkpoint is there.
+    """
+    from dyndit import checkpoints, manifest
+    from dyndit.recipe_files import find
+    from dyndit.tasks import Train
+
+    chosen = find(recipe, "train", Train)
+    pictures = _training_data(data or chosen.data, chosen.backbone.image_size, chosen.backbone.in_channels, vae, out)
+    changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
+    fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
+    chosen = replace(chosen, fit=fit)
+    model, result = chosen.run(pictures, out, resume=not fresh, preview=_preview)
+    checkpoints.save(model, out)
+    settings = {"verb": "train", "recipe": recipe, "fit": vars(fit), "data": pictures.fingerprint}
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, seconds=result.seconds))
+    losses = result.losses["loss"]
+    window = min(20, len(losses))
+    print(
+        f"loss: mean of the first {window} steps {losses[:window].mean():.4f}, "
+        f"of the last {window} {losses[-window:].mean():.4f}"
+    )
+    print(f"model: {out}")
+
+
+def distill(
+    recipe: Positional[str],
+    /,
+    model: str,
+    out: Path,
+    data: str = "",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    num_heads: int | None = None,
+    vae: Path | None = None,
+    fresh: bool = False,
+) -> None:
+    """Train exits on a frozen model's own predictions, and write the model with them.
+
+    Args:
+        recipe: A recipe's name (digits, cifar10, finetune_exits) or a Python file that defines `distill`.
+        model: A model folder, a published DiT .pt, or "digits".
+        out: Folder for the model with its exits.
+        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        steps: Updates, in place of the recipe's.
+        batch_size: Pictures per update, in place of the recipe's.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
+        fresh: Start anew even where a checkpoint is there.
+    """
+    from dyndit import checkpoints, manifest
+    from dyndit.recipe_files import find
+    from dyndit.tasks import Distill, exit_error_table
+
+    chosen = find(recipe, "distill", Distill)
+    loaded = checkpoints.inspect(model, num_heads=num_heads)
+    for note in loaded.notes:
+        print(note)
+    backbone = loaded.model.backbone
+    pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
+    changes = {"steps": steps, "batch_size": batch_size}
+    fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
+    dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation", resume=not fresh)
+    checkpoints.save(dynamic, out)
+    errors = exit_error_table(dynamic, pictures)
+    errors.to_csv(out / "exit-errors.csv", index=False)
+    settings = {"verb": "distill", "recipe": recipe, "fit": vars(fit), "data": pictures.fingerprint}
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, seconds=result.seconds))
+    print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")
+    table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error")
+    print(table.sort_index(axis=1).to_string(float_format=lambda v: f"{v:.4f}"))
+    print(f"model: {out}")
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What quality is measured with."""
+
+    extractor: str = ""
+    """digits, resnet20-cifar10 or inception (default: what the model's table used, or digits for digits)."""
+    extractor_weights: Path | None = None
+    """Weights of the extractor, where they do not ship with the package."""
+    reference: str = ""
+    """Real pictures: "digits", or a picture folder."""
+
+
+def calibrate(
+    model: Positional[Path],
+    /,
+    budget: float,
+    solver: str = "ddim",
+    steps: int = 20,
+    out: Path | None = None,
+    measuring: Annotated[Measuring, tyro.conf.arg(name="")] = Measuring(),
+    cfg_scale: float = 1.5,
+    num_pictures: int = 512,
+    table_steps: int = 10,
+    num_bands: int = 10,
+    batch_size: int = 128,
+    device: str = "cpu",
+    fresh: bool = False,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Write the plan of least predicted Fréchet distance for a solver, a step count and a budget of time.
+
+    The table of distribution shifts is measured once and stored with the model; other budgets, solvers and step
+    counts are searched on it.
+
+    Args:
+        model: A model folder with exits.
+        budget: Share of full depth's time, above 0 and at most 1.
+        solver: ddpm, ddim, dpmpp, unipc or euler.
+        steps: Sampling steps.
+        out: Where the plan goes (default: beside the model).
+        measuring: What quality is measured with.
+        cfg_scale: Guidance scale; 1 for none.
+        num_pictures: Seeds the table is measured on.
+        table_steps: Sampling steps the table is measured at.
+        num_bands: Bands of timesteps the table tells apart.
+        batch_size: Pictures at a time.
+        device: cpu or cuda.
+        fresh: Measure the table again even where one is there.
+        json_: End with one line of JSON.
+    """
+    from dyndit import calibration, checkpoints
+    from dyndit.routers.searched import ShiftTable
+    from dyndit.sampler import make_scheduler
+
+    make_scheduler(solver, steps)
+    if not 0 < budget <= 1:
+        raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
+    dynamic = checkpoints.load(model, device=device)
+    if dynamic.exits is None:
+        raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
+    path = model / checkpoints.TABLE
+    table = ShiftTable.load(path) if path.exists() and not fresh else None
+    if table is not None and (table.cfg_scale != cfg_scale or table.exits != dynamic.exits_hash()):
+        print(f"{path}: measured at another guidance scale or on other exits; measured again")
+        table = None
+    extractor = _extractor(
+        replace(measuring, extractor=measuring.extractor or (table.extractor if table else "")),
+        dynamic,
+        device,
+    )
+    if table is None:
+        table = _measure_table(
+            dynamic, extractor, measuring, path, cfg_scale, num_pictures, table_steps, num_bands, batch_size
+        )
+    plan = calibration.calibrate(
+        dynamic,
+        budget=budget,
+        solver=solver,
+        num_steps=steps,
+        table=table,
+        extractor=extractor,
+        batch_size=batch_size,
+    )
+    target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
+    plan.save(target)
+    f, name = plan.figures, extractor.metric_name
+    print(plan)
+    print(
+        f"{name}: full depth {f['predicted_fd_full']:.2f} on the table's seeds, {f['measured_fd_full']:.2f} on fresh "
+        f"ones; plan {f['predicted_fd']:.2f} predicted, {f['measured_fd']:.2f} measured on fresh seeds"
+    )
+    print(f"predicted time: {f['predicted_share_of_time']:.0%} of full depth's\nplan: {target}")
+    if json_:
+        _print_json({"plan": str(target), **f})
+
+
+def _measure_table(
+    dynamic: "DynamicDepth",
+    extractor: "Extractor",
+    measuring: Measuring,
+    path: Path,
+    cfg_scale: float,
+    num_pictures: int,
+    table_steps: int,
+    num_bands: int,
+    batch_size: int,
+) -> object:
+    from rich.console import Console
+
+    from dyndit.analysis.extractors import as_rgb
+    from dyndit.analysis.fidelity import moments
+    from dyndit.calibration import CalibrationSettings, measure_shifts
+    from dyndit.data import open_data
+    from dyndit.experiment import progress_bar
+
+    spec = measuring.reference or ("digits" if extractor.name == "digits" else "")
+    if not spec:
+        raise InputError("--reference: missing; expected a folder of real pictures")
+    real = open_data(spec, dynamic.backbone.image_size, dynamic.backbone.in_channels)
+    reference = moments(extractor.features(as_rgb(_spread(real, 5000))))
+    with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
+        table = measure_shifts(
+            dynamic,
+            extractor,
+            reference,
+            num_steps=table_steps,
+            cfg_scale=cfg_scale,
+            settings=CalibrationSettings(num_pictures, num_bands, batch_size),
+            partial=path.with_suffix(".partial"),
+            on_progress=advance,
+        )
+    temporary = path.with_suffix(".tmp")
+    table.save(temporary)
+    temporary.replace(path)
+    path.with_suffix(".partial").unlink(missing_ok=True)
+    return table
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """Which depths to run. Without `--dynamic`, `--plan` or `--budget`: the full model."""
+
+    dynamic: bool = False
+    """Run a plan: the given one, or the one for `--budget`."""
+    budget: float | None = None
+    """Share of full depth's time; the plan is searched on the model's stored table."""
+    plan: Path | None = None
+    """A plan file."""
+
+
+def sample(
+    model: Positional[str],
+    /,
+    out: Path,
+    num_images: int = 64,
+    solver: str = "ddim",
+    steps: int = 20,
+    cfg_scale: float = 1.5,
+    guided_channels: int | None = None,
+    class_labels: tuple[int, ...] = (),
+    seed: int = 0,
+    batch_size: int = 64,
+    depth: Annotated[PlanChoice, tyro.conf.arg(name="")] = PlanChoice(),
+    strict: bool = False,
+    stats: bool = False,
+    num_heads: int | None = None,
+    vae: Path | None = None,
+    device: str = "cpu",
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Draw pictures. Picture i depends on (seed, class, i) alone.
+
+    Args:
+        model: A model folder, a published DiT .pt, or "digits".
+        out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
+        num_images: How many.
+        solver: ddpm, ddim, dpmpp, unipc or euler.
+        steps: Sampling steps.
+        cfg_scale: Guidance scale; 1 for none.
+        guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
+        class_labels: Classes, taken in turn; default all of the model's.
+        seed: Seed.
+        batch_size: Pictures at a time.
+        depth: Which depths to run.
+        strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
+        stats: Print depth and time per step.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        vae: Folder of a diffusers AutoencoderKL that decodes latents.
+        device: cpu or cuda.
+        json_: End with one line of JSON.
+    """
+    import numpy as np
+    from PIL import Image
+    from rich.console import Console
+
+    from dyndit import checkpoints, manifest
+    from dyndit import sampler as sampling
+    from dyndit.experiment import progress_bar
+    from dyndit.pictures import grid
+
+    loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
+    dynamic = loaded.model
+    if not dynamic.pixel_space and vae is None:
+        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
+    plan = _chosen_plan(dynamic, model, depth, solver, steps)
+    classes = class_labels or tuple(range(dynamic.backbone.num_classes))
+    labels = [classes[i % len(classes)] for i in range(num_images)]
+    resolved = sampling.resolve_plan(dynamic, plan, solver, steps, cfg_scale)
+    settings = {
+        "verb": "sample",
+        "model": dynamic.trunk_hash(),
+        "exits": dynamic.exits_hash(),
+        "solver": solver,
+        "steps": steps,
+        "cfg_scale": cfg_scale,
+        "guided_channels": guided_channels,
+        "labels": classes,
+        "num_images": num_images,
+        "seed": seed,
+        "pairs": resolved.pairs,
+    }
+    if bad := [c for c in classes if not 0 <= c < dynamic.backbone.num_classes]:
+        raise InputError(f"--class-labels {bad[0]}: expected 0 to {dynamic.backbone.num_classes - 1}")
+    manifest.claim(out, settings)
+    for note in loaded.notes:
+        print(note)
+    with progress_bar("sampling", Console(stderr=True)) as advance:
+        count = 0
+
+        def on_batch(kept: int) -> None:
+            nonlocal count
+            count += kept
+            advance(count, num_images)
+
+        result = sampling.sample(
+            dynamic,
+            labels,
+            plan=plan,
+            solver=solver,
+            num_steps=steps,
+            cfg_scale=cfg_scale,
+            guided_channels=guided_channels,
+            seed=seed,
+            batch_size=batch_size,
+            strict=strict,
+            stats=stats,
+            on_batch=on_batch,
+        )
+    pictures = result.pictures
+    if result.latents is not None:
+        from dyndit.latents import decode_latents
+
+        pictures = decode_latents(vae, result.latents, batch_size)
+    arrays = pictures.permute(0, 2, 3, 1).numpy()
+    for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
+        squeezed = array[..., 0] if array.shape[-1] == 1 else array
+        Image.fromarray(squeezed).save(out / f"{index:06d}-class{label}.png")
+    grid(pictures[:64]).save(out / "grid.png")
+    np.savez(out / "samples.npz", arr_0=arrays, arr_1=np.asarray(labels))
+    ms = 1e3 * result.seconds / num_images
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, ms_per_picture=ms, num_pictures=num_images))
+    if stats:
+        _print_stats(result)
+    print(f"{num_images} pictures in {result.seconds:.2f} s, {ms:.2f} ms each: {out}")
+    if json_:
+        figures = {"out": str(out), "ms_per_picture": ms, "share_of_blocks": resolved.share_of_blocks}
+        _print_json(figures | {"num_images": num_images, "seconds": result.seconds})
+
+
+def evaluate(
+    samples: Positional[Path],
+    /,
+    reference: str,
+    extractor: str = "inception",
+    extractor_weights: Path | None = None,
+    metrics: tuple[str, ...] = ("fd", "kid", "is", "prc"),
+    force: bool = False,
+    device: str = "cpu",
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Compare a sample set with real pictures. A distance on other features than Inception's is never called FID.
+
+    Args:
+        samples: Folder of pictures (searched in depth) or an .npz file.
+        reference: The same of real pictures, or "digits".
+        extractor: inception, digits or resnet20-cifar10.
+        extractor_weights: Its weights, where they do not ship with the package.
+        metrics: Any of fd kid is prc.
+        force: Compute the distance even of fewer pictures than features.
+        device: cpu or cuda.
+        json_: End with one line of JSON.
+    """
+    from dyndit.analysis import evaluate as compare
+    from dyndit.analysis import load_extractor
+    from dyndit.data import open_data
+
+    real = open_data("digits").uint8() if reference == "digits" else Path(reference)
+    figures = compare(samples, real, load_extractor(extractor, extractor_weights, device), metrics, force)
+    for name, value in figures.items():
+        label = figures["metric"] if name == "fd" else name
+        if name not in ("metric", "extractor"):
+            print(f"{label:>16}  {value:.4f}" if isinstance(value, float) else f"{label:>16}  {value}")
+    if json_:
+        _print_json(figures)
+
+
+def bench(
+    model: Positional[str],
+    /,
+    depth: Annotated[PlanChoice, tyro.conf.arg(name="")] = PlanChoice(),
+    solver: str = "ddim",
+    steps: int = 20,
+    cfg_scale: float = 1.5,
+    batch_size: int = 64,
+    rounds: int = 9,
+    num_heads: int | None = None,
+    device: str = "cpu",
+    out: Path | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Time a plan against full depth: paired, alternating, warmed up; from noise to uint8, and the denoiser alone.
+
+    Full depth is timed twice under two names: the ratio of the two is the error of the method itself.
+
+    Args:
+        model: A model folder, a published DiT .pt, or "digits".
+        depth: Which depths to run beside full depth.
+        solver: ddpm, ddim, dpmpp, unipc or euler.
+        steps: Sampling steps.
+        cfg_scale: Guidance scale; 1 for none.
+        batch_size: Pictures at a time.
+        rounds: Timed rounds; each runs every arm once.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        device: cpu or cuda.
+        out: Where the table of raw times goes (CSV).
+        json_: End with one line of JSON.
+    """
+    from dyndit import checkpoints
+    from dyndit.analysis.latency import summarise
+    from dyndit.benchmark import time_plans
+    from dyndit.cost import measure_cost
+    from dyndit.sampler import full_plan
+
+    dynamic = checkpoints.load(model, num_heads=num_heads, device=device)
+    full = full_plan(dynamic, solver, steps, cfg_scale)
+    plan = _chosen_plan(dynamic, model, depth, solver, steps)
+    arms = {"full": full, "full again": full} | ({plan.router: plan} if plan is not None else {})
+    times = time_plans(dynamic, arms, batch_size=batch_size, rounds=rounds)
+    cost = measure_cost(dynamic, batch_size=batch_size, solver=solver, cfg_scale=cfg_scale)
+    figures = {}
+    for scope in ("noise to uint8", "denoiser"):
+        table = summarise(times[times["scope"] == scope], "full")
+        print(f"{scope}, {batch_size} pictures, {steps} steps of {solver}:")
+        for arm, row in table.iterrows():
+            promise = f", predicted {cost.share_of_time(arms[arm]):.3f}" if arm in arms else ""
+            print(
+                f"  {arm:>12}  median {1e3 * row['median']:.1f} ms, quartiles {1e3 * row['q25']:.1f} to "
+                f"{1e3 * row['q75']:.1f}; of full depth {row['ratio']:.3f}{promise}"
+            )
+            figures[f"{scope}: {arm}"] = {"ms": 1e3 * row["median"], "ratio": row["ratio"].mean}
+    if out is not None:
+        times.to_csv(out, index=False)
+    if json_:
+        _print_json(figures)
+
+
+def report(runs: Positional[tuple[Path, ...]], /, out: Path, margin: float = 0.05) -> None:
+    """Write report.md and report.html from runs.csv files, and print the table.
+
+    Args:
+        runs: Folders of runs (or their runs.csv).
+        out: Folder for the report.
+        margin: Non-inferiority margin, as a share of full depth's Fréchet distance.
+    """
+    from rich.console import Console
+
+    from dyndit.analysis import read_runs, summary, terminal_table, write_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_report(list(runs), out)
+    for path in runs:
+        Console().print(terminal_table(summary(read_runs(path), margin)))
+    print(f"report: {out / 'report.html'}")
+
+
+def quickstart(
+    out: Path = Path("runs/quickstart"),
+    from_scratch: bool = False,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Make the digits model dynamic and measure what that saves: a few minutes on two CPU cores.
+
+    Args:
+        out: Folder of the run; what is there and valid is not done again.
+        from_scratch: Train the trunk too, in place of the one that ships with the package.
+        json_: End with one line of JSON.
+    """
+    _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)
+
+
+def compare(
+    recipe: Positional[str],
+    /,
+    out: Path,
+    model: str = "",
+    data: str = "",
+    extractor_weights: Path | None = None,
+    device: str = "cpu",
+    from_scratch: bool = False,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Run a recipe's whole comparison: exits, plans, every arm, the report. Resumable.
+
+    Args:
+        recipe: A recipe's name (digits_frontier) or a Python file that defines `experiment`.
+        out: Folder of the run; what is there and valid is not done again.
+        model: A model in place of the recipe's.
+        data: Pictures in place of the recipe's.
+        extractor_weights: Weights of the extractor, where they do not ship with the package.
+        device: cpu or cuda.
+        from_scratch: Train the trunk first.
+        json_: End with one line of JSON.
+    """
+    _compare(
+        recipe,
+        "experiment",
+        out,
+        json_=json_,
+        model=model,
+        data=data,
+        extractor_weights=extractor_weights,
+        device=device,
+        from_scratch=from_scratch,
+    )
+
+
+def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: object) -> None:
+    from rich.console import Console
+
+    from dyndit import experiment
+    from dyndit.analysis import read_runs, summary, terminal_table
+    from dyndit.recipe_files import find
+
+    chosen = find(recipe, attribute, experiment.Experiment)
+    experiment.run(chosen, out, experiment.Inputs(**inputs))
+    table = summary(read_runs(out), chosen.margin)
+    Console().print(terminal_table(table))
+    print(f"report: {out / 'report.html'}")
+    if json_:
+        rows = table[["arm", "solver", "steps", "share_of_blocks", "ms", "time_saved"]].copy()
+        for name in ("fd", "fd_diff", "time_saved_equal_fd"):
+            rows[name] = [[i.mean, i.low, i.high] for i in table[name]]
+        _print_json({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))})
+
+
+def convert(
+    source: Positional[Path],
+    target: Positional[Path],
+    /,
+    num_heads: int | None = None,
+) -> None:
+    """Write a checkpoint as a native model folder.
+
+    Args:
+        source: A published DiT .pt (raw state dict or training checkpoint), or a model folder.
+        target: Folder to write.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+    """
+    from dyndit import checkpoints, manifest
+
+    loaded = checkpoints.inspect(source, num_heads=num_heads)
+    manifest.claim(target, {"verb": "convert", "model": loaded.model.trunk_hash()})
+    for note in loaded.notes:
+        print(note)
+    checkpoints.save(loaded.model, target)
+    print(f"model: {target}")
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    verb.__name__: verb
+    for verb in (train, distill, calibrate, sample, evaluate, bench, report, compare, convert, quickstart)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb; bad input is one line and exit status 2, with a traceback only under `--debug`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            VERBS,
+            prog="dyndit",
+            description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        )
+    except InputError as error:
+        if debug:
+            raise
+        print(f"dyndit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dyndit: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, out: Path) -> object:
+    from dyndit.data import open_data
+
+    if not spec:
+        raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
+    if vae is None:
+        return open_data(spec, None if spec == "digits" else image_size, channels)
+    from dyndit.latents import encode_latents, load_autoencoder
+
+    encoder = load_autoencoder(vae)
+    factor = 2 ** (len(encoder.config.block_out_channels) - 1)
+    return encode_latents(open_data(spec, image_size * factor, encoder.config.in_channels), vae, out / "latents", 16)
+
+
+def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
+    """A sample grid on the way: DDIM, 20 steps, every class."""
+    from dyndit.pictures import grid
+    from dyndit.sampler import balanced_labels
+    from dyndit.sampler import sample as draw
+
+    if model.pixel_space:
+        labels = balanced_labels(40, model.backbone.num_classes)
+        folder = out / "previews"
+        folder.mkdir(exist_ok=True)
+        grid(draw(model, labels, num_steps=20, batch_size=40).pictures).save(folder / f"step-{step:06d}.png")
+
+
+def _extractor(measuring: Measuring, dynamic: "DynamicDepth", device: str) -> "Extractor":
+    from dyndit.analysis import load_extractor
+
+    name = measuring.extractor or ("digits" if dynamic.backbone.image_size == 8 else "inception")
+    return load_extractor(name, measuring.extractor_weights, device)
+
+
+def _spread(pictures: object, most: int) -> object:
+    """At most so many pictures, evenly spread over the set, as uint8."""
+    count = len(pictures)
+    return pictures.uint8() if count <= most else pictures.uint8([i * count // most for i in range(most)])
+
+
+def _chosen_plan(dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int) -> "DepthPlan | None":
+    """The plan the flags ask for; None is the full model."""
+    from dyndit import checkpoints
+    from dyndit.calibration import plan_on_table
+    from dyndit.plan import DepthPlan
+    from dyndit.routers.searched import ShiftTable
+
+    if depth.plan is not None and depth.budget is not None:
+        raise InputError("--plan and --budget: both given; expected one of them")
+    if depth.plan is not None:
+        plan = DepthPlan.load(depth.plan)
+        bound = (dynamic.trunk_hash(), dynamic.exits_hash()) if plan.trunk else (None, None)
+        plan.check(depths=dynamic.depths, trunk=bound[0], exits=bound[1], origin=str(depth.plan))
+        from dyndit.sampler import timesteps_of
+
+        plan.check(
+            depths=dynamic.depths,
+            timesteps=timesteps_of(solver, steps),
+            solver=solver,
+            origin=str(depth.plan),
+        )
+        return plan
+    if depth.budget is None and not depth.dynamic:
+        return None
+    budget = 0.6 if depth.budget is None else depth.budget
+    path = Path(model) / checkpoints.TABLE
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected the table that `dyndit calibrate {model}` writes")
+    return plan_on_table(dynamic, ShiftTable.load(path), budget=budget, solver=solver, num_steps=steps)
+
+
+def _print_stats(result: object) -> None:
+    plan = result.plan
+    print("  step     t   cond uncond     ms")
+    for k, ((cond, uncond), seconds) in enumerate(zip(plan.pairs, result.step_seconds, strict=True)):
+        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {cond:4d} {uncond:6d}  {1e3 * seconds:7.2f}")
+
+
+def _print_json(figures: dict[str, object]) -> None:
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What a plan costs in measured time: seconds of the parts of a step, and their sum over a plan."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Self
+
+import torch
+
+from dyndit.dynamic import DynamicDepth
+from dyndit.plan import DepthPlan
+from dyndit.sampler import Batch, Guidance, advance, full_plan, start
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Seconds of each part for one batch of rows: embedding, one block, an exit head, the model's own head."""
+
+    embed: float
+    block: float
+    exit: float
+    head: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Measured seconds for `batch_size` pictures: with one branch (B rows), with two (2B rows), and the solver."""
+
+    batch_size: int
+    num_blocks: int
+    one: PartTimes
+    two: PartTimes
+    solver: float
+    """Per step, besides the network: scheduler, guidance, clamping."""
+    device: str = "cpu"
+
+    def step_seconds(self, cond: int, uncond: int) -> float:
+        """Seconds of a step at these depths; `uncond` 0 runs no second branch."""
+        if uncond == 0:
+            return self.solver + self.one.embed + cond * self.one.block + self._leave(self.one, cond)
+        shallow, deep = sorted((cond, uncond))
+        seconds = self.solver + self.two.embed + shallow * self.two.block
+        if shallow == deep:
+            return seconds + self._leave(self.two, deep)
+        rest = (deep - shallow) * self.one.block + self._leave(self.one, deep)
+        return seconds + self._leave(self.one, shallow) + rest
+
+    def plan_seconds(self, plan: DepthPlan) -> float:
+        """Predicted seconds from noise to picture for one batch."""
+        return sum(self.step_seconds(c, u) for c, u in plan.pairs)
+
+    def share_of_time(self, plan: DepthPlan) -> float:
+        """Predicted time as a share of full depth's at the same steps."""
+        full = self.step_seconds(plan.num_blocks, plan.num_blocks if plan.cfg_scale != 1 else 0)
+        return self.plan_seconds(plan) / (full * plan.num_steps)
+
+    def _leave(self, parts: PartTimes, depth: int) -> float:
+        return parts.head if depth == self.num_blocks else parts.exit
+
+    def describe(self) -> dict[str, object]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_description(cls, data: dict) -> Self:
+        """Build from what `describe` gave."""
+        return cls(**{**data, "one": PartTimes(**data["one"]), "two": PartTimes(**data["two"])})
+
+
+@torch.inference_mode()
+def measure_cost(
+    model: DynamicDepth,
+    *,
+    batch_size: int = 64,
+    solver: str = "ddim",
+    cfg_scale: float = 1.5,
+    rounds: int = 7,
+) -> CostModel:
+    """Time the parts on this machine: medians over `rounds`, the parts alternating within each round."""
+    backbone, device = model.backbone, next(model.parameters()).device
+    some_exit = model.depths[0] if len(model.depths) > 1 else model.num_blocks
+    parts: dict[str, Callable[[], object]] = {}
+
+    def add(name: str, rows: int) -> None:
+        side, channels = backbone.image_size, backbone.in_channels
+        x = torch.randn(rows, channels, side, side, device=device)
+        t = torch.full((rows,), 500, device=device)
+        y = torch.zeros(rows, dtype=torch.long, device=device)
+        state = backbone.embed(x, t, y)
+
+        def blocks() -> None:
+            out = state
+            for index in range(model.num_blocks):
+                out = backbone.block(index, out)
+
+        parts[f"{name}.embed"] = lambda: backbone.embed(x, t, y)
+        parts[f"{name}.block"] = blocks
+        parts[f"{name}.exit"] = lambda: model.leave(state, some_exit)
+        parts[f"{name}.head"] = lambda: backbone.head(state)
+
+    add("one", batch_size)
+    add("two", 2 * batch_size)
+    plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
+    labels = torch.arange(batch_size, device=device) % backbone.num_classes
+    batch = Batch(labels, tuple(range(batch_size)), seed=0)
+    # The trajectory is prepared ahead: drawing the noise is not part of a step.
+    waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
+    parts["steps"] = lambda: advance(model, batch, waiting.pop(), plan, guidance)
+    seconds = _medians(parts, rounds, synchronise=device.type == "cuda")
+    one, two = (
+        PartTimes(
+            seconds[f"{n}.embed"],
+            seconds[f"{n}.block"] / model.num_blocks,
+            seconds[f"{n}.exit"],
+            seconds[f"{n}.head"],
+        )
+        for n in ("one", "two")
+    )
+    network = CostModel(batch_size, model.num_blocks, one, two, 0.0).plan_seconds(plan)
+    rest = max(0.0, (seconds["steps"] - network) / plan.num_steps)
+    return CostModel(batch_size, model.num_blocks, one, two, rest, device.type)
+
+
+def _medians(parts: dict[str, Callable[[], object]], rounds: int, synchronise: bool) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for measured in [False] + [True] * rounds:
+        for name, run in parts.items():
+            began = time.perf_counter()
+            run()
+            if synchronise:
+                torch.cuda.synchronize()
+            if measured:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}

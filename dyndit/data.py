@@ -1,0 +1,243 @@
+"""Pictures to train on (scikit-learn's digits, folders of class subfolders), and which of them a step sees.
+
+Everything here is deterministic: picture i is always the same tensor, and the batch of step s is a pure
+function of (seed, s), so that a training run resumes exactly without storing any random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dyndit.errors import InputError
+
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Pictures(Dataset, ABC):
+    """Labelled pictures of one shape. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    channels: int
+    image_size: int
+    can_flip: bool  # does a mirrored picture still belong to its class?
+    fingerprint: str  # sha256, hexadecimal: a run is resumed, and a cache reused, on the same pictures only
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return picture `index`, (C, H, W) float32, and its label."""
+
+    @abstractmethod
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Pictures as a reference set for a metric: (N, C, H, W) uint8, all of them without `indices`."""
+
+
+class _Digits(Pictures):
+    num_classes, channels, image_size = 10, 1, 8
+    class_names = tuple("0123456789")
+    can_flip = False
+
+    def __init__(self, levels: np.ndarray, labels: np.ndarray):
+        self._levels = torch.from_numpy(levels)  # (N, 8, 8) float32, whole numbers 0 to 16
+        self._x = (self._levels / 8 - 1).unsqueeze(1)
+        self._labels = labels.tolist()
+        content = levels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._x[index], self._labels[index]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        levels = self._levels if indices is None else self._levels[list(indices)]
+        return (levels * 255 / 16).round().to(torch.uint8).unsqueeze(1)
+
+
+def load_digits() -> Pictures:
+    """Scikit-learn's 1,797 scanned digits, 8x8, one channel, 10 classes; ink 0 to 16 becomes -1 to 1."""
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    return _Digits(bunch.images.astype(np.float32), bunch.target)
+
+
+class PictureFolder(Pictures):
+    """A folder with one subfolder per class (in sorted order), pictures searched in depth below each.
+
+    Every picture is cropped to its centre square and resized (bicubic, antialiased) to `image_size`, by
+    default the shorter side of the first picture. Raises InputError for a folder without pictures or without
+    class subfolders; a picture that cannot be read raises it, naming the file, when it is asked for.
+    """
+
+    def __init__(self, root: str | Path, image_size: int | None = None, channels: int = 3, can_flip: bool = True):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: expected a folder with a subfolder of pictures per class")
+        if channels not in (1, 3):
+            raise InputError(f"channels: found {channels}, expected 1 (grey) or 3 (colour)")
+        if image_size is not None and image_size < 1:
+            raise InputError(f"image_size: found {image_size}, expected at least 1")
+        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not folders:
+            raise InputError(f"{self.root}: found no subfolder, expected one per class with pictures in it")
+
+        self.class_names = tuple(folder.name for folder in folders)
+        self.num_classes = len(folders)
+        self.channels, self.can_flip = channels, can_flip
+        self._paths: list[str] = []
+        self._labels: list[int] = []
+        digest = hashlib.sha256()
+        for label, folder in enumerate(folders):
+            files = _find_pictures(folder)
+            if not files:
+                raise InputError(f"{folder}: found no picture, expected {_known_suffixes()} files in it")
+            for path in files:
+                name = os.path.relpath(path, self.root).replace(os.sep, "/")
+                digest.update(f"{name}\0{Path(path).stat().st_size}\0".encode("utf-8", "surrogateescape"))
+            self._paths += files
+            self._labels += [label] * len(files)
+        self.image_size = image_size or min(read_picture(self._paths[0], channels).size)
+        # The bytes are not read: hashing a large set would cost an hour, and names with sizes catch what
+        # happens in practice. Size and channels are hashed as part of what a step sees.
+        digest.update(f"{self.image_size} {channels}".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._read(index).float() / 127.5 - 1, self._labels[index]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Cropped and resized pictures, (N, C, H, W) uint8, decoded one after the other."""
+        return torch.stack([self._read(i) for i in (range(len(self)) if indices is None else indices)])
+
+    def _read(self, index: int) -> Tensor:
+        picture = crop_and_resize(read_picture(self._paths[index], self.channels), self.image_size)
+        array = np.array(picture).reshape(self.image_size, self.image_size, self.channels)
+        return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def open_data(spec: str, image_size: int | None = None, channels: int | None = None) -> Pictures:
+    """`"digits"`, or the path of a picture folder (see PictureFolder)."""
+    if spec == "digits":
+        if image_size not in (None, 8) or channels not in (None, 1):
+            raise InputError(f"data digits: asked for size {image_size}, channels {channels}; it has 8 and 1")
+        return load_digits()
+    if not Path(spec).is_dir():
+        raise InputError(f"data: found {spec!r}, expected 'digits' or a folder with a subfolder per class")
+    return PictureFolder(spec, image_size, channels or 3)
+
+
+def read_picture(path: str | Path, channels: int = 3) -> Image.Image:
+    """Decode a picture file to 8-bit grey (1 channel) or RGB (3): upright, on white, 16 bits scaled to 8.
+
+    Raises InputError naming the file if it is truncated, no picture, or of a depth without a known range.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... for damaged files
+        raise InputError(f"{path}: cannot be read as a picture ({error})") from error
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
+        # PIL's own convert("L") clips 16-bit levels at 255, which turns most pictures white.
+        levels = np.asarray(picture, dtype=np.float64)
+        picture = Image.fromarray((levels / 257).round().astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        raise InputError(f"{path}: found pixels of mode {picture.mode!r}, expected 8 or 16 bits a channel")
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
+        # Dropping alpha would show whatever colours hide under the transparent pixels.
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def crop_and_resize(picture: Image.Image, size: int) -> Image.Image:
+    """Cut out the centre square, resize it to `size`; pictures that fit already come back untouched."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _find_pictures(folder: Path) -> list[str]:
+    found = []
+    for parent, _, names in os.walk(folder):
+        found += [
+            os.path.join(parent, name)  # noqa: PTH118  strings: a Path object each would cost a million-file set 1 GB
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES  # noqa: PTH122
+        ]
+    return sorted(found)
+
+
+def _known_suffixes() -> str:
+    return ", ".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_pictures: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_pictures)
+
+
+@dataclass(frozen=True)
+class StepBatches(Sampler[list[int]]):
+    """Which pictures step s sees: a pure function of (seed, s), so a run can start at any step.
+
+    One permutation per epoch, seeded by (seed, epoch), all joined into one endless stream; step s takes the
+    positions [s·B, (s+1)·B) of it. A step is handed out as `num_slices` equal micro-batches per process, and
+    the processes' slices together make the same batch of B whatever their number.
+    """
+
+    num_pictures: int
+    batch_size: int  # B: pictures per step, over all micro-batches and processes
+    seed: int
+    start: int = 0
+    stop: int = 2**62
+    num_slices: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        if self.batch_size % (self.num_slices * self.world):
+            raise InputError(
+                f"batch_size: found {self.batch_size}, expected a multiple of accumulation x processes "
+                f"({self.num_slices} x {self.world})"
+            )
+
+    def batch(self, step: int) -> np.ndarray:
+        """Indices of the whole batch of `step`, (B,)."""
+        parts, position, missing = [], step * self.batch_size, self.batch_size
+        while missing:
+            epoch, offset = divmod(position, self.num_pictures)
+            part = _permutation(self.num_pictures, self.seed, epoch)[offset : offset + missing]
+            parts.append(part)
+            position, missing = position + len(part), missing - len(part)
+        return np.concatenate(parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            slices = self.batch(step).reshape(self.num_slices, self.world, -1)
+            yield from slices[:, self.rank].tolist()
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) * self.num_slices

@@ -1,0 +1,87 @@
+"""DynamicDepth: a backbone, its exits, and the one loop that runs a plan."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from dyndit.backbones import Backbone, State, tensors_hash
+from dyndit.errors import InputError
+from dyndit.exits import Exits
+
+
+class DynamicDepth(nn.Module):
+    """A backbone that may leave early through an exit. Depth L is the original model, bit for bit."""
+
+    def __init__(self, backbone: Backbone, exits: Exits | None = None, *, pixel_space: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.exits = exits
+        self.pixel_space = pixel_space
+        """Whether pictures are pixels in [-1, 1] (predicted x0 is clamped there) or latents."""
+
+    @property
+    def num_blocks(self) -> int:
+        """L, the full depth."""
+        return self.backbone.num_blocks
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Every depth that can be run, rising; the last is L."""
+        return (*(self.exits.layers if self.exits is not None else ()), self.num_blocks)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None) -> Tensor:
+        """Predict at `depth` blocks (default: all).  x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W).
+
+        Raises:
+            InputError: there is no exit at `depth`.
+        """
+        depth = self.num_blocks if depth is None else depth
+        if depth not in self.depths:
+            raise InputError(f"depth {depth}: expected one of {list(self.depths)}, where this model has exits")
+        return self.branches(x, t, [y], [depth])[0]
+
+    def branches(self, x: Tensor, t: Tensor, labels: Sequence[Tensor], depths: Sequence[int]) -> list[Tensor]:
+        """Predict the same pictures under several label sets, each at its own depth.
+
+        Branches run as one batch as deep as all of them go; those that leave are cut off, the rest goes on.
+        x: (B, C, H, W), t: (B,), labels: k times (B,), depths: k of `self.depths` -> k times (B, C_out, H, W).
+        """
+        size, order = len(x), sorted(range(len(labels)), key=lambda i: depths[i])
+        k = len(order)
+        state = self.backbone.embed(x.repeat(k, 1, 1, 1), t.repeat(k), torch.cat([labels[i] for i in order]))
+        predictions: list[Tensor] = [x] * k
+        done = 0
+        for depth, group in groupby(order, key=lambda i: depths[i]):
+            for index in range(done, depth):
+                state = self.backbone.block(index, state)
+            leaving = list(group)
+            prediction = self.leave(state.rows(0, size * len(leaving)), depth)
+            for branch, rows in zip(leaving, prediction.split(size), strict=True):
+                predictions[branch] = rows
+            state, done = state.rows(size * len(leaving), None), depth
+        return predictions
+
+    def leave(self, state: State, depth: int) -> Tensor:
+        """The prediction from the state after `depth` blocks -> (B, C_out, H, W)."""
+        if depth == self.num_blocks:
+            return self.backbone.head(state)
+        return self.backbone.unpatchify(self.exits.patches(state, depth))
+
+    def every_exit(self, x: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
+        """The prediction at every depth, in one pass.  -> {depth: (B, C_out, H, W)}."""
+        state, predictions = self.backbone.embed(x, t, y), {}
+        for index in range(self.num_blocks):
+            state = self.backbone.block(index, state)
+            if index + 1 in self.depths:
+                predictions[index + 1] = self.leave(state, index + 1)
+        return predictions
+
+    def trunk_hash(self) -> str:
+        """Hash of the trunk's weights; exits, plans and tables are bound to it."""
+        return tensors_hash(self.backbone.state_dict())
+
+    def exits_hash(self) -> str:
+        """Hash of the exits' weights ("" without exits)."""
+        return tensors_hash(self.exits.state_dict()) if self.exits is not None else ""

@@ -1,0 +1,43 @@
+"""Losses: training a trunk, and distilling its exits."""
+
+import torch
+from torch import Tensor, nn
+
+from dyndit.dynamic import DynamicDepth
+from dyndit.objectives import Schedule, variational_bound
+
+
+def denoising_loss(
+    model: nn.Module, schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_simple on the noise plus the variational bound on the variance (iDDPM, Equation 16, one sampled t).
+
+    x_0, eps: (B, C, H, W), t, y: (B,). -> scalar, {"mse", "vb"}. The bound of 1000 terms weighs 0.001, so one
+    sampled term weighs 1.
+    """
+    x_t = schedule.add_noise(x_0, eps, t)
+    prediction = model(x_t, t, y)
+    channels = x_0.shape[1]
+    mse = (prediction[:, :channels] - eps).square().mean()
+    if prediction.shape[1] == channels:
+        return mse, {"mse": mse.detach()}
+    vb = variational_bound(schedule, prediction.float(), x_0, x_t, t).mean()
+    return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
+
+
+def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
+    """Squared error of every exit against the full model, per picture and output half.
+
+    -> {depth: (B, 2)}: mean square over the noise channels, and over the variance channels (0 without them).
+    """
+    predictions = model.every_exit(x_t, t, y)
+    target = predictions.pop(model.num_blocks).detach()
+    channels = x_t.shape[1]
+
+    def halves(error: Tensor) -> Tensor:
+        square = error.square()
+        noise = square[:, :channels].flatten(1).mean(1)
+        variance = square[:, channels:].flatten(1).mean(1) if square.shape[1] > channels else 0 * noise
+        return torch.stack([noise, variance], dim=1)
+
+    return {depth: halves(prediction - target) for depth, prediction in predictions.items()}

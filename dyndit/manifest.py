@@ -1,0 +1,103 @@
+"""Manifests: what a run was made with, and folders that refuse to hold two runs."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dyndit.errors import InputError
+
+PACKAGES = ("dyndit", "torch", "diffusers", "accelerate", "timm", "torch-fidelity", "pandas", "numpy")
+
+
+def machine() -> str:
+    """A name for the hardware, under which measured times may be compared."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
+    """A manifest: the run's settings, the code, the machine, and whatever else is to be recorded."""
+    return {
+        "settings": settings,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "revision": _revision(),
+        "machine": machine(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **facts,
+    }
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write through a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    temporary.replace(path)
+
+
+def claim(out: Path, settings: dict[str, object]) -> dict[str, object] | None:
+    """Make `out` the folder of a run with these settings; return its manifest where the very run is there.
+
+    Raises:
+        InputError: the folder holds another run, or files that are none.
+    """
+    plain = json.loads(json.dumps(settings, default=str))
+    path = out / "manifest.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: damaged ({error}); expected the manifest of a run") from error
+        theirs = found.get("settings", {})
+        if theirs != plain:
+            changed = sorted(k for k in plain.keys() | theirs.keys() if plain.get(k) != theirs.get(k))
+            name = changed[0]
+            raise InputError(
+                f"--out {out}: holds another run ({name} {theirs.get(name)!r}, now {plain.get(name)!r}); "
+                "expected an empty folder or the same run"
+            )
+        return found
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; expected a folder")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, describe(settings))
+    return None
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _revision() -> str:
+    """The git revision of a checkout the package runs from, with a mark for local changes."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return revision + ("+changes" if revision and git("status", "--porcelain") else "")
+    except OSError:
+        return ""

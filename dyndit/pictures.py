@@ -1,0 +1,23 @@
+"""Pictures for the eye."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def grid(pictures: Tensor, columns: int = 10, pad: int = 2, least: int = 320) -> Image.Image:
+    """Tile pictures row by row on white, enlarged without smoothing to at least `least` pixels across.
+
+    pictures: (N, C, H, W) uint8, C 1 or 3.
+    """
+    count, channels, height, width = pictures.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = torch.full((channels, rows * (height + pad) + pad, columns * (width + pad) + pad), 255, dtype=torch.uint8)
+    for i, picture in enumerate(pictures.cpu()):
+        top, left = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
+        canvas[:, top : top + height, left : left + width] = picture
+    array = canvas.permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[..., 0] if channels == 1 else array)
+    factor = max(1, least // image.width)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

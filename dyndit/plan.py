@@ -1,0 +1,164 @@
+"""DepthPlan: for each sampling step and guidance branch, what to run. Plain data."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from dyndit.errors import PlanError
+
+FORMAT = "dyndit-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """Depths of both guidance branches at every sampling step, from the noisiest step to the last.
+
+    A depth of L (`num_blocks`) is the full model. An unconditional depth of 0 means no unconditional pass at that
+    step, hence no guidance there. A plan whose unconditional depths are all 0 is unguided.
+    """
+
+    timesteps: tuple[int, ...]
+    """The solver's timesteps, falling from noise to picture."""
+    cond: tuple[int, ...]
+    uncond: tuple[int, ...]
+    num_blocks: int
+    solver: str
+    router: str = "full"
+    """Who wrote the plan."""
+    cfg_scale: float = 1.0
+    budget: float | None = None
+    """Share of the full plan's predicted time the plan was written for."""
+    trunk: str = ""
+    """Hash of the trunk it was calibrated on; "" for a schedule that fits any trunk of this depth."""
+    exits: str = ""
+    """Hash of the exits it was calibrated on, likewise."""
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+    """What the router predicted and measured: shares of time and blocks, Fréchet distances."""
+
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "cond", "uncond"):
+            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        if not self.timesteps:
+            raise PlanError("plan: no steps")
+        for name, least in (("cond", 1), ("uncond", 0)):
+            depths = getattr(self, name)
+            if len(depths) != len(self.timesteps):
+                raise PlanError(f"plan: {len(depths)} {name} depths for {len(self.timesteps)} timesteps")
+            if bad := [d for d in depths if not least <= d <= self.num_blocks]:
+                raise PlanError(f"plan: {name} depth {bad[0]} outside {least}..{self.num_blocks}")
+
+    @classmethod
+    def full(cls, timesteps: tuple[int, ...], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
+        """The original model at every step; both branches where `cfg_scale` is not 1."""
+        depths = (num_blocks,) * len(timesteps)
+        return cls(
+            timesteps,
+            depths,
+            depths if cfg_scale != 1 else (0,) * len(timesteps),
+            num_blocks,
+            solver,
+            cfg_scale=cfg_scale,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of sampling steps."""
+        return len(self.timesteps)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(conditional, unconditional) depth of every step."""
+        return tuple(zip(self.cond, self.uncond, strict=True))
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step runs the unconditional branch."""
+        return any(self.uncond)
+
+    @property
+    def share_of_blocks(self) -> float:
+        """Blocks run, as a share of the full plan's (of both branches where the plan is for guided sampling)."""
+        branches = 2 if self.cfg_scale != 1 else 1
+        return (sum(self.cond) + sum(self.uncond)) / (branches * self.num_blocks * self.num_steps)
+
+    @property
+    def mean_depth(self) -> tuple[float, float]:
+        """Mean depth of the conditional and of the unconditional branch."""
+        return sum(self.cond) / self.num_steps, sum(self.uncond) / self.num_steps
+
+    def with_pairs(self, pairs: list[tuple[int, int]] | tuple[tuple[int, int], ...], **changes: object) -> Self:
+        """The same steps with other depths."""
+        cond, uncond = zip(*pairs, strict=True)
+        return replace(self, cond=cond, uncond=uncond, **changes)
+
+    def difference(self, other: Self) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
+        """Steps at which two plans differ: (step, depths here, depths there).
+
+        Raises:
+            PlanError: the plans have different timesteps.
+        """
+        if self.timesteps != other.timesteps:
+            raise PlanError(f"plans of {self.num_steps} and {other.num_steps} steps have different timesteps")
+        both = zip(self.pairs, other.pairs, strict=True)
+        return [(step, here, there) for step, (here, there) in enumerate(both) if here != there]
+
+    def check(
+        self,
+        *,
+        depths: tuple[int, ...],
+        trunk: str | None = None,
+        exits: str | None = None,
+        timesteps: tuple[int, ...] | None = None,
+        solver: str | None = None,
+        origin: str = "plan",
+    ) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises:
+            PlanError: another depth, trunk, set of exits, solver or timesteps; `origin` names the file or flag.
+        """
+        if self.num_blocks != depths[-1]:
+            raise PlanError(f"{origin}: made for {self.num_blocks} blocks, but the model has {depths[-1]}")
+        if solver is not None and self.solver != solver:
+            raise PlanError(f"{origin}: made for solver {self.solver}, but {solver} is asked for")
+        if timesteps is not None and self.timesteps != timesteps:
+            found = f"{self.num_steps} steps" if self.num_steps != len(timesteps) else "other timesteps"
+            raise PlanError(f"{origin}: made for {found}, but {len(timesteps)} steps of {solver} are asked for")
+        for name, mine, theirs in (("trunk", self.trunk, trunk), ("set of exits", self.exits, exits)):
+            if mine and theirs is not None and mine != theirs:
+                raise PlanError(f"{origin}: made for {name} {mine}, but the model's is {theirs or 'absent'}")
+        if missing := sorted({d for d in (*self.cond, *self.uncond) if d} - set(depths)):
+            raise PlanError(f"{origin}: depth {missing[0]} has no exit; the model has {list(depths)}")
+
+    def save(self, path: Path) -> None:
+        """Write JSON."""
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+        Path(path).write_text(text + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read JSON.
+
+        Raises:
+            PlanError: the file is missing, no JSON, or no plan of this version.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise PlanError(f"{path}: not JSON ({error})") from error
+        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+            raise PlanError(f"{path}: expected a {FORMAT} file of version {VERSION}")
+        try:
+            return cls(**{k: v for k, v in data.items() if k not in ("format", "version")})
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        """A line per branch: the depths, from the noisiest step to the last."""
+        head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
+        lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", self.uncond)]
+        return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:4d}" for v in row) for name, row in lines)])

@@ -1,0 +1,313 @@
+"""The searched router: plans found on a table of paired-seed distribution shifts.
+
+The table holds, for each band of timesteps b and each pair of depths p, how the mean and the second moment of the
+pictures' features change when only the steps of that band are run at those depths, everything else at full depth, on
+the same seeds. To first order the changes add up over a plan:
+
+    m(plan) = m_full + sum_b sum_p A[b, p] dm[b, p]        S(plan) = S_full + sum_b sum_p A[b, p] dS[b, p]
+
+where A[b, p] is the share of band b that the plan runs at p. The Fréchet distance of (m, S - m m^T) to the reference is
+the prediction; a local search minimises it under a budget of measured time.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dyndit.analysis.fidelity import FrechetTo, Moments
+from dyndit.cost import CostModel
+from dyndit.errors import CheckpointError, InputError
+from dyndit.plan import DepthPlan
+from dyndit.routers.schedules import constant, ramp
+
+FORMAT = "dyndit-shift-table"
+VERSION = 1
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ShiftTable:
+    """Measured distribution shifts of a model, and what they were measured with.
+
+    edges: bands + 1 timesteps, falling; band b covers (edges[b + 1], edges[b]]. pairs: P (conditional,
+    unconditional) depths without the full pair, whose shift is zero. mean: (bands, P, F), second:
+    (bands, P, F, F), float64, of F features; base and reference: moments of full depth's and of real pictures.
+    """
+
+    edges: tuple[float, ...]
+    pairs: tuple[Pair, ...]
+    mean: Tensor
+    second: Tensor
+    base: Moments
+    reference: Moments
+    cost: CostModel
+    num_blocks: int
+    solver: str
+    num_steps: int
+    cfg_scale: float
+    seed: int
+    num_pictures: int
+    extractor: str
+    extractor_fingerprint: str
+    trunk: str = ""
+    exits: str = ""
+
+    @property
+    def full_pair(self) -> Pair:
+        """The depths of the original model."""
+        return (self.num_blocks, self.num_blocks if self.cfg_scale != 1 else 0)
+
+    @property
+    def num_bands(self) -> int:
+        """Number of bands."""
+        return len(self.edges) - 1
+
+    def weights(self, timesteps: Sequence[int]) -> Tensor:
+        """(K, bands): which share of each band every step covers.
+
+        Step k covers the timesteps from its own down to the next step's, the last one down to 0. With these weights
+        one table serves other step counts and solvers.
+        """
+        tops = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
+        bottoms = torch.cat([tops[1:], tops.new_zeros(1)])
+        edges = torch.tensor(self.edges, dtype=torch.float64)
+        high, low = edges[:-1], edges[1:]
+        overlap = torch.minimum(tops[:, None], high) - torch.maximum(bottoms[:, None], low)
+        return overlap.clamp(min=0) / (high - low)
+
+    def save(self, path: Path) -> None:
+        """Write safetensors: moments as float32 tensors, the rest as JSON in the metadata."""
+        tensors = {
+            "mean": self.mean,
+            "second": self.second,
+            "base.mean": self.base.mean,
+            "base.second": self.base.second,
+            "reference.mean": self.reference.mean,
+            "reference.second": self.reference.second,
+        }
+        plain = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("mean", "second", "base", "reference", "cost")
+        }
+        plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
+        metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
+        shifts = {name: t.float().contiguous() for name, t in tensors.items() if name in ("mean", "second")}
+        moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
+        save_file(shifts | moments, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a table.
+
+        Raises:
+            CheckpointError: missing, damaged, or no shift table of this version.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+                    raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
+                t = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+            plain = json.loads(metadata["table"])
+            nums, cost = plain.pop("nums"), CostModel.from_description(plain.pop("cost"))
+            plain |= {"pairs": tuple(map(tuple, plain["pairs"])), "edges": tuple(plain["edges"])}
+            base = Moments(t["base.mean"], t["base.second"], nums[0])
+            reference = Moments(t["reference.mean"], t["reference.second"], nums[1])
+            return cls(mean=t["mean"], second=t["second"], base=base, reference=reference, cost=cost, **plain)
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: no readable shift table ({error})") from error
+
+
+class Predictor:
+    """The additive prediction of a table at given timesteps: plan -> Fréchet distance to the reference."""
+
+    def __init__(self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None) -> None:
+        """`base`: moments of full depth at these very steps, where they were measured (else the table's)."""
+        self.table = table
+        self.base = table.base if base is None else base
+        self.unbias = self.base.num / (self.base.num - 1)
+        self.pairs: tuple[Pair, ...] = (*table.pairs, table.full_pair)
+        self.index = {pair: i for i, pair in enumerate(self.pairs)}
+        self.weights = table.weights(timesteps)
+        bands, features = table.num_bands, table.mean.shape[-1]
+        zero = table.mean.new_zeros
+        self.mean = torch.cat([table.mean, zero(bands, 1, features)], dim=1)
+        self.second = torch.cat([table.second, zero(bands, 1, features, features)], dim=1)
+        self.frechet = FrechetTo(table.reference)
+        self.seconds = torch.tensor([table.cost.step_seconds(*p) for p in self.pairs], dtype=torch.float64)
+
+    def coverage(self, choices: Tensor) -> Tensor:
+        """A of the module's docstring.  choices: (M, K) indices into `pairs` -> (M, bands, P + 1)."""
+        chosen = torch.nn.functional.one_hot(choices, len(self.pairs)).double()
+        return torch.einsum("kb,mkp->mbp", self.weights, chosen)
+
+    def moments(self, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """choices: (M, K) -> predicted means (M, F) and covariances (M, F, F)."""
+        a = self.coverage(choices).flatten(1)
+        mean = self.base.mean + a @ self.mean.flatten(0, 1)
+        second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
+        return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])
+
+    def distances(self, choices: Tensor) -> Tensor:
+        """choices: (M, K) -> predicted Fréchet distances (M,)."""
+        return self.frechet(*self.moments(choices))
+
+    def slopes(self, choice: Tensor) -> Tensor:
+        """First-order change of the distance per step and pair around a plan.  choice: (K,) -> (K, P + 1)."""
+        mean, covariance = (m[0] for m in self.moments(choice[None]))
+        d_mean, d_covariance = self.frechet.gradient(mean, covariance)
+        d_covariance = self.unbias * d_covariance
+        d_mean = d_mean - 2 * d_covariance @ mean
+        per_band = self.mean @ d_mean + (self.second * d_covariance).sum(dim=(2, 3))
+        return self.weights @ per_band
+
+    def choice(self, plan: DepthPlan) -> Tensor:
+        """(K,) indices of the plan's pairs; a pair the table lacks is replaced by the nearest measured one."""
+        return torch.tensor([self.nearest(pair) for pair in plan.pairs])
+
+    def nearest(self, pair: Pair) -> int:
+        """Index of the measured pair with the closest depths."""
+        if pair in self.index:
+            return self.index[pair]
+        gaps = [abs(c - pair[0]) + abs(u - pair[1]) + 100 * ((u == 0) != (pair[1] == 0)) for c, u in self.pairs]
+        return int(np.argmin(gaps))
+
+    def predict(self, plan: DepthPlan) -> float:
+        """Predicted Fréchet distance of a plan."""
+        return self.distances(self.choice(plan)[None]).item()
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How hard to search: starts, exact evaluations per move, and the most units moved apart.
+
+    Steps beyond `max_units` are moved in groups of neighbours, which keeps 250 steps as quick as 25.
+    """
+
+    num_starts: int = 6
+    evaluations: int = 48
+    max_units: int = 25
+    max_moves: int = 400
+
+
+def search(
+    table: ShiftTable,
+    full: DepthPlan,
+    budget: float,
+    *,
+    base: Moments | None = None,
+    settings: SearchSettings | None = None,
+) -> DepthPlan:
+    """The plan of least predicted Fréchet distance within `budget`, a share of the full plan's predicted time.
+
+    A local search from ramps, constants and the cheapest plan: every move changes one or two steps; moves are
+    ranked by their first-order effect, the best are evaluated exactly, the best of those is taken.
+
+    Raises:
+        InputError: the budget is outside (0, 1], or below the cheapest plan.
+    """
+    if not 0 < budget <= 1:
+        raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
+    settings = settings or SearchSettings()
+    predictor = Predictor(table, full.timesteps, base)
+    limit = budget * predictor.seconds[-1].item() * full.num_steps * (1 + 1e-9)
+    if predictor.seconds.min().item() * full.num_steps > limit:
+        least = predictor.seconds.min().item() / predictor.seconds[-1].item()
+        raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {least:.2f}")
+    best, best_value = None, float("inf")
+    for choice in _starts(predictor, full, limit, settings.num_starts):
+        choice, value = _improve(predictor, choice, limit, settings)
+        if value < best_value:
+            best, best_value = choice, value
+    plan = full.with_pairs(
+        [predictor.pairs[i] for i in best.tolist()],
+        router="searched",
+        budget=budget,
+        trunk=table.trunk,
+        exits=table.exits,
+    )
+    figures = {
+        "predicted_fd": best_value,
+        "predicted_fd_full": predictor.predict(full),
+        "predicted_share_of_time": table.cost.share_of_time(plan),
+        "share_of_blocks": plan.share_of_blocks,
+    }
+    return replace(plan, figures=figures)
+
+
+def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> list[Tensor]:
+    """Ramps and constants within the budget, best predicted first, and the cheapest plan."""
+    depths = tuple(sorted({c for c, _ in predictor.pairs}))
+    plans = [constant(full, depths, depth) for depth in depths] + [
+        ramp(full, depths, low, high, power)
+        for low in depths
+        for high in depths
+        for power in (0.5, 1.0, 2.0)
+        if low < high
+    ]
+    choices = torch.stack([predictor.choice(plan) for plan in plans])
+    choices = choices[predictor.seconds[choices].sum(1) <= limit]
+    cheapest = torch.full((full.num_steps,), int(predictor.seconds.argmin()))
+    if not len(choices):
+        return [cheapest]
+    order = predictor.distances(choices).argsort()[:num]
+    return [*choices[order], cheapest]
+
+
+def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
+    """Local search from one plan.  choice: (K,) -> (K,), its predicted distance."""
+    num_steps, num_pairs = len(choice), len(predictor.pairs)
+    units = np.array_split(np.arange(num_steps), min(num_steps, settings.max_units))
+    member = torch.zeros(len(units), num_steps, dtype=torch.float64)
+    for i, unit in enumerate(units):
+        member[i, unit] = 1
+    value = predictor.distances(choice[None]).item()
+    for _ in range(settings.max_moves):
+        slopes = predictor.slopes(choice)
+        gain = member @ (slopes - slopes.gather(1, choice[:, None]))  # (U, P): first-order change
+        cost = member @ (predictor.seconds[None, :] - predictor.seconds[choice][:, None])
+        spare = limit - predictor.seconds[choice].sum().item()
+        moves = _ranked_moves(gain.flatten(), cost.flatten(), spare, num_pairs, settings.evaluations)
+        if not moves:
+            break
+        candidates = choice.repeat(len(moves), 1)
+        for row, move in enumerate(moves):
+            for flat in move:
+                candidates[row, units[flat // num_pairs]] = flat % num_pairs
+        values = predictor.distances(candidates)
+        best = int(values.argmin())
+        if values[best].item() >= value - 1e-9:
+            break
+        choice, value = candidates[best], values[best].item()
+    return choice, value
+
+
+def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_pairs: int, num: int) -> list[tuple[int, ...]]:
+    """The most promising single and double moves within the spare time, by first-order change."""
+    singles = torch.nonzero(cost <= spare).flatten()
+    ranked = [(gain[i].item(), (int(i),)) for i in singles[gain[singles].argsort()[:num]]]
+    # Doubles: something bought, something sold. Candidates are the best of either kind.
+    keep = min(len(gain), 256)
+    buy = gain.argsort()[:keep]
+    sell = (gain / cost.abs().clamp(min=1e-12)).masked_fill(cost >= 0, torch.inf).argsort()[:keep]
+    total_gain = gain[buy][:, None] + gain[sell][None, :]
+    fits = cost[buy][:, None] + cost[sell][None, :] <= spare
+    apart = (buy // num_pairs)[:, None] != (sell // num_pairs)[None, :]
+    total_gain = total_gain.masked_fill(~(fits & apart & (cost[sell] < 0)[None, :]), torch.inf).flatten()
+    for flat in total_gain.argsort()[:num].tolist():
+        if total_gain[flat] < torch.inf:
+            ranked.append((total_gain[flat].item(), (int(buy[flat // keep]), int(sell[flat % keep]))))
+    ranked.sort(key=lambda item: item[0])
+    half = ranked[:num]
+    # Singles must not be crowded out by doubles whose first-order sum looks better.
+    return list(dict.fromkeys([move for _, move in half] + [m for _, m in ranked if len(m) == 1][: num // 2]))

@@ -1,0 +1,181 @@
+"""What a recipe picks from: training a trunk (`Train`), and distilling exits (`Distill`). Both run on `training.fit`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from dyndit.backbones import ClassConditionalDiT, DiTConfig
+from dyndit.data import Pictures
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import InputError
+from dyndit.exits import ExitConfig, Exits
+from dyndit.losses import denoising_loss, exit_errors
+from dyndit.objectives import Schedule
+from dyndit.training import FitConfig, FitResult, fit
+
+Preview = Callable[[DynamicDepth, Path, int], None]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a class-conditional DiT from scratch."""
+
+    backbone: DiTConfig
+    fit: FitConfig
+    data: str = ""
+    """"digits", or empty: the user names a picture folder."""
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def run(
+        self, data: Pictures, out: Path, *, resume: bool = True, preview: Preview | None = None
+    ) -> tuple[DynamicDepth, FitResult]:
+        """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
+
+        Raises:
+            InputError: the data's size, channels or classes are not the backbone's.
+        """
+        config = self.backbone
+        for name, found, expected in (
+            ("picture size", data.image_size, config.image_size),
+            ("channels", data.channels, config.in_channels),
+            ("classes", data.num_classes, config.num_classes),
+        ):
+            if found != expected:
+                raise InputError(f"data: {name} {found}, but the recipe's backbone expects {expected}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.fit.seed)
+            backbone = ClassConditionalDiT(config)
+        backbone.gradient_checkpointing = self.fit.gradient_checkpointing
+        result = fit(_Denoising(backbone, self.schedule, preview), data, self.fit, out, resume=resume)
+        backbone.load_state_dict(result.ema)
+        return DynamicDepth(backbone).eval(), result
+
+
+class _Denoising:
+    """The task of training the trunk."""
+
+    def __init__(self, backbone: ClassConditionalDiT, schedule: Schedule, preview: Preview | None) -> None:
+        self.trainable, self.schedule, self._preview = backbone, schedule, preview
+
+    def loss(
+        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
+        t = torch.randint(self.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
+        eps = torch.randn(x.shape, generator=generator).to(x.device)
+        y = self.trainable.y_embedder.drop(y, generator)
+        return denoising_loss(module, self.schedule, x, t, eps, y)
+
+    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
+        """Draw a sample grid with the averaged weights."""
+        if self._preview is None:
+            return
+        backbone = ClassConditionalDiT(self.trainable._config)
+        backbone.load_state_dict(ema)
+        self._preview(DynamicDepth(backbone).eval().to(next(self.trainable.parameters()).device), out, step)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train every exit at once on the frozen full model's own predictions."""
+
+    exits: ExitConfig
+    fit: FitConfig
+    data: str = ""
+    variance_weight: float = 0.1
+    """Weight of the error on the variance outputs, relative to that on the noise."""
+    null_share: float = 0.3
+    """Share of the labels replaced by the null label: guided sampling asks the exits for both branches."""
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def run(
+        self, model: DynamicDepth, data: Pictures, out: Path, *, resume: bool = True
+    ) -> tuple[DynamicDepth, FitResult]:
+        """Return a model with the same trunk and trained exits, in eval mode, and the loop's record."""
+        backbone = model.backbone.eval().requires_grad_(False)
+        if (data.channels, data.image_size) != (backbone.in_channels, backbone.image_size):
+            raise InputError(
+                f"data: pictures of {data.channels} x {data.image_size} px, but the model takes "
+                f"{backbone.in_channels} x {backbone.image_size} px"
+            )
+        dynamic = DynamicDepth(backbone, Exits(backbone, self.exits), pixel_space=model.pixel_space)
+        task = _ExitDistillation(dynamic, self)
+        result = fit(task, data, self.fit, out, resume=resume)
+        dynamic.exits.load_state_dict({k.removeprefix("exits."): v for k, v in result.ema.items()})
+        return dynamic.eval(), result
+
+
+class _ExitDistillation:
+    """The task of training exits: the trainable part is a wrapper that holds the exits alone."""
+
+    def __init__(self, dynamic: DynamicDepth, recipe: Distill) -> None:
+        self.trainable, self.recipe = _FrozenTrunk(dynamic), recipe
+
+    def loss(
+        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over exits of the squared error on noise and variance outputs.  x: (B, C, H, W), y: (B,)."""
+        recipe, backbone = self.recipe, self.trainable.dynamic[0].backbone
+        t = torch.randint(recipe.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
+        eps = torch.randn(x.shape, generator=generator).to(x.device)
+        lost = torch.rand(len(y), generator=generator) < recipe.null_share
+        y = torch.where(lost.to(y.device), backbone.null_class, y)
+        errors = module(recipe.schedule.add_noise(x, eps, t), t, y)
+        weights = errors.new_tensor([1.0, recipe.variance_weight])
+        noise, variance = errors.mean(dim=(0, 1)).detach()
+        return (errors * weights).sum(dim=(0, 2)).mean(), {"noise": noise, "variance": variance}
+
+    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
+        """Exits have no preview: their verdict is the table of errors."""
+
+
+class _FrozenTrunk(nn.Module):
+    """Registers the exits as parameters and keeps the trunk out of the optimiser, the EMA and the checkpoints."""
+
+    def __init__(self, dynamic: DynamicDepth) -> None:
+        super().__init__()
+        self.exits = dynamic.exits
+        self.dynamic = [dynamic]  # in a list, so that the trunk is no submodule
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """-> (E, B, 2) squared errors of E exits, see `exit_errors`."""
+        dynamic = self.dynamic[0].to(x_t.device)
+        return torch.stack(list(exit_errors(dynamic, x_t, t, y).values()))
+
+
+@torch.no_grad()
+def exit_error_table(
+    model: DynamicDepth, data: Pictures, *, num_pictures: int = 512, num_bands: int = 10, seed: int = 0
+) -> pd.DataFrame:
+    """Each exit's error against the full model, per band of log-SNR.
+
+    Bands are equal in timesteps. Columns: depth, band, log_snr_low, log_snr_high, noise_error (mean square on
+    the noise channels), variance_error. A diagnostic: DESIGN and README say why plans are not chosen on it.
+    """
+    schedule, generator = Schedule(), torch.Generator().manual_seed(seed)
+    pick = torch.randperm(len(data), generator=generator)[:num_pictures].tolist()
+    items = [data[i] for i in pick]
+    x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
+    edges = torch.linspace(0, schedule.num_timesteps, num_bands + 1).long()
+    rows = []
+    for band, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        t = torch.randint(low, high, (len(x_0),), generator=generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        errors = exit_errors(model, schedule.add_noise(x_0, eps, t), t, y)
+        snr = schedule.log_snr(torch.tensor([high - 1, low])).tolist()
+        rows += [
+            {
+                "depth": depth,
+                "band": band,
+                "log_snr_low": snr[0],
+                "log_snr_high": snr[1],
+                "noise_error": error[:, 0].mean().item(),
+                "variance_error": error[:, 1].mean().item(),
+            }
+            for depth, error in errors.items()
+        ]
+    return pd.DataFrame(rows)

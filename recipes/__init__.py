@@ -1,0 +1,1 @@
+"""Complete runs as short Python files: choices only, no loops."""

@@ -1,0 +1,42 @@
+"""CIFAR-10: a 12-layer class-conditional DiT on 32 x 32 pixels, and its exits.
+
+    dyndit train cifar10 --data DIR --out runs/cifar10
+    dyndit distill cifar10 --model runs/cifar10 --data DIR --out runs/cifar10-exits
+
+DIR holds a subfolder of pictures per class. Result and cost: not yet measured.
+"""
+
+from dyndit.backbones import CARDS
+from dyndit.exits import ExitConfig
+from dyndit.tasks import Distill, Train
+from dyndit.training import FitConfig
+
+train = Train(
+    backbone=CARDS["cifar10"],
+    fit=FitConfig(
+        steps=40_000,
+        batch_size=128,
+        learning_rate=5e-4,
+        warmup_steps=100,
+        schedule="cosine",
+        ema_decay=0.9995,
+        checkpoint_every=500,
+        flip=True,
+        seed=0,
+    ),
+)
+
+distill = Distill(
+    exits=ExitConfig(),
+    fit=FitConfig(
+        steps=1_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        warmup_steps=25,
+        schedule="cosine",
+        ema_decay=0.99,
+        checkpoint_every=250,
+        flip=True,
+        seed=1,
+    ),
+)

@@ -1,0 +1,59 @@
+"""scikit-learn's digits: a 12-layer class-conditional DiT on 8 x 8 pixels, and exits after every layer.
+
+    dyndit quickstart                                                # all of it, on the trunk that ships
+    dyndit quickstart --from-scratch                                 # the trunk as well
+    dyndit train digits --out runs/digits                            # the trunk alone
+    dyndit distill digits --model runs/digits --out runs/exits       # the exits alone
+
+`dyndit/assets/digits.safetensors` is what `train` gives, stored in half precision.
+"""
+
+from dyndit.backbones import CARDS
+from dyndit.calibration import CalibrationSettings
+from dyndit.exits import ExitConfig
+from dyndit.experiment import Experiment
+from dyndit.tasks import Distill, Train
+from dyndit.training import FitConfig
+
+train = Train(
+    backbone=CARDS["digits"],
+    data="digits",
+    fit=FitConfig(
+        steps=2_500,
+        batch_size=128,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        ema_decay=0.998,
+        seed=0,
+    ),
+)
+
+distill = Distill(
+    exits=ExitConfig(head="adaln-linear"),
+    data="digits",
+    fit=FitConfig(
+        steps=500,
+        batch_size=128,
+        learning_rate=1e-3,
+        warmup_steps=25,
+        schedule="cosine",
+        ema_decay=0.99,
+        seed=1,
+    ),
+)
+
+quickstart = Experiment(
+    model="digits",
+    data="digits",
+    extractor="digits",
+    train=train,
+    distill=distill,
+    calibration=CalibrationSettings(num_pictures=128, num_bands=5),
+    full_steps=(5, 8, 10, 14, 20),
+    dynamic_steps=(10,),
+    budgets=(0.5, 0.65, 0.8),
+    solvers=("ddim", "unipc"),
+    num_blocks=3,
+    num_images=200,
+)

@@ -1,0 +1,81 @@
+"""The classifier behind the `digits` extractor, trained on scikit-learn's digits.
+
+    python -m dyndit.recipes.digits_classifier
+
+Split 1,297 / 500, stratified, seed 0; each picture shifted at random by up to one pixel.
+Result: 99.4% on the 500 test pictures; 33 s of training on one thread of a 2-core x86-64 CPU, 2026-11-23.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from dyndit.analysis.extractors import DIGITS_WEIGHTS, DigitsClassifier
+
+SEED = 0
+NUM_STEPS = 2_000
+BATCH_SIZE = 128
+LEARNING_RATE = 2e-3
+OUT = Path(str(files("dyndit.assets") / DIGITS_WEIGHTS))
+
+
+def load_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return train and test pictures, uint8 (N, 1, 8, 8), and train and test classes, int64 (N,)."""
+    digits = load_digits()
+    pictures = np.round(digits.images * 255 / 16).astype(np.uint8)[:, None]
+    parts = train_test_split(pictures, digits.target, test_size=500, stratify=digits.target, random_state=SEED)
+    return tuple(torch.from_numpy(part) for part in parts)
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x: (B, 1, 8, 8) -> each picture shifted by up to one pixel.
+
+    No noise is added: features trained to overlook noise would overlook what shallow sampling does to
+    pictures.
+    """
+    views = F.pad(x, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1).reshape(len(x), 9, 1, 8, 8)
+    return views[torch.arange(len(x)), torch.randint(0, 9, (len(x),), generator=generator)]
+
+
+def train() -> tuple[DigitsClassifier, float]:
+    """Return the trained classifier and its accuracy on the test pictures, in [0, 1]."""
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    train_pictures, test_pictures, train_classes, test_classes = load_split()
+    x_train, x_test = train_pictures / 255, test_pictures / 255
+    model = DigitsClassifier().train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
+    for _ in track(range(NUM_STEPS), "digits classifier"):
+        rows = torch.randint(0, len(x_train), (BATCH_SIZE,), generator=generator)
+        logits = model(augment(x_train[rows], generator))
+        loss = F.cross_entropy(logits, train_classes[rows], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    with torch.inference_mode():
+        accuracy = (model(x_test).argmax(1) == test_classes).double().mean().item()
+    return model, accuracy
+
+
+def main(out: Path = OUT) -> None:
+    """Train, and write the weights with their accuracy in the file's metadata."""
+    model, accuracy = train()
+    metadata = {"accuracy": f"{accuracy:.4f}", "seed": str(SEED), "recipe": "recipes/digits_classifier.py"}
+    save_file(model.state_dict(), out, metadata)
+    out.chmod(0o644)  # safetensors writes 0600, and a wheel keeps it
+    print(f"{out}: {accuracy:.1%} on 500 test pictures")
+
+
+if __name__ == "__main__":
+    main()

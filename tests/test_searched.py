@@ -1,0 +1,201 @@
+"""The searched router: the additive prediction, and the search on it."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dyndit.analysis.fidelity import frechet_distance, moments
+from dyndit.cost import CostModel, PartTimes
+from dyndit.errors import CheckpointError, InputError
+from dyndit.plan import DepthPlan
+from dyndit.routers.searched import Predictor, ShiftTable, search
+
+NUM_BLOCKS = 4
+PARTS = PartTimes(embed=0.1, block=1.0, exit=0.1, head=0.1)
+COST = CostModel(8, NUM_BLOCKS, one=PARTS, two=replace(PARTS, block=1.9), solver=0.05)
+
+
+def table_from(features: dict, base: torch.Tensor, reference: torch.Tensor, edges: tuple, pairs: tuple) -> ShiftTable:
+    """A table from features per (band, pair), as `measure_shifts` makes it."""
+    n = len(base)
+
+    def shifts(change) -> torch.Tensor:
+        bands = range(len(edges) - 1)
+        return torch.stack([torch.stack([change(features[band, pair]) for pair in pairs]) for band in bands])
+
+    return ShiftTable(
+        edges=edges,
+        pairs=pairs,
+        mean=shifts(lambda f: (f - base).mean(0)),
+        second=shifts(lambda f: (f.T @ f - base.T @ base) / n),
+        base=moments(base),
+        reference=moments(reference),
+        cost=COST,
+        num_blocks=NUM_BLOCKS,
+        solver="ddim",
+        num_steps=len(edges) - 1,
+        cfg_scale=1.5,
+        seed=0,
+        num_pictures=n,
+        extractor="toy",
+        extractor_fingerprint="toy",
+    )
+
+
+def random_table(num_steps: int, num_depths: int, seed: int, num_features: int = 3) -> ShiftTable:
+    """A table whose shallow exits shift the pictures more, as real ones do, in directions of their own."""
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(64, num_features, generator=g, dtype=torch.float64)
+    reference = torch.randn(64, num_features, generator=g, dtype=torch.float64)
+    depths = range(1, num_depths + 1)
+    pairs = tuple((d, d) for d in depths if d != NUM_BLOCKS)
+    features = {
+        (band, pair): base
+        + (NUM_BLOCKS - pair[0]) / NUM_BLOCKS * torch.randn(base.shape, generator=g, dtype=torch.float64)
+        + 0.5 * torch.randn(num_features, generator=g, dtype=torch.float64) * (NUM_BLOCKS - pair[0]) / NUM_BLOCKS
+        for band in range(num_steps)
+        for pair in pairs
+    }
+    edges = tuple(float(t) for t in range(100 * num_steps, -1, -100))
+    return table_from(features, base, reference, edges, pairs)
+
+
+def full_plan(table: ShiftTable) -> DepthPlan:
+    return DepthPlan.full(tuple(int(t) for t in table.edges[:-1]), NUM_BLOCKS, "ddim", table.cfg_scale)
+
+
+def best_by_enumeration(table: ShiftTable, budget: float) -> tuple[float, tuple]:
+    predictor = Predictor(table, full_plan(table).timesteps)
+    choices = torch.tensor(list(product(range(len(predictor.pairs)), repeat=table.num_bands)))
+    limit = budget * predictor.seconds[-1] * table.num_bands
+    choices = choices[predictor.seconds[choices].sum(1) <= limit * (1 + 1e-9)]
+    values = predictor.distances(choices)
+    best = int(values.argmin())
+    return values[best].item(), tuple(predictor.pairs[i] for i in choices[best].tolist())
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), budget=st.sampled_from([0.45, 0.6, 0.8, 1.0]))
+def test_search_finds_the_best_plan_of_a_small_table(seed: int, budget: float) -> None:
+    table = random_table(num_steps=4, num_depths=4, seed=seed)
+    plan = search(table, full_plan(table), budget)
+    value, _ = best_by_enumeration(table, budget)
+    assert plan.figures["predicted_fd"] == pytest.approx(value, abs=1e-9)
+    assert table.cost.share_of_time(plan) <= budget * (1 + 1e-6)
+
+
+def test_the_small_tables_are_worth_searching() -> None:
+    """Guard of the test above: the best plans differ from step to step, and between budgets."""
+    table = random_table(4, 4, seed=7)
+    plans = {budget: best_by_enumeration(table, budget)[1] for budget in (0.45, 0.6, 0.8)}
+    assert len(set(plans.values())) == 3
+    assert any(len(set(pairs)) > 1 for pairs in plans.values())
+
+
+def test_prediction_is_exact_where_each_step_moves_pictures_of_its_own() -> None:
+    """Two steps; the first exit changes the first half of the pictures, the second the rest: shifts add exactly."""
+    g = torch.Generator().manual_seed(0)
+    base, reference = (torch.randn(80, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    change = torch.randn(80, 5, generator=g, dtype=torch.float64)
+    first, second = base.clone(), base.clone()
+    first[:40] += change[:40]
+    second[40:] += change[40:]
+    pair = (2, 2)
+    table = table_from({(0, pair): first, (1, pair): second}, base, reference, (900.0, 400.0, 0.0), (pair,))
+    full = full_plan(table)
+    both = full.with_pairs([pair, pair])
+    measured = frechet_distance(moments(base + change), moments(reference))
+    assert Predictor(table, full.timesteps).predict(both) == pytest.approx(measured, rel=1e-9)
+    assert measured != pytest.approx(frechet_distance(moments(base), moments(reference)), rel=1e-3)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_prediction_is_exact_for_a_single_replaced_step(step: int) -> None:
+    table = random_table(2, 3, seed=3)
+    g = torch.Generator().manual_seed(3)
+    base = torch.randn(64, 3, generator=g, dtype=torch.float64)
+    full = full_plan(table)
+    pairs = list(full.pairs)
+    pairs[step] = (2, 2)
+    index = table.pairs.index((2, 2))
+    mean = base.mean(0) + table.mean[step, index]
+    second = base.T @ base / 64 + table.second[step, index]
+    covariance = (second - torch.outer(mean, mean)) * 64 / 63
+    predictor = Predictor(table, full.timesteps)
+    assert predictor.predict(full.with_pairs(pairs)) == pytest.approx(predictor.frechet(mean, covariance).item())
+
+
+def test_weights_of_the_tables_own_steps_are_the_identity() -> None:
+    table = random_table(5, 2, seed=0)
+    assert torch.equal(table.weights(full_plan(table).timesteps), torch.eye(5, dtype=torch.float64))
+
+
+@given(steps=st.integers(1, 40), bands=st.integers(1, 6))
+def test_steps_share_out_every_band_once(steps: int, bands: int) -> None:
+    table = random_table(bands, 2, seed=0)
+    top = table.edges[0]
+    timesteps = [top * (steps - k) / steps for k in range(steps)]
+    assert torch.allclose(table.weights(timesteps).sum(0), torch.ones(bands, dtype=torch.float64))
+
+
+def test_slopes_are_the_derivative_of_the_distance() -> None:
+    """Moving a small part of a step from one pair to another changes the distance by the difference of slopes."""
+    table = random_table(3, 4, seed=5)
+    predictor = Predictor(table, full_plan(table).timesteps)
+    choice = torch.tensor([0, 2, 1])
+    slopes = predictor.slopes(choice)
+    a, h = predictor.coverage(choice[None]), 1e-6
+    moved = a.clone()
+    moved[0, 1] -= h * torch.nn.functional.one_hot(torch.tensor(2), 4)
+    moved[0, 1] += h * torch.nn.functional.one_hot(torch.tensor(0), 4)
+    values = []
+    for coverage in (a, moved):
+        predictor.coverage = lambda _, coverage=coverage: coverage
+        values.append(predictor.distances(choice[None]).item())
+    assert (values[1] - values[0]) / h == pytest.approx((slopes[1, 0] - slopes[1, 2]).item(), rel=1e-3, abs=1e-5)
+
+
+def test_more_budget_is_never_predicted_worse() -> None:
+    table = random_table(6, 4, seed=11)
+    values = [search(table, full_plan(table), b).figures["predicted_fd"] for b in (0.4, 0.5, 0.6, 0.8, 1.0)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_table_round_trip(tmp_path) -> None:
+    table = random_table(3, 3, seed=2)
+    table.save(tmp_path / "table.safetensors")
+    again = ShiftTable.load(tmp_path / "table.safetensors")
+    full = full_plan(table)
+    assert again.pairs == table.pairs
+    assert again.cost == table.cost
+    plan = full.with_pairs([(1, 1), (2, 2), (4, 4)])
+    assert Predictor(again, full.timesteps).predict(plan) == pytest.approx(
+        Predictor(table, full.timesteps).predict(plan), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"not a table", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_damaged_tables_are_refused(tmp_path, content: bytes) -> None:
+    path = tmp_path / "table.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"table\.safetensors"):
+        ShiftTable.load(path)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.1, 0.05])
+def test_impossible_budgets_are_refused(budget: float) -> None:
+    table = random_table(3, 3, seed=2)
+    with pytest.raises(InputError, match="--budget"):
+        search(table, full_plan(table), budget)
+
+
+def test_cost_of_unequal_branches() -> None:
+    """Shared up to the shallower branch, alone from there on."""
+    assert COST.step_seconds(4, 2) == pytest.approx(0.05 + 0.1 + 2 * 1.9 + 0.1 + 2 * 1.0 + 0.1)
+    assert COST.step_seconds(2, 4) == COST.step_seconds(4, 2)
+    assert COST.step_seconds(3, 0) == pytest.approx(0.05 + 0.1 + 3 * 1.0 + 0.1)
+    assert COST.share_of_time(DepthPlan.full((9, 5), NUM_BLOCKS, "ddim", 1.5)) == pytest.approx(1)

@@ -8,8 +8,7 @@ by its content, never unpickled beyond tensors and an `argparse.Namespace`, and 
 import argparse
 import importlib.resources
 import json
-import pickle
-import zipfile
+import re
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -76,7 +75,7 @@ def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         "trunk": trunk_hash,
         "backbone": model.backbone.config(),
     }
-    _write(trunk, folder / TRUNK, {"format": MODEL_FORMAT, "trunk": trunk_hash})
+    _write(trunk, folder / TRUNK, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
         save_exits(model.exits, folder / EXITS, trunk_hash)
@@ -105,12 +104,15 @@ def load_exits(path: Path, backbone: Backbone) -> Exits:
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(VERSION)):
         raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {VERSION}")
     trunk = tensors_hash(backbone.state_dict())
-    if metadata["trunk"] != trunk:
-        raise CheckpointError(f"{path}: exits of trunk {metadata['trunk']}, but this trunk is {trunk}")
-    if metadata["exits"] != tensors_hash(tensors):
+    if metadata.get("trunk") != trunk:
+        raise CheckpointError(f"{path}: exits of trunk {metadata.get('trunk')}, but this trunk is {trunk}")
+    if metadata.get("exits") != tensors_hash(tensors):
         raise CheckpointError(f"{path}: damaged (its tensors do not have the recorded hash)")
-    config = json.loads(metadata["config"])
-    exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"]))
+    try:
+        config = json.loads(metadata["config"])
+        exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged (no exits are described by its metadata: {_line(error)})") from error
     _load_strictly(exits, tensors, path)
     return exits.eval()
 
@@ -123,20 +125,25 @@ def _load_native(folder: Path) -> DynamicDepth:
         config = json.loads(path.read_text())
         family, arguments = FAMILIES[config["family"]], config["backbone"]
         known = (config["format"], config["version"]) == (MODEL_FORMAT, VERSION)
+        trunk_hash, pixel_space = config["trunk"], config["pixel_space"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the config of a {MODEL_FORMAT} folder ({error!r})") from error
+        found = f"{type(error).__name__}: {_line(error)}"
+        raise CheckpointError(f"{path}: not the config of a {MODEL_FORMAT} folder ({found})") from error
     if not known:
         raise CheckpointError(f"{path}: expected a {MODEL_FORMAT} config of version {VERSION}")
     try:
         backbone = family.from_config(arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: impossible architecture ({error})") from error
-    tensors, _ = _read(folder / TRUNK)
+        raise CheckpointError(f"{path}: impossible architecture ({_line(error)})") from error
+    tensors, metadata = _read(folder / TRUNK)
     _load_strictly(backbone, tensors, folder / TRUNK)
-    if (found := tensors_hash(backbone.state_dict())) != config["trunk"]:
-        raise CheckpointError(f"{folder / TRUNK}: damaged (hash {found}, {CONFIG} records {config['trunk']})")
+    if (found := tensors_hash(backbone.state_dict())) != trunk_hash:
+        raise CheckpointError(f"{folder / TRUNK}: damaged (hash {found}, {CONFIG} records {trunk_hash})")
+    # No tensor shows the number of heads, the norm's epsilon or the timestep frequencies: the file tells.
+    if metadata.get("config") != json.dumps(config):
+        raise CheckpointError(f"{path}: edited; expected the config that {TRUNK} was saved with")
     exits = load_exits(folder / EXITS, backbone) if (folder / EXITS).exists() else None
-    return DynamicDepth(backbone, exits, pixel_space=config["pixel_space"]).eval()
+    return DynamicDepth(backbone, exits, pixel_space=pixel_space).eval()
 
 
 def _packaged_digits() -> DynamicDepth:
@@ -162,9 +169,12 @@ def _official_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        line = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path}: no readable PyTorch checkpoint ({line[0]})") from error
+    except Exception as error:  # arbitrary bytes, run through an unpickler, raise anything
+        unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        found = (
+            f"holds {unsafe[1]}" if unsafe else f"damaged or of another kind, {type(error).__name__}: {_line(error)}"
+        )
+        raise CheckpointError(f"{path}: expected a PyTorch checkpoint of tensors alone ({found})") from error
     notes: tuple[str, ...] = ()
     if isinstance(data, dict):
         for key in ("ema", "model"):
@@ -184,8 +194,11 @@ def _infer(tensors: dict[str, Tensor], path: Path, num_heads: int | None) -> tup
         rows = tensors["final_layer.linear.weight"].shape[0]
         hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
         num_labels = tensors["y_embedder.embedding_table.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+        num_blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    except KeyError as error:
         raise CheckpointError(f"{path}: no class-conditional DiT (missing {error})") from error
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no class-conditional DiT ({_line(error)})") from error
     if num_heads is None:
         by_width = {card.width: card.num_heads for card in CARDS.values()}
         num_heads = by_width.get(width) or (width // 64 if width % 64 == 0 else None)
@@ -194,14 +207,14 @@ def _infer(tensors: dict[str, Tensor], path: Path, num_heads: int | None) -> tup
             raise InputError(f"{path}: width {width} tells no number of heads; expected --num-heads")
     else:
         how = "as given"
-    if width % num_heads:
+    if num_heads < 1 or width % num_heads:
         raise InputError(f"--num-heads {num_heads}: does not divide the width {width}")
     config = DiTConfig(
         image_size=isqrt(num_tokens) * patch,
         patch_size=patch,
         in_channels=channels,
         width=width,
-        num_blocks=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        num_blocks=num_blocks,
         num_heads=num_heads,
         mlp_ratio=hidden / width,
         num_classes=num_labels - 1,
@@ -235,7 +248,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: no readable safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: no readable safetensors file ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    """The first line of a foreign error's message, which may have many."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else "no message"
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

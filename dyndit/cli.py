@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from dyndit.errors import InputError
+from dyndit.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
     from dyndit.analysis.extractors import Extractor
@@ -29,7 +30,6 @@ def train(
     seed: int | None = None,
     sample_every: int | None = None,
     vae: Path | None = None,
-    fresh: bool = False,
 ) -> None:
     """Train a backbone from scratch. A run that was stopped goes on where it was.
 
@@ -42,7 +42,6 @@ def train(
         seed: Seed, in place of the recipe's.
         sample_every: Draw a sample grid every so many steps; 0 for never.
         vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
-        fresh: Start anew even where a checkpoint is there.
     """
     from dyndit import checkpoints, manifest
     from dyndit.recipe_files import find
@@ -53,7 +52,7 @@ def train(
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
-    model, result = chosen.run(pictures, out, resume=not fresh, preview=_preview)
+    model, result = chosen.run(pictures, out, preview=_preview)
     checkpoints.save(model, out)
     settings = {"verb": "train", "recipe": recipe, "fit": vars(fit), "data": pictures.fingerprint}
     manifest.write_json(out / "manifest.json", manifest.describe(settings, seconds=result.seconds))
@@ -76,7 +75,6 @@ def distill(
     batch_size: int | None = None,
     num_heads: int | None = None,
     vae: Path | None = None,
-    fresh: bool = False,
 ) -> None:
     """Train exits on a frozen model's own predictions, and write the model with them.
 
@@ -89,7 +87,6 @@ def distill(
         batch_size: Pictures per update, in place of the recipe's.
         num_heads: Attention heads of a .pt whose width does not tell them.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
-        fresh: Start anew even where a checkpoint is there.
     """
     from dyndit import checkpoints, manifest
     from dyndit.recipe_files import find
@@ -103,7 +100,7 @@ def distill(
     pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
     changes = {"steps": steps, "batch_size": batch_size}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
-    dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation", resume=not fresh)
+    dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     errors.to_csv(out / "exit-errors.csv", index=False)
@@ -336,8 +333,7 @@ def sample(
         "seed": seed,
         "pairs": resolved.pairs,
     }
-    if bad := [c for c in classes if not 0 <= c < dynamic.backbone.num_classes]:
-        raise InputError(f"--class-labels {bad[0]}: expected 0 to {dynamic.backbone.num_classes - 1}")
+    sampling.check_request(dynamic, labels, batch_size)
     manifest.claim(out, settings)
     for note in loaded.notes:
         print(note)
@@ -604,6 +600,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    keep_freed_memory()
     try:
         tyro.extras.subcommand_cli_from_dict(
             VERBS,

@@ -106,7 +106,12 @@ def measure_cost(
     batch = Batch(labels, tuple(range(batch_size)), seed=0)
     # The trajectory is prepared ahead: drawing the noise is not part of a step.
     waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
-    parts["steps"] = lambda: advance(model, batch, waiting.pop(), plan, guidance)
+    rest: list[float] = []
+
+    def around(_: int, seconds: float, network: float) -> None:
+        rest.append(seconds - network)
+
+    parts["steps"] = lambda: advance(model, batch, waiting.pop(), plan, guidance, on_step=around)
     seconds = _medians(parts, rounds, synchronise=device.type == "cuda")
     one, two = (
         PartTimes(
@@ -117,9 +122,8 @@ def measure_cost(
         )
         for n in ("one", "two")
     )
-    network = CostModel(batch_size, model.num_blocks, one, two, 0.0).plan_seconds(plan)
-    rest = max(0.0, (seconds["steps"] - network) / plan.num_steps)
-    return CostModel(batch_size, model.num_blocks, one, two, rest, device.type)
+    solver_seconds = statistics.median(rest[plan.num_steps :])
+    return CostModel(batch_size, model.num_blocks, one, two, solver_seconds, device.type)
 
 
 def _medians(parts: dict[str, Callable[[], object]], rounds: int, synchronise: bool) -> dict[str, float]:

@@ -113,8 +113,12 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     for name in ("train", "distill"):
         if settings["experiment"][name]:
             settings["experiment"][name].pop("schedule", None)
+    found = inputs.model or experiment.model
+    trunk = None if inputs.from_scratch else checkpoints.load(found, device=inputs.device)
+    if trunk is None and experiment.train is None:
+        raise InputError("--from-scratch: this experiment has no recipe for its trunk")
     manifest.claim(out, settings)
-    model = _model(experiment, inputs, data, out, console)
+    model = _model(experiment, inputs, trunk, data, out, console)
     reference = moments(extractor.features(as_rgb(data.uint8())))
     table = _table(experiment, model, extractor, reference, out, console)
     arms = _arms(experiment, model, extractor, table, out, console)
@@ -123,21 +127,24 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     return out
 
 
-def _model(experiment: Experiment, inputs: Inputs, data: Pictures, out: Path, console: Console) -> DynamicDepth:
+def _model(
+    experiment: Experiment,
+    inputs: Inputs,
+    trunk: DynamicDepth | None,
+    data: Pictures,
+    out: Path,
+    console: Console,
+) -> DynamicDepth:
     """The trunk with its exits, from `out/model` where they are there and whole."""
     folder = out / "model"
     if (folder / checkpoints.EXITS).exists():
         console.print(f"trunk and exits: there already ({folder})")
         return checkpoints.load(folder, device=inputs.device)
-    if inputs.from_scratch:
-        if experiment.train is None:
-            raise InputError("--from-scratch: this experiment has no recipe for its trunk")
+    if trunk is None:
         console.print("training the trunk")
-        model, _ = experiment.train.run(data, out / "training")
-    else:
-        model = checkpoints.load(inputs.model or experiment.model, device=inputs.device)
+        trunk, _ = experiment.train.run(data, out / "training")
     console.print("distilling exits")
-    model, _ = experiment.distill.run(model, data, out / "distillation")
+    model, _ = experiment.distill.run(trunk, data, out / "distillation")
     exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
     checkpoints.save(model, folder)
     return model.to(inputs.device)

@@ -16,12 +16,12 @@ def denoising_loss(
     sampled term weighs 1.
     """
     x_t = schedule.add_noise(x_0, eps, t)
-    prediction = model(x_t, t, y)
+    prediction = model(x_t, t, y).float()
     channels = x_0.shape[1]
     mse = (prediction[:, :channels] - eps).square().mean()
     if prediction.shape[1] == channels:
         return mse, {"mse": mse.detach()}
-    vb = variational_bound(schedule, prediction.float(), x_0, x_t, t).mean()
+    vb = variational_bound(schedule, prediction, x_0, x_t, t).mean()
     return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
 
@@ -35,7 +35,7 @@ def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[
     channels = x_t.shape[1]
 
     def halves(error: Tensor) -> Tensor:
-        square = error.square()
+        square = error.float().square()
         noise = square[:, :channels].flatten(1).mean(1)
         variance = square[:, channels:].flatten(1).mean(1) if square.shape[1] > channels else 0 * noise
         return torch.stack([noise, variance], dim=1)

@@ -59,14 +59,15 @@ def claim(out: Path, settings: dict[str, object]) -> dict[str, object] | None:
     if path.exists():
         try:
             found = json.loads(path.read_text())
-        except ValueError as error:
+            theirs = found["settings"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: damaged ({error}); expected the manifest of a run") from error
-        theirs = found.get("settings", {})
-        if theirs != plain:
-            changed = sorted(k for k in plain.keys() | theirs.keys() if plain.get(k) != theirs.get(k))
-            name = changed[0]
+        theirs, absent = dict(theirs), "absent"
+        changed = [k for k in sorted(plain.keys() | theirs.keys()) if plain.get(k, absent) != theirs.get(k, absent)]
+        if changed:
+            then, now = (settings.get(changed[0], absent) for settings in (theirs, plain))
             raise InputError(
-                f"--out {out}: holds another run ({name} {theirs.get(name)!r}, now {plain.get(name)!r}); "
+                f"--out {out}: holds another run ({changed[0]} {then!r}, now {now!r}); "
                 "expected an empty folder or the same run"
             )
         return found
@@ -74,7 +75,10 @@ def claim(out: Path, settings: dict[str, object]) -> dict[str, object] | None:
         raise InputError(f"--out {out}: is a file; expected a folder")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be made ({error.strerror}); expected a folder to write to") from error
     write_json(path, describe(settings))
     return None
 

@@ -1,6 +1,7 @@
 """DepthPlan: for each sampling step and guidance branch, what to run. Plain data."""
 
 import json
+import operator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -39,7 +40,7 @@ class DepthPlan:
 
     def __post_init__(self) -> None:
         for name in ("timesteps", "cond", "uncond"):
-            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+            object.__setattr__(self, name, tuple(operator.index(v) for v in getattr(self, name)))
         if not self.timesteps:
             raise PlanError("plan: no steps")
         for name, least in (("cond", 1), ("uncond", 0)):
@@ -125,7 +126,7 @@ class DepthPlan:
             raise PlanError(f"{origin}: made for solver {self.solver}, but {solver} is asked for")
         if timesteps is not None and self.timesteps != timesteps:
             found = f"{self.num_steps} steps" if self.num_steps != len(timesteps) else "other timesteps"
-            raise PlanError(f"{origin}: made for {found}, but {len(timesteps)} steps of {solver} are asked for")
+            raise PlanError(f"{origin}: made for {found}, but {len(timesteps)} steps of {self.solver} are asked for")
         for name, mine, theirs in (("trunk", self.trunk, trunk), ("set of exits", self.exits, exits)):
             if mine and theirs is not None and mine != theirs:
                 raise PlanError(f"{origin}: made for {name} {mine}, but the model's is {theirs or 'absent'}")

@@ -275,6 +275,20 @@ def resolve_plan(
     return plan
 
 
+def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int) -> None:
+    """Refuse labels the model lacks (it would take them for others), no pictures, and empty batches.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if bad := [label for label in labels if not 0 <= label < model.backbone.num_classes]:
+        raise InputError(f"--class-labels {bad[0]}: expected 0 to {model.backbone.num_classes - 1}")
+    if not labels:
+        raise InputError("--num-images 0: expected at least 1")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: expected at least 1")
+
+
 def sample(
     model: DynamicDepth,
     labels: Sequence[int],
@@ -300,12 +314,7 @@ def sample(
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
-    if bad := [label for label in labels if not 0 <= label < model.backbone.num_classes]:
-        raise InputError(f"--class-labels {bad[0]}: expected 0 to {model.backbone.num_classes - 1}")
-    if not labels:
-        raise InputError("--num-images 0: expected at least 1")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: expected at least 1")
+    check_request(model, labels, batch_size)
     plan = resolve_plan(model, plan, solver, num_steps, cfg_scale)
     guidance, device = Guidance(cfg_scale, guided_channels), next(model.parameters()).device
     pictures, times, per_step, in_network = [], [], [0.0] * num_steps, [0.0] * num_steps

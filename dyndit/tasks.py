@@ -1,4 +1,4 @@
-"""What a recipe picks from: training a trunk (`Train`), and distilling exits (`Distill`). Both run on `training.fit`."""
+"""What a recipe picks from: training a trunk (`Train`), distilling exits (`Distill`). Both run on `training.fit`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from dyndit.data import Pictures
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.exits import ExitConfig, Exits
+from dyndit.latents import LatentPictures
 from dyndit.losses import denoising_loss, exit_errors
 from dyndit.objectives import Schedule
 from dyndit.training import FitConfig, FitResult, fit
@@ -30,9 +31,7 @@ class Train:
     """"digits", or empty: the user names a picture folder."""
     schedule: Schedule = field(default_factory=Schedule)
 
-    def run(
-        self, data: Pictures, out: Path, *, resume: bool = True, preview: Preview | None = None
-    ) -> tuple[DynamicDepth, FitResult]:
+    def run(self, data: Pictures, out: Path, *, preview: Preview | None = None) -> tuple[DynamicDepth, FitResult]:
         """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
 
         Raises:
@@ -50,16 +49,19 @@ class Train:
             torch.manual_seed(self.fit.seed)
             backbone = ClassConditionalDiT(config)
         backbone.gradient_checkpointing = self.fit.gradient_checkpointing
-        result = fit(_Denoising(backbone, self.schedule, preview), data, self.fit, out, resume=resume)
+        model = DynamicDepth(backbone, pixel_space=not isinstance(data, LatentPictures))
+        task = _Denoising(model, self.schedule, preview)
+        result = fit(task, data, self.fit, out, identity=repr(config))
         backbone.load_state_dict(result.ema)
-        return DynamicDepth(backbone).eval(), result
+        return model.eval(), result
 
 
 class _Denoising:
     """The task of training the trunk."""
 
-    def __init__(self, backbone: ClassConditionalDiT, schedule: Schedule, preview: Preview | None) -> None:
-        self.trainable, self.schedule, self._preview = backbone, schedule, preview
+    def __init__(self, model: DynamicDepth, schedule: Schedule, preview: Preview | None) -> None:
+        self.trainable, self.pixel_space = model.backbone, model.pixel_space
+        self.schedule, self._preview = schedule, preview
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
@@ -74,9 +76,11 @@ class _Denoising:
         """Draw a sample grid with the averaged weights."""
         if self._preview is None:
             return
-        backbone = ClassConditionalDiT(self.trainable._config)
+        with torch.random.fork_rng(devices=[]):
+            backbone = ClassConditionalDiT.from_config(self.trainable.config())
         backbone.load_state_dict(ema)
-        self._preview(DynamicDepth(backbone).eval().to(next(self.trainable.parameters()).device), out, step)
+        model = DynamicDepth(backbone, pixel_space=self.pixel_space).eval()
+        self._preview(model.to(next(self.trainable.parameters()).device), out, step)
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,7 @@ class Distill:
     """Share of the labels replaced by the null label: guided sampling asks the exits for both branches."""
     schedule: Schedule = field(default_factory=Schedule)
 
-    def run(
-        self, model: DynamicDepth, data: Pictures, out: Path, *, resume: bool = True
-    ) -> tuple[DynamicDepth, FitResult]:
+    def run(self, model: DynamicDepth, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
         """Return a model with the same trunk and trained exits, in eval mode, and the loop's record."""
         backbone = model.backbone.eval().requires_grad_(False)
         if (data.channels, data.image_size) != (backbone.in_channels, backbone.image_size):
@@ -102,9 +104,16 @@ class Distill:
                 f"data: pictures of {data.channels} x {data.image_size} px, but the model takes "
                 f"{backbone.in_channels} x {backbone.image_size} px"
             )
-        dynamic = DynamicDepth(backbone, Exits(backbone, self.exits), pixel_space=model.pixel_space)
+        if data.num_classes > backbone.num_classes:
+            raise InputError(f"data: classes {data.num_classes}, but the model has {backbone.num_classes}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.fit.seed)
+            exits = Exits(backbone, self.exits)
+        dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space)
         task = _ExitDistillation(dynamic, self)
-        result = fit(task, data, self.fit, out, resume=resume)
+        backbone.gradient_checkpointing = self.fit.gradient_checkpointing
+        identity = f"{model.trunk_hash()} {dynamic.exits.config} {self.variance_weight} {self.null_share}"
+        result = fit(task, data, self.fit, out, identity=identity)
         dynamic.exits.load_state_dict({k.removeprefix("exits."): v for k, v in result.ema.items()})
         return dynamic.eval(), result
 
@@ -157,6 +166,7 @@ def exit_error_table(
     the noise channels), variance_error. A diagnostic: DESIGN and README say why plans are not chosen on it.
     """
     schedule, generator = Schedule(), torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
     pick = torch.randperm(len(data), generator=generator)[:num_pictures].tolist()
     items = [data[i] for i in pick]
     x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
@@ -165,7 +175,7 @@ def exit_error_table(
     for band, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
         t = torch.randint(low, high, (len(x_0),), generator=generator)
         eps = torch.randn(x_0.shape, generator=generator)
-        errors = exit_errors(model, schedule.add_noise(x_0, eps, t), t, y)
+        errors = exit_errors(model, schedule.add_noise(x_0, eps, t).to(device), t.to(device), y.to(device))
         snr = schedule.log_snr(torch.tensor([high - 1, low])).tolist()
         rows += [
             {

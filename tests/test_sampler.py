@@ -28,6 +28,11 @@ from dyndit.sampler import (
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5]
 
 
+@pytest.fixture(scope="module")
+def tiny_dynamic(make_model):
+    return make_model()
+
+
 def rising(model, solver: str = "ddim", steps: int = 4) -> DepthPlan:
     """A plan that uses several depths, unequal branches, and no second branch once."""
     plan = ramp(full_plan(model, solver, steps, 1.5), model.depths, 1)
@@ -76,9 +81,9 @@ def test_full_plan_is_the_original_model(tiny_dynamic) -> None:
     null = torch.full_like(batch.labels, model.backbone.null_class)
     with torch.inference_mode():
         for t in plan.timesteps:
-            both = model.backbone(
-                torch.cat([x, x]), torch.full((2 * len(x),), t), torch.cat([batch.labels, null])
-            )[:, :1]
+            both = model.backbone(torch.cat([x, x]), torch.full((2 * len(x),), t), torch.cat([batch.labels, null]))[
+                :, :1
+            ]
             cond, uncond = both.chunk(2)
             x = scheduler.step(uncond + 1.5 * (cond - uncond), t, x, return_dict=False)[0]
     assert torch.equal(ours, x)

@@ -78,7 +78,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def config(self) -> dict[str, object]:
-        """Plain data from which `type(self)(**config)` builds the same architecture."""
+        """Plain data from which `from_config` builds the same architecture."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict[str, object]) -> Self:
+        """Build from what `config()` returned."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ class DiTConfig:
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.image_size % self.patch_size:
             raise InputError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads or self.width % 4:
@@ -59,8 +62,9 @@ CARDS: dict[str, DiTConfig] = {
 def timestep_features(t: Tensor, size: int, shift: int = 0) -> Tensor:
     """Sinusoidal features, cosines first.  t: (B,) -> (B, size)."""
     half = size // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
+    # In this order of operations the bits are those of the published code (shift 0) and of diffusers (shift 1).
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angles = t[:, None].float() * torch.exp(exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

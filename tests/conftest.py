@@ -1,0 +1,84 @@
+"""Tiny models for every test. Their weights are random all through, so that depth, labels and exits matter."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from dyndit.backbones import Backbone, ClassConditionalDiT, DiTConfig
+from dyndit.dynamic import DynamicDepth
+from dyndit.exits import ExitConfig, Exits
+
+torch.set_num_threads(1)
+settings.register_profile("dyndit", deadline=None, max_examples=50)
+settings.load_profile("dyndit")
+
+TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
+
+MakeBackbone = Callable[..., ClassConditionalDiT]
+MakeModel = Callable[..., DynamicDepth]
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Random values in every trained parameter, of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def make_backbone() -> MakeBackbone:
+    """Build a tiny trunk: make_backbone(seed=0, **changes of the config)."""
+
+    def make(seed: int = 0, **changes: object) -> ClassConditionalDiT:
+        backbone = ClassConditionalDiT(replace(TINY, **changes))
+        randomise(backbone, seed)
+        return backbone.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_backbone: MakeBackbone) -> MakeModel:
+    """Build a tiny trunk with random exits: make_model(layers=(), head="adaln-linear", seed=0, **changes)."""
+
+    def make(layers: tuple[int, ...] = (), head: str = "adaln-linear", seed: int = 0, **changes: object):
+        backbone = make_backbone(seed, **changes)
+        exits = Exits(backbone, ExitConfig(layers, head))
+        randomise(exits, seed + 1)
+        return DynamicDepth(backbone, exits).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_inputs() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Build x: (B, C, H, W), t: (B,), y: (B,) that a backbone takes."""
+
+    def make(backbone: Backbone, batch: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch, backbone.in_channels, backbone.image_size, backbone.image_size)
+        t = torch.randint(1000, (batch,), generator=generator)
+        y = torch.randint(backbone.num_classes, (batch,), generator=generator)
+        return torch.randn(shape, generator=generator), t, y
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: MakeModel) -> DynamicDepth:
+    """A tiny model of 6 blocks with random exits after every one."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of checkpoints and data beside the repository."""
+    return Path(__file__).resolve().parents[2] / "shared"

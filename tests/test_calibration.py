@@ -1,0 +1,127 @@
+"""Calibration: the measured table against brute force, and its economy."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dyndit.analysis.extractors import as_rgb, load_extractor
+from dyndit.analysis.fidelity import frechet_distance, moments
+from dyndit.calibration import (
+    CalibrationSettings,
+    calibrate,
+    default_pairs,
+    measure_moments,
+    measure_shifts,
+    plan_on_table,
+)
+from dyndit.cost import measure_cost
+from dyndit.data import load_digits
+from dyndit.errors import InputError
+from dyndit.routers.searched import Predictor
+from dyndit.sampler import balanced_labels, full_plan, sample
+
+SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return load_extractor("digits")
+
+
+@pytest.fixture(scope="module")
+def reference(extractor):
+    return moments(extractor.features(as_rgb(load_digits().uint8()[:400])))
+
+
+@pytest.fixture(scope="module")
+def table(model, extractor, reference):
+    return measure_shifts(model, extractor, reference, num_steps=2, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("pair", SETTINGS.pairs)
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_single_replaced_step_is_predicted_as_it_is_measured(
+    model, extractor, reference, table, step: int, pair: tuple[int, int]
+) -> None:
+    """Two steps: brute force over the very same seeds gives the table's prediction."""
+    full = full_plan(model, "ddim", 2, 1.5)
+    pairs = list(full.pairs)
+    pairs[step] = pair
+    plan = full.with_pairs(pairs)
+    drawn = sample(
+        model, balanced_labels(80, 10), plan=plan, num_steps=2, cfg_scale=1.5, seed=SETTINGS.seed, batch_size=32
+    )
+    measured = frechet_distance(moments(extractor.features(as_rgb(drawn.pictures))), reference)
+    predicted = Predictor(table, full.timesteps).predict(plan)
+    assert predicted == pytest.approx(measured, rel=1e-5)
+    assert abs(measured - Predictor(table, full.timesteps).predict(full)) > 1e-3 * measured
+
+
+def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, tmp_path) -> None:
+    partial = tmp_path / "table.partial"
+    cost = table.cost
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise Stop
+
+    measure = {"num_steps": 2, "settings": SETTINGS, "partial": partial, "cost": cost}
+    with pytest.raises(Stop):
+        measure_shifts(model, extractor, reference, on_progress=stop, **measure)
+    seen = []
+    again = measure_shifts(model, extractor, reference, on_progress=lambda d, t: seen.append((d, t)), **measure)
+    assert 0 < len(seen) < seen[-1][1]  # some batches were not run a second time
+    assert torch.allclose(again.mean, table.mean)
+    assert torch.allclose(again.second, table.second)
+
+
+def test_sums_of_another_measurement_are_not_used(model, extractor, reference, table, tmp_path) -> None:
+    partial = tmp_path / "table.partial"
+    other = replace(SETTINGS, seed=7)
+    measure_shifts(model, extractor, reference, num_steps=2, settings=other, partial=partial, cost=table.cost)
+    again = measure_shifts(
+        model, extractor, reference, num_steps=2, settings=SETTINGS, partial=partial, cost=table.cost
+    )
+    assert torch.allclose(again.mean, table.mean)
+
+
+def test_calibrate_reports_predicted_and_measured(model, extractor, table) -> None:
+    plan = calibrate(model, budget=0.8, num_steps=3, table=table, extractor=extractor)
+    assert plan.figures["predicted_share_of_time"] <= 0.8
+    fresh = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed + 1)
+    assert plan.figures["measured_fd"] == pytest.approx(frechet_distance(fresh, table.reference), rel=1e-3)
+    assert (plan.trunk, plan.exits) == (model.trunk_hash(), model.exits_hash())
+
+
+def test_a_table_of_another_model_is_refused(make_model, table) -> None:
+    with pytest.raises(InputError, match="trunk"):
+        plan_on_table(make_model(seed=5), table, budget=0.8, solver="ddim", num_steps=2)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("depths", [(1, 2, 3, 4), tuple(range(1, 13)), (4, 8, 12, 16, 20, 24, 28)])
+def test_default_pairs_can_be_run_and_leave_the_full_pair_out(depths: tuple[int, ...], guided: bool) -> None:
+    pairs = default_pairs(depths, guided)
+    full = (depths[-1], depths[-1] if guided else 0)
+    assert full not in pairs
+    assert len(set(pairs)) == len(pairs)
+    assert all(c in depths and (u == 0 or u in depths) for c, u in pairs)
+    assert any(u not in (0, c) for c, u in pairs) == guided
+
+
+def test_cost_parts_are_positive_and_deeper_costs_more(model) -> None:
+    cost = measure_cost(model, batch_size=4, rounds=3)
+    full = full_plan(model, "ddim", 3, 1.5)
+    assert cost.share_of_time(full) == pytest.approx(1)
+    seconds = [cost.step_seconds(d, d) for d in model.depths]
+    assert seconds[:-1] == sorted(seconds[:-1])
+    assert all(s > 0 for s in seconds)

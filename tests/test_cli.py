@@ -1,0 +1,266 @@
+"""The command line from end to end on a tiny model: every verb, the JSON line, and bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dyndit
+from dyndit.cli import VERBS, main
+
+RECIPE = """
+from dyndit.backbones import DiTConfig
+from dyndit.calibration import CalibrationSettings
+from dyndit.exits import ExitConfig
+from dyndit.experiment import Controls, Experiment
+from dyndit.tasks import Distill, Train
+from dyndit.training import FitConfig
+
+train = Train(
+    backbone=DiTConfig(8, 4, 1, width=32, num_blocks=4, num_heads=2, num_classes=10),
+    data="digits",
+    fit=FitConfig(steps=30, batch_size=32, learning_rate=3e-3, ema_decay=0.9),
+)
+distill = Distill(ExitConfig(), FitConfig(steps=20, batch_size=32, learning_rate=3e-3, ema_decay=0.9), "digits")
+experiment = Experiment(
+    model="", data="digits", extractor="digits", train=train, distill=distill,
+    calibration=CalibrationSettings(num_pictures=80, num_bands=2, batch_size=40), calibration_steps=4,
+    full_steps=(2, 3, 4), dynamic_steps=(4,), budgets=(0.6, 0.8), solvers=("ddim",),
+    controls=Controls("ddim", 4, (2,), num_ramps=2), num_blocks=2, num_images=70, batch_size=35,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with a recipe, a trained trunk `trunk`, a model with exits `model`, a table and a plan in it."""
+    root = tmp_path_factory.mktemp("workshop")
+    recipe = root / "recipe.py"
+    recipe.write_text(RECIPE)
+    main(["train", str(recipe), "--out", str(root / "trunk")])
+    main(["distill", str(recipe), "--model", str(root / "trunk"), "--out", str(root / "model")])
+    common = ["--steps", "4", "--num-pictures", "80", "--table-steps", "4", "--num-bands", "2"]
+    main(["calibrate", str(root / "model"), "--budget", "0.6", *common, "--out", str(root / "plan.json")])
+    return root
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_training_leaves_a_model_and_its_record(workshop: Path) -> None:
+    model = dyndit.load(workshop / "trunk")
+    assert model.depths == (4,)
+    assert (workshop / "trunk" / "losses.csv").exists()
+    manifest = json.loads((workshop / "trunk" / "manifest.json").read_text())
+    assert manifest["settings"]["fit"]["steps"] == 30
+    assert "torch" in manifest["versions"]
+
+
+def test_distillation_leaves_the_trunk_alone(workshop: Path) -> None:
+    before, after = dyndit.load(workshop / "trunk"), dyndit.load(workshop / "model")
+    assert before.trunk_hash() == after.trunk_hash()
+    assert after.depths == (1, 2, 3, 4)
+    assert (workshop / "model" / "exit-errors.csv").exists()
+
+
+def test_another_budget_needs_no_new_table(workshop: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("dyndit.calibration.measure_shifts", None)
+    out = workshop / "plan-08.json"
+    main(["calibrate", str(workshop / "model"), "--budget", "0.8", "--steps", "6", "--out", str(out), "--json"])
+    figures = last_json(capsys)
+    assert figures["predicted_share_of_time"] <= 0.8
+    assert figures["measured_fd"] > 0
+    plan = dyndit.DepthPlan.load(out)
+    assert plan.num_steps == 6
+    assert plan.figures["predicted_fd"] == figures["predicted_fd"]
+
+
+def test_sample_writes_pictures_grid_archive_and_manifest(workshop: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "samples"
+    arguments = ["sample", str(workshop / "model"), "--out", str(out), "--num-images", "5", "--steps", "4"]
+    choice = ["--class-labels", "3", "7", "--dynamic", "--plan", str(workshop / "plan.json"), "--stats", "--json"]
+    main([*arguments, *choice])
+    text = capsys.readouterr().out
+    figures = json.loads(text.strip().splitlines()[-1])
+    assert figures["num_images"] == 5
+    assert figures["share_of_blocks"] < 0.9
+    assert "uncond" in text
+    names = sorted(p.name for p in out.iterdir())
+    assert names == [
+        *(f"{i:06d}-class{c}.png" for i, c in enumerate((3, 7, 3, 7, 3))),
+        "grid.png",
+        "manifest.json",
+        "samples.npz",
+    ]
+    archive = np.load(out / "samples.npz")["arr_0"]
+    assert archive.shape == (5, 8, 8, 1)
+    assert np.array_equal(np.asarray(Image.open(out / "000003-class7.png")), archive[3, ..., 0])
+    main([*arguments, *choice])  # the same run again is no other run
+
+
+def test_budget_flag_searches_on_the_stored_table(workshop: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["sample", str(workshop / "model"), "--num-images", "2", "--steps", "8", "--solver", "unipc", "--json"]
+    main([*arguments, "--dynamic", "--budget", "0.5", "--out", str(tmp_path / "half")])
+    half = last_json(capsys)
+    main([*arguments, "--out", str(tmp_path / "full")])
+    assert half["share_of_blocks"] < 0.75 < last_json(capsys)["share_of_blocks"] == 1.0
+
+
+def test_evaluate(workshop: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "samples"
+    main(["sample", str(workshop / "model"), "--out", str(out), "--num-images", "80", "--steps", "2"])
+    capsys.readouterr()
+    for source in (out, out / "samples.npz"):
+        main(["evaluate", str(source), "--reference", "digits", "--extractor", "digits", "--json"])
+    figures = last_json(capsys)
+    assert figures["metric"] == "FD-digits"
+    assert {"fd", "kid", "is", "precision", "recall"} <= figures.keys()
+
+
+def test_bench_times_full_depth_against_itself(workshop: Path, capsys, tmp_path: Path) -> None:
+    plan = ["--plan", str(workshop / "plan.json"), "--steps", "4", "--rounds", "3", "--batch-size", "8"]
+    main(["bench", str(workshop / "model"), *plan, "--out", str(tmp_path / "times.csv"), "--json"])
+    figures = last_json(capsys)
+    assert {f"{s}: {a}" for s in ("denoiser", "noise to uint8") for a in ("full", "full again", "searched")} == set(
+        figures
+    )
+    assert all(row["ms"] > 0 for row in figures.values())
+    assert (tmp_path / "times.csv").read_text().count("\n") == 1 + 3 * 3 * 2
+
+
+def test_convert_then_load(workshop: Path, tmp_path: Path) -> None:
+    import torch
+
+    torch.save(dyndit.load(workshop / "trunk").backbone.state_dict(), tmp_path / "dit.pt")
+    main(["convert", str(tmp_path / "dit.pt"), str(tmp_path / "native"), "--num-heads", "2"])
+    assert dyndit.load(tmp_path / "native").trunk_hash() == dyndit.load(workshop / "trunk").trunk_hash()
+
+
+def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    out = tmp_path / "run"
+    arguments = ["compare", str(workshop / "recipe.py"), "--out", str(out), "--model", str(workshop / "trunk")]
+    main([*arguments, "--json"])
+    result = last_json(capsys)
+    arms = {row["arm"] for row in result["arms"]}
+    assert {"full-ddim-4", "searched-ddim-4-b0.6"} < arms
+    assert any(arm.startswith("reversed-searched") for arm in arms)
+    assert sum(arm.startswith("ramp") for arm in arms) == 2
+    for name in ("runs.csv", "report.md", "report.html", "frontier.png", "plan.png", "samples.png", "manifest.json"):
+        assert (out / name).stat().st_size > 0, name
+    runs = dyndit.analysis.read_runs(out)
+    assert runs.groupby("arm").size().eq(2).all()
+    assert runs["fd"].notna().all()
+    # Again: nothing is distilled, calibrated or sampled for a figure twice.
+    before = (out / "runs.csv").read_bytes()
+    monkeypatch.setattr("dyndit.experiment.measure_shifts", None)
+    monkeypatch.setattr("dyndit.tasks.fit", None)
+    main(arguments)
+    assert (out / "runs.csv").read_bytes() == before
+    # Interrupted: only what is missing is measured.
+    lines = before.decode().splitlines(keepends=True)
+    (out / "runs.csv").write_text("".join(lines[:-3]))
+    main(arguments)
+    again = dyndit.analysis.read_runs(out)
+    columns = ["arm", "block", "fd"]
+    ordered = [frame[columns].sort_values(columns[:2]).reset_index(drop=True) for frame in (runs, again)]
+    assert np.allclose(ordered[0]["fd"], ordered[1]["fd"])
+    main(["report", str(out), "--out", str(tmp_path / "report")])
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+BAD = [
+    (["sample", "{model}", "--out", "{out}", "--class-labels", "12"], "--class-labels 12"),
+    (["sample", "{model}", "--out", "{out}", "--solver", "magic"], "--solver magic"),
+    (["sample", "{model}", "--out", "{out}", "--steps", "0"], "--steps 0"),
+    (["sample", "{model}", "--out", "{out}", "--num-images", "0"], "--num-images 0"),
+    (["sample", "{model}", "--out", "{out}", "--budget", "1.5"], "--budget 1.5"),
+    (["sample", "{model}", "--out", "{out}", "--plan", "{plan}", "--steps", "5"], "plan.json"),
+    (["sample", "{trunk}", "--out", "{out}", "--plan", "{plan}", "--steps", "4"], "plan.json"),
+    (["sample", "{trunk}", "--out", "{out}", "--budget", "0.5"], "shift-table"),
+    (["sample", "{root}/none", "--out", "{out}"], "none"),
+    (["sample", "{damaged}", "--out", "{out}"], "model.safetensors"),
+    (["sample", "{foreign}", "--out", "{out}"], "exits.safetensors"),
+    (["sample", "{model}", "--out", "{full}"], "--out"),
+    (["calibrate", "{model}", "--budget", "0"], "--budget 0"),
+    (["calibrate", "{model}", "--budget", "0.5", "--solver", "magic"], "--solver magic"),
+    (["calibrate", "{trunk}", "--budget", "0.5"], "no exits"),
+    (["distill", "{recipe}", "--model", "{trunk}", "--data", "{empty}", "--out", "{out}"], "empty"),
+    (["distill", "{recipe}", "--model", "{trunk}", "--data", "{unreadable}", "--out", "{out}"], "broken.png"),
+    (["train", "nothing.py", "--out", "{out}"], "nothing.py"),
+    (["train", "cifar10", "--out", "{out}"], "--data"),
+    (["train", "cifar10", "--data", "digits", "--out", "{out}"], "data"),
+    (["evaluate", "{empty}", "--reference", "digits", "--extractor", "digits"], "empty"),
+    (["evaluate", "{full}", "--reference", "digits", "--extractor", "magic"], "magic"),
+    (["report", "{empty}", "--out", "{out}"], "runs.csv"),
+    (["compare", "{recipe}", "--out", "{full}", "--model", "{trunk}"], "--out"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(workshop: Path, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bad")
+    import shutil
+
+    for name in ("damaged", "foreign"):
+        shutil.copytree(workshop / "model", root / name)
+    weights = root / "damaged" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 0x40
+    weights.write_bytes(content)
+    other = dyndit.load(workshop / "model")
+    other.backbone.final_layer.linear.bias.data += 1
+    other.exits = None
+    dyndit.save(other, root / "foreign")
+    (root / "empty").mkdir()
+    (root / "full").mkdir()
+    (root / "full" / "notes.txt").write_text("mine")
+    broken = root / "unreadable" / "a"
+    broken.mkdir(parents=True)
+    (broken / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    made = {name: root / name for name in ("damaged", "foreign", "empty", "full", "unreadable")}
+    return made | {
+        "root": root,
+        "model": workshop / "model",
+        "trunk": workshop / "trunk",
+        "plan": workshop / "plan.json",
+        "recipe": workshop / "recipe.py",
+    }
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else v)
+def test_bad_input_is_one_line_and_status_2(
+    places: dict[str, Path], tmp_path: Path, capsys, arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    filled = [a.format(**places, out=out) for a in arguments]
+    with pytest.raises(SystemExit) as stop:
+        main(filled)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dyndit: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(out.glob("**/*.png"))
+    assert not (out / "manifest.json").exists(), "a refused run must not claim its folder"
+    assert (places["full"] / "notes.txt").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(places: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(dyndit.CheckpointError):
+        main(["sample", str(places["root"] / "none"), "--out", str(tmp_path / "out"), "--debug"])
+
+
+def test_help_is_quick_and_names_every_verb() -> None:
+    """`--help` must not import torch: the check is on modules, not on time."""
+    code = (
+        "import sys\nfrom dyndit.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)

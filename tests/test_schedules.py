@@ -1,0 +1,86 @@
+"""Fixed schedules: only depths that exist, in the order they promise."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dyndit.plan import DepthPlan
+from dyndit.routers.schedules import constant, ramp, reversed_plan, switch
+
+NUM_BLOCKS = 12
+
+depth_sets = st.sets(st.integers(1, NUM_BLOCKS - 1)).map(lambda exits: (*sorted(exits), NUM_BLOCKS))
+starts = st.floats(0, NUM_BLOCKS)
+
+
+def full(num_steps: int, guided: bool) -> DepthPlan:
+    timesteps = tuple(999 - 7 * step for step in range(num_steps))
+    return DepthPlan.full(timesteps, NUM_BLOCKS, "ddim", 1.5 if guided else 1.0)
+
+
+plans = st.builds(full, st.integers(1, 30), st.booleans())
+
+
+@given(base=plans, depths=depth_sets, start=starts, end=st.none() | starts, power=st.floats(0.25, 4))
+def test_ramps_are_monotone(
+    base: DepthPlan, depths: tuple[int, ...], start: float, end: float | None, power: float
+) -> None:
+    plan = ramp(base, depths, start, end, power)
+    last = NUM_BLOCKS if end is None else end
+    assert list(plan.cond) == sorted(plan.cond, reverse=last < start)
+    assert set(plan.cond) <= set(depths)
+    assert plan.uncond == (plan.cond if base.guided else base.uncond)
+    assert (plan.timesteps, plan.solver, plan.cfg_scale) == (base.timesteps, base.solver, base.cfg_scale)
+    if end is None and plan.num_steps > 1:
+        assert plan.cond[-1] == NUM_BLOCKS
+    assert abs(plan.cond[0] - start) == min(abs(depth - start) for depth in depths)
+
+
+@given(base=plans, depths=depth_sets, depth=starts)
+def test_constants_are_constant(base: DepthPlan, depths: tuple[int, ...], depth: float) -> None:
+    plan = constant(base, depths, depth)
+    assert len(set(plan.pairs)) == 1
+    assert abs(plan.cond[0] - depth) == min(abs(d - depth) for d in depths)
+    assert constant(base, depths, NUM_BLOCKS).pairs == base.pairs
+
+
+@given(base=plans, depths=depth_sets, depth=starts, share=st.floats(0, 1))
+def test_switch_is_shallow_then_full(base: DepthPlan, depths: tuple[int, ...], depth: float, share: float) -> None:
+    plan = switch(base, depths, depth, share)
+    shallow = round(share * base.num_steps)
+    assert plan.pairs[shallow:] == base.pairs[shallow:]
+    assert plan.pairs[:shallow] == constant(base, depths, depth).pairs[:shallow]
+
+
+def test_shapes_by_hand() -> None:
+    base, depths = full(5, guided=False), tuple(range(1, 13))
+    assert ramp(base, depths, 4).cond == (4, 6, 8, 10, 12)
+    assert ramp(base, depths, 4, 8).cond == (4, 5, 6, 7, 8)
+    assert ramp(base, depths, 4, power=2).cond == (4, 4, 6, 8, 12)  # 4.5 and 8.5: ties go to the cheaper depth
+    assert switch(base, depths, 3, 0.4).cond == (3, 3, 12, 12, 12)
+    assert ramp(base, (4, 8, 12), 4).cond == (4, 4, 8, 8, 12)
+    assert ramp(full(1, guided=False), depths, 4).cond == (4,)
+
+
+@given(base=plans, depths=depth_sets, start=starts)
+def test_reversed_costs_the_same_and_is_its_own_inverse(base: DepthPlan, depths: tuple[int, ...], start: float) -> None:
+    plan = ramp(base, depths, start)
+    control = reversed_plan(plan)
+    assert sorted(control.pairs) == sorted(plan.pairs)
+    assert control.share_of_blocks == plan.share_of_blocks
+    assert control.timesteps == plan.timesteps
+    assert control.pairs == plan.pairs[::-1]
+    assert reversed_plan(control).pairs == plan.pairs
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_plan_says_who_wrote_it(guided: bool) -> None:
+    base, depths = full(5, guided), tuple(range(1, 13))
+    made = [
+        constant(base, depths, 6),
+        ramp(base, depths, 4),
+        ramp(base, depths, 4, power=2),
+        switch(base, depths, 3, 0.4),
+    ]
+    names = [plan.router for plan in (*made, reversed_plan(made[1]))]
+    assert names == ["constant-6", "ramp-4-12-p1", "ramp-4-12-p2", "switch-3-0.4", "reversed-ramp-4-12-p1"]

@@ -4,6 +4,7 @@ distil exits -> measure the shift table -> search plans -> sample every arm from
 stage leaves its result on disk; what is there and valid is not done again.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -407,8 +408,24 @@ def _report(experiment: Experiment, model: DynamicDepth, arms: list[Arm], out: P
 
 
 @contextmanager
-def progress_bar(title: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar with elapsed and remaining time; yields `advance(done, total)`."""
+def progress_bar(title: str, console: Console, every: float = 30.0) -> Iterator[Callable[[int, int], None]]:
+    """A bar with elapsed and remaining time; yields `advance(done, total)`.
+
+    Where standard error is no terminal, a plain line about every `every` seconds.
+    """
+    if not console.is_terminal:
+        began = said = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= every or done == total:
+                left = (now - began) / max(done, 1) * (total - done)
+                console.print(f"{title}: {done} of {total}, {now - began:.0f} s, about {left:.0f} s left")
+                said = now
+
+        yield say
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

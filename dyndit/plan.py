@@ -1,5 +1,6 @@
 """DepthPlan: for each sampling step and guidance branch, what to run. Plain data."""
 
+import itertools
 import json
 import operator
 from dataclasses import asdict, dataclass, field, replace
@@ -43,6 +44,10 @@ class DepthPlan:
             object.__setattr__(self, name, tuple(operator.index(v) for v in getattr(self, name)))
         if not self.timesteps:
             raise PlanError("plan: no steps")
+        if any(a <= b for a, b in itertools.pairwise(self.timesteps)):
+            raise PlanError("plan: timesteps must fall from noise to picture")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise PlanError(f"plan: budget {self.budget:g}, expected above 0 and at most 1")
         for name, least in (("cond", 1), ("uncond", 0)):
             depths = getattr(self, name)
             if len(depths) != len(self.timesteps):

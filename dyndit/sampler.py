@@ -163,7 +163,7 @@ def advance(
 ) -> Trajectory:
     """Run steps `first` to `stop - 1` of the plan on `trajectory`, in place. The loop every sampling goes through."""
     solver, scheduler, x = SOLVERS[plan.solver], trajectory.scheduler, trajectory.x
-    null = torch.full_like(batch.labels, model.backbone.null_class)
+    null = None if guidance.scale == 1 else torch.full_like(batch.labels, model.backbone.null_class)
     channels = model.backbone.in_channels
     clock = _clock(x) if on_step is not None else float
     for k in range(first, plan.num_steps if stop is None else stop):
@@ -260,6 +260,8 @@ def resolve_plan(
         PlanError: the plan is for another model, solver or step count, or is unguided where guidance is asked for.
     """
     timesteps = timesteps_of(solver, num_steps)
+    if cfg_scale != 1 and model.backbone.null_class is None:
+        raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
     if plan is None:
         return DepthPlan.full(timesteps, model.num_blocks, solver, cfg_scale)
     bound = bool(plan.trunk or plan.exits)

@@ -132,7 +132,8 @@ class _ExitDistillation:
         t = torch.randint(recipe.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
         lost = torch.rand(len(y), generator=generator) < recipe.null_share
-        y = torch.where(lost.to(y.device), backbone.null_class, y)
+        if backbone.null_class is not None:
+            y = torch.where(lost.to(y.device), backbone.null_class, y)
         errors = module(recipe.schedule.add_noise(x, eps, t), t, y)
         weights = errors.new_tensor([1.0, recipe.variance_weight])
         noise, variance = errors.mean(dim=(0, 1)).detach()

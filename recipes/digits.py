@@ -49,11 +49,12 @@ quickstart = Experiment(
     extractor="digits",
     train=train,
     distill=distill,
-    calibration=CalibrationSettings(num_pictures=128, num_bands=5),
+    calibration=CalibrationSettings(num_pictures=128, num_bands=5, batch_size=64),
     full_steps=(5, 8, 10, 14, 20),
     dynamic_steps=(10,),
     budgets=(0.5, 0.65, 0.8),
     solvers=("ddim", "unipc"),
     num_blocks=3,
     num_images=200,
+    batch_size=50,
 )

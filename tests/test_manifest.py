@@ -83,9 +83,9 @@ def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
 def test_json_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     manifest.write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="[Cc]ircular"):
-        loop: dict = {}
-        loop["loop"] = loop
+    loop: dict = {}
+    loop["loop"] = loop
+    with pytest.raises(ValueError, match=r"[Cc]ircular"):
         manifest.write_json(path, loop)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]

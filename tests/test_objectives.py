@@ -164,6 +164,19 @@ def test_variational_bound_is_the_divergence_in_bits() -> None:
     torch.testing.assert_close(found, expected.mean((1, 2, 3)) / math.log(2))
 
 
+def test_variational_bound_at_the_last_step_is_the_likelihood_of_the_pixels() -> None:
+    x_0, eps = pictures()
+    t = torch.zeros(4)
+    x_t = SCHEDULE.add_noise(x_0, eps, t)
+    prediction = torch.cat([eps + 0.1, torch.full_like(eps, 0.3)], 1)
+    mean, log_q = SCHEDULE.posterior(SCHEDULE.predict_x_0(x_t, eps + 0.1, t), x_t, t)
+    normal = Normal(mean, ((0.65 * SCHEDULE.betas[0].log() + 0.35 * log_q) / 2).exp())
+    upper = torch.where(x_0 > 0.999, 1.0, normal.cdf(x_0 + 1 / 255))
+    lower = torch.where(x_0 < -0.999, 0.0, normal.cdf(x_0 - 1 / 255))
+    expected = -(upper - lower).log2().mean((1, 2, 3))
+    torch.testing.assert_close(variational_bound(SCHEDULE, prediction, x_0, x_t, t), expected)
+
+
 def spaced_process(num_steps: int) -> tuple[list[int], np.ndarray]:
     """iDDPM, Section 4: K timesteps evenly from 0 to 999, and betas that keep alpha_bar at each of them."""
     times = [round(999 * i / (num_steps - 1)) for i in range(num_steps)]

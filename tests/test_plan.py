@@ -128,7 +128,7 @@ GOOD |= {"num_blocks": 2, "solver": "ddim"}
 def test_bad_files_are_one_line_that_names_the_file(text: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(PlanError, match="plan.json: ") as caught:
+    with pytest.raises(PlanError, match=r"plan\.json: ") as caught:
         DepthPlan.load(path)
     assert "\n" not in str(caught.value)
 

@@ -47,8 +47,8 @@ class Backbone(nn.Module):
     width: int
     """D, the width of `State.cond` and `State.tokens`."""
     num_classes: int
-    null_class: int
-    """The label of the unconditional branch."""
+    null_class: int | None
+    """The label of the unconditional branch; None where the model was trained without one."""
     in_channels: int
     out_channels: int
     image_size: int

@@ -165,7 +165,8 @@ class ClassConditionalDiT(Backbone):
         super().__init__()
         c = self._config = config
         self.num_blocks, self.width = c.num_blocks, c.width
-        self.num_classes = self.null_class = c.num_classes
+        self.num_classes = c.num_classes
+        self.null_class = c.num_classes if c.label_dropout > 0 else None
         self.in_channels, self.out_channels = c.in_channels, c.in_channels * (1 + c.learn_variance)
         self.image_size = c.image_size
         self.gradient_checkpointing = False

@@ -254,3 +254,37 @@ def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object
     else:
         notes.append(f"time outside full depth's {times.iloc[0]:.3g} to {times.iloc[-1]:.3g} ms")
     return row | {"note": "; ".join(notes)}
+
+
+def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
+    """Searched plans held against the fixed schedules made for the same solver, steps and budget of time.
+
+    One row per pair: solver, steps, budget, searched and control (arms), family (of the control), time_ratio (median
+    of the blocks' ratios, searched over control), fd_diff (Interval of FD searched - FD control, paired by block),
+    better, worse (whether it lies wholly below, above 0).
+    """
+    scored = runs[(runs["role"] == "score") & (runs["family"] != "full")]
+    rows = []
+    for key, group in scored.groupby([*GROUP, "solver", "steps", "budget"], sort=False):
+        searched = group[group["family"] == "searched"].set_index("block").sort_index()
+        for control, theirs in group[group["family"] != "searched"].groupby("arm", sort=False):
+            theirs = theirs.set_index("block").sort_index()
+            blocks = searched.index.intersection(theirs.index)
+            if blocks.empty:
+                continue
+            ours, others = searched.loc[blocks], theirs.loc[blocks]
+            difference = paired_interval(ours["fd"], others["fd"])
+            rows.append(
+                dict(zip(("solver", "steps", "budget"), key[-3:], strict=True))
+                | {
+                    "searched": ours["arm"].iloc[0],
+                    "control": control,
+                    "family": others["family"].iloc[0],
+                    "time_ratio": float((ours["ms_per_picture"] / others["ms_per_picture"]).median()),
+                    "fd_control": float(others["fd"].mean()),
+                    "fd_diff": difference,
+                    "better": difference.high < 0,
+                    "worse": difference.low > 0,
+                }
+            )
+    return pd.DataFrame(rows)

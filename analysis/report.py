@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from rich import box
 from rich.table import Table
 
 from dyndit.analysis.figures import frontier_figure, predicted_figure, save
-from dyndit.analysis.frontier import GROUP, read_runs, summary
+from dyndit.analysis.frontier import GROUP, against_controls, read_runs, summary
 from dyndit.analysis.intervals import Interval
 from dyndit.errors import InputError
 
@@ -51,11 +53,11 @@ def _number(value: float) -> str:
 
 
 def _percent(value: float | Interval) -> str:
-    """A share as percent, `38%` or `38% ± 2%`."""
+    """A share as percent, `38%` or `38 ± 2%`."""
     if isinstance(value, Interval):
         if math.isnan(value.mean) or math.isnan(value.low):
             return _percent(value.mean)
-        return f"{value.mean:.1%} ± {value.half:.1%}"
+        return f"{100 * value.mean:.0f} ± {100 * value.half:.0f}%"
     return "–" if math.isnan(value) else f"{value:.0%}"
 
 
@@ -91,6 +93,13 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
 
 
 NUM_TERMINAL = 8
+# On 80 columns every heading but the arm's has to break where the figures below it are narrow.
+HEADINGS = {
+    "share of blocks": "share of\nblocks",
+    "ms per picture": "ms per\npicture",
+    "time saved vs full depth": "saved\nvs full",
+    "time saved at equal FD": "saved at\nequal FD",
+}
 
 
 def _rows(frame: pd.DataFrame) -> Iterator[pd.Series]:
@@ -99,11 +108,13 @@ def _rows(frame: pd.DataFrame) -> Iterator[pd.Series]:
 
 def terminal_table(frame: pd.DataFrame) -> Table:
     """The result of `frontier.summary` -> the table that ends a run on the terminal."""
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = _columns(frame)[:NUM_TERMINAL]
     for column in columns:
         text = column.title in ("arm", "solver")
-        table.add_column(column.title, justify="left" if text else "right", no_wrap=column.title == "arm")
+        heading = HEADINGS.get(column.title, column.title.replace(" ±", "\n±"))
+        # Where the terminal is narrow the arm's name folds; figures never do.
+        table.add_column(heading, justify="left" if text else "right", no_wrap=column.title != "arm", overflow="fold")
     for row in _rows(frame):
         cells = (column.show(row) for column in columns)
         table.add_row(*cells, style="dim" if row["family"] == "full" else "")
@@ -149,6 +160,67 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
                 f"{compared['worse'].sum()} worse (95% interval excludes 0)."
             )
     return found
+
+
+def frontier_findings(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
+    """The result of `frontier.summary` for one group -> searched plans against the full-depth frontier.
+
+    Counted are plans whose time lies between those of 5 and 20 full-depth steps of the same solver.
+    """
+    found = []
+    for solver, arms in frame.groupby("solver", sort=False):
+        full = arms[arms["family"] == "full"].set_index("steps")["ms"]
+        if not {5, 20} <= set(full.index):
+            continue
+        plans = arms[(arms["family"] == "searched") & arms["ms"].between(full[5], full[20])]
+        plans = plans[[not math.isnan(d.mean) for d in plans["fd_diff_equal_time"]]]
+        above = sum(
+            d.mean > margin * (fd.mean - d.mean) for d, fd in zip(plans["fd_diff_equal_time"], plans["fd"], strict=True)
+        )
+        found.append(
+            f"{solver}, between the times of 5 and 20 full-depth steps: of {len(plans)} searched plans "
+            f"{plans['better'].sum()} lie clearly below the full-depth frontier, {above} above it by more than "
+            f"{margin:.0%}."
+        )
+    return found
+
+
+def control_findings(runs: pd.DataFrame) -> list[str]:
+    """Searched plans against constants, reversals and ramps of the same budget, a sentence per family."""
+    found = []
+    table = against_controls(runs)
+    if table.empty:
+        return found
+    for (solver, steps, budget, family), rows in table.groupby(["solver", "steps", "budget", "family"], sort=False):
+        best = rows.sort_values("fd_control").iloc[0]
+        many = f"the best of {len(rows)} {family} plans, " if len(rows) > 1 else ""
+        verdict = "better" if best["better"] else "worse" if best["worse"] else "neither better nor worse"
+        found.append(
+            f"{solver}, {int(steps)} steps, budget {budget:g}: the searched plan against {many}{best['control']}: FD "
+            f"{best['fd_diff']:+.2f} ({verdict}), in {best['time_ratio']:.2f} of its time."
+        )
+    return found
+
+
+def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
+    """Mean conditional depth of the searched plans in the noisiest, middle and last third of their steps."""
+    scored = runs[(runs["role"] == "score") & (runs["plan"].fillna("") != "")]
+    found = []
+    for (solver, steps), group in scored.groupby(["solver", "steps"], sort=False):
+        files = [folder / name for name in group["plan"].unique() if (folder / name).is_file()]
+        plans = [json.loads(path.read_text(encoding="utf-8"))["cond"] for path in files]
+        if plans and steps >= 3:
+            thirds = [np.mean([np.mean(part) for part in parts]) for parts in zip(*map(_thirds, plans), strict=True)]
+            depths = ", ".join(f"{depth:.1f}" for depth in thirds)
+            found.append(
+                f"{solver}, {int(steps)} steps: mean conditional depth over {len(plans)} searched plans in the "
+                f"noisiest, middle and last third of the steps: {depths}."
+            )
+    return found
+
+
+def _thirds(depths: Sequence[int]) -> list[np.ndarray]:
+    return np.array_split(np.asarray(depths), 3)
 
 
 @dataclass(frozen=True)
@@ -218,7 +290,9 @@ def _section(folder: Path, runs: pd.DataFrame, out: Path, suffix: str, margin: f
         f"{first['run']}: {first['model']} on {first['machine']}, {first['metric']}, "
         f"CFG {first['cfg_scale']:g}, {frame['blocks'].max()} seed blocks of {first['num_images']:g} pictures"
     )
-    return Section(title, headlines(frame, margin), frame, pictures)
+    findings = headlines(frame, margin) + frontier_findings(frame, margin)
+    findings += control_findings(runs) + plan_findings(folder, runs)
+    return Section(title, findings, frame, pictures)
 
 
 def _read_manifest(path: Path) -> dict[str, str]:

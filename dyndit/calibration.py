@@ -42,7 +42,7 @@ class CalibrationSettings:
     """What the table is measured on.
 
     num_bands: bands of steps that are replaced together; each costs one continuation at full depth per pair.
-    pairs: (conditional, unconditional) depths to measure; empty means `default_pairs`.
+    pairs: (conditional, unconditional) depths to measure; empty means `default_pairs` on `num_depths` depths.
     """
 
     num_pictures: int = 512
@@ -50,12 +50,13 @@ class CalibrationSettings:
     batch_size: int = 128
     seed: int = CALIBRATION_SEED
     pairs: tuple[Pair, ...] = ()
+    num_depths: int = 8
 
 
-def default_pairs(depths: Sequence[int], guided: bool) -> tuple[Pair, ...]:
+def default_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8) -> tuple[Pair, ...]:
     """Pairs worth measuring: a thinned grid of conditional depths; unconditional ones equal, about half, or none."""
     full = depths[-1]
-    grid = _thinned(depths)
+    grid = _thinned(depths, num_depths)
     if not guided:
         return tuple((d, 0) for d in grid if d != full)
     pairs: list[Pair] = []
@@ -65,8 +66,8 @@ def default_pairs(depths: Sequence[int], guided: bool) -> tuple[Pair, ...]:
     return tuple(pair for pair in pairs if pair != (full, full))
 
 
-def _thinned(depths: Sequence[int], num: int = 8) -> list[int]:
-    """At most `num` depths: all shallow ones matter little apart, so they are thinned evenly; L stays."""
+def _thinned(depths: Sequence[int], num: int) -> list[int]:
+    """At most `num` depths, evenly spread; the shallowest and L stay."""
     if len(depths) <= num:
         return list(depths)
     picks = torch.linspace(0, len(depths) - 1, num).round().long().tolist()
@@ -96,7 +97,7 @@ def measure_shifts(
     """
     settings = settings or CalibrationSettings()
     full = full_plan(model, solver, num_steps, cfg_scale)
-    pairs = settings.pairs or default_pairs(model.depths, cfg_scale != 1)
+    pairs = settings.pairs or default_pairs(model.depths, cfg_scale != 1, settings.num_depths)
     bands = [b.tolist() for b in torch.arange(num_steps).tensor_split(min(settings.num_bands, num_steps))]
     guidance, device = Guidance(cfg_scale, guided_channels), next(model.parameters()).device
     labels = balanced_labels(settings.num_pictures, model.backbone.num_classes)
@@ -226,8 +227,11 @@ def calibrate(
     budget: float,
     solver: str = "ddim",
     num_steps: int = 20,
-    table: ShiftTable,
+    cfg_scale: float = 1.5,
+    table: ShiftTable | None = None,
     extractor: Extractor | None = None,
+    reference: Moments | Tensor | None = None,
+    settings: CalibrationSettings | None = None,
     guided_channels: int | None = None,
     to_pictures: ToPictures = to_uint8,
     batch_size: int = 128,
@@ -237,11 +241,30 @@ def calibrate(
     The prediction starts from full depth at these very steps, measured on the table's own seeds; the plan's
     measured distance is on fresh seeds (`table.seed` + 1), as is full depth's next to it. `plan.figures` holds
     predicted_fd, measured_fd, predicted_fd_full, measured_fd_full, predicted_share_of_time, share_of_blocks.
-    Without an extractor nothing is measured.
+    With a table but no extractor nothing is measured. Without a table one is measured first, with `extractor`
+    against `reference`: moments, or real pictures (N, C, H, W) uint8. Keep what `measure_shifts` gives to search
+    other budgets, step counts and solvers on it.
 
     Raises:
-        InputError: the budget is out of range, or the table is another model's.
+        InputError: the budget is out of range, the table is another model's or of another guidance scale, or
+            neither a table nor what it takes to measure one was given.
     """
+    if table is None:
+        if extractor is None or reference is None:
+            raise InputError("calibrate: no table; expected one, or an extractor and a reference to measure it with")
+        if isinstance(reference, Tensor):
+            reference = moments(extractor.features(as_rgb(reference)))
+        table = measure_shifts(
+            model,
+            extractor,
+            reference,
+            cfg_scale=cfg_scale,
+            guided_channels=guided_channels,
+            settings=settings,
+            to_pictures=to_pictures,
+        )
+    if table.cfg_scale != cfg_scale:
+        raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {cfg_scale:g}")
     plan = plan_on_table(model, table, budget=budget, solver=solver, num_steps=num_steps)
     if extractor is None:
         return plan

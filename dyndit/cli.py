@@ -14,8 +14,10 @@ from dyndit.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
     from dyndit.analysis.extractors import Extractor
+    from dyndit.calibration import CalibrationSettings
     from dyndit.dynamic import DynamicDepth
     from dyndit.plan import DepthPlan
+    from dyndit.routers.searched import ShiftTable
 
 Positional = tyro.conf.Positional
 
@@ -136,6 +138,7 @@ def calibrate(
     num_pictures: int = 512,
     table_steps: int = 10,
     num_bands: int = 10,
+    num_depths: int = 8,
     batch_size: int = 128,
     device: str = "cpu",
     fresh: bool = False,
@@ -157,6 +160,7 @@ def calibrate(
         num_pictures: Seeds the table is measured on.
         table_steps: Sampling steps the table is measured at.
         num_bands: Bands of timesteps the table tells apart.
+        num_depths: Conditional depths it tells apart, at most.
         batch_size: Pictures at a time.
         device: cpu or cuda.
         fresh: Measure the table again even where one is there.
@@ -183,14 +187,14 @@ def calibrate(
         device,
     )
     if table is None:
-        table = _measure_table(
-            dynamic, extractor, measuring, path, cfg_scale, num_pictures, table_steps, num_bands, batch_size
-        )
+        settings = calibration.CalibrationSettings(num_pictures, num_bands, batch_size, num_depths=num_depths)
+        table = _measure_table(dynamic, extractor, measuring, path, cfg_scale, table_steps, settings)
     plan = calibration.calibrate(
         dynamic,
         budget=budget,
         solver=solver,
         num_steps=steps,
+        cfg_scale=cfg_scale,
         table=table,
         extractor=extractor,
         batch_size=batch_size,
@@ -214,16 +218,14 @@ def _measure_table(
     measuring: Measuring,
     path: Path,
     cfg_scale: float,
-    num_pictures: int,
     table_steps: int,
-    num_bands: int,
-    batch_size: int,
-) -> object:
+    settings: "CalibrationSettings",
+) -> "ShiftTable":
     from rich.console import Console
 
     from dyndit.analysis.extractors import as_rgb
     from dyndit.analysis.fidelity import moments
-    from dyndit.calibration import CalibrationSettings, measure_shifts
+    from dyndit.calibration import measure_shifts
     from dyndit.data import open_data
     from dyndit.experiment import progress_bar
 
@@ -239,7 +241,7 @@ def _measure_table(
             reference,
             num_steps=table_steps,
             cfg_scale=cfg_scale,
-            settings=CalibrationSettings(num_pictures, num_bands, batch_size),
+            settings=settings,
             partial=path.with_suffix(".partial"),
             on_progress=advance,
         )
@@ -607,7 +609,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog="dyndit",
             description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks.",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     except InputError as error:
         if debug:

@@ -30,9 +30,10 @@ def machine() -> str:
 
 def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
     """A manifest: the run's settings, the code, the machine, and whatever else is to be recorded."""
+    name = Path(sys.argv[0]).name
     return {
         "settings": settings,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["dyndit" if name == "__main__.py" else name, *sys.argv[1:]]),
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "revision": _revision(),
         "machine": machine(),

@@ -3,7 +3,9 @@
     python -m dyndit.recipes.digits_classifier
 
 Split 1,297 / 500, stratified, seed 0; each picture shifted at random by up to one pixel.
-Result: 99.4% on the 500 test pictures; 33 s of training on one thread of a 2-core x86-64 CPU, 2026-11-23.
+Result: 99.4% on the 500 test pictures; 33 s of training on one thread of a 2-core x86-64 CPU, 2026-11-23. The
+augmentation was chosen among five on those same pictures (97.8% to 100%), for its reaction to noise rather than for
+the accuracy, so 99.4% is slightly optimistic.
 """
 
 from importlib.resources import files

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_latents import make_autoencoder
 
 import dyndit
 from dyndit.cli import VERBS, main
@@ -171,6 +172,39 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert np.allclose(ordered[0]["fd"], ordered[1]["fd"])
     main(["report", str(out), "--out", str(tmp_path / "report")])
     assert (tmp_path / "report" / "report.html").exists()
+
+
+LATENT_RECIPE = """
+from dyndit.backbones import DiTConfig
+from dyndit.exits import ExitConfig
+from dyndit.tasks import Distill, Train
+from dyndit.training import FitConfig
+
+fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
+train = Train(DiTConfig(16, 4, 4, width=32, num_blocks=2, num_heads=2, num_classes=2), fit)
+distill = Distill(ExitConfig(), fit)
+"""
+
+
+def test_latents_from_pictures_to_pictures(tmp_path: Path) -> None:
+    """A picture folder through a tiny random autoencoder: encode, cache, train, distil, sample, decode."""
+    autoencoder = make_autoencoder(tmp_path / "vae", in_channels=3, out_channels=3)
+    g = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(5):
+            picture = Image.fromarray(g.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+            picture.save(tmp_path / "pictures" / name / f"{i}.png")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(LATENT_RECIPE)
+    common = ["--data", str(tmp_path / "pictures"), "--vae", str(autoencoder)]
+    main(["train", str(recipe), *common, "--out", str(tmp_path / "trunk")])
+    main(["distill", str(recipe), *common, "--model", str(tmp_path / "trunk"), "--out", str(tmp_path / "model")])
+    draw = ["sample", str(tmp_path / "model"), "--num-images", "3", "--steps", "2", "--out", str(tmp_path / "samples")]
+    with pytest.raises(SystemExit):
+        main(draw)  # latents need their decoder
+    main([*draw, "--vae", str(autoencoder)])
+    assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (3, 32, 32, 3)
 
 
 BAD = [

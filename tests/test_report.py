@@ -22,7 +22,15 @@ from dyndit.analysis.figures import (
     save,
 )
 from dyndit.analysis.frontier import summary
-from dyndit.analysis.report import headlines, markdown_table, terminal_table, write_report
+from dyndit.analysis.report import (
+    control_findings,
+    frontier_findings,
+    headlines,
+    markdown_table,
+    plan_findings,
+    terminal_table,
+    write_report,
+)
 from dyndit.errors import InputError
 
 PLAN = {"timesteps": [999, 749, 499, 249], "cond": [3, 6, 12, 12], "uncond": [0, 3, 6, 12], "num_blocks": 12}
@@ -91,7 +99,8 @@ def test_every_number_of_a_row_is_the_summary_s(run_dir: Path) -> None:
     assert cells[:5] == ["searched", "ddim", "8", "50%", "5.00"]
     assert cells[5] == str(row["fd"])
     assert cells[6] == f"{row['time_saved']:.0%}"
-    assert cells[7] == f"{row['time_saved_equal_fd'].mean:.1%} ± {row['time_saved_equal_fd'].half:.1%}"
+    saved = row["time_saved_equal_fd"]
+    assert cells[7] == f"{100 * saved.mean:.0f} ± {100 * saved.half:.0f}%"
     assert cells[8] == f"{row['fd_diff']:+.2f}"
     assert cells[9] == "yes"
 
@@ -103,14 +112,16 @@ def test_markdown_table_is_rectangular() -> None:
 
 
 def test_terminal_table_fits_and_has_the_eight_columns() -> None:
-    console = Console(width=110, record=True, file=StringIO())
+    console = Console(width=80, record=True, file=StringIO())
     table = terminal_table(summary(frame(ms=5.0, fd=12.0)))
     console.print(table)
-    assert [str(c.header) for c in table.columns] == [
+    assert [" ".join(str(c.header).split()) for c in table.columns] == [
         "arm", "solver", "steps", "share of blocks", "ms per picture", "FD-digits ± 95%",
-        "time saved vs full depth", "time saved at equal FD",
+        "saved vs full", "saved at equal FD",
     ]  # fmt: skip
-    assert "searched" in console.export_text()
+    text = console.export_text()
+    assert "searched" in text
+    assert "…" not in text  # nothing cut off
 
 
 def test_headlines_name_the_best_plan_that_keeps_quality() -> None:
@@ -121,6 +132,44 @@ def test_headlines_name_the_best_plan_that_keeps_quality() -> None:
     assert "1 of 2 plans keep it" in found[0]
     alone = headlines(summary(frame(ms=5.0, fd=14.0)))
     assert alone[0] == "ddim, 8 steps: none of 1 plans keeps full depth's quality."
+
+
+def with_controls() -> pd.DataFrame:
+    """The frame, with budget 0.5: a searched plan of FD 12, a ramp a little better, a far worse one, a reversal."""
+    runs = frame(ms=5.0, fd=12.0, noise=0.05, budget=0.5, plan="plan.json")
+    mine = runs[runs["arm"] == "searched"]
+    jitter = [0.01, -0.01, 0.0, 0.02, -0.02]
+    others = [
+        mine.assign(arm=arm, family=family, fd=mine["fd"].to_numpy() + shift + jitter, plan="")
+        for arm, family, shift in (("ramp-1", "ramp", -0.5), ("ramp-2", "ramp", 9), ("reversed", "reversed", 5))
+    ]
+    return pd.concat([runs, *others])
+
+
+def test_controls_are_compared_at_their_budget() -> None:
+    found = control_findings(with_controls())
+    assert len(found) == 2
+    assert "the best of 2 ramp plans, ramp-1: FD +0.50" in found[0]
+    assert "(worse)" in found[0]
+    assert "against reversed: FD -5.00" in found[1].replace("−", "-")
+    assert "(better)" in found[1]
+    assert control_findings(frame(ms=5.0, fd=12.0)) == []
+
+
+def test_depth_by_thirds_is_read_from_the_plans(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"cond": [1, 1, 4, 6, 12, 12]}))
+    assert "1.0, 5.0, 12.0" in plan_findings(tmp_path, with_controls())[0]
+    assert plan_findings(tmp_path / "elsewhere", with_controls()) == []
+
+
+def test_frontier_findings_count_plans_between_5_and_20_steps() -> None:
+    runs = frame(ms=5.0, fd=12.0, noise=0.05)
+    steps = sorted(runs.loc[runs["family"] == "full", "steps"].unique())
+    renamed = runs.replace({"steps": {steps[0]: 5, steps[-1]: 20}})
+    found = frontier_findings(summary(renamed))
+    assert "of 1 searched plans 1 lie clearly below" in found[0]
+    assert ", 0 above it" in found[0]
+    assert frontier_findings(summary(runs)) == []  # full depth was not measured at 5 and 20 steps
 
 
 def test_machines_get_tables_of_their_own(run_dir: Path, tmp_path: Path) -> None:

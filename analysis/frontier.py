@@ -171,9 +171,13 @@ def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
     | fd_diff | Interval of FD - FD of full depth, same solver and steps, paired by block |
     | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None without that arm |
     | time_saved_equal_fd | Interval of 1 - time / time at which full depth reaches this FD |
+    | time_saved_at_least | NaN unless full depth never reaches this FD in some block; then a lower bound (*) |
     | fd_diff_equal_time | Interval of FD - FD of full depth at this time |
     | better, worse | whether fd_diff_equal_time lies wholly below, above 0 |
     | note | why an interpolation is missing |
+
+    (*) the mean over blocks of 1 - time / t, where t is the longest time measured for full depth in the blocks
+    that never reach it.
 
     A block counts in an interpolation only if the full frontier of that block covers it; if any block is not
     covered the Interval is NaN and the note says so, as an interval over the covered blocks would be biased.
@@ -223,6 +227,7 @@ def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object
     missing = Interval(math.nan, math.nan, math.nan)
     row = {
         "time_saved_equal_fd": missing,
+        "time_saved_at_least": math.nan,
         "fd_diff_equal_time": missing,
         "better": False,
         "worse": False,
@@ -245,6 +250,11 @@ def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object
         row["time_saved_equal_fd"] = paired_interval([1 - ms / t for t in equal_fd])
     else:
         above = sum(fd > line[0] for line, fd in zip(frontiers, fds, strict=True))
+        if not above:
+            longest = float(times.iloc[-1])
+            row["time_saved_at_least"] = float(
+                np.mean([1 - ms / (t if math.isfinite(t) else longest) for t in equal_fd])
+            )
         where = "above the fastest" if above else "below the best"
         notes.append(f"FD {where} full-depth arm in {sum(map(math.isnan, equal_fd))} of {len(blocks)} blocks")
     equal_time = [fd_at_time(times.to_numpy(), line, ms) for line in frontiers]

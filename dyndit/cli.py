@@ -51,13 +51,16 @@ def train(
 
     chosen = find(recipe, "train", Train)
     pictures = _training_data(data or chosen.data, chosen.backbone.image_size, chosen.backbone.in_channels, vae, out)
+    chosen.check(pictures)
+    settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
+    manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
     model, result = chosen.run(pictures, out, preview=_preview)
     checkpoints.save(model, out)
-    settings = {"verb": "train", "recipe": recipe, "fit": vars(fit), "data": pictures.fingerprint}
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, seconds=result.seconds))
+    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.trunk_hash()}
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
     print(
@@ -100,14 +103,17 @@ def distill(
         print(note)
     backbone = loaded.model.backbone
     pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
+    chosen.check(loaded.model, pictures)
+    settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": loaded.model.trunk_hash()}
+    manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     errors.to_csv(out / "exit-errors.csv", index=False)
-    settings = {"verb": "distill", "recipe": recipe, "fit": vars(fit), "data": pictures.fingerprint}
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, seconds=result.seconds))
+    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": dynamic.exits_hash()}
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
     print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")
     table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error")
     print(table.sort_index(axis=1).to_string(float_format=lambda v: f"{v:.4f}"))

@@ -49,8 +49,10 @@ def write_json(path: Path, data: object) -> None:
     temporary.replace(path)
 
 
-def claim(out: Path, settings: dict[str, object]) -> dict[str, object] | None:
+def claim(out: Path, settings: dict[str, object], shared: tuple[str, ...] = ()) -> dict[str, object] | None:
     """Make `out` the folder of a run with these settings; return its manifest where the very run is there.
+
+    shared: names that may lie in the folder before the run claims it.
 
     Raises:
         InputError: the folder holds another run, or files that are none.
@@ -74,7 +76,7 @@ def claim(out: Path, settings: dict[str, object]) -> dict[str, object] | None:
         return found
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; expected a folder")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(entry.name not in shared for entry in out.iterdir()):
         raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,11 @@ def timesteps_of(solver: str, num_steps: int) -> tuple[int, ...]:
     return tuple(int(t) for t in make_scheduler(solver, num_steps).timesteps)
 
 
+def log_snr_of(solver: str, num_steps: int) -> tuple[float, ...]:
+    """log(alpha_bar / (1 - alpha_bar)) at every step of a solver, rising from noise to picture."""
+    return tuple(SCHEDULE.log_snr(torch.tensor(timesteps_of(solver, num_steps))).tolist())
+
+
 def full_plan(model: DynamicDepth, solver: str, num_steps: int, cfg_scale: float) -> DepthPlan:
     """The original model at every step."""
     return DepthPlan.full(timesteps_of(solver, num_steps), model.num_blocks, solver, cfg_scale)

@@ -31,11 +31,11 @@ class Train:
     """"digits", or empty: the user names a picture folder."""
     schedule: Schedule = field(default_factory=Schedule)
 
-    def run(self, data: Pictures, out: Path, *, preview: Preview | None = None) -> tuple[DynamicDepth, FitResult]:
-        """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
+    def check(self, data: Pictures) -> None:
+        """Refuse pictures that are not the backbone's.
 
         Raises:
-            InputError: the data's size, channels or classes are not the backbone's.
+            InputError: another size, number of channels or of classes; or the first picture cannot be read.
         """
         config = self.backbone
         for name, found, expected in (
@@ -45,6 +45,16 @@ class Train:
         ):
             if found != expected:
                 raise InputError(f"data: {name} {found}, but the recipe's backbone expects {expected}")
+        data[0]
+
+    def run(self, data: Pictures, out: Path, *, preview: Preview | None = None) -> tuple[DynamicDepth, FitResult]:
+        """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
+
+        Raises:
+            InputError: as `check`.
+        """
+        self.check(data)
+        config = self.backbone
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
             backbone = ClassConditionalDiT(config)
@@ -96,9 +106,15 @@ class Distill:
     """Share of the labels replaced by the null label: guided sampling asks the exits for both branches."""
     schedule: Schedule = field(default_factory=Schedule)
 
-    def run(self, model: DynamicDepth, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
-        """Return a model with the same trunk and trained exits, in eval mode, and the loop's record."""
-        backbone = model.backbone.eval().requires_grad_(False)
+    def check(self, model: DynamicDepth, data: Pictures) -> None:
+        """Refuse pictures and exits that do not fit the model.
+
+        Raises:
+            InputError: another size or number of channels, more classes, an exit where there is no layer; or the
+                first picture cannot be read.
+        """
+        backbone = model.backbone
+        self.exits.resolved(backbone.num_blocks)
         if (data.channels, data.image_size) != (backbone.in_channels, backbone.image_size):
             raise InputError(
                 f"data: pictures of {data.channels} x {data.image_size} px, but the model takes "
@@ -106,6 +122,16 @@ class Distill:
             )
         if data.num_classes > backbone.num_classes:
             raise InputError(f"data: classes {data.num_classes}, but the model has {backbone.num_classes}")
+        data[0]
+
+    def run(self, model: DynamicDepth, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
+        """Return a model with the same trunk and trained exits, in eval mode, and the loop's record.
+
+        Raises:
+            InputError: as `check`.
+        """
+        self.check(model, data)
+        backbone = model.backbone.eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
             exits = Exits(backbone, self.exits)

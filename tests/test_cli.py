@@ -58,7 +58,7 @@ def test_training_leaves_a_model_and_its_record(workshop: Path) -> None:
     assert model.depths == (4,)
     assert (workshop / "trunk" / "losses.csv").exists()
     manifest = json.loads((workshop / "trunk" / "manifest.json").read_text())
-    assert manifest["settings"]["fit"]["steps"] == 30
+    assert manifest["fit"]["steps"] == 30
     assert "torch" in manifest["versions"]
 
 
@@ -225,6 +225,8 @@ BAD = [
     (["calibrate", "{trunk}", "--budget", "0.5"], "no exits"),
     (["distill", "{recipe}", "--model", "{trunk}", "--data", "{empty}", "--out", "{out}"], "empty"),
     (["distill", "{recipe}", "--model", "{trunk}", "--data", "{unreadable}", "--out", "{out}"], "broken.png"),
+    (["distill", "{recipe}", "--model", "{trunk}", "--out", "{full}"], "--out"),
+    (["train", "{recipe}", "--out", "{full}"], "--out"),
     (["train", "nothing.py", "--out", "{out}"], "nothing.py"),
     (["train", "cifar10", "--out", "{out}"], "--data"),
     (["train", "cifar10", "--data", "digits", "--out", "{out}"], "data"),

@@ -216,3 +216,11 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, spoil, message: str) ->
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"runs\.csv: no such file"):
         read_runs(tmp_path)
+
+
+def test_a_quality_full_depth_never_reaches_saves_at_least_against_its_longest_time() -> None:
+    row = searched(frame(ms=4.0, fd=7.0))  # full depth's best is 8, at 16 ms
+    assert math.isnan(row["time_saved_equal_fd"].mean)
+    assert row["time_saved_at_least"] == pytest.approx(1 - 4 / 16)
+    assert math.isnan(searched(frame(ms=4.0, fd=17.0))["time_saved_at_least"])  # worse than its fastest
+    assert math.isnan(searched(frame(ms=4.0, fd=12.0))["time_saved_at_least"])  # reached: the interval says it

@@ -17,6 +17,7 @@ from dyndit.sampler import (
     advance,
     balanced_labels,
     full_plan,
+    log_snr_of,
     make_scheduler,
     noise,
     sample,
@@ -141,6 +142,14 @@ def test_no_step_is_spent_at_zero_noise(solver: str, steps: int) -> None:
     assert list(times) == sorted(set(times), reverse=True)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_log_snr_rises_along_every_schedule(solver: str) -> None:
+    values = log_snr_of(solver, 12)
+    assert list(values) == sorted(values)
+    assert values[0] == pytest.approx(-10.118, abs=2e-3)  # t = 999 of the linear schedule
+    assert values[-1] > 1
+
+
 def test_clamping_keeps_noise_predictions_that_imply_legal_pixels(tiny_dynamic) -> None:
     from dyndit.sampler import _clamp_x_0
 
@@ -223,3 +232,16 @@ def test_plans_that_do_not_fit_are_refused(tiny_dynamic) -> None:
 
 def test_balanced_labels() -> None:
     assert balanced_labels(5, 3) == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_pictures_of_a_gpu_are_those_of_the_cpu(make_model, solver: str) -> None:
+    """To a few levels: kernels differ, the noise does not."""
+    model = make_model()
+    plan = rising(model, solver)
+    draw = {"plan": plan, "solver": solver, "num_steps": 4, "seed": 5}
+    here = sample(model, LABELS, **draw).pictures.int()
+    there = sample(make_model().to("cuda"), LABELS, **draw).pictures.int()
+    assert (here - there).abs().float().mean() < 1

@@ -39,6 +39,13 @@ STYLE = {
 }
 
 
+# Families that are swept over steps, and drawn as lines labelled with them.
+SWEEPS = {
+    "full": {"color": INK, "ls": "-", "label": "full depth (label: steps)"},
+    "unguided": {"color": "#8a8a8a", "ls": "--", "label": "full depth, no guidance"},
+}
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
     path = Path(path)
@@ -71,7 +78,7 @@ def _arms(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _colours(arms: pd.DataFrame) -> dict[int, str]:
     """Return a colour for each step count of a dynamic arm."""
-    steps = sorted(arms.loc[arms["family"] != "full", "steps"].unique())
+    steps = sorted(arms.loc[~arms["family"].isin(SWEEPS), "steps"].unique())
     return {s: COLOURS[k % len(COLOURS)] for k, s in enumerate(steps)}
 
 
@@ -79,11 +86,12 @@ def _key(arms: pd.DataFrame, colours: Mapping[int, str]) -> list[Line2D]:
     """Legend entries: a line for full depth, a colour per step count, a marker per family."""
     key = []
     families = list(dict.fromkeys(arms["family"]))
-    if "full" in families:
-        key.append(Line2D([], [], color=INK, marker="o", ms=4, label="full depth (label: steps)"))
+    for family, style in SWEEPS.items():
+        if family in families:
+            key.append(Line2D([], [], marker="o", ms=4, **style))
     key += [Line2D([], [], color=c, lw=3, label=f"{int(s)} steps") for s, c in colours.items()]
     for family in families:
-        if family != "full":
+        if family not in SWEEPS:
             marker = MARKERS.get(family, OTHER_MARKER)
             label = f"{family} plan" + ("s" if (arms["family"] == family).sum() > 1 else "")
             key.append(Line2D([], [], color="#777777", marker=marker, ls="", ms=4.5, label=label))
@@ -119,13 +127,15 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
 
 
 def _draw_frontier(axis: Axes, arms: pd.DataFrame, colours: Mapping[int, str], top: float) -> None:
-    full = arms[arms["family"] == "full"].sort_values("ms")
     bars = {"capsize": 1.5, "elinewidth": 0.8, "zorder": 3}
-    axis.errorbar(full["ms"], full["fd"], full["half"], color=INK, marker="o", ms=4, lw=1.4, **bars)
-    for ms, fd, steps in zip(full["ms"], full["fd"], full["steps"], strict=True):
-        offset = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8, "color": INK}
-        axis.annotate(f"{int(steps)}", (ms, fd), **offset, annotation_clip=True, zorder=5)
-    for (family, steps), group in arms[arms["family"] != "full"].groupby(["family", "steps"], sort=False):
+    for family, style in SWEEPS.items():
+        sweep = arms[arms["family"] == family].sort_values("ms")
+        axis.errorbar(sweep["ms"], sweep["fd"], sweep["half"], marker="o", ms=4, lw=1.4, **style, **bars)
+        for ms, fd, steps in zip(sweep["ms"], sweep["fd"], sweep["steps"], strict=True):
+            offset = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8, "color": style["color"]}
+            axis.annotate(f"{int(steps)}", (ms, fd), **offset, annotation_clip=True, zorder=5)
+    dynamic = arms[~arms["family"].isin(SWEEPS)]
+    for (family, steps), group in dynamic.groupby(["family", "steps"], sort=False):
         group = group.sort_values("ms")
         marker, colour = MARKERS.get(family, OTHER_MARKER), colours[steps]
         shown, above = group[group["fd"] <= top], group[group["fd"] > top]

@@ -266,6 +266,24 @@ def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object
     return row | {"note": "; ".join(notes)}
 
 
+def against_unguided(runs: pd.DataFrame) -> pd.DataFrame:
+    """Searched plans against full depth without guidance, at equal time: what guidance costs is a saving too.
+
+    One row per searched arm whose time the sweep covers: solver, arm, fd_diff (Interval, paired by block), better,
+    worse.
+    """
+    scored = runs[runs["role"] == "score"]
+    rows = []
+    for _, group in scored.groupby([*GROUP, "solver"], sort=False):
+        sweep = group[group["family"] == "unguided"]
+        for name, arm in group[group["family"] == "searched"].groupby("arm", sort=False):
+            found = _against_frontier(arm.set_index("block").sort_index(), sweep)
+            if not math.isnan(found["fd_diff_equal_time"].mean):
+                row = {"solver": arm["solver"].iloc[0], "arm": name, "fd_diff": found["fd_diff_equal_time"]}
+                rows.append(row | {"better": found["better"], "worse": found["worse"]})
+    return pd.DataFrame(rows, columns=["solver", "arm", "fd_diff", "better", "worse"])
+
+
 def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
     """Searched plans held against the fixed schedules made for the same solver, steps and budget of time.
 

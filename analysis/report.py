@@ -19,7 +19,7 @@ from rich import box
 from rich.table import Table
 
 from dyndit.analysis.figures import frontier_figure, predicted_figure, save
-from dyndit.analysis.frontier import GROUP, against_controls, read_runs, summary
+from dyndit.analysis.frontier import GROUP, against_controls, against_unguided, read_runs, summary
 from dyndit.analysis.intervals import Interval
 from dyndit.errors import InputError
 
@@ -144,9 +144,9 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
     """The result of `frontier.summary` for one group -> its findings, a sentence each."""
-    dynamic = frame[frame["family"] != "full"]
+    dynamic = frame[~frame["family"].isin(["full", "unguided"])]
     found = []
-    for (solver, steps), arms in dynamic.groupby(["solver", "steps"], sort=False):
+    for (solver, steps), arms in dynamic[dynamic["family"] == "searched"].groupby(["solver", "steps"], sort=False):
         known = arms[arms["unchanged"].notna()]
         kept = known[known["unchanged"].astype(bool)]
         if known.empty:
@@ -210,6 +210,15 @@ def control_findings(runs: pd.DataFrame) -> list[str]:
             f"{best['fd_diff']:+.2f} ({verdict}), in {best['time_ratio']:.2f} of its time."
         )
     return found
+
+
+def unguided_findings(runs: pd.DataFrame) -> list[str]:
+    """Searched plans against full depth without guidance at equal time, a sentence per solver."""
+    return [
+        f"{solver}, against full depth without guidance at equal time: of {len(rows)} searched plans "
+        f"{rows['better'].sum()} better, {rows['worse'].sum()} worse (95% interval excludes 0)."
+        for solver, rows in against_unguided(runs).groupby("solver", sort=False)
+    ]
 
 
 def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
@@ -301,7 +310,7 @@ def _section(folder: Path, runs: pd.DataFrame, out: Path, suffix: str, margin: f
         f"CFG {first['cfg_scale']:g}, {frame['blocks'].max()} seed blocks of {first['num_images']:g} pictures"
     )
     findings = headlines(frame, margin) + frontier_findings(frame, margin)
-    findings += control_findings(runs) + plan_findings(folder, runs)
+    findings += unguided_findings(runs) + control_findings(runs) + plan_findings(folder, runs)
     return Section(title, findings, frame, pictures)
 
 

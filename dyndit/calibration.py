@@ -166,6 +166,18 @@ def measure_shifts(
     )
 
 
+def measure_shifts_into(
+    path: Path, model: DynamicDepth, extractor: Extractor, reference: Moments, **options: object
+) -> ShiftTable:
+    """`measure_shifts`, resumable, with its table in the file `path` at the end."""
+    partial, temporary = path.with_suffix(".partial"), path.with_suffix(".tmp")
+    table = measure_shifts(model, extractor, reference, partial=partial, **options)
+    table.save(temporary)
+    temporary.replace(path)
+    partial.unlink(missing_ok=True)
+    return table
+
+
 def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
     """Sums and number of batches of an interrupted measurement of the very same table, or nothing."""
     if partial is None or not partial.exists():

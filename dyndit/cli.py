@@ -45,19 +45,26 @@ def train(
         sample_every: Draw a sample grid every so many steps; 0 for never.
         vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
     """
+    from accelerate import PartialState
+
     from dyndit import checkpoints, manifest
     from dyndit.recipe_files import find
     from dyndit.tasks import Train
 
     chosen = find(recipe, "train", Train)
-    pictures = _training_data(data or chosen.data, chosen.backbone.image_size, chosen.backbone.in_channels, vae, out)
+    with PartialState().main_process_first():  # latents are encoded once
+        backbone = chosen.backbone
+        pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
     chosen.check(pictures)
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
-    manifest.claim(out, settings, shared=("latents",))
+    with PartialState().main_process_first():
+        manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
     model, result = chosen.run(pictures, out, preview=_preview)
+    if not PartialState().is_main_process:
+        return
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.trunk_hash()}
     manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
@@ -93,6 +100,8 @@ def distill(
         num_heads: Attention heads of a .pt whose width does not tell them.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
     """
+    from accelerate import PartialState
+
     from dyndit import checkpoints, manifest
     from dyndit.recipe_files import find
     from dyndit.tasks import Distill, exit_error_table
@@ -102,13 +111,17 @@ def distill(
     for note in loaded.notes:
         print(note)
     backbone = loaded.model.backbone
-    pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
+    with PartialState().main_process_first():
+        pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
     chosen.check(loaded.model, pictures)
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": loaded.model.trunk_hash()}
-    manifest.claim(out, settings, shared=("latents",))
+    with PartialState().main_process_first():
+        manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
+    if not PartialState().is_main_process:
+        return
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     errors.to_csv(out / "exit-errors.csv", index=False)
@@ -231,7 +244,7 @@ def _measure_table(
 
     from dyndit.analysis.extractors import as_rgb
     from dyndit.analysis.fidelity import moments
-    from dyndit.calibration import measure_shifts
+    from dyndit.calibration import measure_shifts_into
     from dyndit.data import open_data
     from dyndit.experiment import progress_bar
 
@@ -241,21 +254,16 @@ def _measure_table(
     real = open_data(spec, dynamic.backbone.image_size, dynamic.backbone.in_channels)
     reference = moments(extractor.features(as_rgb(_spread(real, 5000))))
     with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
-        table = measure_shifts(
+        return measure_shifts_into(
+            path,
             dynamic,
             extractor,
             reference,
             num_steps=table_steps,
             cfg_scale=cfg_scale,
             settings=settings,
-            partial=path.with_suffix(".partial"),
             on_progress=advance,
         )
-    temporary = path.with_suffix(".tmp")
-    table.save(temporary)
-    temporary.replace(path)
-    path.with_suffix(".partial").unlink(missing_ok=True)
-    return table
 
 
 @dataclass(frozen=True)

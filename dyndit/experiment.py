@@ -7,12 +7,11 @@ stage leaves its result on disk; what is there and valid is not done again.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,15 +25,15 @@ from rich.progress import (
 from dyndit import checkpoints, manifest
 from dyndit.analysis.extractors import Extractor, as_rgb, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
-from dyndit.analysis.frontier import append_run, measured
-from dyndit.calibration import CalibrationSettings, measure_moments, measure_shifts
+from dyndit.analysis.frontier import RUNS, append_run, measured
+from dyndit.calibration import CalibrationSettings, measure_moments, measure_shifts_into
 from dyndit.data import Pictures, open_data
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan
 from dyndit.routers.schedules import constant, ramp, reversed_plan
 from dyndit.routers.searched import Predictor, ShiftTable, search
-from dyndit.sampler import balanced_labels, full_plan, sample
+from dyndit.sampler import Samples, balanced_labels, full_plan, sample, unguided
 from dyndit.tasks import Distill, Train, exit_error_table
 
 
@@ -69,6 +68,8 @@ class Experiment:
     full_steps: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14, 17, 20)
     dynamic_steps: tuple[int, ...] = (10, 20)
     budgets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
+    unguided_steps: tuple[int, ...] = ()
+    """Full depth without guidance at these step counts: a plan that drops guidance must not hide behind depth."""
     controls: Controls | None = None
     cfg_scale: float = 1.5
     num_blocks: int = 5
@@ -109,38 +110,36 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     data = open_data(inputs.data or experiment.data)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
-    settings = {"experiment": asdict(experiment), "inputs": asdict(inputs), "data": data.fingerprint}
-    # The schedule's tables are constants of the code, not settings.
-    for name in ("train", "distill"):
-        if settings["experiment"][name]:
-            settings["experiment"][name].pop("schedule", None)
-    found = inputs.model or experiment.model
-    trunk = None if inputs.from_scratch else checkpoints.load(found, device=inputs.device)
+    trunk = None if inputs.from_scratch else checkpoints.load(inputs.model or experiment.model, device=inputs.device)
     if trunk is None and experiment.train is None:
         raise InputError("--from-scratch: this experiment has no recipe for its trunk")
-    manifest.claim(out, settings)
-    model = _model(experiment, inputs, trunk, data, out, console)
+    manifest.claim(out, _settings(experiment, inputs, data))
+    model = _model(experiment, trunk, data, out, console).to(inputs.device)
     reference = moments(extractor.features(as_rgb(data.uint8())))
-    table = _table(experiment, model, extractor, reference, out, console)
-    arms = _arms(experiment, model, extractor, table, out, console)
-    _measure(experiment, model, extractor, reference, arms, out, console)
-    _report(experiment, model, arms, out)
+    comparison = _Comparison(experiment, model, extractor, reference, out, console)
+    arms = comparison.arms(comparison.table())
+    comparison.measure(arms)
+    comparison.report(arms)
     return out
 
 
+def _settings(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[str, object]:
+    """What makes a run this run. The noise schedule's tables are constants of the code, not settings."""
+    choices = asdict(experiment)
+    for name in ("train", "distill"):
+        if choices[name]:
+            choices[name].pop("schedule", None)
+    return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
+
+
 def _model(
-    experiment: Experiment,
-    inputs: Inputs,
-    trunk: DynamicDepth | None,
-    data: Pictures,
-    out: Path,
-    console: Console,
+    experiment: Experiment, trunk: DynamicDepth | None, data: Pictures, out: Path, console: Console
 ) -> DynamicDepth:
-    """The trunk with its exits, from `out/model` where they are there and whole."""
+    """The trunk with its exits, from `out/model` where they are there and whole. No trunk: it is trained."""
     folder = out / "model"
     if (folder / checkpoints.EXITS).exists():
         console.print(f"trunk and exits: there already ({folder})")
-        return checkpoints.load(folder, device=inputs.device)
+        return checkpoints.load(folder)
     if trunk is None:
         console.print("training the trunk")
         trunk, _ = experiment.train.run(data, out / "training")
@@ -148,141 +147,223 @@ def _model(
     model, _ = experiment.distill.run(trunk, data, out / "distillation")
     exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
     checkpoints.save(model, folder)
-    return model.to(inputs.device)
+    return model
 
 
-def _table(
-    experiment: Experiment,
-    model: DynamicDepth,
-    extractor: Extractor,
-    reference: Moments,
-    out: Path,
-    console: Console,
-) -> ShiftTable:
-    path = out / "model" / checkpoints.TABLE
-    if path.exists():
-        try:
-            table = ShiftTable.load(path)
-        except CheckpointError as error:
-            console.print(f"{error}: measured again")
-        else:
-            if (table.trunk, table.exits) == (model.trunk_hash(), model.exits_hash()):
-                console.print(f"shift table: there already ({path})")
-                return table
-    with progress_bar("measuring distribution shifts", console) as advance:
-        table = measure_shifts(
-            model,
-            extractor,
-            reference,
-            solver=experiment.calibration_solver,
-            num_steps=experiment.calibration_steps,
-            cfg_scale=experiment.cfg_scale,
-            settings=experiment.calibration,
-            partial=path.with_suffix(".partial"),
-            on_progress=advance,
+@dataclass(frozen=True)
+class _Comparison:
+    """The stages after the exits, and what they all need."""
+
+    experiment: Experiment
+    model: DynamicDepth
+    extractor: Extractor
+    reference: Moments
+    out: Path
+    console: Console
+
+    def table(self) -> ShiftTable:
+        """The shift table, from beside the model where it is there and this model's."""
+        path, experiment = self.out / "model" / checkpoints.TABLE, self.experiment
+        if path.exists():
+            try:
+                table = ShiftTable.load(path)
+            except CheckpointError as error:
+                self.console.print(f"{error}: measured again")
+            else:
+                if (table.trunk, table.exits) == (self.model.trunk_hash(), self.model.exits_hash()):
+                    self.console.print(f"shift table: there already ({path})")
+                    return table
+        with progress_bar("measuring distribution shifts", self.console) as advance:
+            return measure_shifts_into(
+                path,
+                self.model,
+                self.extractor,
+                self.reference,
+                solver=experiment.calibration_solver,
+                num_steps=experiment.calibration_steps,
+                cfg_scale=experiment.cfg_scale,
+                settings=experiment.calibration,
+                on_progress=advance,
+            )
+
+    def arms(self, table: ShiftTable) -> list[Arm]:
+        """Every arm of the comparison; searched plans are written to `out`, and read back where they are there."""
+        experiment, controls = self.experiment, self.experiment.controls
+        arms = [
+            Arm(f"full-{solver}-{steps}", "full", self._full(solver, steps))
+            for solver, steps in product(experiment.solvers, experiment.full_steps)
+        ]
+        arms += [
+            Arm(
+                f"unguided-{solver}-{steps}",
+                "unguided",
+                replace(unguided(self._full(solver, steps)), router="unguided"),
+            )
+            for solver, steps in product(experiment.solvers, experiment.unguided_steps)
+        ]
+        budgets = {key: list(experiment.budgets) for key in product(experiment.solvers, experiment.dynamic_steps)}
+        shares = self._control_budgets(table)
+        if controls is not None:
+            budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
+        searched: list[Arm] = []
+        with progress_bar("searching plans", self.console) as advance:
+            for done, ((solver, steps), wanted) in enumerate(budgets.items()):
+                searched += self._searched(table, solver, steps, wanted)
+                advance(done + 1, len(budgets))
+        arms += searched
+        for depth, budget in shares.items():
+            name = _searched_name(controls.solver, controls.steps, budget)
+            plan = next(arm.plan for arm in searched if arm.name == name)
+            arms += self._controls(table, depth, budget, plan)
+        return arms
+
+    def measure(self, arms: list[Arm]) -> None:
+        """Sample and score every arm on every seed block; blocks go round the arms in changing order."""
+        experiment, path = self.experiment, self.out / RUNS
+        done = measured(path) if path.exists() else set()
+        total, count = experiment.num_blocks * len(arms), len(done)
+        if count < total:
+            self._draw(arms[0].plan, seed=0, num=experiment.batch_size)  # warm-up
+        with progress_bar("sampling and scoring", self.console) as advance:
+            for block in range(experiment.num_blocks):
+                shift = block * len(arms) // experiment.num_blocks
+                for arm in arms[shift:] + arms[:shift]:
+                    if (arm.name, block) not in done:
+                        append_run(path, self._row(arm, block))
+                        count += 1
+                        advance(count, total)
+
+    def report(self, arms: list[Arm]) -> None:
+        """Figures and pages from what lies in `out`."""
+        from dyndit.analysis import figures, write_report
+
+        searched = [arm for arm in arms if arm.family == "searched"]
+        figures.save(figures.plan_figure({arm.name: asdict(arm.plan) for arm in searched}), self.out / "plan.png")
+        if (self.out / "exit-errors.csv").exists():
+            errors = pd.read_csv(self.out / "exit-errors.csv")
+            table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error").sort_index(axis=1)
+            figures.save(figures.error_figure(table, "mean squared error on the noise"), self.out / "errors.png")
+        steps, rows = self.experiment.dynamic_steps[0], {}
+        for solver in self.experiment.solvers:
+            chosen = [arm for arm in arms if (arm.plan.solver, arm.plan.num_steps) == (solver, steps)]
+            full = [arm for arm in chosen if arm.family == "full"]
+            dynamic = sorted((arm for arm in chosen if arm in searched), key=lambda arm: -arm.budget)
+            rows |= {arm.name: self._draw(arm.plan, seed=0, num=10).pictures for arm in full + dynamic}
+        figures.save(figures.samples_figure(rows), self.out / "samples.png")
+        write_report(self.out, self.out, margin=self.experiment.margin)
+
+    def _full(self, solver: str, steps: int) -> DepthPlan:
+        return full_plan(self.model, solver, steps, self.experiment.cfg_scale)
+
+    def _draw(self, plan: DepthPlan, *, seed: int, num: int, stats: bool = False) -> Samples:
+        return sample(
+            self.model,
+            balanced_labels(num, self.model.backbone.num_classes),
+            plan=plan,
+            solver=plan.solver,
+            num_steps=plan.num_steps,
+            cfg_scale=self.experiment.cfg_scale if plan.guided else 1.0,
+            seed=seed,
+            batch_size=self.experiment.batch_size,
+            stats=stats,
         )
-    temporary = path.with_suffix(".tmp")
-    table.save(temporary)
-    temporary.replace(path)
-    path.with_suffix(".partial").unlink(missing_ok=True)
-    return table
 
+    def _row(self, arm: Arm, block: int) -> dict[str, object]:
+        """Draw one block of one arm and score it: a row of runs.csv."""
+        experiment, plan = self.experiment, arm.plan
+        result = self._draw(plan, seed=block, num=experiment.num_images, stats=True)
+        features = self.extractor.features(as_rgb(result.pictures))
+        cond, uncond = plan.mean_depth
+        return {
+            "run": self.out.name,
+            "machine": manifest.machine(),
+            "extractor": self.extractor.name,
+            "metric": self.extractor.metric_name,
+            "model": self.model.trunk_hash(),
+            "arm": arm.name,
+            "family": arm.family,
+            "solver": plan.solver,
+            "steps": plan.num_steps,
+            "budget": arm.budget,
+            "cfg_scale": experiment.cfg_scale,
+            "block": block,
+            "seed": block,
+            "num_images": experiment.num_images,
+            "share_of_blocks": plan.share_of_blocks,
+            "mean_depth_cond": cond,
+            "mean_depth_uncond": uncond,
+            "ms_per_picture": 1e3 * result.seconds / experiment.num_images,
+            "ms_denoiser": 1e3 * sum(result.network_seconds) / experiment.num_images,
+            "fd": frechet_distance(moments(features), self.reference),
+            "predicted_fd": arm.predicted_fd,
+            "role": "score",
+            "plan": self._plan_file(arm).name if arm.family == "searched" else "",
+        }
 
-def _arms(
-    experiment: Experiment,
-    model: DynamicDepth,
-    extractor: Extractor,
-    table: ShiftTable,
-    out: Path,
-    console: Console,
-) -> list[Arm]:
-    """Every arm of the comparison; the searched plans are written to `out` and read back where they are there."""
-    arms = [
-        Arm(f"full-{solver}-{steps}", "full", full_plan(model, solver, steps, experiment.cfg_scale))
-        for solver, steps in product(experiment.solvers, experiment.full_steps)
-    ]
-    controls = experiment.controls
-    wanted = list(product(experiment.solvers, experiment.dynamic_steps))
-    grids = {key: list(experiment.budgets) for key in wanted}
-    if controls is not None:
-        full = full_plan(model, controls.solver, controls.steps, experiment.cfg_scale)
-        depths = tuple(sorted({c for c, _ in table.pairs} | {model.num_blocks}))
-        shares = {d: table.cost.share_of_time(constant(full, depths, d)) for d in controls.depths}
-        grids.setdefault((controls.solver, controls.steps), []).extend(round(s, 3) for s in shares.values())
-    with progress_bar("searching plans", console) as advance:
-        for done, ((solver, steps), budgets) in enumerate(grids.items()):
-            arms += _searched(experiment, model, extractor, table, out, solver, steps, budgets)
-            advance(done + 1, len(grids))
-    if controls is not None:
-        base = _base(experiment, model, extractor, table, out, controls.solver, controls.steps)
-        predictor = Predictor(table, full.timesteps, base)
-        for depth, share in shares.items():
-            budget = round(share, 3)
-            searched = next(a.plan for a in arms if a.name == _searched_name(controls.solver, controls.steps, budget))
-            plans = [constant(full, depths, depth), reversed_plan(searched)]
-            plans += _ramps_within(full, depths, table, budget, controls.num_ramps)
-            arms += [
-                Arm(
-                    f"{p.router}-{p.solver}-{p.num_steps}-b{budget:.3f}",
-                    p.router.split("-")[0],
-                    p,
-                    budget,
-                    predictor.predict(p),
-                )
-                for p in plans
-            ]
-    return arms
+    def _plan_file(self, arm: Arm) -> Path:
+        return self.out / f"{arm.name.replace('searched', 'plan', 1)}.json"
+
+    def _searched(self, table: ShiftTable, solver: str, steps: int, budgets: list[float]) -> list[Arm]:
+        arms, base, full = [], None, self._full(solver, steps)
+        for budget in budgets:
+            name = _searched_name(solver, steps, budget)
+            path = self._plan_file(Arm(name, "searched", full))
+            if path.exists():
+                plan = DepthPlan.load(path)
+                model = self.model
+                plan.check(depths=model.depths, trunk=model.trunk_hash(), exits=model.exits_hash(), origin=str(path))
+            else:
+                base = base or self._base(table, solver, steps)
+                plan = search(table, full, budget, base=base)
+                plan.save(path)
+            arms.append(Arm(name, "searched", plan, budget, plan.figures["predicted_fd"]))
+        return arms
+
+    def _base(self, table: ShiftTable, solver: str, steps: int) -> Moments:
+        """Full depth's moments at these very steps, on the calibration seeds."""
+        if (solver, steps) == (table.solver, table.num_steps):
+            return table.base
+        return measure_moments(
+            self.model,
+            self.extractor,
+            self._full(solver, steps),
+            num_pictures=table.num_pictures,
+            seed=table.seed,
+            batch_size=self.experiment.batch_size,
+        )
+
+    def _control_depths(self, table: ShiftTable) -> tuple[int, ...]:
+        return tuple(sorted({c for c, _ in table.pairs} | {self.model.num_blocks}))
+
+    def _control_budgets(self, table: ShiftTable) -> dict[int, float]:
+        """Each control's constant depth, and the share of full depth's time it takes."""
+        controls = self.experiment.controls
+        if controls is None:
+            return {}
+        full, depths = self._full(controls.solver, controls.steps), self._control_depths(table)
+        return {d: round(table.cost.share_of_time(constant(full, depths, d)), 3) for d in controls.depths}
+
+    def _controls(self, table: ShiftTable, depth: int, budget: float, searched: DepthPlan) -> list[Arm]:
+        """The constant of this depth, the searched plan reversed, and the ramps closest to the budget from below."""
+        controls, depths = self.experiment.controls, self._control_depths(table)
+        full = self._full(controls.solver, controls.steps)
+        predictor = Predictor(table, full.timesteps, self._base(table, controls.solver, controls.steps))
+        plans = [constant(full, depths, depth), reversed_plan(searched)]
+        plans += _ramps_within(full, depths, table, budget, controls.num_ramps)
+        return [
+            Arm(
+                f"{plan.router}-{plan.solver}-{plan.num_steps}-b{budget:.3f}",
+                plan.router.split("-")[0],
+                plan,
+                budget,
+                predictor.predict(plan),
+            )
+            for plan in plans
+        ]
 
 
 def _searched_name(solver: str, steps: int, budget: float) -> str:
     return f"searched-{solver}-{steps}-b{budget:g}"
-
-
-def _searched(
-    experiment: Experiment,
-    model: DynamicDepth,
-    extractor: Extractor,
-    table: ShiftTable,
-    out: Path,
-    solver: str,
-    steps: int,
-    budgets: list[float],
-) -> Iterator[Arm]:
-    base = None
-    full = full_plan(model, solver, steps, experiment.cfg_scale)
-    for budget in budgets:
-        path = out / f"plan-{solver}-{steps}-b{budget:g}.json"
-        if path.exists():
-            plan = DepthPlan.load(path)
-            plan.check(depths=model.depths, trunk=model.trunk_hash(), exits=model.exits_hash(), origin=str(path))
-        else:
-            base = base or _base(experiment, model, extractor, table, out, solver, steps)
-            plan = search(table, full, budget, base=base)
-            plan.save(path)
-        name = _searched_name(solver, steps, budget)
-        yield Arm(name, "searched", plan, budget, plan.figures["predicted_fd"])
-
-
-def _base(
-    experiment: Experiment,
-    model: DynamicDepth,
-    extractor: Extractor,
-    table: ShiftTable,
-    out: Path,
-    solver: str,
-    steps: int,
-) -> Moments:
-    """Full depth's moments at these very steps, on the calibration seeds."""
-    if (solver, steps) == (table.solver, table.num_steps):
-        return table.base
-    return measure_moments(
-        model,
-        extractor,
-        full_plan(model, solver, steps, experiment.cfg_scale),
-        num_pictures=table.num_pictures,
-        seed=table.seed,
-        batch_size=experiment.batch_size,
-    )
 
 
 def _ramps_within(
@@ -296,115 +377,6 @@ def _ramps_within(
             family.setdefault(plan.pairs, plan)
     within = [p for p in family.values() if table.cost.share_of_time(p) <= budget * (1 + 1e-9)]
     return sorted(within, key=table.cost.share_of_time, reverse=True)[:num]
-
-
-def _measure(
-    experiment: Experiment,
-    model: DynamicDepth,
-    extractor: Extractor,
-    reference: Moments,
-    arms: list[Arm],
-    out: Path,
-    console: Console,
-) -> None:
-    """Sample and score every arm on every seed block; blocks go round the arms in changing order."""
-    path = out / "runs.csv"
-    done = measured(path) if path.exists() else set()
-    labels = balanced_labels(experiment.num_images, model.backbone.num_classes)
-    total, count = experiment.num_blocks * len(arms), len(done)
-    warm = arms[0].plan
-    draw_warm = labels[: experiment.batch_size]
-    sample(
-        model,
-        draw_warm,
-        plan=warm,
-        solver=warm.solver,
-        num_steps=warm.num_steps,
-        cfg_scale=experiment.cfg_scale,
-        batch_size=experiment.batch_size,
-    )
-    with progress_bar("sampling and scoring", console) as advance:
-        for block in range(experiment.num_blocks):
-            shift = block * len(arms) // experiment.num_blocks
-            for arm in arms[shift:] + arms[:shift]:
-                if (arm.name, block) in done:
-                    continue
-                result = sample(
-                    model,
-                    labels,
-                    plan=arm.plan,
-                    solver=arm.plan.solver,
-                    num_steps=arm.plan.num_steps,
-                    cfg_scale=experiment.cfg_scale,
-                    seed=block,
-                    batch_size=experiment.batch_size,
-                    stats=True,
-                )
-                features = extractor.features(as_rgb(result.pictures))
-                cond, uncond = arm.plan.mean_depth
-                row = {
-                    "run": out.name,
-                    "machine": manifest.machine(),
-                    "extractor": extractor.name,
-                    "metric": extractor.metric_name,
-                    "model": model.trunk_hash(),
-                    "arm": arm.name,
-                    "family": arm.family,
-                    "solver": arm.plan.solver,
-                    "steps": arm.plan.num_steps,
-                    "budget": arm.budget,
-                    "cfg_scale": experiment.cfg_scale,
-                    "block": block,
-                    "seed": block,
-                    "num_images": len(labels),
-                    "share_of_blocks": arm.plan.share_of_blocks,
-                    "mean_depth_cond": cond,
-                    "mean_depth_uncond": uncond,
-                    "ms_per_picture": 1e3 * result.seconds / len(labels),
-                    "ms_denoiser": 1e3 * sum(result.network_seconds) / len(labels),
-                    "fd": frechet_distance(moments(features), reference),
-                    "predicted_fd": arm.predicted_fd,
-                    "role": "score",
-                    "plan": f"plan-{arm.plan.solver}-{arm.plan.num_steps}-b{arm.budget:g}.json"
-                    if arm.family == "searched"
-                    else "",
-                }
-                append_run(path, row)
-                count += 1
-                advance(count, total)
-
-
-def _report(experiment: Experiment, model: DynamicDepth, arms: list[Arm], out: Path) -> None:
-    """Figures and pages from what lies in `out`."""
-    from dyndit.analysis import figures, write_report
-
-    searched = {a.name: a for a in arms if a.family == "searched"}
-    shown = {name: asdict(a.plan) for name, a in searched.items()}
-    figures.save(figures.plan_figure(shown), out / "plan.png")
-    if (out / "exit-errors.csv").exists():
-        errors = pd.read_csv(out / "exit-errors.csv")
-        table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error").sort_index(axis=1)
-        figures.save(figures.error_figure(table, "mean squared error on the noise"), out / "errors.png")
-    rows: dict[str, torch.Tensor] = {}
-    for solver in experiment.solvers:
-        steps = experiment.dynamic_steps[0]
-        chosen = [a for a in arms if a.plan.solver == solver and a.plan.num_steps == steps]
-        full = [a for a in chosen if a.family == "full"]
-        dynamic = [a for a in chosen if a.name in searched]
-        for arm in full[:1] + sorted(dynamic, key=lambda a: -a.budget):
-            drawn = sample(
-                model,
-                balanced_labels(10, model.backbone.num_classes),
-                plan=arm.plan,
-                solver=solver,
-                num_steps=steps,
-                cfg_scale=experiment.cfg_scale,
-                seed=0,
-                batch_size=experiment.batch_size,
-            )
-            rows[arm.name] = drawn.pictures
-    figures.save(figures.samples_figure(rows), out / "samples.png")
-    write_report(out, out, margin=experiment.margin)
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def advance(
         left = clock()
         prediction = guidance.combine(*predictions, channels) if both else predictions[0]
         if model.pixel_space:
-            prediction = _clamp_x_0(prediction, x_t, times, channels)
+            prediction = _clamp_x_0(prediction, x_t, plan.timesteps[k], channels)
         if not solver.takes_variance:
             prediction = prediction[:, :channels]
         x = _solver_step(solver, scheduler, prediction, t, x, batch, k)
@@ -205,10 +205,10 @@ def _clock(x: Tensor) -> Callable[[], float]:
     return now
 
 
-def _clamp_x_0(prediction: Tensor, x_t: Tensor, t: Tensor, channels: int) -> Tensor:
-    """The noise prediction whose x0 is the given one's, clamped to [-1, 1]."""
-    eps = prediction[:, :channels]
-    signal, sigma = SCHEDULE.scales(t[:1], x_t)
+def _clamp_x_0(prediction: Tensor, x_t: Tensor, timestep: int, channels: int) -> Tensor:
+    """The noise prediction whose x0 is the given one's, clamped to [-1, 1]. The timestep is the host's: no wait."""
+    eps, alpha_bar = prediction[:, :channels], SCHEDULE.alphas_bar[timestep].item()
+    signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     x_0 = ((x_t - sigma * eps) / signal).clamp(-1, 1)
     return torch.cat([(x_t - signal * x_0) / sigma, prediction[:, channels:]], dim=1)
 
@@ -382,5 +382,5 @@ def balanced_labels(num_images: int, num_classes: int) -> list[int]:
 
 
 def unguided(plan: DepthPlan) -> DepthPlan:
-    """The plan without its unconditional branch."""
-    return replace(plan, uncond=(0,) * plan.num_steps, cfg_scale=1.0)
+    """The plan without its unconditional branch, of the same guidance scale: the extreme of a guidance interval."""
+    return replace(plan, uncond=(0,) * plan.num_steps)

@@ -8,7 +8,7 @@ imported.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -234,6 +234,14 @@ class Extractor:
     network: FeatureExtractorBase = field(repr=False)
     fingerprint: str
     device: str = "cpu"
+    projection: Tensor | None = field(default=None, repr=False)
+    """(D, d), where features are reduced to d directions."""
+
+    def projected(self, projection: Tensor) -> "Extractor":
+        """The same network with features @ projection, float64 (D, d), under a name of its own."""
+        digest = hashlib.sha256(self.fingerprint.encode() + projection.double().contiguous().numpy().tobytes())
+        name = f"{self.name}-pca{projection.shape[1]}"
+        return replace(self, name=name, projection=projection.double(), fingerprint=digest.hexdigest())
 
     @property
     def metric_name(self) -> str:
@@ -253,8 +261,11 @@ class Extractor:
         """
         if len(pictures) == 0:
             raise InputError("pictures: none, expected at least one")
-        features, logits = zip(*self._batches(pictures, batch_size), strict=True)
-        return {"features": torch.cat(features), "logits": torch.cat(logits)}
+        parts, logits = zip(*self._batches(pictures, batch_size), strict=True)
+        features = torch.cat(parts)
+        if self.projection is not None:
+            features = features @ self.projection
+        return {"features": features, "logits": torch.cat(logits)}
 
     def features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
         """Pictures: uint8 (N, 1 or 3, H, W) -> float64 (N, D) on the host. Raises InputError."""

@@ -159,7 +159,7 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
             f"{solver}, {steps} steps: largest time saving at unchanged quality "
             f"{_percent(best['time_saved'])}, at {_percent(best['share_of_blocks'])} of the blocks "
             f"({best['arm']}; FD difference {best['fd_diff']:+.2f}, upper bound at most {margin:.0%} of full "
-            f"depth's FD); {len(kept)} of {len(known)} plans keep it."
+            f"depth's FD); {len(kept)} of {len(known)} plans keep it; chosen among them on these very blocks."
         )
     for (solver, family), arms in dynamic.groupby(["solver", "family"], sort=False):
         compared = arms[[not math.isnan(d.mean) for d in arms["fd_diff_equal_time"]]]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from dyndit.sampler import (
 )
 
 CALIBRATION_SEED = 1_000_003
+MAX_FEATURES, NUM_COMPONENTS = 256, 64
 
 ToPictures = Callable[[Tensor], Tensor]
 """(B, C, H, W) at the end of a sampling -> (B, C, H, W) uint8: `to_uint8`, or a decoder of latents."""
@@ -96,6 +98,11 @@ def measure_shifts(
     measurement goes on. on_progress(done, all) counts continuations.
     """
     settings = settings or CalibrationSettings()
+    if settings.num_pictures <= len(reference.mean) or len(reference.mean) > MAX_FEATURES:
+        raise InputError(
+            f"--num-pictures {settings.num_pictures}: {extractor.name} has {len(reference.mean)} features; expected "
+            f"more pictures than features, and at most {MAX_FEATURES} features (see `reduced`)"
+        )
     full = full_plan(model, solver, num_steps, cfg_scale)
     pairs = settings.pairs or default_pairs(model.depths, cfg_scale != 1, settings.num_depths)
     bands = [b.tolist() for b in torch.arange(num_steps).tensor_split(min(settings.num_bands, num_steps))]
@@ -105,7 +112,8 @@ def measure_shifts(
         range(low, min(low + settings.batch_size, settings.num_pictures))
         for low in range(0, settings.num_pictures, settings.batch_size)
     ]
-    key = json.dumps([full.timesteps, pairs, bands, cfg_scale, guided_channels, settings.seed, len(labels)])
+    sizes = [settings.batch_size, settings.seed, len(labels)]
+    key = json.dumps([solver, full.timesteps, pairs, bands, cfg_scale, guided_channels, *sizes])
     key += model.trunk_hash() + model.exits_hash() + extractor.fingerprint
     sums, done = _restore(partial, key)
     total = len(batches) * len(bands) * len(pairs)
@@ -142,7 +150,7 @@ def measure_shifts(
         if partial is not None:
             save_file(sums, partial, metadata={"key": key, "done": str(number + 1)})
     if cost is None:
-        cost = measure_cost(model, batch_size=settings.batch_size // 2, solver=solver, cfg_scale=cfg_scale)
+        cost = measure_cost(model, batch_size=max(1, settings.batch_size // 2), solver=solver, cfg_scale=cfg_scale)
     n, shape = len(labels), (len(bands), len(pairs))
     edges = (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
     return ShiftTable(
@@ -163,7 +171,22 @@ def measure_shifts(
         extractor_fingerprint=extractor.fingerprint,
         trunk=model.trunk_hash(),
         exits=model.exits_hash(),
+        projection=extractor.projection,
     )
+
+
+def reduced(extractor: Extractor, pictures: Tensor) -> tuple[Extractor, Moments]:
+    """An extractor that a table can be measured with, and the moments of these real pictures (N, C, H, W) uint8.
+
+    Of more than `MAX_FEATURES` features the `NUM_COMPONENTS` leading principal components of the pictures' are kept: a table
+    holds a matrix per entry, and the search diagonalises thousands of them.
+    """
+    features = extractor.features(as_rgb(pictures))
+    if features.shape[1] > MAX_FEATURES:
+        _, vectors = torch.linalg.eigh(torch.cov(features.T))
+        extractor = extractor.projected(vectors[:, -NUM_COMPONENTS:])
+        features = features @ extractor.projection
+    return extractor, moments(features)
 
 
 def measure_shifts_into(
@@ -182,13 +205,12 @@ def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
     """Sums and number of batches of an interrupted measurement of the very same table, or nothing."""
     if partial is None or not partial.exists():
         return {}, 0
-    from safetensors import safe_open
-
-    with safe_open(partial, "pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("key") != key:
+    try:
+        with safe_open(partial, "pt") as file:
+            metadata = file.metadata() or {}
+        return (load_file(partial), int(metadata["done"])) if metadata.get("key") == key else ({}, 0)
+    except (OSError, SafetensorError, KeyError, ValueError):
         return {}, 0
-    return load_file(partial), int(metadata["done"])
 
 
 def measure_moments(
@@ -218,8 +240,18 @@ def measure_moments(
     return moments(extractor.features(as_rgb(pictures)))
 
 
-def plan_on_table(model: DynamicDepth, table: ShiftTable, *, budget: float, solver: str, num_steps: int) -> DepthPlan:
-    """Search a plan on a stored table, without running the model.
+def plan_on_table(
+    model: DynamicDepth,
+    table: ShiftTable,
+    *,
+    budget: float,
+    solver: str,
+    num_steps: int,
+    base: Moments | None = None,
+) -> DepthPlan:
+    """Search a plan on a stored table, without running the model (but to time it on a device new to the table).
+
+    base: moments of full depth at these very steps, where they were measured.
 
     Raises:
         InputError: the budget is out of range, or the table is another model's.
@@ -230,7 +262,12 @@ def plan_on_table(model: DynamicDepth, table: ShiftTable, *, budget: float, solv
     ):
         if mine != theirs:
             raise InputError(f"shift table: measured on {name} {mine}, but the model's are {theirs or 'absent'}")
-    return search(table, full_plan(model, solver, num_steps, table.cfg_scale), budget)
+    device = next(model.parameters()).device.type
+    if table.cost.device != device:  # the shifts hold anywhere, the times do not
+        batch_size = table.cost.batch_size
+        cost = measure_cost(model, batch_size=batch_size, solver=solver, cfg_scale=table.cfg_scale)
+        table = replace(table, cost=cost)
+    return search(table, full_plan(model, solver, num_steps, table.cfg_scale), budget, base=base)
 
 
 def calibrate(
@@ -265,7 +302,7 @@ def calibrate(
         if extractor is None or reference is None:
             raise InputError("calibrate: no table; expected one, or an extractor and a reference to measure it with")
         if isinstance(reference, Tensor):
-            reference = moments(extractor.features(as_rgb(reference)))
+            extractor, reference = reduced(extractor, reference)
         table = measure_shifts(
             model,
             extractor,
@@ -280,6 +317,8 @@ def calibrate(
     plan = plan_on_table(model, table, budget=budget, solver=solver, num_steps=num_steps)
     if extractor is None:
         return plan
+    if table.projection is not None and extractor.projection is None:
+        extractor = extractor.projected(table.projection)
     if extractor.fingerprint != table.extractor_fingerprint:
         raise InputError(f"extractor {extractor.name}: the table was measured with {table.extractor}")
     full = full_plan(model, solver, num_steps, table.cfg_scale)
@@ -297,7 +336,9 @@ def calibrate(
         )
 
     if (solver, num_steps) != (table.solver, table.num_steps):
-        plan = search(table, full, budget, base=measured(full, table.seed))
+        plan = plan_on_table(
+            model, table, budget=budget, solver=solver, num_steps=num_steps, base=measured(full, table.seed)
+        )
     figures = {
         "measured_fd": frechet_distance(measured(plan, table.seed + 1), table.reference),
         "measured_fd_full": frechet_distance(measured(full, table.seed + 1), table.reference),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from dyndit.errors import InputError
 from dyndit.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor
+
     from dyndit.analysis.extractors import Extractor
-    from dyndit.calibration import CalibrationSettings
+    from dyndit.data import Pictures
     from dyndit.dynamic import DynamicDepth
     from dyndit.plan import DepthPlan
-    from dyndit.routers.searched import ShiftTable
 
 Positional = tyro.conf.Positional
 
@@ -159,6 +162,7 @@ def calibrate(
     num_bands: int = 10,
     num_depths: int = 8,
     batch_size: int = 128,
+    vae: Path | None = None,
     device: str = "cpu",
     fresh: bool = False,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -181,33 +185,56 @@ def calibrate(
         num_bands: Bands of timesteps the table tells apart.
         num_depths: Conditional depths it tells apart, at most.
         batch_size: Pictures at a time.
+        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         device: cpu or cuda.
         fresh: Measure the table again even where one is there.
         json_: End with one line of JSON.
     """
+    from rich.console import Console
+
     from dyndit import calibration, checkpoints
+    from dyndit.experiment import progress_bar
+    from dyndit.latents import decode_latents, load_autoencoder
+    from dyndit.manifest import check_device
     from dyndit.routers.searched import ShiftTable
-    from dyndit.sampler import make_scheduler
+    from dyndit.sampler import make_scheduler, to_uint8
 
     make_scheduler(solver, steps)
+    check_device(device)
     if not 0 < budget <= 1:
         raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
     dynamic = checkpoints.load(model, device=device)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
+    if not dynamic.pixel_space and vae is None:
+        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
+    decoder = None if vae is None else load_autoencoder(vae).to(device)
+    to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
     path = model / checkpoints.TABLE
     table = ShiftTable.load(path) if path.exists() and not fresh else None
     if table is not None and (table.cfg_scale != cfg_scale or table.exits != dynamic.exits_hash()):
         print(f"{path}: measured at another guidance scale or on other exits; measured again")
         table = None
-    extractor = _extractor(
-        replace(measuring, extractor=measuring.extractor or (table.extractor if table else "")),
-        dynamic,
-        device,
-    )
+    extractor = _extractor(measuring, dynamic, device)
     if table is None:
         settings = calibration.CalibrationSettings(num_pictures, num_bands, batch_size, num_depths=num_depths)
-        table = _measure_table(dynamic, extractor, measuring, path, cfg_scale, table_steps, settings)
+        side = dynamic.backbone.image_size if decoder is None else _picture_size(decoder, dynamic)
+        real = _real_pictures(measuring, extractor, side, dynamic.backbone.in_channels if decoder is None else 3)
+        with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
+            reducing, reference = calibration.reduced(extractor, real)
+            table = calibration.measure_shifts_into(
+                path,
+                dynamic,
+                reducing,
+                reference,
+                num_steps=table_steps,
+                cfg_scale=cfg_scale,
+                settings=settings,
+                to_pictures=to_pictures,
+                on_progress=advance,
+            )
+    else:
+        print(f"{path}: searched as it is ({table.num_pictures} seeds, {table.num_bands} bands); --fresh measures anew")
     plan = calibration.calibrate(
         dynamic,
         budget=budget,
@@ -216,11 +243,15 @@ def calibrate(
         cfg_scale=cfg_scale,
         table=table,
         extractor=extractor,
+        to_pictures=to_pictures,
         batch_size=batch_size,
     )
     target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
     plan.save(target)
-    f, name = plan.figures, extractor.metric_name
+    name = extractor.metric_name
+    if table.projection is not None:
+        name = f"distance on {table.projection.shape[1]} leading components of {extractor.name}"
+    f = plan.figures
     print(plan)
     print(
         f"{name}: full depth {f['predicted_fd_full']:.2f} on the table's seeds, {f['measured_fd_full']:.2f} on fresh "
@@ -229,41 +260,6 @@ def calibrate(
     print(f"predicted time: {f['predicted_share_of_time']:.0%} of full depth's\nplan: {target}")
     if json_:
         _print_json({"plan": str(target), **f})
-
-
-def _measure_table(
-    dynamic: "DynamicDepth",
-    extractor: "Extractor",
-    measuring: Measuring,
-    path: Path,
-    cfg_scale: float,
-    table_steps: int,
-    settings: "CalibrationSettings",
-) -> "ShiftTable":
-    from rich.console import Console
-
-    from dyndit.analysis.extractors import as_rgb
-    from dyndit.analysis.fidelity import moments
-    from dyndit.calibration import measure_shifts_into
-    from dyndit.data import open_data
-    from dyndit.experiment import progress_bar
-
-    spec = measuring.reference or ("digits" if extractor.name == "digits" else "")
-    if not spec:
-        raise InputError("--reference: missing; expected a folder of real pictures")
-    real = open_data(spec, dynamic.backbone.image_size, dynamic.backbone.in_channels)
-    reference = moments(extractor.features(as_rgb(_spread(real, 5000))))
-    with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
-        return measure_shifts_into(
-            path,
-            dynamic,
-            extractor,
-            reference,
-            num_steps=table_steps,
-            cfg_scale=cfg_scale,
-            settings=settings,
-            on_progress=advance,
-        )
 
 
 @dataclass(frozen=True)
@@ -325,13 +321,17 @@ def sample(
 
     from dyndit import checkpoints, manifest
     from dyndit import sampler as sampling
+    from dyndit.backbones import tensors_hash
     from dyndit.experiment import progress_bar
+    from dyndit.latents import decode_latents, load_autoencoder
     from dyndit.pictures import grid
 
+    manifest.check_device(device)
     loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
     dynamic = loaded.model
     if not dynamic.pixel_space and vae is None:
         raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
+    decoder = None if vae is None or dynamic.pixel_space else load_autoencoder(vae).to(device)
     plan = _chosen_plan(dynamic, model, depth, solver, steps)
     classes = class_labels or tuple(range(dynamic.backbone.num_classes))
     labels = [classes[i % len(classes)] for i in range(num_images)]
@@ -348,8 +348,9 @@ def sample(
         "num_images": num_images,
         "seed": seed,
         "pairs": resolved.pairs,
+        "autoencoder": "" if decoder is None else tensors_hash(decoder.state_dict()),
     }
-    sampling.check_request(dynamic, labels, batch_size)
+    sampling.check_request(dynamic, labels, batch_size, seed)
     manifest.claim(out, settings)
     for note in loaded.notes:
         print(note)
@@ -375,25 +376,23 @@ def sample(
             stats=stats,
             on_batch=on_batch,
         )
-    pictures = result.pictures
-    if result.latents is not None:
-        from dyndit.latents import decode_latents
-
-        pictures = decode_latents(vae, result.latents, batch_size)
+    began = time.perf_counter()
+    pictures = result.pictures if decoder is None else decode_latents(decoder, result.latents, batch_size)
+    seconds = result.seconds + time.perf_counter() - began
     arrays = pictures.permute(0, 2, 3, 1).numpy()
     for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
         squeezed = array[..., 0] if array.shape[-1] == 1 else array
         Image.fromarray(squeezed).save(out / f"{index:06d}-class{label}.png")
     grid(pictures[:64]).save(out / "grid.png")
     np.savez(out / "samples.npz", arr_0=arrays, arr_1=np.asarray(labels))
-    ms = 1e3 * result.seconds / num_images
+    ms = 1e3 * seconds / num_images
     manifest.write_json(out / "manifest.json", manifest.describe(settings, ms_per_picture=ms, num_pictures=num_images))
     if stats:
         _print_stats(result)
-    print(f"{num_images} pictures in {result.seconds:.2f} s, {ms:.2f} ms each: {out}")
+    print(f"{num_images} pictures in {seconds:.2f} s, {ms:.2f} ms each: {out}")
     if json_:
         figures = {"out": str(out), "ms_per_picture": ms, "share_of_blocks": resolved.share_of_blocks}
-        _print_json(figures | {"num_images": num_images, "seconds": result.seconds})
+        _print_json(figures | {"num_images": num_images, "seconds": seconds})
 
 
 def evaluate(
@@ -422,7 +421,9 @@ def evaluate(
     from dyndit.analysis import evaluate as compare
     from dyndit.analysis import load_extractor
     from dyndit.data import open_data
+    from dyndit.manifest import check_device
 
+    check_device(device)
     real = open_data("digits").uint8() if reference == "digits" else Path(reference)
     figures = compare(samples, real, load_extractor(extractor, extractor_weights, device), metrics, force)
     for name, value in figures.items():
@@ -468,11 +469,14 @@ def bench(
     from dyndit.analysis.latency import summarise
     from dyndit.benchmark import time_plans
     from dyndit.cost import measure_cost
-    from dyndit.sampler import full_plan
+    from dyndit.manifest import check_device
+    from dyndit.sampler import full_plan, resolve_plan
 
+    check_device(device)
     dynamic = checkpoints.load(model, num_heads=num_heads, device=device)
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = _chosen_plan(dynamic, model, depth, solver, steps)
+    resolve_plan(dynamic, plan, solver, steps, cfg_scale)
     arms = {"full": full, "full again": full} | ({plan.router: plan} if plan is not None else {})
     times = time_plans(dynamic, arms, batch_size=batch_size, rounds=rounds)
     cost = measure_cost(dynamic, batch_size=batch_size, solver=solver, cfg_scale=cfg_scale)
@@ -488,6 +492,7 @@ def bench(
             )
             figures[f"{scope}: {arm}"] = {"ms": 1e3 * row["median"], "ratio": row["ratio"].mean}
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         times.to_csv(out, index=False)
     if json_:
         _print_json(figures)
@@ -505,8 +510,7 @@ def report(runs: Positional[tuple[Path, ...]], /, out: Path, margin: float = 0.0
 
     from dyndit.analysis import read_runs, summary, terminal_table, write_report
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_report(list(runs), out)
+    write_report(list(runs), out, margin=margin)
     for path in runs:
         Console().print(terminal_table(summary(read_runs(path), margin)))
     print(f"report: {out / 'report.html'}")
@@ -630,8 +634,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"dyndit: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"dyndit: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("dyndit: stopped; run the same command again to go on", file=sys.stderr)
+        print("dyndit: stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -640,6 +649,8 @@ def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, 
 
     if not spec:
         raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
+    if vae is None and channels not in (1, 3):
+        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
     if vae is None:
         return open_data(spec, None if spec == "digits" else image_size, channels)
     from dyndit.latents import encode_latents, load_autoencoder
@@ -659,7 +670,10 @@ def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
         labels = balanced_labels(40, model.backbone.num_classes)
         folder = out / "previews"
         folder.mkdir(exist_ok=True)
-        grid(draw(model, labels, num_steps=20, batch_size=40).pictures).save(folder / f"step-{step:06d}.png")
+        scale = 1.5 if model.backbone.null_class is not None else 1.0
+        grid(draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures).save(
+            folder / f"step-{step:06d}.png"
+        )
 
 
 def _extractor(measuring: Measuring, dynamic: "DynamicDepth", device: str) -> "Extractor":
@@ -669,7 +683,22 @@ def _extractor(measuring: Measuring, dynamic: "DynamicDepth", device: str) -> "E
     return load_extractor(name, measuring.extractor_weights, device)
 
 
-def _spread(pictures: object, most: int) -> object:
+def _picture_size(decoder: "AutoencoderKL", dynamic: "DynamicDepth") -> int:
+    """Pixels across a picture whose latents the model makes."""
+    return dynamic.backbone.image_size * 2 ** (len(decoder.config.block_out_channels) - 1)
+
+
+def _real_pictures(measuring: Measuring, extractor: "Extractor", size: int, channels: int) -> "Tensor":
+    """At most 5,000 pictures of the reference, as uint8."""
+    from dyndit.data import open_data
+
+    spec = measuring.reference or ("digits" if extractor.name == "digits" else "")
+    if not spec:
+        raise InputError("--reference: missing; expected a folder of real pictures")
+    return _spread(open_data(spec, size, channels), 5000)
+
+
+def _spread(pictures: "Pictures", most: int) -> "Tensor":
     """At most so many pictures, evenly spread over the set, as uint8."""
     count = len(pictures)
     return pictures.uint8() if count <= most else pictures.uint8([i * count // most for i in range(most)])

@@ -108,12 +108,20 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         InputError: `out` holds another run, or an input does not fit.
     """
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
+    manifest.check_device(inputs.device)
     data = open_data(inputs.data or experiment.data)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
     trunk = None if inputs.from_scratch else checkpoints.load(inputs.model or experiment.model, device=inputs.device)
     if trunk is None and experiment.train is None:
         raise InputError("--from-scratch: this experiment has no recipe for its trunk")
-    manifest.claim(out, _settings(experiment, inputs, data))
+    if trunk is not None and not trunk.pixel_space:
+        raise InputError(f"--model {inputs.model}: makes latents; expected a model of pixels")
+    identity = {
+        "trunk": "" if trunk is None else trunk.trunk_hash(),
+        "extractor": extractor.fingerprint,
+        "machine": manifest.machine(inputs.device),
+    }
+    manifest.claim(out, _settings(experiment, inputs, data) | identity)
     model = _model(experiment, trunk, data, out, console).to(inputs.device)
     reference = moments(extractor.features(as_rgb(data.uint8())))
     comparison = _Comparison(experiment, model, extractor, reference, out, console)
@@ -205,6 +213,7 @@ class _Comparison:
         shares = self._control_budgets(table)
         if controls is not None:
             budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
+        budgets = {key: list(dict.fromkeys(wanted)) for key, wanted in budgets.items()}
         searched: list[Arm] = []
         with progress_bar("searching plans", self.console) as advance:
             for done, ((solver, steps), wanted) in enumerate(budgets.items()):
@@ -262,7 +271,7 @@ class _Comparison:
             plan=plan,
             solver=plan.solver,
             num_steps=plan.num_steps,
-            cfg_scale=self.experiment.cfg_scale if plan.guided else 1.0,
+            cfg_scale=plan.cfg_scale,
             seed=seed,
             batch_size=self.experiment.batch_size,
             stats=stats,
@@ -276,7 +285,7 @@ class _Comparison:
         cond, uncond = plan.mean_depth
         return {
             "run": self.out.name,
-            "machine": manifest.machine(),
+            "machine": manifest.machine(next(self.model.parameters()).device.type),
             "extractor": self.extractor.name,
             "metric": self.extractor.metric_name,
             "model": self.model.trunk_hash(),

@@ -16,16 +16,28 @@ from dyndit.errors import InputError
 PACKAGES = ("dyndit", "torch", "diffusers", "accelerate", "timm", "torch-fidelity", "pandas", "numpy")
 
 
-def machine() -> str:
-    """A name for the hardware, under which measured times may be compared."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: str = "cpu") -> str:
+    """A name for the hardware a device is, under which measured times may be compared."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not available; expected cpu, or cuda on a machine with a GPU") from error
 
 
 def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:

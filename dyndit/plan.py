@@ -139,9 +139,12 @@ class DepthPlan:
             raise PlanError(f"{origin}: depth {missing[0]} has no exit; the model has {list(depths)}")
 
     def save(self, path: Path) -> None:
-        """Write JSON."""
+        """Write JSON, whole or not at all."""
+        path, temporary = Path(path), Path(f"{path}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-        Path(path).write_text(text + "\n")
+        temporary.write_text(text + "\n")
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -67,6 +67,8 @@ def make_scheduler(solver: str, num_steps: int) -> object:
     if not 1 <= num_steps <= SCHEDULE.num_timesteps:
         raise InputError(f"--steps {num_steps}: expected 1 to {SCHEDULE.num_timesteps}")
     chosen = SOLVERS[solver]
+    if num_steps == SCHEDULE.num_timesteps and chosen.options.get("final_sigmas_type"):
+        raise InputError(f"--steps {num_steps}: --solver {solver} has no {num_steps} distinct timesteps; expected less")
     scheduler = chosen.scheduler(
         num_train_timesteps=SCHEDULE.num_timesteps,
         beta_start=SCHEDULE.beta_start,
@@ -89,8 +91,18 @@ def log_snr_of(solver: str, num_steps: int) -> tuple[float, ...]:
 
 
 def full_plan(model: DynamicDepth, solver: str, num_steps: int, cfg_scale: float) -> DepthPlan:
-    """The original model at every step."""
-    return DepthPlan.full(timesteps_of(solver, num_steps), model.num_blocks, solver, cfg_scale)
+    """The original model at every step.
+
+    Raises:
+        InputError: the solver or the guidance asks for what the model was not trained to predict.
+    """
+    backbone, timesteps = model.backbone, timesteps_of(solver, num_steps)
+    if cfg_scale != 1 and backbone.null_class is None:
+        raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
+    if SOLVERS[solver].takes_variance and backbone.out_channels == backbone.in_channels:
+        others = ", ".join(name for name, s in SOLVERS.items() if not s.takes_variance)
+        raise InputError(f"--solver {solver}: this model predicts no variance; expected one of {others}")
+    return DepthPlan.full(timesteps, model.num_blocks, solver, cfg_scale)
 
 
 @dataclass(frozen=True)
@@ -264,25 +276,23 @@ def resolve_plan(
     Raises:
         PlanError: the plan is for another model, solver or step count, or is unguided where guidance is asked for.
     """
-    timesteps = timesteps_of(solver, num_steps)
-    if cfg_scale != 1 and model.backbone.null_class is None:
-        raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
+    full = full_plan(model, solver, num_steps, cfg_scale)
     if plan is None:
-        return DepthPlan.full(timesteps, model.num_blocks, solver, cfg_scale)
+        return full
     bound = bool(plan.trunk or plan.exits)
     plan.check(
         depths=model.depths,
         trunk=model.trunk_hash() if bound else None,
         exits=model.exits_hash() if bound else None,
-        timesteps=timesteps,
+        timesteps=full.timesteps,
         solver=solver,
     )
-    if cfg_scale != 1 and not plan.guided:
-        raise PlanError(f"plan: unguided, but --cfg-scale {cfg_scale:g} is asked for")
+    if cfg_scale != plan.cfg_scale and (plan.trunk or 1 in (cfg_scale, plan.cfg_scale)):
+        raise PlanError(f"plan: made for guidance scale {plan.cfg_scale:g}, but --cfg-scale {cfg_scale:g} is asked for")
     return plan
 
 
-def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int) -> None:
+def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, seed: int) -> None:
     """Refuse labels the model lacks (it would take them for others), no pictures, and empty batches.
 
     Raises:
@@ -294,6 +304,8 @@ def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int) -
         raise InputError("--num-images 0: expected at least 1")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: expected at least 1")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: expected at least 0")
 
 
 def sample(
@@ -321,7 +333,8 @@ def sample(
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
-    check_request(model, labels, batch_size)
+    labels = [int(label) for label in labels]
+    check_request(model, labels, batch_size, seed)
     plan = resolve_plan(model, plan, solver, num_steps, cfg_scale)
     guidance, device = Guidance(cfg_scale, guided_channels), next(model.parameters()).device
     pictures, times, per_step, in_network = [], [], [0.0] * num_steps, [0.0] * num_steps

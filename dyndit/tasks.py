@@ -141,7 +141,7 @@ class Distill:
         identity = f"{model.trunk_hash()} {dynamic.exits.config} {self.variance_weight} {self.null_share}"
         result = fit(task, data, self.fit, out, identity=identity)
         dynamic.exits.load_state_dict({k.removeprefix("exits."): v for k, v in result.ema.items()})
-        return dynamic.eval(), result
+        return dynamic.to(next(dynamic.exits.parameters()).device).eval(), result
 
 
 class _ExitDistillation:

@@ -54,7 +54,7 @@ quickstart = Experiment(
     dynamic_steps=(10,),
     budgets=(0.5, 0.65, 0.8),
     solvers=("ddim", "unipc"),
-    num_blocks=3,
-    num_images=200,
-    batch_size=50,
+    num_blocks=5,
+    num_images=120,
+    batch_size=60,
 )

@@ -125,3 +125,23 @@ def test_cost_parts_are_positive_and_deeper_costs_more(model) -> None:
     seconds = [cost.step_seconds(d, d) for d in model.depths]
     assert seconds[:-1] == sorted(seconds[:-1])
     assert all(s > 0 for s in seconds)
+
+
+def test_many_features_are_reduced_to_leading_components(model, extractor, monkeypatch) -> None:
+    """As for Inception's 2,048: the table holds the directions, and says what it was measured with."""
+    from dyndit import calibration
+
+    monkeypatch.setattr(calibration, "MAX_FEATURES", 32)
+    monkeypatch.setattr(calibration, "NUM_COMPONENTS", 8)
+    real = load_digits().uint8()[:300]
+    settings = replace(SETTINGS, num_pictures=20, batch_size=20)
+    plan = calibrate(model, budget=0.8, num_steps=2, extractor=extractor, reference=real, settings=settings)
+    assert plan.figures["measured_fd"] > 0
+    reducing, reference = calibration.reduced(extractor, real)
+    assert reference.mean.shape == (8,)
+    assert reducing.fingerprint != extractor.fingerprint
+    full = moments(extractor.features(as_rgb(real))).covariance
+    assert reference.covariance.trace() <= full.trace()
+    assert reference.covariance.trace() > 8 / 64 * full.trace()  # leading ones, not any
+    with pytest.raises(InputError, match="features"):
+        measure_shifts(model, extractor, moments(extractor.features(as_rgb(real))), num_steps=2, settings=settings)

@@ -207,6 +207,35 @@ def test_latents_from_pictures_to_pictures(tmp_path: Path) -> None:
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (3, 32, 32, 3)
 
 
+DIGIT_LATENTS = """
+from dyndit.backbones import DiTConfig
+from dyndit.exits import ExitConfig
+from dyndit.tasks import Distill, Train
+from dyndit.training import FitConfig
+
+fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
+train = Train(DiTConfig(4, 2, 4, width=32, num_blocks=2, num_heads=2, num_classes=10), fit)
+distill = Distill(ExitConfig(), fit)
+"""
+
+
+def test_latents_are_calibrated_on_decoded_pictures(tmp_path: Path, capsys) -> None:
+    autoencoder = make_autoencoder(tmp_path / "vae")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(DIGIT_LATENTS)
+    vae = ["--vae", str(autoencoder)]
+    main(["train", str(recipe), "--data", "digits", *vae, "--out", str(tmp_path / "trunk")])
+    model = str(tmp_path / "model")
+    main(["distill", str(recipe), "--data", "digits", *vae, "--model", str(tmp_path / "trunk"), "--out", model])
+    small = ["--steps", "2", "--table-steps", "2", "--num-bands", "2", "--num-pictures", "70", "--batch-size", "35"]
+    measuring = ["--extractor", "digits", "--reference", "digits"]
+    main(["calibrate", model, "--budget", "0.9", *small, *measuring, *vae, "--json"])
+    assert last_json(capsys)["measured_fd"] > 0
+    out = str(tmp_path / "samples")
+    main(["sample", model, "--budget", "0.9", "--steps", "2", "--num-images", "2", *vae, "--out", out])
+    assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
+
+
 BAD = [
     (["sample", "{model}", "--out", "{out}", "--class-labels", "12"], "--class-labels 12"),
     (["sample", "{model}", "--out", "{out}", "--solver", "magic"], "--solver magic"),
@@ -220,6 +249,12 @@ BAD = [
     (["sample", "{damaged}", "--out", "{out}"], "model.safetensors"),
     (["sample", "{foreign}", "--out", "{out}"], "exits.safetensors"),
     (["sample", "{model}", "--out", "{full}"], "--out"),
+    (["sample", "{model}", "--out", "{out}", "--seed", "-1"], "--seed -1"),
+    (["sample", "{model}", "--out", "{out}", "--device", "quantum"], "--device quantum"),
+    (["sample", "{model}", "--out", "{out}", "--budget", "0.5", "--cfg-scale", "4"], "--cfg-scale 4"),
+    (["bench", "{model}", "--budget", "0.5", "--cfg-scale", "1"], "--cfg-scale 1"),
+    (["bench", "{model}", "--rounds", "0"], "--rounds 0"),
+    (["evaluate", "{unreadable}", "--reference", "digits", "--extractor", "digits"], "broken.png"),
     (["calibrate", "{model}", "--budget", "0"], "--budget 0"),
     (["calibrate", "{model}", "--budget", "0.5", "--solver", "magic"], "--solver magic"),
     (["calibrate", "{trunk}", "--budget", "0.5"], "no exits"),

@@ -24,6 +24,7 @@ from dyndit.sampler import (
     start,
     timesteps_of,
     to_uint8,
+    unguided,
 )
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5]
@@ -206,6 +207,8 @@ def test_stats_time_every_step(tiny_dynamic) -> None:
         ({"solver": "magic"}, "--solver magic"),
         ({"num_steps": 0}, "--steps 0"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"num_steps": 1000}, "--steps 1000"),
     ],
 )
 def test_bad_settings_are_refused(tiny_dynamic, change: dict, message: str) -> None:
@@ -224,8 +227,10 @@ def test_plans_that_do_not_fit_are_refused(tiny_dynamic) -> None:
     for change in ({"num_steps": 5}, {"solver": "unipc"}):
         with pytest.raises(PlanError):
             sample(tiny_dynamic, LABELS, plan=plan, **{"num_steps": 4, **change})
-    with pytest.raises(PlanError, match="unguided"):
-        sample(tiny_dynamic, LABELS, plan=replace(plan, uncond=(0,) * 4), num_steps=4)
+    with pytest.raises(PlanError, match="guidance scale"):
+        sample(tiny_dynamic, LABELS, plan=full_plan(tiny_dynamic, "ddim", 4, 1.0), num_steps=4)
+    with pytest.raises(PlanError, match="guidance scale"):
+        sample(tiny_dynamic, LABELS, plan=plan, num_steps=4, cfg_scale=1.0)
     with pytest.raises(PlanError, match="trunk"):
         sample(tiny_dynamic, LABELS, plan=replace(plan, trunk="another"), num_steps=4)
 
@@ -245,3 +250,17 @@ def test_pictures_of_a_gpu_are_those_of_the_cpu(make_model, solver: str) -> None
     here = sample(model, LABELS, **draw).pictures.int()
     there = sample(make_model().to("cuda"), LABELS, **draw).pictures.int()
     assert (here - there).abs().float().mean() < 1
+
+
+def test_a_plan_may_drop_guidance_at_every_step(tiny_dynamic) -> None:
+    """A search under a tight budget can come to that; it is the unguided sampling."""
+    plan = unguided(full_plan(tiny_dynamic, "ddim", 3, 1.5))
+    here = sample(tiny_dynamic, LABELS, plan=plan, num_steps=3, cfg_scale=1.5).pictures
+    assert torch.equal(here, sample(tiny_dynamic, LABELS, num_steps=3, cfg_scale=1.0).pictures)
+
+
+def test_models_are_not_asked_for_what_they_cannot_predict(make_model) -> None:
+    with pytest.raises(InputError, match="null class"):
+        sample(make_model(label_dropout=0.0), LABELS, num_steps=2, cfg_scale=1.5)
+    with pytest.raises(InputError, match="predicts no variance"):
+        sample(make_model(learn_variance=False), LABELS, num_steps=2, solver="ddpm")

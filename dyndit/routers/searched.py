@@ -60,6 +60,8 @@ class ShiftTable:
     extractor_fingerprint: str
     trunk: str = ""
     exits: str = ""
+    projection: Tensor | None = None
+    """Directions the extractor's features were reduced to, where they were."""
 
     @property
     def full_pair(self) -> Pair:
@@ -82,7 +84,9 @@ class ShiftTable:
         edges = torch.tensor(self.edges, dtype=torch.float64)
         high, low = edges[:-1], edges[1:]
         overlap = torch.minimum(tops[:, None], high) - torch.maximum(bottoms[:, None], low)
-        return overlap.clamp(min=0) / (high - low)
+        # A band that ends where it begins (a last step at t = 0) belongs whole to the step that stands there.
+        own = (tops[:, None] == high).double()
+        return torch.where(high > low, overlap.clamp(min=0) / (high - low).clamp(min=1e-9), own)
 
     def save(self, path: Path) -> None:
         """Write safetensors: moments as float32 tensors, the rest as JSON in the metadata."""
@@ -97,10 +101,12 @@ class ShiftTable:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("mean", "second", "base", "reference", "cost")
+            if name not in ("mean", "second", "base", "reference", "cost", "projection")
         }
         plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
         metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
+        if self.projection is not None:
+            tensors["projection"] = self.projection
         shifts = {name: t.float().contiguous() for name, t in tensors.items() if name in ("mean", "second")}
         moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
         save_file(shifts | moments, path, metadata=metadata)
@@ -123,7 +129,8 @@ class ShiftTable:
             plain |= {"pairs": tuple(map(tuple, plain["pairs"])), "edges": tuple(plain["edges"])}
             base = Moments(t["base.mean"], t["base.second"], nums[0])
             reference = Moments(t["reference.mean"], t["reference.second"], nums[1])
-            return cls(mean=t["mean"], second=t["second"], base=base, reference=reference, cost=cost, **plain)
+            shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
+            return cls(base=base, reference=reference, cost=cost, **shifts, **plain)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
 

@@ -178,8 +178,8 @@ def measure_shifts(
 def reduced(extractor: Extractor, pictures: Tensor) -> tuple[Extractor, Moments]:
     """An extractor that a table can be measured with, and the moments of these real pictures (N, C, H, W) uint8.
 
-    Of more than `MAX_FEATURES` features the `NUM_COMPONENTS` leading principal components of the pictures' are kept: a table
-    holds a matrix per entry, and the search diagonalises thousands of them.
+    Of more than `MAX_FEATURES` features the `NUM_COMPONENTS` leading principal components of the pictures' are kept:
+    a table holds a matrix per entry, and the search diagonalises thousands of them.
     """
     features = extractor.features(as_rgb(pictures))
     if features.shape[1] > MAX_FEATURES:

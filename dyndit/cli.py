@@ -218,8 +218,10 @@ def calibrate(
     extractor = _extractor(measuring, dynamic, device)
     if table is None:
         settings = calibration.CalibrationSettings(num_pictures, num_bands, batch_size, num_depths=num_depths)
-        side = dynamic.backbone.image_size if decoder is None else _picture_size(decoder, dynamic)
-        real = _real_pictures(measuring, extractor, side, dynamic.backbone.in_channels if decoder is None else 3)
+        size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
+        if decoder is not None:
+            size, channels = _picture_size(decoder, dynamic), decoder.config.out_channels
+        real = _real_pictures(measuring, extractor, size, channels)
         with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
             reducing, reference = calibration.reduced(extractor, real)
             table = calibration.measure_shifts_into(

@@ -196,12 +196,14 @@ class Predictor:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How hard to search: starts, exact evaluations per move, and the most units moved apart.
+    """How hard to search: starts, kicks (restarts from the best plan, a third of it made random), exact evaluations
+    per move, and the most units moved apart.
 
     Steps beyond `max_units` are moved in groups of neighbours, which keeps 250 steps as quick as 25.
     """
 
     num_starts: int = 6
+    num_kicks: int = 4
     evaluations: int = 48
     max_units: int = 25
     max_moves: int = 400
@@ -234,6 +236,11 @@ def search(
     best, best_value = None, float("inf")
     for choice in _starts(predictor, full, limit, settings.num_starts):
         choice, value = _improve(predictor, choice, limit, settings)
+        if value < best_value:
+            best, best_value = choice, value
+    kicks = torch.Generator().manual_seed(0)
+    for _ in range(settings.num_kicks):
+        choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
         if value < best_value:
             best, best_value = choice, value
     plan = full.with_pairs(
@@ -271,6 +278,19 @@ def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> li
     return [*choices[order], cheapest]
 
 
+def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch.Generator) -> Tensor:
+    """A third of the steps moved to random pairs, then random steps made cheapest until the budget holds."""
+    choice, steps = choice.clone(), len(choice)
+    order = torch.randperm(steps, generator=generator)
+    moved = order[: max(1, steps // 3)]
+    choice[moved] = torch.randint(len(predictor.pairs), (len(moved),), generator=generator)
+    for step in order.flip(0).tolist():
+        if predictor.seconds[choice].sum() <= limit:
+            break
+        choice[step] = predictor.seconds.argmin()
+    return choice
+
+
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
     """Local search from one plan.  choice: (K,) -> (K,), its predicted distance."""
     num_steps, num_pairs = len(choice), len(predictor.pairs)
@@ -300,21 +320,27 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
 
 
 def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_pairs: int, num: int) -> list[tuple[int, ...]]:
-    """The most promising single and double moves within the spare time, by first-order change."""
+    """The most promising single and double moves within the spare time, by first-order change.
+
+    gain, cost: (U * P,), a move being unit * P + pair. Of a small table (up to 64 moves) all are returned.
+    """
     singles = torch.nonzero(cost <= spare).flatten()
-    ranked = [(gain[i].item(), (int(i),)) for i in singles[gain[singles].argsort()[:num]]]
-    # Doubles: something bought, something sold. Candidates are the best of either kind.
-    keep = min(len(gain), 256)
+    moves = [(gain[i].item(), (int(i),)) for i in singles[gain[singles].argsort()[:num]]]
+    # Doubles: the best bought, with the best bought or the cheapest sold.
+    keep = min(len(gain), 128)
     buy = gain.argsort()[:keep]
     sell = (gain / cost.abs().clamp(min=1e-12)).masked_fill(cost >= 0, torch.inf).argsort()[:keep]
-    total_gain = gain[buy][:, None] + gain[sell][None, :]
-    fits = cost[buy][:, None] + cost[sell][None, :] <= spare
-    apart = (buy // num_pairs)[:, None] != (sell // num_pairs)[None, :]
-    total_gain = total_gain.masked_fill(~(fits & apart & (cost[sell] < 0)[None, :]), torch.inf).flatten()
-    for flat in total_gain.argsort()[:num].tolist():
-        if total_gain[flat] < torch.inf:
-            ranked.append((total_gain[flat].item(), (int(buy[flat // keep]), int(sell[flat % keep]))))
-    ranked.sort(key=lambda item: item[0])
-    half = ranked[:num]
-    # Singles must not be crowded out by doubles whose first-order sum looks better.
-    return list(dict.fromkeys([move for _, move in half] + [m for _, m in ranked if len(m) == 1][: num // 2]))
+    other = torch.cat([buy, sell]).unique()
+    fits = cost[buy][:, None] + cost[other][None, :] <= spare
+    apart = (buy // num_pairs)[:, None] != (other // num_pairs)[None, :]
+    total = (gain[buy][:, None] + gain[other][None, :]).masked_fill(~(fits & apart), torch.inf).flatten()
+    for flat in total.argsort()[: num if len(gain) > 64 else None].tolist():
+        if total[flat] == torch.inf:
+            break
+        pair = sorted((int(buy[flat // len(other)]), int(other[flat % len(other)])))
+        moves.append((total[flat].item(), tuple(pair)))
+    moves.sort(key=lambda move: move[0])
+    if len(gain) > 64:
+        # Singles must not be crowded out by doubles whose first-order sum looks better.
+        moves = moves[:num] + [move for move in moves[num:] if len(move[1]) == 1][: num // 2]
+    return list(dict.fromkeys(move for _, move in moves))

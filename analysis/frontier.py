@@ -10,6 +10,7 @@ interval.
 
 import csv
 import io
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -121,6 +122,49 @@ def append_run(path: Path, row: Mapping[str, object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> dict[str, object]:
+    """A row of runs.csv from a folder that `dyndit sample` wrote and what `evaluate` found out about it.
+
+    Raises InputError: the folder has no such manifest, or no Fréchet distance was computed.
+    """
+    path = Path(samples) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        settings, plan = manifest["settings"], manifest["plan"]
+        full = plan["router"] == "full"
+        name = f"{plan['router']}-{settings['solver']}-{settings['steps']}"
+        return {
+            "run": run,
+            "machine": manifest["machine"],
+            "extractor": figures["extractor"],
+            "metric": figures["metric"],
+            "model": settings["model"],
+            "arm": name if plan["budget"] is None else f"{name}-b{plan['budget']:g}",
+            "family": plan["router"].split("-")[0],
+            "solver": settings["solver"],
+            "steps": settings["steps"],
+            "budget": None if full else plan["budget"],
+            "cfg_scale": settings["cfg_scale"],
+            "block": settings["seed"],
+            "seed": settings["seed"],
+            "num_images": settings["num_images"],
+            "share_of_blocks": plan["share_of_blocks"],
+            "mean_depth_cond": plan["mean_depth"][0],
+            "mean_depth_uncond": plan["mean_depth"][1],
+            "ms_per_picture": manifest["ms_per_picture"],
+            "ms_denoiser": manifest["ms_denoiser"],
+            "fd": figures["fd"],
+            "predicted_fd": plan["predicted_fd"],
+            "role": "score",
+            "plan": "",
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--out {run}: {path} and the metrics lack {error}; expected samples of `dyndit sample`, and fd among "
+            "the metrics"
+        ) from error
 
 
 def measured(path: Path, role: str = "score") -> set[tuple[str, int]]:

@@ -388,7 +388,19 @@ def sample(
     grid(pictures[:64]).save(out / "grid.png")
     np.savez(out / "samples.npz", arr_0=arrays, arr_1=np.asarray(labels))
     ms = 1e3 * seconds / num_images
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, ms_per_picture=ms, num_pictures=num_images))
+    facts = {
+        "machine": manifest.machine(device),
+        "ms_per_picture": ms,
+        "ms_denoiser": 1e3 * sum(result.network_seconds) / num_images if stats else None,
+        "plan": {
+            "router": resolved.router,
+            "budget": resolved.budget,
+            "predicted_fd": resolved.figures.get("predicted_fd"),
+            "share_of_blocks": resolved.share_of_blocks,
+            "mean_depth": resolved.mean_depth,
+        },
+    }
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
     if stats:
         _print_stats(result)
     print(f"{num_images} pictures in {seconds:.2f} s, {ms:.2f} ms each: {out}")
@@ -405,6 +417,7 @@ def evaluate(
     extractor_weights: Path | None = None,
     metrics: tuple[str, ...] = ("fd", "kid", "is", "prc"),
     force: bool = False,
+    out: Path | None = None,
     device: str = "cpu",
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -417,11 +430,14 @@ def evaluate(
         extractor_weights: Its weights, where they do not ship with the package.
         metrics: Any of fd kid is prc.
         force: Compute the distance even of fewer pictures than features.
+        out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
+            are one seed block.
         device: cpu or cuda.
         json_: End with one line of JSON.
     """
+    from dyndit.analysis import append_run, load_extractor
     from dyndit.analysis import evaluate as compare
-    from dyndit.analysis import load_extractor
+    from dyndit.analysis.frontier import RUNS, row_of_samples
     from dyndit.data import open_data
     from dyndit.manifest import check_device
 
@@ -432,6 +448,11 @@ def evaluate(
         label = figures["metric"] if name == "fd" else name
         if name not in ("metric", "extractor"):
             print(f"{label:>16}  {value:.4f}" if isinstance(value, float) else f"{label:>16}  {value}")
+    if out is not None:
+        row = row_of_samples(samples, figures, run=out.name)
+        out.mkdir(parents=True, exist_ok=True)
+        append_run(out / RUNS, row)
+        print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
         _print_json(figures)
 

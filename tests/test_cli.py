@@ -123,6 +123,23 @@ def test_evaluate(workshop: Path, tmp_path: Path, capsys) -> None:
     assert {"fd", "kid", "is", "precision", "recall"} <= figures.keys()
 
 
+def test_samples_become_a_report(workshop: Path, tmp_path: Path, capsys) -> None:
+    """sample, evaluate, report: the chain for any model, without `compare`."""
+    arms = {"full": [], "half": ["--budget", "0.6"]}
+    for seed in ("0", "1"):
+        for arm, choice in arms.items():
+            out = str(tmp_path / f"{arm}-{seed}")
+            draw = ["--num-images", "70", "--steps", "4", "--seed", seed, *choice]
+            main(["sample", str(workshop / "model"), *draw, "--out", out])
+            score = ["--reference", "digits", "--extractor", "digits", "--metrics", "fd"]
+            main(["evaluate", out, *score, "--out", str(tmp_path / "run")])
+    runs = dyndit.analysis.read_runs(tmp_path / "run")
+    assert sorted(set(runs["arm"])) == ["full-ddim-4", "searched-ddim-4-b0.6"]
+    assert sorted(runs["block"]) == [0, 0, 1, 1]
+    main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    assert "searched-ddim-4-b0.6" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_bench_times_full_depth_against_itself(workshop: Path, capsys, tmp_path: Path) -> None:
     plan = ["--plan", str(workshop / "plan.json"), "--steps", "4", "--rounds", "3", "--batch-size", "8"]
     main(["bench", str(workshop / "model"), *plan, "--out", str(tmp_path / "times.csv"), "--json"])
@@ -267,6 +284,7 @@ BAD = [
     (["train", "cifar10", "--data", "digits", "--out", "{out}"], "data"),
     (["evaluate", "{empty}", "--reference", "digits", "--extractor", "digits"], "empty"),
     (["evaluate", "{full}", "--reference", "digits", "--extractor", "magic"], "magic"),
+    (["evaluate", "{digits}", "--reference", "digits", "--extractor", "digits", "--force", "--out", "{out}"], "--out"),
     (["report", "{empty}", "--out", "{out}"], "runs.csv"),
     (["compare", "{recipe}", "--out", "{full}", "--model", "{trunk}"], "--out"),
 ]
@@ -293,7 +311,10 @@ def places(workshop: Path, tmp_path_factory) -> dict[str, Path]:
     broken = root / "unreadable" / "a"
     broken.mkdir(parents=True)
     (broken / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    made = {name: root / name for name in ("damaged", "foreign", "empty", "full", "unreadable")}
+    (root / "digits").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((8, 8), 40 * i, dtype=np.uint8)).save(root / "digits" / f"{i}.png")
+    made = {name: root / name for name in ("damaged", "foreign", "empty", "full", "unreadable", "digits")}
     return made | {
         "root": root,
         "model": workshop / "model",

@@ -215,7 +215,7 @@ def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
         framed = torch.nn.functional.pad(few, (pad,) * 4, value=255)
         strips.append(torch.cat(list(framed), dim=2).permute(1, 2, 0).numpy())
     height, width = strips[0].shape[:2]
-    labels = max(len(label) for label in rows) * 0.095 + 0.1  # inches
+    labels = max(len(label) for label in rows) * 0.105 + 0.1  # inches
     with matplotlib.rc_context(STYLE):
         tall = (8 - labels) * height / width * len(rows) + 0.1
         figure, (axis,) = _panels(1, 1, 8, tall)

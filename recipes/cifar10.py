@@ -10,8 +10,8 @@ DIR holds a subfolder of pictures per class. Measured so far: the first 200 step
 """
 
 from dyndit.backbones import CARDS
-from dyndit.exits import ExitConfig
-from dyndit.tasks import Distill, Train
+from dyndit.recipes.finetune_exits import distill
+from dyndit.tasks import Train
 from dyndit.training import FitConfig
 
 train = Train(
@@ -29,17 +29,4 @@ train = Train(
     ),
 )
 
-distill = Distill(
-    exits=ExitConfig(),
-    fit=FitConfig(
-        steps=1_000,
-        batch_size=64,
-        learning_rate=1e-3,
-        warmup_steps=25,
-        schedule="cosine",
-        ema_decay=0.99,
-        checkpoint_every=250,
-        flip=True,
-        seed=1,
-    ),
-)
+__all__ = ["distill", "train"]  # exits are distilled as for any other trunk

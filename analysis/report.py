@@ -99,7 +99,7 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
     ]
 
 
-NUM_TERMINAL = 8
+NUM_TERMINAL, METRIC = 8, 5
 # On 80 columns every heading but the arm's has to break where the figures below it are narrow.
 HEADINGS = {
     "share of blocks": "share of\nblocks",
@@ -115,11 +115,13 @@ def _rows(frame: pd.DataFrame) -> Iterator[pd.Series]:
 
 def terminal_table(frame: pd.DataFrame) -> Table:
     """The result of `frontier.summary` -> the table that ends a run on the terminal."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = _columns(frame)[:NUM_TERMINAL]
+    metric = columns[METRIC].title.removesuffix(" ± 95%")
+    title = None if metric == "FD" else f"FD is {metric}"
+    table = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         text = column.title in ("arm", "solver")
-        heading = HEADINGS.get(column.title, column.title.replace(" ±", "\n±"))
+        heading = HEADINGS.get(column.title, "FD\n± 95%" if column.title.endswith("± 95%") else column.title)
         # Where the terminal is narrow the arm's name folds; figures never do.
         table.add_column(heading, justify="left" if text else "right", no_wrap=column.title != "arm", overflow="fold")
     for row in _rows(frame):

@@ -116,11 +116,12 @@ def test_terminal_table_fits_and_has_the_eight_columns() -> None:
     table = terminal_table(summary(frame(ms=5.0, fd=12.0)))
     console.print(table)
     assert [" ".join(str(c.header).split()) for c in table.columns] == [
-        "arm", "solver", "steps", "share of blocks", "ms per picture", "FD-digits ± 95%",
+        "arm", "solver", "steps", "share of blocks", "ms per picture", "FD ± 95%",
         "saved vs full", "saved at equal FD",
     ]  # fmt: skip
     text = console.export_text()
     assert "searched" in text
+    assert "FD is FD-digits" in text
     assert "…" not in text  # nothing cut off
 
 

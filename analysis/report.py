@@ -372,7 +372,7 @@ def _markdown(
 
 CSS = """
 :root { --ink: #222; --faint: #6b6b6b; --line: #e2e2e2; --mark: #0072B2; } body { font: 15px/1.5 system-ui,
-sans-serif; color: var(--ink); max-width: 1080px; margin: 2rem auto;
+sans-serif; color: var(--ink); max-width: 1320px; margin: 2rem auto;
   padding: 0 1rem; } h1 { font-size:
 1.6rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; } p { max-width: 50rem; }
 p.note, figcaption, small { color: var(--faint); font-size: .87rem; } .wide { overflow-x: auto; } table {

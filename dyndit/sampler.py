@@ -122,14 +122,15 @@ class Guidance:
         return torch.cat([head, cond[:, guided:]], dim=1)
 
 
-def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], step: int | None = None) -> Tensor:
-    """Standard normal (B, *shape), row i from (seed, indices[i], step) alone. Drawn on the CPU on any device."""
-    rows = []
-    for index in indices:
-        key = np.random.SeedSequence([seed, index] if step is None else [seed, index, step])
-        generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows)
+def _generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of the key alone: (seed, index), or (seed, index, step + 1)."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal (B, *shape), row i from (seed, indices[i]) alone. Drawn on the CPU on any device."""
+    return torch.stack([torch.randn(shape, generator=_generator(seed, index)) for index in indices])
 
 
 @dataclass
@@ -231,10 +232,7 @@ def _solver_step(
     if not solver.stochastic:
         return scheduler.step(prediction, t, x, return_dict=False)[0]
     # A scheduler draws from the generators it is given, one per picture: fresh ones for every step.
-    keys = [np.random.SeedSequence([batch.seed, index, k + 1]) for index in batch.indices]
-    generators = [
-        torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1))) for key in keys
-    ]
+    generators = [_generator(batch.seed, index, k + 1) for index in batch.indices]
     return scheduler.step(prediction, t, x, generator=generators, return_dict=False)[0]
 
 

@@ -170,8 +170,11 @@ def test_check_refuses_what_does_not_fit(changes: dict, named: str) -> None:
 
 def test_an_unbound_schedule_fits_any_trunk_of_its_depth() -> None:
     unbound = replace(PLAN, trunk="", exits="")
-    unbound.check(**FITS | {"trunk": "cc", "exits": ""})
-    PLAN.check(depths=DEPTHS)  # what is not given is not checked
+    other = FITS | {"trunk": "cc", "exits": ""}
+    with pytest.raises(PlanError):
+        PLAN.check(**other)  # otherwise the lines below prove nothing
+    assert unbound.check(**other) is None
+    assert PLAN.check(depths=DEPTHS) is None  # what is not given is not checked
 
 
 def test_text_has_a_line_per_branch() -> None:

@@ -66,7 +66,7 @@ def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     trunk = model.backbone.state_dict()
     if half:
         trunk = {name: t.half() for name, t in trunk.items()}
-    trunk_hash = tensors_hash(trunk)
+    trunk_hash = model.backbone.identity(trunk)
     config = {
         "format": MODEL_FORMAT,
         "version": VERSION,
@@ -103,7 +103,7 @@ def load_exits(path: Path, backbone: Backbone) -> Exits:
     tensors, metadata = _read(path)
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(VERSION)):
         raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {VERSION}")
-    trunk = tensors_hash(backbone.state_dict())
+    trunk = backbone.identity()
     if metadata.get("trunk") != trunk:
         raise CheckpointError(f"{path}: exits of trunk {metadata.get('trunk')}, but this trunk is {trunk}")
     if metadata.get("exits") != tensors_hash(tensors):
@@ -137,7 +137,7 @@ def _load_native(folder: Path) -> DynamicDepth:
         raise CheckpointError(f"{path}: impossible architecture ({_line(error)})") from error
     tensors, metadata = _read(folder / TRUNK)
     _load_strictly(backbone, tensors, folder / TRUNK)
-    if (found := tensors_hash(backbone.state_dict())) != trunk_hash:
+    if (found := backbone.identity()) != trunk_hash:
         raise CheckpointError(f"{folder / TRUNK}: damaged (hash {found}, {CONFIG} records {trunk_hash})")
     # No tensor shows the number of heads, the norm's epsilon or the timestep frequencies: the file tells.
     if metadata.get("config") != json.dumps(config):

@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from dyndit.backbones import Backbone, State, tensors_hash
+from dyndit.backbones import Backbone, Condition, Inputs, State, tensors_hash
 from dyndit.errors import InputError
 from dyndit.exits import Exits
 
@@ -31,7 +31,7 @@ class DynamicDepth(nn.Module):
         """Every depth that can be run, rising; the last is L."""
         return (*(self.exits.layers if self.exits is not None else ()), self.num_blocks)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Condition, depth: int | None = None) -> Tensor:
         """Predict at `depth` blocks (default: all).  x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W).
 
         Raises:
@@ -42,34 +42,40 @@ class DynamicDepth(nn.Module):
             raise InputError(f"depth {depth}: expected one of {list(self.depths)}, where this model has exits")
         return self.branches(x, t, [y], [depth])[0]
 
-    def branches(self, x: Tensor, t: Tensor, labels: Sequence[Tensor], depths: Sequence[int]) -> list[Tensor]:
+    def branches(self, x: Tensor, t: Tensor, labels: Sequence[Condition], depths: Sequence[int]) -> list[Tensor]:
         """Predict the same pictures under several label sets, each at its own depth.
 
-        Branches run as one batch as deep as all of them go; those that leave are cut off, the rest goes on.
         x: (B, C, H, W), t: (B,), labels: k times (B,), depths: k of `self.depths` -> k times (B, C_out, H, W).
         """
-        size, order = len(x), sorted(range(len(labels)), key=lambda i: depths[i])
-        k = len(order)
-        state = self.backbone.embed(x.repeat(k, 1, 1, 1), t.repeat(k), torch.cat([labels[i] for i in order]))
-        predictions: list[Tensor] = [x] * k
-        done = 0
+        return self.run([Inputs(x, t, y) for y in labels], depths)
+
+    def run(self, branches: Sequence[Inputs], depths: Sequence[int]) -> list[Tensor]:
+        """Predict every branch at its own depth: one batch as deep as all go; those that leave are cut off.
+
+        depths: one of `self.depths` per branch -> a prediction per branch, in the order given.
+        """
+        order = sorted(range(len(branches)), key=lambda i: depths[i])
+        joined = Inputs.joined([branches[i] for i in order])
+        state, done = self.backbone.embed(joined.x, joined.t, joined.y), 0
+        predictions: list[Tensor] = [joined.x] * len(branches)
         for depth, group in groupby(order, key=lambda i: depths[i]):
             for index in range(done, depth):
                 state = self.backbone.block(index, state)
             leaving = list(group)
-            prediction = self.leave(state.rows(0, size * len(leaving)), depth)
-            for branch, rows in zip(leaving, prediction.split(size), strict=True):
+            sizes = [len(branches[i]) for i in leaving]
+            prediction = self.leave(state.rows(0, sum(sizes)), depth)
+            for branch, rows in zip(leaving, prediction.split(sizes), strict=True):
                 predictions[branch] = rows
-            state, done = state.rows(size * len(leaving), None), depth
+            state, done = state.rows(sum(sizes), None), depth
         return predictions
 
     def leave(self, state: State, depth: int) -> Tensor:
         """The prediction from the state after `depth` blocks -> (B, C_out, H, W)."""
         if depth == self.num_blocks:
             return self.backbone.head(state)
-        return self.backbone.unpatchify(self.exits.patches(state, depth))
+        return self.backbone.unpatchify(self.exits.patches(state, depth), state)
 
-    def every_exit(self, x: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
+    def every_exit(self, x: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
         """The prediction at every depth, in one pass.  -> {depth: (B, C_out, H, W)}."""
         state, predictions = self.backbone.embed(x, t, y), {}
         for index in range(self.num_blocks):
@@ -79,8 +85,8 @@ class DynamicDepth(nn.Module):
         return predictions
 
     def trunk_hash(self) -> str:
-        """Hash of the trunk's weights; exits, plans and tables are bound to it."""
-        return tensors_hash(self.backbone.state_dict())
+        """Hash of the trunk; exits, plans and tables are bound to it."""
+        return self.backbone.identity()
 
     def exits_hash(self) -> str:
         """Hash of the exits' weights ("" without exits)."""

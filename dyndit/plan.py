@@ -21,8 +21,8 @@ class DepthPlan:
     step, hence no guidance there. A plan whose unconditional depths are all 0 is unguided.
     """
 
-    timesteps: tuple[int, ...]
-    """The solver's timesteps, falling from noise to picture."""
+    timesteps: tuple[float, ...]
+    """The solver's timesteps, falling from noise to picture; whole ones are kept as integers."""
     cond: tuple[int, ...]
     uncond: tuple[int, ...]
     num_blocks: int
@@ -40,7 +40,9 @@ class DepthPlan:
     """What the router predicted and measured: shares of time and blocks, Fréchet distances."""
 
     def __post_init__(self) -> None:
-        for name in ("timesteps", "cond", "uncond"):
+        timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in self.timesteps)
+        object.__setattr__(self, "timesteps", timesteps)
+        for name in ("cond", "uncond"):
             object.__setattr__(self, name, tuple(operator.index(v) for v in getattr(self, name)))
         if not self.timesteps:
             raise PlanError("plan: no steps")
@@ -56,7 +58,7 @@ class DepthPlan:
                 raise PlanError(f"plan: {name} depth {bad[0]} outside {least}..{self.num_blocks}")
 
     @classmethod
-    def full(cls, timesteps: tuple[int, ...], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
+    def full(cls, timesteps: tuple[float, ...], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
         """The original model at every step; both branches where `cfg_scale` is not 1."""
         depths = (num_blocks,) * len(timesteps)
         return cls(
@@ -170,4 +172,4 @@ class DepthPlan:
         """A line per branch: the depths, from the noisiest step to the last."""
         head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
         lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", self.uncond)]
-        return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:4d}" for v in row) for name, row in lines)])
+        return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:>4}" for v in row) for name, row in lines)])

@@ -31,7 +31,7 @@ def by_hand(model: DynamicDepth, x, t, y, depth: int) -> torch.Tensor:
         state = model.backbone.block(index, state)
     if depth == model.num_blocks:
         return model.backbone.head(state)
-    return model.backbone.unpatchify(model.exits.heads[str(depth)](state.tokens, state.cond))
+    return model.backbone.unpatchify(model.exits.heads[str(depth)](state.tokens, state.cond), state)
 
 
 def test_full_depth_is_the_backbone_bit_for_bit(model: DynamicDepth, make_inputs) -> None:

@@ -1,8 +1,19 @@
 """Backbones by the name that `config.json` records. A new family: one file, one line here."""
 
-from dyndit.backbones.base import Backbone, State, tensors_hash
+from dyndit.backbones.base import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
 from dyndit.backbones.class_conditional import CARDS, ClassConditionalDiT, DiTConfig
 
 FAMILIES: dict[str, type[Backbone]] = {ClassConditionalDiT.family: ClassConditionalDiT}
 
-__all__ = ["CARDS", "FAMILIES", "Backbone", "ClassConditionalDiT", "DiTConfig", "State", "tensors_hash"]
+__all__ = [
+    "CARDS",
+    "FAMILIES",
+    "Backbone",
+    "ClassConditionalDiT",
+    "Condition",
+    "Conditioning",
+    "DiTConfig",
+    "Inputs",
+    "State",
+    "tensors_hash",
+]

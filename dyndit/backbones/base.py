@@ -8,7 +8,9 @@ Shape legend, used in every docstring of the package:
 """
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self
 
 import torch
@@ -16,11 +18,65 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class State:
-    """What a block hands to the next. Every field is a tensor with the batch first.
+class Conditioning:
+    """What a family that takes more than labels is conditioned on, by the names of its own `forward`.
 
-    tokens: (B, N, D), cond: (B, D) the summed timestep and label embedding. Families with more streams subclass
-    this with further tensor fields.
+    rows: tensors with the batch first (prompt embeddings, their masks); shared: what serves every row alike
+    (positions, flags). None is no entry.
+    """
+
+    rows: Mapping[str, Tensor]
+    shared: Mapping[str, object] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> object:
+        """The entry of that name, of either kind; None where there is none."""
+        return self.rows[name] if name in self.rows else self.shared.get(name)
+
+
+Condition = Tensor | Conditioning
+"""Labels (B,), or a `Conditioning`."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with: x: (B, ...), t: (B,), y: labels (B,) or a `Conditioning` of B rows."""
+
+    x: Tensor
+    t: Tensor
+    y: Condition
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, start: int, stop: int | None) -> Self:
+        """Return rows `start:stop` of the batch."""
+        y = self.y
+        if isinstance(y, Conditioning):
+            y = replace(y, rows={name: value[start:stop] for name, value in y.rows.items()})
+        else:
+            y = y[start:stop]
+        return replace(self, x=self.x[start:stop], t=self.t[start:stop], y=y)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """One batch of several; what is shared is the first's."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0].y
+        if isinstance(first, Conditioning):
+            rows = {name: torch.cat([part.y.rows[name] for part in parts]) for name in first.rows}
+            y: Condition = replace(first, rows=rows)
+        else:
+            y = torch.cat([part.y for part in parts])
+        return cls(torch.cat([part.x for part in parts]), torch.cat([part.t for part in parts]), y)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a block hands to the next. Every tensor has the batch first; what is no tensor serves all rows.
+
+    tokens: (B, N, D), cond: (B, D) the conditioning that an exit head is modulated by (of the class-conditional DiT:
+    the summed timestep and label embedding). Families with more streams subclass this with further fields.
     """
 
     tokens: Tensor
@@ -30,7 +86,8 @@ class State:
         """Return the state of rows `start:stop` of the batch."""
         if start == 0 and stop in (None, len(self.tokens)):
             return self
-        return replace(self, **{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v[start:stop] for name, v in values.items() if isinstance(v, Tensor)})
 
 
 class Backbone(nn.Module):
@@ -53,8 +110,8 @@ class Backbone(nn.Module):
     out_channels: int
     image_size: int
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
-        """x: (B, C, H, W), t: (B,), y: (B,) -> the state before block 0."""
+    def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
+        """x: (B, C, H, W), t: (B,), y: (B,) or a `Conditioning` -> the state before block 0."""
         raise NotImplementedError
 
     def block(self, index: int, state: State) -> State:
@@ -73,9 +130,24 @@ class Backbone(nn.Module):
         """A light block, (tokens, cond) -> tokens, that starts as the identity."""
         raise NotImplementedError
 
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
+    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+        """(B, N, patch * patch * C_out) -> (B, C_out, H, W), the size that `state` was embedded from."""
         raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by which the trunk is known: the same, whichever library's modules hold them."""
+        return self.state_dict()
+
+    def unseen(self) -> dict[str, object]:
+        """What changes a prediction and shows in no tensor's name, shape or value (heads, epsilons, frequencies)."""
+        return {}
+
+    def identity(self, tensors: Mapping[str, Tensor] | None = None) -> str:
+        """A hash that tells this trunk from any other; exits, plans and tables are bound to it.
+
+        tensors: as `tensors()`, where they are other than the module's (rounded to half precision, say).
+        """
+        return tensors_hash(self.tensors() if tensors is None else tensors, json.dumps(self.unseen(), sort_keys=True))
 
     def config(self) -> dict[str, object]:
         """Plain data from which `from_config` builds the same architecture."""
@@ -86,7 +158,7 @@ class Backbone(nn.Module):
         """Build from what `config()` returned."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
         """x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""
         state = self.embed(x, t, y)
         for index in range(self.num_blocks):
@@ -94,12 +166,12 @@ class Backbone(nn.Module):
         return self.head(state)
 
 
-def tensors_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, so that a flipped bit or a foreign file is told apart.
+def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
+    """SHA-256 over names, shapes and values, and `more`: a flipped bit or a foreign file is told apart.
 
     Values are hashed as float32: a trunk saved in half precision and loaded in single keeps its hash.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(more.encode())
     for name in sorted(tensors):
         values = tensors[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{tuple(values.shape)}".encode())

@@ -32,6 +32,8 @@ class DiTConfig:
     label_dropout: float = 0.1
     learn_variance: bool = True
     norm_eps: float = 1e-6
+    mlp_norm_eps: float = 1e-6
+    """Of the norms before the MLPs: as the others in the published code, 1e-5 by default in diffusers' DiT."""
     frequency_shift: int = 0
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
 
@@ -44,6 +46,8 @@ class DiTConfig:
         if self.width % self.num_heads or self.width % 4:
             raise InputError(f"width {self.width} must be a multiple of 4 and of num_heads {self.num_heads}")
 
+
+_UNSEEN = ("num_heads", "norm_eps", "mlp_norm_eps", "frequency_shift")
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
@@ -122,11 +126,13 @@ class LabelEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float, mlp_norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
         self.attn = Attention(width, num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps or norm_eps, elementwise_affine=False)
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -177,7 +183,7 @@ class ClassConditionalDiT(Backbone):
         side = c.image_size // c.patch_size
         self.pos_embed = nn.Parameter(position_features(side, c.width)[None], requires_grad=False)
         self.blocks = nn.ModuleList(
-            DiTBlock(c.width, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.num_blocks)
+            DiTBlock(c.width, c.num_heads, c.mlp_ratio, c.norm_eps, c.mlp_norm_eps) for _ in range(c.num_blocks)
         )
         self.final_layer = FinalLayer(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
         self._initialise()
@@ -205,6 +211,10 @@ class ClassConditionalDiT(Backbone):
         """The fields of `DiTConfig`."""
         return asdict(self._config)
 
+    def unseen(self) -> dict[str, object]:
+        """Heads, the norms' epsilon, timestep frequencies."""
+        return {name: getattr(self._config, name) for name in _UNSEEN}
+
     @classmethod
     def from_config(cls, config: dict[str, object]) -> "ClassConditionalDiT":
         """Build from what `config()` returned."""
@@ -225,7 +235,7 @@ class ClassConditionalDiT(Backbone):
 
     def head(self, state: State) -> Tensor:
         """-> (B, C_out, H, W)."""
-        return self.unpatchify(self.final_layer(state.tokens, state.cond))
+        return self.unpatchify(self.final_layer(state.tokens, state.cond), state)
 
     def new_exit_head(self) -> nn.Module:
         """A copy of the final layer."""
@@ -239,7 +249,7 @@ class ClassConditionalDiT(Backbone):
         block.reset()
         return block
 
-    def unpatchify(self, patches: Tensor) -> Tensor:
+    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         p, side = self._config.patch_size, self.image_size // self._config.patch_size
         grid = patches.reshape(len(patches), side, side, p, p, self.out_channels)

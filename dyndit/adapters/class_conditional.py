@@ -1,0 +1,93 @@
+"""diffusers' `DiTTransformer2DModel` (Peebles and Xie 2022, arXiv:2212.09748).
+
+The step is read from `timestep`. A guided call of `DiTPipeline` stacks [conditional; unconditional]; unconditional
+rows carry the null label, the one after the last class.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from dyndit.adapters.base import Adapter
+from dyndit.backbones.base import State
+from dyndit.backbones.class_conditional import FinalLayer
+from dyndit.formats.diffusers_names import frequency_shift_of, to_native
+
+
+@dataclass(frozen=True)
+class _State(State):
+    t: Tensor
+    y: Tensor
+
+
+class DiTAdapter(Adapter):
+    """Blocks take the timestep and the label themselves; each has a copy of the embedder."""
+
+    serves = "DiTTransformer2DModel"
+    row_arguments = ("class_labels",)
+    guidance = "cond first"
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__(transformer)
+        c = transformer.config
+        self.num_blocks, self.width = c.num_layers, transformer.inner_dim
+        self.num_classes = self.null_class = c.num_embeds_ada_norm
+        self.in_channels, self.out_channels, self.image_size = c.in_channels, transformer.out_channels, c.sample_size
+
+    def _condition(self, call: dict[str, object]) -> Tensor:
+        return call["class_labels"]
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
+        """x: (B, C, H, W), t: (B,), y: (B,)."""
+        tokens = self.transformer.pos_embed(x)
+        cond = self.transformer.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=tokens.dtype)
+        return _State(tokens, cond, t, y)
+
+    def block(self, index: int, state: _State) -> State:
+        """Run block `index`."""
+        block = self.transformer.transformer_blocks[index]
+        tokens = block(
+            state.tokens,
+            attention_mask=None,
+            encoder_hidden_states=None,
+            encoder_attention_mask=None,
+            timestep=state.t,
+            cross_attention_kwargs=None,
+            class_labels=state.y,
+        )
+        return _State(tokens, state.cond, state.t, state.y)
+
+    def head(self, state: State) -> Tensor:
+        """-> (B, C_out, H, W)."""
+        model = self.transformer
+        shift, scale = model.proj_out_1(silu(state.cond)).chunk(2, dim=1)
+        tokens = model.norm_out(state.tokens) * (1 + scale[:, None]) + shift[:, None]
+        return self.unpatchify(model.proj_out_2(tokens), state)
+
+    def new_exit_head(self) -> nn.Module:
+        """The native head, under the native names: exits serve the model in either library."""
+        model = self.transformer
+        head = FinalLayer(self.width, model.proj_out_2.out_features, model.norm_out.eps)
+        head.linear.load_state_dict(model.proj_out_2.state_dict())
+        head.adaLN_modulation[1].load_state_dict(model.proj_out_1.state_dict())
+        return head
+
+    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+        """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
+        p, side = self.transformer.patch_size, self.image_size // self.transformer.patch_size
+        grid = patches.reshape(len(patches), side, side, p, p, self.out_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), self.out_channels, side * p, side * p)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Under the native names, so that the trunk has one identity in both libraries."""
+        return to_native(self.transformer.state_dict(), self.image_size // self.transformer.patch_size)
+
+    def unseen(self) -> dict[str, object]:
+        """As of the native class."""
+        return {
+            "num_heads": self.transformer.config.num_attention_heads,
+            "norm_eps": self.transformer.norm_out.eps,
+            "mlp_norm_eps": self.transformer.config.norm_eps,
+            "frequency_shift": frequency_shift_of(self.transformer),
+        }

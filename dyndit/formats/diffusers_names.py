@@ -1,0 +1,108 @@
+"""Tensor names of diffusers' `DiTTransformer2DModel` and the native (published) ones, both ways.
+
+diffusers splits `attn.qkv` into thirds, stores the timestep and label embedders once per block, and computes the
+positions anew instead of storing them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dyndit.backbones.class_conditional import position_features
+from dyndit.errors import CheckpointError
+
+_EMBEDDERS = {
+    "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
+    "timestep_embedder.linear_1.bias": "t_embedder.mlp.0.bias",
+    "timestep_embedder.linear_2.weight": "t_embedder.mlp.2.weight",
+    "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
+    "class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight",
+}
+_OUTER = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+_BLOCK = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+_THIRDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
+    """Rename what `DiTTransformer2DModel.state_dict()` holds.  side: patches along an edge of the picture.
+
+    Raises:
+        CheckpointError: a tensor is missing or extra, or blocks have embedders of their own.
+    """
+    left = dict(tensors)
+
+    def take(name: str) -> Tensor:
+        if name not in left:
+            raise CheckpointError(f"DiTTransformer2DModel: lacks the tensor {name}")
+        return left.pop(name)
+
+    native: dict[str, Tensor] = {}
+    for theirs, ours in _OUTER.items():
+        for kind in ("weight", "bias"):
+            native[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
+    native["pos_embed"] = position_features(side, native["x_embedder.proj.weight"].shape[0])[None]
+    for theirs, ours in _EMBEDDERS.items():
+        native[ours] = left.get(f"transformer_blocks.0.norm1.emb.{theirs}", torch.empty(0))
+    for index in range(num_blocks(tensors)):
+        here, there = f"transformer_blocks.{index}", f"blocks.{index}"
+        for theirs, ours in _EMBEDDERS.items():
+            if not torch.equal(take(f"{here}.norm1.emb.{theirs}"), native[ours]):
+                raise CheckpointError(
+                    f"DiTTransformer2DModel: {here}.norm1.emb.{theirs} differs from block 0's; a DiT has one embedder"
+                )
+        for kind in ("weight", "bias"):
+            native[f"{there}.attn.qkv.{kind}"] = torch.cat([take(f"{here}.{third}.{kind}") for third in _THIRDS])
+            for theirs, ours in _BLOCK.items():
+                native[f"{there}.{ours}.{kind}"] = take(f"{here}.{theirs}.{kind}")
+    if left:
+        raise CheckpointError(f"DiTTransformer2DModel: has {len(left)} extra tensors, first {min(left)}")
+    return native
+
+
+def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name a native state dict as `DiTTransformer2DModel` does; the positions, which it computes, are left out.
+
+    Raises:
+        CheckpointError: the positions are not the sin-cos ones that diffusers computes.
+    """
+    side, width = int(tensors["pos_embed"].shape[1] ** 0.5), tensors["pos_embed"].shape[2]
+    if not torch.allclose(tensors["pos_embed"][0].float().cpu(), position_features(side, width), atol=1e-5):
+        raise CheckpointError("pos_embed: not the fixed 2-D sin-cos positions, which are all that diffusers' DiT has")
+    theirs = {f"{t}.{kind}": tensors[f"{o}.{kind}"] for t, o in _OUTER.items() for kind in ("weight", "bias")}
+    for index in range(1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks."))):
+        here, there = f"transformer_blocks.{index}", f"blocks.{index}"
+        theirs |= {f"{here}.norm1.emb.{t}": tensors[o].clone() for t, o in _EMBEDDERS.items()}
+        for kind in ("weight", "bias"):
+            thirds = tensors[f"{there}.attn.qkv.{kind}"].chunk(3)
+            theirs |= {f"{here}.{t}.{kind}": third.clone() for t, third in zip(_THIRDS, thirds, strict=True)}
+            theirs |= {f"{here}.{t}.{kind}": tensors[f"{there}.{o}.{kind}"] for t, o in _BLOCK.items()}
+    return theirs
+
+
+def num_blocks(tensors: Mapping[str, Tensor]) -> int:
+    """Blocks that a diffusers state dict holds."""
+    return 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith("transformer_blocks.")), default=-1)
+
+
+def frequency_shift_of(transformer: nn.Module) -> int:
+    """How its timestep features are spaced: 1 as diffusers builds it, 0 once `match_frequencies` was called."""
+    return int(transformer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift)
+
+
+def match_frequencies(transformer: nn.Module, frequency_shift: int) -> None:
+    """Set the timestep features of a `DiTTransformer2DModel`: 0 for weights trained with the published code.
+
+    diffusers builds the class with 1 and has no argument for it, so this is to be done after every load.
+    """
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = frequency_shift

@@ -1,10 +1,15 @@
-"""What every adapter is: a `Backbone` over a transformer of diffusers that somebody else owns."""
+"""What every adapter is: a `Backbone` over a transformer of diffusers that somebody else owns.
+
+Below it, what several families share: exit heads in the shape of their final layers, and putting patches together.
+"""
 
 import inspect
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
 from dyndit.backbones.base import Backbone, Condition, Conditioning, Inputs
@@ -22,7 +27,8 @@ class Adapter(Backbone):
     serves: ClassVar[str]
     """Name of the diffusers class."""
     row_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of its forward that have the batch first, besides `hidden_states` and `timestep`."""
+    """Arguments of its forward that have the batch first, besides `hidden_states` and `timestep`; or dictionaries of
+    such, whose entries the adapter gets by their own names."""
     shared_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of its forward that serve the whole batch."""
     guidance: ClassVar[Literal["cond first", "uncond first", "calls"]] = "uncond first"
@@ -43,22 +49,46 @@ class Adapter(Backbone):
         """What a call of the transformer's forward passes, as the adapter takes it.
 
         Raises:
-            InputError: the call uses an argument that this adapter knows nothing of (a ControlNet's residuals, say).
+            InputError: the call uses an argument that this adapter knows nothing of (a ControlNet's residuals, say), or
+                names no timestep.
         """
-        call = self._signature.bind(self.transformer, *args, **kwargs).arguments
+        try:
+            call = self._signature.bind(self.transformer, *args, **kwargs).arguments
+        except TypeError as error:
+            raise InputError(f"{self.serves}: {error}") from error
         known = ("self", "hidden_states", "timestep", "return_dict", *self.row_arguments, *self.shared_arguments)
         for name, value in call.items():
-            default = self._signature.parameters[name].default
-            if name not in known and not (value is None or value is default or value == {}):
+            if name not in known and not self._says_nothing(name, value):
                 raise InputError(f"{self.serves}: called with {name}, which cannot be combined with exits")
+        if call.get("timestep") is None:
+            raise InputError(f"{self.serves}: called without timestep, which depth depends on")
         x = call["hidden_states"]
-        t = torch.as_tensor(call["timestep"], device=x.device).reshape(-1).expand(len(x))
+        t = torch.as_tensor(call["timestep"], device=x.device).reshape(-1).expand(len(x)).contiguous()
         return Inputs(x, t, self._condition(call))
+
+    def _says_nothing(self, name: str, value: object) -> bool:
+        """Whether an argument is what it would be without being passed."""
+        default = self._signature.parameters[name].default
+        return value is None or value is default or (isinstance(value, Mapping) and not value)
 
     def _condition(self, call: dict[str, object]) -> Condition:
         """The conditioning of a bound call."""
-        rows = {name: call[name] for name in self.row_arguments if call.get(name) is not None}
+        rows: dict[str, Tensor] = {}
+        for name in self.row_arguments:
+            value = call.get(name)
+            entries = value if isinstance(value, Mapping) else {name: value}
+            rows |= {key: entry for key, entry in entries.items() if entry is not None}
         return Conditioning(rows, {name: call[name] for name in self.shared_arguments if call.get(name) is not None})
+
+    def is_guided(self, inputs: Inputs) -> bool | None:
+        """Whether a call has both guidance branches in its batch; None where its rows do not tell.
+
+        Pipelines stack both branches on the same latents, so halves that differ are one branch. Halves that are equal
+        may be two pictures of one seed.
+        """
+        half = len(inputs) // 2
+        stacked = self.guidance != "calls" and len(inputs) == 2 * half
+        return None if stacked and torch.equal(inputs.x[:half], inputs.x[half:]) else False
 
     def output(self, prediction: Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[Tensor]:
         """A prediction in the shape in which the transformer's forward returns it."""
@@ -80,4 +110,58 @@ class Adapter(Backbone):
         """A light block (MLP ratio 1) on the tokens alone, which starts as the identity."""
         block = DiTBlock(self.width, self.transformer.config.num_attention_heads, 1.0, 1e-6)
         block.reset()
-        return block
+        return block.to(next(self.transformer.proj_out.parameters()))
+
+
+class ContinuousHead(nn.Module):
+    """The final layer of SD3 and Flux: a norm whose shift and scale are a linear map of the conditioning, then a linear
+    map. Starts as a copy of the model's own."""
+
+    def __init__(self, norm_out: AdaLayerNormContinuous, proj_out: nn.Linear) -> None:
+        super().__init__()
+        widths = (proj_out.in_features, norm_out.linear.in_features)
+        self.norm_out = AdaLayerNormContinuous(*widths, elementwise_affine=False, eps=norm_out.norm.eps)
+        self.norm_out.load_state_dict(norm_out.state_dict())
+        self.proj_out = linear_copy(proj_out)
+        self.to(proj_out.weight)
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
+        return self.proj_out(self.norm_out(tokens, cond))
+
+
+class TableHead(nn.Module):
+    """The final layer of PixArt and Latte: a norm whose shift and scale are the conditioning plus a learned table
+    ("adaLN-single", Chen et al. 2023, arXiv:2310.00426, Sec. 2.3), then a linear map. Starts as a copy of the model's
+    own."""
+
+    def __init__(self, norm_out: nn.LayerNorm, scale_shift_table: Tensor, proj_out: nn.Linear) -> None:
+        super().__init__()
+        self.norm_out = nn.LayerNorm(norm_out.normalized_shape, eps=norm_out.eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(scale_shift_table.detach().clone())
+        self.proj_out = linear_copy(proj_out)
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out). Every token, of whichever frame, alike."""
+        shift, scale = (self.scale_shift_table[None] + cond[:, None]).chunk(2, dim=1)
+        return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
+
+
+def linear_copy(linear: nn.Linear) -> nn.Linear:
+    """A trainable copy on the same device, in the same precision."""
+    copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    copy.load_state_dict(linear.state_dict())
+    return copy.to(linear.weight)
+
+
+def join_patches(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """(B, rows * columns, patch * patch * C) -> (B, C, rows * patch, columns * patch)."""
+    grid = patches.reshape(len(patches), rows, columns, patch, patch, -1)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch, columns * patch)
+
+
+def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask (B, N), 1 keeps and 0 drops, as what is added to attention scores, (B, 1, N); a bias stays what it is."""
+    if mask is None or mask.ndim != 2:
+        return mask
+    return ((1 - mask.to(dtype)) * -10000.0)[:, None]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from dyndit.adapters.base import Adapter
-from dyndit.backbones.base import State
+from dyndit.backbones.base import Inputs, State
 from dyndit.backbones.class_conditional import FinalLayer
 from dyndit.formats.diffusers_names import frequency_shift_of, to_native
 
@@ -37,6 +37,12 @@ class DiTAdapter(Adapter):
 
     def _condition(self, call: dict[str, object]) -> Tensor:
         return call["class_labels"]
+
+    def is_guided(self, inputs: Inputs) -> bool:
+        """The second half of the rows, and no row of the first, carries the null label."""
+        null = [label == self.null_class for label in inputs.y.tolist()]
+        half = len(null) // 2
+        return len(null) == 2 * half and not any(null[:half]) and all(null[half:])
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
         """x: (B, C, H, W), t: (B,), y: (B,)."""
@@ -71,7 +77,7 @@ class DiTAdapter(Adapter):
         head = FinalLayer(self.width, model.proj_out_2.out_features, model.norm_out.eps)
         head.linear.load_state_dict(model.proj_out_2.state_dict())
         head.adaLN_modulation[1].load_state_dict(model.proj_out_1.state_dict())
-        return head
+        return head.to(model.proj_out_2.weight)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""

@@ -1,0 +1,364 @@
+"""The plug-in inside pipelines of diffusers that know nothing of it."""
+
+from functools import partial
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+import dyndit
+from dyndit.adapters import adapt
+from dyndit.backbones import ClassConditionalDiT, DiTConfig
+from dyndit.checkpoints import save_exits
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import CheckpointError, InputError, PlanError
+from dyndit.exits import ExitConfig, Exits
+from dyndit.formats.diffusers_names import match_frequencies, to_native
+from dyndit.latents import decode_latents
+from dyndit.plan import DepthPlan
+from dyndit.plugin import HOOK, find_step
+from dyndit.routers.schedules import constant, ramp
+from dyndit.sampler import make_scheduler, noise, timesteps_of, to_uint8
+
+STEPS, SCALE, SEED = 5, 1.5, 3
+LABELS = [207, 360, 980]
+
+
+def randomised(module: torch.nn.Module, seed: int, std: float = 0.15) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return module.eval()
+
+
+def a_transformer(seed: int = 0, num_classes: int = 1000) -> diffusers.DiTTransformer2DModel:
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=4,
+        sample_size=8,
+        num_embeds_ada_norm=num_classes,
+    )
+    randomised(model, seed)
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+def a_vae(seed: int = 1) -> diffusers.AutoencoderKL:
+    torch.manual_seed(seed)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    ).eval()
+
+
+def a_pipeline(seed: int = 0) -> diffusers.DiTPipeline:
+    pipe = diffusers.DiTPipeline(a_transformer(seed), a_vae(), make_scheduler("ddim", STEPS))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def some_exits(transformer: torch.nn.Module, seed: int = 5) -> Exits:
+    return randomised(Exits(adapt(transformer), ExitConfig()), seed)
+
+
+def the_plan(cfg_scale: float = SCALE) -> DepthPlan:
+    """Unequal branches, equal ones, and a step without guidance."""
+    full = DepthPlan.full(timesteps_of("ddim", STEPS), 4, "ddim", cfg_scale)
+    pairs = [(1, 2), (2, 1), (3, 3), (3, 0), (4, 2)] if cfg_scale != 1 else [(d, 0) for d in (1, 2, 2, 3, 4)]
+    return full.with_pairs(pairs, router="by hand")
+
+
+def draw(pipe: diffusers.DiTPipeline, guidance: float = SCALE, steps: int = STEPS, labels=LABELS) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in 0..1 from the pipeline's own call, noise as `dyndit.sample` draws it."""
+    generators = [dyndit.sampler.picture_generator(SEED, i) for i in range(len(labels))]
+    return pipe(
+        class_labels=labels,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        generator=generators,
+        output_type="pt",
+    ).images
+
+
+@pytest.fixture
+def pipe() -> diffusers.DiTPipeline:
+    return a_pipeline()
+
+
+@pytest.mark.parametrize("guidance", [SCALE, 1.0])
+@pytest.mark.parametrize("full", [True, False], ids=["full plan", "no plan"])
+def test_full_depth_is_the_untouched_pipeline_bit_for_bit(pipe, guidance: float, full: bool) -> None:
+    before = draw(pipe, guidance)
+    plan = DepthPlan.full(timesteps_of("ddim", STEPS), 4, "ddim", guidance) if full else None
+    handle = dyndit.apply_dyndit(pipe, some_exits(pipe.transformer), plan)
+    assert torch.equal(draw(pipe, guidance), before)
+    assert handle.stats()["depth"].eq(4).all()
+    assert len(handle.stats()) == STEPS * (2 if full and guidance != 1 else 1)
+    handle.plan = the_plan(guidance)
+    assert not torch.allclose(draw(pipe, guidance), before, atol=1e-2), "exits predict as the model does"
+
+
+@pytest.mark.parametrize("guidance", [SCALE, 1.0])
+def test_pictures_are_those_of_dyndit_sample(pipe, guidance: float) -> None:
+    exits, plan = some_exits(pipe.transformer), the_plan(guidance)
+    dyndit.apply_dyndit(pipe, exits, plan)
+    pictures = (draw(pipe, guidance) * 255).round()
+    native = DynamicDepth(a_native(pipe.transformer), exits, pixel_space=False)
+    drawn = dyndit.sample(native, LABELS, plan=plan, num_steps=STEPS, cfg_scale=guidance, seed=SEED)
+    assert drawn.plan == plan
+    expected = decode_latents(pipe.vae, drawn.latents).float()
+    assert expected.std() > 5, "a flat picture proves nothing"
+    assert (pictures - expected).abs().max() <= 1
+
+
+def a_native(transformer: diffusers.DiTTransformer2DModel) -> ClassConditionalDiT:
+    config = DiTConfig(
+        8, 2, 4, width=32, num_blocks=4, num_heads=2, num_classes=1000, mlp_norm_eps=1e-5, frequency_shift=1
+    )
+    native = ClassConditionalDiT(config)
+    native.load_state_dict(to_native(transformer.state_dict(), 4))
+    return native.eval()
+
+
+class Pixels(torch.nn.Module):
+    """Stands where a pipeline wants an autoencoder, for a model that makes pixels."""
+
+    config = diffusers.configuration_utils.FrozenDict(scaling_factor=1.0, block_out_channels=(1,))
+
+    def decode(self, z: torch.Tensor) -> diffusers.models.autoencoders.vae.DecoderOutput:
+        return diffusers.models.autoencoders.vae.DecoderOutput(sample=z)
+
+
+@pytest.mark.shared
+def test_the_cifar10_trunk_unguided_inside_dit_pipeline(shared) -> None:
+    model = dyndit.load(shared / "checkpoints" / "cifar10-dit.pt")
+    native = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig()), pixel_space=False).eval()
+    transformer = dyndit.formats.diffusers_folder.to_diffusers(model)
+    pipe = diffusers.DiTPipeline(transformer, Pixels(), make_scheduler("ddim", STEPS))
+    pipe.set_progress_bar_config(disable=True)
+    full = DepthPlan.full(timesteps_of("ddim", STEPS), 12, "ddim")
+    plan = full.with_pairs([(d, 0) for d in (4, 7, 9, 11, 12)])
+    handle = dyndit.apply_dyndit(pipe, native.exits, plan)
+    pictures = to_uint8(2 * draw(pipe, 1.0, labels=[3, 7]) - 1).float()
+    drawn = dyndit.sample(native, [3, 7], plan=plan, num_steps=STEPS, cfg_scale=1.0, seed=SEED)
+    assert (pictures - to_uint8(drawn.latents).float()).abs().max() <= 1
+    assert handle.stats()["depth"].tolist() == [4, 7, 9, 11, 12]
+
+
+def test_stats_are_what_the_plan_says(pipe) -> None:
+    plan = the_plan()
+    handle = dyndit.apply_dyndit(pipe, some_exits(pipe.transformer), plan)
+    for _ in range(2):  # the second call's stats are its own
+        draw(pipe)
+        stats = handle.stats()
+        assert stats.groupby("branch")["depth"].apply(tuple).to_dict() == {"cond": plan.cond, "uncond": plan.uncond}
+        assert tuple(stats[stats["branch"] == "cond"]["timestep"]) == plan.timesteps
+        assert (stats["rows"] == len(LABELS)).all()
+        assert (stats["blocks"] == stats["rows"] * stats["depth"]).all()
+        assert (stats["seconds"] > 0).eq(stats["depth"] > 0).all()
+
+
+def test_nothing_leaks_from_one_call_to_the_next(pipe) -> None:
+    exits = some_exits(pipe.transformer)
+    first, second = the_plan(), the_plan().with_pairs([(2, 2)] * STEPS)
+    handle = dyndit.apply_dyndit(pipe, exits, first)
+    a = draw(pipe)
+    handle.plan = second
+    b = draw(pipe)
+    handle.plan = first
+    assert torch.equal(draw(pipe), a)
+    assert not torch.equal(a, b)
+    fresh = a_pipeline()
+    dyndit.apply_dyndit(fresh, exits, second)
+    assert torch.equal(draw(fresh), b)
+
+
+@pytest.mark.parametrize("broken", range(STEPS))
+def test_a_call_that_broke_off_leaves_nothing(pipe, broken: int, monkeypatch) -> None:
+    handle = dyndit.apply_dyndit(pipe, some_exits(pipe.transformer), the_plan())
+    expected = draw(pipe)
+    step, calls = pipe.scheduler.step, []
+
+    def failing(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == broken + 1:
+            raise RuntimeError("power cut")
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.scheduler, "step", failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            draw(pipe)
+    assert torch.equal(draw(pipe), expected)
+    assert len(handle.stats()) == 2 * STEPS
+
+
+def test_two_pipelines_with_different_plans_live_side_by_side() -> None:
+    one, two = a_pipeline(), a_pipeline()
+    exits = some_exits(one.transformer)
+    plans = the_plan(), the_plan().with_pairs([(3, 1)] * STEPS)
+    handles = [dyndit.apply_dyndit(p, exits, plan) for p, plan in zip((one, two), plans, strict=True)]
+    a, b, again = draw(one), draw(two), draw(one)
+    assert torch.equal(a, again)
+    assert not torch.equal(a, b)
+    assert [tuple(h.stats().query("branch == 'cond'")["depth"]) for h in handles] == [p.cond for p in plans]
+
+
+def test_removing_leaves_the_transformer_as_it_was(pipe) -> None:
+    transformer = pipe.transformer
+    before = {name: t.clone() for name, t in transformer.state_dict().items()}
+    attributes, pictures = set(transformer.__dict__), draw(pipe)
+    handle = dyndit.apply_dyndit(pipe, some_exits(transformer), the_plan())
+    assert transformer.state_dict().keys() == before.keys(), "exits are no part of the transformer"
+    draw(pipe)
+    handle.remove()
+    after = transformer.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert set(transformer.__dict__) == attributes
+    assert torch.equal(draw(pipe), pictures)
+    dyndit.remove_dyndit(pipe)  # nothing to remove is no error
+    dyndit.apply_dyndit(pipe, some_exits(transformer), the_plan())
+    assert transformer._diffusers_hook.get_hook(HOOK) is not None
+
+
+def test_other_hooks_on_the_transformer_stay(pipe) -> None:
+    dyndit.apply_dyndit(pipe, some_exits(pipe.transformer), the_plan())
+    seen: list[int] = []
+
+    class Watch(diffusers.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(1)
+            return args, kwargs
+
+    pipe.transformer._diffusers_hook.register_hook(Watch(), "watch")
+    plain = draw(pipe)
+    assert len(seen) == STEPS
+    dyndit.remove_dyndit(pipe)
+    assert not torch.equal(draw(pipe), plain)
+    assert len(seen) == 2 * STEPS
+
+
+def test_a_router_writes_the_plan_of_every_call(pipe) -> None:
+    exits, router = some_exits(pipe.transformer), partial(ramp, start=1)
+    handle = dyndit.apply_dyndit(pipe, exits, router, cfg_scale=SCALE)
+    for steps in (4, 6, 4):
+        draw(pipe, steps=steps)
+        full = DepthPlan.full(timesteps_of("ddim", steps), 4, "ddim", SCALE)
+        assert handle.plan.pairs == ramp(full, (1, 2, 3, 4), 1).pairs
+        assert tuple(handle.stats().query("branch == 'cond'")["depth"]) == handle.plan.cond
+
+
+def test_the_full_plan_of_a_call_is_known_after_it(pipe) -> None:
+    handle = dyndit.apply_dyndit(pipe, some_exits(pipe.transformer), None, cfg_scale=SCALE)
+    with pytest.raises(InputError, match="no call"):
+        handle.full_plan()
+    draw(pipe)
+    full = handle.full_plan()
+    assert (full.timesteps, full.cfg_scale) == (timesteps_of("ddim", STEPS), SCALE)
+    handle.plan = constant(full, handle.model.depths, 2)
+    draw(pipe)
+    assert handle.stats()["depth"].eq(2).all()
+
+
+def test_exits_from_a_file_are_bound_to_the_trunk(pipe, tmp_path) -> None:
+    adapter, exits = adapt(pipe.transformer), some_exits(pipe.transformer)
+    save_exits(exits, tmp_path / "exits.safetensors", adapter.identity())
+    dyndit.apply_dyndit(pipe, exits, the_plan())
+    expected = draw(pipe)
+    dyndit.remove_dyndit(pipe)
+    the_plan().save(tmp_path / "plan.json")
+    for path in (tmp_path, tmp_path / "exits.safetensors", str(tmp_path)):
+        handle = dyndit.apply_dyndit(pipe, path, tmp_path / "plan.json")
+        assert torch.equal(draw(pipe), expected)
+        handle.remove()
+    match_frequencies(pipe.transformer, 0)
+    with pytest.raises(CheckpointError, match="exits of trunk"):
+        dyndit.apply_dyndit(pipe, tmp_path, the_plan())
+    dyndit.apply_dyndit(pipe, tmp_path, the_plan(), check_trunk=False)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(pipe) -> None:
+    exits = some_exits(pipe.transformer)
+    handle = dyndit.apply_dyndit(pipe, exits, the_plan())
+    with pytest.raises(InputError, match="has the plug-in already"):
+        dyndit.apply_dyndit(pipe, exits, the_plan())
+    with pytest.raises(PlanError, match="none of them at timestep"):
+        draw(pipe, steps=STEPS + 2)
+    with pytest.raises(PlanError, match="guided sampling, but the pipeline's call is unguided"):
+        draw(pipe, 1.0)
+    handle.plan = the_plan(1.0)
+    with pytest.raises(PlanError, match="unguided sampling, but the pipeline's call is guided"):
+        draw(pipe)
+    with pytest.raises(PlanError, match="made for 3 blocks"):
+        handle.plan = DepthPlan.full((9, 5), 3, "ddim")
+    assert handle.plan == the_plan(1.0), "a refused plan changes nothing"
+    draw(pipe, 1.0)
+    handle.remove()
+    with pytest.raises(InputError, match="router needs"):
+        dyndit.apply_dyndit(pipe.transformer, exits, partial(ramp, start=1))
+    with pytest.raises(InputError, match="no transformer"):
+        dyndit.apply_dyndit(
+            diffusers.DDPMPipeline(
+                diffusers.UNet2DModel(
+                    8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+                ),
+                pipe.scheduler,
+            ),
+            exits,
+        )
+    with pytest.raises(InputError, match="compiled as a whole"):
+        dyndit.apply_dyndit(torch.compile(pipe.transformer), exits, the_plan())
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    registry.register_hook(diffusers.hooks.ModelHook(), "other")
+    with pytest.raises(InputError, match="has the hook other"):
+        dyndit.apply_dyndit(pipe, exits, the_plan())
+
+
+def test_blocks_compile_whole_and_once_for_all_depths(pipe) -> None:
+    exits = some_exits(pipe.transformer)
+    handle = dyndit.apply_dyndit(pipe, exits, the_plan())
+    expected = draw(pipe)
+    torch._dynamo.reset()
+    for block in [*pipe.transformer.transformer_blocks, *exits.heads.values()]:
+        block.compile(fullgraph=True, backend="eager")
+    compiled = draw(pipe)  # both numbers of rows: one branch's and two
+    assert (compiled - expected).abs().max() < 1e-4
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for pairs in ([(4, 4)] * STEPS, [(1, 1), (2, 1), (3, 2), (4, 3), (4, 0)], [(2, 4)] * STEPS):
+            handle.plan = the_plan().with_pairs(pairs)
+            draw(pipe)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 0
+    torch._dynamo.reset()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 900), st.sampled_from([torch.int64, torch.float32, torch.float16, torch.bfloat16]))
+def test_every_step_is_found_in_any_precision(num_steps: int, dtype: torch.dtype) -> None:
+    """A pipeline visits the steps in turn and hands over their timesteps as it rounds them."""
+    timesteps, last = timesteps_of("ddim", num_steps), -1
+    for step, t in enumerate(timesteps):
+        rounded = torch.tensor(t).to(dtype)
+        slack = torch.finfo(dtype).eps * rounded.item() if dtype.is_floating_point else 0.0
+        last = find_step(timesteps, rounded.item(), slack + 1e-3, last)
+        assert last == step
+    assert find_step(timesteps, 1500.0, 1e-3, last) is None
+
+
+def test_noise_is_that_of_the_sampler() -> None:
+    rows = [torch.randn((1, 4, 8, 8), generator=dyndit.sampler.picture_generator(SEED, i)) for i in range(2)]
+    assert torch.equal(torch.cat(rows), noise(SEED, (0, 1), (4, 8, 8)))

@@ -8,12 +8,14 @@ import importlib
 import pkgutil
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 
 from dyndit.adapters.base import Adapter
+from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
+from dyndit.exits import ExitConfig, Exits
 
-__all__ = ["Adapter", "adapt", "adapters"]
+__all__ = ["Adapter", "adapt", "adapters", "collect_exits"]
 
 
 @cache
@@ -35,3 +37,25 @@ def adapt(transformer: nn.Module) -> Adapter:
         if base.__name__ in known:
             return known[base.__name__](transformer)
     raise InputError(f"transformer {type(transformer).__name__}: expected one of {', '.join(sorted(known))}")
+
+
+def collect_exits(
+    transformer: nn.Module, exits: Exits | ExitConfig | None = None, /, *args: object, **kwargs: object
+) -> dict[int, Tensor]:
+    """Predictions at every exit and at full depth, in one pass over the blocks.
+
+    exits: trained ones; or where to stand untrained ones, copies of the model's own head; None puts one at every
+    default layer (`exits.default_layers`). Whatever follows is what the transformer's own forward takes.
+
+    -> {depth: prediction}, rising, the last L; each of the shape that the transformer predicts: (B, C_out, H, W) of
+    pictures, (B, N, C_out) of Flux's packed tokens, (B, C_out, F, H, W) of videos. The one at L is the transformer's
+    own, bit for bit. Gradients flow as the caller has them: call under `torch.no_grad()` where none are wanted.
+
+    Raises:
+        InputError: no adapter serves the transformer's class, or the call uses an argument that its adapter refuses.
+    """
+    adapter = adapt(transformer)
+    inputs = adapter.read(*args, **kwargs)
+    if not isinstance(exits, Exits):
+        exits = Exits(adapter, exits or ExitConfig())
+    return DynamicDepth(adapter, exits).every_exit(inputs.x, inputs.t, inputs.y)

@@ -87,8 +87,9 @@ class Adapter(Backbone):
         may be two pictures of one seed.
         """
         half = len(inputs) // 2
-        stacked = self.guidance != "calls" and len(inputs) == 2 * half
-        return None if stacked and torch.equal(inputs.x[:half], inputs.x[half:]) else False
+        if self.guidance == "calls":
+            return None
+        return None if len(inputs) == 2 * half and torch.equal(inputs.x[:half], inputs.x[half:]) else False
 
     def output(self, prediction: Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[Tensor]:
         """A prediction in the shape in which the transformer's forward returns it."""
@@ -110,7 +111,7 @@ class Adapter(Backbone):
         """A light block (MLP ratio 1) on the tokens alone, which starts as the identity."""
         block = DiTBlock(self.width, self.transformer.config.num_attention_heads, 1.0, 1e-6)
         block.reset()
-        return block.to(next(self.transformer.proj_out.parameters()))
+        return block.to(self.transformer.device, self.transformer.dtype)
 
 
 class ContinuousHead(nn.Module):

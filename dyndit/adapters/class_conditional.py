@@ -64,6 +64,10 @@ class DiTAdapter(Adapter):
         )
         return _State(tokens, state.cond, state.t, state.y)
 
+    def block_modules(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.transformer.transformer_blocks)
+
     def head(self, state: State) -> Tensor:
         """-> (B, C_out, H, W)."""
         model = self.transformer

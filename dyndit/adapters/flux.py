@@ -1,0 +1,83 @@
+"""diffusers' `FluxTransformer2DModel`: FLUX.1 (Black Forest Labs 2024; a paper of the family is arXiv:2506.15742).
+
+Double blocks carry picture and text side by side, single blocks run on both as one; depth counts both kinds, first the
+double ones. The prediction is a velocity. Latents arrive packed, 2 x 2 of them a token: (B, N, C), and leave so.
+
+The step is read from `timestep`, one per row: the pipelines pass the scheduler's divided by 1000, rounded to the
+precision of the latents. `guidance_scale` is an input of the distilled models (`guidance`), no second branch. True
+guidance (`true_cfg_scale` above 1 and a negative prompt) is a second call at every step, on the same latents tensor:
+the first call of a step is conditional, the second unconditional.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dyndit.adapters.base import Adapter, ContinuousHead
+from dyndit.backbones.base import Conditioning, State
+
+
+@dataclass(frozen=True)
+class _State(State):
+    text: Tensor
+    rotary: tuple[Tensor, Tensor]
+    """Cosines and sines of the positions, of text and picture: (S + N, D_head), the same for all rows."""
+
+
+class FluxAdapter(Adapter):
+    """Double blocks, then single ones."""
+
+    serves = "FluxTransformer2DModel"
+    row_arguments = ("encoder_hidden_states", "pooled_projections", "guidance")
+    shared_arguments = ("img_ids", "txt_ids")
+    guidance = "calls"
+    timestep_scale = 1000.0
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__(transformer)
+        c = transformer.config
+        self.num_blocks, self.width = c.num_layers + c.num_single_layers, transformer.inner_dim
+        self.in_channels, self.out_channels = c.in_channels, transformer.out_channels
+        self.image_size = 0  # the model has no size of its own: positions come with the call
+
+    def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
+        """x: (B, N, C), t: (B,) in 0..1, y: prompt embeddings (B, S, D_text), pooled ones (B, D_pooled), positions."""
+        model = self.transformer
+        tokens = model.x_embedder(x)
+        scales = [v.to(tokens.dtype) * 1000 for v in (t, y["guidance"]) if v is not None]
+        cond = model.time_text_embed(*scales, y["pooled_projections"])
+        text = model.context_embedder(y["encoder_hidden_states"])
+        # Positions with a batch dimension, the same in every row, are the older calling convention.
+        ids = [v[0] if v.ndim == 3 else v for v in (y["txt_ids"], y["img_ids"])]
+        return _State(tokens, cond, text, model.pos_embed(torch.cat(ids)))
+
+    def block(self, index: int, state: _State) -> State:
+        """Run block `index`: a double one, or after the last of them a single one."""
+        double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+        block = double[index] if index < len(double) else single[index - len(double)]
+        text, tokens = block(
+            hidden_states=state.tokens,
+            encoder_hidden_states=state.text,
+            temb=state.cond,
+            image_rotary_emb=state.rotary,
+            joint_attention_kwargs=None,
+        )
+        return replace(state, tokens=tokens, text=text)
+
+    def block_modules(self) -> list[nn.Module]:
+        """The double blocks, then the single ones."""
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
+    def head(self, state: State) -> Tensor:
+        """-> (B, N, C_out)."""
+        model = self.transformer
+        return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)
+
+    def new_exit_head(self) -> nn.Module:
+        """A copy of the final layer."""
+        return ContinuousHead(self.transformer.norm_out, self.transformer.proj_out)
+
+    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+        """(B, N, C_out), which is how the model's own prediction leaves it."""
+        return patches

@@ -1,0 +1,74 @@
+"""diffusers' `SD3Transformer2DModel`: Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206).
+
+Joint blocks carry picture and text side by side; the last one leaves the text behind. The prediction is a velocity.
+
+The step is read from `timestep`, which the pipelines pass as the scheduler has it, one per row. A guided call
+(`guidance_scale` above 1) stacks [unconditional; conditional]: the same latents twice, the embedded negative prompt
+first. Skip-layer guidance makes a third call with `skip_layers`, which is refused.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from dyndit.adapters.base import Adapter, ContinuousHead, join_patches
+from dyndit.backbones.base import Conditioning, State
+
+
+@dataclass(frozen=True)
+class _State(State):
+    text: Tensor | None
+    """(B, S, D); None after the last block."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+
+
+class SD3Adapter(Adapter):
+    """Picture and text tokens attend to each other in every block."""
+
+    serves = "SD3Transformer2DModel"
+    row_arguments = ("encoder_hidden_states", "pooled_projections")
+    guidance = "uncond first"
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__(transformer)
+        c = transformer.config
+        self.num_blocks, self.width = c.num_layers, transformer.inner_dim
+        self.in_channels, self.out_channels, self.image_size = c.in_channels, transformer.out_channels, c.sample_size
+
+    def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
+        """x: (B, C, H, W), t: (B,), y: prompt embeddings (B, S, D_text), pooled ones (B, D_pooled)."""
+        model, patch = self.transformer, self.transformer.config.patch_size
+        return _State(
+            model.pos_embed(x).contiguous(),
+            model.time_text_embed(t, y["pooled_projections"]),
+            model.context_embedder(y["encoder_hidden_states"]),
+            grid=(x.shape[-2] // patch, x.shape[-1] // patch),
+        )
+
+    def block(self, index: int, state: _State) -> State:
+        """Run block `index`."""
+        text, tokens = self.transformer.transformer_blocks[index](
+            hidden_states=state.tokens,
+            encoder_hidden_states=state.text,
+            temb=state.cond,
+            joint_attention_kwargs=None,
+        )
+        return replace(state, tokens=tokens, text=text)
+
+    def block_modules(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.transformer.transformer_blocks)
+
+    def head(self, state: State) -> Tensor:
+        """-> (B, C_out, H, W)."""
+        model = self.transformer
+        return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)
+
+    def new_exit_head(self) -> nn.Module:
+        """A copy of the final layer."""
+        return ContinuousHead(self.transformer.norm_out, self.transformer.proj_out)
+
+    def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
+        """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
+        return join_patches(patches, *state.grid, self.transformer.config.patch_size)

@@ -1,6 +1,6 @@
 """dyndit: Diffusion Transformers that stop early, and the measurements that say when that is worth it.
 
-    model = dyndit.load("runs/digits")                 # a native folder, a published DiT .pt, or "digits"
+    model = dyndit.load("runs/digits")                 # a folder, a published DiT .pt, "digits" or a hub id
     model(x, t, y)                                      # full depth: the original model, bit for bit
     model(x, t, y, depth=6)                             # the exit after layer 6
     dyndit.sample(model, labels, plan=plan)             # noise to pictures under a plan
@@ -18,8 +18,28 @@ _HOME = {
     "save": "checkpoints",
     "sample": "sampler",
     "calibrate": "calibration",
+    "calibrate_pipeline": "calibration",
     "measure_shifts": "calibration",
+    "record_calls": "recording",
+    "record_sampling": "recording",
+    "RecordedCalls": "recording",
+    "Distill": "tasks",
+    "distill_exits": "tasks",
+    "picture_generator": "sampler",
+    "match_frequencies": "formats.diffusers_names",
+    "apply_dyndit": "plugin",
+    "collect_exits": "adapters",
+    "remove_dyndit": "plugin",
     "DepthPlan": "plan",
+    "Backbone": "backbones",
+    "State": "backbones",
+    "ExitConfig": "exits",
+    "Exits": "exits",
+    "FitConfig": "training",
+    "ramp": "routers.schedules",
+    "open_data": "data",
+    "load_extractor": "analysis",
+    "DynDiTPipeline": "pipeline",
     "DynamicDepth": "dynamic",
     "ShiftTable": "routers.searched",
     "InputError": "errors",

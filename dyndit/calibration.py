@@ -1,31 +1,45 @@
 """Calibration: measure the table of distribution shifts, search a plan on it, and measure that plan.
 
-The seeds here are kept apart from those a result is scored on: calibration draws its noise from `CALIBRATION_SEED`.
+Two things can be calibrated, by the same functions: our own sampling (`calibrate`), and a user's pipeline with the
+plug-in on it (`calibrate_pipeline`). What differs is how pictures are drawn: see `Drawing`.
+
+The seeds here are kept apart from those a result is scored on: calibration draws its noise from `CALIBRATION_SEED`; in
+a pipeline the user's own function says what is drawn.
 """
 
+import functools
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from dyndit import checkpoints
 from dyndit.analysis.extractors import Extractor, as_rgb
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
-from dyndit.cost import CostModel, measure_cost
+from dyndit.backbones import Inputs
+from dyndit.cost import CostModel, measure_cost, measure_parts
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
+from dyndit.hooks import watching
 from dyndit.plan import DepthPlan
+from dyndit.plugin import DynDiTHandle
 from dyndit.routers.searched import Pair, ShiftTable, search
 from dyndit.sampler import (
+    AnySolver,
     Batch,
     Guidance,
-    Trajectory,
     advance,
     balanced_labels,
+    device_clock,
     full_plan,
     sample,
     start,
@@ -34,9 +48,24 @@ from dyndit.sampler import (
 
 CALIBRATION_SEED = 1_000_003
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
+HOOK = "dyndit_calibration"
 
 ToPictures = Callable[[Tensor], Tensor]
 """(B, C, H, W) at the end of a sampling -> (B, C, H, W) uint8: `to_uint8`, or a decoder of latents."""
+
+Call = Callable[[Sequence[int]], Tensor]
+"""The user's own way to run a pipeline: B picture numbers -> (B, 3, H, W) uint8, one picture for each.
+
+Picture i must be a function of i alone: its own generator, its own prompt, the same at every call. Of a video, return
+the frame to be judged. Numbers run from 0 to 2 * num_pictures - 1; the second half are fresh ones, to measure a plan.
+
+    def call(indices):
+        generators = [dyndit.picture_generator(0, i) for i in indices]
+        made = pipe([prompts[i] for i in indices], num_inference_steps=20, generator=generators, output_type="pt")
+        return (255 * made.images + 0.5).to(torch.uint8).cpu()
+"""
+
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +74,7 @@ class CalibrationSettings:
 
     num_bands: bands of steps that are replaced together; each costs one continuation at full depth per pair.
     pairs: (conditional, unconditional) depths to measure; empty means `default_pairs` on `num_depths` depths.
+    seed: of our own sampling; a pipeline's noise is the business of who calls it.
     """
 
     num_pictures: int = 512
@@ -76,26 +106,271 @@ def _thinned(depths: Sequence[int], num: int) -> list[int]:
     return [depths[i] for i in sorted(set(picks))]
 
 
-def measure_shifts(
-    model: DynamicDepth,
+class Drawing(Protocol):
+    """Draws pictures under plans, the same noise for the same picture number."""
+
+    full: DepthPlan
+    """Full depth at every step: the timesteps, the solver and the guidance scale that are calibrated."""
+    depths: tuple[int, ...]
+    trunk: str
+    exits: str
+    seed: int
+    device: str
+    setting: object
+    """What else the pictures depend on, as plain data."""
+
+    def replaced(
+        self, indices: Sequence[int], bands: Sequence[Sequence[int]], pairs: Sequence[Pair]
+    ) -> Iterator[Tensor]:
+        """The pictures of full depth, then for each band and each pair those with that band's steps at that pair.
+
+        indices: B -> (B, 1 or 3, H, W) uint8, 1 + bands * pairs times.
+        """
+
+    def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
+        """Pictures under a plan, (N, 1 or 3, H, W) uint8: those that tables are measured on, or fresh ones."""
+
+    def cost(self, batch_size: int) -> CostModel:
+        """Seconds of the parts of a step, of `batch_size` pictures at a time."""
+
+
+@dataclass(frozen=True)
+class NativeDrawing:
+    """Our own sampling: a trajectory forks at each band, so that nothing before it is run twice."""
+
+    model: DynamicDepth
+    solver: AnySolver = "ddim"
+    num_steps: int = 20
+    cfg_scale: float = 1.5
+    guided_channels: int | None = None
+    to_pictures: ToPictures = to_uint8
+    seed: int = CALIBRATION_SEED
+    batch_size: int = 128
+
+    @cached_property
+    def full(self) -> DepthPlan:
+        """As of `Drawing`."""
+        return full_plan(self.model, self.solver, self.num_steps, self.cfg_scale)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """As of `Drawing`."""
+        return self.model.depths
+
+    @cached_property
+    def trunk(self) -> str:
+        """As of `Drawing`."""
+        return self.model.trunk_hash()
+
+    @cached_property
+    def exits(self) -> str:
+        """As of `Drawing`."""
+        return self.model.exits_hash()
+
+    @property
+    def device(self) -> str:
+        """As of `Drawing`."""
+        return next(self.model.parameters()).device.type
+
+    @property
+    def setting(self) -> object:
+        """As of `Drawing`."""
+        return self.guided_channels
+
+    def replaced(
+        self, indices: Sequence[int], bands: Sequence[Sequence[int]], pairs: Sequence[Pair]
+    ) -> Iterator[Tensor]:
+        """As of `Drawing`. Classes come in turn."""
+        model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)
+        labels = [i % model.backbone.num_classes for i in indices]
+        batch = Batch(torch.tensor(labels, device=next(model.parameters()).device), tuple(indices), self.seed)
+        trajectory, forks = start(model, batch, self.solver, self.num_steps), []
+        for band in bands:
+            forks.append(trajectory.fork())
+            advance(model, batch, trajectory, full, guidance, first=band[0], stop=band[-1] + 1)
+        yield self.to_pictures(trajectory.x).cpu()
+        for band, fork in zip(bands, forks, strict=True):
+            for pair in pairs:
+                end = advance(model, batch, fork.fork(), _replaced(full, band, pair), guidance, first=band[0])
+                yield self.to_pictures(end.x).cpu()
+
+    def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
+        """As of `Drawing`: fresh pictures are those of the seed after the table's."""
+        result = sample(
+            self.model,
+            balanced_labels(num_pictures, self.model.backbone.num_classes),
+            plan=plan,
+            solver=self.solver,
+            num_steps=self.num_steps,
+            cfg_scale=self.cfg_scale,
+            guided_channels=self.guided_channels,
+            seed=self.seed + fresh,
+            batch_size=self.batch_size,
+        )
+        return result.pictures if self.model.pixel_space else self.to_pictures(result.latents)
+
+    def cost(self, batch_size: int) -> CostModel:
+        """As of `Drawing`."""
+        return measure_cost(self.model, batch_size=batch_size, solver=self.solver, cfg_scale=self.cfg_scale)
+
+
+class PipelineDrawing:
+    """A user's unmodified pipeline, with the plug-in on it; its plan is switched between calls.
+
+    A pipeline cannot be forked, so every replaced band is a whole run.
+    """
+
+    seed = 0
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        handle: DynDiTHandle,
+        call: Call,
+        *,
+        cfg_scale: float = 1.0,
+        batch_size: int = 8,
+        rounds: int = 3,
+    ) -> None:
+        """Run the pipeline once, for picture 0 at full depth: then its scheduler knows the timesteps.
+
+        cfg_scale: the guidance scale that `call` runs with; 1 where there is no second branch, also of a model with
+        distilled guidance. rounds: whole runs that `cost` takes its medians over.
+
+        Raises:
+            InputError: `call` returned other things than a picture for each number, or is not guided as said.
+        """
+        self._handle, self._call, self._batch_size, self._rounds = handle, call, batch_size, rounds
+        self._cfg_scale, self._guided = cfg_scale, cfg_scale != 1
+        self._separate = self._guided and handle.adapter.guidance == "calls"
+        self.depths = handle.model.depths
+        self.trunk, self.exits = handle.identities
+        handle.plan = None
+        calls: list[Inputs] = []
+        with self._watching(calls):
+            pictures = self._pictures((0,))
+        self.setting = hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()
+        self.device = calls[0].x.device.type
+        # Only the last ones are run where a pipeline starts from a picture (`strength` below 1).
+        timesteps = pipe.scheduler.timesteps.tolist()[-self._num_steps(calls) :]
+        solver = type(pipe.scheduler).__name__
+        self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
+
+    def _watching(self, calls: list[Inputs]) -> object:
+        """Collect what the transformer is called with."""
+        adapter = self._handle.adapter
+        return watching(adapter.transformer, HOOK, lambda *args, **kwargs: calls.append(adapter.read(*args, **kwargs)))
+
+    def _num_steps(self, calls: list[Inputs]) -> int:
+        """Steps of one run, from its calls; two calls a step where the branches are apart.
+
+        Raises:
+            InputError: the calls are not guided as was said.
+        """
+        times = [inputs.t[0].item() for inputs in calls]
+        found = ((2 if len(times) > 1 and times[0] == times[1] else 1), len(calls[0]))
+        expected = (2, 1) if self._separate else (1, 2) if self._guided else (1, 1)
+        if found != expected:
+            (a, b), (c, d) = found, expected
+            raise InputError(
+                f"call: each step of picture 0 made {a} calls of {b} rows; expected {c} of {d} at cfg_scale "
+                f"{self._cfg_scale:g}"
+            )
+        return len(times) // found[0]
+
+    def _pictures(self, indices: Sequence[int]) -> Tensor:
+        pictures = self._call(tuple(indices))
+        shape = tuple(pictures.shape)
+        n = len(indices)
+        if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[0] != n or shape[1] not in (1, 3):
+            found = f"{str(pictures.dtype).removeprefix('torch.')} {shape}"
+            raise InputError(f"call: returned {found} for {n} numbers; expected uint8 ({n}, 3, H, W)")
+        return pictures.cpu()
+
+    def _under(self, plan: DepthPlan, indices: Sequence[int]) -> Tensor:
+        self._handle.plan = plan
+        return self._pictures(indices)
+
+    def replaced(
+        self, indices: Sequence[int], bands: Sequence[Sequence[int]], pairs: Sequence[Pair]
+    ) -> Iterator[Tensor]:
+        """As of `Drawing`."""
+        yield self._under(self.full, indices)
+        for band in bands:
+            for pair in pairs:
+                yield self._under(_replaced(self.full, band, pair), indices)
+
+    def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
+        """As of `Drawing`: fresh pictures have the numbers after the table's."""
+        numbers = range(num_pictures, 2 * num_pictures) if fresh else range(num_pictures)
+        return torch.cat([self._under(plan, batch) for batch in _batches(numbers, self._batch_size)])
+
+    def cost(self, batch_size: int) -> CostModel:
+        """As of `Drawing`: parts on a captured call of the pipeline, the rest from the time between its calls.
+
+        Raises:
+            InputError: the weights are not where the call is (offloaded ones).
+        """
+        handle, calls = self._handle, []
+        numbers = range(batch_size)
+        with self._watching(calls):
+            self._under(self.full, numbers)
+        seen = calls[len(calls) // 2]
+        home, there = next(handle.adapter.parameters()).device, seen.x.device
+        if home != there:
+            raise InputError(f"transformer: on {home}, called on {there}; expected a pipeline without offload to time")
+        stacked = self._guided and not self._separate
+        one = seen.rows(0, len(seen) // 2) if stacked else seen
+        draw = functools.partial(
+            _between,
+            handle.adapter.transformer,
+            device_clock(seen.x),
+            2 if self._separate else 1,
+            lambda: self._under(self.full, numbers),
+        )
+        return measure_parts(handle.model, one, seen if stacked else None, draw, rounds=self._rounds)
+
+
+def _replaced(full: DepthPlan, band: Sequence[int], pair: Pair) -> DepthPlan:
+    """Full depth, but for the steps of a band."""
+    return full.with_pairs([pair if k in band else p for k, p in enumerate(full.pairs)])
+
+
+def _batches(numbers: range, size: int) -> list[range]:
+    """The numbers in order, `size` at a time."""
+    return [numbers[low : low + size] for low in range(0, len(numbers), size)]
+
+
+def _between(
+    transformer: nn.Module, clock: Callable[[], float], calls_per_step: int, run: Callable[[], object]
+) -> list[float]:
+    """Seconds between the transformer's calls during a run, by step: the solver, guidance, callbacks."""
+    entered: list[float] = []
+    left: list[float] = []
+    with watching(transformer, HOOK, lambda *_, **__: entered.append(clock()), lambda: left.append(clock())):
+        run()
+    gaps = [later - earlier for earlier, later in zip(left, entered[1:], strict=False)]
+    whole = len(gaps) // calls_per_step * calls_per_step
+    return [sum(gaps[low : low + calls_per_step]) for low in range(0, whole, calls_per_step)]
+
+
+def measure_table(
+    drawing: Drawing,
     extractor: Extractor,
     reference: Moments,
     *,
-    solver: str = "ddim",
-    num_steps: int = 10,
-    cfg_scale: float = 1.5,
-    guided_channels: int | None = None,
     settings: CalibrationSettings | None = None,
-    to_pictures: ToPictures = to_uint8,
     cost: CostModel | None = None,
     partial: Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ShiftTable:
-    """Measure the paired-seed distribution shifts of every (band, pair).
+    """Measure the paired-seed distribution shifts of every (band, pair) of a drawing.
 
-    For each batch of seeds the full trajectory is run once; at each band's first step it forks, the band is run at
-    the pair's depths, the rest at full depth. Sums over batches are kept in `partial`, from which an interrupted
-    measurement goes on. on_progress(done, all) counts continuations.
+    Sums over batches are kept in `partial`, from which an interrupted measurement goes on. on_progress(done, all)
+    counts batches of pictures with a band replaced.
+
+    Raises:
+        InputError: fewer pictures than features, or too many features.
     """
     settings = settings or CalibrationSettings()
     if settings.num_pictures <= len(reference.mean) or len(reference.mean) > MAX_FEATURES:
@@ -103,43 +378,25 @@ def measure_shifts(
             f"--num-pictures {settings.num_pictures}: {extractor.name} has {len(reference.mean)} features; expected "
             f"more pictures than features, and at most {MAX_FEATURES} features (see `reduced`)"
         )
-    full = full_plan(model, solver, num_steps, cfg_scale)
-    pairs = settings.pairs or default_pairs(model.depths, cfg_scale != 1, settings.num_depths)
-    bands = [b.tolist() for b in torch.arange(num_steps).tensor_split(min(settings.num_bands, num_steps))]
-    guidance, device = Guidance(cfg_scale, guided_channels), next(model.parameters()).device
-    labels = balanced_labels(settings.num_pictures, model.backbone.num_classes)
-    batches = [
-        range(low, min(low + settings.batch_size, settings.num_pictures))
-        for low in range(0, settings.num_pictures, settings.batch_size)
-    ]
-    sizes = [settings.batch_size, settings.seed, len(labels)]
-    key = json.dumps([solver, full.timesteps, pairs, bands, cfg_scale, guided_channels, *sizes])
-    key += model.trunk_hash() + model.exits_hash() + extractor.fingerprint
+    full, n = drawing.full, settings.num_pictures
+    pairs = settings.pairs or default_pairs(drawing.depths, full.cfg_scale != 1, settings.num_depths)
+    bands = [b.tolist() for b in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))]
+    batches = _batches(range(n), settings.batch_size)
+    sizes = [settings.batch_size, drawing.seed, n]
+    key = json.dumps([full.solver, full.timesteps, pairs, bands, full.cfg_scale, drawing.setting, *sizes])
+    key += drawing.trunk + drawing.exits + extractor.fingerprint
     sums, done = _restore(partial, key)
     total = len(batches) * len(bands) * len(pairs)
-
-    def features(trajectory: Trajectory) -> Tensor:
-        return extractor.features(as_rgb(to_pictures(trajectory.x).cpu()))
-
     for number, indices in enumerate(batches):
         if number < done:
             continue
-        mine = torch.tensor([labels[i] for i in indices], device=device)
-        batch = Batch(mine, tuple(indices), settings.seed)
-        trajectory, forks = start(model, batch, solver, num_steps), []
-        for band in bands:
-            forks.append(trajectory.fork())
-            advance(model, batch, trajectory, full, guidance, first=band[0], stop=band[-1] + 1)
-        base = features(trajectory)
+        features = (extractor.features(as_rgb(pictures)) for pictures in drawing.replaced(indices, bands, pairs))
+        base = next(features)
         changes = []
-        for band, fork in zip(bands, forks, strict=True):
-            for pair in pairs:
-                chosen = [pair if k in band else p for k, p in enumerate(full.pairs)]
-                end = advance(model, batch, fork.fork(), full.with_pairs(chosen), guidance, first=band[0])
-                f = features(end)
-                changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
-                if on_progress is not None:
-                    on_progress(number * len(bands) * len(pairs) + len(changes), total)
+        for f in features:
+            changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
+            if on_progress is not None:
+                on_progress(number * len(bands) * len(pairs) + len(changes), total)
         fresh = {
             "base.mean": base.sum(0),
             "base.second": base.T @ base,
@@ -149,9 +406,7 @@ def measure_shifts(
         sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
         if partial is not None:
             save_file(sums, partial, metadata={"key": key, "done": str(number + 1)})
-    if cost is None:
-        cost = measure_cost(model, batch_size=max(1, settings.batch_size // 2), solver=solver, cfg_scale=cfg_scale)
-    n, shape = len(labels), (len(bands), len(pairs))
+    shape = (len(bands), len(pairs))
     edges = (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
     return ShiftTable(
         edges=edges,
@@ -160,19 +415,75 @@ def measure_shifts(
         second=sums["second"].unflatten(0, shape) / n,
         base=Moments(sums["base.mean"] / n, sums["base.second"] / n, n),
         reference=reference,
-        cost=cost,
-        num_blocks=model.num_blocks,
-        solver=solver,
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        seed=settings.seed,
+        cost=drawing.cost(max(1, settings.batch_size // 2)) if cost is None else cost,
+        num_blocks=full.num_blocks,
+        solver=full.solver,
+        num_steps=full.num_steps,
+        cfg_scale=full.cfg_scale,
+        seed=drawing.seed,
         num_pictures=n,
         extractor=extractor.name,
         extractor_fingerprint=extractor.fingerprint,
-        trunk=model.trunk_hash(),
-        exits=model.exits_hash(),
+        trunk=drawing.trunk,
+        exits=drawing.exits,
         projection=extractor.projection,
     )
+
+
+def measure_table_into(
+    path: Path, drawing: Drawing, extractor: Extractor, reference: Moments, **options: object
+) -> ShiftTable:
+    """`measure_table`, resumable, with its table in the file `path` at the end."""
+    partial, temporary = path.with_suffix(".partial"), path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = measure_table(drawing, extractor, reference, partial=partial, **options)
+    table.save(temporary)
+    temporary.replace(path)
+    partial.unlink(missing_ok=True)
+    return table
+
+
+def measure_shifts(
+    model: DynamicDepth,
+    extractor: Extractor,
+    reference: Moments,
+    *,
+    solver: AnySolver = "ddim",
+    num_steps: int = 10,
+    cfg_scale: float = 1.5,
+    guided_channels: int | None = None,
+    settings: CalibrationSettings | None = None,
+    to_pictures: ToPictures = to_uint8,
+    **options: object,
+) -> ShiftTable:
+    """`measure_table` of our own sampling.
+
+    For each batch of seeds the full trajectory is run once; at each band's first step it forks, the band is run at
+    the pair's depths, the rest at full depth. options: as of `measure_table`.
+    """
+    settings = settings or CalibrationSettings()
+    drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
+    return measure_table(drawing, extractor, reference, settings=settings, **options)
+
+
+def measure_shifts_into(
+    path: Path,
+    model: DynamicDepth,
+    extractor: Extractor,
+    reference: Moments,
+    *,
+    solver: AnySolver = "ddim",
+    num_steps: int = 10,
+    cfg_scale: float = 1.5,
+    guided_channels: int | None = None,
+    settings: CalibrationSettings | None = None,
+    to_pictures: ToPictures = to_uint8,
+    **options: object,
+) -> ShiftTable:
+    """`measure_shifts`, resumable, with its table in the file `path` at the end."""
+    settings = settings or CalibrationSettings()
+    drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
+    return measure_table_into(path, drawing, extractor, reference, settings=settings, **options)
 
 
 def reduced(extractor: Extractor, pictures: Tensor) -> tuple[Extractor, Moments]:
@@ -187,18 +498,6 @@ def reduced(extractor: Extractor, pictures: Tensor) -> tuple[Extractor, Moments]
         extractor = extractor.projected(vectors[:, -NUM_COMPONENTS:])
         features = features @ extractor.projection
     return extractor, moments(features)
-
-
-def measure_shifts_into(
-    path: Path, model: DynamicDepth, extractor: Extractor, reference: Moments, **options: object
-) -> ShiftTable:
-    """`measure_shifts`, resumable, with its table in the file `path` at the end."""
-    partial, temporary = path.with_suffix(".partial"), path.with_suffix(".tmp")
-    table = measure_shifts(model, extractor, reference, partial=partial, **options)
-    table.save(temporary)
-    temporary.replace(path)
-    partial.unlink(missing_ok=True)
-    return table
 
 
 def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
@@ -225,19 +524,14 @@ def measure_moments(
     to_pictures: ToPictures = to_uint8,
 ) -> Moments:
     """Moments of the features of `num_pictures` pictures drawn under `plan`, classes in turn."""
-    result = sample(
-        model,
-        balanced_labels(num_pictures, model.backbone.num_classes),
-        plan=plan,
-        solver=plan.solver,
-        num_steps=plan.num_steps,
-        cfg_scale=plan.cfg_scale,
-        guided_channels=guided_channels,
-        seed=seed,
-        batch_size=batch_size,
+    drawing = NativeDrawing(
+        model, plan.solver, plan.num_steps, plan.cfg_scale, guided_channels, to_pictures, seed, batch_size
     )
-    pictures = result.pictures if model.pixel_space else to_pictures(result.latents)
-    return moments(extractor.features(as_rgb(pictures)))
+    return _moments(drawing, extractor, plan, num_pictures, fresh=False)
+
+
+def _moments(drawing: Drawing, extractor: Extractor, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Moments:
+    return moments(extractor.features(as_rgb(drawing.drawn(plan, num_pictures, fresh=fresh))))
 
 
 def plan_on_table(
@@ -245,36 +539,66 @@ def plan_on_table(
     table: ShiftTable,
     *,
     budget: float,
-    solver: str,
+    solver: AnySolver,
     num_steps: int,
     base: Moments | None = None,
+    check_trunk: bool = True,
 ) -> DepthPlan:
     """Search a plan on a stored table, without running the model (but to time it on a device new to the table).
 
-    base: moments of full depth at these very steps, where they were measured.
+    base: moments of full depth at these very steps, where they were measured. check_trunk: refuse the table of
+    another model; it hashes the weights, some seconds of a large model's.
 
     Raises:
         InputError: the budget is out of range, or the table is another model's.
     """
-    for name, mine, theirs in (
-        ("trunk", table.trunk, model.trunk_hash()),
-        ("exits", table.exits, model.exits_hash()),
-    ):
-        if mine != theirs:
+    drawing = NativeDrawing(model, solver, num_steps, table.cfg_scale)
+    return _searched(drawing, table, budget, base, check_trunk=check_trunk)
+
+
+def _searched(
+    drawing: Drawing, table: ShiftTable, budget: float, base: Moments | None = None, *, check_trunk: bool = True
+) -> DepthPlan:
+    """`plan_on_table`, of any drawing."""
+    for name, mine in (("trunk", table.trunk), ("exits", table.exits)) if check_trunk else ():
+        if mine != (theirs := getattr(drawing, name)):
             raise InputError(f"shift table: measured on {name} {mine}, but the model's are {theirs or 'absent'}")
-    device = next(model.parameters()).device.type
-    if table.cost.device != device:  # the shifts hold anywhere, the times do not
-        batch_size = table.cost.batch_size
-        cost = measure_cost(model, batch_size=batch_size, solver=solver, cfg_scale=table.cfg_scale)
-        table = replace(table, cost=cost)
-    return search(table, full_plan(model, solver, num_steps, table.cfg_scale), budget, base=base)
+    if table.cost.device != drawing.device:  # the shifts hold anywhere, the times do not
+        table = replace(table, cost=drawing.cost(table.cost.batch_size))
+    return search(table, drawing.full, budget, base=base)
+
+
+def _planned(drawing: Drawing, table: ShiftTable, budget: float, extractor: Extractor | None) -> DepthPlan:
+    """Search a plan on the table and, with an extractor, measure it."""
+    full = drawing.full
+    if table.cfg_scale != full.cfg_scale:
+        raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {full.cfg_scale:g}")
+    plan = _searched(drawing, table, budget)
+    if extractor is None:
+        return plan
+    if table.projection is not None and extractor.projection is None:
+        extractor = extractor.projected(table.projection)
+    if extractor.fingerprint != table.extractor_fingerprint:
+        raise InputError(f"extractor {extractor.name}: the table was measured with {table.extractor}")
+
+    def measured(wanted: DepthPlan, *, fresh: bool) -> Moments:
+        return _moments(drawing, extractor, wanted, table.num_pictures, fresh=fresh)
+
+    if (full.solver, full.num_steps) != (table.solver, table.num_steps):
+        plan = _searched(drawing, table, budget, measured(full, fresh=False))
+    figures = {
+        "measured_fd": frechet_distance(measured(plan, fresh=True), table.reference),
+        "measured_fd_full": frechet_distance(measured(full, fresh=True), table.reference),
+        "num_pictures": float(table.num_pictures),
+    }
+    return replace(plan, figures=plan.figures | figures)
 
 
 def calibrate(
     model: DynamicDepth,
     *,
     budget: float,
-    solver: str = "ddim",
+    solver: AnySolver = "ddim",
     num_steps: int = 20,
     cfg_scale: float = 1.5,
     table: ShiftTable | None = None,
@@ -299,10 +623,7 @@ def calibrate(
             neither a table nor what it takes to measure one was given.
     """
     if table is None:
-        if extractor is None or reference is None:
-            raise InputError("calibrate: no table; expected one, or an extractor and a reference to measure it with")
-        if isinstance(reference, Tensor):
-            extractor, reference = reduced(extractor, reference)
+        extractor, reference = _to_measure_with(extractor, reference)
         table = measure_shifts(
             model,
             extractor,
@@ -312,36 +633,63 @@ def calibrate(
             settings=settings,
             to_pictures=to_pictures,
         )
-    if table.cfg_scale != cfg_scale:
-        raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {cfg_scale:g}")
-    plan = plan_on_table(model, table, budget=budget, solver=solver, num_steps=num_steps)
-    if extractor is None:
-        return plan
-    if table.projection is not None and extractor.projection is None:
-        extractor = extractor.projected(table.projection)
-    if extractor.fingerprint != table.extractor_fingerprint:
-        raise InputError(f"extractor {extractor.name}: the table was measured with {table.extractor}")
-    full = full_plan(model, solver, num_steps, table.cfg_scale)
+    seed = table.seed
+    drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, seed, batch_size)
+    return _planned(drawing, table, budget, extractor)
 
-    def measured(wanted: DepthPlan, seed: int) -> Moments:
-        return measure_moments(
-            model,
-            extractor,
-            wanted,
-            num_pictures=table.num_pictures,
-            seed=seed,
-            guided_channels=guided_channels,
-            batch_size=batch_size,
-            to_pictures=to_pictures,
-        )
 
-    if (solver, num_steps) != (table.solver, table.num_steps):
-        plan = plan_on_table(
-            model, table, budget=budget, solver=solver, num_steps=num_steps, base=measured(full, table.seed)
-        )
-    figures = {
-        "measured_fd": frechet_distance(measured(plan, table.seed + 1), table.reference),
-        "measured_fd_full": frechet_distance(measured(full, table.seed + 1), table.reference),
-        "num_pictures": float(table.num_pictures),
-    }
-    return replace(plan, figures=plan.figures | figures)
+def calibrate_pipeline(
+    pipe: DiffusionPipeline,
+    handle: DynDiTHandle,
+    call: Call,
+    *,
+    budget: float,
+    extractor: Extractor | None = None,
+    reference: Moments | Tensor | None = None,
+    num_pictures: int = 256,
+    cfg_scale: float = 1.0,
+    num_bands: int = 5,
+    num_depths: int = 4,
+    pairs: tuple[Pair, ...] = (),
+    batch_size: int = 8,
+    table: ShiftTable | None = None,
+    out: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> DepthPlan:
+    """`calibrate`, for a user's pipeline with the plug-in on it: `handle.plan = calibrate_pipeline(pipe, handle, ...)`.
+
+    call: see `Call`. cfg_scale: the guidance scale that it runs with, 1 where it runs no second branch (as with the
+    distilled guidance of Flux). Without a table one is measured: num_bands times the number of pairs runs of the
+    pipeline for each picture, besides one at full depth; with `out` it is kept in that folder, where an interrupted
+    measurement goes on and a whole one is used again for other budgets and step counts. on_progress(done, all)
+    counts batches. The handle's plan is afterwards what it was.
+
+    Raises:
+        InputError: as `calibrate`; or `call` does not return a picture for each number, or is not guided as said.
+    """
+    before = handle.router or handle.plan
+    path = None if out is None else Path(out) / checkpoints.TABLE
+    try:
+        drawing = PipelineDrawing(pipe, handle, call, cfg_scale=cfg_scale, batch_size=batch_size)
+        if table is None and path is not None and path.exists():
+            there, mine = ShiftTable.load(path), (drawing.trunk, drawing.exits, cfg_scale)
+            table = there if (there.trunk, there.exits, there.cfg_scale) == mine else None
+        if table is None:
+            extractor, reference = _to_measure_with(extractor, reference)
+            settings = CalibrationSettings(num_pictures, num_bands, batch_size, pairs=pairs, num_depths=num_depths)
+            measure = measure_table if path is None else functools.partial(measure_table_into, path)
+            table = measure(drawing, extractor, reference, settings=settings, on_progress=on_progress)
+        return _planned(drawing, table, budget, extractor)
+    finally:
+        handle.plan = before
+
+
+def _to_measure_with(extractor: Extractor | None, reference: Moments | Tensor | None) -> tuple[Extractor, Moments]:
+    """What a table is measured with.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    if extractor is None or reference is None:
+        raise InputError("calibrate: no table; expected one, or an extractor and a reference to measure it with")
+    return reduced(extractor, reference) if isinstance(reference, Tensor) else (extractor, reference)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -95,7 +95,7 @@ def distill(
 
     Args:
         recipe: A recipe's name (digits, cifar10, finetune_exits) or a Python file that defines `distill`.
-        model: A model folder, a published DiT .pt, or "digits".
+        model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
         steps: Updates, in place of the recipe's.
@@ -173,7 +173,7 @@ def calibrate(
     counts are searched on it.
 
     Args:
-        model: A model folder with exits.
+        model: A local model folder with exits; the table is written into it.
         budget: Share of full depth's time, above 0 and at most 1.
         solver: ddpm, ddim, dpmpp, unipc or euler.
         steps: Sampling steps.
@@ -203,6 +203,11 @@ def calibrate(
     check_device(device)
     if not 0 < budget <= 1:
         raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
+    if not model.is_dir():
+        raise InputError(
+            f"{model}: the table is written into the model's folder; expected a local model folder, which "
+            "`dyndit distill` or `dyndit convert` makes"
+        )
     dynamic = checkpoints.load(model, device=device)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
@@ -274,6 +279,8 @@ class PlanChoice:
     """Share of full depth's time; the plan is searched on the model's stored table."""
     plan: Path | None = None
     """A plan file."""
+    ramp: int | None = None
+    """Depth of the first step, of a plan that rises evenly to full depth at the last; needs no calibration."""
 
 
 def sample(
@@ -299,7 +306,7 @@ def sample(
     """Draw pictures. Picture i depends on (seed, class, i) alone.
 
     Args:
-        model: A model folder, a published DiT .pt, or "digits".
+        model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
         num_images: How many.
         solver: ddpm, ddim, dpmpp, unipc or euler.
@@ -334,7 +341,7 @@ def sample(
     if not dynamic.pixel_space and vae is None:
         raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
     decoder = None if vae is None or dynamic.pixel_space else load_autoencoder(vae).to(device)
-    plan = _chosen_plan(dynamic, model, depth, solver, steps)
+    plan = _chosen_plan(dynamic, str(loaded.folder or model), depth, solver, steps, cfg_scale)
     classes = class_labels or tuple(range(dynamic.backbone.num_classes))
     labels = [classes[i % len(classes)] for i in range(num_images)]
     resolved = sampling.resolve_plan(dynamic, plan, solver, steps, cfg_scale)
@@ -468,15 +475,18 @@ def bench(
     rounds: int = 9,
     num_heads: int | None = None,
     device: str = "cpu",
+    in_pipeline: bool = False,
+    compile: bool = False,
     out: Path | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Time a plan against full depth: paired, alternating, warmed up; from noise to uint8, and the denoiser alone.
 
-    Full depth is timed twice under two names: the ratio of the two is the error of the method itself.
+    Full depth is timed twice under two names: the ratio of the two is the error of the method itself. The last column
+    is the time saved, as a multiple of what the plan's blocks and the measured times of the parts promise.
 
     Args:
-        model: A model folder, a published DiT .pt, or "digits".
+        model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
         solver: ddpm, ddim, dpmpp, unipc or euler.
         steps: Sampling steps.
@@ -485,35 +495,44 @@ def bench(
         rounds: Timed rounds; each runs every arm once.
         num_heads: Attention heads of a .pt whose width does not tell them.
         device: cpu or cuda.
+        in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
+        compile: Compile every block and exit head first, for all arms alike.
         out: Where the table of raw times goes (CSV).
         json_: End with one line of JSON.
     """
-    from dyndit import checkpoints
+    from dyndit import benchmark, checkpoints
     from dyndit.analysis.latency import summarise
-    from dyndit.benchmark import time_plans
     from dyndit.cost import measure_cost
     from dyndit.manifest import check_device
     from dyndit.sampler import full_plan, resolve_plan
 
     check_device(device)
-    dynamic = checkpoints.load(model, num_heads=num_heads, device=device)
+    if model.startswith(benchmark.RANDOM):
+        dynamic = benchmark.random_model(model, device)
+    else:
+        loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
+        dynamic, model = loaded.model, str(loaded.folder or model)
     full = full_plan(dynamic, solver, steps, cfg_scale)
-    plan = _chosen_plan(dynamic, model, depth, solver, steps)
+    plan = _chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
     resolve_plan(dynamic, plan, solver, steps, cfg_scale)
     arms = {"full": full, "full again": full} | ({plan.router: plan} if plan is not None else {})
-    times = time_plans(dynamic, arms, batch_size=batch_size, rounds=rounds)
+    timing = benchmark.time_in_pipeline if in_pipeline else benchmark.time_plans
+    times = timing(dynamic, arms, batch_size=batch_size, rounds=rounds, compiled=compile)
     cost = measure_cost(dynamic, batch_size=batch_size, solver=solver, cfg_scale=cfg_scale)
     figures = {}
-    for scope in ("noise to uint8", "denoiser"):
+    for scope in times["scope"].unique():
         table = summarise(times[times["scope"] == scope], "full")
         print(f"{scope}, {batch_size} pictures, {steps} steps of {solver}:")
         for arm, row in table.iterrows():
-            promise = f", predicted {cost.share_of_time(arms[arm]):.3f}" if arm in arms else ""
+            promised = cost.share_of_time(arms[arm]) if arm in arms else None
+            promise = "" if promised is None else f", predicted {promised:.3f}"
+            kept = None if promised in (None, 1.0) else (1 - row["ratio"].mean) / (1 - promised)
+            promise += "" if kept is None else f"; saved {kept:.2f} of what was promised"
             print(
                 f"  {arm:>12}  median {1e3 * row['median']:.1f} ms, quartiles {1e3 * row['q25']:.1f} to "
                 f"{1e3 * row['q75']:.1f}; of full depth {row['ratio']:.3f}{promise}"
             )
-            figures[f"{scope}: {arm}"] = {"ms": 1e3 * row["median"], "ratio": row["ratio"].mean}
+            figures[f"{scope}: {arm}"] = {"ms": 1e3 * row["median"], "ratio": row["ratio"].mean, "kept": kept}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         times.to_csv(out, index=False)
@@ -610,25 +629,27 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: o
 
 
 def convert(
-    source: Positional[Path],
+    source: Positional[str],
     target: Positional[Path],
     /,
+    to: Literal["native", "official", "diffusers"] = "native",
     num_heads: int | None = None,
+    revision: str | None = None,
 ) -> None:
-    """Write a checkpoint as a native model folder.
+    """Write a model in another format, whole or not at all, and say how far it drifts where it is loaded plainly.
 
     Args:
-        source: A published DiT .pt (raw state dict or training checkpoint), or a model folder.
-        target: Folder to write.
+        source: A model folder, a published DiT .pt, a diffusers transformer or pipeline folder, "digits", or a hub id.
+        target: Folder to write, or file for --to official; nothing is overwritten.
+        to: native: a model folder with its card; official: a published DiT .pt; diffusers: the folder of a
+            DiTTransformer2DModel.
         num_heads: Attention heads of a .pt whose width does not tell them.
+        revision: Branch, tag or commit of a hub id.
     """
-    from dyndit import checkpoints, manifest
+    from dyndit.convert import convert as convert_model
 
-    loaded = checkpoints.inspect(source, num_heads=num_heads)
-    manifest.claim(target, {"verb": "convert", "model": loaded.model.trunk_hash()})
-    for note in loaded.notes:
+    for note in convert_model(source, target, to, num_heads=num_heads, revision=revision):
         print(note)
-    checkpoints.save(loaded.model, target)
     print(f"model: {target}")
 
 
@@ -727,24 +748,33 @@ def _spread(pictures: "Pictures", most: int) -> "Tensor":
     return pictures.uint8() if count <= most else pictures.uint8([i * count // most for i in range(most)])
 
 
-def _chosen_plan(dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int) -> "DepthPlan | None":
+def _chosen_plan(
+    dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int, cfg_scale: float
+) -> "DepthPlan | None":
     """The plan the flags ask for; None is the full model."""
     from dyndit import checkpoints
     from dyndit.calibration import plan_on_table
     from dyndit.plan import DepthPlan
+    from dyndit.routers.schedules import ramp
     from dyndit.routers.searched import ShiftTable
+    from dyndit.sampler import full_plan, timesteps_of
 
-    if depth.plan is not None and depth.budget is not None:
-        raise InputError("--plan and --budget: both given; expected one of them")
+    given = [flag for flag in ("plan", "budget", "ramp") if getattr(depth, flag) is not None]
+    if len(given) > 1:
+        raise InputError(f"--{given[0]} and --{given[1]}: both given; expected one of them")
+    if depth.ramp is not None:
+        if not 1 <= depth.ramp <= dynamic.num_blocks:
+            raise InputError(f"--ramp {depth.ramp}: expected 1 to {dynamic.num_blocks}")
+        return ramp(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths, depth.ramp)
     if depth.plan is not None:
         plan = DepthPlan.load(depth.plan)
         bound = (dynamic.trunk_hash(), dynamic.exits_hash()) if plan.trunk else (None, None)
-        plan.check(depths=dynamic.depths, trunk=bound[0], exits=bound[1], origin=str(depth.plan))
-        from dyndit.sampler import timesteps_of
-
+        timesteps = timesteps_of(solver, steps)
         plan.check(
             depths=dynamic.depths,
-            timesteps=timesteps_of(solver, steps),
+            trunk=bound[0],
+            exits=bound[1],
+            timesteps=timesteps,
             solver=solver,
             origin=str(depth.plan),
         )

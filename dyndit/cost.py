@@ -2,15 +2,16 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
 import torch
 
+from dyndit.backbones import Inputs
 from dyndit.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
-from dyndit.sampler import Batch, Guidance, advance, full_plan, start
+from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
 
 
 @dataclass(frozen=True)
@@ -68,62 +69,80 @@ class CostModel:
         return cls(**{**data, "one": PartTimes(**data["one"]), "two": PartTimes(**data["two"])})
 
 
-@torch.inference_mode()
 def measure_cost(
     model: DynamicDepth,
     *,
     batch_size: int = 64,
-    solver: str = "ddim",
+    solver: AnySolver = "ddim",
     cfg_scale: float = 1.5,
     rounds: int = 7,
 ) -> CostModel:
-    """Time the parts on this machine: medians over `rounds`, the parts alternating within each round."""
-    backbone, device = model.backbone, next(model.parameters()).device
+    """Time the parts of a step of our own sampling on this machine: medians over `rounds`, the parts alternating."""
+    backbone, first = model.backbone, next(model.parameters())
+    device, dtype = first.device, first.dtype
+    size = (backbone.in_channels, backbone.image_size, backbone.image_size)
+
+    def some(rows: int) -> Inputs:
+        t = torch.full((rows,), 500, device=device)
+        return Inputs(torch.randn(rows, *size, device=device, dtype=dtype), t, torch.zeros_like(t))
+
+    plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
+    labels = torch.arange(batch_size, device=device) % backbone.num_classes
+    batch = Batch(labels, tuple(range(batch_size)), seed=0)
+    # The trajectory is prepared ahead: drawing the noise is not part of a step.
+    waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
+
+    def draw() -> list[float]:
+        rest: list[float] = []
+        on_step = lambda _, seconds, network: rest.append(seconds - network)  # noqa: E731
+        advance(model, batch, waiting.pop(), plan, guidance, on_step=on_step)
+        return rest
+
+    return measure_parts(model, some(batch_size), some(2 * batch_size), draw, rounds=rounds)
+
+
+@torch.no_grad()  # not inference mode: what a pipeline's modules keep from `draw` is to serve training as well
+def measure_parts(
+    model: DynamicDepth, one: Inputs, two: Inputs | None, draw: Callable[[], Sequence[float]], *, rounds: int
+) -> CostModel:
+    """Time the parts on given calls: medians over `rounds`, the parts and a whole sampling alternating within each.
+
+    one: a branch's B rows; two: both branches' 2B, or None where they run one after the other. draw: sample once
+    -> the seconds of every step besides the network.
+    """
+    backbone, device = model.backbone, one.x.device
     some_exit = model.depths[0] if len(model.depths) > 1 else model.num_blocks
     parts: dict[str, Callable[[], object]] = {}
 
-    def add(name: str, rows: int) -> None:
-        side, channels = backbone.image_size, backbone.in_channels
-        x = torch.randn(rows, channels, side, side, device=device)
-        t = torch.full((rows,), 500, device=device)
-        y = torch.zeros(rows, dtype=torch.long, device=device)
-        state = backbone.embed(x, t, y)
+    def add(name: str, inputs: Inputs) -> None:
+        state = backbone.embed(inputs.x, inputs.t, inputs.y)
 
         def blocks() -> None:
             out = state
             for index in range(model.num_blocks):
                 out = backbone.block(index, out)
 
-        parts[f"{name}.embed"] = lambda: backbone.embed(x, t, y)
+        parts[f"{name}.embed"] = lambda: backbone.embed(inputs.x, inputs.t, inputs.y)
         parts[f"{name}.block"] = blocks
         parts[f"{name}.exit"] = lambda: model.leave(state, some_exit)
         parts[f"{name}.head"] = lambda: backbone.head(state)
 
-    add("one", batch_size)
-    add("two", 2 * batch_size)
-    plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
-    labels = torch.arange(batch_size, device=device) % backbone.num_classes
-    batch = Batch(labels, tuple(range(batch_size)), seed=0)
-    # The trajectory is prepared ahead: drawing the noise is not part of a step.
-    waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
-    rest: list[float] = []
-
-    def around(_: int, seconds: float, network: float) -> None:
-        rest.append(seconds - network)
-
-    parts["steps"] = lambda: advance(model, batch, waiting.pop(), plan, guidance, on_step=around)
+    add("one", one)
+    if two is not None:
+        add("two", two)
+    draws: list[Sequence[float]] = []
+    parts["steps"] = lambda: draws.append(draw())
     seconds = _medians(parts, rounds, synchronise=device.type == "cuda")
-    one, two = (
-        PartTimes(
-            seconds[f"{n}.embed"],
-            seconds[f"{n}.block"] / model.num_blocks,
-            seconds[f"{n}.exit"],
-            seconds[f"{n}.head"],
-        )
-        for n in ("one", "two")
-    )
-    solver_seconds = statistics.median(rest[plan.num_steps :])
-    return CostModel(batch_size, model.num_blocks, one, two, solver_seconds, device.type)
+    rest = [step for measured in draws[1:] for step in measured]  # the first one warms up
+
+    def times(name: str, factor: int = 1) -> PartTimes:
+        embed, block, leave, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "block", "exit", "head"))
+        return PartTimes(embed, block / model.num_blocks, leave, head)
+
+    both = times("one", 2) if two is None else times("two")
+    # A pipeline of one step has nothing between its calls.
+    solver = statistics.median(rest) if rest else 0.0
+    return CostModel(len(one), model.num_blocks, times("one"), both, solver, device.type)
 
 
 def _medians(parts: dict[str, Callable[[], object]], rounds: int, synchronise: bool) -> dict[str, float]:

@@ -2,17 +2,24 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from dyndit.backbones import Backbone, Condition, Inputs, State, tensors_hash
 from dyndit.errors import InputError
 from dyndit.exits import Exits
 
 
-class DynamicDepth(nn.Module):
-    """A backbone that may leave early through an exit. Depth L is the original model, bit for bit."""
+class DynamicDepth(ModelMixin):
+    """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
+
+    A `ModelMixin`, so that pipelines of diffusers save and load it among their components; how it is stored is
+    `dyndit.checkpoints`' native folder.
+    """
 
     def __init__(self, backbone: Backbone, exits: Exits | None = None, *, pixel_space: bool = True) -> None:
         super().__init__()
@@ -91,3 +98,67 @@ class DynamicDepth(nn.Module):
     def exits_hash(self) -> str:
         """Hash of the exits' weights ("" without exits)."""
         return tensors_hash(self.exits.state_dict()) if self.exits is not None else ""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        license: str | None = None,
+        **hub: object,
+    ) -> None:
+        """Write a native folder with its model card; `push_to_hub` uploads it, with the plans and table lying there.
+
+        repo_id: "org/name" (default: the folder's name). license: for the card. hub: as in `push_to_hub`.
+
+        Raises:
+            InputError: the trunk is an adapter's: its own library saves it.
+            CheckpointError: the hub refuses.
+        """
+        from dyndit import checkpoints, model_card
+
+        folder = Path(save_directory)
+        checkpoints.save(self, folder)
+        model_card.write(self, folder, license=license)
+        if push_to_hub:
+            checkpoints.push(folder, repo_id or folder.name, **hub)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **ignored: object,
+    ) -> Self:
+        """Load whatever `dyndit.load` recognises, in eval mode.
+
+        ignored: what diffusers passes to each component of a pipeline about its own file formats (`variant`,
+        `low_cpu_mem_usage`, ...).
+
+        Raises:
+            CheckpointError: missing, damaged or foreign.
+        """
+        from dyndit import checkpoints
+
+        model = checkpoints.load(path_or_hub_id, revision=revision)
+        if wanted := dtype or torch_dtype:
+            for part in model.children():  # `ModelMixin.to` warns of any dtype, whether it matters or not
+                part.to(wanted)
+        return model
+
+    def push_to_hub(self, repo_id: str, *, folder: str | Path | None = None, **hub: object) -> str:
+        """Upload the native folder and its model card to the hub -> the address of the commit.
+
+        folder: a native folder of this very model, whose plans and shift table go along. hub: private, token,
+        revision, commit_message, create_pr, as in `huggingface_hub.HfApi`; license for the card.
+
+        Raises:
+            CheckpointError: the folder is of another model, or the hub refuses.
+        """
+        from dyndit import checkpoints
+
+        return checkpoints.push_model(self, repo_id, folder=folder, **hub)

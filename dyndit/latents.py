@@ -165,10 +165,15 @@ def decode_latents(vae: AutoencoderKL | str | Path, latents: Tensor, batch_size:
         vae = load_autoencoder(vae)
     decoded = []
     for z in latents.split(batch_size):
-        z = z.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        x = vae.decode(z).sample.float()
+        x = decode_batch(vae, z.to(vae.device))
         decoded.append((127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu())  # +128 and cut off: unbiased
     return torch.cat(decoded)
+
+
+def decode_batch(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """Decode scaled latents where they are.  (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]."""
+    z = z.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(z).sample.float()
 
 
 @torch.no_grad()

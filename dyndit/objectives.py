@@ -31,6 +31,19 @@ class Schedule:
         alpha_bar = self.alphas_bar[t.long().cpu()]
         return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
 
+    def noise_level(self, t: float) -> float:
+        """sigma = sqrt((1 - alpha_bar) / alpha_bar): the noise's standard deviation where the picture's scale is 1.
+
+        Between whole timesteps it is interpolated linearly, as diffusers' Euler does.
+        """
+        low = int(t)
+        level = ((1 - self.alphas_bar[low]) / self.alphas_bar[low]).sqrt().item()
+        return level if low == t else level + (t - low) * (self.noise_level(low + 1) - level)
+
+    def alpha_bar(self, t: float) -> float:
+        """alpha_bar at a timestep, by `noise_level` between whole ones."""
+        return self.alphas_bar[int(t)].item() if int(t) == t else 1 / (1 + self.noise_level(t) ** 2)
+
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped (B, 1, 1, 1), of `like`'s dtype and device."""
         alpha_bar = self.alphas_bar[t.long().cpu()].view(-1, *[1] * (like.ndim - 1))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import operator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -173,3 +174,8 @@ class DepthPlan:
         head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
         lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", self.uncond)]
         return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:>4}" for v in row) for name, row in lines)])
+
+
+Router = Callable[[DepthPlan, tuple[int, ...]], DepthPlan]
+"""Writes a plan: (the full plan of a sampling, the depths there are) -> plan. `functools.partial(ramp, start=4)` is one,
+`ShiftTable.router(0.6)` another."""

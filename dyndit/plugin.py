@@ -29,17 +29,14 @@ from dyndit.checkpoints import EXITS, load_exits
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
 from dyndit.exits import Exits
-from dyndit.plan import DepthPlan
+from dyndit.hooks import Target, add_hook, remove_hook, transformer_of
+from dyndit.plan import DepthPlan, Router
+from dyndit.sampler import solver_name
 
 HOOK = "dyndit_dynamic_depth"
 
-Router = Callable[[DepthPlan, tuple[int, ...]], DepthPlan]
-"""Writes a plan: (the full plan of a pipeline call, the depths there are) -> plan. `routers.schedules.ramp` with its
-start filled in by `functools.partial` is one."""
-
-
 def apply_dyndit(
-    target: DiffusionPipeline | nn.Module,
+    target: Target,
     exits: Exits | str | Path | None,
     plan: DepthPlan | str | Path | Router | None = None,
     *,
@@ -58,7 +55,7 @@ def apply_dyndit(
         InputError: no adapter serves the transformer, or it has hooks that would not run any more.
         CheckpointError, PlanError: exits or a plan that cannot be read or belong to something else.
     """
-    transformer = _transformer(target)
+    transformer = transformer_of(target)
     _check_hookable(transformer)
     adapter = adapt(transformer)
     if isinstance(exits, str | Path):
@@ -69,25 +66,13 @@ def apply_dyndit(
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     handle = DynDiTHandle(DynamicDepth(adapter, exits), pipeline, cfg_scale, check_trunk)
     handle.plan = plan
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(_Hook(handle), HOOK)
-    registry.invalidate_child_registries_cache()
+    add_hook(transformer, _Hook(handle), HOOK)
     return handle
 
 
-def remove_dyndit(target: DiffusionPipeline | nn.Module) -> None:
+def remove_dyndit(target: Target) -> None:
     """Take the plug-in off: the transformer is as it was before `apply_dyndit`. Nothing happens where there is none."""
-    transformer = _transformer(target)
-    registry: HookRegistry | None = transformer.__dict__.get("_diffusers_hook")
-    if registry is None or registry.get_hook(HOOK) is None:
-        return
-    registry.remove_hook(HOOK, recurse=False)
-    registry.invalidate_child_registries_cache()
-    # diffusers leaves an instance attribute and an empty registry behind.
-    if transformer.__dict__.get("forward") == type(transformer).forward.__get__(transformer):
-        del transformer.__dict__["forward"]
-    if not registry.hooks:
-        del transformer.__dict__["_diffusers_hook"]
+    remove_hook(transformer_of(target), HOOK)
 
 
 class DynDiTHandle:
@@ -111,6 +96,12 @@ class DynDiTHandle:
         return self.model.backbone
 
     @property
+    def identities(self) -> tuple[str, str]:
+        """Hashes of the trunk and of the exits that plans are checked against; "" where they are not."""
+        trunk, exits = self._identities
+        return trunk or "", exits or ""
+
+    @property
     def plan(self) -> DepthPlan | None:
         """The plan that runs: the given one, or the one that the router wrote for the last call; None: full depth."""
         return self._plan
@@ -131,6 +122,11 @@ class DynDiTHandle:
         self._plan, self._router, self._routed_for = (None if router else plan), router, None
         self._call = _Call()
 
+    @property
+    def router(self) -> Router | None:
+        """What writes a plan for every call, where one was given."""
+        return self._router
+
     def full_plan(self) -> DepthPlan:
         """The original model at every timestep of the last pipeline call: what searched plans and ramps start from.
 
@@ -140,7 +136,7 @@ class DynDiTHandle:
         if not self._call.records:
             raise InputError("plan: no call of the pipeline was seen yet; expected one before")
         timesteps = dict.fromkeys(record.timestep for record in self._call.records)
-        solver = "" if self._pipeline is None else type(self._pipeline.scheduler).__name__
+        solver = "" if self._pipeline is None else solver_name(self._pipeline.scheduler)
         scale = (self._cfg_scale or 1.0) if self._plan is None else self._plan.cfg_scale
         return DepthPlan.full(tuple(timesteps), self.model.num_blocks, solver, scale)
 
@@ -231,18 +227,20 @@ class DynDiTHandle:
         return step
 
     def _route(self) -> None:
-        """Let the router write the plan of this pipeline call: schedulers make new timesteps for every call."""
+        """Let the router write the plan where the scheduler has other timesteps than at its last one."""
         if self._router is None:
             return
         timesteps = self._pipeline.scheduler.timesteps
-        if timesteps is self._routed_for:
+        if timesteps is self._routed_for:  # a scheduler makes new ones for every call of its pipeline
             return
-        solver = type(self._pipeline.scheduler).__name__
+        solver = solver_name(self._pipeline.scheduler)
         scale = 1.0 if self._cfg_scale is None else self._cfg_scale
         full = DepthPlan.full(tuple(dict.fromkeys(timesteps.tolist())), self.model.num_blocks, solver, scale)
-        plan = self._router(full, self.model.depths)
-        self._check(plan)
-        self._plan, self._routed_for, self._call = plan, timesteps, _Call()
+        if self._plan is None or (self._plan.timesteps, self._plan.solver) != (full.timesteps, solver):
+            plan = self._router(full, self.model.depths)
+            self._check(plan)
+            self._plan = plan
+        self._routed_for, self._call = timesteps, _Call()
 
     def _check(self, plan: DepthPlan) -> None:
         trunk, exits = self._identities
@@ -370,16 +368,6 @@ class _Clock:
         return seconds
 
 
-def _transformer(target: DiffusionPipeline | nn.Module) -> nn.Module:
-    if not isinstance(target, DiffusionPipeline):
-        return target
-    if "transformer" not in target.components:
-        raise InputError(
-            f"{type(target).__name__}: has no transformer; expected the pipeline of a Diffusion Transformer"
-        )
-    return target.components["transformer"]
-
-
 def _check_hookable(transformer: nn.Module) -> None:
     """Refuse what would be run around: hooks that are there already, and a transformer compiled as a whole."""
     if isinstance(transformer, torch._dynamo.OptimizedModule):
@@ -390,9 +378,7 @@ def _check_hookable(transformer: nn.Module) -> None:
     registry: HookRegistry | None = transformer.__dict__.get("_diffusers_hook")
     names = list(registry.hooks) if registry is not None else []
     if HOOK in names:
-        raise InputError(
-            "transformer: has the plug-in already; expected `handle.plan = ...`, or remove_dyndit first"
-        )
+        raise InputError("transformer: has the plug-in already; expected `handle.plan = ...`, or remove_dyndit first")
     if names:
         raise InputError(f"transformer: has the hook {names[0]}; expected apply_dyndit before other hooks are added")
     if "_hf_hook" in transformer.__dict__:

@@ -5,6 +5,9 @@ of a stochastic solver's step k from one seeded with (seed, index, k).
 """
 
 import copy
+import functools
+import inspect
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,12 +15,14 @@ from dataclasses import dataclass, field, replace
 import diffusers
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
 from dyndit.objectives import Schedule
-from dyndit.plan import DepthPlan
+from dyndit.plan import DepthPlan, Router
 
 SCHEDULE = Schedule()
 
@@ -30,11 +35,18 @@ class Solver:
     the timesteps linspace(999, 0, K + 1)[:-1] or their nearest in the class: no step is spent at t = 0.
     """
 
-    scheduler: type
+    scheduler: type[SchedulerMixin]
     options: dict[str, object]
-    takes_variance: bool = False
-    """Whether `step` wants the learned-variance half."""
-    stochastic: bool = False
+
+    def build(self) -> SchedulerMixin:
+        """A scheduler on the models' training schedule, its timesteps not set yet."""
+        return self.scheduler(
+            num_train_timesteps=SCHEDULE.num_timesteps,
+            beta_start=SCHEDULE.beta_start,
+            beta_end=SCHEDULE.beta_end,
+            beta_schedule="linear",
+            **self.options,
+        )
 
 
 _MULTISTEP = {"timestep_spacing": "linspace", "final_sigmas_type": "zero"}
@@ -44,8 +56,6 @@ SOLVERS: dict[str, Solver] = {
     "ddpm": Solver(
         diffusers.DDPMScheduler,
         {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"},
-        takes_variance=True,
-        stochastic=True,
     ),
     # DDIM with eta = 0 is DPM-Solver++ of order 1 (Lu et al. 2022, arXiv:2211.01095, Section 4); this class steps
     # exactly between any two timesteps, where DDIMScheduler takes the previous one to be t - 1000 // K.
@@ -55,54 +65,153 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
 }
 
+AnySolver = str | SchedulerMixin
+"""A name of `SOLVERS`, or any noise-predicting diffusers scheduler on the models' training schedule."""
 
-def make_scheduler(solver: str, num_steps: int) -> object:
-    """A fresh scheduler with its timesteps set.
+
+def solver_name(solver: AnySolver) -> str:
+    """What plans record: the name in `SOLVERS` of these very settings, else the scheduler's class."""
+    if isinstance(solver, str):
+        return solver
+    mine = (type(solver), _settings(solver))
+    named = ((name, (known.scheduler, _settings(_built(name)))) for name, known in SOLVERS.items())
+    return next((name for name, theirs in named if theirs == mine), type(solver).__name__)
+
+
+@functools.cache
+def _built(name: str) -> SchedulerMixin:
+    return SOLVERS[name].build()
+
+
+def _settings(scheduler: SchedulerMixin) -> dict[str, object]:
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def takes_variance(solver: AnySolver) -> bool:
+    """Whether `step` wants the learned-variance half of a prediction."""
+    scheduler = _built(solver) if isinstance(solver, str) else solver
+    return scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+
+def draws_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether `step` may draw noise, and wants generators for it.
+
+    Those known to draw none as they are called here (Euler without churn, DDIM with eta = 0, DPM-Solver on the ODE)
+    take a generator too; making one per picture and step would be for nothing.
+    """
+    if isinstance(scheduler, diffusers.EulerDiscreteScheduler | diffusers.DDIMScheduler):
+        return False
+    if str(scheduler.config.get("algorithm_type", "sde")).startswith("dpmsolver"):
+        return False
+    return "generator" in _step_parameters(type(scheduler))
+
+
+@functools.cache
+def _step_parameters(scheduler: type) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(scheduler.step).parameters)
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler that does not step the process these models predict the noise of.
 
     Raises:
-        InputError: unknown solver, or a step count outside 1..1000.
+        InputError: it is no scheduler, runs the network twice a step (Heun, KDPM2), is one of flow matching or of
+            another prediction, wants more than a prediction to step, or has other betas than the training schedule:
+            its x_t would hold another share of noise than the network takes it to at that timestep.
     """
-    if solver not in SOLVERS:
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, SchedulerMixin):
+        raise InputError(f"scheduler {name}: expected a diffusers scheduler")
+    if getattr(scheduler, "order", 1) != 1:
+        raise InputError(f"scheduler {name}: runs the model {scheduler.order} times a step; expected one of order 1")
+    betas = getattr(scheduler, "betas", None)
+    if not isinstance(betas, Tensor) or scheduler.config.get("use_flow_sigmas"):
+        raise InputError(f"scheduler {name}: of another process; expected one of noise prediction (DDPM)")
+    needed = [
+        n for n, p in _step_parameters(type(scheduler)).items() if p.default is p.empty and p.kind != p.VAR_KEYWORD
+    ]
+    if len(needed) != 4:  # self, prediction, timestep, x
+        raise InputError(
+            f"scheduler {name}: its step needs {', '.join(needed[1:])}; expected a prediction, t and x alone"
+        )
+    if (found := scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
+        raise InputError(f"scheduler {name}: prediction_type {found}; expected epsilon")
+    if betas.shape != SCHEDULE.betas.shape or not torch.allclose(betas.double().cpu(), SCHEDULE.betas, rtol=1e-4):
+        raise InputError(
+            f"scheduler {name}: {len(betas)} {scheduler.config.get('beta_schedule', '')} betas from {betas[0]:.3g} to "
+            f"{betas[-1]:.3g}; expected the training schedule's {SCHEDULE.num_timesteps} linear ones from "
+            f"{SCHEDULE.beta_start:g} to {SCHEDULE.beta_end:g}"
+        )
+
+
+def make_scheduler(solver: AnySolver, num_steps: int) -> SchedulerMixin:
+    """A fresh scheduler with its timesteps set; one that is given is left as it is.
+
+    Raises:
+        InputError: unknown solver, a scheduler that `check_scheduler` refuses or that repeats timesteps, or a step
+            count outside 1..1000.
+    """
+    if isinstance(solver, str) and solver not in SOLVERS:
         raise InputError(f"--solver {solver}: expected one of {', '.join(SOLVERS)}")
     if not 1 <= num_steps <= SCHEDULE.num_timesteps:
         raise InputError(f"--steps {num_steps}: expected 1 to {SCHEDULE.num_timesteps}")
-    chosen = SOLVERS[solver]
-    if num_steps == SCHEDULE.num_timesteps and chosen.options.get("final_sigmas_type"):
-        raise InputError(f"--steps {num_steps}: --solver {solver} has no {num_steps} distinct timesteps; expected less")
-    scheduler = chosen.scheduler(
-        num_train_timesteps=SCHEDULE.num_timesteps,
-        beta_start=SCHEDULE.beta_start,
-        beta_end=SCHEDULE.beta_end,
-        beta_schedule="linear",
-        **chosen.options,
-    )
-    scheduler.set_timesteps(num_steps)
+    if isinstance(solver, str):
+        if num_steps == SCHEDULE.num_timesteps and SOLVERS[solver].options.get("final_sigmas_type"):
+            raise InputError(
+                f"--steps {num_steps}: --solver {solver} has no {num_steps} distinct timesteps; expected less"
+            )
+        scheduler = SOLVERS[solver].build()
+        scheduler.set_timesteps(num_steps)
+        return scheduler
+    check_scheduler(solver)
+    name, scheduler = type(solver).__name__, type(solver).from_config(solver.config)
+    try:
+        scheduler.set_timesteps(num_steps)
+    except ValueError as error:
+        raise InputError(f"scheduler {name}: no {num_steps} steps ({str(error).splitlines()[0]})") from error
+    times = scheduler.timesteps.tolist()
+    if len(times) != num_steps or any(a <= b for a, b in itertools.pairwise(times)):
+        found = ", ".join(f"{t:g}" for t in times[:3])
+        raise InputError(
+            f"scheduler {name}: {len(times)} timesteps ({found}, ...) for {num_steps} steps; expected as many, falling"
+        )
     return scheduler
 
 
-def timesteps_of(solver: str, num_steps: int) -> tuple[int, ...]:
-    """The timesteps of a solver, falling."""
-    return tuple(int(t) for t in make_scheduler(solver, num_steps).timesteps)
+def timesteps_of(solver: AnySolver, num_steps: int) -> tuple[float, ...]:
+    """The timesteps of a solver, falling; whole ones are integers."""
+    times = make_scheduler(solver, num_steps).timesteps.tolist()
+    return tuple(int(t) if float(t).is_integer() else t for t in times)
 
 
-def log_snr_of(solver: str, num_steps: int) -> tuple[float, ...]:
+def log_snr_of(solver: AnySolver, num_steps: int) -> tuple[float, ...]:
     """log(alpha_bar / (1 - alpha_bar)) at every step of a solver, rising from noise to picture."""
     return tuple(SCHEDULE.log_snr(torch.tensor(timesteps_of(solver, num_steps))).tolist())
 
 
-def full_plan(model: DynamicDepth, solver: str, num_steps: int, cfg_scale: float) -> DepthPlan:
+def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale: float) -> DepthPlan:
     """The original model at every step.
 
     Raises:
         InputError: the solver or the guidance asks for what the model was not trained to predict.
     """
-    backbone, timesteps = model.backbone, timesteps_of(solver, num_steps)
+    backbone, timesteps, name = model.backbone, timesteps_of(solver, num_steps), solver_name(solver)
     if cfg_scale != 1 and backbone.null_class is None:
         raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
-    if SOLVERS[solver].takes_variance and backbone.out_channels == backbone.in_channels:
-        others = ", ".join(name for name, s in SOLVERS.items() if not s.takes_variance)
-        raise InputError(f"--solver {solver}: this model predicts no variance; expected one of {others}")
-    return DepthPlan.full(timesteps, model.num_blocks, solver, cfg_scale)
+    if not (isinstance(solver, str) or model.pixel_space) and solver.config.get("clip_sample"):
+        raise InputError(f"scheduler {name}: clips x0 to [-1, 1], this model makes latents; expected clip_sample=False")
+    if takes_variance(solver):
+        if backbone.out_channels == backbone.in_channels:
+            others = ", ".join(other for other in SOLVERS if not takes_variance(other))
+            raise InputError(f"--solver {name}: this model predicts no variance; expected one of {others}")
+        whole = diffusers.DDPMScheduler | diffusers.DDPMParallelScheduler
+        if name != "ddpm" and not isinstance(solver, whole) and backbone.in_channels != 3:
+            # The multistep solvers that know the setting cut every prediction to three channels.
+            raise InputError(
+                f"scheduler {name}: takes {solver.config.variance_type} variances of 3 channels alone, the model "
+                f"has {backbone.in_channels}; expected variance_type=None"
+            )
+    return DepthPlan.full(timesteps, model.num_blocks, name, cfg_scale)
 
 
 @dataclass(frozen=True)
@@ -122,15 +231,23 @@ class Guidance:
         return torch.cat([head, cond[:, guided:]], dim=1)
 
 
-def _generator(*key: int) -> torch.Generator:
+def picture_generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of the key alone: (seed, index), or (seed, index, step + 1)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal (B, *shape), row i from (seed, indices[i]) alone. Drawn on the CPU on any device."""
-    return torch.stack([torch.randn(shape, generator=_generator(seed, index)) for index in indices])
+def noise(seed: int | Sequence[int], indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal (B, *shape), row i from (seed, indices[i]) alone. Drawn on the CPU on any device.
+
+    seed: of all rows, or one per row.
+    """
+    keys = zip(_per_row(seed, len(indices)), indices, strict=True)
+    return torch.stack([torch.randn(shape, generator=picture_generator(*key)) for key in keys])
+
+
+def _per_row(seed: int | Sequence[int], rows: int) -> Sequence[int]:
+    return (seed,) * rows if isinstance(seed, int) else seed
 
 
 @dataclass
@@ -147,23 +264,52 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Batch:
-    """Which pictures a batch holds.  labels: (B,) on the model's device; indices: B host integers."""
+    """Which pictures a batch holds.
+
+    labels: (B,) on the model's device; indices: B host integers; seed: of all pictures, or one per picture.
+    generators: draw all noise where given, instead of those that (seed, index) makes: one for the batch, or a list
+    of one per picture.
+    """
 
     labels: Tensor
     indices: tuple[int, ...]
-    seed: int
+    seed: int | tuple[int, ...] = 0
+    generators: torch.Generator | list[torch.Generator] | None = None
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, *shape) on the labels' device: what every picture starts from."""
+        if self.generators is None:
+            return noise(self.seed, self.indices, shape).to(self.labels.device)
+        return randn_tensor((len(self.indices), *shape), self.generators, self.labels.device, torch.float32)
+
+    def generators_of(self, step: int) -> torch.Generator | list[torch.Generator]:
+        """What a stochastic solver draws from at a step: fresh ones, or those given."""
+        if self.generators is not None:
+            return self.generators
+        keys = zip(_per_row(self.seed, len(self.indices)), self.indices, strict=True)
+        return [picture_generator(*key, step + 1) for key in keys]
 
 
 StepHook = Callable[[int, float, float], None]
 """(step, seconds of the step, seconds of those in the network); the device is synchronised around both."""
 
+StepEndHook = Callable[[int, Tensor, Tensor], Tensor | None]
+"""(step, its timestep as the scheduler has it, x after the step) -> what x is from there on; None keeps it."""
+
+
+def state_shape(model: DynamicDepth) -> tuple[int, int, int]:
+    """(C, H, W) of a sampling's state."""
+    backbone = model.backbone
+    return backbone.in_channels, backbone.image_size, backbone.image_size
+
 
 @torch.inference_mode()
-def start(model: DynamicDepth, batch: Batch, solver: str, num_steps: int) -> Trajectory:
-    """A trajectory at pure noise."""
-    scheduler, backbone = make_scheduler(solver, num_steps), model.backbone
-    shape = (backbone.in_channels, backbone.image_size, backbone.image_size)
-    x = noise(batch.seed, batch.indices, shape).to(batch.labels.device)
+def start(
+    model: DynamicDepth, batch: Batch, solver: AnySolver, num_steps: int, *, noise: Tensor | None = None
+) -> Trajectory:
+    """A trajectory at pure noise: the batch's own, or `noise`, standard normal (B, C, H, W)."""
+    scheduler = make_scheduler(solver, num_steps)
+    x = batch.noise(state_shape(model)) if noise is None else noise
     return Trajectory(x * scheduler.init_noise_sigma, scheduler)
 
 
@@ -178,37 +324,45 @@ def advance(
     first: int = 0,
     stop: int | None = None,
     on_step: StepHook | None = None,
+    on_step_end: StepEndHook | None = None,
 ) -> Trajectory:
-    """Run steps `first` to `stop - 1` of the plan on `trajectory`, in place. The loop every sampling goes through."""
-    solver, scheduler, x = SOLVERS[plan.solver], trajectory.scheduler, trajectory.x
+    """Run steps `first` to `stop - 1` of the plan on `trajectory`, in place. The loop every sampling goes through.
+
+    The solver's state is kept in float32; the network computes in the precision of its weights.
+    """
+    scheduler, x, dtype = trajectory.scheduler, trajectory.x, next(model.parameters()).dtype
+    with_variance, stochastic = takes_variance(scheduler), draws_noise(scheduler)
     null = None if guidance.scale == 1 else torch.full_like(batch.labels, model.backbone.null_class)
     channels = model.backbone.in_channels
-    clock = _clock(x) if on_step is not None else float
+    clock = device_clock(x) if on_step is not None else float
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
-        t = scheduler.timesteps[k]
+        t, timestep = scheduler.timesteps[k], plan.timesteps[k]
         x_t = scheduler.scale_model_input(x, t)
-        times = torch.full_like(batch.labels, plan.timesteps[k])
+        times = torch.full_like(batch.labels, timestep, dtype=torch.long if isinstance(timestep, int) else x.dtype)
         cond, uncond = plan.pairs[k]
         entered = clock()
         both = uncond > 0 and guidance.scale != 1
         labels, depths = ([batch.labels, null], [cond, uncond]) if both else ([batch.labels], [cond])
-        predictions = model.branches(x_t, times, labels, depths)
+        predictions = [p.to(x.dtype) for p in model.branches(x_t.to(dtype), times, labels, depths)]
         left = clock()
         prediction = guidance.combine(*predictions, channels) if both else predictions[0]
         if model.pixel_space:
-            prediction = _clamp_x_0(prediction, x_t, plan.timesteps[k], channels)
-        if not solver.takes_variance:
+            prediction = _clamp_x_0(prediction, x_t, timestep, channels)
+        if not with_variance:
             prediction = prediction[:, :channels]
-        x = _solver_step(solver, scheduler, prediction, t, x, batch, k)
+        drawn = {"generator": batch.generators_of(k)} if stochastic else {}
+        x = scheduler.step(prediction, t, x, return_dict=False, **drawn)[0]
         if on_step is not None:
             on_step(k, clock() - began, left - entered)
+        if on_step_end is not None and (changed := on_step_end(k, t, x)) is not None:
+            x = changed
     trajectory.x = x
     return trajectory
 
 
-def _clock(x: Tensor) -> Callable[[], float]:
-    """Seconds, once the device has done what it was given."""
+def device_clock(x: Tensor) -> Callable[[], float]:
+    """A clock that reads seconds once the device of `x` has done what it was given."""
 
     def now() -> float:
         if x.is_cuda:
@@ -218,22 +372,12 @@ def _clock(x: Tensor) -> Callable[[], float]:
     return now
 
 
-def _clamp_x_0(prediction: Tensor, x_t: Tensor, timestep: int, channels: int) -> Tensor:
+def _clamp_x_0(prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
     """The noise prediction whose x0 is the given one's, clamped to [-1, 1]. The timestep is the host's: no wait."""
-    eps, alpha_bar = prediction[:, :channels], SCHEDULE.alphas_bar[timestep].item()
+    eps, alpha_bar = prediction[:, :channels], SCHEDULE.alpha_bar(timestep)
     signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     x_0 = ((x_t - sigma * eps) / signal).clamp(-1, 1)
     return torch.cat([(x_t - signal * x_0) / sigma, prediction[:, channels:]], dim=1)
-
-
-def _solver_step(
-    solver: Solver, scheduler: object, prediction: Tensor, t: Tensor, x: Tensor, batch: Batch, k: int
-) -> Tensor:
-    if not solver.stochastic:
-        return scheduler.step(prediction, t, x, return_dict=False)[0]
-    # A scheduler draws from the generators it is given, one per picture: fresh ones for every step.
-    generators = [_generator(batch.seed, index, k + 1) for index in batch.indices]
-    return scheduler.step(prediction, t, x, generator=generators, return_dict=False)[0]
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -267,9 +411,17 @@ class Samples:
 
 
 def resolve_plan(
-    model: DynamicDepth, plan: DepthPlan | None, solver: str, num_steps: int, cfg_scale: float
+    model: DynamicDepth,
+    plan: DepthPlan | Router | None,
+    solver: AnySolver,
+    num_steps: int,
+    cfg_scale: float,
+    *,
+    check_trunk: bool = True,
 ) -> DepthPlan:
-    """The plan to run, checked against the model and the request. None is the full plan.
+    """The plan to run, checked against the model and the request. A router writes it; None is the full plan.
+
+    check_trunk: refuse a plan of another trunk or set of exits; it hashes the weights, some seconds of a large model's.
 
     Raises:
         PlanError: the plan is for another model, solver or step count, or is unguided where guidance is asked for.
@@ -277,13 +429,15 @@ def resolve_plan(
     full = full_plan(model, solver, num_steps, cfg_scale)
     if plan is None:
         return full
-    bound = bool(plan.trunk or plan.exits)
+    if callable(plan):
+        plan = plan(full, model.depths)
+    bound = check_trunk and bool(plan.trunk or plan.exits)
     plan.check(
         depths=model.depths,
         trunk=model.trunk_hash() if bound else None,
         exits=model.exits_hash() if bound else None,
         timesteps=full.timesteps,
-        solver=solver,
+        solver=full.solver,
     )
     if cfg_scale != plan.cfg_scale and (plan.trunk or 1 in (cfg_scale, plan.cfg_scale)):
         raise PlanError(f"plan: made for guidance scale {plan.cfg_scale:g}, but --cfg-scale {cfg_scale:g} is asked for")
@@ -310,8 +464,8 @@ def sample(
     model: DynamicDepth,
     labels: Sequence[int],
     *,
-    plan: DepthPlan | None = None,
-    solver: str = "ddim",
+    plan: DepthPlan | Router | None = None,
+    solver: AnySolver = "ddim",
     num_steps: int = 20,
     cfg_scale: float = 1.5,
     guided_channels: int | None = None,
@@ -326,7 +480,8 @@ def sample(
 
     Picture i has index first_index + i. `strict` pads every batch to `batch_size`, so that kernels see one shape
     and pictures are bit-equal however they are grouped; without it they are equal to 1/255.
-    `stats` times every step. on_batch(n) is called after each batch of n pictures.
+    solver: a name of `SOLVERS`, or a diffusers scheduler. `stats` times every step. on_batch(n) is called after each
+    batch of n pictures.
 
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
@@ -375,7 +530,7 @@ def sample(
         step_seconds=tuple(per_step) if stats else (),
         network_seconds=tuple(in_network) if stats else (),
         settings={
-            "solver": solver,
+            "solver": plan.solver,
             "num_steps": num_steps,
             "cfg_scale": cfg_scale,
             "guided_channels": guided_channels,

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dyndit.data import Pictures, StepBatches
+from dyndit.data import StepBatches
 from dyndit.errors import CheckpointError, InputError
 
 Weights = dict[str, Tensor]
@@ -102,6 +102,17 @@ _BOOKKEEPING = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_eve
 _STATE_KEYS = {"config", "data_fingerprint", "num_processes"}
 
 
+class TrainingData(Protocol):
+    """What is trained on: `Pictures`, or any data set whose item i is (x, y), y a number or a dict of tensors."""
+
+    can_flip: bool
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | dict[str, Tensor]]: ...
+
+
 class Task(Protocol):
     """What is trained, and by which loss.
 
@@ -112,9 +123,9 @@ class Task(Protocol):
     trainable: nn.Module
 
     def loss(
-        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, y: Tensor | dict[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and scalar figures to log, for x: (B, C, H, W), y: (B,).
+        """Scalar loss and scalar figures to log, for a batch of the data: of pictures x: (B, C, H, W), y: (B,).
 
         `module` is `trainable`, prepared for this machine: call it, not `trainable`. Every random number
         comes from `generator` (on the CPU), which the loop has seeded for this step.
@@ -136,7 +147,7 @@ class FitResult:
 
 def fit(
     task: Task,
-    data: Pictures,
+    data: TrainingData,
     config: FitConfig,
     out: Path,
     *,
@@ -201,7 +212,7 @@ def fit(
                 group["lr"] = config.learning_rate_at(step)
             figures: list[dict[str, Tensor]] = []
             for micro in range(config.accumulation):
-                x, y = (tensor.to(device, non_blocking=True) for tensor in next(micro_batches))
+                x, y = (_moved(part, device) for part in next(micro_batches))
                 seed = _seed(config.seed, step, micro, rank)
                 generator.manual_seed(seed)
                 torch.manual_seed(seed)  # for dropout inside of a module, which knows no generator
@@ -247,6 +258,12 @@ def fit(
 def _seed(*numbers: int) -> int:
     """Mix (seed, step, micro-step, rank) into one 63-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _moved(part: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
 
 
 def _to_cpu(weights: Weights) -> Weights:
@@ -605,9 +622,9 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _loading(
-    data: Pictures, batches: StepBatches, num_workers: int, device: torch.device
-) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Give the micro-batches, x: (B, C, H, W) and y: (B,), from workers that outlive the signals we catch."""
+    data: TrainingData, batches: StepBatches, num_workers: int, device: torch.device
+) -> Iterator[Iterator[tuple[Tensor, Tensor | dict[str, Tensor]]]]:
+    """Give the micro-batches, of pictures x: (B, C, H, W) and y: (B,), from workers that outlive caught signals."""
     over = multiprocessing.Event()
     loader = DataLoader(
         data,

@@ -1,12 +1,11 @@
-"""The class-conditional DiT: its published figures, and parity with a reference written from the paper."""
+"""The class-conditional DiT: its published figures, its parts, its training aids. Parity is in `test_parity.py`."""
 
 import math
 from dataclasses import asdict
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from reference_dit import positions
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndit.backbones import CARDS, FAMILIES, ClassConditionalDiT, DiTConfig, State, tensors_hash
@@ -43,99 +42,6 @@ def test_cards_have_the_published_size_and_cost(size: str, patch: int) -> None:
     if patch == 2:
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6
         assert millions == pytest.approx(PARAMETERS[size], rel=0.01, abs=1)
-
-
-def reference_dit(weights: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, num_heads: int) -> Tensor:
-    """Peebles and Xie (2023), Section 3, in plain functions, from a state dict under the published names."""
-
-    def linear(name: str, v: Tensor) -> Tensor:
-        return v @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(v: Tensor) -> Tensor:
-        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-
-    def attention(name: str, v: Tensor) -> Tensor:
-        batch, num_tokens, width = v.shape
-        q, k, value = linear(f"{name}.qkv", v).view(batch, num_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-        share = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // num_heads), dim=-1)
-        return linear(f"{name}.proj", (share @ value).transpose(1, 2).reshape(batch, num_tokens, width))
-
-    kernel = weights["x_embedder.proj.weight"]
-    width, channels, p, _ = kernel.shape
-    batch, _, height, _ = x.shape
-    side = height // p
-    patches = x.view(batch, channels, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(batch, side * side, -1)
-    tokens = patches @ kernel.view(width, -1).T + weights["x_embedder.proj.bias"]
-    tokens = tokens + reference_positions(side, width).to(x.dtype)
-
-    half = 128
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).to(x.dtype)
-    angles = t[:, None].to(x.dtype) * frequencies
-    features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
-    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", features)))
-    c = c + weights["y_embedder.embedding_table.weight"][y]
-
-    num_blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    for i in range(num_blocks):
-        parts = linear(f"blocks.{i}.adaLN_modulation.1", F.silu(c))[:, None]
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = parts.split(width, dim=-1)
-        tokens = tokens + gate * attention(f"blocks.{i}.attn", norm(tokens) * (1 + scale) + shift)
-        hidden = linear(f"blocks.{i}.mlp.fc1", norm(tokens) * (1 + scale_mlp) + shift_mlp)
-        tokens = tokens + gate_mlp * linear(f"blocks.{i}.mlp.fc2", F.gelu(hidden, approximate="tanh"))
-
-    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(c))[:, None].split(width, dim=-1)
-    out = linear("final_layer.linear", norm(tokens) * (1 + scale) + shift)
-    out = out.view(batch, side, side, p, p, -1)
-    return torch.einsum("nhwpqc->nchpwq", out).reshape(batch, -1, height, height)
-
-
-def reference_positions(side: int, width: int) -> Tensor:
-    """Token (row, column): sin and cos of the column, then of the row, each at width / 4 frequencies."""
-    table = torch.empty(side * side, width, dtype=torch.float64)
-    quarter = width // 4
-    for row in range(side):
-        for column in range(side):
-            for i in range(quarter):
-                omega = 1 / 10000 ** (i / quarter)
-                values = (
-                    math.sin(column * omega),
-                    math.cos(column * omega),
-                    math.sin(row * omega),
-                    math.cos(row * omega),
-                )
-                for part, value in enumerate(values):
-                    table[row * side + column, part * quarter + i] = value
-    return table
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"image_size": 8, "patch_size": 2, "in_channels": 4, "width": 32, "num_blocks": 3, "num_heads": 4},
-        {"image_size": 12, "patch_size": 4, "in_channels": 3, "width": 48, "num_blocks": 2, "num_heads": 3},
-        {"image_size": 8, "patch_size": 8, "width": 24, "num_heads": 1, "learn_variance": False, "mlp_ratio": 2.0},
-    ],
-)
-def test_parity_with_the_paper(changes: dict, make_backbone, make_inputs) -> None:
-    backbone = make_backbone(seed=5, **changes)
-    x, t, y = make_inputs(backbone)
-    y[0] = backbone.null_class
-    with torch.no_grad():  # outputs below 2: rounding alone is 5e-7 at 4
-        for parameter in backbone.final_layer.linear.parameters():
-            parameter /= 4
-    expected = reference_dit(backbone.state_dict(), x, t, y, backbone.config()["num_heads"])
-    with torch.no_grad():
-        found = backbone(x, t, y)
-    assert found.shape == (3, backbone.out_channels, backbone.image_size, backbone.image_size)
-    assert expected.std() > 0.1  # otherwise a small difference proves nothing
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
-def test_parity_needs_the_right_number_of_heads(make_backbone, make_inputs) -> None:
-    backbone = make_backbone(num_heads=2)
-    x, t, y = make_inputs(backbone)
-    with torch.no_grad():
-        assert not torch.allclose(backbone(x, t, y), reference_dit(backbone.state_dict(), x, t, y, 3), atol=1e-3)
 
 
 def test_a_fresh_model_is_zero_and_its_blocks_are_the_identity(make_inputs) -> None:
@@ -178,7 +84,7 @@ def test_parameter_names_are_the_published_ones(make_backbone) -> None:
 
 @pytest.mark.parametrize(("side", "width"), [(1, 8), (3, 12), (4, 24)])
 def test_positions(side: int, width: int) -> None:
-    torch.testing.assert_close(position_features(side, width), reference_positions(side, width).float())
+    torch.testing.assert_close(position_features(side, width), positions(side, width).float())
 
 
 @pytest.mark.parametrize("shift", [0, 1])

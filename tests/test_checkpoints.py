@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -352,6 +353,17 @@ def test_exits_of_another_trunk(folder: Path, make_model, tmp_path: Path) -> Non
     assert EXITS in message
     (folder / EXITS).unlink()
     assert dyndit.load(folder).exits is None
+
+
+def test_plans_of_another_trunk(folder: Path, model: DynamicDepth) -> None:
+    plan = dyndit.DepthPlan.full((999, 500), 6, "ddim")
+    plan.save(folder / "plan-anyone.json")
+    replace(plan, trunk=model.trunk_hash()).save(folder / "plan-mine.json")
+    dyndit.load(folder)
+    replace(plan, trunk="0123456789abcdef").save(folder / "plan-other.json")
+    assert "plan-other.json: plan of trunk 0123456789abcdef" in refused(folder)
+    (folder / "plan-other.json").write_text("{")
+    assert "plan-other.json" in refused(folder)
 
 
 def test_files_of_another_kind(folder: Path) -> None:

@@ -287,6 +287,12 @@ BAD = [
     (["evaluate", "{digits}", "--reference", "digits", "--extractor", "digits", "--force", "--out", "{out}"], "--out"),
     (["report", "{empty}", "--out", "{out}"], "runs.csv"),
     (["compare", "{recipe}", "--out", "{full}", "--model", "{trunk}"], "--out"),
+    (["calibrate", "{root}/none", "--budget", "0.5"], "local model folder"),
+    (["convert", "{trunk}", "{full}"], "already there"),
+    (["convert", "{trunk}", "{out}", "--num-heads", "4"], "--num-heads 4"),
+    (["convert", "{trunk}", "{out}", "--revision", "main"], "--revision main"),
+    (["convert", "{damaged}", "{out}", "--to", "official"], "model.safetensors"),
+    (["convert", "{foreign}", "{out}", "--to", "diffusers"], "exits.safetensors"),
 ]
 
 

@@ -2,8 +2,6 @@
 
 import math
 
-import diffusers
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +10,6 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from dyndit.objectives import Schedule, discretised_gaussian_nll, gaussian_kl, variational_bound
-from dyndit.sampler import SOLVERS, make_scheduler, timesteps_of
 
 SCHEDULE = Schedule()
 
@@ -175,55 +172,3 @@ def test_variational_bound_at_the_last_step_is_the_likelihood_of_the_pixels() ->
     lower = torch.where(x_0 < -0.999, 0.0, normal.cdf(x_0 - 1 / 255))
     expected = -(upper - lower).log2().mean((1, 2, 3))
     torch.testing.assert_close(variational_bound(SCHEDULE, prediction, x_0, x_t, t), expected)
-
-
-def spaced_process(num_steps: int) -> tuple[list[int], np.ndarray]:
-    """iDDPM, Section 4: K timesteps evenly from 0 to 999, and betas that keep alpha_bar at each of them."""
-    times = [round(999 * i / (num_steps - 1)) for i in range(num_steps)]
-    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000, dtype=np.float64))[times]
-    return times, 1 - bars / np.concatenate([[1.0], bars[:-1]])
-
-
-def test_250_step_ddpm_is_the_spaced_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Means and variances of the scheduler that samples against the formulas of DDPM and iDDPM."""
-    times, betas = spaced_process(250)
-    assert timesteps_of("ddpm", 250) == tuple(times[::-1])
-    assert SOLVERS["ddpm"].takes_variance
-    bars = np.cumprod(1 - betas)
-    scheduler = make_scheduler("ddpm", 250)
-    generator = torch.Generator().manual_seed(0)
-    drawn = {}
-    module = diffusers.schedulers.scheduling_ddpm
-    monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.full(tuple(shape), drawn["noise"]))
-    deviations = []
-    for i in reversed(range(250)):
-        x_t = torch.randn(2, 3, 4, 4, generator=generator)
-        eps = torch.randn(2, 3, 4, 4, generator=generator)
-        v = torch.rand(2, 3, 4, 4, generator=generator) * 2 - 1
-        # Keep x_t near what the process has: x_0 of size 1.
-        x_0 = torch.randn(2, 3, 4, 4, generator=generator)
-        x_t = float(np.sqrt(bars[i])) * x_0 + float(np.sqrt(1 - bars[i])) * eps
-
-        bar, before, beta = bars[i], bars[i - 1] if i else 1.0, betas[i]
-        x_t_64, eps_64, v_64 = (a.double() for a in (x_t, eps, v))
-        implied = (x_t_64 - np.sqrt(1 - bar) * eps_64) / np.sqrt(bar)
-        mean = beta * np.sqrt(before) / (1 - bar) * implied + (1 - before) * np.sqrt(1 - beta) / (1 - bar) * x_t_64
-        lower = beta * (1 - before) / (1 - bar)
-        found = []
-        for noise in (0.0, 1.0):
-            drawn["noise"] = noise
-            found.append(scheduler.step(torch.cat([eps, v], 1), scheduler.timesteps[249 - i], x_t).prev_sample)
-        torch.testing.assert_close(found[0].double(), mean, atol=1e-5, rtol=1e-5)
-        if i == 0:
-            assert torch.equal(found[0], found[1])  # the last step adds no noise
-            continue
-        variance = torch.exp((v_64 + 1) / 2 * np.log(beta) + (1 - v_64) / 2 * np.log(lower))
-        torch.testing.assert_close((found[1] - found[0]).double() ** 2, variance, atol=1e-5, rtol=0)
-        deviations.append(((found[1] - found[0]).double() / variance.sqrt() - 1).abs().max().item())
-    assert max(deviations) < 1e-3  # relatively, too; the subtraction above costs digits where the noise is small
-
-
-def test_the_spaced_process_keeps_alpha_bar() -> None:
-    times, betas = spaced_process(250)
-    assert (times[0], times[-1], len(set(times))) == (0, 999, 250)
-    np.testing.assert_allclose(np.cumprod(1 - betas), SCHEDULE.alphas_bar.numpy()[times], rtol=1e-9)

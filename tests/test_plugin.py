@@ -5,6 +5,9 @@ from functools import partial
 import diffusers
 import pytest
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
@@ -16,6 +19,7 @@ from dyndit.checkpoints import save_exits
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.exits import ExitConfig, Exits
+from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.formats.diffusers_names import match_frequencies, to_native
 from dyndit.latents import decode_latents
 from dyndit.plan import DepthPlan
@@ -133,20 +137,25 @@ def a_native(transformer: diffusers.DiTTransformer2DModel) -> ClassConditionalDi
     return native.eval()
 
 
-class Pixels(torch.nn.Module):
+class Pixels(ModelMixin, ConfigMixin):
     """Stands where a pipeline wants an autoencoder, for a model that makes pixels."""
 
-    config = diffusers.configuration_utils.FrozenDict(scaling_factor=1.0, block_out_channels=(1,))
+    config_name = "config.json"
 
-    def decode(self, z: torch.Tensor) -> diffusers.models.autoencoders.vae.DecoderOutput:
-        return diffusers.models.autoencoders.vae.DecoderOutput(sample=z)
+    @register_to_config
+    def __init__(self, scaling_factor: float = 1.0) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def decode(self, z: torch.Tensor) -> DecoderOutput:
+        return DecoderOutput(sample=z)
 
 
 @pytest.mark.shared
 def test_the_cifar10_trunk_unguided_inside_dit_pipeline(shared) -> None:
     model = dyndit.load(shared / "checkpoints" / "cifar10-dit.pt")
     native = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig()), pixel_space=False).eval()
-    transformer = dyndit.formats.diffusers_folder.to_diffusers(model)
+    transformer = to_diffusers(model)
     pipe = diffusers.DiTPipeline(transformer, Pixels(), make_scheduler("ddim", STEPS))
     pipe.set_progress_bar_config(disable=True)
     full = DepthPlan.full(timesteps_of("ddim", STEPS), 12, "ddim")

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
 from dyndit.plan import DepthPlan
 from dyndit.routers.schedules import ramp
@@ -16,12 +18,16 @@ from dyndit.sampler import (
     Guidance,
     advance,
     balanced_labels,
+    draws_noise,
     full_plan,
     log_snr_of,
     make_scheduler,
     noise,
     sample,
+    solver_name,
     start,
+    state_shape,
+    takes_variance,
     timesteps_of,
     to_uint8,
     unguided,
@@ -92,8 +98,6 @@ def test_full_plan_is_the_original_model(tiny_dynamic) -> None:
 
 
 def replace_pixel_space(model, pixel_space: bool):
-    from dyndit.dynamic import DynamicDepth
-
     return DynamicDepth(model.backbone, model.exits, pixel_space=pixel_space)
 
 
@@ -106,22 +110,6 @@ def test_sampling_in_two_legs_is_sampling_at_once(tiny_dynamic) -> None:
     fork = first.fork()
     advance(tiny_dynamic, batch, first, plan, Guidance(3.0), first=3)  # must leave the fork alone
     assert torch.equal(at_once, advance(tiny_dynamic, batch, fork, plan, Guidance(1.5), first=3).x)
-
-
-@pytest.mark.parametrize("steps", [1, 7, 10, 50])
-def test_ddim_is_ddim(steps: int) -> None:
-    """Order-1 DPM-Solver++ against the DDIM update (Song et al. 2021, Equation 12, eta 0) in float64."""
-    scheduler, g = make_scheduler("ddim", steps), torch.Generator().manual_seed(0)
-    x = torch.randn(2, 1, 4, 4, generator=g)
-    reference, times = x.double(), timesteps_of("ddim", steps)
-    for k, t in enumerate(times):
-        eps = torch.randn(x.shape, generator=g)
-        bar = SCHEDULE.alphas_bar[t]
-        before = SCHEDULE.alphas_bar[times[k + 1]] if k + 1 < steps else torch.tensor(1.0, dtype=torch.float64)
-        x_0 = (reference - (1 - bar).sqrt() * eps) / bar.sqrt()
-        reference = before.sqrt() * x_0 + (1 - before).sqrt() * eps
-        x = scheduler.step(eps, t, x, return_dict=False)[0]
-    assert (x - reference).abs().max() < 1e-3 * reference.abs().max()
 
 
 def test_ddim_equals_diffusers_where_that_steps_exactly() -> None:
@@ -264,3 +252,163 @@ def test_models_are_not_asked_for_what_they_cannot_predict(make_model) -> None:
         sample(make_model(label_dropout=0.0), LABELS, num_steps=2, cfg_scale=1.5)
     with pytest.raises(InputError, match="predicts no variance"):
         sample(make_model(learn_variance=False), LABELS, num_steps=2, solver="ddpm")
+
+
+# Schedulers of diffusers that are none of the named ones.
+
+PUBLISHED = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+FOREIGN = [
+    diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+    diffusers.DDPMScheduler(clip_sample=False),
+    diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True),
+    diffusers.DEISMultistepScheduler(),
+    diffusers.EulerDiscreteScheduler(),
+    diffusers.EulerAncestralDiscreteScheduler(),
+    diffusers.LMSDiscreteScheduler(),
+    diffusers.SASolverScheduler(),
+]
+
+
+@pytest.mark.parametrize("scheduler", FOREIGN, ids=lambda s: type(s).__name__)
+def test_any_scheduler_of_the_process_samples(tiny_dynamic, scheduler) -> None:
+    """Its plan carries its class and timesteps; a picture is still a function of seed, class and index."""
+    plan = rising(tiny_dynamic, scheduler)
+    assert plan.solver == type(scheduler).__name__
+    assert plan.timesteps == timesteps_of(scheduler, 4)
+    draw = {"solver": scheduler, "num_steps": 4, "seed": 5}
+    whole = sample(tiny_dynamic, LABELS, plan=plan, **draw)
+    assert whole.settings["solver"] == plan.solver
+    parts = sample(tiny_dynamic, LABELS, plan=plan, batch_size=2, **draw).pictures.int()
+    assert (whole.pictures.int() - parts).abs().max() <= 1
+    assert not torch.equal(whole.pictures, sample(tiny_dynamic, LABELS, **draw).pictures)
+    assert whole.pictures.unique().numel() > 10
+    assert scheduler.num_inference_steps != 4  # what is given is a recipe, not the one that steps
+
+
+def test_foreign_steps_are_the_textbooks(tiny_dynamic) -> None:
+    """Euler between whole timesteps: the loop against a few lines around the bare backbone, no clamping."""
+    model, scheduler = replace_pixel_space(tiny_dynamic, False), diffusers.EulerDiscreteScheduler()
+    ours = sample(model, LABELS, solver=scheduler, num_steps=5, cfg_scale=1.0, seed=2).latents
+    scheduler.set_timesteps(5)
+    assert not all(t.is_integer() for t in scheduler.timesteps.tolist())
+    y, x = torch.tensor(LABELS), noise(2, range(len(LABELS)), state_shape(model)) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            eps = model.backbone(scheduler.scale_model_input(x, t), t.repeat(len(y)), y)[:, :1]
+            x = scheduler.step(eps, t, x, return_dict=False)[0]
+    assert torch.equal(ours, x)
+
+
+def test_noise_levels_between_whole_timesteps_are_eulers() -> None:
+    """The clamping of x0 has to take x_t to hold the noise that the solver takes it to hold."""
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(7)
+    for t, sigma in zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False):
+        assert SCHEDULE.noise_level(t) == pytest.approx(sigma, rel=1e-4)
+        assert SCHEDULE.alpha_bar(t) == pytest.approx(1 / (1 + sigma**2), rel=1e-4)
+    assert not scheduler.timesteps[1].item().is_integer()
+    assert SCHEDULE.alpha_bar(500) == SCHEDULE.alphas_bar[500].item()
+
+
+def test_a_schedulers_traits_are_read_off_it() -> None:
+    named = {name: make_scheduler(name, 3) for name in SOLVERS}
+    assert {name for name, scheduler in named.items() if takes_variance(scheduler)} == {"ddpm"}
+    assert {name for name, scheduler in named.items() if draws_noise(scheduler)} == {"ddpm"}
+    assert {name: solver_name(scheduler) for name, scheduler in named.items()} == {name: name for name in SOLVERS}
+    for scheduler in named.values():
+        again = type(scheduler).from_config(scheduler.config)
+        assert solver_name(again) == solver_name(scheduler)
+    changed = diffusers.DPMSolverMultistepScheduler.from_config(named["dpmpp"].config, algorithm_type="sde-dpmsolver++")
+    assert solver_name(changed) == "DPMSolverMultistepScheduler"
+    assert draws_noise(changed)
+    assert draws_noise(diffusers.EulerAncestralDiscreteScheduler())
+    assert not draws_noise(diffusers.LMSDiscreteScheduler())
+    fixed = diffusers.DDPMScheduler(variance_type="fixed_small")
+    assert (takes_variance(fixed), draws_noise(fixed), solver_name(fixed)) == (False, True, "DDPMScheduler")
+
+
+def test_a_scheduler_of_the_same_settings_is_the_named_one(tiny_dynamic) -> None:
+    """So plans made for "unipc" run on the scheduler that a pipeline loaded from its folder."""
+    plan = rising(tiny_dynamic, "unipc")
+    scheduler = SOLVERS["unipc"].build()
+    here = sample(tiny_dynamic, LABELS, plan=plan, solver=scheduler, num_steps=4).pictures
+    assert torch.equal(here, sample(tiny_dynamic, LABELS, plan=plan, solver="unipc", num_steps=4).pictures)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: object(), "object: expected a diffusers scheduler"),
+        (
+            diffusers.HeunDiscreteScheduler,
+            "HeunDiscreteScheduler: runs the model 2 times a step; expected one of order 1",
+        ),
+        (diffusers.KDPM2DiscreteScheduler, "runs the model 2 times"),
+        (diffusers.FlowMatchEulerDiscreteScheduler, "of another process; expected one of noise prediction"),
+        (lambda: diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "of another process"),
+        (diffusers.EDMEulerScheduler, "of another process"),
+        (lambda: DDIMScheduler(prediction_type="v_prediction"), "prediction_type v_prediction; expected epsilon"),
+        (lambda: DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "betas from .* expected the training schedule's"),
+        (lambda: DDIMScheduler(rescale_betas_zero_snr=True), "betas from"),
+        (lambda: DDIMScheduler(num_train_timesteps=500), "500 linear betas"),
+        (lambda: DDIMScheduler(beta_schedule="scaled_linear", beta_end=0.02), "1000 scaled_linear betas"),
+        (diffusers.PNDMScheduler, "9 timesteps .* for 4 steps|timesteps .* for 4 steps; expected as many, falling"),
+        (diffusers.DDIMInverseScheduler, "for 4 steps; expected as many, falling"),
+        (diffusers.RePaintScheduler, "its step needs model_output, timestep, sample, original_image, mask"),
+        (lambda: diffusers.LCMScheduler(original_inference_steps=3, **PUBLISHED), "LCMScheduler: no 4 steps"),
+    ],
+)
+def test_schedulers_of_other_processes_are_refused(tiny_dynamic, make, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        sample(tiny_dynamic, LABELS, solver=make(), num_steps=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_schedulers_that_do_not_fit_the_model_are_refused(make_model) -> None:
+    four = make_model(in_channels=4)
+    latents = DynamicDepth(four.backbone, four.exits, pixel_space=False)
+    cutting = diffusers.DPMSolverMultistepScheduler(variance_type="learned_range")
+    with pytest.raises(InputError, match=r"learned_range variances of 3 channels alone, the model has 4"):
+        sample(latents, LABELS, solver=cutting, num_steps=2)
+    with pytest.raises(InputError, match="expected clip_sample=False"):
+        sample(latents, LABELS, solver=DDIMScheduler(), num_steps=2)
+    learned = diffusers.DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(InputError, match="predicts no variance"):
+        sample(make_model(learn_variance=False), LABELS, solver=learned, num_steps=2)
+    parallel = diffusers.DDPMParallelScheduler(variance_type="learned_range", clip_sample=False)
+    assert sample(latents, LABELS, solver=parallel, num_steps=2).latents.isfinite().all()
+    three = make_model(in_channels=3)
+    plain = diffusers.DPMSolverMultistepScheduler()
+    draw = {"num_steps": 3, "seed": 1}
+    cut, whole = (sample(three, LABELS, solver=s, **draw).pictures for s in (cutting, plain))
+    assert torch.equal(cut, whole)
+
+
+def test_the_end_of_a_step_may_change_the_state(tiny_dynamic) -> None:
+    batch = Batch(torch.tensor(LABELS), tuple(range(len(LABELS))), seed=0)
+    plan, other = full_plan(tiny_dynamic, "ddim", 3, 1.5), noise(8, range(len(LABELS)), state_shape(tiny_dynamic))
+    seen = []
+
+    def put(k: int, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        seen.append((k, int(t), x.shape))
+        return other if k == 0 else None
+
+    trajectory = start(tiny_dynamic, batch, "ddim", 3)
+    changed = advance(tiny_dynamic, batch, trajectory, plan, Guidance(1.5), on_step_end=put).x
+    assert seen == [(k, t, other.shape) for k, t in enumerate(plan.timesteps)]
+    first = advance(tiny_dynamic, batch, start(tiny_dynamic, batch, "ddim", 3), plan, Guidance(1.5), stop=1)
+    first.x = other
+    assert torch.equal(changed, advance(tiny_dynamic, batch, first, plan, Guidance(1.5), first=1).x)
+
+
+def test_a_batch_may_have_a_seed_per_picture_or_generators_of_its_own(tiny_dynamic) -> None:
+    y, shape = torch.tensor([1, 2, 3]), state_shape(tiny_dynamic)
+    mixed = Batch(y, (4, 4, 5), (0, 1, 0)).noise(shape)
+    assert torch.equal(mixed[0], noise(0, [4], shape)[0])
+    assert torch.equal(mixed[1], noise(1, [4], shape)[0])
+    assert torch.equal(mixed[2], noise(0, [5], shape)[0])
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
+    given = Batch(y, (0, 1, 2), generators=generators)
+    assert torch.equal(given.noise(shape)[1], torch.randn(shape, generator=torch.Generator().manual_seed(8)))
+    assert given.generators_of(3) is generators

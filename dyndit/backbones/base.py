@@ -118,6 +118,10 @@ class Backbone(nn.Module):
         """Run block `index` (0-based)."""
         raise NotImplementedError
 
+    def block_modules(self) -> list[nn.Module]:
+        """The modules that `block` calls, from the first to the last: what is worth compiling."""
+        raise NotImplementedError
+
     def head(self, state: State) -> Tensor:
         """The model's own final layer -> (B, C_out, H, W)."""
         raise NotImplementedError

@@ -233,6 +233,10 @@ class ClassConditionalDiT(Backbone):
             tokens = block(state.tokens, state.cond)
         return State(tokens, state.cond)
 
+    def block_modules(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.blocks)
+
     def head(self, state: State) -> Tensor:
         """-> (B, C_out, H, W)."""
         return self.unpatchify(self.final_layer(state.tokens, state.cond), state)

@@ -5,6 +5,7 @@ positions anew instead of storing them.
 """
 
 from collections.abc import Mapping
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ _BLOCK = {
     "ff.net.0.proj": "mlp.fc1",
     "ff.net.2": "mlp.fc2",
 }
+POSITIONS = "pos_embed.pos_embed"
+"""The buffer that diffusers fills anew with each load, and does not store."""
 _THIRDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
@@ -51,6 +54,9 @@ def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             native[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
     native["pos_embed"] = position_features(side, native["x_embedder.proj.weight"].shape[0])[None]
+    if POSITIONS in left:
+        native["pos_embed"] = take(POSITIONS)
+        own_positions(native)  # refuses learned ones
     for theirs, ours in _EMBEDDERS.items():
         native[ours] = left.get(f"transformer_blocks.0.norm1.emb.{theirs}", torch.empty(0))
     for index in range(num_blocks(tensors)):
@@ -72,13 +78,14 @@ def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
 def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name a native state dict as `DiTTransformer2DModel` does; the positions, which it computes, are left out.
 
+    Where they were rounded to half precision they go along, under a name that diffusers passes over.
+
     Raises:
         CheckpointError: the positions are not the sin-cos ones that diffusers computes.
     """
-    side, width = int(tensors["pos_embed"].shape[1] ** 0.5), tensors["pos_embed"].shape[2]
-    if not torch.allclose(tensors["pos_embed"][0].float().cpu(), position_features(side, width), atol=1e-5):
-        raise CheckpointError("pos_embed: not the fixed 2-D sin-cos positions, which are all that diffusers' DiT has")
-    theirs = {f"{t}.{kind}": tensors[f"{o}.{kind}"] for t, o in _OUTER.items() for kind in ("weight", "bias")}
+    positions = own_positions(tensors)
+    theirs = {} if positions is None else {POSITIONS: positions}
+    theirs |= {f"{t}.{kind}": tensors[f"{o}.{kind}"] for t, o in _OUTER.items() for kind in ("weight", "bias")}
     for index in range(1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks."))):
         here, there = f"transformer_blocks.{index}", f"blocks.{index}"
         theirs |= {f"{here}.norm1.emb.{t}": tensors[o].clone() for t, o in _EMBEDDERS.items()}
@@ -87,6 +94,23 @@ def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             theirs |= {f"{here}.{t}.{kind}": third.clone() for t, third in zip(_THIRDS, thirds, strict=True)}
             theirs |= {f"{here}.{t}.{kind}": tensors[f"{there}.{o}.{kind}"] for t, o in _BLOCK.items()}
     return theirs
+
+
+def own_positions(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The positions of a native state dict, where rounding set them apart from the computed ones; else None.
+
+    Raises:
+        CheckpointError: they are others altogether.
+    """
+    found = tensors["pos_embed"]
+    side = isqrt(found.shape[1]) if found.ndim == 3 else 0
+    computed = position_features(side, tensors["x_embedder.proj.weight"].shape[0])[None].to(found.device)
+    if found.shape == computed.shape and torch.equal(found.float(), computed):
+        return None
+    # Half precision moves values in [-1, 1] by up to 2 ** -12, bfloat16 by up to 2 ** -9.
+    if found.shape != computed.shape or not torch.allclose(found.float(), computed, rtol=0, atol=2**-8):
+        raise CheckpointError("pos_embed: not the fixed 2-D sin-cos positions, which are all that diffusers' DiT has")
+    return found
 
 
 def num_blocks(tensors: Mapping[str, Tensor]) -> int:

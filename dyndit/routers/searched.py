@@ -25,11 +25,13 @@ from torch import Tensor
 from dyndit.analysis.fidelity import FrechetTo, Moments
 from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
-from dyndit.plan import DepthPlan
+from dyndit.plan import DepthPlan, Router
 from dyndit.routers.schedules import constant, ramp
 
 FORMAT = "dyndit-shift-table"
 VERSION = 1
+FILE = "shift-table.safetensors"
+"""Its name in a model's folder."""
 
 Pair = tuple[int, int]
 
@@ -133,6 +135,28 @@ class ShiftTable:
             return cls(base=base, reference=reference, cost=cost, **shifts, **plain)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
+
+    def router(self, budget: float) -> Router:
+        """What searches a plan on this table for any steps, under `budget`: `plan=table.router(0.6)`.
+
+        The table's times are those of the machine it was measured on; `plan_on_table` measures them anew elsewhere.
+        """
+        return lambda full, _depths: search(self, full, budget)
+
+    def save_pretrained(self, save_directory: str | Path, **ignored: object) -> None:
+        """Write the folder of a pipeline's component: the table, under its usual name."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **ignored: object) -> Self:
+        """Read the table in a folder: a pipeline's component, or a model's.
+
+        Raises:
+            CheckpointError: missing, damaged, or no shift table of this version.
+        """
+        return cls.load(Path(folder) / FILE)
 
 
 class Predictor:

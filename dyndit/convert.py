@@ -1,0 +1,130 @@
+"""A model of any format the package reads, into any it writes; and how far it drifts where it is loaded plainly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dyndit import checkpoints, manifest, model_card
+from dyndit.backbones import ClassConditionalDiT, DiTConfig
+from dyndit.backbones.class_conditional import position_features
+from dyndit.dynamic import DynamicDepth
+from dyndit.formats import diffusers_folder, official
+from dyndit.formats.diffusers_names import match_frequencies, own_positions
+from dyndit.formats.files import check_free, written_whole
+
+Format = Literal["native", "official", "diffusers"]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""
+
+TIMESTEPS = (20, 250, 500, 750, 980)
+"""At which drift is measured."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far two models' predictions are apart: the largest difference, and its RMS over that of the first."""
+
+    largest: float
+    relative_rms: float
+
+    def __str__(self) -> str:
+        return f"predictions differ by up to {self.largest:.2g}, relative RMS {self.relative_rms:.2g}"
+
+
+@torch.inference_mode()
+def predictions(predict: Predict, config: DiTConfig, batch: int = 2) -> Tensor:
+    """Predictions of seeded noise, the same at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
+    y = torch.arange(batch) % config.num_classes
+    return torch.stack([predict(x, torch.full((batch,), t), y) for t in TIMESTEPS])
+
+
+def drift(reference: Tensor, other: Tensor) -> Drift:
+    """How far `other` is from `reference`."""
+    difference = (other - reference).double()
+    size = reference.double().square().mean().sqrt().clamp(min=1e-300)
+    return Drift(difference.abs().max().item(), (difference.square().mean().sqrt() / size).item())
+
+
+def convert(
+    source: str | Path, target: Path, to: Format, *, num_heads: int | None = None, revision: str | None = None
+) -> tuple[str, ...]:
+    """Read a model and write it in another format, whole or not at all -> what is to be known about it, a line each.
+
+    Exits, plans and the shift table go along into folders; an official `.pt` has no place for them.
+
+    Raises:
+        InputError: the target is there already, or the format cannot express the model.
+        CheckpointError: the source is missing, damaged or foreign.
+    """
+    check_free(target, folder=to != "official")
+    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision)
+    model, folder = loaded.model, loaded.folder
+    if to == "official":
+        official.write(model, target)
+        return (*loaded.notes, *_left_behind(model, folder), _as_published(model))
+    # Before anything is written: it refuses what the class cannot express.
+    notes = _in_diffusers(model) if to == "diffusers" else ()
+    with written_whole(target) as partial:
+        if to == "native":
+            checkpoints.save(model, partial)
+        else:
+            diffusers_folder.write(model, partial)
+        carried = () if folder is None else checkpoints.copy_companions(folder, model, partial)
+        if to == "native":
+            settings = {"verb": "convert", "source": str(source), "model": model.trunk_hash()}
+            manifest.write_json(partial / "manifest.json", manifest.describe(settings))
+            model_card.write(model, partial, license=None if folder is None else model_card.license_of(folder))
+    if model.exits is not None:
+        carried = (checkpoints.EXITS, *carried)
+    return (*loaded.notes, *((f"beside the trunk: {', '.join(carried)}",) if carried else ()), *notes)
+
+
+def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:
+    left = [f"exits after {len(model.exits.layers)} layers"] if model.exits is not None else []
+    if folder is not None:
+        left += [
+            path.name for path in (*sorted(folder.glob(checkpoints.PLANS)), folder / checkpoints.TABLE) if path.exists()
+        ]
+    return (f"left behind: {', '.join(left)}; an official .pt has no place for them",) if left else ()
+
+
+def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
+    """How a plainly loaded folder compares with the model, measured on the class itself."""
+    transformer, config = diffusers_folder.to_diffusers(model), DiTConfig(**model.backbone.config())
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return transformer(x, t, y, return_dict=False)[0]
+
+    matched = predictions(predict, config)
+    note = f"in diffusers, with matched frequencies: {drift(predictions(model, config), matched)}"
+    causes = ["timestep frequencies"] if config.frequency_shift != 1 else []
+    if own_positions(model.backbone.state_dict()) is not None:
+        causes.append("unrounded positions")
+    if not causes:
+        return (f"{note}; loaded plainly it is the same: nothing is unmatched",)
+    match_frequencies(transformer, 1)
+    side = config.image_size // config.patch_size
+    transformer.pos_embed.pos_embed.copy_(position_features(side, config.width)[None])
+    found = drift(matched, predictions(predict, config))
+    call = f"; call dyndit.match_frequencies(transformer, {config.frequency_shift}) after loading"
+    return (note, f"loaded plainly ({' and '.join(causes)} of diffusers, not of this model): {found}{call}")
+
+
+def _as_published(model: DynamicDepth) -> str:
+    """How the published code would run the written weights, which knows nothing of our `args`."""
+    config = DiTConfig(**model.backbone.config())
+    published = official.as_published(config)
+    others = [field.name for field in fields(config) if getattr(config, field.name) != getattr(published, field.name)]
+    if not others:
+        return "the published code runs it as it is: nothing is unmatched"
+    theirs = ClassConditionalDiT(published).eval()
+    theirs.load_state_dict(model.backbone.state_dict())
+    causes = ", ".join(f"{name} {getattr(published, name):g}, not {getattr(config, name):g}" for name in others)
+    found = drift(predictions(model, config), predictions(theirs, config))
+    return f"loaded plainly (the published code has {causes}): {found}; dyndit.load honours what args record"

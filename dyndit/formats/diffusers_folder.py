@@ -1,0 +1,335 @@
+"""diffusers' `DiTTransformer2DModel`: a folder with `config.json` and `diffusion_pytorch_model.*`.
+
+In: safetensors, whole or in shards, or a `.bin`, read as tensors alone; the class itself is not needed. Out: a folder
+that plain `DiTTransformer2DModel.from_pretrained` loads. What the class has no argument for stands in config.json under
+names that begin with `_dyndit_`, which diffusers passes over: the timestep frequencies above all (0 in the published
+code; the class always starts with 1, see `match_frequencies`).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dyndit.backbones import ClassConditionalDiT, DiTConfig
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import CheckpointError, InputError
+from dyndit.formats.diffusers_names import (
+    POSITIONS,
+    frequency_shift_of,
+    from_native,
+    match_frequencies,
+    num_blocks,
+    own_positions,
+    to_native,
+)
+from dyndit.formats.files import (
+    Loaded,
+    built,
+    first_line,
+    load_strictly,
+    read_json,
+    read_pickled,
+    read_safetensors,
+    write_safetensors,
+)
+from dyndit.formats.native import CONFIG, EXITS, check_plans, read_exits, write_exits
+from dyndit.manifest import write_json
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+CLASS = "DiTTransformer2DModel"
+WEIGHTS = "diffusion_pytorch_model"
+FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT = "_dyndit_frequency_shift", "_dyndit_pixel_space", "_dyndit_label_dropout"
+PRIVATE = (FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT)
+TRUNK_KEY, CONFIG_KEY = "dyndit_trunk", "dyndit_config"
+"""Names under which the metadata of weights that we wrote records the trunk's hash, and the private names' values."""
+
+_NORM_EPS = 1e-6
+"""Of the norms before attention and before the output, which the class hard-codes."""
+_FIXED = {
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "attention_bias": True,
+}
+"""What the class could be told and no DiT is."""
+_DEFAULTS = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+"""The class's own, which a config.json need not repeat."""
+_LARGEST, _MOST_PATCHES = 1 << 20, 512
+"""Of a size at all, and of patches across: an edited file is to be refused before it fills the memory."""
+
+
+def serves(config: Mapping[str, object]) -> bool:
+    """Whether a config.json is of the class, or of the one that older versions of diffusers kept it in."""
+    name = config.get("_class_name")
+    return name == CLASS or (name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero")
+
+
+def read(folder: Path, pixel_space: bool | None = None) -> Loaded:
+    """Read a transformer's folder, and `exits.safetensors` where it lies there.
+
+    pixel_space: what the folder does not record (default: pixels where there are 1 or 3 channels).
+
+    Raises:
+        CheckpointError: damaged or edited, of another class, or with exits or plans of another trunk.
+    """
+    path = folder / CONFIG
+    raw = read_json(path)
+    tensors, metadata, name = _weights(folder)
+    config, native = _renamed(raw, tensors, path)
+    backbone = built(ClassConditionalDiT, asdict(config), path)
+    load_strictly(backbone, native, folder / name)
+    trunk = backbone.identity()
+    if metadata.get(TRUNK_KEY, trunk) != trunk or metadata.get(CONFIG_KEY, _sealed(raw)) != _sealed(raw):
+        raise CheckpointError(
+            f"{folder}: {CONFIG} edited, or {name} damaged (hash {trunk}, recorded {metadata.get(TRUNK_KEY)})"
+        )
+    exits = read_exits(folder / EXITS, backbone, trunk=trunk) if (folder / EXITS).exists() else None
+    check_plans(folder, trunk)
+    if pixel_space is None:
+        pixel_space = config.in_channels in (1, 3)
+    pixel_space = _private(raw, PIXEL_SPACE, bool, pixel_space, path)
+    shift = config.frequency_shift
+    how = f"as {FREQUENCY_SHIFT} records" if FREQUENCY_SHIFT in raw else "diffusers' own"
+    notes = (
+        f"{folder.name}: {config.num_heads} attention heads, as {CONFIG} records",
+        f"{folder.name}: timestep frequencies with shift {shift}, {how}; norm_eps {config.mlp_norm_eps:g} of the MLPs",
+    )
+    return Loaded(DynamicDepth(backbone, exits, pixel_space=pixel_space).eval(), notes, folder)
+
+
+def write(model: DynamicDepth, folder: Path) -> None:
+    """Write a transformer's folder, with exits.safetensors where the model has exits.
+
+    Raises:
+        InputError: the diffusers class cannot express the model.
+    """
+    config, trunk = class_config(model), model.trunk_hash()
+    tensors = from_native(model.backbone.state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", TRUNK_KEY: trunk, CONFIG_KEY: _sealed(config)}
+    write_safetensors(tensors, folder / f"{WEIGHTS}.safetensors", metadata)
+    write_json(folder / CONFIG, config)
+    if model.exits is not None:
+        write_exits(model.exits, folder / EXITS, trunk)
+
+
+def class_config(model: DynamicDepth) -> dict[str, object]:
+    """The config.json of a model: the class's arguments, and the private names it passes over.
+
+    Raises:
+        InputError: the class cannot express the model.
+    """
+    backbone = model.backbone
+    if not isinstance(backbone, ClassConditionalDiT):
+        raise InputError(f"{CLASS}: a class-conditional DiT alone, not a {type(backbone).__name__}")
+    c = DiTConfig(**backbone.config())
+    limits = {
+        f"mlp_ratio {c.mlp_ratio:g}": int(c.width * c.mlp_ratio) == 4 * c.width,
+        "a trunk without null class": c.label_dropout > 0,
+        f"norm_eps {c.norm_eps:g}": c.norm_eps == _NORM_EPS,
+    }
+    for found, fits in limits.items():
+        if not fits:
+            raise InputError(f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class and norm_eps 1e-6")
+    try:
+        own_positions(backbone.state_dict())
+    except CheckpointError as error:
+        raise InputError(f"{CLASS}: {error}") from error
+    import diffusers
+
+    return {
+        "_class_name": CLASS,
+        "_diffusers_version": diffusers.__version__,
+        FREQUENCY_SHIFT: c.frequency_shift,
+        PIXEL_SPACE: model.pixel_space,
+        LABEL_DROPOUT: c.label_dropout,
+        **_FIXED,
+        "num_attention_heads": c.num_heads,
+        "attention_head_dim": c.width // c.num_heads,
+        "in_channels": c.in_channels,
+        "out_channels": backbone.out_channels,
+        "num_layers": c.num_blocks,
+        "sample_size": c.image_size,
+        "patch_size": c.patch_size,
+        "num_embeds_ada_norm": c.num_classes,
+        "norm_eps": c.mlp_norm_eps,
+    }
+
+
+def to_diffusers(model: DynamicDepth) -> "DiTTransformer2DModel":
+    """The transformer as diffusers' class, in memory, with the model's own timestep frequencies. Exits stay behind.
+
+    Raises:
+        InputError: the class cannot express the model.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    config = class_config(model)
+    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+    transformer = DiTTransformer2DModel(**arguments)
+    tensors = from_native(model.backbone.state_dict())
+    positions = tensors.pop(POSITIONS, None)
+    transformer.load_state_dict(tensors)
+    if positions is not None:
+        transformer.pos_embed.pos_embed.copy_(positions)
+    match_frequencies(transformer, config[FREQUENCY_SHIFT])
+    transformer.register_to_config(**{name: config[name] for name in PRIVATE})
+    reference = next(model.backbone.parameters())
+    transformer = transformer.to(reference.device).eval()
+    return transformer if reference.dtype == transformer.dtype else transformer.to(reference.dtype)
+
+
+def from_diffusers(transformer: "DiTTransformer2DModel", pixel_space: bool | None = None) -> DynamicDepth:
+    """A native copy of a transformer of diffusers, with the timestep frequencies it has now; without exits.
+
+    pixel_space: whether it makes pixels (default: as its config records, else where it has 1 or 3 channels).
+
+    Raises:
+        CheckpointError: a variant of the class that is no DiT, or frequencies other than its config records.
+    """
+    where, shift = Path(CLASS), frequency_shift_of(transformer)
+    recorded = transformer.config.get(FREQUENCY_SHIFT, shift)
+    if recorded != shift:
+        raise CheckpointError(
+            f"{CLASS}: runs with frequency shift {shift}, but its config records {recorded}; expected "
+            f"dyndit.match_frequencies(transformer, {recorded}) after loading"
+        )
+    raw = dict(transformer.config) | {"_class_name": CLASS, FREQUENCY_SHIFT: shift}
+    config, native = _renamed(raw, transformer.state_dict(), where)
+    backbone = built(ClassConditionalDiT, asdict(config), where)
+    load_strictly(backbone, native, where)
+    reference = next(transformer.parameters())
+    if pixel_space is None:
+        pixel_space = _private(raw, PIXEL_SPACE, bool, config.in_channels in (1, 3), where)
+    return DynamicDepth(backbone.to(reference.device, reference.dtype), pixel_space=pixel_space).eval()
+
+
+def _sealed(config: Mapping[str, object]) -> str:
+    return json.dumps({name: config.get(name) for name in PRIVATE})
+
+
+def _renamed(
+    raw: Mapping[str, object], tensors: Mapping[str, Tensor], path: Path
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """The architecture that a config.json names, and the tensors under the native names, as far as both agree."""
+    config = _architecture(raw, path)
+    try:
+        if (found := num_blocks(tensors)) != config.num_blocks:
+            raise CheckpointError(f"{path}: num_layers is {config.num_blocks}, but the weights hold {found} blocks")
+        width = tensors["pos_embed.proj.weight"].shape[0]
+        if width != config.width:
+            raise CheckpointError(f"{path}: heads are {config.width} wide in all, but the weights are {width} wide")
+        return config, to_native(tensors, config.image_size // config.patch_size)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the weights beside it are no {CLASS}'s ({first_line(error)})") from error
+
+
+def _architecture(raw: Mapping[str, object], path: Path) -> DiTConfig:
+    if not serves(raw):
+        raise CheckpointError(f"{path}: holds a {raw.get('_class_name')!r:.60}, expected a {CLASS}")
+    for name, value in _FIXED.items():
+        if raw.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name} is {raw[name]!r:.40}, expected {value!r}")
+    sizes = {name: raw.get(name, default) for name, default in _DEFAULTS.items()}
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise CheckpointError(f"{path}: {name} is {value!r:.40}, expected an integer of at least 1")
+    channels = sizes["in_channels"]
+    out = raw.get("out_channels")
+    if out not in (None, channels, 2 * channels):
+        raise CheckpointError(f"{path}: out_channels is {out!r:.40}, expected {channels} or {2 * channels}")
+    if sizes["sample_size"] > _MOST_PATCHES * sizes["patch_size"]:
+        raise CheckpointError(
+            f"{path}: sample_size is {sizes['sample_size']}, expected at most {_MOST_PATCHES} patches"
+        )
+    shift = _private(raw, FREQUENCY_SHIFT, int, 1, path)
+    norm_eps, dropout = raw.get("norm_eps", 1e-5), raw.get(LABEL_DROPOUT, 0.1)
+    for name, value in (("norm_eps", norm_eps), (LABEL_DROPOUT, dropout)):
+        if type(value) not in (int, float) or not 0 < value < 1:
+            raise CheckpointError(f"{path}: {name} is {value!r:.40}, expected a number between 0 and 1")
+    if shift not in (0, 1):
+        raise CheckpointError(f"{path}: {FREQUENCY_SHIFT} is {shift}, expected 0 or 1")
+    try:
+        return DiTConfig(
+            image_size=sizes["sample_size"],
+            patch_size=sizes["patch_size"],
+            in_channels=channels,
+            width=sizes["num_attention_heads"] * sizes["attention_head_dim"],
+            num_blocks=sizes["num_layers"],
+            num_heads=sizes["num_attention_heads"],
+            mlp_ratio=4.0,
+            num_classes=sizes["num_embeds_ada_norm"],
+            label_dropout=dropout,
+            learn_variance=out == 2 * channels,
+            norm_eps=_NORM_EPS,
+            mlp_norm_eps=norm_eps,
+            frequency_shift=shift,
+        )
+    except InputError as error:
+        raise CheckpointError(f"{path}: impossible architecture ({error})") from error
+
+
+def _private(raw: Mapping[str, object], name: str, kind: type, default: object, path: Path) -> object:
+    """What one of our own names records, checked; the default where diffusers wrote the file."""
+    value = raw.get(name, default)
+    if type(value) is not kind:
+        raise CheckpointError(f"{path}: {name} is {value!r:.40}, expected {kind.__name__}")
+    return value
+
+
+def _weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Tensors, metadata and the file's name; safetensors before pickles."""
+    whole, index = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
+    pickled, pickled_index = f"{WEIGHTS}.bin", f"{WEIGHTS}.bin.index.json"
+    if (folder / whole).exists():
+        return *read_safetensors(folder / whole), whole
+    if (folder / index).exists():
+        return _sharded(folder, index, lambda path: read_safetensors(path)[0]), {}, index
+    if (folder / pickled).exists():
+        return _pickled(folder / pickled), {}, pickled
+    if (folder / pickled_index).exists():
+        return _sharded(folder, pickled_index, _pickled), {}, pickled_index
+    raise CheckpointError(f"{folder}: holds no weights; expected {whole}, its shards with {index}, or {pickled}")
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    tensors = read_pickled(path)
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise CheckpointError(f"{path}: expected a state dict")
+    if not all(isinstance(name, str) for name in tensors):
+        raise CheckpointError(f"{path}: expected a state dict, with names for its tensors")
+    return tensors
+
+
+def _sharded(folder: Path, index: str, read_shard: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that an index shares out over files of the same folder, each where it says."""
+    shards = read_json(folder / index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{folder / index}: expected a weight_map from tensors to files")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{folder / index}: names {shard!r:.80}, expected a file of this folder")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / index}: names {shard!r:.80}, which is missing")
+        found, named = read_shard(folder / shard), {name for name, file in shards.items() if file == shard}
+        if odd := found.keys() ^ named:
+            raise CheckpointError(f"{folder / shard}: does not hold the tensors {index} gives it, first {min(odd)}")
+        tensors |= found
+    return tensors

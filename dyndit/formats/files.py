@@ -1,0 +1,176 @@
+"""What every format shares: reading tensors without running code, strict loading, writing whole or not at all."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dyndit.backbones import Backbone
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import CheckpointError, InputError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what was found out on the way, a line each, for whoever asked."""
+
+    model: DynamicDepth
+    notes: tuple[str, ...] = ()
+    folder: Path | None = None
+    """Where its plans, table and exits lie: the native folder, or the folder of the transformer's weights."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a foreign error's message, which may have many."""
+    lines = str(error).strip().splitlines()
+    return "".join(c for c in lines[0][:120] if c.isprintable()) if lines else "no message"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata.
+
+    Raises:
+        CheckpointError: missing, or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: no readable safetensors file ({first_line(error)})") from error
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def read_pickled(path: Path) -> object:
+    """What `torch.save` wrote, as long as it is tensors, plain data and `argparse.Namespace`.
+
+    Raises:
+        CheckpointError: damaged, or it would have to run code to be read.
+    """
+    try:
+        # A file, not a path: of a path torch.load believes the suffix.
+        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes, run through an unpickler, raise anything
+        name = type(error).__name__
+        unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        found = f"holds {unsafe[1]}" if unsafe else f"damaged or of another kind, {name}: {first_line(error)}"
+        raise CheckpointError(f"{path}: expected a PyTorch checkpoint of tensors alone ({found})") from error
+    if damaged := _damaged_record(path):
+        raise CheckpointError(f"{path}: damaged (the checksum of {damaged} does not fit)")
+    return data
+
+
+def _damaged_record(path: Path) -> str | None:
+    """The first record of a zip whose checksum does not fit: torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save can be told to leave the checksums out; they are all zero then.
+            return archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+    except zipfile.BadZipFile:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        return "the archive" if zipped else None  # the format before PyTorch 1.6 is no zip
+    except Exception as error:  # a damaged directory can name any compression, size or text
+        return f"the archive, {first_line(error)}"
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no JSON ({first_line(error)})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def built(family: type[Backbone], config: dict[str, object], path: Path) -> Backbone:
+    """A trunk of this architecture.
+
+    Raises:
+        CheckpointError: there is none, or it does not fit the memory.
+    """
+    try:
+        return family.from_config(config)
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path}: impossible architecture ({first_line(error)})") from error
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load, refusing missing, extra and reshaped tensors, and any that hold no plain floating-point numbers.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    own = module.state_dict()
+    for problem, names in (
+        ("lacks", own.keys() - tensors.keys()),
+        ("has extra", tensors.keys() - own.keys()),
+    ):
+        if names:
+            raise CheckpointError(f"{path}: {problem} {len(names)} tensors, first {min(names)}")
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            found, expected = tuple(tensors[name].shape), tuple(tensor.shape)
+            raise CheckpointError(f"{path}: {name} has shape {found}, expected {expected}")
+        if not tensors[name].is_floating_point() or tensors[name].layout != torch.strided:
+            found = f"{tensors[name].dtype}, {tensors[name].layout}"
+            raise CheckpointError(f"{path}: {name} is {found}, expected plain floating-point numbers")
+    try:
+        module.load_state_dict({name: t.to(own[name].dtype) for name, t in tensors.items()})
+    except (RuntimeError, NotImplementedError) as error:  # tensors without values, say
+        raise CheckpointError(f"{path}: its tensors cannot be read ({first_line(error)})") from error
+
+
+def check_free(target: Path, *, folder: bool) -> None:
+    """Refuse a target that is there already; an empty folder may become a folder.
+
+    Raises:
+        InputError: naming it.
+    """
+    if folder and target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target}: already there, and nothing is overwritten; expected a new path")
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path to write a file or a folder at; it becomes `target` when all went well, and goes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

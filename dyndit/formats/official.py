@@ -1,0 +1,166 @@
+"""The published DiT checkpoint (Peebles and Xie, github.com/facebookresearch/DiT): a `.pt` of `torch.save`.
+
+In: a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`. Out: `{"ema": state dict, "args":
+plain data}`, which `torch.load(weights_only=True)` opens. The shapes tell the architecture; what no shape shows is
+written into `args` and honoured where it is found there.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import isqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dyndit.backbones import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import CheckpointError, InputError
+from dyndit.formats.files import Loaded, built, first_line, load_strictly, read_pickled, written_whole
+
+
+def read(path: Path, num_heads: int | None = None) -> Loaded:
+    """Read a published checkpoint.
+
+    num_heads: where neither `args` nor the width tells; a contradiction is refused.
+
+    Raises:
+        CheckpointError: damaged, or of another architecture.
+        InputError: the number of heads is unknown or impossible.
+    """
+    tensors, args, notes = _contents(path)
+    config, heads_note = _infer(tensors, args, path, num_heads)
+    backbone = built(ClassConditionalDiT, asdict(config), path)
+    load_strictly(backbone, tensors, path)
+    if "trunk" in args.found and args.found["trunk"] != (trunk := backbone.identity()):
+        raise CheckpointError(f"{path}: damaged or edited (trunk {trunk}, its args record {args.found['trunk']})")
+    pixels = args.take("pixel_space", bool, config.in_channels in (1, 3))
+    return Loaded(DynamicDepth(backbone, pixel_space=pixels).eval(), (*notes, heads_note))
+
+
+def write(model: DynamicDepth, path: Path) -> None:
+    """Write the trunk, and in `args` what its tensors do not show. Exits have no place in this format.
+
+    Raises:
+        InputError: the trunk is no `ClassConditionalDiT`.
+    """
+    backbone = model.backbone
+    if not isinstance(backbone, ClassConditionalDiT):
+        raise InputError(f"{path}: the official format holds class-conditional DiTs, not a {type(backbone).__name__}")
+    config = backbone.config()
+    args = config | {"pixel_space": model.pixel_space, "trunk": backbone.identity()}
+    # Cloned, so that a view is not stored with all of the memory it looks at.
+    ema = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
+    with written_whole(path) as partial:
+        torch.save({"ema": ema, "args": args}, partial)
+
+
+def as_published(config: DiTConfig) -> DiTConfig:
+    """The same sizes with what the published code hard-codes: how it would run these weights."""
+    return replace(config, norm_eps=1e-6, mlp_norm_eps=1e-6, frequency_shift=0)
+
+
+@dataclass(frozen=True)
+class _Args:
+    """The `args` of a checkpoint. Only what `write` puts there is trusted to mean the trunk's architecture."""
+
+    path: Path
+    found: Mapping[str, object]
+    num_classes: int | None = None
+    """As the published training script was told, where there is a namespace."""
+
+    def take(self, name: str, kind: type, default: object) -> object:
+        """An entry of plain data, checked; the default where there is none."""
+        value = self.found.get(name, default)
+        good = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if value is not default and (not good or (kind is not bool and isinstance(value, bool))):
+            raise CheckpointError(f"{self.path}: args['{name}'] is {value!r:.40}, expected {kind.__name__}")
+        return value
+
+
+def _contents(path: Path) -> tuple[dict[str, Tensor], _Args, tuple[str, ...]]:
+    """State dict, args, and a note on which part of the file it is."""
+    data, notes, args = read_pickled(path), (), None
+    if isinstance(data, dict):
+        args = data.get("args")
+        for key in ("ema", "model"):
+            if isinstance(data.get(key), dict):
+                data, notes = data[key], (f"{path.name}: training checkpoint, using '{key}'",)
+                break
+    if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
+        raise CheckpointError(f"{path}: expected a state dict, or a checkpoint holding 'ema' or 'model'")
+    if not all(isinstance(name, str) for name in data):
+        raise CheckpointError(f"{path}: expected a state dict, with names for its tensors")
+    if isinstance(args, argparse.Namespace):
+        count = vars(args).get("num_classes")
+        return data, _Args(path, {}, count if isinstance(count, int) else None), notes
+    return data, _Args(path, args if isinstance(args, dict) else {}), notes
+
+
+def _infer(tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int | None) -> tuple[DiTConfig, str]:
+    """The architecture that the shapes tell; the number of heads, which none shows, from `args` or the width."""
+    try:
+        width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+        num_tokens = tensors["pos_embed"].shape[1]
+        rows = tensors["final_layer.linear.weight"].shape[0]
+        hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+        num_labels = tensors["y_embedder.embedding_table.weight"].shape[0]
+        num_blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    except KeyError as error:
+        raise CheckpointError(f"{path}: no class-conditional DiT (missing {error})") from error
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no class-conditional DiT ({first_line(error)})") from error
+    if 0 in (width, channels, patch, num_tokens, rows, hidden, num_labels):
+        raise CheckpointError(f"{path}: no class-conditional DiT (a tensor is empty)")
+    if num_blocks > len(tensors):
+        raise CheckpointError(f"{path}: no class-conditional DiT ({len(tensors)} tensors for {num_blocks} blocks)")
+    num_heads, how = _heads(args, path, width, num_heads)
+    # The row after the last class is the null label, unless the file says that every row is a class.
+    num_classes = args.take("num_classes", int, args.num_classes)
+    label_dropout = args.take("label_dropout", float, None)
+    has_null = num_classes != num_labels if label_dropout is None else label_dropout > 0
+    if (shift := args.take("frequency_shift", int, 0)) not in (0, 1):
+        raise CheckpointError(f"{path}: args['frequency_shift'] is {shift}, expected 0 or 1")
+    try:
+        config = DiTConfig(
+            image_size=isqrt(num_tokens) * patch,
+            patch_size=patch,
+            in_channels=channels,
+            width=width,
+            num_blocks=num_blocks,
+            num_heads=num_heads,
+            mlp_ratio=args.take("mlp_ratio", float, hidden / width),
+            num_classes=num_labels - has_null,
+            label_dropout=label_dropout if label_dropout is not None else 0.1 * has_null,
+            learn_variance=rows == 2 * channels * patch**2,
+            norm_eps=args.take("norm_eps", float, 1e-6),
+            mlp_norm_eps=args.take("mlp_norm_eps", float, 1e-6),
+            frequency_shift=shift,
+        )
+    except InputError as error:
+        raise CheckpointError(f"{path}: no class-conditional DiT ({error})") from error
+    for name, value in asdict(config).items():
+        if args.found.get("trunk") and args.found.get(name, value) != value:
+            raise CheckpointError(f"{path}: args['{name}'] is {args.found[name]!r:.40}, but the tensors tell {value!r}")
+    return config, f"{path.name}: {num_heads} attention heads, {how}"
+
+
+def _heads(args: _Args, path: Path, width: int, given: int | None) -> tuple[int, str]:
+    """The number of heads, and how it was found."""
+    recorded = args.take("num_heads", int, None)
+    if recorded is not None:
+        if given not in (None, recorded):
+            raise InputError(f"--num-heads {given}: {path} records {recorded}")
+        if recorded < 1 or width % recorded:
+            raise CheckpointError(f"{path}: args['num_heads'] is {recorded}, which does not divide the width {width}")
+        return recorded, "as its args record"
+    if given is not None:
+        if given < 1 or width % given:
+            raise InputError(f"--num-heads {given}: does not divide the width {width}")
+        return given, "as given"
+    by_width = {card.width: card.num_heads for card in CARDS.values()}
+    found = by_width.get(width) or (width // 64 if width % 64 == 0 else None)
+    if found is None:
+        raise InputError(f"{path}: width {width} tells no number of heads; expected --num-heads")
+    return found, "of the card of this width" if width in by_width else "64 wide"

@@ -1,0 +1,169 @@
+"""The model card of a native folder: README.md, written from what lies in the folder and nothing else."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from dyndit.backbones import tensors_hash
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import InputError
+from dyndit.formats.native import TABLE, plans_in
+from dyndit.plan import DepthPlan
+
+CARD, PICTURE, RUNS = "README.md", "plans.png", "runs.csv"
+MARK = "<!-- Written by dyndit from the files beside it. Without this line dyndit leaves the card alone. -->"
+TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit", "class-conditional-image-generation")
+_MOST_PLANS = 12
+"""Panels of the picture."""
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a card lies there that is somebody's own."""
+    path = folder / CARD
+    return path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that a card's front matter names."""
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    found = re.match(r"---\n(?:.*\n)*?license: *([\w.+-]+) *\n", path.read_text(encoding="utf-8", errors="replace"))
+    return found[1] if found else None
+
+
+def write(model: DynamicDepth, folder: Path, *, license: str | None = None) -> None:
+    """Write the card, and the picture of the plans in the folder. A card that dyndit did not write is left alone.
+
+    license: for the front matter (default: what the card there names).
+
+    Raises:
+        InputError: the licence is no identifier, or runs.csv is damaged.
+        CheckpointError: a plan cannot be read.
+    """
+    if is_foreign(folder):
+        return
+    license = license or license_of(folder)
+    if license is not None and not re.fullmatch(r"[\w.+-]+", license):
+        raise InputError(f"license {license!r:.40}: expected an identifier such as apache-2.0")
+    plans = {path.name: plan for path, plan in plans_in(folder).items()}
+    if plans:
+        from dyndit.analysis.figures import plan_figure, save  # matplotlib
+
+        few = dict(list(plans.items())[:_MOST_PLANS])
+        titles = {name.removeprefix("plan-").removesuffix(".json"): asdict(plan) for name, plan in few.items()}
+        save(plan_figure(titles), folder / PICTURE)
+    partial = folder / f"{CARD}.tmp"
+    partial.write_text(card(model, folder, plans, license), encoding="utf-8")
+    partial.replace(folder / CARD)
+
+
+def card(model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None) -> str:
+    """The card's text. plans: by file name."""
+    tags = "\n".join(f"- {tag}" for tag in TAGS)
+    named = f"license: {license}\n" if license else ""
+    parts = [
+        f"---\nlibrary_name: dyndit\n{named}tags:\n{tags}\n---",
+        MARK,
+        "# A Diffusion Transformer that stops early",
+        _trunk(model),
+        _exits(model),
+        _plans(plans, folder) if plans else "",
+        _measured(folder),
+        _loading(model, plans),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _trunk(model: DynamicDepth) -> str:
+    config = model.backbone.config()
+    rows = [f"| {name} | {value} |" for name, value in config.items()]
+    rows += [
+        f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
+        f"| makes | {'pixels in [-1, 1]' if model.pixel_space else 'latents'} |",
+        f"| hash | `{model.trunk_hash()}` |",
+    ]
+    return "\n".join(["## Trunk", "", "| | |", "|---|---|", *rows])
+
+
+def _exits(model: DynamicDepth) -> str:
+    if model.exits is None:
+        return "## Exits\n\nNone: the model runs at full depth alone."
+    layers = ", ".join(map(str, model.exits.layers))
+    count = sum(p.numel() for p in model.exits.parameters())
+    return (
+        f"## Exits\n\n`{model.exits.config.head}` heads after layers {layers} of {model.num_blocks}; {count:,} "
+        f"parameters; hash `{tensors_hash(model.exits.state_dict())}`."
+    )
+
+
+def _plans(plans: Mapping[str, DepthPlan], folder: Path) -> str:
+    """The plans and what their files say of them: predicted on the table's seeds, measured on fresh ones."""
+    columns = {
+        "predicted_share_of_time": "share of full depth's time, predicted",
+        "predicted_fd": "distance, predicted",
+        "measured_fd": "distance, measured",
+        "measured_fd_full": "full depth, measured",
+    }
+    head = ["plan", "router", "solver", "steps", "guidance", "budget", "blocks run", *columns.values()]
+    lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
+    for name, plan in plans.items():
+        budget = "–" if plan.budget is None else f"{plan.budget:g}"
+        named = [f"`{name}`", plan.router, plan.solver, str(plan.num_steps), f"{plan.cfg_scale:g}", budget]
+        figures = [_number(plan.figures.get(column)) for column in columns]
+        lines.append([*named, f"{plan.share_of_blocks:.0%}", *figures])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    what = f"Distances are Fréchet distances{_features(folder)}; lower is better."
+    return f"## Plans\n\n![Depth over the sampling steps]({PICTURE})\n\n{table}\n\n{what}"
+
+
+def _features(folder: Path) -> str:
+    if not (folder / TABLE).exists():
+        return ""
+    from dyndit.routers.searched import ShiftTable
+
+    table = ShiftTable.load(folder / TABLE)
+    return (
+        f" on the features of `{table.extractor}`, predicted from {table.num_pictures} pictures per entry of the table"
+    )
+
+
+def _measured(folder: Path) -> str:
+    """The table of the runs.csv that lies there, a part per machine, metric and setting."""
+    if not (folder / RUNS).is_file():
+        return ""
+    from dyndit.analysis import read_runs, summary
+    from dyndit.analysis.frontier import GROUP
+    from dyndit.analysis.report import markdown_table
+
+    parts = ["## Measured"]
+    for _, runs in read_runs(folder / RUNS).groupby(GROUP, sort=False):
+        scored = runs[runs["role"] == "score"]
+        if len(scored):
+            first = scored.iloc[0]
+            parts.append(
+                f"{first['machine']}; {first['metric']}, guidance {first['cfg_scale']:g}, {scored['block'].nunique()} "
+                f"seed blocks of {first['num_images']:g} pictures; ± is a 95% interval over seed blocks."
+            )
+            parts.append(markdown_table(summary(runs)).rstrip())
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
+    guided = model.backbone.null_class is not None
+    drawn = "num_steps=20, cfg_scale=1.5" if guided else "num_steps=20, cfg_scale=1"
+    if plans:
+        name, plan = next(iter(plans.items()))
+        drawn = f'plan=dyndit.DepthPlan.load("{name}"), solver="{plan.solver}", num_steps={plan.num_steps}'
+        drawn += f", cfg_scale={plan.cfg_scale:g}"
+    result = "pictures" if model.pixel_space else "latents"
+    return (
+        "## Use\n\n```python\nimport dyndit\n"
+        'model = dyndit.load("PATH_OR_HUB_ID")  # this folder, or its id on the hub\n'
+        f"{result} = dyndit.sample(model, labels=[0], {drawn}).{result}\n```"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

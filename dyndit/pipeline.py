@@ -1,0 +1,351 @@
+"""DynDiTPipeline: a class-conditional model with exits, as a pipeline of diffusers.
+
+    pipe = DynDiTPipeline.from_model("runs/digits")
+    pipe([3, 7], plan="runs/digits/plan.json", seed=0).images
+    pipe([3, 7], budget=0.6, num_inference_steps=20).images    # searched on the shift table, the router
+    pipe.save_pretrained("pipe")
+    diffusers.DiffusionPipeline.from_pretrained("pipe")        # once `from dyndit import DynDiTPipeline` was run
+    DynDiTPipeline.from_pretrained("org/name")                 # from the hub
+
+Its sampling is `dyndit.sampler`'s loop, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
+class: the base class would fetch neither exits nor shift table, and refuses.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines import pipeline_loading_utils
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from huggingface_hub import snapshot_download
+from PIL import Image
+from torch import Tensor
+
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import InputError
+from dyndit.latents import decode_batch, load_autoencoder
+from dyndit.plan import DepthPlan
+from dyndit.routers.schedules import guidance_interval as within_interval
+from dyndit.routers.searched import FILE, ShiftTable
+from dyndit.sampler import (
+    SOLVERS,
+    Batch,
+    Guidance,
+    advance,
+    check_request,
+    resolve_plan,
+    start,
+    state_shape,
+    to_uint8,
+)
+
+# The table in which diffusers looks up how components that are none of its own models are saved and loaded.
+_COMPONENTS = {ShiftTable.__name__: ["save_pretrained", "from_pretrained"]}
+pipeline_loading_utils.LOADABLE_CLASSES[ShiftTable.__module__] = _COMPONENTS
+pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_COMPONENTS)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CFG_SCALE, NUM_STEPS = 1.5, 20
+"""Where neither the call nor its plan or table says."""
+
+StepEndCallback = Callable[["DynDiTPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+"""(pipeline, step, timestep, tensors by name) -> tensors to go on with, by name."""
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Where a call's randomness comes from: one of the four; seeds drawn from torch's own generator if none is."""
+
+    seed: int | None
+    first_index: int
+    seeds: Sequence[int] | None
+    generator: torch.Generator | list[torch.Generator] | None
+
+    def batch(self, labels: list[int], device: torch.device) -> Batch:
+        """The batch of these labels.
+
+        Raises:
+            InputError: several sources, a number of seeds or generators other than the pictures', or a bad seed.
+        """
+        given = [name for name in ("seed", "seeds", "generator") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} are both given; expected one source of noise")
+        for name in ("seeds", "generator"):
+            several = getattr(self, name)
+            if isinstance(several, Sequence) and len(several) != len(labels):
+                raise InputError(f"{name}: {len(several)} for {len(labels)} pictures; expected one each")
+        seeds = [self.seed] if self.seeds is None else list(self.seeds)
+        if any(seed is not None and seed < 0 for seed in seeds) or self.first_index < 0:
+            raise InputError(f"seed {min([self.first_index, *seeds])}: expected at least 0")
+        y = torch.tensor(labels, device=device)
+        if self.seeds is not None:
+            return Batch(y, (0,) * len(labels), tuple(int(seed) for seed in self.seeds))
+        indices = tuple(range(self.first_index, self.first_index + len(labels)))
+        seed = int(torch.randint(2**62, ()).item()) if self.seed is None else int(self.seed)
+        generators = list(self.generator) if isinstance(self.generator, Sequence) else self.generator
+        return Batch(y, indices, seed, generators)
+
+
+class DynDiTPipeline(DiffusionPipeline):
+    """Class labels to pictures, at the depths of a plan.
+
+    transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any
+    noise-predicting scheduler on the training schedule (`dyndit.sampler.check_scheduler`); one of learned variance
+    gets the variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
+    router: the shift table that `budget=` searches.
+
+    Raises:
+        InputError: components that do not fit each other.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae", "router"]  # noqa: RUF012 (the base class' own form)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: DynamicDepth,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        router: ShiftTable | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(transformer, DynamicDepth):
+            raise InputError(f"transformer: {type(transformer).__name__}; expected a dyndit.DynamicDepth")
+        backbone = transformer.backbone
+        if backbone.num_classes < 1:
+            raise InputError(f"transformer: a {backbone.family} backbone has no classes; expected a class-conditional")
+        if vae is not None and transformer.pixel_space:
+            raise InputError("vae: this transformer makes pixels; expected none")
+        if vae is not None and vae.config.latent_channels != backbone.in_channels:
+            channels = vae.config.latent_channels
+            raise InputError(f"vae: {channels} latent channels; the transformer's have {backbone.in_channels}")
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, router=router)
+        self._checked: WeakKeyDictionary[DynamicDepth, set[tuple[str, str, int]]] = WeakKeyDictionary()
+
+    @classmethod
+    def from_model(
+        cls,
+        model_or_folder: DynamicDepth | str | Path,
+        *,
+        solver: str = "ddim",
+        vae: AutoencoderKL | str | Path | None = None,
+    ) -> "DynDiTPipeline":
+        """A pipeline of a model, or of whatever `dyndit.load` takes; a shift table that lies there is its router.
+
+        solver: a name of `dyndit.sampler.SOLVERS`. vae: an autoencoder or its folder.
+
+        Raises:
+            InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
+        """
+        from dyndit import checkpoints
+
+        if solver not in SOLVERS:
+            raise InputError(f"solver {solver}: expected one of {', '.join(SOLVERS)}")
+        if isinstance(model_or_folder, DynamicDepth):
+            model, folder = model_or_folder, None
+        else:
+            loaded = checkpoints.inspect(model_or_folder)
+            model, folder = loaded.model, loaded.folder
+        there = folder is not None and (Path(folder) / FILE).exists()
+        vae = load_autoencoder(vae) if isinstance(vae, str | Path) else vae
+        return cls(model, SOLVERS[solver].build(), vae, ShiftTable.from_pretrained(folder) if there else None)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: object) -> str:
+        """Fetch a pipeline from the hub -> its folder.
+
+        The base class fetches what carries the weights' usual name alone, so neither exits nor the shift table.
+        """
+        known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        options = {name: options[name] for name in known if options.get(name) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        plan: DepthPlan | str | Path | None = None,
+        budget: float | None = None,
+        guided_channels: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw one picture per label, all in one batch.
+
+        Depth: the original model throughout; or `plan`, a `DepthPlan` or its file; or the plan that the router finds
+        for `budget`, a share of full depth's time. Steps and guidance scale are by default those of the plan, the
+        scale else that of the router's table, else 20 and 1.5 (1 where the model has no null class).
+
+        guidance_scale: 1 is none. guided_channels: how many channels are guided, None for all; the published DiT
+        guides 3 of 4. guidance_interval: noise levels (low, high] outside which there is no guidance, in the unit of
+        `dyndit.routers.guidance_interval`.
+
+        Noise: `seed` gives picture i the noise of `dyndit.sample`'s picture first_index + i; `seeds`, one per picture,
+        that of its picture 0 at each seed; `generator`, one for all or a list of one per picture, draws it, and a
+        stochastic scheduler's noise too. latents: (B, C, H, W), standard normal, to start from instead.
+
+        output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in 0..1, or "latent", the state at the end.
+        callback_on_step_end(pipeline, step, timestep, {"latents": ...}) is called after every step; latents in the
+        dictionary it returns replace those.
+
+        Raises:
+            InputError: a label or setting out of range, or a plan that does not fit (PlanError).
+        """
+        model, labels = self.transformer, _labels(class_labels)
+        check_request(model, labels, batch_size=1, seed=0)
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type}: expected one of {', '.join(OUTPUT_TYPES)}")
+        if output_type != "latent" and not model.pixel_space and self.vae is None:
+            raise InputError(f"output_type {output_type}: this model makes latents and the pipeline has no vae")
+        on_step_end = self._on_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        plan = self.plan_for(
+            plan=plan, budget=budget, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+        )
+        guidance = Guidance(plan.cfg_scale, guided_channels)
+        if guidance_interval is not None:
+            low, high = guidance_interval
+            plan = within_interval(plan, low, high)
+        batch = _Noise(seed, first_index, seeds, generator).batch(labels, self._execution_device)
+        if latents is not None:
+            latents = _checked(latents, (len(labels), *state_shape(model)), "latents").to(batch.labels.device)
+
+        _to_its_device(model)
+        trajectory = start(model, batch, self.scheduler, plan.num_steps, noise=latents)
+        with self.progress_bar(total=plan.num_steps) as bar:
+
+            def step_ended(k: int, t: Tensor, x: Tensor) -> Tensor | None:
+                bar.update()
+                return None if on_step_end is None else on_step_end(k, t, x)
+
+            x = advance(model, batch, trajectory, plan, guidance, on_step_end=step_ended).x
+        images = x.clone() if output_type == "latent" else self._pictures(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def plan_for(
+        self,
+        *,
+        plan: DepthPlan | str | Path | None = None,
+        budget: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> DepthPlan:
+        """The plan that a call with these arguments runs (without its guidance interval).
+
+        A search takes seconds; what it finds can be given to many calls.
+
+        Raises:
+            InputError: plan and budget are both given, there is no router, or a plan does not fit (PlanError).
+        """
+        from dyndit.calibration import plan_on_table
+
+        if plan is not None and budget is not None:
+            raise InputError("plan and budget are both given; expected one of them")
+        if budget is not None and self.router is None:
+            raise InputError(
+                f"budget {budget:g}: this pipeline has no router; expected one with a shift table, or plan="
+            )
+        plan = DepthPlan.load(plan) if isinstance(plan, str | Path) else plan
+        default_scale = CFG_SCALE if self.transformer.backbone.null_class is not None else 1.0
+        steps, scale = (NUM_STEPS, default_scale) if plan is None else (plan.num_steps, plan.cfg_scale)
+        steps = steps if num_inference_steps is None else num_inference_steps
+        bound = self.router if budget is not None else plan
+        check = bound is not None and self._is_to_be_checked(bound)
+        if budget is None:
+            scale = scale if guidance_scale is None else guidance_scale
+            chosen = resolve_plan(self.transformer, plan, self.scheduler, steps, scale, check_trunk=check)
+            chosen = replace(chosen, cfg_scale=scale)
+        else:
+            measured = self.router.cfg_scale
+            if guidance_scale not in (None, measured):
+                raise InputError(f"guidance_scale {guidance_scale:g}: the router's table was measured at {measured:g}")
+            options = {"budget": budget, "solver": self.scheduler, "num_steps": steps, "check_trunk": check}
+            chosen = plan_on_table(self.transformer, self.router, **options)
+        if check:
+            self._checked.setdefault(self.transformer, set()).add(self._identity(bound))
+        return chosen
+
+    def _is_to_be_checked(self, bound: DepthPlan | ShiftTable) -> bool:
+        """Whether the trunk and exits that these were made for are to be compared with the transformer's.
+
+        Once is enough while its weights stay. In half precision they are not the ones that were hashed.
+        """
+        known = self._checked.get(self.transformer, set())
+        return self.transformer.dtype == torch.float32 and self._identity(bound) not in known
+
+    def _identity(self, bound: DepthPlan | ShiftTable) -> tuple[str, str, int]:
+        writes = sum(parameter._version for parameter in self.transformer.parameters())
+        return bound.trunk, bound.exits, writes
+
+    def _on_step_end(
+        self, callback: StepEndCallback | PipelineCallback | MultiPipelineCallbacks | None, names: Sequence[str]
+    ) -> Callable[[int, Tensor, Tensor], Tensor | None] | None:
+        """The sampler's hook around a callback of diffusers' convention."""
+        if callback is None:
+            return None
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            names = callback.tensor_inputs
+        if unknown := sorted(set(names) - set(self._callback_tensor_inputs)):
+            raise InputError(f"callback_on_step_end_tensor_inputs: {unknown[0]}; expected latents alone")
+
+        def on_step_end(k: int, t: Tensor, x: Tensor) -> Tensor | None:
+            returned = (callback(self, k, t, {"latents": x} if "latents" in names else {}) or {}).get("latents")
+            return None if returned is None else _checked(returned, x.shape, "callback_on_step_end").to(x.device)
+
+        return on_step_end
+
+    def _pictures(self, x: Tensor, output_type: str) -> object:
+        """(B, C, H, W) at the end of a sampling -> pictures of a type that is none of latents."""
+        x = x if self.transformer.pixel_space else decode_batch(self.vae, x)
+        if output_type == "pil":
+            arrays = to_uint8(x).cpu().permute(0, 2, 3, 1).numpy()
+            return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+        x = (x / 2 + 0.5).clamp(0, 1)
+        return x if output_type == "pt" else x.cpu().permute(0, 2, 3, 1).numpy()
+
+
+def _labels(class_labels: int | Sequence[int] | Tensor) -> list[int]:
+    if isinstance(class_labels, Tensor):
+        class_labels = class_labels.tolist()
+    class_labels = [class_labels] if isinstance(class_labels, int) else class_labels
+    try:
+        return [operator.index(label) for label in class_labels]
+    except TypeError as error:
+        raise InputError(f"class_labels: {class_labels!r:.60}; expected the numbers of classes") from error
+
+
+def _checked(x: Tensor, shape: Sequence[int], what: str) -> Tensor:
+    """The tensor in float32.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    if tuple(x.shape) != tuple(shape):
+        raise InputError(f"{what}: latents of shape {tuple(x.shape)}, expected {tuple(shape)}")
+    return x.float()
+
+
+_to_its_device = apply_forward_hook(lambda model: None)
+"""Under `enable_model_cpu_offload` a model moves when its `forward` is called; the loop calls another method."""
+
+# `DiffusionPipeline.from_pretrained` looks the class that model_index.json names up in the namespace of diffusers, which
+# has no entry point for classes of other packages.
+diffusers.DynDiTPipeline = DynDiTPipeline

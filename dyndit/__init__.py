@@ -18,6 +18,7 @@ _HOME = {
     "save": "checkpoints",
     "sample": "sampler",
     "calibrate": "calibration",
+    "CalibrationSettings": "calibration",
     "calibrate_pipeline": "calibration",
     "measure_shifts": "calibration",
     "record_calls": "recording",

@@ -42,6 +42,7 @@ from dyndit.sampler import (
     device_clock,
     full_plan,
     sample,
+    solver_name,
     start,
     to_uint8,
 )
@@ -253,7 +254,7 @@ class PipelineDrawing:
         self.device = calls[0].x.device.type
         # Only the last ones are run where a pipeline starts from a picture (`strength` below 1).
         timesteps = pipe.scheduler.timesteps.tolist()[-self._num_steps(calls) :]
-        solver = type(pipe.scheduler).__name__
+        solver = solver_name(pipe.scheduler)
         self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
 
     def _watching(self, calls: list[Inputs]) -> object:

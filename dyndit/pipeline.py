@@ -346,6 +346,6 @@ def _checked(x: Tensor, shape: Sequence[int], what: str) -> Tensor:
 _to_its_device = apply_forward_hook(lambda model: None)
 """Under `enable_model_cpu_offload` a model moves when its `forward` is called; the loop calls another method."""
 
-# `DiffusionPipeline.from_pretrained` looks the class that model_index.json names up in the namespace of diffusers, which
+# `DiffusionPipeline.from_pretrained` looks the class that model_index.json names up in the namespace of diffusers, and
 # has no entry point for classes of other packages.
 diffusers.DynDiTPipeline = DynDiTPipeline

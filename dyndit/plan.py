@@ -177,5 +177,5 @@ class DepthPlan:
 
 
 Router = Callable[[DepthPlan, tuple[int, ...]], DepthPlan]
-"""Writes a plan: (the full plan of a sampling, the depths there are) -> plan. `functools.partial(ramp, start=4)` is one,
-`ShiftTable.router(0.6)` another."""
+"""Writes a plan: (the full plan of a sampling, the depths there are) -> plan. `functools.partial(ramp, start=4)` is
+one, `ShiftTable.router(0.6)` another."""

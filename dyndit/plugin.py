@@ -35,6 +35,7 @@ from dyndit.sampler import solver_name
 
 HOOK = "dyndit_dynamic_depth"
 
+
 def apply_dyndit(
     target: Target,
     exits: Exits | str | Path | None,

@@ -299,6 +299,16 @@ def test_exits_from_a_file_are_bound_to_the_trunk(pipe, tmp_path) -> None:
     dyndit.apply_dyndit(pipe, tmp_path, the_plan(), check_trunk=False)
 
 
+def test_a_converted_transformer_loaded_plainly_is_told_what_it_lacks(pipe, tmp_path) -> None:
+    converted = to_diffusers(dyndit.load("digits"))
+    converted.save_pretrained(tmp_path)
+    plain = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"dyndit.match_frequencies\(transformer, 0\) after loading"):
+        dyndit.apply_dyndit(plain, None)
+    match_frequencies(plain, 0)
+    assert dyndit.apply_dyndit(plain, None).adapter.identity() == adapt(converted).identity()
+
+
 def test_what_does_not_fit_is_refused_in_one_line(pipe) -> None:
     exits = some_exits(pipe.transformer)
     handle = dyndit.apply_dyndit(pipe, exits, the_plan())

@@ -12,7 +12,8 @@ from torch.nn.functional import silu
 from dyndit.adapters.base import Adapter
 from dyndit.backbones.base import Inputs, State
 from dyndit.backbones.class_conditional import FinalLayer
-from dyndit.formats.diffusers_names import frequency_shift_of, to_native
+from dyndit.errors import CheckpointError
+from dyndit.formats.diffusers_names import FREQUENCY_SHIFT, frequency_shift_of, to_native
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,11 @@ class _State(State):
 
 
 class DiTAdapter(Adapter):
-    """Blocks take the timestep and the label themselves; each has a copy of the embedder."""
+    """Blocks take the timestep and the label themselves; each has a copy of the embedder.
+
+    Raises:
+        CheckpointError: diffusers built it with other timestep frequencies than its config says it was trained with.
+    """
 
     serves = "DiTTransformer2DModel"
     row_arguments = ("class_labels",)
@@ -34,6 +39,13 @@ class DiTAdapter(Adapter):
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
         self.num_classes = self.null_class = c.num_embeds_ada_norm
         self.in_channels, self.out_channels, self.image_size = c.in_channels, transformer.out_channels, c.sample_size
+
+        found = frequency_shift_of(transformer)
+        if (trained := c.get(FREQUENCY_SHIFT, found)) != found:
+            raise CheckpointError(
+                f"transformer: trained with timestep frequencies of shift {trained}, built by diffusers with {found}; "
+                f"expected dyndit.match_frequencies(transformer, {trained}) after loading"
+            )
 
     def _condition(self, call: dict[str, object]) -> Tensor:
         return call["class_labels"]

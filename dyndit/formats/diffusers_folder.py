@@ -18,6 +18,7 @@ from dyndit.backbones import ClassConditionalDiT, DiTConfig
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.formats.diffusers_names import (
+    FREQUENCY_SHIFT,
     POSITIONS,
     frequency_shift_of,
     from_native,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model"
-FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT = "_dyndit_frequency_shift", "_dyndit_pixel_space", "_dyndit_label_dropout"
+PIXEL_SPACE, LABEL_DROPOUT = "_dyndit_pixel_space", "_dyndit_label_dropout"
 PRIVATE = (FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT)
 TRUNK_KEY, CONFIG_KEY = "dyndit_trunk", "dyndit_config"
 """Names under which the metadata of weights that we wrote records the trunk's hash, and the private names' values."""

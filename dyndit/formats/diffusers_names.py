@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from dyndit.backbones.class_conditional import position_features
 from dyndit.errors import CheckpointError
 
+FREQUENCY_SHIFT = "_dyndit_frequency_shift"
+"""Name in config.json of the shift that the weights were trained with; diffusers keeps it and passes it over."""
+
 _EMBEDDERS = {
     "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
     "timestep_embedder.linear_1.bias": "t_embedder.mlp.0.bias",

@@ -82,3 +82,12 @@ def model(make_model: MakeModel) -> DynamicDepth:
 def shared() -> Path:
     """The folder of checkpoints and data beside the repository."""
     return Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def cifar10_dit(shared: Path) -> Path:
+    """A DiT trained with the published code on CIFAR-10."""
+    path = shared / "checkpoints" / "cifar10-dit.pt"
+    if not path.exists():
+        pytest.skip("no ../shared/checkpoints/cifar10-dit.pt beside the checkout")
+    return path

@@ -147,11 +147,8 @@ def test_heads_that_no_shape_shows(make_backbone, make_inputs, tmp_path: Path) -
 
 
 @pytest.mark.shared
-def test_a_real_checkpoint(shared: Path) -> None:
-    path = shared / "checkpoints" / "cifar10-dit.pt"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in ../shared/checkpoints")
-    loaded = checkpoints.inspect(path)
+def test_a_real_checkpoint(cifar10_dit: Path) -> None:
+    loaded = checkpoints.inspect(cifar10_dit)
     config = loaded.model.backbone.config()
     expected = {"num_heads": 3, "num_blocks": 12, "width": 192, "patch_size": 4, "num_classes": 10}
     assert {name: config[name] for name in expected} == expected

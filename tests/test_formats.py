@@ -986,8 +986,5 @@ def test_every_backend_draws_the_same_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-def test_every_backend_draws_the_same_pictures_of_a_real_model(shared: Path, tmp_path: Path) -> None:
-    path = shared / "checkpoints" / "cifar10-dit.pt"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in ../shared/checkpoints")
-    check_every_backend(path, tmp_path, batch=6, steps=8)
+def test_every_backend_draws_the_same_pictures_of_a_real_model(cifar10_dit: Path, tmp_path: Path) -> None:
+    check_every_backend(cifar10_dit, tmp_path, batch=6, steps=8)

@@ -693,11 +693,8 @@ def test_components_that_do_not_fit_are_refused(make_model, model, latent_model,
 
 
 @pytest.mark.shared
-def test_a_trained_trunk_guided_is_as_in_sample(shared: Path) -> None:
-    path = shared / "checkpoints" / "cifar10-dit.pt"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in ../shared/checkpoints")
-    trunk = dyndit.load(path, num_heads=3)
+def test_a_trained_trunk_guided_is_as_in_sample(cifar10_dit: Path) -> None:
+    trunk = dyndit.load(cifar10_dit, num_heads=3)
     exits = Exits(trunk.backbone, ExitConfig())
     with torch.no_grad():
         g = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_pipelines import tiny_pipeline
 from torch._dynamo.utils import counters
 
 import dyndit
@@ -152,8 +153,8 @@ class Pixels(ModelMixin, ConfigMixin):
 
 
 @pytest.mark.shared
-def test_the_cifar10_trunk_unguided_inside_dit_pipeline(shared) -> None:
-    model = dyndit.load(shared / "checkpoints" / "cifar10-dit.pt")
+def test_the_cifar10_trunk_unguided_inside_dit_pipeline(cifar10_dit) -> None:
+    model = dyndit.load(cifar10_dit)
     native = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig()), pixel_space=False).eval()
     transformer = to_diffusers(model)
     pipe = diffusers.DiTPipeline(transformer, Pixels(), make_scheduler("ddim", STEPS))
@@ -226,6 +227,81 @@ def test_two_pipelines_with_different_plans_live_side_by_side() -> None:
     assert [tuple(h.stats().query("branch == 'cond'")["depth"]) for h in handles] == [p.cond for p in plans]
 
 
+def test_exits_serve_pipelines_of_several_precisions(pipe) -> None:
+    other, exits, plan = a_pipeline(), some_exits(pipe.transformer), the_plan()
+    before = {name: tensor.clone() for name, tensor in exits.state_dict().items()}
+    for one in (pipe, other):
+        dyndit.apply_dyndit(one, exits, plan)
+    expected = draw(pipe)
+    other.to(torch.bfloat16)
+    assert draw(other).dtype == torch.bfloat16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in exits.state_dict().items())
+    assert torch.equal(draw(pipe), expected)
+    other.to(torch.float32)  # the transformer stays rounded; its exits were never
+    draw(other)
+    assert other.transformer._diffusers_hook.get_hook(HOOK).handle.model.exits is exits
+
+
+def test_steps_that_half_precision_rounds_together_are_steps() -> None:
+    """Flux hands timesteps over in its own precision: 400 of them are some 300 values in bf16."""
+    steps, tiny = 400, tiny_pipeline("FluxTransformer2DModel")
+    tiny.pipe.to(torch.bfloat16)
+    handle = dyndit.apply_dyndit(tiny.pipe, None)
+    tiny.run(guided=False, num_inference_steps=steps)
+    assert handle.stats()["timestep"].nunique() < steps == len(handle.stats())
+    full = handle.full_plan()
+    assert full.timesteps == pytest.approx(tiny.pipe.scheduler.timesteps.tolist())
+    handle.plan = full
+    # Broken off after its first step, a call leaves nothing: the next one begins at step 0, not 1.
+    with pytest.raises(ZeroDivisionError):
+        tiny.run(guided=False, num_inference_steps=steps, callback_on_step_end=lambda *_: 1 // 0)
+    tiny.run(guided=False, num_inference_steps=steps)
+    assert handle.stats()["step"].tolist() == list(range(steps))
+
+
+def test_a_loop_that_writes_into_its_latents_makes_one_call_a_step() -> None:
+    """Two calls on one tensor are a step's two branches only at one timestep."""
+    tiny, calls = tiny_pipeline("FluxTransformer2DModel"), []
+    transformer = tiny.transformer
+    watch = transformer.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
+    tiny.run(guided=False)
+    watch.remove()
+    handle = dyndit.apply_dyndit(transformer, None)
+    args, kwargs = calls[0]
+    x = kwargs["hidden_states"].clone()
+    with torch.no_grad():
+        for t in (1.0, 0.7, 0.4):
+            x -= 0.3 * transformer(*args, **kwargs | {"hidden_states": x, "timestep": torch.tensor([t])})[0]
+    assert handle.stats()[["step", "branch"]].values.tolist() == [[0, "cond"], [1, "cond"], [2, "cond"]]
+
+
+def test_offloading_put_on_later_outlives_the_plug_in(pipe) -> None:
+    plain = draw(pipe)
+    dyndit.apply_dyndit(pipe, some_exits(pipe.transformer), the_plan())
+    dynamic = draw(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert all(torch.equal(draw(pipe), dynamic) for _ in range(2))
+    dyndit.remove_dyndit(pipe)
+    assert "_hf_hook" in pipe.transformer.__dict__
+    moved, hook = [], pipe.transformer._hf_hook
+    hook.pre_forward = lambda module, *args, **kwargs: moved.append(1) or (args, kwargs)
+    assert torch.equal(draw(pipe), plain)
+    assert len(moved) == STEPS, "it is moved as before"
+    assert torch.equal(draw(pipe), plain), "the end of a call brings nothing back"
+    pipe.remove_all_hooks()
+    assert torch.equal(draw(pipe), plain)
+    assert "_diffusers_hook" not in pipe.transformer.__dict__
+
+
+def test_removing_from_a_transformer_compiled_since(pipe) -> None:
+    plain, transformer = draw(pipe), pipe.transformer
+    dyndit.apply_dyndit(pipe, some_exits(transformer), the_plan())
+    pipe.transformer = torch.compile(transformer, backend="eager")
+    dyndit.remove_dyndit(pipe)
+    pipe.transformer = transformer
+    assert torch.equal(draw(pipe), plain)
+
+
 def test_removing_leaves_the_transformer_as_it_was(pipe) -> None:
     transformer = pipe.transformer
     before = {name: t.clone() for name, t in transformer.state_dict().items()}
@@ -293,6 +369,10 @@ def test_exits_from_a_file_are_bound_to_the_trunk(pipe, tmp_path) -> None:
         handle = dyndit.apply_dyndit(pipe, path, tmp_path / "plan.json")
         assert torch.equal(draw(pipe), expected)
         handle.remove()
+    handle = dyndit.apply_dyndit(pipe, tmp_path)
+    handle.plan = str(tmp_path / "plan.json")
+    assert torch.equal(draw(pipe), expected)
+    handle.remove()
     match_frequencies(pipe.transformer, 0)
     with pytest.raises(CheckpointError, match="exits of trunk"):
         dyndit.apply_dyndit(pipe, tmp_path, the_plan())
@@ -309,7 +389,7 @@ def test_a_converted_transformer_loaded_plainly_is_told_what_it_lacks(pipe, tmp_
     assert dyndit.apply_dyndit(plain, None).adapter.identity() == adapt(converted).identity()
 
 
-def test_what_does_not_fit_is_refused_in_one_line(pipe) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path) -> None:
     exits = some_exits(pipe.transformer)
     handle = dyndit.apply_dyndit(pipe, exits, the_plan())
     with pytest.raises(InputError, match="has the plug-in already"):
@@ -340,6 +420,19 @@ def test_what_does_not_fit_is_refused_in_one_line(pipe) -> None:
         )
     with pytest.raises(InputError, match="compiled as a whole"):
         dyndit.apply_dyndit(torch.compile(pipe.transformer), exits, the_plan())
+    compiled = a_transformer()
+    compiled.compile(backend="eager")
+    with pytest.raises(InputError, match="compiled as a whole"):
+        dyndit.apply_dyndit(compiled, exits, the_plan())
+    deep = Exits(adapt(a_pipeline().transformer), ExitConfig())
+    deep.config = ExitConfig((2, 4))
+    with pytest.raises(InputError, match="exits: one after layer 4, but the transformer has 4 blocks"):
+        dyndit.apply_dyndit(pipe, deep, None)
+    with pytest.raises(InputError, match="no transformer"):
+        dyndit.apply_dyndit(diffusers.DiTPipeline(None, pipe.vae, pipe.scheduler), exits)
+    save_exits(exits, tmp_path / "exits.safetensors", adapt(pipe.transformer).identity())
+    with pytest.raises(CheckpointError, match="in bfloat16, which rounds its weights$"):
+        dyndit.apply_dyndit(a_pipeline().to(torch.bfloat16), tmp_path)
     registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
     registry.register_hook(diffusers.hooks.ModelHook(), "other")
     with pytest.raises(InputError, match="has the hook other"):

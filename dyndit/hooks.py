@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
@@ -21,10 +22,11 @@ def transformer_of(target: Target) -> nn.Module:
     """
     if not isinstance(target, DiffusionPipeline):
         return target
-    if "transformer" not in target.components:
+    transformer = target.components.get("transformer")
+    if transformer is None:  # pipelines can be loaded without it
         name = type(target).__name__
         raise InputError(f"{name}: has no transformer; expected the pipeline of a Diffusion Transformer")
-    return target.components["transformer"]
+    return transformer
 
 
 def add_hook(module: nn.Module, hook: ModelHook, name: str) -> None:
@@ -45,8 +47,12 @@ def remove_hook(module: nn.Module, name: str) -> None:
     registry: HookRegistry | None = module.__dict__.get("_diffusers_hook")
     if registry is None or registry.get_hook(name) is None:
         return
+    outermost = module.__dict__["forward"]
     registry.remove_hook(name, recurse=False)
     registry.invalidate_child_registries_cache()
+    if "_old_forward" in module.__dict__ and module.__dict__["forward"] is not outermost:
+        # Offloading by accelerate, put on later, runs what it found, and puts it back at the end of a pipeline's call.
+        module._old_forward, module.forward = module.forward, outermost
     # diffusers leaves an instance attribute and an empty registry behind.
     if module.__dict__.get("forward") == type(module).forward.__get__(module):
         del module.__dict__["forward"]
@@ -61,29 +67,32 @@ def watching(
     on_call: Callable[..., None],
     on_return: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Tell of every call of `module` while open: on_call(*args, **kwargs) before it, on_return() after it."""
-    add_hook(module, _Watch(on_call, on_return), name)
+    """Tell of every call of `module` while open: on_call(*args, **kwargs) before it, on_return() after it.
+
+    By torch's own hooks: an offloaded pipeline takes the module's forward, and what diffusers has hooked on it since,
+    off at the end of each of its calls.
+
+    Raises:
+        InputError: something of this name watches already.
+    """
+    watches = module._forward_pre_hooks.values()
+    if any(isinstance(watch, _Watch) and watch.name == name for watch in watches):
+        raise InputError(f"{type(module).__name__}: has the hook {name} already; expected one at a time")
+    before = module.register_forward_pre_hook(_Watch(name, on_call), with_kwargs=True)
+    after = module.register_forward_hook(lambda *_: on_return())
     try:
         yield
     finally:
-        remove_hook(module, name)
+        before.remove()
+        after.remove()
 
 
-class _Watch(ModelHook):
-    """Changes nothing about a call."""
+@dataclass(frozen=True)
+class _Watch:
+    """Told of a call, changes nothing about it."""
 
-    def __init__(self, on_call: Callable[..., None], on_return: Callable[[], None]) -> None:
-        super().__init__()
-        self.on_call, self.on_return = on_call, on_return
+    name: str
+    on_call: Callable[..., None]
 
-    def pre_forward(
-        self, module: nn.Module, *args: object, **kwargs: object
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
-        """As passed."""
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self.on_call(*args, **kwargs)
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: object) -> object:
-        """As returned."""
-        self.on_return()
-        return output

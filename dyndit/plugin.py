@@ -11,6 +11,7 @@ belongs to is read from its timestep; which of its rows are unconditional the fa
 place with memory, and it starts anew with every pipeline call.
 """
 
+import copy
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -49,8 +50,9 @@ def apply_dyndit(
     exits: trained for this very transformer: a module, or the `exits.safetensors` that training left (or its folder).
     plan: a plan or its file; or a router, which writes one for each call's timesteps; or None, full depth throughout.
     cfg_scale: the guidance scale a router's plans are for; anything but 1 says that calls are guided.
-    check_trunk: refuse exits and plans of another trunk. It hashes the transformer's weights once, some seconds per
-    billion parameters.
+    check_trunk: refuse exits and plans of another trunk. It hashes the transformer's weights, some seconds per billion
+    parameters. Weights rounded to half precision are another trunk: put the plug-in on before `pipe.to(dtype)`, or turn
+    the check off.
 
     Raises:
         InputError: no adapter serves the transformer, or it has hooks that would not run any more.
@@ -62,8 +64,9 @@ def apply_dyndit(
     if isinstance(exits, str | Path):
         path = Path(exits)
         exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_trunk=check_trunk)
-    if isinstance(plan, str | Path):
-        plan = DepthPlan.load(plan)
+    if exits is not None and max(exits.layers) >= adapter.num_blocks:
+        deepest = max(exits.layers)
+        raise InputError(f"exits: one after layer {deepest}, but the transformer has {adapter.num_blocks} blocks")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     handle = DynDiTHandle(DynamicDepth(adapter, exits), pipeline, cfg_scale, check_trunk)
     handle.plan = plan
@@ -73,7 +76,10 @@ def apply_dyndit(
 
 def remove_dyndit(target: Target) -> None:
     """Take the plug-in off: the transformer is as it was before `apply_dyndit`. Nothing happens where there is none."""
-    remove_hook(transformer_of(target), HOOK)
+    transformer = transformer_of(target)
+    if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole since
+        transformer = transformer._orig_mod
+    remove_hook(transformer, HOOK)
 
 
 class DynDiTHandle:
@@ -84,11 +90,13 @@ class DynDiTHandle:
     ) -> None:
         self.model = model
         """The adapter with its exits; `model.depths` are the depths that a plan can use."""
+        self._given = model.exits
         self._pipeline, self._cfg_scale = pipeline, cfg_scale
         self._identities = (model.trunk_hash(), model.exits_hash()) if check_trunk else (None, None)
         self._plan: DepthPlan | None = None
         self._router: Router | None = None
-        self._routed_for: object = None
+        self._timesteps: Tensor | None = None
+        """The scheduler's, in the call that runs."""
         self._call = _Call()
 
     @property
@@ -108,19 +116,21 @@ class DynDiTHandle:
         return self._plan
 
     @plan.setter
-    def plan(self, plan: DepthPlan | Router | None) -> None:
+    def plan(self, plan: DepthPlan | str | Path | Router | None) -> None:
         """Switch, from the next call of the transformer on. Nothing is compiled again.
 
         Raises:
-            PlanError: the plan does not fit the model.
+            PlanError: the plan does not fit the model, or its file cannot be read.
             InputError: a router, where the plug-in sits on a bare transformer and sees no scheduler.
         """
+        if isinstance(plan, str | Path):
+            plan = DepthPlan.load(plan)
         router = plan if callable(plan) else None
         if router is not None and self._pipeline is None:
             raise InputError("plan: a router needs the scheduler's timesteps; expected apply_dyndit on the pipeline")
         if plan is not None and router is None:
             self._check(plan)
-        self._plan, self._router, self._routed_for = (None if router else plan), router, None
+        self._plan, self._router, self._timesteps = (None if router else plan), router, None
         self._call = _Call()
 
     @property
@@ -137,6 +147,10 @@ class DynDiTHandle:
         if not self._call.records:
             raise InputError("plan: no call of the pipeline was seen yet; expected one before")
         timesteps = dict.fromkeys(record.timestep for record in self._call.records)
+        if self._plan is None and self._timesteps is not None:  # as they were before the pipeline rounded them
+            times, first = self._timesteps.tolist(), next(iter(timesteps))
+            start = min(range(len(times)), key=lambda k: abs(times[k] - first))
+            timesteps = dict.fromkeys(times[start : start + self._call.step + 1])
         solver = "" if self._pipeline is None else solver_name(self._pipeline.scheduler)
         scale = (self._cfg_scale or 1.0) if self._plan is None else self._plan.cfg_scale
         return DepthPlan.full(tuple(timesteps), self.model.num_blocks, solver, scale)
@@ -156,9 +170,8 @@ class DynDiTHandle:
     def run(self, *args: object, **kwargs: object) -> object:
         """One call of the transformer's forward, at the plan's depths."""
         inputs = self.adapter.read(*args, **kwargs)
-        if self.model.exits is not None:
-            _follow(self.model.exits, inputs.x)
-        self._route()
+        self._follow(inputs.x)
+        self._begin()
         try:
             prediction = self._predict(inputs)
         except BaseException:
@@ -168,7 +181,7 @@ class DynDiTHandle:
 
     def _predict(self, inputs: Inputs) -> Tensor:
         timestep = found = _the_timestep(inputs.t) * self.adapter.timestep_scale
-        second = self._call.is_second_pass(inputs.x)
+        second = self._call.is_second_pass(inputs.x, found)
         step = self._call.step if second else self._step(timestep, inputs.t.dtype)
         if not second and self._call.is_over(step):
             self._call = _Call()
@@ -217,7 +230,8 @@ class DynDiTHandle:
         """
         last = self._call.records[-1] if self._call.records and timestep <= self._call.timestep else None
         if self._plan is None:  # full depth throughout: steps are counted, from one rise of the timestep to the next
-            return 0 if last is None or timestep == self._call.timestep else last.step + 1
+            again = self._pipeline is None and timestep == self._call.timestep
+            return 0 if last is None or again else last.step + 1
         slack = torch.finfo(dtype).eps * timestep if dtype.is_floating_point else 0.0
         step = find_step(self._plan.timesteps, timestep, slack + 1e-3, -1 if last is None else last.step)
         if step is None:
@@ -227,13 +241,30 @@ class DynDiTHandle:
             )
         return step
 
-    def _route(self) -> None:
-        """Let the router write the plan where the scheduler has other timesteps than at its last one."""
-        if self._router is None:
+    def _follow(self, x: Tensor) -> None:
+        """Exits run where the latents are: the pipeline's own `.to` does not know them.
+
+        On a copy, since the given ones may serve another pipeline, in another precision, too.
+        """
+        if self._given is None:
             return
-        timesteps = self._pipeline.scheduler.timesteps
-        if timesteps is self._routed_for:  # a scheduler makes new ones for every call of its pipeline
+        there = (x.device, x.dtype)
+        if _place(self.model.exits) != there:
+            same = _place(self._given) == there
+            self.model.exits = self._given if same else copy.deepcopy(self._given).to(*there)
+
+    def _begin(self) -> None:
+        """Tell a new call of the pipeline: its scheduler has new timesteps. The router writes a plan for them."""
+        timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
+        if timesteps is self._timesteps:
             return
+        self._call = _Call()
+        if self._router is not None:
+            self._route(timesteps)
+        self._timesteps = timesteps
+
+    def _route(self, timesteps: Tensor) -> None:
+        """Let the router write the plan, where the timesteps are others than those of its last one."""
         solver = solver_name(self._pipeline.scheduler)
         scale = 1.0 if self._cfg_scale is None else self._cfg_scale
         full = DepthPlan.full(tuple(dict.fromkeys(timesteps.tolist())), self.model.num_blocks, solver, scale)
@@ -241,7 +272,6 @@ class DynDiTHandle:
             plan = self._router(full, self.model.depths)
             self._check(plan)
             self._plan = plan
-        self._routed_for, self._call = timesteps, _Call()
 
     def _check(self, plan: DepthPlan) -> None:
         trunk, exits = self._identities
@@ -326,9 +356,12 @@ class _Call:
     passes: int = 0
     _latents: Callable[[], Tensor | None] = lambda: None
 
-    def is_second_pass(self, x: Tensor) -> bool:
-        """Whether the last call was on these very latents: the same step's other branch."""
-        return self.passes == 1 and self._latents() is x
+    def is_second_pass(self, x: Tensor, timestep: float) -> bool:
+        """Whether the last call was on these very latents: the same step's other branch.
+
+        The timestep tells from the next step of a loop that writes into its latents.
+        """
+        return self.passes == 1 and self._latents() is x and self.timestep == timestep
 
     def is_over(self, step: int) -> bool:
         """Whether a call that begins at `step` belongs to another pipeline call."""
@@ -336,7 +369,7 @@ class _Call:
 
     def enter(self, record: _Record, timestep: float, x: Tensor, prediction: Tensor) -> None:
         """Note what was run, on which latents, and what came of it."""
-        self.passes = 2 if self.is_second_pass(x) else 1
+        self.passes = 2 if self.is_second_pass(x, timestep) else 1
         self.records.append(record)
         self.step, self.timestep = record.step, timestep
         self.prediction, self._latents = prediction, weakref.ref(x)
@@ -371,7 +404,7 @@ class _Clock:
 
 def _check_hookable(transformer: nn.Module) -> None:
     """Refuse what would be run around: hooks that are there already, and a transformer compiled as a whole."""
-    if isinstance(transformer, torch._dynamo.OptimizedModule):
+    if isinstance(transformer, torch._dynamo.OptimizedModule) or transformer._compiled_call_impl is not None:
         raise InputError(
             "transformer: compiled as a whole, which fixes its depth; expected its blocks compiled one by one, as by "
             "`for block in transformer.transformer_blocks: block.compile(fullgraph=True)`"
@@ -386,11 +419,9 @@ def _check_hookable(transformer: nn.Module) -> None:
         raise InputError("transformer: is offloaded already; expected apply_dyndit before enable_model_cpu_offload")
 
 
-def _follow(exits: Exits, x: Tensor) -> None:
-    """Exits live where the latents are: the pipeline's own `.to` does not know them."""
+def _place(exits: Exits) -> tuple[torch.device, torch.dtype]:
     first = next(exits.parameters())
-    if (first.device, first.dtype) != (x.device, x.dtype):
-        exits.to(x.device, x.dtype)
+    return first.device, first.dtype
 
 
 def _the_timestep(t: Tensor) -> float:

@@ -122,13 +122,17 @@ def test_verbs_take_hub_ids(repository: None, tmp_path: Path, capsys) -> None:
     assert "expected a local model folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("exits", [True, False])
 @pytest.mark.parametrize("safe", [True, False])
-def test_pickles_are_fetched_only_where_nothing_else_is(safe: bool, model: DynamicDepth, tmp_path, monkeypatch) -> None:
+def test_pickles_are_fetched_only_where_nothing_else_is(
+    safe: bool, exits: bool, model: DynamicDepth, tmp_path, monkeypatch
+) -> None:
     import torch
 
     folder, asked = tmp_path / MAIN, []
     diffusers_folder.write(model, folder)
-    (folder / checkpoints.EXITS).unlink()
+    if not exits:
+        (folder / checkpoints.EXITS).unlink()
     if not safe:
         weights = folder / f"{diffusers_folder.WEIGHTS}.safetensors"
         torch.save(load_file(weights), weights.with_suffix(".bin"))
@@ -139,7 +143,8 @@ def test_pickles_are_fetched_only_where_nothing_else_is(safe: bool, model: Dynam
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert dyndit.load("org/name", revision="v1").num_blocks == 6
+    loaded = dyndit.load("org/name", revision="v1")
+    assert (loaded.num_blocks, loaded.exits is not None) == (6, exits)
     assert [a[:2] for a in asked] == [("org/name", "v1")] * len(asked)
     assert not any(pattern.endswith(".bin") for pattern in asked[0][2])
     assert "transformer/model.safetensors" in asked[0][2]

@@ -79,13 +79,16 @@ def test_every_call_is_recorded_as_it_was_made(family: str, guided: bool, tmp_pa
     before, state = weights(tiny.transformer), condition(tiny.transformer)
     plain = tiny.run(guided=guided, count=2)
     predictions.clear()
+    attributes = set(tiny.transformer.__dict__)
     with record_calls(tiny.pipe, tmp_path) as recording:
         assert torch.equal(tiny.run(guided=guided, count=2), plain)
     watch.remove()
     state_after = condition(tiny.transformer)
     assert state_after[:3] == state[:3]
     assert same(weights(tiny.transformer), before)
-    assert not {"_diffusers_hook", "forward"} & set(tiny.transformer.__dict__)
+    assert set(tiny.transformer.__dict__) == attributes
+    assert not tiny.transformer._forward_pre_hooks
+    assert not tiny.transformer._forward_hooks
 
     separate = guided and adapt(tiny.transformer).guidance == "calls"
     num_calls, rows = (2 if separate else 1) * tiny.num_steps, 4 if guided and not separate else 2
@@ -136,7 +139,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"notes\.txt"), record_calls(tiny.pipe, tmp_path):
         pass
     assert (tmp_path / "notes.txt").exists()
-    assert "_diffusers_hook" not in tiny.transformer.__dict__
+    assert not tiny.transformer._forward_pre_hooks
     with pytest.raises(InputError, match="no recorded call"):
         RecordedCalls(tmp_path / "nowhere")
 
@@ -152,7 +155,21 @@ def test_hooks_come_off_when_the_pipeline_fails(tmp_path: Path) -> None:
     tiny = tiny_pipeline(DIT)
     with pytest.raises(IndexError), record_calls(tiny.pipe, tmp_path):
         tiny.run(class_labels=[5000])
-    assert "_diffusers_hook" not in tiny.transformer.__dict__
+    assert not tiny.transformer._forward_pre_hooks
+
+
+def test_every_call_of_an_offloaded_pipeline_is_recorded(tmp_path: Path) -> None:
+    """Such a pipeline takes hooks on its models' forward off, and puts its own on again, after every call."""
+    tiny = tiny_pipeline(DIT)
+    tiny.pipe.enable_model_cpu_offload(device="cpu")
+    with record_calls(tiny.pipe, tmp_path) as recording:
+        for seed in range(3):
+            tiny.run(seed=seed)
+    assert recording.num_calls == 3 * tiny.num_steps
+    plain = tiny.run()
+    assert recording.num_calls == 3 * tiny.num_steps
+    tiny.pipe.remove_all_hooks()
+    assert torch.equal(tiny.run(), plain)
 
 
 def test_recording_twice_at_once_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from dyndit.adapters.base import Adapter
+from dyndit.adapters.base import Adapter, join_patches
 from dyndit.backbones.base import Inputs, State
 from dyndit.backbones.class_conditional import FinalLayer
 from dyndit.errors import CheckpointError
@@ -97,9 +97,8 @@ class DiTAdapter(Adapter):
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
-        p, side = self.transformer.patch_size, self.image_size // self.transformer.patch_size
-        grid = patches.reshape(len(patches), side, side, p, p, self.out_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), self.out_channels, side * p, side * p)
+        patch = self.transformer.patch_size
+        return join_patches(patches, self.image_size // patch, self.image_size // patch, patch)
 
     def tensors(self) -> dict[str, Tensor]:
         """Under the native names, so that the trunk has one identity in both libraries."""

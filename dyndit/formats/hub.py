@@ -13,7 +13,7 @@ from dyndit.formats.files import first_line
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SMALL = ("*.json", "plan-*.json", "runs.csv")
+_SMALL = ("*.json", "runs.csv")
 _SAFE = (
     "model.safetensors",
     "exits.safetensors",
@@ -56,8 +56,9 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
         CheckpointError: no such model or revision, or no connection and nothing in the cache.
     """
     folder = _snapshot(model, (*_SMALL, *_SAFE))
-    if not any(folder.rglob("*.safetensors")):
-        folder = _snapshot(model, (*_SMALL, *_PICKLED))
+    # Exits or a table may lie beside a trunk that is pickled.
+    if not any(any(folder.rglob(name)) for name in ("model.safetensors", "diffusion_pytorch_model*.safetensors")):
+        folder = _snapshot(model, (*_SMALL, *_SAFE, *_PICKLED))
     commit = folder.name
     if model.revision is not None and _COMMIT.fullmatch(model.revision):
         return folder, ()

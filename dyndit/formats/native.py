@@ -5,6 +5,8 @@ and a manifest. The config is sealed in the trunk's metadata, the trunk and the 
 import json
 from pathlib import Path
 
+import torch
+
 from dyndit.backbones import FAMILIES, Backbone, tensors_hash
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError, PlanError
@@ -115,7 +117,9 @@ def read_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True, trun
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(VERSION)):
         raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {VERSION}")
     if check_trunk and metadata.get("trunk") != (trunk := trunk or backbone.identity()):
-        raise CheckpointError(f"{path}: exits of trunk {metadata.get('trunk')}, but this trunk is {trunk}")
+        dtype = next(backbone.parameters()).dtype
+        rounded = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}, which rounds its weights"
+        raise CheckpointError(f"{path}: exits of trunk {metadata.get('trunk')}, but this trunk is {trunk}{rounded}")
     if metadata.get("exits") != tensors_hash(tensors):
         raise CheckpointError(f"{path}: damaged (its tensors do not have the recorded hash)")
     try:

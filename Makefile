@@ -17,7 +17,7 @@ lint: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers]"
 	touch $(STAMP)
 
 clean:

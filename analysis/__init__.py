@@ -1,8 +1,10 @@
 """The analysis suite: reads what a run left on disk, and never reaches into training.
 
-`fidelity` and `extractors` measure quality, `latency` speed, `intervals` what is certain; `frontier` sets
-one against the other, `figures` and `report` show it. Names load on first use: torch-fidelity and
-matplotlib are slow to import.
+`quality` compares two sets of pictures: `sets` and `features` read and measure them, `extractors` are the
+networks, `fidelity`, `kid`, `memorisation` and `paired` the metrics. `latency` measures speed, `macs`, `energy` and
+`memory` cost, `intervals` what is certain; `frontier` sets one against the other, `budgets` says who wins, `tables`,
+`findings`, `figures`, `page` and `report` show it, and `verify` checks a report against the raw rows. Names load on
+first use: torch-fidelity and matplotlib are slow to import.
 """
 
 from importlib import import_module
@@ -12,10 +14,16 @@ _HOME = {
     "load_extractor": "extractors",
     "FrechetTo": "fidelity",
     "Moments": "fidelity",
-    "evaluate": "fidelity",
+    "distance_at_infinity": "fidelity",
     "frechet_distance": "fidelity",
     "moments": "fidelity",
-    "read_pictures": "fidelity",
+    "kernel_distance": "kid",
+    "check_memorisation": "memorisation",
+    "paired_distances": "paired",
+    "evaluate": "quality",
+    "read_pictures": "sets",
+    "read_set": "sets",
+    "save_statistics": "sets",
     "append_run": "frontier",
     "measured": "frontier",
     "read_runs": "frontier",
@@ -23,11 +31,15 @@ _HOME = {
     "Interval": "intervals",
     "non_inferior": "intervals",
     "paired_interval": "intervals",
+    "full_macs": "macs",
+    "plan_macs": "macs",
+    "median_interval": "latency",
     "paired_times": "latency",
     "summarise": "latency",
-    "markdown_table": "report",
-    "terminal_table": "report",
+    "markdown_table": "tables",
+    "terminal_table": "tables",
     "write_report": "report",
+    "verify": "verify",
 }
 
 __all__ = sorted(_HOME)

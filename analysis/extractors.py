@@ -8,6 +8,7 @@ imported.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -27,6 +28,12 @@ from dyndit.errors import CheckpointError, InputError
 DIGITS_WEIGHTS = "digits-classifier.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SPATIAL_CHANNELS = 7  # of the spatial layer, as in ADM's sFID (Nash et al. 2021)
+SPATIAL_LAYERS = {
+    "digits": "classifier.conv2",  # 4 x 4 x 7 = 112 features
+    "resnet20-cifar10": "classifier.layer3",  # 8 x 8 x 7 = 448
+    "inception": "Mixed_6d.branch1x1",  # 17 x 17 x 7 = 2,023: TensorFlow's "mixed_6/conv", which ADM reads
+}
 
 
 class DigitsClassifier(nn.Module):
@@ -234,6 +241,8 @@ class Extractor:
     network: FeatureExtractorBase = field(repr=False)
     fingerprint: str
     device: str = "cpu"
+    spatial_layer: str = ""
+    """Module of the network whose output, (B, C, H', W'), sFID reads."""
     projection: Tensor | None = field(default=None, repr=False)
     """(D, d), where features are reduced to d directions."""
 
@@ -248,28 +257,52 @@ class Extractor:
         """What a Fréchet distance on these features is called."""
         return "FID" if self.name == "inception" else f"FD-{self.name}"
 
-    def _batches(self, pictures: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+    def _batches(self, pictures: Tensor, batch_size: int, spatial: bool) -> Iterator[tuple[Tensor, ...]]:
         """Yield the network's outputs on the host, batch by batch, as float64."""
         for batch in as_rgb(pictures).split(batch_size):
-            yield tuple(out.double().cpu() for out in self.network(batch.contiguous().to(self.device)))
+            with _seen_at(self.network.get_submodule(self.spatial_layer) if spatial else None) as seen:
+                outputs = self.network(batch.contiguous().to(self.device))
+            outputs += tuple(_first_channels(activation) for activation in seen)
+            yield tuple(out.double().cpu() for out in outputs)
 
     @torch.inference_mode()
-    def outputs(self, pictures: Tensor, batch_size: int = 256) -> dict[str, Tensor]:
+    def outputs(self, pictures: Tensor, batch_size: int = 256, spatial: bool = False) -> dict[str, Tensor]:
         """Pictures: uint8 (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
 
-        Raises InputError for pictures of a wrong size or type.
+        spatial: also "spatial" (N, H' W' 7), the first seven channels of the spatial layer, for sFID. Raises InputError
+        for pictures of a wrong size or type.
         """
         if len(pictures) == 0:
             raise InputError("pictures: none, expected at least one")
-        parts, logits = zip(*self._batches(pictures, batch_size), strict=True)
-        features = torch.cat(parts)
+        names = ("features", "logits", "spatial")[: 3 if spatial else 2]
+        parts = zip(*self._batches(pictures, batch_size, spatial), strict=True)
+        outputs = {name: torch.cat(part) for name, part in zip(names, parts, strict=True)}
         if self.projection is not None:
-            features = features @ self.projection
-        return {"features": features, "logits": torch.cat(logits)}
+            outputs["features"] = outputs["features"] @ self.projection
+        return outputs
 
     def features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
         """Pictures: uint8 (N, 1 or 3, H, W) -> float64 (N, D) on the host. Raises InputError."""
         return self.outputs(pictures, batch_size)["features"]
+
+
+def _first_channels(activation: Tensor) -> Tensor:
+    """activation: (B, C, H, W) -> (B, H W 7). ADM's order, so that its statistics can serve as reference."""
+    return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+@contextmanager
+def _seen_at(layer: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collect what a layer puts out; nothing without a layer."""
+    seen: list[Tensor] = []
+    if layer is None:
+        yield seen
+        return
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _inception(weights: Path | None) -> FeatureExtractorBase:
@@ -318,4 +351,4 @@ def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
     else:
         path = None if weights is None else str(weights)
         network = FEATURE_EXTRACTORS_REGISTRY[name](name, ["64", "logits"], feature_extractor_weights_path=path)
-    return Extractor(name, network.to(device), state_hash(network), device)
+    return Extractor(name, network.to(device), state_hash(network), device, SPATIAL_LAYERS[name])

@@ -1,6 +1,7 @@
 """Figures: drawn off screen, in colours that stay apart for colour-blind readers, legible at README width."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,10 @@ INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
-OTHER_MARKER = "P"
+OTHER_MARKERS = "P", "X", "*", "p", "h", "<", ">", "d", "8", "H"
+# Beyond four families of plans and peers, colours tell families apart instead of step counts.
+FAMILY_COLOURS = (*COLOURS, "#8B4513", "#7B68EE", "#556B2F", "#B22222", "#008B8B", "#C0A000")
+MOST_FAMILIES_BY_STEPS = 4
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -49,8 +53,9 @@ SWEEPS = {
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=150, facecolor="white")
+    partial, is_svg = path.with_name(f".{path.stem}.partial{path.suffix}"), path.suffix == ".svg"
+    with matplotlib.rc_context({"svg.hashsalt": "dyndit"}):  # the same figure is the same file
+        figure.savefig(partial, dpi=150, facecolor="white", **({"metadata": {"Date": None}} if is_svg else {}))
     partial.replace(path)
 
 
@@ -76,26 +81,45 @@ def _arms(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _colours(arms: pd.DataFrame) -> dict[int, str]:
-    """Return a colour for each step count of a dynamic arm."""
-    steps = sorted(arms.loc[~arms["family"].isin(SWEEPS), "steps"].unique())
-    return {s: COLOURS[k % len(COLOURS)] for k, s in enumerate(steps)}
+@dataclass(frozen=True)
+class _Look:
+    """Colours and markers of the arms that are no sweep of full depth; families as they come, new ones too."""
 
+    families: list[str]
+    steps: list[int]
 
-def _key(arms: pd.DataFrame, colours: Mapping[int, str]) -> list[Line2D]:
-    """Legend entries: a line for full depth, a colour per step count, a marker per family."""
-    key = []
-    families = list(dict.fromkeys(arms["family"]))
-    for family, style in SWEEPS.items():
-        if family in families:
-            key.append(Line2D([], [], marker="o", ms=4, **style))
-    key += [Line2D([], [], color=c, lw=3, label=f"{int(s)} steps") for s, c in colours.items()]
-    for family in families:
-        if family not in SWEEPS:
-            marker = MARKERS.get(family, OTHER_MARKER)
-            label = f"{family} plan" + ("s" if (arms["family"] == family).sum() > 1 else "")
-            key.append(Line2D([], [], color="#777777", marker=marker, ls="", ms=4.5, label=label))
-    return key
+    @classmethod
+    def of(cls, arms: pd.DataFrame) -> "_Look":
+        dynamic = arms[~arms["family"].isin(SWEEPS)]
+        return cls(list(dict.fromkeys(dynamic["family"])), sorted(dynamic["steps"].unique()))
+
+    @property
+    def by_family(self) -> bool:
+        return len(self.families) > MOST_FAMILIES_BY_STEPS
+
+    def colour(self, family: str, steps: int) -> str:
+        if family in SWEEPS:
+            return SWEEPS[family]["color"]
+        if self.by_family:
+            return FAMILY_COLOURS[self.families.index(family) % len(FAMILY_COLOURS)]
+        return COLOURS[self.steps.index(steps) % len(COLOURS)]
+
+    def marker(self, family: str) -> str:
+        if family in SWEEPS:
+            return "o"
+        others = [name for name in self.families if name not in MARKERS]
+        return MARKERS.get(family) or OTHER_MARKERS[others.index(family) % len(OTHER_MARKERS)]
+
+    def key(self, arms: pd.DataFrame) -> list[Line2D]:
+        """Legend entries: a line per sweep, a colour per step count (or family), a marker per family."""
+        present = set(arms["family"])
+        key = [Line2D([], [], marker="o", ms=4, **style) for family, style in SWEEPS.items() if family in present]
+        if not self.by_family:
+            key += [Line2D([], [], color=self.colour("", s), lw=3, label=f"{int(s)} steps") for s in self.steps]
+        for family in self.families:
+            color = self.colour(family, 0) if self.by_family else "#777777"
+            key.append(Line2D([], [], color=color, marker=self.marker(family), ls="", ms=4.5, label=family))
+        return key
 
 
 def frontier_figure(runs: pd.DataFrame) -> Figure:
@@ -114,19 +138,19 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
         main = arms if main.empty else main
         low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
         top = high + 0.08 * (high - low)
-        colours = _colours(arms)
+        look = _Look.of(arms)
         for axis, solver in zip(axes, solvers, strict=True):
-            _draw_frontier(axis, arms[arms["solver"] == solver], colours, top)
+            _draw_frontier(axis, arms[arms["solver"] == solver], look, top)
             axis.set(title=solver, xlabel="ms per picture, noise to uint8")
             _log_time(axis)
         axes[0].set_ylim(low - 0.06 * (high - low), top)
         for axis in axes[:: min(2, len(solvers))]:
             axis.set_ylabel(f"{metric} (lower is better)")
-        figure.legend(handles=_key(arms, colours), loc="outside lower center", ncols=4)
+        figure.legend(handles=look.key(arms), loc="outside lower center", ncols=4)
     return figure
 
 
-def _draw_frontier(axis: Axes, arms: pd.DataFrame, colours: Mapping[int, str], top: float) -> None:
+def _draw_frontier(axis: Axes, arms: pd.DataFrame, look: _Look, top: float) -> None:
     bars = {"capsize": 1.5, "elinewidth": 0.8, "zorder": 3}
     for family, style in SWEEPS.items():
         sweep = arms[arms["family"] == family].sort_values("ms")
@@ -137,13 +161,14 @@ def _draw_frontier(axis: Axes, arms: pd.DataFrame, colours: Mapping[int, str], t
     dynamic = arms[~arms["family"].isin(SWEEPS)]
     for (family, steps), group in dynamic.groupby(["family", "steps"], sort=False):
         group = group.sort_values("ms")
-        marker, colour = MARKERS.get(family, OTHER_MARKER), colours[steps]
+        marker, colour = look.marker(family), look.colour(family, steps)
         shown, above = group[group["fd"] <= top], group[group["fd"] > top]
         if family == "searched":
             line = {"marker": marker, "ms": 4.5, "lw": 1.4, **bars}
             axis.errorbar(shown["ms"], shown["fd"], shown["half"], color=colour, **line)
         else:
-            axis.plot(shown["ms"], shown["fd"], marker, color=colour, ms=4.5, alpha=0.55, mew=0, zorder=2)
+            alpha = 0.9 if look.by_family else 0.55
+            axis.plot(shown["ms"], shown["fd"], marker, color=colour, ms=4.5, alpha=alpha, mew=0, zorder=2)
         edge = axis.get_xaxis_transform()
         axis.plot(above["ms"], [0.97] * len(above), marker, color=colour, ms=4.5, mew=0, transform=edge)
         for ms, fd in zip(above["ms"], above["fd"], strict=True):
@@ -205,6 +230,92 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
     axis.grid(visible=False, axis="x")
 
 
+def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
+    """Heat map of plans: a row per plan, a column per step, colour: blocks run. Panels: branches, by number of steps.
+
+    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step.
+    """
+    counts = sorted({len(plan["cond"]) for plan in plans.values()})
+    guided = any(any(plan["uncond"]) for plan in plans.values())
+    branches = {"cond": "conditional", "uncond": "unconditional"} if guided else {"cond": "depth"}
+    most = max(plan["num_blocks"] for plan in plans.values())
+    groups = [{name: plan for name, plan in plans.items() if len(plan["cond"]) == count} for count in counts]
+    heights = [len(group) * 0.19 + 0.75 for group in groups]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, sum(heights) + 0.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(groups), len(branches), squeeze=False, height_ratios=heights, sharey="row")
+        for line, group in zip(axes, groups, strict=True):
+            for axis, (branch, title) in zip(line, branches.items(), strict=True):
+                table = np.array([plan[branch] for plan in group.values()])
+                image = axis.pcolormesh(table, vmin=0, vmax=most, cmap="cividis", edgecolors="white", linewidth=0.3)
+                axis.set_title(f"{title}, {table.shape[1]} steps", fontsize=9)
+                ticks = np.arange(0, table.shape[1], -(-table.shape[1] // 10))
+                axis.set_xticks(ticks + 0.5, ticks + 1)
+                axis.grid(visible=False)
+                axis.tick_params(length=0, labelsize=7)
+                axis.spines[:].set_visible(False)
+            line[0].set_yticks(np.arange(len(group)) + 0.5, list(group))
+            line[0].invert_yaxis()
+        for axis in axes[-1]:
+            axis.set_xlabel("sampling step, noise to picture", fontsize=8)
+        figure.colorbar(image, ax=axes.ravel().tolist(), label="blocks run", shrink=0.8)
+    return figure
+
+
+def time_figure(runs: pd.DataFrame) -> Figure | None:
+    """Time per picture, a bar per arm: in the denoiser, and the rest (solver, decoding); None where none was split.
+
+    Medians over seed blocks, of one machine. Arms whose denoiser was not timed have one bar.
+    """
+    scored = runs[(runs["role"] == "score")]
+    arms = scored.groupby("arm", sort=False)[["ms_per_picture", "ms_denoiser"]].median()
+    if arms["ms_denoiser"].isna().all():
+        return None
+    denoiser = arms["ms_denoiser"].fillna(0.0)
+    known = arms["ms_denoiser"].notna()
+    places = np.arange(len(arms))
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
+        axis.barh(places, denoiser, 0.72, color=COLOURS[1], label="denoiser")
+        rest = arms["ms_per_picture"] - denoiser
+        axis.barh(places[known], rest[known], 0.72, left=denoiser[known], color=COLOURS[4], label="rest")
+        if (~known).any():
+            axis.barh(places[~known], rest[~known], 0.72, color=FAINT, label="not split")
+        _one_line_per_arm(axis, list(arms.index))
+        axis.set_xlabel("ms per picture, noise to uint8 (median over seed blocks)")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
+    return figure
+
+
+def spread_figure(runs: pd.DataFrame) -> Figure:
+    """FD of every arm in every seed block, a line per arm, a colour per block: how far seeds alone move it."""
+    scored = runs[runs["role"] == "score"]
+    arms = list(dict.fromkeys(scored["arm"]))
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
+        for k, (block, rows) in enumerate(scored.groupby("block")):
+            places = [arms.index(arm) for arm in rows["arm"]]
+            colour = COLOURS[k % len(COLOURS)]
+            axis.plot(rows["fd"], places, "o", ms=3.5, mew=0, alpha=0.8, color=colour, label=f"{block:g}")
+        _one_line_per_arm(axis, arms)
+        if scored["fd"].min() > 0 and scored["fd"].max() > 4 * scored["fd"].min():
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=20))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(f"{scored['metric'].iloc[0]} (lower is better)")
+        if scored["block"].nunique() <= 12:
+            axis.legend(title="seed block", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _one_line_per_arm(axis: Axes, names: list[str]) -> None:
+    axis.set_yticks(np.arange(len(names)), names, fontsize=7)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+
+
 def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
     """Pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes."""
     strips = []
@@ -215,10 +326,12 @@ def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
         framed = torch.nn.functional.pad(few, (pad,) * 4, value=255)
         strips.append(torch.cat(list(framed), dim=2).permute(1, 2, 0).numpy())
     height, width = strips[0].shape[:2]
-    labels = max(len(label) for label in rows) * 0.105 + 0.1  # inches
+    labels = max(len(label) for label in rows) * 0.065 + 0.15  # inches
     with matplotlib.rc_context(STYLE):
         tall = (8 - labels) * height / width * len(rows) + 0.1
         figure, (axis,) = _panels(1, 1, 8, tall)
+        figure.set_layout_engine("none")
+        axis.set_position((labels / 8, 0.0, 1 - labels / 8, 1.0))
         axis.imshow(np.concatenate(strips), interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks((np.arange(len(rows)) + 0.5) * height - 0.5, list(rows))
@@ -235,11 +348,11 @@ def predicted_figure(runs: pd.DataFrame) -> Figure:
     """
     arms, metric = _arms(runs), runs["metric"].iloc[0]
     arms = arms[arms["predicted"].notna()]
-    colours = _colours(arms)
+    look = _Look.of(arms)
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = _panels(1, 1, 5.6, 4.0)
         for (family, steps), group in arms.groupby(["family", "steps"], sort=False):
-            marker, colour = MARKERS.get(family, OTHER_MARKER), colours.get(steps, INK)
+            marker, colour = look.marker(family), look.colour(family, steps)
             points = {"ls": "", "marker": marker, "ms": 4.5, "elinewidth": 0.8, "capsize": 1.5}
             axis.errorbar(group["predicted"], group["fd"], group["half"], color=colour, alpha=0.8, **points)
         if len(arms):
@@ -258,12 +371,14 @@ def predicted_figure(runs: pd.DataFrame) -> Figure:
             text = f"{len(arms)} plans, rank correlation {rank:.2f}"
             axis.text(0.03, 0.96, text, transform=axis.transAxes, va="top", fontsize=8)
         axis.set(xlabel=f"predicted {metric}", ylabel=f"measured {metric}")
-        axis.legend(handles=_key(arms, colours), loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.legend(handles=look.key(arms), loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def error_figure(frame: pd.DataFrame, label: str = "mean squared error") -> Figure:
-    """Heat map of the exits' errors.  frame: index layers, columns log-SNR bands, noisiest first."""
+def error_figure(
+    frame: pd.DataFrame, label: str = "mean squared error", xlabel: str = "log-SNR band, noise to picture"
+) -> Figure:
+    """Heat map of the exits' errors.  frame: index layers, columns bands (log-SNR, timesteps), noisiest first."""
     values = frame.to_numpy(float)
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = _panels(1, 1, 6.5, 3.4)
@@ -273,7 +388,7 @@ def error_figure(frame: pd.DataFrame, label: str = "mean squared error") -> Figu
         axis.set_xticks(np.arange(len(frame.columns)) + 0.5, _short(frame.columns))
         axis.set_yticks(np.arange(len(frame.index)) + 0.5, _short(frame.index))
         axis.grid(visible=False)
-        axis.set(xlabel="log-SNR band, noise to picture", ylabel="exit after layer")
+        axis.set(xlabel=xlabel, ylabel="exit after layer")
         axis.tick_params(length=0)
         figure.colorbar(image, ax=axis, label=label)
     return figure

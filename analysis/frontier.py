@@ -22,7 +22,7 @@ import pandas as pd
 from dyndit.analysis.intervals import Interval, non_inferior, paired_interval
 from dyndit.errors import InputError
 
-RUNS = "runs.csv"
+RUNS, PARQUET = "runs.csv", "runs.parquet"
 
 COLUMNS: dict[str, str] = {
     "run": "name of the run",
@@ -39,7 +39,7 @@ COLUMNS: dict[str, str] = {
     "block": "index of the seed block; arms share the noise of a block",
     "seed": "seed of the block",
     "num_images": "pictures in the block",
-    "share_of_blocks": "transformer blocks run, over those of full depth at the same steps",
+    "share_of_blocks": "transformer blocks run, over full depth's at the same steps; empty where the data decide",
     "mean_depth_cond": "mean depth of the conditional branch, in blocks",
     "mean_depth_uncond": "mean depth of the unconditional branch, in blocks",
     "ms_per_picture": "milliseconds from noise to uint8, per picture",
@@ -48,40 +48,55 @@ COLUMNS: dict[str, str] = {
     "predicted_fd": "Fréchet distance predicted from the calibration table; empty where there is none",
     "role": "score: fresh seeds, counted in results; search: seeds that chose the plan",
     "plan": "file of the plan; empty for full depth",
+    "macs": "multiply-accumulates of the denoiser per picture, over the whole sampling",
+    "predicted_ms": "milliseconds per picture predicted by the cost model",
+    "peak_memory_mib": "peak memory while sampling, in MiB",
+    "compiled": "eager or compiled",
+    "dtype": "dtype of the denoiser, such as float32",
+    "threads": "CPU threads of the run",
+    "batch_size": "pictures sampled at once",
+    "kid": "kernel distance to the reference pictures",
+    "is": "Inception score, or the same on the extractor's classes",
+    "precision": "share of the pictures inside the reference's manifold (k = 3)",
+    "recall": "share of the reference inside the pictures' manifold (k = 3)",
 }
-TEXT = ("run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan")
-OPTIONAL = ("budget", "mean_depth_cond", "mean_depth_uncond", "ms_denoiser", "predicted_fd")  # may be empty
+# `threads` and `batch_size` tell settings apart and are never computed with, so they are labels.
+TEXT = (
+    "run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan", "compiled", "dtype",
+    "threads", "batch_size",
+)  # fmt: skip
+# Columns that came later: files and rows without them are read, and count as empty there.
+LATER = (
+    "macs", "predicted_ms", "peak_memory_mib", "compiled", "dtype", "threads", "batch_size", "kid", "is", "precision",
+    "recall",
+)  # fmt: skip
+# May be empty in a row.
+OPTIONAL = ("budget", "share_of_blocks", "mean_depth_cond", "mean_depth_uncond", "ms_denoiser", "predicted_fd", *LATER)
+# Arms are never compared, and figures never averaged, across these.
 GROUP = [
-    "run",
-    "machine",
-    "model",
-    "extractor",
-    "metric",
-    "cfg_scale",
-    "num_images",
-]  # never compared across these
+    "run", "machine", "model", "extractor", "metric", "cfg_scale", "num_images", "compiled", "dtype", "threads",
+    "batch_size",
+]  # fmt: skip
 
 
 def read_runs(path: Path) -> pd.DataFrame:
-    """Return the runs of a CSV file, or of the folder that holds runs.csv, columns as in COLUMNS.
+    """Return the runs of a CSV or Parquet file, or of the folder that holds runs.csv or runs.parquet.
 
-    Raises InputError: no such file, a column missing, a value that is no number, an arm measured twice.
+    Columns as in COLUMNS, then any others the file has; those of LATER are empty where the file lacks them. Parquet
+    needs pyarrow. Raises InputError: no such file, a column missing, a value that is no number, an arm measured twice.
     """
-    path = Path(path)
-    file = path / RUNS if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{file}: no such file, expected the {RUNS} of a run")
-    try:
-        runs = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=["", "nan"])
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise InputError(f"{file}: unreadable ({str(error).splitlines()[0]}), expected a CSV file") from error
+    file = runs_file(path)
+    runs = _read_table(file)
+    for name in LATER:
+        if name not in runs:
+            runs[name] = "" if name in TEXT else math.nan
     if missing := [name for name in COLUMNS if name not in runs]:
         raise InputError(f"{file}: no column '{missing[0]}', expected {', '.join(COLUMNS)}")
     if runs.empty:
         raise InputError(f"{file}: no rows, expected one per arm and seed block")
     for name in COLUMNS:
         if name in TEXT:
-            runs[name] = runs[name].fillna("")
+            runs[name] = runs[name].map(_label)
         else:
             _require_numbers(file, runs[name], required=name not in OPTIONAL)
     twice = runs.duplicated([*GROUP, "arm", "block", "role"])
@@ -89,6 +104,44 @@ def read_runs(path: Path) -> pd.DataFrame:
         row = runs[twice].iloc[0]
         raise InputError(f"{file}: arm {row['arm']}, block {row['block']} stands twice, expected once")
     return runs[[*COLUMNS, *(name for name in runs if name not in COLUMNS)]]
+
+
+def runs_file(path: Path) -> Path:
+    """Return the file that holds the runs: `path` itself, or runs.csv, or runs.parquet in it. Raises InputError."""
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        file = path / (PARQUET if (path / PARQUET).is_file() and not (path / RUNS).is_file() else RUNS)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file, expected the {RUNS} of a run")
+    return file
+
+
+def _read_table(file: Path) -> pd.DataFrame:
+    try:
+        if file.suffix == ".parquet":
+            return pd.read_parquet(file)
+        return pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=["", "nan"])
+    except ImportError as error:
+        raise InputError(f"{file}: needs pyarrow, which is not installed; expected it, or a {RUNS}") from error
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
+        kind = "Parquet" if file.suffix == ".parquet" else "CSV"
+        raise InputError(f"{file}: unreadable ({str(error).splitlines()[0]}), expected a {kind} file") from error
+
+
+def _label(value: object) -> str:
+    """Text of a label: empty for a missing one, and whole numbers without the point a float column gives them."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def scored_rows(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that count in results, with every label of GROUP a text, so that none drops out of a group."""
+    scored = runs[runs["role"] == "score"].copy()
+    for name in set(GROUP) & set(TEXT):
+        scored[name] = scored[name].map(_label) if name in scored else ""
+    return scored
 
 
 def _require_numbers(file: Path, column: pd.Series, required: bool) -> None:
@@ -103,17 +156,23 @@ def _require_numbers(file: Path, column: pd.Series, required: bool) -> None:
 def append_run(path: Path, row: Mapping[str, object]) -> None:
     """Add a row to a runs.csv, made if need be. A kill at any moment leaves the old file or the new one.
 
-    row: a value for each of COLUMNS; None and NaN are written as empty. Raises InputError for other columns.
+    row: a value for each of COLUMNS, those of LATER as known; None and NaN are written as empty. A file without the
+    columns of LATER gets them. Raises InputError: an unknown column, or one missing.
     """
     path = Path(path)
-    if odd := sorted(COLUMNS.keys() ^ row.keys()):
+    if odd := sorted(row.keys() - COLUMNS.keys()) + sorted(COLUMNS.keys() - row.keys() - set(LATER)):
         raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
-    if path.exists():
-        text.write(path.read_text(encoding="utf-8"))
-    else:
+    writer = csv.DictWriter(text, list(COLUMNS), restval="", lineterminator="\n")
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = csv.DictReader(io.StringIO(old, newline=""))
+    if odd := [name for name in lines.fieldnames or () if name not in COLUMNS]:
+        raise InputError(f"{path}: column '{odd[0]}' unknown, expected {', '.join(COLUMNS)}")
+    if lines.fieldnames == list(COLUMNS):
+        text.write(old)
+    else:  # new, or written before the columns of LATER came
         writer.writeheader()
+        writer.writerows(lines)
     empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
     writer.writerow({**row, **empty})
     partial = path.with_name(path.name + ".partial")
@@ -139,7 +198,7 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
             "run": run,
             "machine": manifest["machine"],
             "extractor": figures["extractor"],
-            "metric": figures["metric"],
+            "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # told apart, and seen
             "model": settings["model"],
             "arm": name if plan["budget"] is None else f"{name}-b{plan['budget']:g}",
             "family": plan["router"].split("-")[0],
@@ -159,6 +218,7 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
             "predicted_fd": plan["predicted_fd"],
             "role": "score",
             "plan": "",
+            **{name: figures.get(name) for name in ("kid", "is", "precision", "recall")},
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -226,7 +286,7 @@ def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
     A block counts in an interpolation only if the full frontier of that block covers it; if any block is not
     covered the Interval is NaN and the note says so, as an interval over the covered blocks would be biased.
     """
-    scored = runs[runs["role"] == "score"]
+    scored = scored_rows(runs)
     rows = [
         _summarise_arm(arm, group, margin)
         for _, group in scored.groupby(GROUP, sort=False)
@@ -316,7 +376,7 @@ def against_unguided(runs: pd.DataFrame) -> pd.DataFrame:
     One row per searched arm whose time the sweep covers: solver, arm, fd_diff (Interval, paired by block), better,
     worse.
     """
-    scored = runs[runs["role"] == "score"]
+    scored = scored_rows(runs)
     rows = []
     for _, group in scored.groupby([*GROUP, "solver"], sort=False):
         sweep = group[group["family"] == "unguided"]
@@ -335,7 +395,8 @@ def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
     of the blocks' ratios, searched over control), fd_diff (Interval of FD searched - FD control, paired by block),
     better, worse (whether it lies wholly below, above 0).
     """
-    scored = runs[(runs["role"] == "score") & (runs["family"] != "full")]
+    scored = scored_rows(runs)
+    scored = scored[scored["family"] != "full"]
     rows = []
     for key, group in scored.groupby([*GROUP, "solver", "steps", "budget"], sort=False):
         searched = group[group["family"] == "searched"].set_index("block").sort_index()

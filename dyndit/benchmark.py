@@ -1,31 +1,99 @@
-"""Time plans against each other: paired, alternating, warmed up, in one process; in our sampler or in a pipeline."""
+"""Time plans against each other: paired, alternating, warmed up, in one process; in our sampler or in a pipeline.
 
+`measure` gives a row per timed call (`COLUMNS`), `verdict` a row per arm made of those rows alone, `lines` its text.
+"""
+
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
+from dyndit import manifest
 from dyndit.adapters import adapt
-from dyndit.analysis.latency import order_of
+from dyndit.analysis.energy import EnergyMeter, energy_meter
+from dyndit.analysis.intervals import Interval
+from dyndit.analysis.latency import Reading, Repeats, paired_rounds, paired_times, relative_width
+from dyndit.analysis.latency import summarise as summarise_times
+from dyndit.analysis.macs import flops, model_macs
+from dyndit.analysis.memory import MEANING, peak_memory
 from dyndit.backbones import CARDS, ClassConditionalDiT
+from dyndit.cost import CostModel, measure_cost
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.exits import ExitConfig, Exits
 from dyndit.formats.diffusers_folder import to_diffusers
+from dyndit.latents import decode_latents, load_autoencoder
 from dyndit.plan import DepthPlan
 from dyndit.plugin import apply_dyndit, remove_dyndit
 from dyndit.runtime import compile_parts
-from dyndit.sampler import balanced_labels, make_scheduler, picture_generator, sample
+from dyndit.sampler import Samples, balanced_labels, make_scheduler, picture_generator, sample
 
 RANDOM = "random:"
 """Before a card's name: a model of random weights, for times, which need no others."""
 
-NO_PLUGIN = "no plug-in"
+RANDOM_DECODER = "random:f8"
+"""In place of an autoencoder's folder: one of random weights, in the shape of Stable Diffusion's (8 px a latent)."""
+
+FULL, AGAIN, NO_PLUGIN = "full", "full again", "no plug-in"
+
+DENOISER, DECODER, TO_LATENTS, TO_UINT8, PIPELINE = (
+    "denoiser",
+    "decoder",
+    "noise to latents",
+    "noise to uint8",
+    "pipeline call",
+)
 
 PIPELINE_CLASSES = 1000
 """`DiTPipeline` takes the label after 1,000 classes for the null label, whatever the model."""
+
+COLUMNS: dict[str, str] = {
+    "model": "the model, as it was asked for",
+    "machine": "GPU, or CPU with its threads and cores; times of two machines are never averaged",
+    "device": "cpu or cuda",
+    "dtype": "precision of the weights the denoiser computes in",
+    "threads": "threads of torch on the CPU",
+    "compiled": "eager, or compiled: every block and exit head by itself, for all arms alike",
+    "solver": "solver",
+    "steps": "sampling steps",
+    "cfg_scale": "guidance scale",
+    "batch_size": "pictures per call",
+    "round": "each round runs every arm once, in an order that changes",
+    "arm": "full; full again (the same, an A/A null); no plug-in (diffusers' pipeline as it is); or who wrote the plan",
+    "scope": "denoiser: all calls of the network; decoder: latents to uint8; noise to latents; noise to uint8: end to "
+    "end, decoder included; pipeline call: a whole call of DiTPipeline",
+    "seconds": "of one call in this scope, for the whole batch; denoiser has a call of its own, waiting at each step",
+    "joules": "of the whole device during the call, in the widest scope; empty without a meter",
+    "energy_source": "NVML (the GPU) or RAPL (the CPU packages); empty without a meter",
+    "predicted_seconds": "what the plan and the measured times of the model's parts promise for this scope",
+    "share_of_blocks": "transformer blocks the plan runs, over those of full depth at the same steps",
+    "macs": "multiply-accumulates of the denoiser for one picture, whole sampling; FLOPs are twice that",
+    "peak_memory_mib": f"cuda: {MEANING['cuda']}; cpu: {MEANING['cpu']}; empty where the system does not tell",
+}
+"""What each column of the table that `dyndit bench --out` writes means."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How plans are timed."""
+
+    batch_sizes: tuple[int, ...] = (1, 8, 64)
+    repeats: Repeats = field(default_factory=Repeats)
+    compiled: bool = False
+    """Every block and exit head is compiled first, for all arms alike."""
+    in_pipeline: bool = False
+    """By the plug-in inside an unmodified `DiTPipeline`, beside the pipeline without it."""
+    decoder: AutoencoderKL | None = None
+    """Decodes latents; its time is then part of every arm's."""
+
+    def __post_init__(self) -> None:
+        for size in self.batch_sizes or (0,):
+            if size < 1:
+                raise InputError(f"--batch-size {size}: expected at least 1")
 
 
 def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
@@ -45,59 +113,226 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
     return DynamicDepth(backbone, exits, pixel_space=config.in_channels in (1, 3)).to(device).eval()
 
 
-def time_plans(
-    model: DynamicDepth,
-    plans: Mapping[str, DepthPlan],
-    *,
-    batch_size: int,
-    rounds: int,
-    warmup: int = 1,
-    compiled: bool = False,
-) -> pd.DataFrame:
-    """Draw one batch under every plan, round by round. `compiled`: the model's blocks and heads are compiled first.
+def open_decoder(spec: str, model: DynamicDepth) -> AutoencoderKL:
+    """The autoencoder in a folder, or one of random weights ("random:f8"), on the model's device and in its precision.
 
-    -> columns round, arm, scope ("noise to uint8" or "denoiser", the network alone), seconds. Order changes from
-    round to round. Each scope has a call of its own, as timing the parts makes a GPU wait between them.
+    Raises:
+        InputError: it is none, or not one of this model's latents.
     """
-    if rounds < 1:
-        raise InputError(f"--rounds {rounds}: expected at least 1")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: expected at least 1")
-    if compiled:
+    channels, weights = model.backbone.in_channels, next(model.parameters())
+    if model.pixel_space:
+        raise InputError(f"--vae {spec}: this model makes pixels; expected no autoencoder")
+    if spec == RANDOM_DECODER:
+        decoder = _random_autoencoder(channels, widths=(128, 256, 512, 512), layers_per_block=2)
+    else:
+        decoder = load_autoencoder(spec)
+    if (found := decoder.config.latent_channels) != channels:
+        raise InputError(f"--vae {spec}: latents of {found} channels; expected {channels}, which the model makes")
+    return decoder.to(weights.device, weights.dtype)
+
+
+def measure(
+    model: DynamicDepth, plans: Mapping[str, DepthPlan], settings: Bench | None = None, *, name: str = ""
+) -> pd.DataFrame:
+    """Time one batch of every size under every plan -> a row per timed call and scope, columns as in COLUMNS.
+
+    plans: checked against the model, by the arms' names; the first is what the others are compared with. All are of
+    one solver, step count and guidance scale. name: of the model, for the table.
+
+    Raises:
+        InputError: a pipeline for a guided model of other than 1,000 classes, whose null label it does not know.
+    """
+    settings, first = settings or Bench(), next(iter(plans.values()))
+    plans = {arm: replace(plan, trunk="", exits="") for arm, plan in plans.items()}  # weights are not hashed per call
+    weights = next(model.parameters())
+    device = weights.device.type
+    macs, meter = model_macs(model), energy_meter(device)
+    if settings.compiled and not settings.in_pipeline:
         compile_parts(model)
-    labels = balanced_labels(batch_size, model.backbone.num_classes)
-    names, rows = list(plans), []
-    for k in range(-warmup, rounds):
-        for name in order_of(names, k):
-            plan = plans[name]
-            draw = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale}
-            whole, parts = (
-                sample(model, labels, plan=plan, batch_size=batch_size, stats=stats, **draw) for stats in (False, True)
+    make_arms = _in_pipeline if settings.in_pipeline else _in_sampler
+    tables = []
+    for size in settings.batch_sizes:
+        if settings.compiled:
+            torch.compiler.reset()  # each size gets its own code, whichever came before
+        arms = make_arms(model, plans, size, settings, meter)
+        for run in arms.values():
+            run()
+        peaks = {arm: peak_memory(run, device) for arm, run in arms.items()}
+        table = paired_rounds(arms, settings.repeats, next(iter(plans)))
+        cost = measure_cost(model, batch_size=size, solver=first.solver, cfg_scale=first.cfg_scale)
+        run_plans = {arm: plans.get(arm, first) for arm in arms}
+        table["batch_size"] = size
+        table["predicted_seconds"] = _predicted(table, run_plans, cost, decodes=settings.decoder is not None)
+        table["share_of_blocks"] = table["arm"].map({a: p.share_of_blocks for a, p in run_plans.items()})
+        table["macs"] = table["arm"].map({a: macs.plan(p) for a, p in run_plans.items()})
+        table["peak_memory_mib"] = table["arm"].map({a: math.nan if p is None else p / 2**20 for a, p in peaks.items()})
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True).assign(
+        model=name,
+        machine=manifest.machine(device),
+        device=device,
+        dtype=str(weights.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        compiled="compiled" if settings.compiled else "eager",
+        solver=first.solver,
+        steps=first.num_steps,
+        cfg_scale=first.cfg_scale,
+        energy_source="" if meter is None else meter.source,
+    )[list(COLUMNS)]
+
+
+def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:
+    """A row per batch size, scope and arm, from `measure`'s rows alone.
+
+    Columns: batch_size, scope, arm, rounds; ms, q25, q75 (median and quartiles, of the batch), ms_per_picture; ratio
+    (Interval of the median ratio to the baseline), width (of that interval, as a share of the ratio);
+    predicted_ms, promised (predicted share of the baseline's time), kept (time saved, as a share of what was promised;
+    from the median ratio); macs, flops, peak_memory_mib, joules_per_picture.
+    """
+    rows = []
+    for (size, scope), part in times.groupby(["batch_size", "scope"], sort=False):
+        firsts, table = part.groupby("arm").first(), summarise_times(part, _baseline_of(part, baseline))
+        joules = part.groupby("arm")["joules"].mean()
+        for arm, row in table.iterrows():
+            facts, ratio = firsts.loc[arm], row["median_ratio"]
+            promised = facts["predicted_seconds"] / firsts.loc[_baseline_of(part, baseline), "predicted_seconds"]
+            rows.append(
+                {
+                    "batch_size": int(size),
+                    "scope": scope,
+                    "arm": arm,
+                    "rounds": int(row["rounds"]),
+                    "ms": 1e3 * row["median"],
+                    "q25": 1e3 * row["q25"],
+                    "q75": 1e3 * row["q75"],
+                    "ms_per_picture": 1e3 * row["median"] / size,
+                    "ratio": ratio,
+                    "width": 0.0 if arm == baseline else relative_width(ratio),
+                    "predicted_ms": 1e3 * facts["predicted_seconds"],
+                    "promised": promised,
+                    "kept": math.nan if promised == 1 else (1 - ratio.mean) / (1 - promised),
+                    "macs": int(facts["macs"]),
+                    "flops": flops(int(facts["macs"])),
+                    "peak_memory_mib": facts["peak_memory_mib"],
+                    "joules_per_picture": joules[arm] / size,
+                }
             )
-            if k >= 0:
-                rows.append({"round": k, "arm": name, "scope": "noise to uint8", "seconds": whole.seconds})
-                network = sum(parts.network_seconds)
-                rows.append({"round": k, "arm": name, "scope": "denoiser", "seconds": network})
     return pd.DataFrame(rows)
 
 
-def time_in_pipeline(
-    model: DynamicDepth,
-    plans: Mapping[str, DepthPlan],
-    *,
-    batch_size: int,
-    rounds: int,
-    warmup: int = 1,
-    compiled: bool = False,
-) -> pd.DataFrame:
-    """Time plans as the plug-in runs them inside an unmodified `DiTPipeline`, beside the pipeline without it.
+def lines(times: pd.DataFrame, until: float = 0.0, baseline: str = FULL) -> list[str]:
+    """The report of a benchmark as text. until: the width of interval asked for, to say where it was missed."""
+    table, facts = verdict(times, baseline), times.iloc[0]
+    text = [
+        f"{facts['machine']}; {facts['dtype']}, {facts['threads']} CPU threads, {facts['compiled']}; "
+        f"{facts['steps']} steps of {facts['solver']}, guidance {facts['cfg_scale']:g}"
+    ]
+    text += [
+        f"  {arm:>12}  {of['macs'] / 1e9:.4g} GMACs ({of['flops'] / 1e9:.4g} GFLOPs) of the denoiser, one picture"
+        for arm, of in table.groupby("arm", sort=False).first().iterrows()
+    ]
+    for (size, scope), part in table.groupby(["batch_size", "scope"], sort=False):
+        text.append(f"{scope}, batch of {size}, {part['rounds'].max()} rounds:")
+        text += [_line(row, baseline) for _, row in part.iterrows()]
+        text += _remarks(part, until)
+    for size, part in table.groupby("batch_size", sort=False):
+        text += _resources(part.groupby("arm", sort=False).last(), size, str(facts["device"]), facts["energy_source"])
+    return text
 
-    -> columns round, arm, scope ("pipeline call", or "denoiser", the transformer alone), seconds. The arm
-    "no plug-in" is the pipeline as diffusers has it, without a denoiser time of its own. Decoding is by the smallest of
-    autoencoders, so that a call is sampling and little else.
 
-    Raises:
-        InputError: guidance, for a model of other than 1,000 classes, whose null label the pipeline does not know.
+@dataclass(frozen=True)
+class Check:
+    """One thing the timing itself has to get right."""
+
+    name: str
+    found: str
+    expected: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the self-check times: something, twice that in one call, and a wait of known length."""
+
+    one: Callable[[], object]
+    two: Callable[[], object]
+    wait: Callable[[], object]
+    wait_seconds: float
+    synchronize: Callable[[], object] | None = None
+
+
+def known_work(device: str = "cpu") -> Work:
+    """A product of two matrices, two such products, and a sleep of 50 ms."""
+    side = 4096 if device.startswith("cuda") else 1024
+    a, b, out = (torch.full((side, side), 0.5, device=device) for _ in range(3))
+    seconds = 0.05
+
+    def product() -> None:
+        torch.mm(a, b, out=out)
+
+    def two() -> None:
+        product()
+        product()
+
+    wait = torch.cuda.synchronize if device.startswith("cuda") else None
+    return Work(product, two, lambda: time.sleep(seconds), seconds, wait)
+
+
+def self_check(work: Work, rounds: int = 60) -> list[Check]:
+    """Does the timing get right what is known? An A/A null, a sleep, and twice the work, on a machine left alone.
+
+    The null's interval is at 95%: one in twenty misses 1 on the quietest machine.
+    """
+    arms = {"one": work.one, "again": work.one, "two": work.two}
+    times = paired_times(arms, rounds=rounds, warmup=3, synchronize=work.synchronize)
+    table = summarise_times(times, "one")
+    null, double = table.loc["again", "median_ratio"], table.loc["two", "median_ratio"]
+    waits = paired_times({"wait": work.wait}, rounds=max(rounds // 3, 6), warmup=1)
+    waited = float(waits["seconds"].median())
+    return [
+        Check("the same twice (A/A)", _span(null), "covers 1, off by at most 0.01", _is_null(null)),
+        Check(
+            f"a sleep of {1e3 * work.wait_seconds:g} ms",
+            f"{1e3 * waited:.3f} ms",
+            "within 2%",
+            abs(waited - work.wait_seconds) <= 0.02 * work.wait_seconds,
+        ),
+        Check("two matrix products to one", _span(double), "2.00 ± 0.04", abs(double.mean - 2) <= 0.04),
+    ]
+
+
+def _in_sampler(
+    model: DynamicDepth, plans: Mapping[str, DepthPlan], size: int, settings: Bench, meter: EnergyMeter | None
+) -> dict[str, Callable[[], list[Reading]]]:
+    """A call per plan: one batch drawn whole, and again with the network timed, as that makes a GPU wait between."""
+    labels, decoder = balanced_labels(size, model.backbone.num_classes), settings.decoder
+    whole = TO_UINT8 if model.pixel_space or decoder is not None else TO_LATENTS
+
+    def draw(plan: DepthPlan, stats: bool) -> Samples:
+        options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale}
+        return sample(model, labels, plan=plan, batch_size=size, stats=stats, **options)
+
+    def call(plan: DepthPlan) -> list[Reading]:
+        spent = _metered(meter)
+        drawn, decoding = draw(plan, stats=False), 0.0
+        if decoder is not None:
+            began = time.perf_counter()
+            decode_latents(decoder, drawn.latents, size)  # ends on the host: nothing is under way then
+            decoding = time.perf_counter() - began
+        readings = [Reading(whole, drawn.seconds + decoding, spent())]
+        if decoder is not None:
+            readings.append(Reading(DECODER, decoding))
+        return [*readings, Reading(DENOISER, sum(draw(plan, stats=True).network_seconds))]
+
+    return {name: (lambda plan=plan: call(plan)) for name, plan in plans.items()}
+
+
+def _in_pipeline(
+    model: DynamicDepth, plans: Mapping[str, DepthPlan], size: int, settings: Bench, meter: EnergyMeter | None
+) -> dict[str, Callable[[], list[Reading]]]:
+    """A call per plan of an unmodified `DiTPipeline` with the plug-in, and of the pipeline without it.
+
+    Without a decoder of the user's, decoding is by the smallest of autoencoders: a call is sampling and little else.
     """
     some = next(iter(plans.values()))
     classes = model.backbone.num_classes
@@ -106,19 +341,21 @@ def time_in_pipeline(
             f"--cfg-scale {some.cfg_scale:g}: DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one "
             f"has {classes}; expected 1"
         )
-    device = next(model.parameters()).device
-    transformer = to_diffusers(model).to(device)
-    if compiled:
+    weights = next(model.parameters())
+    transformer = to_diffusers(model).to(weights.device, weights.dtype)
+    if settings.compiled:
         compile_parts(DynamicDepth(adapt(transformer), model.exits))
-    pipe = DiTPipeline(transformer, _smallest_decoder(model), make_scheduler(some.solver, some.num_steps))
-    pipe.to(device).set_progress_bar_config(disable=True)
-    labels = balanced_labels(batch_size, classes)
-    wait = torch.cuda.synchronize if device.type == "cuda" else float
+    decoder = settings.decoder or _random_autoencoder(model.backbone.in_channels, widths=(1,), layers_per_block=1)
+    pipe = DiTPipeline(transformer, decoder, make_scheduler(some.solver, some.num_steps))
+    decoder.to(weights.device, weights.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    labels = balanced_labels(size, classes)
+    wait = torch.cuda.synchronize if weights.is_cuda else float
 
-    def seconds() -> float:
-        generators = [picture_generator(0, index) for index in range(batch_size)]
+    def whole() -> Reading:
+        generators = [picture_generator(0, index) for index in range(size)]
         wait()
-        began = time.perf_counter()
+        spent, began = _metered(meter), time.perf_counter()
         pipe(
             class_labels=labels,
             guidance_scale=some.cfg_scale,
@@ -127,26 +364,92 @@ def time_in_pipeline(
             output_type="pt",
         )
         wait()
-        return time.perf_counter() - began
+        return Reading(PIPELINE, time.perf_counter() - began, spent())
 
-    arms, rows = [NO_PLUGIN, *plans], []
-    for k in range(-warmup, rounds):
-        for name in order_of(arms, k):
-            handle = None if name == NO_PLUGIN else apply_dyndit(pipe, model.exits, plans[name], check_trunk=False)
-            whole = seconds()
-            if k >= 0:
-                rows.append({"round": k, "arm": name, "scope": "pipeline call", "seconds": whole})
-            if handle is not None:
-                if k >= 0:
-                    denoiser = float(handle.stats()["seconds"].sum())
-                    rows.append({"round": k, "arm": name, "scope": "denoiser", "seconds": denoiser})
-                remove_dyndit(pipe)
-    return pd.DataFrame(rows)
+    def plugged(plan: DepthPlan) -> list[Reading]:
+        handle = apply_dyndit(pipe, model.exits, plan, check_trunk=False)
+        try:
+            return [whole(), Reading(DENOISER, float(handle.stats()["seconds"].sum()))]
+        finally:
+            remove_dyndit(pipe)
+
+    return {NO_PLUGIN: lambda: [whole()]} | {name: (lambda plan=plan: plugged(plan)) for name, plan in plans.items()}
 
 
-def _smallest_decoder(model: DynamicDepth) -> AutoencoderKL:
-    """An autoencoder of the model's channels that hardly costs anything."""
+def _metered(meter: EnergyMeter | None) -> Callable[[], float]:
+    """What gives the joules from now on; NaN without a meter."""
+    return (lambda: math.nan) if meter is None else meter.start()
+
+
+def _predicted(table: pd.DataFrame, plans: Mapping[str, DepthPlan], cost: CostModel, *, decodes: bool) -> pd.Series:
+    """Seconds that the plan and the parts' measured times promise, for each row's scope; NaN for the decoder's own."""
+    decoding = table.loc[table["scope"] == DECODER, "seconds"].median() if decodes else 0.0
+    whole = table["arm"].map({arm: cost.plan_seconds(plan) for arm, plan in plans.items()})
+    network = table["arm"].map({arm: cost.network_seconds(plan) for arm, plan in plans.items()})
+    seconds = whole + decoding * (table["scope"] == TO_UINT8)
+    return seconds.mask(table["scope"] == DENOISER, network).mask(table["scope"] == DECODER)
+
+
+def _baseline_of(part: pd.DataFrame, baseline: str) -> str:
+    arms = list(part["arm"].unique())
+    return baseline if baseline in arms else arms[0]
+
+
+def _is_null(ratio: Interval) -> bool:
+    """Whether an A/A ratio shows nothing: its interval covers 1 and it is off by at most 1%."""
+    return not ratio.excludes(1) and abs(ratio.mean - 1) <= 0.01
+
+
+def _span(ratio: Interval) -> str:
+    limits = "" if math.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
+    return f"{ratio.mean:.3f}{limits}"
+
+
+def _line(row: pd.Series, baseline: str) -> str:
+    text = f"  {row['arm']:>12}  median {row['ms']:.1f} ms, quartiles {row['q25']:.1f} to {row['q75']:.1f}"
+    if not math.isnan(row["predicted_ms"]):
+        text += f", predicted {row['predicted_ms']:.1f}"
+    if row["arm"] != baseline:
+        text += f"; of full depth {_span(row['ratio'])}"
+    if not math.isnan(row["kept"]):
+        text += f", predicted {row['promised']:.3f}; saved {row['kept']:.2f} of what was promised"
+    return text
+
+
+def _remarks(part: pd.DataFrame, until: float) -> Iterable[str]:
+    """What the null shows, and which interval stayed wider than was asked for."""
+    for row in part[part["arm"] == AGAIN].itertuples():
+        says = "shows nothing, as it must" if _is_null(row.ratio) else "FAILED: this timing is not to be trusted to 1%"
+        if math.isnan(row.ratio.low):
+            says = "too few rounds to tell (6 at least)"
+        yield f"  null (the same twice): {_span(row.ratio)}: {says}"
+    wide = part[part["width"] > until] if until else part[:0]
+    for row in wide.itertuples():
+        width = "unknown" if math.isinf(row.width) else f"{row.width:.1%} wide"
+        yield f"  {row.arm}: interval still {width} after {row.rounds} rounds; {until:.1%} was asked for"
+
+
+def _resources(arms: pd.DataFrame, size: int, device: str, source: str) -> list[str]:
+    """Peak memory, and energy where there is a meter."""
+    text = []
+    if arms["peak_memory_mib"].notna().any():
+        peaks = ", ".join(f"{arm} {value:.1f}" for arm, value in arms["peak_memory_mib"].items())
+        text = [f"peak memory, batch of {size}, MiB: {peaks}", f"  {MEANING[device]}"]
+    joules = arms["joules_per_picture"].dropna()
+    if len(joules):
+        each = ", ".join(f"{arm} {value:.4g}" for arm, value in joules.items())
+        text.append(f"joules a picture, batch of {size} ({source}): {each}")
+    return text
+
+
+def _random_autoencoder(channels: int, *, widths: tuple[int, ...], layers_per_block: int) -> AutoencoderKL:
+    """An autoencoder of these latent channels, of random weights."""
     with torch.random.fork_rng(devices=[]):
         return AutoencoderKL(
-            latent_channels=model.backbone.in_channels, block_out_channels=(1,), layers_per_block=1, norm_num_groups=1
+            latent_channels=channels,
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            layers_per_block=layers_per_block,
+            norm_num_groups=1 if widths == (1,) else 32,
         ).eval()

@@ -51,6 +51,10 @@ class CostModel:
         """Predicted seconds from noise to picture for one batch."""
         return sum(self.step_seconds(c, u) for c, u in plan.pairs)
 
+    def network_seconds(self, plan: DepthPlan) -> float:
+        """Predicted seconds of those in the network: without the solver's."""
+        return self.plan_seconds(plan) - plan.num_steps * self.solver
+
     def share_of_time(self, plan: DepthPlan) -> float:
         """Predicted time as a share of full depth's at the same steps."""
         full = self.step_seconds(plan.num_blocks, plan.num_blocks if plan.cfg_scale != 1 else 0)

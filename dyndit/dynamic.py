@@ -1,6 +1,7 @@
 """DynamicDepth: a backbone, its exits, and the one loop that runs a plan."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Self
@@ -12,6 +13,24 @@ from torch import Tensor
 from dyndit.backbones import Backbone, Condition, Inputs, State, tensors_hash
 from dyndit.errors import InputError
 from dyndit.exits import Exits
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the sampling loop asks of a model at one step.
+
+    k: the step, from 0; x_t: (B, C, H, W), scaled as the network takes it, in the precision of its weights; times: (B,)
+    on its device; labels: (B,) per branch, the conditional one first and the unconditional one, where there is
+    guidance at this step, second; depths: of `DynamicDepth.depths`, one per branch; timesteps: of the whole sampling,
+    on the host, falling.
+    """
+
+    k: int
+    x_t: Tensor
+    times: Tensor
+    labels: tuple[Condition, ...]
+    depths: tuple[int, ...]
+    timesteps: tuple[float, ...]
 
 
 class DynamicDepth(ModelMixin):
@@ -48,6 +67,14 @@ class DynamicDepth(ModelMixin):
         if depth not in self.depths:
             raise InputError(f"depth {depth}: expected one of {list(self.depths)}, where this model has exits")
         return self.branches(x, t, [y], [depth])[0]
+
+    def predict(self, step: Step, memory: object) -> tuple[list[Tensor], object]:
+        """What the sampling loop calls: a prediction per branch (B, C_out, H, W), and the memory for the next step.
+
+        memory: None at a sampling's start, later what the step before returned. A plan remembers nothing; a model
+        that reuses earlier steps overrides this, and keeps all it needs in the memory, never in itself.
+        """
+        return self.branches(step.x_t, step.times, step.labels, step.depths), memory
 
     def branches(self, x: Tensor, t: Tensor, labels: Sequence[Condition], depths: Sequence[int]) -> list[Tensor]:
         """Predict the same pictures under several label sets, each at its own depth.

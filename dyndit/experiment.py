@@ -1,17 +1,19 @@
 """One comparison from trunk to report: what `dyndit quickstart` and `dyndit compare` run.
 
-distil exits -> measure the shift table -> search plans -> sample every arm from the same fresh seeds -> report. Every
-stage leaves its result on disk; what is there and valid is not done again.
+distil exits -> measure the shift table -> search plans -> make the peers -> sample every arm from the same fresh seeds
+-> report. Every stage leaves its result on disk; what is there and valid is not done again.
 """
 
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,7 +27,10 @@ from rich.progress import (
 from dyndit import checkpoints, manifest
 from dyndit.analysis.extractors import Extractor, as_rgb, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
-from dyndit.analysis.frontier import RUNS, append_run, measured
+from dyndit.analysis.frontier import COLUMNS, RUNS, append_run, measured
+from dyndit.analysis.macs import count_macs, model_macs
+from dyndit.analysis.peers import Peer, PeerSettings, Workshop
+from dyndit.analysis.peers.random_plan import shuffled
 from dyndit.calibration import CalibrationSettings, measure_moments, measure_shifts_into
 from dyndit.data import Pictures, open_data
 from dyndit.dynamic import DynamicDepth
@@ -42,13 +47,14 @@ class Controls:
     """Fixed schedules to hold the searched plan against, at one solver and step count, at equal time.
 
     depths: constant depths; each sets a budget (its own predicted time) for a searched plan, that plan's reversal,
-    and the `num_ramps` ramps that come closest to the budget from below.
+    `num_shuffled` random orders of its steps, and the `num_ramps` ramps that come closest to the budget from below.
     """
 
     solver: str = "ddim"
     steps: int = 10
     depths: tuple[int, ...] = ()
     num_ramps: int = 10
+    num_shuffled: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class Experiment:
     unguided_steps: tuple[int, ...] = ()
     """Full depth without guidance at these step counts: a plan that drops guidance must not hide behind depth."""
     controls: Controls | None = None
+    peers: tuple[PeerSettings, ...] = ()
+    """What else a user might pick (`dyndit.analysis.peers`), at every solver and `peer_steps`."""
+    peer_steps: tuple[int, ...] = (10,)
     cfg_scale: float = 1.5
     num_blocks: int = 5
     num_images: int = 600
@@ -81,13 +90,20 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is measured."""
+    """One thing that is measured: a model under a plan.
+
+    model: None for the comparison's own. peer: whose arm it is, where it is a peer's. predicted_ms: per picture, by the
+    table's cost model, where the plan says what runs.
+    """
 
     name: str
     family: str
     plan: DepthPlan
     budget: float | None = None
     predicted_fd: float | None = None
+    predicted_ms: float | None = None
+    model: DynamicDepth | None = None
+    peer: PeerSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,8 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     model = _model(experiment, trunk, data, out, console).to(inputs.device)
     reference = moments(extractor.features(as_rgb(data.uint8())))
     comparison = _Comparison(experiment, model, extractor, reference, out, console)
-    arms = comparison.arms(comparison.table())
+    table = comparison.table()
+    arms = [comparison.priced(arm, table) for arm in comparison.arms(table) + comparison.peers(data)]
     comparison.measure(arms)
     comparison.report(arms)
     return out
@@ -137,6 +154,7 @@ def _settings(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[st
     for name in ("train", "distill"):
         if choices[name]:
             choices[name].pop("schedule", None)
+    choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
 
 
@@ -226,21 +244,67 @@ class _Comparison:
             arms += self._controls(table, depth, budget, plan)
         return arms
 
+    def peers(self, data: Pictures) -> list[Arm]:
+        """The peers' arms; what a peer has to train is trained, or found in `out/peers`."""
+        experiment, arms = self.experiment, []
+        workshop = Workshop(self.out / "peers", data, experiment.distill.fit)
+        for peer in experiment.peers:
+            model = peer.model(self.model, workshop).eval()
+            for solver, steps in product(experiment.solvers, experiment.peer_steps):
+                plan = peer.plan(full_plan(model, solver, steps, experiment.cfg_scale), model.depths)
+                plan.check(depths=model.depths)
+                name = f"{peer.name}-{solver}-{steps}-{peer.label}"
+                arms.append(Arm(name, peer.name, plan, model=model, peer=peer))
+        return arms
+
+    def priced(self, arm: Arm, table: ShiftTable) -> Arm:
+        """The arm with the time that the cost model gives its plan; as it is where it runs other than its plan says."""
+        if arm.model not in (None, self.model):
+            return arm
+        return replace(arm, predicted_ms=1e3 * table.cost.plan_seconds(arm.plan) / table.cost.batch_size)
+
+    def _macs(self, arms: Iterable[Arm]) -> dict[str, float]:
+        """Multiply-accumulates of the denoiser per picture by arm; peers, which may decide on data, on a batch."""
+        num, parts, counted = min(self.experiment.batch_size, self.experiment.num_images), {}, {}
+        for arm in arms:
+            model = arm.model or self.model
+            if isinstance(model, Peer):
+                counted[arm.name] = count_macs(lambda arm=arm: self._draw(arm, seed=0, num=num)) / num
+            else:
+                parts[id(model)] = parts.get(id(model)) or model_macs(model)
+                counted[arm.name] = parts[id(model)].plan(arm.plan)
+        return counted
+
     def measure(self, arms: list[Arm]) -> None:
-        """Sample and score every arm on every seed block; blocks go round the arms in changing order."""
+        """Sample and score every arm on every seed block.
+
+        Within a block the arms take turns batch by batch, so that a machine that slows down slows all of them. A block
+        that was broken off is drawn anew by the arms that have no row of it yet.
+        """
         experiment, path = self.experiment, self.out / RUNS
         done = measured(path) if path.exists() else set()
-        total, count = experiment.num_blocks * len(arms), len(done)
+        batches, size = -(-experiment.num_images // experiment.batch_size), experiment.batch_size
+        missing = {
+            block: [arm for arm in arms if (arm.name, block) not in done] for block in range(experiment.num_blocks)
+        }
+        total = batches * experiment.num_blocks * len(arms)
+        count = total - batches * sum(map(len, missing.values()))
         if count < total:
-            self._draw(arms[0].plan, seed=0, num=experiment.batch_size)  # warm-up
+            for arm in {(arm.family, id(arm.model)): arm for arm in arms}.values():  # warm-up
+                self._draw(arm, seed=0, num=min(size, experiment.num_images))
+        macs = self._macs({arm.name: arm for waiting in missing.values() for arm in waiting}.values())
         with progress_bar("sampling and scoring", self.console) as advance:
-            for block in range(experiment.num_blocks):
-                shift = block * len(arms) // experiment.num_blocks
-                for arm in arms[shift:] + arms[:shift]:
-                    if (arm.name, block) not in done:
-                        append_run(path, self._row(arm, block))
+            for block, waiting in missing.items():
+                drawn: dict[str, list[Samples]] = {arm.name: [] for arm in waiting}
+                for batch in range(batches):
+                    num = min(size, experiment.num_images - batch * size)
+                    for arm in in_turn(waiting, block, batch):
+                        part = self._draw(arm, seed=block, num=num, first=batch * size, stats=True)
+                        drawn[arm.name].append(part)
                         count += 1
                         advance(count, total)
+                for arm in waiting:
+                    append_run(path, self._row(arm, block, drawn.pop(arm.name), macs[arm.name]))
 
     def report(self, arms: list[Arm]) -> None:
         """Figures and pages from what lies in `out`."""
@@ -257,35 +321,40 @@ class _Comparison:
             chosen = [arm for arm in arms if (arm.plan.solver, arm.plan.num_steps) == (solver, steps)]
             full = [arm for arm in chosen if arm.family == "full"]
             dynamic = sorted((arm for arm in chosen if arm in searched), key=lambda arm: -arm.budget)
-            rows |= {arm.name: self._draw(arm.plan, seed=0, num=10).pictures for arm in full + dynamic}
+            peers = list({arm.family: arm for arm in reversed(chosen) if arm.peer is not None}.values())
+            rows |= {arm.name: self._draw(arm, seed=0, num=10).pictures for arm in full + dynamic + peers}
         figures.save(figures.samples_figure(rows), self.out / "samples.png")
         write_report(self.out, self.out, margin=self.experiment.margin)
 
     def _full(self, solver: str, steps: int) -> DepthPlan:
         return full_plan(self.model, solver, steps, self.experiment.cfg_scale)
 
-    def _draw(self, plan: DepthPlan, *, seed: int, num: int, stats: bool = False) -> Samples:
+    def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
+        """Pictures `first` to `first + num - 1` of an arm; every class in turn."""
+        # The plan was checked against the weights when it was made; hashing them for every batch takes longer than it.
+        plan = replace(arm.plan, trunk="", exits="")
         return sample(
-            self.model,
-            balanced_labels(num, self.model.backbone.num_classes),
+            arm.model or self.model,
+            balanced_labels(first + num, self.model.backbone.num_classes)[first:],
             plan=plan,
             solver=plan.solver,
             num_steps=plan.num_steps,
             cfg_scale=plan.cfg_scale,
             seed=seed,
+            first_index=first,
             batch_size=self.experiment.batch_size,
             stats=stats,
         )
 
-    def _row(self, arm: Arm, block: int) -> dict[str, object]:
-        """Draw one block of one arm and score it: a row of runs.csv."""
-        experiment, plan = self.experiment, arm.plan
-        result = self._draw(plan, seed=block, num=experiment.num_images, stats=True)
-        features = self.extractor.features(as_rgb(result.pictures))
-        cond, uncond = plan.mean_depth
-        return {
+    def _row(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> dict[str, object]:
+        """Score the batches that one arm drew of one block: a row of runs.csv."""
+        experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
+        features = self.extractor.features(as_rgb(torch.cat([part.pictures for part in drawn])))
+        # A peer's blocks are not those of its plan, unless it is one.
+        cond, uncond = plan.mean_depth if arm.model in (None, self.model) else (None, None)
+        figures = {
             "run": self.out.name,
-            "machine": manifest.machine(next(self.model.parameters()).device.type),
+            "machine": manifest.machine(parameter.device.type),
             "extractor": self.extractor.name,
             "metric": self.extractor.metric_name,
             "model": self.model.trunk_hash(),
@@ -298,16 +367,23 @@ class _Comparison:
             "block": block,
             "seed": block,
             "num_images": experiment.num_images,
-            "share_of_blocks": plan.share_of_blocks,
+            "share_of_blocks": plan.share_of_blocks if arm.peer is None else arm.peer.share_of_blocks(plan),
             "mean_depth_cond": cond,
             "mean_depth_uncond": uncond,
-            "ms_per_picture": 1e3 * result.seconds / experiment.num_images,
-            "ms_denoiser": 1e3 * sum(result.network_seconds) / experiment.num_images,
+            "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
+            "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
             "fd": frechet_distance(moments(features), self.reference),
             "predicted_fd": arm.predicted_fd,
             "role": "score",
             "plan": self._plan_file(arm).name if arm.family == "searched" else "",
+            "macs": macs,
+            "predicted_ms": arm.predicted_ms,
+            "compiled": "eager",
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "batch_size": experiment.batch_size,
         }
+        return dict.fromkeys(COLUMNS) | figures
 
     def _plan_file(self, arm: Arm) -> Path:
         return self.out / f"{arm.name.replace('searched', 'plan', 1)}.json"
@@ -358,6 +434,7 @@ class _Comparison:
         full = self._full(controls.solver, controls.steps)
         predictor = Predictor(table, full.timesteps, self._base(table, controls.solver, controls.steps))
         plans = [constant(full, depths, depth), reversed_plan(searched)]
+        plans += [shuffled(searched, seed) for seed in range(controls.num_shuffled)]
         plans += _ramps_within(full, depths, table, budget, controls.num_ramps)
         return [
             Arm(
@@ -386,6 +463,16 @@ def _ramps_within(
             family.setdefault(plan.pairs, plan)
     within = [p for p in family.values() if table.cost.share_of_time(p) <= budget * (1 + 1e-9)]
     return sorted(within, key=table.cost.share_of_time, reverse=True)[:num]
+
+
+def in_turn(arms: list[Arm], block: int, batch: int) -> list[Arm]:
+    """The order in which the arms draw a batch: a random one, then the same backwards.
+
+    In two batches each arm comes as often before another as after it, so a steady drift cancels between them.
+    """
+    order = list(arms)
+    random.Random(f"{block} {batch // 2}").shuffle(order)
+    return order[::-1] if batch % 2 else order
 
 
 @contextmanager

@@ -32,12 +32,15 @@ def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[
     """
     predictions = model.every_exit(x_t, t, y)
     target = predictions.pop(model.num_blocks).detach()
-    channels = x_t.shape[1]
+    return {depth: halves(prediction - target, x_t.shape[1]) for depth, prediction in predictions.items()}
 
-    def halves(error: Tensor) -> Tensor:
-        square = error.float().square()
-        noise = square[:, :channels].flatten(1).mean(1)
-        variance = square[:, channels:].flatten(1).mean(1) if square.shape[1] > channels else 0 * noise
-        return torch.stack([noise, variance], dim=1)
 
-    return {depth: halves(prediction - target) for depth, prediction in predictions.items()}
+def halves(error: Tensor, channels: int) -> Tensor:
+    """Mean square over the noise channels, and over the variance channels (0 without them).
+
+    error: (B, C_out, H, W) -> (B, 2).
+    """
+    square = error.float().square()
+    noise = square[:, :channels].flatten(1).mean(1)
+    variance = square[:, channels:].flatten(1).mean(1) if square.shape[1] > channels else 0 * noise
+    return torch.stack([noise, variance], dim=1)

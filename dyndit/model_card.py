@@ -135,7 +135,7 @@ def _measured(folder: Path) -> str:
         return ""
     from dyndit.analysis import read_runs, summary
     from dyndit.analysis.frontier import GROUP
-    from dyndit.analysis.report import markdown_table
+    from dyndit.analysis.tables import markdown_table
 
     parts = ["## Measured"]
     for _, runs in read_runs(folder / RUNS).groupby(GROUP, sort=False):

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -92,7 +93,7 @@ class DynDiTHandle:
         """The adapter with its exits; `model.depths` are the depths that a plan can use."""
         self._given = model.exits
         self._pipeline, self._cfg_scale = pipeline, cfg_scale
-        self._identities = (model.trunk_hash(), model.exits_hash()) if check_trunk else (None, None)
+        self._check_trunk = check_trunk
         self._plan: DepthPlan | None = None
         self._router: Router | None = None
         self._timesteps: Tensor | None = None
@@ -104,11 +105,10 @@ class DynDiTHandle:
         """The transformer, cut into embed, blocks and head."""
         return self.model.backbone
 
-    @property
+    @cached_property
     def identities(self) -> tuple[str, str]:
         """Hashes of the trunk and of the exits that plans are checked against; "" where they are not."""
-        trunk, exits = self._identities
-        return trunk or "", exits or ""
+        return (self.model.trunk_hash(), self.model.exits_hash()) if self._check_trunk else ("", "")
 
     @property
     def plan(self) -> DepthPlan | None:
@@ -274,7 +274,8 @@ class DynDiTHandle:
             self._plan = plan
 
     def _check(self, plan: DepthPlan) -> None:
-        trunk, exits = self._identities
+        bound = self._check_trunk and bool(plan.trunk or plan.exits)
+        trunk, exits = self.identities if bound else (None, None)
         plan.check(depths=self.model.depths, trunk=trunk, exits=exits)
 
     def _check_guidance(self, inputs: Inputs, guided: bool, second: bool) -> None:

@@ -19,7 +19,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dyndit.dynamic import DynamicDepth
+from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError, PlanError
 from dyndit.objectives import Schedule
 from dyndit.plan import DepthPlan, Router
@@ -252,14 +252,18 @@ def _per_row(seed: int | Sequence[int], rows: int) -> Sequence[int]:
 
 @dataclass
 class Trajectory:
-    """Where a sampling stands: the state and the solver's memory. `fork` makes an independent continuation."""
+    """Where a sampling stands: the state, and the solver's memory. `fork` makes an independent continuation.
+
+    memory: the model's, which its last step left for the next (`DynamicDepth.predict`); None where there is none.
+    """
 
     x: Tensor
     scheduler: object
+    memory: object = None
 
     def fork(self) -> "Trajectory":
         """A copy that can be continued another way."""
-        return Trajectory(self.x, copy.deepcopy(self.scheduler))
+        return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory))
 
 
 @dataclass(frozen=True)
@@ -343,8 +347,10 @@ def advance(
         cond, uncond = plan.pairs[k]
         entered = clock()
         both = uncond > 0 and guidance.scale != 1
-        labels, depths = ([batch.labels, null], [cond, uncond]) if both else ([batch.labels], [cond])
-        predictions = [p.to(x.dtype) for p in model.branches(x_t.to(dtype), times, labels, depths)]
+        labels, depths = ((batch.labels, null), (cond, uncond)) if both else ((batch.labels,), (cond,))
+        step = Step(k, x_t.to(dtype), times, labels, depths, plan.timesteps)
+        predictions, trajectory.memory = model.predict(step, trajectory.memory)
+        predictions = [p.to(x.dtype) for p in predictions]
         left = clock()
         prediction = guidance.combine(*predictions, channels) if both else predictions[0]
         if model.pixel_space:

@@ -1,6 +1,6 @@
 """Tiny models for every test. Their weights are random all through, so that depth, labels and exits matter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,3 +91,11 @@ def cifar10_dit(shared: Path) -> Path:
     if not path.exists():
         pytest.skip("no ../shared/checkpoints/cifar10-dit.pt beside the checkout")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep features of test pictures out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -141,14 +141,19 @@ def test_samples_become_a_report(workshop: Path, tmp_path: Path, capsys) -> None
 
 
 def test_bench_times_full_depth_against_itself(workshop: Path, capsys, tmp_path: Path) -> None:
-    plan = ["--plan", str(workshop / "plan.json"), "--steps", "4", "--rounds", "3", "--batch-size", "8"]
-    main(["bench", str(workshop / "model"), *plan, "--out", str(tmp_path / "times.csv"), "--json"])
+    plan = ["--plan", str(workshop / "plan.json"), "--steps", "4", "--rounds", "3", "--until", "0"]
+    options = ["--batch-size", "2", "8", "--out", str(tmp_path / "t.csv"), "--json"]
+    main(["bench", str(workshop / "model"), *plan, *options])
     figures = last_json(capsys)
-    assert {f"{s}: {a}" for s in ("denoiser", "noise to uint8") for a in ("full", "full again", "searched")} == set(
-        figures
-    )
-    assert all(row["ms"] > 0 for row in figures.values())
-    assert (tmp_path / "times.csv").read_text().count("\n") == 1 + 3 * 3 * 2
+    assert {(row["batch_size"], row["scope"], row["arm"]) for row in figures["arms"]} == {
+        (size, scope, arm)
+        for size in (2, 8)
+        for scope in ("denoiser", "noise to uint8")
+        for arm in ("full", "full again", "searched")
+    }
+    assert all(row["ms"] > 0 and row["macs"] > 0 for row in figures["arms"])
+    assert (figures["dtype"], figures["device"], figures["compiled"]) == ("float32", "cpu", "eager")
+    assert (tmp_path / "t.csv").read_text().count("\n") == 1 + 2 * 3 * 3 * 2
 
 
 def test_convert_then_load(workshop: Path, tmp_path: Path) -> None:
@@ -253,6 +258,7 @@ def test_latents_are_calibrated_on_decoded_pictures(tmp_path: Path, capsys) -> N
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
 
 
+DIGITS = ["--reference", "digits", "--extractor", "digits"]
 BAD = [
     (["sample", "{model}", "--out", "{out}", "--class-labels", "12"], "--class-labels 12"),
     (["sample", "{model}", "--out", "{out}", "--solver", "magic"], "--solver magic"),
@@ -271,6 +277,12 @@ BAD = [
     (["sample", "{model}", "--out", "{out}", "--budget", "0.5", "--cfg-scale", "4"], "--cfg-scale 4"),
     (["bench", "{model}", "--budget", "0.5", "--cfg-scale", "1"], "--cfg-scale 1"),
     (["bench", "{model}", "--rounds", "0"], "--rounds 0"),
+    (["bench", "{model}", "--batch-size", "8", "0"], "--batch-size 0"),
+    (["bench", "{model}", "--until", "-1"], "--until -1"),
+    (["bench", "{model}", "--rounds", "9", "--max-rounds", "3"], "--max-rounds 3"),
+    (["bench", "{model}", "--vae", "{root}/none"], "--vae"),
+    (["bench", "{model}", "--out", "{full}"], "--out"),
+    (["bench"], "MODEL"),
     (["evaluate", "{unreadable}", "--reference", "digits", "--extractor", "digits"], "broken.png"),
     (["calibrate", "{model}", "--budget", "0"], "--budget 0"),
     (["calibrate", "{model}", "--budget", "0.5", "--solver", "magic"], "--solver magic"),
@@ -284,7 +296,7 @@ BAD = [
     (["train", "cifar10", "--data", "digits", "--out", "{out}"], "data"),
     (["evaluate", "{empty}", "--reference", "digits", "--extractor", "digits"], "empty"),
     (["evaluate", "{full}", "--reference", "digits", "--extractor", "magic"], "magic"),
-    (["evaluate", "{digits}", "--reference", "digits", "--extractor", "digits", "--force", "--out", "{out}"], "--out"),
+    (["evaluate", "{digits}", *DIGITS, "--metrics", "fd", "--force", "--out", "{out}"], "--out"),
     (["report", "{empty}", "--out", "{out}"], "runs.csv"),
     (["compare", "{recipe}", "--out", "{full}", "--model", "{trunk}"], "--out"),
     (["calibrate", "{root}/none", "--budget", "0.5"], "local model folder"),

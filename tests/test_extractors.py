@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dyndit.analysis.extractors import ResNet20, as_rgb, load_extractor
 from dyndit.errors import CheckpointError, InputError
@@ -54,6 +55,37 @@ def test_features_do_not_depend_on_the_batch(name: str, resnet_weights: Path) ->
     assert torch.allclose(whole, single, atol=1e-5)
     assert torch.allclose(whole, flipped, atol=1e-5)
     assert (whole[0] - whole[1]).abs().max() > 1e-3  # pictures do differ, so the lines above prove something
+
+
+@pytest.mark.parametrize(("name", "dims"), [("digits", 4 * 4 * 7), ("resnet20-cifar10", 8 * 8 * 7)])
+def test_spatial_features_keep_places_apart(name: str, dims: int, resnet_weights: Path) -> None:
+    extractor = load_extractor(name, None if name == "digits" else resnet_weights)
+    x = pictures(5, extractor.network.size)
+    whole = extractor.outputs(x, spatial=True)
+    assert whole["spatial"].shape == (5, dims)
+    assert whole["spatial"].dtype == torch.float64
+    assert torch.allclose(whole["spatial"], extractor.outputs(x, batch_size=2, spatial=True)["spatial"], atol=1e-5)
+    assert torch.equal(whole["features"], extractor.features(x))
+    assert "spatial" not in extractor.outputs(x)
+    corner = x.clone()
+    corner[..., :2, :2] = 255 - corner[..., :2, :2]
+    moved = (extractor.outputs(corner, spatial=True)["spatial"] - whole["spatial"]).abs().amax(0)
+    first, last = moved.view(-1, 7)[0], moved.view(-1, 7)[-1]  # (place, channel): the corner moved most where it lies
+    assert first.max() > 10 * last.max()
+
+
+def test_inception_spatial_features_are_those_of_adm(monkeypatch, tmp_path: Path) -> None:
+    """The first 7 channels of a 17x17 layer, in the order (row, column, channel)."""
+    torch.save({"none": torch.zeros(1)}, tmp_path / "inception.pth")
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)  # random weights will do
+    torch.manual_seed(0)
+    extractor = load_extractor("inception", tmp_path / "inception.pth")
+    seen = []
+    extractor.network.Mixed_6d.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    found = extractor.outputs(pictures(2, 16), spatial=True)["spatial"]
+    assert found.shape == (2, 17 * 17 * 7)
+    assert torch.equal(found.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1).double())
+    assert found.std() > 0
 
 
 def test_grey_pictures_count_as_repeated_colour() -> None:
@@ -125,7 +157,7 @@ def test_torch_fidelity_knows_the_extractor() -> None:
     from torch.utils.data import TensorDataset
     from torch_fidelity import calculate_metrics
 
-    from dyndit.analysis.fidelity import evaluate
+    from dyndit.analysis.quality import evaluate
 
     class Pictures(TensorDataset):
         def __getitem__(self, index: int) -> torch.Tensor:

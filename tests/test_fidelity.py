@@ -1,18 +1,14 @@
-"""Quality: the Fréchet distance against closed forms and torch-fidelity, picture reading, evaluate."""
-
-from pathlib import Path
+"""The Fréchet distance against closed forms and torch-fidelity, and extrapolated to infinitely many samples."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from dyndit.analysis.extractors import load_extractor
-from dyndit.analysis.fidelity import FrechetTo, Moments, evaluate, frechet_distance, moments, read_pictures
+from dyndit.analysis.fidelity import FrechetTo, Moments, distance_at_infinity, frechet_distance, moments
 from dyndit.errors import InputError
 
 
@@ -25,7 +21,7 @@ def features(num: int, dim: int, seed: int, rank: int | None = None) -> Tensor:
 
 def gaussian(mean: Tensor, covariance: Tensor, num: int = 1000) -> Moments:
     """Moments whose unbiased covariance is exactly this one."""
-    return Moments(mean, covariance * (num - 1) / num + torch.outer(mean, mean), num)
+    return Moments.of_covariance(mean, covariance, num)
 
 
 def random_covariance(dim: int, seed: int) -> Tensor:
@@ -119,131 +115,50 @@ def test_gradient_is_finite_without_full_rank() -> None:
     assert all(slope.isfinite().all() for slope in slopes)
 
 
-def save_pictures(folder: Path, num: int = 3, size: int = 8, mode: str = "RGB") -> np.ndarray:
-    folder.mkdir(parents=True, exist_ok=True)
-    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
-    array = np.random.default_rng(0).integers(0, 256, (num, size, size, *channels), dtype=np.uint8)
-    for k, picture in enumerate(array):
-        Image.fromarray(picture).save(folder / f"{k:03d}.png")
-    return array
+NUM_REPEATS = {1_000: 24, 5_000: 8, 20_000: 3}  # of the fits below; larger sets have less noise
 
 
-def test_folder_is_read_in_depth_and_in_order(tmp_path: Path) -> None:
-    array = save_pictures(tmp_path / "a")
-    save_pictures(tmp_path / "b" / "c")
-    save_pictures(tmp_path, num=1)
-    Image.new("RGB", (40, 40)).save(tmp_path / "grid.png")  # the overview that `dyndit sample` writes
-    found = read_pictures(tmp_path)
-    assert found.shape == (7, 3, 8, 8)
-    assert found.dtype == torch.uint8
-    assert np.array_equal(found[1:4].permute(0, 2, 3, 1), array)
+@pytest.mark.parametrize("num", NUM_REPEATS)
+def test_extrapolation_removes_the_bias_between_equal_gaussians(num: int) -> None:
+    covariance = random_covariance(64, seed=1) / 64 + torch.eye(64, dtype=torch.float64)
+    reference = gaussian(torch.zeros(64, dtype=torch.float64), covariance)
+    root = torch.linalg.cholesky(covariance)
+    biases, rests = [], []
+    for seed in range(NUM_REPEATS[num]):
+        g = torch.Generator().manual_seed(seed)
+        f = torch.randn(num, 64, generator=g, dtype=torch.float64) @ root.T
+        biases.append(frechet_distance(moments(f), reference))
+        rests.append(distance_at_infinity(f, reference))
+    assert np.mean(biases) > 0.1 * 1_000 / num  # there was a bias to remove
+    assert abs(np.mean(rests)) <= 0.1 * np.mean(biases)
 
 
-def test_grey_folder_has_one_channel(tmp_path: Path) -> None:
-    array = save_pictures(tmp_path, mode="L")
-    assert np.array_equal(read_pictures(tmp_path), array[:, None])
+def test_extrapolation_removes_the_bias_of_a_true_distance() -> None:
+    """Between Gaussians that differ; the closed form is that of commuting covariances."""
+    scale = torch.linspace(0.8, 1.3, 48, dtype=torch.float64)
+    reference = gaussian(torch.zeros(48, dtype=torch.float64), torch.eye(48, dtype=torch.float64))
+    truth = (scale - 1).square().sum().item() + 0.1
+    plain, extrapolated = [], []
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        f = torch.randn(1_000, 48, generator=g, dtype=torch.float64) * scale
+        f[:, 0] += 0.1**0.5
+        plain.append(frechet_distance(moments(f), reference))
+        extrapolated.append(distance_at_infinity(f, reference))
+    bias = np.mean(plain) - truth
+    assert bias > 0.3
+    assert abs(np.mean(extrapolated) - truth) <= 0.1 * bias
 
 
-@pytest.mark.parametrize("key", ["arr_0", "images"])
-def test_npz_of_either_key(tmp_path: Path, key: str) -> None:
-    array = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "set.npz", **{key: array, "labels": np.arange(5)})
-    assert np.array_equal(read_pictures(tmp_path / "set.npz"), array.transpose(0, 3, 1, 2))
+def test_extrapolation_is_the_line_through_the_five_sizes() -> None:
+    """Against np.polyfit, whose weights multiply residuals before they are squared."""
+    f, reference = features(203, 5, seed=4), gaussian(torch.zeros(5, dtype=torch.float64), random_covariance(5, 7))
+    sizes = [np.array_split(f.numpy(), k) for k in range(1, 6)]
+    means = [np.mean([frechet_distance(moments(torch.tensor(p)), reference) for p in parts]) for parts in sizes]
+    line = np.polyfit(np.arange(1, 6) / 203, means, 1, w=np.arange(1, 6) ** -0.5)
+    assert distance_at_infinity(f, reference) == pytest.approx(line[1], rel=1e-9)
 
 
-def damaged(path: Path) -> None:
-    save_pictures(path)
-    file = path / "001.png"
-    file.write_bytes(file.read_bytes()[:60])
-
-
-def mixed(path: Path) -> None:
-    save_pictures(path)
-    save_pictures(path / "z", size=9)
-
-
-def deep(path: Path) -> None:
-    path.mkdir()
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path / "0.png")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "no such folder"),
-        (lambda path: path.mkdir(), "no picture found"),
-        (damaged, r"001\.png: unreadable"),
-        (mixed, "9x9 pixels, expected 8x8"),
-        (deep, "expected 8 bits a channel"),
-        (lambda path: save_pictures(path, mode="RGBA"), "transparent pixels"),
-    ],
-)
-def test_bad_folders_are_named_in_one_line(tmp_path: Path, make, message: str) -> None:
-    make(tmp_path / "set")
-    with pytest.raises(InputError, match=message) as caught:
-        read_pictures(tmp_path / "set")
-    assert "\n" not in str(caught.value)
-
-
-def test_bad_npz_are_named_in_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "set.npz"
-    for arrays, message in (
-        ({"x": np.zeros(3)}, "holds x, expected an array 'arr_0'"),
-        ({"arr_0": np.zeros((2, 8, 8, 3))}, r"float64 \(2, 8, 8, 3\), expected uint8"),
-        ({"arr_0": np.array([{}])}, "unreadable"),  # a pickle, never opened
-    ):
-        np.savez(file, **arrays)
-        with pytest.raises(InputError, match=message):
-            read_pictures(file)
-    file.write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(InputError, match="unreadable"):
-        read_pictures(file)
-    with pytest.raises(InputError, match="unreadable"):
-        read_pictures(tmp_path / "missing.npz")
-
-
-def digits(num: int, seed: int) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (num, 1, 8, 8), generator=g, dtype=torch.uint8)
-
-
-def test_evaluate_gives_every_metric() -> None:
-    extractor = load_extractor("digits")
-    same = evaluate(digits(90, 0), digits(90, 0), extractor)
-    other = evaluate(digits(90, 0), digits(80, 1) // 2, extractor)
-    keys = {"metric", "extractor", "num_samples", "num_reference", "fd", "kid", "is", "precision", "recall"}
-    assert same.keys() == other.keys() == keys
-    assert other["metric"] == "FD-digits"
-    assert (other["num_samples"], other["num_reference"]) == (90, 80)
-    assert same["fd"] == pytest.approx(0, abs=1e-6)
-    assert other["fd"] > 1
-    assert other["kid"] > same["kid"]
-    assert (same["precision"], same["recall"]) == (1, 1)
-    assert other["precision"] < 1
-
-
-def test_evaluate_reads_folders_and_npz(tmp_path: Path) -> None:
-    array = save_pictures(tmp_path / "set", num=70)
-    np.savez(tmp_path / "set.npz", array)
-    result = evaluate(tmp_path / "set", tmp_path / "set.npz", load_extractor("digits"), ["fd"])
-    assert result["fd"] == pytest.approx(0, abs=1e-6)
-    assert "kid" not in result
-
-
-def test_evaluate_refuses_too_few_pictures_unless_forced() -> None:
-    extractor = load_extractor("digits")
-    with pytest.raises(InputError, match="samples: 64 pictures, expected more than the 64 features"):
-        evaluate(digits(64, 0), digits(90, 1), extractor, ["fd"])
-    forced = evaluate(digits(64, 0), digits(90, 1), extractor, ["fd"], force=True)
-    assert forced["few_samples"] is True
-    assert "few_samples" not in evaluate(digits(65, 0), digits(90, 1), extractor, ["fd"])
-
-
-def test_evaluate_names_bad_arguments() -> None:
-    extractor = load_extractor("digits")
-    with pytest.raises(InputError, match="--metrics: 'sfid', expected some of fd, kid, is, prc"):
-        evaluate(digits(70, 0), digits(70, 1), extractor, ["sfid"])
-    with pytest.raises(InputError, match="samples: 9x9 pixels, expected 8x8 as in the reference"):
-        evaluate(torch.zeros(70, 1, 9, 9, dtype=torch.uint8), digits(70, 1), extractor)
-    with pytest.raises(InputError, match="--metrics prc: 3 pictures"):
-        evaluate(digits(3, 0), digits(70, 1), extractor, ["prc"])
+def test_extrapolation_needs_ten_pictures() -> None:
+    with pytest.raises(InputError, match="9 pictures, expected at least 10"):
+        distance_at_infinity(features(9, 2, seed=0), moments(features(9, 2, seed=1)))

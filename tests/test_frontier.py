@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.analysis.frontier import COLUMNS, append_run, fd_at_time, measured, read_runs, summary, time_at_fd
+from dyndit.analysis.budgets import against_full, areas, budget_grid, winners
+from dyndit.analysis.frontier import COLUMNS, LATER, append_run, fd_at_time, measured, read_runs, summary, time_at_fd
+from dyndit.analysis.intervals import bootstrap_interval, paired_interval
 from dyndit.errors import InputError
 
 
@@ -224,3 +226,177 @@ def test_a_quality_full_depth_never_reaches_saves_at_least_against_its_longest_t
     assert row["time_saved_at_least"] == pytest.approx(1 - 4 / 16)
     assert math.isnan(searched(frame(ms=4.0, fd=17.0))["time_saved_at_least"])  # worse than its fastest
     assert math.isnan(searched(frame(ms=4.0, fd=12.0))["time_saved_at_least"])  # reached: the interval says it
+
+
+# --- columns that came later -------------------------------------------------------------------------------------
+
+
+def old_file(path: Path) -> Path:
+    """A runs.csv as it was written before the columns of LATER."""
+    runs = pd.DataFrame([run_row(), run_row(block=1, fd=9.0)]).drop(columns=list(LATER))
+    runs.to_csv(path, index=False)
+    return path
+
+
+def test_older_files_read_with_empty_columns(tmp_path: Path) -> None:
+    runs = read_runs(old_file(tmp_path / "runs.csv"))
+    assert list(runs.columns) == list(COLUMNS)
+    assert runs["macs"].isna().all()
+    assert (runs["compiled"] == "").all()
+    assert len(summary(runs)) == 1
+
+
+def test_rows_with_the_new_columns_go_behind_old_ones(tmp_path: Path) -> None:
+    file = old_file(tmp_path / "runs.csv")
+    append_run(file, run_row(block=2, threads=2, compiled="eager", macs=1e9))
+    row = run_row(block=3)
+    for name in LATER:
+        del row[name]  # a writer that knows none of them
+    append_run(file, row)
+    runs = read_runs(file)
+    assert runs["threads"].tolist() == ["", "", "2", ""]
+    assert runs["macs"].tolist()[2] == 1e9
+    assert runs["fd"].tolist() == [8.0, 9.0, 8.0, 8.0]
+
+
+def test_precision_compilation_threads_and_batches_are_kept_apart() -> None:
+    runs = frame(ms=5.0, fd=12.0)
+    for name, value in (("compiled", "compiled"), ("dtype", "float16"), ("threads", 2), ("batch_size", 64)):
+        both = pd.concat([runs, runs.assign(**{name: value, "ms_per_picture": runs["ms_per_picture"] / 10})])
+        table = summary(both)
+        assert len(table) == 8
+        assert table.loc[table["arm"] == "searched", "time_saved"].tolist() == pytest.approx([0.375, 0.375])
+
+
+def test_a_share_of_blocks_may_be_unknown(tmp_path: Path) -> None:
+    append_run(tmp_path / "runs.csv", run_row(share_of_blocks=None))
+    assert math.isnan(summary(read_runs(tmp_path))["share_of_blocks"].iloc[0])
+
+
+def test_parquet_reads_as_csv_does_or_says_what_it_needs(tmp_path: Path) -> None:
+    runs = frame(ms=5.0, fd=12.0).assign(threads=2)
+    try:
+        runs.to_parquet(tmp_path / "runs.parquet")
+    except ImportError:
+        (tmp_path / "runs.parquet").write_bytes(b"PAR1")
+        with pytest.raises(InputError, match=r"runs\.parquet: needs pyarrow, which is not installed"):
+            read_runs(tmp_path)
+        return
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    pd.testing.assert_frame_equal(read_runs(tmp_path / "runs.parquet"), read_runs(tmp_path), check_dtype=False)
+
+
+# --- bootstrap, areas, budgets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 5, 8, 9])
+def test_the_bootstrap_of_a_mean_is_student_s_interval(num_blocks: int) -> None:
+    """Exactly where every resample is counted, and nearly where they are drawn."""
+    values = np.random.default_rng(0).normal(size=num_blocks)
+    found, known = bootstrap_interval(lambda w: w @ values, num_blocks), paired_interval(values)
+    close = {"rel": 1e-9} if num_blocks <= 8 else {"rel": 0.03}
+    assert found.mean == pytest.approx(known.mean)
+    assert found.half == pytest.approx(known.half, **close)
+
+
+def test_the_bootstrap_covers_a_curved_statistic() -> None:
+    """exp of the mean of five normal values: between 88 and 99% of 200 intervals hold the truth."""
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(200):
+        values = 0.3 * rng.normal(size=5)
+        found = bootstrap_interval(lambda w, v=values: np.exp(w @ v), 5)
+        covered += found.low <= 1 <= found.high
+    assert 176 <= covered <= 198
+
+
+def test_limits_beyond_what_was_measured_are_infinite() -> None:
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = bootstrap_interval(lambda w: np.where(w @ values > 4, np.inf, w @ values), 5)
+    assert found.mean == 3
+    assert 1 <= found.low < 2
+    assert found.high == math.inf
+
+
+def test_the_bootstrap_of_one_block_or_of_nothing_has_no_limits() -> None:
+    assert math.isnan(bootstrap_interval(lambda w: w @ np.ones(1), 1).low)
+    assert math.isnan(bootstrap_interval(lambda w: np.where(w[:, 0] > 0.5, np.nan, 1.0), 3).low)
+    same = bootstrap_interval(lambda w: w @ np.full(5, 2.0), 5)
+    assert (same.mean, same.low, same.high) == pytest.approx((2, 2, 2))
+
+
+def family(name: str, points: dict[float, float], noise: float = 0.0, num_blocks: int = 5) -> pd.DataFrame:
+    """Arms of a family, ms -> FD, on the blocks of `frame`."""
+    rng = np.random.default_rng(len(name))
+    rows = [
+        run_row(arm=f"{name}-{ms:g}", family=name, block=b, ms_per_picture=ms, fd=fd + 3.0 * b + noise * rng.normal())
+        for b in range(num_blocks)
+        for ms, fd in points.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def full_depth() -> pd.DataFrame:
+    runs = frame(ms=5.0, fd=12.0)
+    return runs[runs["family"] == "full"]
+
+
+def test_area_of_a_parallel_frontier_is_its_distance_times_the_log_time() -> None:
+    """Full depth less 1.5 FD, over 5.66 to 16 ms; a bad arm between is no part of the frontier."""
+    ours = {math.sqrt(32): 12.5, 8.0: 10.5, 10.0: 99.0, 16.0: 6.5}
+    row = areas(pd.concat([full_depth(), family("stale", ours)])).iloc[0]
+    assert row["family"] == "stale"
+    assert (row["from_ms"], row["to_ms"]) == pytest.approx((math.sqrt(32), 16.0))
+    assert row["fd_diff"].mean == pytest.approx(-1.5)
+    assert row["area"].mean == pytest.approx(-1.5 * math.log(16 / math.sqrt(32)))
+    assert row["area"].low == pytest.approx(row["area"].high)  # the blocks' shift is common to both
+
+
+def test_area_needs_a_common_range() -> None:
+    table = areas(pd.concat([full_depth(), family("switch", {5.0: 9.0}), family("far", {100.0: 1.0, 200.0: 0.5})]))
+    assert table["family"].tolist() == ["switch", "far"]
+    assert all(math.isnan(area.mean) for area in table["area"])
+
+
+def test_winners_take_the_best_arm_within_the_budget() -> None:
+    runs = [full_depth(), family("searched", {5.0: 12.0, 9.0: 9.0}, 0.05), family("stale", {5.0: 10.0}, 0.05)]
+    table = winners(pd.concat(runs)).set_index("budget_ms")
+    assert table.loc[4, "winner"] == "full"
+    assert table.loc[4, "best"] == {"full": ("full-4", pytest.approx(22.0))}
+    assert table.loc[5, "winner"] == table.loc[8, "winner"] == "stale"
+    assert table.loc[5, "clear"]
+    assert table.loc[5, "margin"].mean == pytest.approx(2.0, abs=0.2)
+    assert table.loc[5, "beats_searched"] == ["stale"]
+    assert table.loc[9, "winner"] == "searched"
+    assert table.loc[9, "arm"] == "searched-9"
+    assert table.loc[9, "beats_searched"] == []
+
+
+def test_choosing_among_many_equal_arms_is_no_advantage() -> None:
+    """Fifty arms of the same mean against one: the best of them looks better, cross-fitting says it is not."""
+    rng, rows = np.random.default_rng(3), []
+    for arm in range(51):
+        name = "many" if arm else "one"
+        noise = rng.normal(size=5) if arm else [0.1, -0.1, 0.0, 0.1, -0.1]
+        rows += [run_row(arm=f"{name}-{arm}", family=name, block=b, fd=10 + noise[b]) for b in range(5)]
+    row = winners(pd.DataFrame(rows)).iloc[0]
+    assert row["best"]["one"][1] - row["best"]["many"][1] > 0.7
+    assert row["winner"] == "many"
+    assert not row["clear"]
+
+
+def test_budgets_are_round_and_within_the_times() -> None:
+    assert budget_grid(3.9, 16) == [4, 5, 6, 7, 8, 9, 10, 12.5, 15]
+    assert budget_grid(0.95, 1.3) == [1, 1.25]
+
+
+def test_bootstrapped_savings_agree_with_the_blockwise_ones() -> None:
+    runs = frame(ms=5.0, fd=12.0, noise=0.1)
+    row, mine = against_full(runs).iloc[0], searched(runs)
+    assert row["time_saved"].mean == pytest.approx(mine["time_saved_equal_fd"].mean, abs=0.01)
+    assert row["fd_diff"].mean == pytest.approx(mine["fd_diff_equal_time"].mean)
+    assert 0.6 < row["fd_diff"].half / mine["fd_diff_equal_time"].half < 1.3
+    beyond = against_full(frame(ms=5.0, fd=7.0)).iloc[0]
+    assert beyond["time_saved"].mean == math.inf
+    assert beyond["saved_at_least"] == pytest.approx(1 - 5 / 16)
+    assert against_full(frame(ms=5.0, fd=17.0)).iloc[0]["time_saved"].mean == -math.inf
+    assert math.isnan(against_full(frame(ms=3.0, fd=12.0)).iloc[0]["fd_diff"].mean)

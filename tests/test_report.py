@@ -13,24 +13,23 @@ from PIL import Image
 from rich.console import Console
 from test_frontier import frame
 
+from dyndit import cli
 from dyndit.analysis.figures import (
     error_figure,
     frontier_figure,
     plan_figure,
+    plan_map_figure,
     predicted_figure,
     samples_figure,
     save,
+    spread_figure,
+    time_figure,
 )
+from dyndit.analysis.findings import budget_findings, control_findings, frontier_findings, headlines, plan_findings
 from dyndit.analysis.frontier import summary
-from dyndit.analysis.report import (
-    control_findings,
-    frontier_findings,
-    headlines,
-    markdown_table,
-    plan_findings,
-    terminal_table,
-    write_report,
-)
+from dyndit.analysis.report import digest, write_report
+from dyndit.analysis.tables import markdown_table, terminal_table
+from dyndit.analysis.verify import verify
 from dyndit.errors import InputError
 
 PLAN = {"timesteps": [999, 749, 499, 249], "cond": [3, 6, 12, 12], "uncond": [0, 3, 6, 12], "num_blocks": 12}
@@ -57,7 +56,7 @@ class Checker(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "link"):
             self.open.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href")]
 
@@ -73,8 +72,9 @@ def test_html_is_whole_and_needs_nothing_else(run_dir: Path, tmp_path: Path) -> 
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert len(checker.links) == 2  # frontier and plan
-    assert all(link.startswith("data:image/png;base64,") for link in checker.links)
+    assert checker.links[0] == "data:,"  # no favicon is asked for
+    assert len(checker.links) == 5  # and frontier, time, spread, plan
+    assert all(link.startswith("data:image/png;base64,") for link in checker.links[1:])
     assert not re.search(r"https?://|@import|url\(", page)
     assert "A <title>" in checker.text
     assert "<b>|</b>" in checker.text  # escaped in the source
@@ -85,7 +85,7 @@ def test_markdown_links_figures_that_exist(run_dir: Path, tmp_path: Path) -> Non
     write_report(run_dir, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert links == ["frontier.png", "../run/plan.png"]
+    assert links == ["frontier.png", "time.png", "spread.png", "../run/plan.png"]
     assert all((tmp_path / "out" / link).is_file() for link in links)
     assert "versions.torch | 2.15" in text
     assert not list((tmp_path / "out").glob("*partial*"))
@@ -181,9 +181,11 @@ def test_machines_get_tables_of_their_own(run_dir: Path, tmp_path: Path) -> None
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "m on cpu" in text
     assert "m on gpu" in text
-    lines = [line for line in text.splitlines() if line.startswith("| searched")]
+    lines = [line for line in text.splitlines() if line.startswith("| searched | ddim | 8 |")]
     assert [line.split("|")[5].strip() for line in lines] == ["5.00", "0.0500"]
-    assert {p.name for p in (tmp_path / "out").glob("frontier*")} == {"frontier-1.png", "frontier-2.png"}
+    assert {p.name for p in (tmp_path / "out").glob("frontier*.png")} == {"frontier-1.png", "frontier-2.png"}
+    assert "| r | cpu |" in text
+    assert "| r | gpu |" in text
 
 
 def test_several_runs_make_one_report(run_dir: Path, tmp_path: Path) -> None:
@@ -222,6 +224,9 @@ def test_figures_are_drawn_at_readme_width(tmp_path: Path) -> None:
         "samples": samples_figure(rows),
         "predicted": predicted_figure(runs),
         "errors": error_figure(errors),
+        "plan-map": plan_map_figure({"a": PLAN, "b": PLAN | {"uncond": [0] * 4}, "c": PLAN}),
+        "time": time_figure(runs),
+        "spread": spread_figure(runs),
     }
     for name, figure in figures.items():
         save(figure, tmp_path / f"{name}.png")
@@ -230,3 +235,144 @@ def test_figures_are_drawn_at_readme_width(tmp_path: Path) -> None:
             assert len(image.convert("L").getcolors()) > 3  # something was drawn
     assert len(figures["solvers"].axes) == 2
     assert len(list(tmp_path.iterdir())) == len(figures)
+
+
+FAMILIES = ("stale", "forecast", "first-block-cache", "taylorseer", "pruned", "switch", "random")
+
+
+def with_peers() -> pd.DataFrame:
+    """The frame, and a peer of each family that nobody foresaw; `stale` beats the searched plan in the same time."""
+    runs = frame(ms=5.0, fd=12.0, noise=0.05)
+    mine = runs[runs["arm"] == "searched"]
+    jitter = [0.01, -0.01, 0.0, 0.02, -0.02]
+    changes = {"plan": "", "share_of_blocks": float("nan"), "budget": float("nan")}
+    peers = [
+        mine.assign(arm=f"{family}-1", family=family, fd=mine["fd"].to_numpy() + shift + jitter, **changes)
+        for family, shift in zip(FAMILIES, (-2, 0.5, 1, 1.5, 2, 2.5, 6), strict=True)
+    ]
+    return pd.concat([runs, *peers], ignore_index=True)
+
+
+@pytest.fixture
+def peers_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    with_peers().to_csv(folder / "runs.csv", index=False)
+    return folder
+
+
+def test_families_of_any_name_get_their_place(peers_dir: Path, tmp_path: Path) -> None:
+    text = write_report(peers_dir, tmp_path / "out").with_suffix(".md").read_text(encoding="utf-8")
+    header = next(line for line in text.splitlines() if line.startswith("| budget, ms"))
+    assert all(f"| {family} |" in header for family in FAMILIES)
+    assert "against full depth at equal time: of 1 taylorseer plan" in text
+    labels = [entry.get_text() for entry in frontier_figure(with_peers()).legends[0].get_texts()]
+    assert set(FAMILIES) | {"searched"} <= set(labels)
+    handles = frontier_figure(with_peers()).legends[0].legend_handles
+    looks = {(handle.get_color(), handle.get_marker()) for handle in handles}
+    assert len(looks) == len(handles)  # no two families look alike
+
+
+def test_findings_name_the_families_that_beat_searched_plans() -> None:
+    found = budget_findings(with_peers())
+    assert found[1].startswith("Families that beat searched plans at equal time: stale (within 5, 6, 7, 8")
+    assert "forecast" not in found[1]
+    assert "no searched plan is as fast as 4 ms" in found[1]
+    lost = with_peers()
+    none = budget_findings(lost[lost["family"] != "stale"])
+    assert "Families that beat searched plans at equal time: none" in none[1]
+    assert "searched at" in none[0]
+
+
+def test_every_figure_has_its_manifest_and_both_formats(run_dir: Path, tmp_path: Path) -> None:
+    write_report(run_dir, tmp_path / "out")
+    for name in ("frontier", "time", "spread"):
+        facts = json.loads((tmp_path / "out" / f"{name}.manifest.json").read_text())
+        assert set(facts["files"]) == {f"{name}.png", f"{name}.svg"}
+        assert all(digest(tmp_path / "out" / file) == known for file, known in facts["files"].items())
+        assert (tmp_path / "out" / facts["runs"]).resolve() == (run_dir / "runs.csv").resolve()
+        assert facts["sha256 of the runs"] == digest(run_dir / "runs.csv")
+        assert facts["lines of the runs file"] == list(range(2, 22))
+        assert facts["versions"]["torch"]
+        assert "command" in facts
+    assert "plan.png" in (tmp_path / "out" / "plan.manifest.json").read_text()
+
+
+def test_exit_errors_are_drawn_layer_over_timestep(run_dir: Path, tmp_path: Path) -> None:
+    rows = [{"depth": d, "band": b, "noise_error": 0.1 * d + b} for d in (1, 2) for b in (0, 1)]
+    pd.DataFrame(rows).to_csv(run_dir / "exit-errors.csv", index=False)
+    write_report(run_dir, tmp_path / "out")
+    assert "<!-- 500–999 -->" in (tmp_path / "out" / "exit-errors.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", ["run_dir", "peers_dir"])
+def test_a_report_left_alone_verifies(folder: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    write_report([request.getfixturevalue(folder)], tmp_path / "out", margin=0.03)
+    assert verify(tmp_path / "out") == []
+    assert verify(tmp_path / "out" / "report.md") == []
+
+
+TAMPERED = [
+    ("report.md", "| 50% | 5.00 |", "| 50% | 4.00 |", "report.md, searched, ms per picture: '4.00', recomputed '5.00'"),
+    ("report.html", ">5.00<", ">4.00<", "report.html, "),
+    ("report.json", '"text": "5.00"', '"text": "4.00"', "report.json, "),
+    ("report.json", "5.0\n", "5.01\n", "[5.01], recomputed [5.0]"),
+    ("report.md", "unchanged quality 38%", "unchanged quality 83%", "report.md, finding: "),
+    ("report.md", "5 seed blocks", "9 seed blocks", "report.md: section "),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "line"), TAMPERED)
+def test_a_tampered_number_is_found(run_dir: Path, tmp_path: Path, file: str, old: str, new: str, line: str) -> None:
+    write_report(run_dir, tmp_path / "out")
+    text = (tmp_path / "out" / file).read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "out" / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+    found = verify(tmp_path / "out")
+    assert len(found) == 1
+    assert line in found[0]
+    assert "\n" not in found[0]
+
+
+def test_changed_rows_and_figures_are_found(run_dir: Path, tmp_path: Path) -> None:
+    write_report(run_dir, tmp_path / "out")
+    runs = pd.read_csv(run_dir / "runs.csv")
+    runs.loc[runs["arm"] == "searched", "ms_per_picture"] = 4.5
+    runs.to_csv(run_dir / "runs.csv", index=False)
+    (tmp_path / "out" / "time.png").write_bytes(b"another")
+    found = verify(tmp_path / "out")
+    assert "SHA-256 differs" in found[0]
+    assert any("report.md, searched, ms per picture: '5.00', recomputed '4.50'" in line for line in found)
+    assert "time.png: not the figure" in found[-1]
+
+
+def test_the_verb_verifies_with_an_exit_status(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    cli.report((run_dir,), out=out)
+    cli.report(verify=out)
+    assert "every number follows" in capsys.readouterr().out
+    text = (out / "report.md").read_text(encoding="utf-8")
+    (out / "report.md").write_text(text.replace("| 50% | 5.00 |", "| 50% | 5.50 |"), encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        cli.report(verify=out)
+    assert caught.value.code == 1
+    assert capsys.readouterr().out.splitlines() == ["report.md, searched, ms per picture: '5.50', recomputed '5.00'"]
+
+
+def test_what_is_no_report_is_refused_in_one_line(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"report\.json: no such file"):
+        verify(tmp_path)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(InputError, match="lacks 'sources'"):
+        verify(tmp_path)
+    with pytest.raises(InputError, match="--out DIR, or --verify"):
+        cli.report((run_dir,))
+
+
+def test_published_runs_without_the_later_columns_make_a_report(tmp_path: Path) -> None:
+    digits = Path(__file__).parents[1] / "docs" / "results" / "digits"
+    write_report(digits, tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    assert (tmp_path / "out" / "plan-map.svg").is_file()
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "Families that beat searched plans at equal time: " in text

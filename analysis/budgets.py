@@ -1,0 +1,215 @@
+"""Families of arms against each other: areas between frontiers, and who wins at each budget of time.
+
+Families are taken as they come in runs.csv; `full` is full depth over its step counts, `searched` this project's plans.
+Everything here works on one group of comparable rows (`frontier.GROUP`), with the seed blocks that all arms share.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from dyndit.analysis.frontier import GROUP, scored_rows
+from dyndit.analysis.intervals import Interval, bootstrap_interval, paired_interval
+
+MISSING = Interval(math.nan, math.nan, math.nan)
+BASES = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Arms on the seed blocks they share, fastest first."""
+
+    names: list[str]
+    families: np.ndarray
+    """(A,)"""
+    ms: np.ndarray
+    """(A,) medians over the blocks, in ms per picture."""
+    fds: np.ndarray
+    """(A, N)"""
+
+    def pick(self, keep: np.ndarray) -> "Arms":
+        """The arms where `keep` (A,) is true."""
+        names = [name for name, kept in zip(self.names, keep, strict=True) if kept]
+        return Arms(names, self.families[keep], self.ms[keep], self.fds[keep])
+
+    def of(self, family: str) -> "Arms":
+        """The arms of a family."""
+        return self.pick(self.families == family)
+
+
+def arms_of(rows: pd.DataFrame) -> Arms:
+    """Rows of one group -> its arms. Arms that lack a block which others have would not be comparable: the blocks
+    that every arm has are kept."""
+    table = rows.pivot_table(index="arm", columns="block", values="fd", sort=False).dropna(axis="columns")
+    first = rows.groupby("arm", sort=False).agg({"family": "first", "ms_per_picture": "median"}).loc[table.index]
+    order = np.argsort(first["ms_per_picture"].to_numpy(), kind="stable")
+    return Arms(
+        [str(table.index[k]) for k in order],
+        first["family"].to_numpy()[order],
+        first["ms_per_picture"].to_numpy(float)[order],
+        table.to_numpy(float)[order],
+    )
+
+
+def areas(runs: pd.DataFrame) -> pd.DataFrame:
+    """Area between each family's frontier and full depth's, of the same solver; one row per solver and family.
+
+    A frontier here joins the arms that no faster arm equals in mean FD, piecewise linearly in log time, and is flat
+    beyond the last of them: a bad arm more does not move it. Both frontiers are followed over the log time that both
+    families cover. Columns: those of GROUP, solver, family, arms, from_ms, to_ms, area (Interval, FD times ln ms,
+    negative: better than full depth), fd_diff (Interval, the area over the width in log time: the mean difference of
+    FD). The block bootstrap draws the frontiers anew in each resample, so the choice of the best arms is part of the
+    interval. NaN where a family has one arm, or times do not overlap.
+    """
+    found = []
+    for key, rows in scored_rows(runs).groupby([*GROUP, "solver"], sort=False):
+        arms = arms_of(rows)
+        full = arms.of("full")
+        for family in dict.fromkeys(rows["family"]):
+            if family != "full" and len(full.names):
+                ours = arms.of(family)
+                row = dict(zip((*GROUP, "solver"), key, strict=True)) | {"family": family, "arms": len(ours.names)}
+                found.append(row | _area(ours, full))
+    return pd.DataFrame(found, columns=[*GROUP, "solver", "family", "arms", "from_ms", "to_ms", "area", "fd_diff"])
+
+
+def _area(ours: Arms, full: Arms) -> dict[str, object]:
+    low, high = max(ours.ms[0], full.ms[0]), min(ours.ms[-1], full.ms[-1])
+    if not low < high or not ours.fds.size:
+        return {"from_ms": math.nan, "to_ms": math.nan, "area": MISSING, "fd_diff": MISSING}
+    inner = [ms[(ms > low) & (ms < high)] for ms in (ours.ms, full.ms)]
+    knots = np.log(np.unique(np.concatenate([[low, high], *inner])))
+
+    def area(weights: np.ndarray) -> np.ndarray:
+        return np.trapezoid(_frontier(ours, weights, knots) - _frontier(full, weights, knots), knots, axis=1)
+
+    width, found = knots[-1] - knots[0], bootstrap_interval(area, ours.fds.shape[1])
+    scaled = Interval(found.mean / width, found.low / width, found.high / width)
+    return {"from_ms": low, "to_ms": high, "area": found, "fd_diff": scaled}
+
+
+def _frontier(arms: Arms, weights: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
+    """The frontier of the weighted means of FD at these log times.  weights: (R, N), log_ms: (K,) -> (R, K)."""
+    lines, times = weights @ arms.fds.T, np.log(arms.ms)
+    before = np.minimum.accumulate(np.pad(lines[:, :-1], ((0, 0), (1, 0)), constant_values=np.inf), axis=1)
+    return np.stack([np.interp(log_ms, times[new], line[new]) for line, new in zip(lines, lines < before, strict=True)])
+
+
+def budget_grid(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high` ms, twelve to a decade."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [ms for k in decades for base in BASES if low <= (ms := float(f"{base}e{k}")) <= high]
+
+
+def winners(runs: pd.DataFrame) -> pd.DataFrame:
+    """The best arm of each family within each budget of time, any solver, and who wins; one row per group and budget.
+
+    Columns: those of GROUP, budget_ms, best (family -> (arm, mean FD); families with no arm that fast are not in it),
+    winner (family), arm, margin (Interval: FD of the best other family minus FD of the winner, paired by block), clear
+    (whether it lies above 0), beats_searched (families whose best arm is better than the best searched arm, interval
+    wholly below 0), against_searched (family -> that Interval).
+
+    Arms are named by their mean FD over all blocks. The differences are cross-fitted: in each block they compare the
+    arms that are best in the *other* blocks, so that choosing among many arms is no advantage.
+    """
+    found = []
+    for key, rows in scored_rows(runs).groupby(GROUP, sort=False):
+        arms = arms_of(rows)
+        if arms.fds.size:
+            for budget in budget_grid(arms.ms[0], arms.ms[-1]):
+                found.append(dict(zip(GROUP, key, strict=True)) | _winner(arms.pick(arms.ms <= budget), budget))
+    columns = ["budget_ms", "best", "winner", "arm", "margin", "clear", "beats_searched", "against_searched"]
+    return pd.DataFrame(found, columns=[*GROUP, *columns])
+
+
+def _winner(arms: Arms, budget: float) -> dict[str, object]:
+    families = {name: arms.of(name) for name in dict.fromkeys(arms.families)}
+    best = {}
+    for name, family in families.items():
+        means = family.fds.mean(axis=1)
+        best[name] = (family.names[int(means.argmin())], float(means.min()))
+    ranked = sorted(best, key=lambda name: best[name][1])
+    chosen = {name: _cross_fitted(family.fds) for name, family in families.items()}
+    margin = MISSING
+    if len(ranked) > 1:
+        margin = paired_interval(chosen[ranked[1]], chosen[ranked[0]])
+    against = {}
+    if "searched" in chosen:
+        against = {name: paired_interval(fd, chosen["searched"]) for name, fd in chosen.items() if name != "searched"}
+    return {
+        "budget_ms": budget,
+        "best": best,
+        "winner": ranked[0],
+        "arm": best[ranked[0]][0],
+        "margin": margin,
+        "clear": margin.low > 0,
+        "beats_searched": [name for name, difference in against.items() if difference.high < 0],
+        "against_searched": against,
+    }
+
+
+def _cross_fitted(fds: np.ndarray) -> np.ndarray:
+    """In each block the FD of the arm that is best in the other blocks.  fds: (A, N) -> (N,)."""
+    if fds.shape[1] < 2:
+        return fds[fds.mean(axis=1).argmin()]
+    others = fds.sum(axis=1, keepdims=True) - fds
+    return fds[others.argmin(axis=0), np.arange(fds.shape[1])]
+
+
+def against_full(runs: pd.DataFrame) -> pd.DataFrame:
+    """Time saved at equal quality and quality at equal time, bootstrapped; one row per arm that is not full depth.
+
+    Here FD is averaged over the blocks of a resample before full depth's frontier is read off (`frontier.summary` does
+    both block by block). Columns: those of GROUP, arm, family, solver, ms, time_saved (Interval of 1 - time / time at
+    which full depth reaches this FD; inf: never in the measured range, -inf: already faster than its fastest arm
+    allows to say), saved_at_least (NaN, or where full depth never gets there 1 - time / its longest time), fd_diff
+    (Interval of FD - FD of full depth at this time, NaN outside the measured range).
+    """
+    found = []
+    for key, rows in scored_rows(runs).groupby([*GROUP, "solver"], sort=False):
+        full = arms_of(rows[rows["family"] == "full"]) if (rows["family"] == "full").any() else None
+        for name, arm in rows[rows["family"] != "full"].groupby("arm", sort=False):
+            row = dict(zip((*GROUP, "solver"), key, strict=True)) | {"arm": name, "family": arm["family"].iloc[0]}
+            both = pd.concat([arm, rows[rows["family"] == "full"]])
+            if full is not None and len(full.names) > 1 and arms_of(both).fds.size:
+                found.append(row | _against_full(arms_of(both)))
+    columns = ["solver", "arm", "family", "ms", "time_saved", "saved_at_least", "fd_diff"]
+    return pd.DataFrame(found, columns=[*GROUP, *columns])
+
+
+def _against_full(both: Arms) -> dict[str, object]:
+    full, ours = both.of("full"), both.pick(both.families != "full")
+    ms, log_ms, num_blocks = float(ours.ms[0]), np.log(full.ms), full.fds.shape[1]
+
+    def saved(weights: np.ndarray) -> np.ndarray:
+        lines, fds = weights @ full.fds.T, weights @ ours.fds[0]
+        return np.array([_saved(ms, log_ms, line, fd) for line, fd in zip(lines, fds, strict=True)])
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        lines = weights @ full.fds.T
+        return weights @ ours.fds[0] - np.array([np.interp(math.log(ms), log_ms, line) for line in lines])
+
+    time_saved = bootstrap_interval(saved, num_blocks)
+    inside = full.ms[0] <= ms <= full.ms[-1]
+    return {
+        "ms": ms,
+        "time_saved": time_saved,
+        "saved_at_least": 1 - ms / full.ms[-1] if time_saved.mean == math.inf else math.nan,
+        "fd_diff": bootstrap_interval(difference, num_blocks) if inside else MISSING,
+    }
+
+
+def _saved(ms: float, log_ms: np.ndarray, line: np.ndarray, fd: float) -> float:
+    """1 - ms / time at which the line first reaches this FD; log_ms and line: (K,), rising in time."""
+    if line[0] < fd:
+        return -math.inf
+    reached = np.flatnonzero(line <= fd)
+    if not len(reached):
+        return math.inf
+    k = int(reached[0])
+    if k == 0:
+        return 1 - ms / math.exp(log_ms[0])
+    weight = (line[k - 1] - fd) / (line[k - 1] - line[k])
+    return 1 - ms / math.exp((1 - weight) * log_ms[k - 1] + weight * log_ms[k])

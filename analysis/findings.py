@@ -1,0 +1,151 @@
+"""What a report says in words: a sentence per finding, each from the tables' own frames."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dyndit.analysis.budgets import winners
+from dyndit.analysis.frontier import against_controls, against_unguided
+from dyndit.analysis.tables import percent
+
+
+def findings_of(frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float) -> list[str]:
+    """All findings of one group. frame: its `frontier.summary`, rows: its raw rows, folder: where its plans lie."""
+    found = headlines(frame, margin) + budget_findings(rows) + frontier_findings(frame, margin)
+    return found + unguided_findings(rows) + control_findings(rows) + plan_findings(folder, rows)
+
+
+def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
+    """The result of `frontier.summary` for one group -> its findings, a sentence each."""
+    dynamic = frame[~frame["family"].isin(["full", "unguided"])]
+    found = []
+    for (solver, steps), arms in dynamic[dynamic["family"] == "searched"].groupby(["solver", "steps"], sort=False):
+        known = arms[arms["unchanged"].notna()]
+        kept = known[known["unchanged"].astype(bool)]
+        if known.empty:
+            continue
+        if kept.empty:
+            found.append(f"{solver}, {steps} steps: none of {len(known)} plans keeps full depth's quality.")
+            continue
+        best = kept.sort_values("time_saved", ascending=False).iloc[0]
+        found.append(
+            f"{solver}, {steps} steps: largest time saving at unchanged quality "
+            f"{percent(best['time_saved'])}, at {percent(best['share_of_blocks'])} of the blocks "
+            f"({best['arm']}; FD difference {best['fd_diff']:+.2f}, upper bound at most {margin:.0%} of full "
+            f"depth's FD); {len(kept)} of {len(known)} plans keep it; chosen among them on these very blocks."
+        )
+    for (solver, family), arms in dynamic.groupby(["solver", "family"], sort=False):
+        compared = arms[[not math.isnan(d.mean) for d in arms["fd_diff_equal_time"]]]
+        if len(compared):
+            plans = f"{len(compared)} {family} plan{'s' if len(compared) > 1 else ''}"
+            found.append(
+                f"{solver}, against full depth at equal time: of {plans} {compared['better'].sum()} better, "
+                f"{compared['worse'].sum()} worse (95% interval excludes 0)."
+            )
+    return found
+
+
+def frontier_findings(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
+    """The result of `frontier.summary` for one group -> searched plans against the full-depth frontier.
+
+    Counted are plans whose time lies between those of 5 and 20 full-depth steps of the same solver.
+    """
+    found = []
+    for solver, arms in frame.groupby("solver", sort=False):
+        full = arms[arms["family"] == "full"].set_index("steps")["ms"]
+        if not {5, 20} <= set(full.index):
+            continue
+        plans = arms[(arms["family"] == "searched") & arms["ms"].between(full[5], full[20])]
+        plans = plans[[not math.isnan(d.mean) for d in plans["fd_diff_equal_time"]]]
+        above = sum(
+            d.mean > margin * (fd.mean - d.mean) for d, fd in zip(plans["fd_diff_equal_time"], plans["fd"], strict=True)
+        )
+        found.append(
+            f"{solver}, between the times of 5 and 20 full-depth steps: of {len(plans)} searched plans "
+            f"{plans['better'].sum()} lie clearly below the full-depth frontier, {above} above it by more than "
+            f"{margin:.0%}."
+        )
+    return found
+
+
+def control_findings(runs: pd.DataFrame) -> list[str]:
+    """Searched plans against constants, reversals and ramps of the same budget, a sentence per family."""
+    found = []
+    table = against_controls(runs)
+    if table.empty:
+        return found
+    for (solver, steps, budget, family), rows in table.groupby(["solver", "steps", "budget", "family"], sort=False):
+        best = rows.sort_values("fd_control").iloc[0]
+        many = f"the best of {len(rows)} {family} plans, " if len(rows) > 1 else ""
+        verdict = "better" if best["better"] else "worse" if best["worse"] else "neither better nor worse"
+        found.append(
+            f"{solver}, {int(steps)} steps, budget {budget:g}: the searched plan against {many}{best['control']}: FD "
+            f"{best['fd_diff']:+.2f} ({verdict}), in {best['time_ratio']:.2f} of its time."
+        )
+    return found
+
+
+def unguided_findings(runs: pd.DataFrame) -> list[str]:
+    """Searched plans against full depth without guidance at equal time, a sentence per solver."""
+    return [
+        f"{solver}, against full depth without guidance at equal time: of {len(rows)} searched plans "
+        f"{rows['better'].sum()} better, {rows['worse'].sum()} worse (95% interval excludes 0)."
+        for solver, rows in against_unguided(runs).groupby("solver", sort=False)
+    ]
+
+
+def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
+    """Mean conditional depth of the searched plans in the noisiest, middle and last third of their steps."""
+    scored = runs[(runs["role"] == "score") & (runs["plan"].fillna("") != "")]
+    found = []
+    for (solver, steps), group in scored.groupby(["solver", "steps"], sort=False):
+        plans = [plan["cond"] for name in group["plan"].unique() if (plan := read_plan(folder, name))]
+        if plans and steps >= 3:
+            thirds = [np.mean([np.mean(part) for part in parts]) for parts in zip(*map(_thirds, plans), strict=True)]
+            depths = ", ".join(f"{depth:.1f}" for depth in thirds)
+            found.append(
+                f"{solver}, {int(steps)} steps: mean conditional depth over {len(plans)} searched plans in the "
+                f"noisiest, middle and last third of the steps: {depths}."
+            )
+    return found
+
+
+def budget_findings(runs: pd.DataFrame) -> list[str]:
+    """Who wins at how many budgets of time, and which families beat the searched plans at equal time."""
+    table = winners(runs)
+    if table.empty or table["best"].map(len).max() < 2:
+        return []
+    parts = []
+    for family, rows in table.groupby("winner", sort=False):
+        parts.append(f"{family} at {len(rows)} ({int(rows['clear'].sum())} clearly)")
+    found = [f"Best within a budget of time, of {len(table)} budgets: {', '.join(parts)}."]
+    if not table["against_searched"].map(bool).any():
+        return found
+    beaten: dict[str, list[float]] = {}
+    for budget, families in zip(table["budget_ms"], table["beats_searched"], strict=True):
+        for family in families:
+            beaten.setdefault(family, []).append(budget)
+    text = "; ".join(f"{family} (within {', '.join(f'{b:g}' for b in ms)} ms)" for family, ms in beaten.items())
+    slow = table.loc[~table["against_searched"].map(bool), "budget_ms"]
+    within = f"; no searched plan is as fast as {', '.join(f'{b:g}' for b in slow)} ms" if len(slow) else ""
+    found.append(
+        f"Families that beat searched plans at equal time: {text or 'none'} (any solver, 95% interval excludes 0"
+        f"{within})."
+    )
+    return found
+
+
+def read_plan(folder: Path, name: str) -> dict[str, object] | None:
+    """Return a plan file of a run, from its folder or the `plans` in it; None where it is not there."""
+    for path in (folder / name, folder / "plans" / name):
+        if name and path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def _thirds(depths: Sequence[int]) -> list[np.ndarray]:
+    return np.array_split(np.asarray(depths), 3)

@@ -1,0 +1,155 @@
+"""How far pictures moved from the full model's of the same seeds. No verdict on quality.
+
+An error made at high noise only changes which picture comes out; the same error at low noise is visible. Paired
+distances count the first as much as the second.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dyndit.analysis.extractors import as_rgb, first_line
+from dyndit.errors import CheckpointError, InputError
+
+MAX_PSNR = 100.0  # dB; equal pictures have no finite one
+MIN_LPIPS_SIZE = 16  # VGG halves pictures four times
+LPIPS_LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer of torchvision's VGG16 -> channels
+PAIRED_SETTINGS = ("model", "labels", "num_images", "seed")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over pairs: the median, and the 5th percentile from the worse end."""
+
+    median: float
+    worst: float
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pairs, dB, at most MAX_PSNR. a, b: uint8 (N, C, H, W) -> (N,)."""
+    errors = (a.double() - b.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(255**2 / errors)).clamp(max=MAX_PSNR)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of pairs (Wang et al. 2004), mean over channels. a, b: uint8 (N, C, H, W) -> (N,).
+
+    Window 11x11, a Gaussian of 1.5 pixels, only where it fits; on pictures below 11 pixels the largest odd window.
+    """
+    window = _window(min(11, *a.shape[-2:])).expand(a.shape[1], 1, -1, -1)
+
+    def local(x: Tensor) -> Tensor:
+        return F.conv2d(x, window, groups=x.shape[1])
+
+    x, y = a.double() / 255, b.double() / 255
+    mean_x, mean_y = local(x), local(y)
+    var_x, var_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
+    covariance = local(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
+def _window(size: int) -> Tensor:
+    """(1, 1, S, S), sums to 1; S is `size` or, so that it has a centre, one less."""
+    size -= 1 - size % 2
+    line = torch.exp(-((torch.arange(size, dtype=torch.float64) - size // 2) ** 2) / (2 * 1.5**2))
+    line /= line.sum()
+    return torch.outer(line, line)[None, None]
+
+
+class Lpips(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018) on VGG16's features.
+
+    Its weights file (.safetensors, or .pth of tensors alone) holds torchvision's `features.N.weight`, `features.N.bias`
+    of VGG16 and the five `linK.model.1.weight` (1, C, 1, 1) of the LPIPS authors' `weights/v0.1/vgg.pth`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.models import vgg16  # slow to import
+
+        self.features = vgg16(weights=None).features[:30]
+        for k, channels in enumerate(LPIPS_LAYERS.values()):
+            conv = nn.Conv2d(channels, 1, 1, bias=False)
+            self.add_module(f"lin{k}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), conv)}))
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, path: Path) -> "Lpips":
+        """Read the weights. Raises CheckpointError."""
+        model = cls()
+        try:
+            state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
+            model.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
+        except (OSError, RuntimeError, EOFError, AttributeError, SafetensorError, UnpicklingError) as error:
+            raise CheckpointError(
+                f"--lpips-weights {path}: {first_line(error)}; expected VGG16 and five lin"
+            ) from error
+        return model
+
+    @torch.inference_mode()
+    def forward(self, a: Tensor, b: Tensor, batch_size: int = 32) -> Tensor:
+        """a, b: uint8 (N, 1 or 3, H, W), at least 16 pixels wide and high -> (N,). Raises InputError."""
+        if min(a.shape[-2:]) < MIN_LPIPS_SIZE:
+            raise InputError(f"--lpips-weights: pictures of {a.shape[-2]}x{a.shape[-1]}, expected at least 16x16")
+        pairs = zip(as_rgb(a).split(batch_size), as_rgb(b).split(batch_size), strict=True)
+        return torch.cat([self._distances(*pair) for pair in pairs]).double()
+
+    def _distances(self, a: Tensor, b: Tensor) -> Tensor:
+        maps = zip(self._maps(a), self._maps(b), strict=True)
+        lins = [self.get_submodule(f"lin{k}.model") for k in range(len(LPIPS_LAYERS))]
+        return sum(lin((x - y) ** 2).mean((1, 2, 3)) for lin, (x, y) in zip(lins, maps, strict=True))
+
+    def _maps(self, pictures: Tensor) -> list[Tensor]:
+        """Activations of LPIPS_LAYERS, of length 1 at every place."""
+        shift, scale = (torch.tensor(c).view(3, 1, 1) for c in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+        x, maps = (pictures / 127.5 - 1 - shift) / scale, []
+        for number, layer in enumerate(self.features):
+            x = layer(x)
+            if number in LPIPS_LAYERS:
+                maps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return maps
+
+
+def paired_distances(pictures: Tensor, full: Tensor, lpips: Lpips | None = None) -> dict[str, Spread]:
+    """Compare picture i with the full model's picture i, uint8 (N, C, H, W): "psnr" (dB), "ssim", with weights "lpips".
+
+    Raises InputError: the sets differ in number or size.
+    """
+    if pictures.shape != full.shape:
+        raise InputError(f"--full: pictures {tuple(full.shape)}, expected {tuple(pictures.shape)} as the samples")
+    spreads = {name: _spread(score(pictures, full)) for name, score in (("psnr", psnr), ("ssim", ssim))}
+    return spreads if lpips is None else spreads | {"lpips": _spread(lpips(pictures, full), worse=0.95)}
+
+
+def _spread(values: Tensor, worse: float = 0.05) -> Spread:
+    return Spread(values.quantile(0.5).item(), values.quantile(worse).item())
+
+
+def check_same_seeds(samples: Path, full: Path) -> None:
+    """Refuse two folders of `dyndit sample` whose pictures do not belong together; folders of others pass.
+
+    Raises InputError, naming what differs.
+    """
+    ours, theirs = (_settings(Path(path)) for path in (samples, full))
+    if ours is None or theirs is None:
+        return
+    for name in PAIRED_SETTINGS:
+        if ours.get(name) != theirs.get(name):
+            raise InputError(f"--full {full}: {name} {theirs.get(name)}, expected {ours.get(name)} as the samples have")
+
+
+def _settings(folder: Path) -> dict[str, object] | None:
+    try:
+        return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,25 @@
+"""What a user would pick instead of dynamic depth. A new peer: one file here, found by itself.
+
+All run on the same weights, solver, guidance and sampling loop; `base` says how.
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+
+from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
+
+__all__ = ["Peer", "PeerSettings", "Workshop", "grid", "peers"]
+
+
+@cache
+def peers() -> dict[str, type[PeerSettings]]:
+    """Every peer of this package, by name. A file whose library is absent says so when its model is asked for."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {settings.name: settings for settings in _concrete(PeerSettings)}
+
+
+def _concrete(base: type[PeerSettings]) -> list[type[PeerSettings]]:
+    found = [s for sub in base.__subclasses__() for s in (sub, *_concrete(sub))]
+    return [s for s in found if "name" in vars(s) and s.__module__.startswith(__name__)]

@@ -1,0 +1,61 @@
+"""The fixed, time-dependent exit schedule of ASE, on our exits.
+
+Moon et al. (ICML 2024), "A Simple Early Exiting Framework for Accelerated Sampling in Diffusion Models",
+arXiv:2408.05927: the depth is a fixed function of the timestep, deepest near the picture, and the same for both
+guidance branches. Taken from it: ten equal ranges of timesteps, of which each next pair is shallower by an equal number
+of blocks; the schedule in the authors' code (taehong-moon/ee-diffusion, DiT/drop_scheduler.py) is 28, 28, 24, 24, 20,
+20, 16, 16, 12, 12 of 28 blocks from t = 0 up, which is `drop` = 4/7 here. Not taken: there the whole trunk is
+fine-tuned for one schedule and all depths share the final layer. Here the trunk is frozen and each depth has its
+distilled exit, as for every other plan, so what is compared is the schedule.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from dyndit.analysis.peers.base import PeerSettings, grid
+from dyndit.errors import InputError
+from dyndit.plan import DepthPlan
+
+NUM_TIMESTEPS, NUM_RANGES = 1000, 10
+
+
+@dataclass(frozen=True)
+class FixedExits(PeerSettings):
+    """drop: share of the blocks dropped in the two noisiest ranges; 0 in the two ranges nearest to the picture."""
+
+    name: ClassVar[str] = "ase"
+    drop: float = 4 / 7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise InputError(f"ase drop {self.drop:g}: expected at least 0 and below 1")
+
+    @classmethod
+    def off(cls) -> Self:
+        """Nothing is dropped."""
+        return cls(0.0)
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """The authors' own slope, and a gentler and a steeper one."""
+        return grid(cls, drop=(2 / 7, 4 / 7, 6 / 7))
+
+    @property
+    def label(self) -> str:
+        """Two digits tell the slopes apart."""
+        return f"drop{self.drop:.2f}"
+
+    def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
+        """Each step's depth from its timestep, at the nearest exit; the deeper of two that are equally near."""
+        pairs = []
+        for timestep, uncond in zip(full.timesteps, full.uncond, strict=True):
+            wanted = full.num_blocks * (1 - self.drop * _stage(timestep))
+            depth = min(depths, key=lambda d, wanted=wanted: (round(abs(d - wanted), 9), -d))
+            pairs.append((depth, depth if uncond else 0))
+        return full.with_pairs(pairs, router=f"ase-{self.drop:g}")
+
+
+def _stage(timestep: float) -> float:
+    """0 in the two ranges nearest to the picture, 1 in the two noisiest."""
+    pairs = NUM_RANGES // 2
+    return min(int(timestep * pairs / NUM_TIMESTEPS), pairs - 1) / (pairs - 1)

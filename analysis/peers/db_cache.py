@@ -1,0 +1,118 @@
+"""DBCache of the package cache-dit: where the residual of the first blocks hardly changed since the last full step, the
+residual of the middle ones is used again, or forecast from the last ones (TaylorSeer).
+
+Source: cache-dit (github.com/vipshop/cache-dit), "DBCache"; TaylorSeer: J. Liu et al., ICCV 2025, arXiv:2503.06923.
+Whose code runs: cache-dit, an optional package (`pip install "dyndit[peers]"`), through its own adapter for diffusers'
+DiT.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from dyndit.analysis.peers.foreign import DiffusersCache, TransformerPeer
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import InputError
+
+if TYPE_CHECKING:
+    from dyndit.analysis.peers.base import Workshop
+
+
+def load_cache_dit() -> ModuleType:
+    """The package, which writes of all it does to standard output unless told before it is imported.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
+    try:
+        import cache_dit
+    except ImportError as error:
+        raise InputError(
+            f"peer {DBCache.name}: needs the package cache-dit ({error}); expected pip install dyndit[peers]"
+        ) from error
+    return cache_dit
+
+
+class DBCachePeer(TransformerPeer):
+    """Keeps the state in the contexts of the package's context manager."""
+
+    def __init__(self, model: DynamicDepth, settings: "DBCache") -> None:
+        super().__init__(model, settings)
+        cache_dit = load_cache_dit()
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=settings.order) if settings.order else None
+        cache_dit.enable_cache(
+            self.transformer,
+            cache_config=cache_dit.DBCacheConfig(
+                Fn_compute_blocks=settings.first,
+                Bn_compute_blocks=settings.last,
+                residual_diff_threshold=settings.threshold,
+                max_warmup_steps=settings.warmup,
+                enable_separate_cfg=False,
+            ),
+            calibrator_config=calibrator,
+        )
+        self._manager = self.transformer._context_manager
+        self._begin = [context._init_kwargs for context in self._manager._cached_context_manager.values()]
+
+    def put(self, states: Sequence[object] | None) -> None:
+        """New contexts where a sampling begins: `refresh_context` would empty those of one that goes on."""
+        self._manager._cached_context_manager = {} if states is None else states[0]
+        if states is None:
+            for settings in self._begin:
+                self._manager.new_context(**settings)
+
+    def take(self) -> tuple[object, ...]:
+        """The contexts by name."""
+        return (self._manager._cached_context_manager,)
+
+
+@dataclass(frozen=True)
+class DBCache(DiffusersCache):
+    """Threshold on mean |r - r'| / mean |r'| of the first blocks' residuals, 0 never skips; order: of the forecast, 0
+    for none; first, last: blocks that run at every step; warmup: steps that run in full.
+    """
+
+    name: ClassVar[str] = "cache-dit"
+    threshold: float = 0.2
+    order: int = 0
+    first: int = 1
+    last: int = 0
+    warmup: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise InputError(f"peer {self.name}: threshold {self.threshold:g}, expected at least 0")
+        for name, least in (("order", 0), ("first", 1), ("last", 0), ("warmup", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"peer {self.name}: {name} {getattr(self, name)}, expected at least {least}")
+
+    @classmethod
+    def off(cls) -> Self:
+        """No residual is close enough."""
+        return cls(0.0)
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether cache-dit is installed."""
+        return find_spec("cache_dit") is not None
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """From some steps to most; forecast at the two wider thresholds."""
+        return cls(0.1), cls(0.2), cls(0.2, 1), cls(0.4, 1)
+
+    def model(self, model: DynamicDepth, workshop: "Workshop | None" = None) -> DynamicDepth:
+        """See `DiffusersCache.model`.
+
+        Raises:
+            InputError: also where cache-dit is not installed, or there are fewer blocks than are to run at every step.
+        """
+        if self.first + self.last > model.num_blocks:
+            raise InputError(
+                f"peer {self.name}: {self.first} first and {self.last} last blocks, expected {model.num_blocks} at most"
+            )
+        return DBCachePeer(model, self)

@@ -1,0 +1,90 @@
+"""FasterCache: at low noise the unconditional branch is forecast from the conditional one, by the difference that their
+low and high frequencies had when both were run; meanwhile the conditional branch's attention is forecast too.
+
+Source: Z. Lv et al., "FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality", ICLR 2025,
+arXiv:2410.19355. Whose code runs: diffusers, `apply_faster_cache`, told of a DiT's argument `class_labels`, which it
+does not split by itself. Made for videos; a picture is one frame.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from diffusers.hooks import FasterCacheConfig, apply_faster_cache
+from diffusers.utils import logging
+
+from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
+from dyndit.dynamic import DynamicDepth, Step
+from dyndit.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+
+class FasterCachePeer(DiffusersPeer):
+    """Tells the cache the timestep, and keeps the rows in the order that it expects."""
+
+    uncond_first = True
+
+    def __init__(self, model: DynamicDepth, settings: "FasterCache") -> None:
+        super().__init__(model, settings)
+        self._timestep = 0.0
+        settings.attach_with(self.transformer, lambda: self._timestep)
+        self.find_states()
+
+    def ready(self, step: Step) -> None:
+        """Tell the timestep.
+
+        Raises:
+            InputError: there is no unconditional branch.
+        """
+        if len(step.labels) != 2:
+            raise InputError(f"peer {self.settings.name}: no guidance at step {step.k}, expected --cfg-scale above 1")
+        self._timestep = step.timesteps[step.k]
+
+
+@dataclass(frozen=True)
+class FasterCache(DiffusersCache):
+    """Below the timestep `below`, the unconditional branch runs at every `uncond`-th step, and the conditional one's
+    attention, where that branch runs alone, at every `attention`-th.
+    """
+
+    name: ClassVar[str] = "faster-cache"
+    runs: ClassVar[type[DiffusersPeer]] = FasterCachePeer
+    uncond: int = 5
+    attention: int = 2
+    below: int = 641
+
+    def __post_init__(self) -> None:
+        for name in ("uncond", "attention", "below"):
+            if getattr(self, name) < 1:
+                raise InputError(f"peer {self.name}: {name} {getattr(self, name)}, expected at least 1")
+
+    @classmethod
+    def off(cls) -> Self:
+        """Both branches run at every step, and with both no attention is forecast."""
+        return cls(1, 1)
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """Diffusers' own settings, and more of it."""
+        return cls(2, 2), cls(5, 2), cls(5, 2, 901)
+
+    def attach_with(self, transformer: "DiTTransformer2DModel", timestep: Callable[[], float]) -> None:
+        """Hooks on the transformer and on every attention.  timestep: the present one."""
+        config = FasterCacheConfig(
+            spatial_attention_block_skip_range=self.attention,
+            spatial_attention_timestep_skip_range=(-1, self.below),
+            unconditional_batch_skip_range=self.uncond,
+            unconditional_batch_timestep_skip_range=(-1, self.below),
+            attention_weight_callback=lambda _: 0.5,
+            tensor_format="BCHW",
+            current_timestep_callback=timestep,
+            _unconditional_conditional_input_kwargs_identifiers=("hidden_states", "timestep", "class_labels"),
+        )
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of being experimental at every use
+        try:
+            apply_faster_cache(transformer, config)
+        finally:
+            logging.set_verbosity(before)

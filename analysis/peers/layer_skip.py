@@ -1,0 +1,59 @@
+"""Layer skip: some blocks never run. No training follows: what a user gets from a setting alone.
+
+Source: diffusers' layer skipping, made for guidance by a weaker model (skip-layer guidance, Stability AI 2024; spatio-
+temporal skip guidance, Hyung et al., arXiv:2411.18664), used here to save time. Whose code runs: diffusers,
+`apply_layer_skip`. It has no state.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+
+from dyndit.analysis.peers.base import grid
+from dyndit.analysis.peers.foreign import DiffusersCache
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import InputError
+from dyndit.plan import DepthPlan
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+    from dyndit.analysis.peers.base import Workshop
+
+
+@dataclass(frozen=True)
+class LayerSkip(DiffusersCache):
+    """Indices of the blocks that are skipped, from 0."""
+
+    name: ClassVar[str] = "layer-skip"
+    skipped: tuple[int, ...] = (3, 7)
+
+    @classmethod
+    def off(cls) -> Self:
+        """No block is."""
+        return cls(())
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """One to five of 12 blocks, spread evenly, never the first or the last."""
+        return grid(cls, skipped=((6,), (3, 7), (2, 5, 8), (1, 3, 5, 7, 9)))
+
+    def model(self, model: DynamicDepth, workshop: "Workshop | None" = None) -> DynamicDepth:
+        """See `DiffusersCache.model`.
+
+        Raises:
+            InputError: there is no such block.
+        """
+        if bad := [index for index in self.skipped if not 0 <= index < model.num_blocks]:
+            raise InputError(f"peer {self.name}: block {bad[0]} skipped, expected 0 to {model.num_blocks - 1}")
+        return super().model(model, workshop)
+
+    def share_of_blocks(self, plan: DepthPlan) -> float:
+        """Those that are left."""
+        return plan.share_of_blocks * (1 - len(set(self.skipped)) / plan.num_blocks)
+
+    def attach(self, transformer: "DiTTransformer2DModel") -> None:
+        """Hooks on the skipped blocks."""
+        if self.skipped:  # an empty list is refused
+            apply_layer_skip(transformer, LayerSkipConfig(indices=list(self.skipped), fqn="transformer_blocks"))

@@ -1,0 +1,128 @@
+"""MagCache: the blocks' residual is used again while the magnitudes that residuals had in a calibration run say that
+the error adds up to little.
+
+Source: Z. Ma et al., "MagCache: Fast Video Generation with Magnitude-Aware Cache", NeurIPS 2025, arXiv:2506.09045.
+Whose code runs: diffusers, `apply_mag_cache`. The ratios of magnitudes it needs depend on model and steps. They are
+measured here, by the paper's formula, on one full-depth DDIM sampling of `PICTURES` pictures (guidance 1.5 where there
+is any), the first time a number of steps is seen: sample once before timing.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from diffusers.hooks import MagCacheConfig, apply_mag_cache
+from torch import Tensor, nn
+
+from dyndit.analysis.peers.base import grid
+from dyndit.analysis.peers.diffusers_full import DiffusersFull
+from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
+from dyndit.dynamic import DynamicDepth, Step
+from dyndit.errors import InputError
+from dyndit.sampler import balanced_labels, sample
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+PICTURES, SEED, GUIDANCE = 32, 1_000_003, 1.5
+
+
+@dataclass
+class _Magnitudes:
+    """Ratio of this step's residual to the last one's, mean over tokens of the norms' quotient; 1 at the first."""
+
+    ratios: list[float] = field(default_factory=list)
+    entered: Tensor | None = None
+    last: Tensor | None = None
+
+    def enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Before the first block."""
+        self.entered = inputs[0]
+
+    def leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """After the last one."""
+        norms = torch.linalg.norm((output - self.entered).float(), dim=-1)
+        self.ratios.append(1.0 if self.last is None else (norms / (self.last + 1e-8)).mean().item())
+        self.last = norms
+
+
+def magnitude_ratios(model: DynamicDepth, num_steps: int, guided: bool) -> tuple[float, ...]:
+    """The ratio of every step, from one sampling at full depth."""
+    full, found = DiffusersFull().model(model), _Magnitudes()
+    blocks = full.transformer.transformer_blocks
+    blocks[0].register_forward_pre_hook(found.enter)
+    blocks[-1].register_forward_hook(found.leave)
+    sample(
+        full,
+        balanced_labels(PICTURES, model.backbone.num_classes),
+        num_steps=num_steps,
+        cfg_scale=GUIDANCE if guided else 1.0,
+        seed=SEED,
+        batch_size=PICTURES,
+    )
+    return tuple(found.ratios)
+
+
+class MagCachePeer(DiffusersPeer):
+    """Attaches the cache once the number of steps and of branches is known."""
+
+    def __init__(self, model: DynamicDepth, settings: "MagCache") -> None:
+        super().__init__(model, settings)
+        self._ratios: dict[tuple[int, bool], tuple[float, ...]] = {}
+        self._attached: tuple[int, bool] | None = None
+
+    def ratios(self, num_steps: int, guided: bool) -> tuple[float, ...]:
+        """`magnitude_ratios` of this model, measured once."""
+        wanted = (num_steps, guided)
+        if wanted not in self._ratios:
+            self._ratios[wanted] = magnitude_ratios(DynamicDepth(self.backbone, pixel_space=self.pixel_space), *wanted)
+        return self._ratios[wanted]
+
+    def ready(self, step: Step) -> None:
+        """Hook the cache in for this many steps, in place of what was hooked in for others."""
+        wanted = (len(step.timesteps), len(step.labels) > 1)
+        if wanted == self._attached:
+            return
+        settings: MagCache = self.settings
+        config = MagCacheConfig(
+            threshold=settings.threshold,
+            max_skip_steps=settings.skips,
+            retention_ratio=settings.retention,
+            num_inference_steps=wanted[0],
+            mag_ratios=torch.tensor(self.ratios(*wanted)),
+        )
+        apply_mag_cache(self.transformer, config)
+        self.find_states()
+        self._attached = wanted
+
+
+@dataclass(frozen=True)
+class MagCache(DiffusersCache):
+    """Threshold on the added-up error; skips: steps in a row at most; retention: share of the first steps, in full."""
+
+    name: ClassVar[str] = "mag-cache"
+    runs: ClassVar[type[DiffusersPeer]] = MagCachePeer
+    threshold: float = 0.12
+    skips: int = 3
+    retention: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise InputError(f"peer {self.name}: threshold {self.threshold:g}, expected at least 0")
+        if self.skips < 0:
+            raise InputError(f"peer {self.name}: skips {self.skips}, expected at least 0")
+        if not 0 <= self.retention <= 1:
+            raise InputError(f"peer {self.name}: retention {self.retention:g}, expected 0 to 1")
+
+    @classmethod
+    def off(cls) -> Self:
+        """No step in a row is skipped."""
+        return cls(skips=0)
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """From some steps to most."""
+        return grid(cls, threshold=(0.06, 0.12, 0.24, 0.5))
+
+    def attach(self, transformer: "DiTTransformer2DModel") -> None:
+        """Later: see `MagCachePeer.ready`."""

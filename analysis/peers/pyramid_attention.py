@@ -1,0 +1,69 @@
+"""Pyramid attention broadcast: attention's output is used again at the steps between.
+
+Source: X. Zhao et al., "Real-Time Video Generation with Pyramid Attention Broadcast", ICLR 2025, arXiv:2408.12588.
+Whose code runs: diffusers, `apply_pyramid_attention_broadcast`. A DiT has spatial self-attention alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+from dyndit.analysis.peers.base import grid
+from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
+from dyndit.dynamic import DynamicDepth, Step
+from dyndit.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+
+class PyramidPeer(DiffusersPeer):
+    """Tells the cache the timestep."""
+
+    def __init__(self, model: DynamicDepth, settings: "PyramidAttention") -> None:
+        super().__init__(model, settings)
+        self._timestep = 0.0
+        settings.attach_with(self.transformer, lambda: self._timestep)
+        self.find_states()
+
+    def ready(self, step: Step) -> None:
+        """Tell the timestep."""
+        self._timestep = step.timesteps[step.k]
+
+
+@dataclass(frozen=True)
+class PyramidAttention(DiffusersCache):
+    """Attention runs at every `every`-th step where the timestep is above `above` and below `below`, else at all."""
+
+    name: ClassVar[str] = "pyramid-attention"
+    runs: ClassVar[type[DiffusersPeer]] = PyramidPeer
+    every: int = 2
+    above: int = 100
+    below: int = 800
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise InputError(f"peer {self.name}: every {self.every}, expected at least 1")
+        if self.above >= self.below:
+            raise InputError(f"peer {self.name}: above {self.above} and below {self.below}, expected less above")
+
+    @classmethod
+    def off(cls) -> Self:
+        """Attention runs at every step."""
+        return cls(1)
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """Diffusers' own range, every second and every third step."""
+        return grid(cls, every=(2, 3))
+
+    def attach_with(self, transformer: "DiTTransformer2DModel", timestep: Callable[[], float]) -> None:
+        """Hooks on every attention.  timestep: the present one."""
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=self.every,
+            spatial_attention_timestep_skip_range=(self.above, self.below),
+            current_timestep_callback=timestep,
+        )
+        apply_pyramid_attention_broadcast(transformer, config)

@@ -1,0 +1,72 @@
+"""Controls: plans drawn at random, at a given number of blocks, or of exactly the cost of another plan.
+
+A plan that was searched for must beat those that were not.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from dyndit.analysis.peers.base import PeerSettings, grid
+from dyndit.errors import InputError
+from dyndit.plan import DepthPlan
+
+
+@dataclass(frozen=True)
+class RandomPlan(PeerSettings):
+    """Random depths of both branches, adding up to `share` of full depth's blocks, or less by under the widest gap
+    between two depths."""
+
+    name: ClassVar[str] = "random"
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InputError(f"random share {self.share:g}: expected above 0 and at most 1")
+
+    @classmethod
+    def off(cls) -> Self:
+        """All blocks: one plan alone has as many."""
+        return cls(1.0)
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """Two draws."""
+        return grid(cls, share=(0.6,), seed=(0, 1))
+
+    def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
+        """Draw every depth, then move random ones to the next depth down or up until the sum fits.
+
+        Raises:
+            InputError: the shallowest exits at every step are more than `share`.
+        """
+        drawn = random.Random(self.seed)
+        entries = list(full.cond) + [depth for depth in full.uncond if depth]
+        limit = self.share * sum(entries) * (1 + 1e-9)
+        if len(entries) * depths[0] > limit:
+            raise InputError(f"random share {self.share:g}: the shallowest plan has {depths[0] / depths[-1]:.2f}")
+        chosen = [drawn.randrange(len(depths)) for _ in entries]
+
+        def total() -> int:
+            return sum(depths[i] for i in chosen)
+
+        while total() > limit:
+            chosen[drawn.choice([i for i, c in enumerate(chosen) if c > 0])] -= 1
+        while True:
+            spare = limit - total()
+            fitting = [i for i, c in enumerate(chosen) if c + 1 < len(depths) and depths[c + 1] - depths[c] <= spare]
+            if not fitting:
+                break
+            chosen[drawn.choice(fitting)] += 1
+        cond = [depths[i] for i in chosen[: full.num_steps]]
+        rest = iter([depths[i] for i in chosen[full.num_steps :]])
+        uncond = [next(rest) if depth else 0 for depth in full.uncond]
+        return replace(full, cond=tuple(cond), uncond=tuple(uncond), router=f"random-{self.share:g}-{self.seed}")
+
+
+def shuffled(plan: DepthPlan, seed: int) -> DepthPlan:
+    """The plan's own pairs in a random order: a control of equal cost by construction, as its reversal is."""
+    pairs = list(plan.pairs)
+    random.Random(seed).shuffle(pairs)
+    return plan.with_pairs(pairs, router=f"shuffled-{seed}", figures={})

@@ -1,0 +1,111 @@
+"""Stale reuse: between full steps, run the first blocks alone and add what the deep ones added last time.
+
+The idea is DeepCache's (Ma, Fang and Wang 2023, arXiv:2312.00858: reuse the deep features of a U-Net, recompute the
+shallow ones, a full step every N), brought to transformers by Delta-DiT (Chen et al. 2024, arXiv:2406.01125), which
+keeps what a run of blocks *adds* to its input rather than its output, so that the step's own input still counts. Here
+the rear blocks are cached all through, at a uniform interval; Delta-DiT changes from rear to front blocks on the way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.backbones import Inputs
+from dyndit.dynamic import DynamicDepth, Step
+from dyndit.errors import InputError
+from dyndit.plan import DepthPlan
+
+
+@dataclass(frozen=True)
+class Stale(PeerSettings):
+    """A full step every `every` steps; between them `depth` blocks run."""
+
+    name: ClassVar[str] = "stale"
+    every: int
+    depth: int
+
+    @classmethod
+    def off(cls) -> Self:
+        """Every step is full."""
+        return cls(every=1, depth=1)
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """Every other or third step full, half or a sixth of twelve blocks between."""
+        return grid(cls, every=(2, 3), depth=(2, 6))
+
+    def model(self, model: DynamicDepth, workshop: Workshop | None = None) -> DynamicDepth:
+        """Raises InputError: `depth` is none between the first and the last block, or `every` is below 1."""
+        if not 1 <= self.depth < model.num_blocks:
+            raise InputError(f"{self.name} depth {self.depth}: expected 1 to {model.num_blocks - 1}")
+        if self.every < 1:
+            raise InputError(f"{self.name} every {self.every}: expected at least 1")
+        return DeepReuse(model, self)
+
+    def residual(self, kept: Sequence["Kept"], step: Step) -> Tensor:
+        """What the deep blocks are taken to add at this step, (B, N, D)."""
+        return kept[-1].residual
+
+    def share_of_blocks(self, plan: DepthPlan) -> float:
+        """Of a branch's steps, the first is full and every further one that comes `every` steps after the last."""
+        depths: list[list[int]] = []
+        for branch in (plan.cond, plan.uncond):
+            last, ran = None, []
+            for k, wanted in enumerate(branch):
+                due = wanted and (last is None or k - last >= self.every)
+                last = k if due else last
+                ran.append(wanted if due or not wanted else self.depth)
+            depths.append(ran)
+        return plan.with_pairs(list(zip(*depths, strict=True))).share_of_blocks
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the blocks after `depth` added to the tokens at a full step, (B, N, D), and which step that was."""
+
+    k: int
+    timestep: float
+    residual: Tensor
+
+
+Memory = tuple[tuple[Kept, ...], ...]
+"""Per guidance branch, what its last full steps left, the newest last."""
+
+NUM_KEPT = 2
+
+
+class DeepReuse(Peer):
+    """Full steps, and steps whose deep part is taken from earlier ones; per branch, by the settings' `residual`."""
+
+    settings: Stale
+
+    def predict(self, step: Step, memory: Memory | None) -> tuple[list[Tensor], Memory]:
+        """Branches that reuse leave after `depth` blocks; the others go on, and what they add there is kept."""
+        kept = list(memory or ((), ()))
+        branches, size = range(len(step.labels)), len(step.x_t)
+        due = [not kept[b] or step.k - kept[b][-1].k >= self.settings.every for b in branches]
+        order = sorted(branches, key=lambda b: due[b])
+        joined = Inputs.joined([Inputs(step.x_t, step.times, step.labels[b]) for b in order])
+        state = self.backbone.embed(joined.x, joined.t, joined.y)
+        for index in range(self.settings.depth):
+            state = self.backbone.block(index, state)
+        reusing = [b for b in order if not due[b]]
+        split, tokens = size * len(reusing), []
+        if reusing:
+            residual = torch.cat([self.settings.residual(kept[b], step) for b in reusing])
+            tokens.append(state.tokens[:split] + residual)
+        if split < len(state.tokens):
+            shallow = deep = state.rows(split, None)
+            for index in range(self.settings.depth, self.num_blocks):
+                deep = self.backbone.block(index, deep)
+            tokens.append(deep.tokens)
+            added = (deep.tokens - shallow.tokens).split(size)
+            for b, residual in zip(order[len(reusing) :], added, strict=True):
+                kept[b] = (*kept[b], Kept(step.k, step.timesteps[step.k], residual))[-NUM_KEPT:]
+        prediction = self.backbone.head(replace(state, tokens=tokens[0] if len(tokens) == 1 else torch.cat(tokens)))
+        parts = dict(zip(order, prediction.split(size), strict=True))
+        return [parts[b] for b in branches], tuple(kept)

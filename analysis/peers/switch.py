@@ -1,0 +1,100 @@
+"""The two-model switch: a smaller model for the first, noisiest steps, then the large one.
+
+T-Stitch (Pan et al. 2024, arXiv:2402.14167) switches between separately trained DiTs of one diffusion process, without
+retraining; DuoDiff (Gallo Fernández et al. 2024, arXiv:2410.09633) trains a shallow and a deep backbone on the same
+objective and switches at a fixed step. Both are this: which model runs is a function of the step alone.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from dyndit import checkpoints, recipe_files
+from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.dynamic import DynamicDepth, Step
+from dyndit.errors import InputError
+from dyndit.plan import DepthPlan
+from dyndit.tasks import Train
+
+
+@dataclass(frozen=True)
+class TwoModels(PeerSettings):
+    """share: of the steps, from the noisiest on, that the small model takes; small: the recipe that trains it."""
+
+    name: ClassVar[str] = "switch"
+    share: float
+    small: str = "digits_small"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise InputError(f"switch share {self.share:g}: expected 0 to 1")
+
+    @classmethod
+    def off(cls) -> Self:
+        """The large model takes every step."""
+        return cls(0.0)
+
+    @classmethod
+    def chosen(cls) -> tuple[Self, ...]:
+        """Some, half and most of the steps to the small model."""
+        return grid(cls, share=(0.3, 0.5, 0.7))
+
+    @property
+    def label(self) -> str:
+        """The small model is known by its recipe."""
+        return f"{self._short}-share{self.share:g}"
+
+    @property
+    def _short(self) -> str:
+        return Path(self.small).stem
+
+    def num_small_steps(self, num_steps: int) -> int:
+        """How many of the first steps are the small model's."""
+        return round(self.share * num_steps)
+
+    def model(self, model: DynamicDepth, workshop: Workshop | None = None) -> DynamicDepth:
+        """Train the small model, or load it from the workshop.
+
+        Raises:
+            InputError: there is no workshop; or the small model works on other pictures.
+        """
+        if self.share == 0:
+            return Switch(model, model, self)
+        if workshop is None:
+            raise InputError(f"peer {self.name}: needs a workshop to train {self.small} in")
+        recipe = recipe_files.find(self.small, "train", Train)
+        key = hashlib.sha256(f"{recipe.backbone} {recipe.fit} {workshop.data.fingerprint}".encode()).hexdigest()
+        folder = workshop.out / f"{self._short}-{key[:8]}"
+        if not (folder / checkpoints.CONFIG).exists():
+            trained, _ = recipe.run(workshop.data, folder.with_name(f"{folder.name}-training"))
+            checkpoints.save(trained, folder)
+        small = checkpoints.load(folder)
+        return Switch(model, small.to(next(model.parameters()).device), self)
+
+    def share_of_blocks(self, plan: DepthPlan) -> float | None:
+        """The small model's blocks count as the large one's only where they are as wide, which is not known here."""
+        return plan.share_of_blocks if self.share == 0 else None
+
+
+class Switch(Peer):
+    """The large model's modules, and a small model beside them."""
+
+    settings: TwoModels
+
+    def __init__(self, model: DynamicDepth, small: DynamicDepth, settings: TwoModels) -> None:
+        super().__init__(model, settings)
+        for name in ("in_channels", "out_channels", "image_size", "num_classes", "null_class"):
+            large, little = getattr(model.backbone, name), getattr(small.backbone, name)
+            if large != little:
+                raise InputError(f"switch {settings.small}: {name} {little}, but the large model's is {large}")
+        self.small = small.eval()
+
+    def predict(self, step: Step, memory: object) -> tuple[list[Tensor], object]:
+        """The model whose step it is predicts every branch at full depth."""
+        if step.k < self.settings.num_small_steps(len(step.timesteps)):
+            depths = (self.small.num_blocks,) * len(step.labels)
+            return self.small.branches(step.x_t, step.times, step.labels, depths), memory
+        return super().predict(step, memory)

@@ -1,0 +1,163 @@
+"""Sets of pictures on disk: folders, ADM's .npz files (pictures, statistics or both), folders of `dyndit sample`."""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dyndit.analysis.fidelity import Moments
+from dyndit.errors import InputError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+OVERVIEWS = {"grid.png", "samples.png"}  # what `dyndit sample` and the reports lay beside single pictures
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments of a set's features, in place of its pictures.
+
+    spatial: those of the spatial features, where there are any. num: pictures they were taken from, None where the file
+    does not say. extractor: fingerprint of the network; empty in ADM's files, which hold Inception's.
+    """
+
+    features: Moments
+    spatial: Moments | None = None
+    num: int | None = None
+    extractor: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class PictureSet:
+    """Pictures, uint8 (N, C, H, W), or statistics of their features, or both. `name` is for messages."""
+
+    name: str
+    pictures: Tensor | None = None
+    statistics: Statistics | None = None
+
+
+def read_set(source: Path | Tensor, name: str) -> PictureSet:
+    """Read what an .npz file or a folder holds; a tensor stands for itself. Raises InputError as `read_pictures`."""
+    if isinstance(source, Tensor):
+        return PictureSet(name, source)
+    path = Path(source)
+    if path.suffix != ".npz":
+        return PictureSet(str(path), read_pictures(path))
+    arrays = _read_arrays(path)
+    statistics = _statistics(path, arrays) if "mu" in arrays else None
+    if statistics is not None and not {"arr_0", "images"} & arrays.keys():
+        return PictureSet(str(path), None, statistics)
+    return PictureSet(str(path), _pictures(path, arrays), statistics)
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write an .npz as ADM's, `mu`, `sigma` and if there `mu_s`, `sigma_s`, with `num` and `extractor` besides."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise InputError(f"{path}: expected a name that ends in .npz")
+    m, s = statistics.features, statistics.spatial
+    arrays = {"mu": m.mean.numpy(), "sigma": m.covariance.numpy(), "extractor": np.array(statistics.extractor)}
+    if s is not None:
+        arrays |= {"mu_s": s.mean.numpy(), "sigma_s": s.covariance.numpy()}
+    if statistics.num is not None:
+        arrays["num"] = np.array(statistics.num)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.stem + ".partial.npz")
+        np.savez(partial, **arrays)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}), expected a place for statistics") from error
+
+
+def _statistics(path: Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
+    num = int(arrays["num"]) if "num" in arrays else None
+    main = _moments(path, arrays, "mu", "sigma", num)
+    spatial = _moments(path, arrays, "mu_s", "sigma_s", num) if "mu_s" in arrays else None
+    return Statistics(main, spatial, num, str(arrays.get("extractor", "")))
+
+
+def _moments(path: Path, arrays: Mapping[str, np.ndarray], mean: str, covariance: str, num: int | None) -> Moments:
+    mu, sigma = arrays[mean], arrays.get(covariance)
+    shape = None if sigma is None else sigma.shape
+    if mu.ndim != 1 or shape != (len(mu), len(mu)):
+        raise InputError(f"{path}: {mean} {mu.shape} and {covariance} {shape}, expected (D,) and (D, D)")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"{path}: {mean}, {covariance} hold values that are not finite, expected numbers")
+    known = {} if num is None else {"num": num}
+    return Moments.of_covariance(torch.from_numpy(mu), torch.from_numpy(sigma), **known)
+
+
+def read_pictures(path: Path) -> Tensor:
+    """Return the pictures of a folder (searched in depth, sorted) or an .npz file: uint8 (N, C, H, W).
+
+    An .npz holds them as ADM's sample sets do: `arr_0` or `images`, uint8 (N, H, W, C). Overview pictures
+    (grid.png, samples.png) are passed over. Raises InputError: nothing there, unreadable, or sizes that
+    differ.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        return _pictures(path, _read_arrays(path))
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder, expected a folder of pictures or an .npz file")
+    names = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name not in OVERVIEWS)
+    if not names:
+        raise InputError(f"{path}: no picture found, expected PNG, JPEG or WEBP files")
+    pictures = [_read_picture(name) for name in names]
+    for name, picture in zip(names, pictures, strict=True):
+        if picture.shape[:2] != pictures[0].shape[:2]:
+            (h, w), (height, width) = picture.shape[:2], pictures[0].shape[:2]
+            raise InputError(f"{name}: {h}x{w} pixels, expected {height}x{width} as in {names[0].name}")
+    channels = max(picture.shape[2] for picture in pictures)
+    return _as_nchw(np.stack([np.broadcast_to(p, (*p.shape[:2], channels)) for p in pictures]))
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            wanted = ("arr_0", "images", "mu", "sigma", "mu_s", "sigma_s", "num", "extractor")
+            arrays = {k: archive[k] for k in wanted if k in archive.files}
+            found = ", ".join(archive.files) or "nothing"
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: unreadable ({error}), expected an .npz file of pictures") from error
+    if not {"arr_0", "images", "mu"} & arrays.keys():
+        raise InputError(f"{path}: holds {found}, expected an array 'arr_0' or 'images', or statistics 'mu', 'sigma'")
+    return arrays
+
+
+def _pictures(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor:
+    key = next((k for k in ("arr_0", "images") if k in arrays), None)
+    if key is None:
+        raise InputError(f"{path}: holds statistics, expected pictures, an array 'arr_0' or 'images'")
+    array = arrays[key]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
+        raise InputError(f"{path}: {key} is {array.dtype} {array.shape}, expected uint8 (N, H, W, 1 or 3)")
+    return _as_nchw(array)
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    """Return one picture as uint8 (H, W, 1 or 3). Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
+                raise InputError(f"{path}: {image.mode} pixels, expected 8 bits a channel")
+            if image.has_transparency_data:
+                if image.convert("RGBA").getextrema()[3][0] < 255:  # hidden colours would count
+                    raise InputError(f"{path}: transparent pixels, expected an opaque picture")
+                image = image.convert("RGBA")
+            array = np.asarray(image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB"))
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+        raise InputError(f"{path}: unreadable ({error}), expected a whole picture") from error
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _as_nchw(array: np.ndarray) -> Tensor:
+    """(N, H, W, C) -> a contiguous tensor (N, C, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))

@@ -1,0 +1,190 @@
+"""Checks a written report against the raw rows: every table cell and finding is computed again and compared."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+from dyndit.analysis.report import REPORT, Content, contents_of, digest, overview, table_record
+from dyndit.errors import InputError
+
+
+@dataclass
+class Printed:
+    """A section as some file prints it: findings, and tables as rows of texts, the heading row first."""
+
+    title: str
+    findings: list[str] = field(default_factory=list)
+    tables: list[list[list[str]]] = field(default_factory=list)
+
+
+def verify(report: Path) -> list[str]:
+    """Return a line for each number of a report that does not follow from the raw rows; none: all is well.
+
+    report: the folder, or any of the files `write_report` wrote there. The raw rows are read where report.json says
+    they lie, relative to it; numbers in report.json, report.md and report.html are compared, and the hashes of the runs
+    and figures. Raises InputError: no report.json there, unreadable, or its runs are gone.
+    """
+    report = Path(report)
+    folder = report if report.is_dir() else report.parent
+    record = _load(folder / REPORT)
+    try:
+        sources = [folder / source["runs"] for source in record["sources"]]
+        hashes, margin = [source["sha256"] for source in record["sources"]], float(record["margin"])
+        stored = [record["overview"]], *(section["tables"] for section in record["sections"])
+        sentences = [section["findings"] for section in record["sections"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / REPORT}: lacks {error}, expected a report of this version") from error
+    contents = contents_of(sources, margin)
+    expected = _expected(contents)
+    wrong = [
+        f"{source}: not the file that was reported (SHA-256 differs)"
+        for source, known in zip(sources, hashes, strict=True)
+        if digest(source) != known
+    ]
+    fresh = [[table_record(overview(contents))], *([table_record(t) for t in content.tables] for content in contents)]
+    wrong += _differing_numbers(REPORT, stored, fresh)
+    shown = [Printed(p.title, lines, p.tables) for p, lines in zip(expected, [[], *sentences], strict=False)]
+    wrong += _differing(REPORT, shown, expected)
+    wrong += _differing("report.md", read_markdown((folder / "report.md").read_text(encoding="utf-8")), expected)
+    wrong += _differing("report.html", read_html((folder / "report.html").read_text(encoding="utf-8")), expected)
+    return [*wrong, *_differing_figures(folder)]
+
+
+def _load(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected what `dyndit report` wrote")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: unreadable ({error}), expected JSON") from error
+
+
+def _expected(contents: Sequence[Content]) -> list[Printed]:
+    def texts(table) -> list[list[str]]:
+        return [list(table.columns), *([cell.text for cell in row] for row in table.rows)]
+
+    sections = [Printed("Runs", [], [texts(overview(contents))])]
+    return sections + [Printed(c.title, c.findings, [texts(table) for table in c.tables]) for c in contents]
+
+
+def _differing_numbers(file: str, stored: Sequence[list[dict]], fresh: Sequence[list[dict]]) -> Iterator[str]:
+    """Compare the numbers behind the cells, to 1e-9 of their size, and the texts in report.json."""
+    for old_tables, new_tables in zip(stored, fresh, strict=False):
+        for old, new in zip(old_tables, new_tables, strict=False):
+            for old_row, new_row in zip(old["rows"], new["rows"], strict=False):
+                for name, found, cell in zip(new["columns"], old_row, new_row, strict=False):
+                    where = f"{file}, {new['name']}, {new_row[0]['text']}, {name}"
+                    if found["text"] != cell["text"]:
+                        yield f"{where}: '{found['text']}', recomputed '{cell['text']}'"
+                    elif not _same(found["values"], cell["values"]):
+                        yield f"{where}: {found['values']}, recomputed {cell['values']}"
+            if len(old["rows"]) != len(new["rows"]):
+                yield f"{file}, {new['name']}: {len(old['rows'])} rows, recomputed {len(new['rows'])}"
+        if len(old_tables) != len(new_tables):
+            yield f"{file}: {len(old_tables)} tables in a section, recomputed {len(new_tables)}"
+    if len(stored) != len(fresh):
+        yield f"{file}: {len(stored)} sections, recomputed {len(fresh)}"
+
+
+def _same(a: Sequence, b: Sequence) -> bool:
+    return len(a) == len(b) and all(
+        math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12) if isinstance(x, float) and isinstance(y, float) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _differing(file: str, printed: Sequence[Printed], expected: Sequence[Printed]) -> Iterator[str]:
+    """Compare titles, findings and cells as they are printed."""
+    for found, section in zip(printed, expected, strict=False):
+        if found.title != section.title:
+            yield f"{file}: section '{found.title}', recomputed '{section.title}'"
+        for old, new in zip(found.findings, section.findings, strict=False):
+            if old != new:
+                yield f"{file}, finding: '{old}', recomputed '{new}'"
+        if len(found.findings) != len(section.findings):
+            yield f"{file}, {section.title}: {len(found.findings)} findings, recomputed {len(section.findings)}"
+        for old, new in zip(found.tables, section.tables, strict=False):
+            for old_row, new_row in zip(old, new, strict=False):
+                for name, text, cell in zip(new[0], old_row, new_row, strict=False):
+                    if text != cell:
+                        yield f"{file}, {new_row[0]}, {name}: '{text}', recomputed '{cell}'"
+            if list(map(len, old)) != list(map(len, new)):
+                yield f"{file}, table of {new[0][0]}: {len(old) - 1} rows, recomputed {len(new) - 1}, or missing cells"
+        if len(found.tables) != len(section.tables):
+            yield f"{file}, {section.title}: {len(found.tables)} tables, recomputed {len(section.tables)}"
+    if len(printed) < len(expected):
+        yield f"{file}: {len(printed)} sections, recomputed {len(expected)}"
+
+
+def _differing_figures(folder: Path) -> Iterator[str]:
+    """Compare the figures with the hashes in their manifests."""
+    for path in sorted(folder.glob("*.manifest.json")):
+        for name, known in _load(path)["files"].items():
+            if not (folder / name).is_file() or digest(folder / name) != known:
+                yield f"{folder / name}: not the figure that {path.name} describes (missing, or SHA-256 differs)"
+
+
+def read_markdown(text: str) -> list[Printed]:
+    """report.md -> its sections, manifests left out."""
+    sections, in_table = [], False
+    for line in text.splitlines():
+        if line.startswith("## "):
+            sections.append(Printed(line[3:]))
+        elif line.startswith("- ") and sections:
+            sections[-1].findings.append(line[2:])
+        elif line.startswith("|") and sections:
+            if not in_table:
+                sections[-1].tables.append([])
+            cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            if not all(re.fullmatch(r"-+:?", cell) for cell in cells):
+                sections[-1].tables[-1].append(cells)
+        in_table = line.startswith("|")
+    return [section for section in sections if not section.title.startswith("Manifest of ")]
+
+
+def read_html(text: str) -> list[Printed]:
+    """report.html -> its sections, manifests left out."""
+    reader = _Reader()
+    reader.feed(text)
+    return reader.sections
+
+
+class _Reader(HTMLParser):
+    """Collects headings, findings and sortable tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections: list[Printed] = []
+        self._text: list[str] | None = None
+        self._sorts = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self._sorts = ("class", "sort") in attrs
+            if self._sorts:
+                self.sections[-1].tables.append([])
+        elif tag == "tr" and self._sorts:
+            self.sections[-1].tables[-1].append([])
+        elif tag in ("h2", "li") or (tag in ("td", "th") and self._sorts):
+            self._text = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._sorts = False
+        if self._text is None or tag not in ("h2", "li", "td", "th"):
+            return
+        text, self._text = "".join(self._text), None
+        if tag == "h2":
+            self.sections.append(Printed(text))
+        elif tag == "li":
+            self.sections[-1].findings.append(text)
+        else:
+            self.sections[-1].tables[-1][-1].append(text)
+
+    def handle_data(self, data: str) -> None:
+        if self._text is not None:
+            self._text.append(data)

@@ -99,7 +99,7 @@ def distance_at_infinity(features: Tensor, reference: Moments) -> float:
     features: (N, D), rows in an order that says nothing, N ≥ 10. Linear in 1/N (arXiv:1911.07023), fitted to five sizes
     N, N/2, ... N/5: size N/k is the mean over k disjoint parts, so that every size sees all the samples and shares
     their first-order noise; what noise is left grows as k, hence weights 1/k. The reference counts as it is. On
-    Gaussians 8% of the bias is left at N = 10 D, with the other sign, 23% at 5 D and 1% at 80 D.
+    Gaussians 8% of the bias is left at N = 10 D, with the other sign, and 23% at 5 D.
     Raises InputError: N < 10.
     """
     if len(features) < 2 * NUM_SIZES:

@@ -270,7 +270,7 @@ def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
     | share_of_blocks, mean_depth_cond, mean_depth_uncond | means over blocks |
     | ms, ms_q25, ms_q75 | median and quartiles over blocks |
     | fd | Interval over blocks |
-    | predicted_fd | mean over blocks, NaN where there is none |
+    | predicted_fd, macs, predicted_ms | means over blocks, NaN where there are none |
     | time_saved | 1 - time / time of full depth, same solver and steps: median of the blocks' ratios |
     | fd_diff | Interval of FD - FD of full depth, same solver and steps, paired by block |
     | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None without that arm |
@@ -306,6 +306,7 @@ def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dic
     ms = arm["ms_per_picture"]
     row |= {"ms": ms.median(), "ms_q25": ms.quantile(0.25), "ms_q75": ms.quantile(0.75)}
     row |= {"fd": paired_interval(arm["fd"]), "predicted_fd": arm["predicted_fd"].mean()}
+    row |= {name: pd.to_numeric(arm[name]).mean() for name in ("macs", "predicted_ms")}
     full = group[(group["family"] == "full") & (group["solver"] == first["solver"])]
     return row | _against_same_steps(arm, full, margin) | _against_frontier(arm, full)
 

@@ -117,8 +117,15 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
             lambda r: r["fd_diff_equal_time"].mean,
             "fd_diff_equal_time",
         ),
+        Column("predicted ms", lambda r: _number(r["predicted_ms"]), lambda r: r["predicted_ms"], "predicted_ms"),
+        Column("GMACs (GFLOPs) per picture", _work, lambda r: r["macs"], "macs"),
         Column("note", lambda r: r["note"], lambda r: r["note"]),
     ]
+
+
+def _work(row: pd.Series) -> str:
+    """Multiply-accumulates of the denoiser, and floating-point operations, which are twice as many."""
+    return "–" if math.isnan(row["macs"]) else f"{_number(row['macs'] / 1e9)} ({_number(2 * row['macs'] / 1e9)})"
 
 
 NUM_TERMINAL, METRIC = 8, 5

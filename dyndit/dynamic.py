@@ -33,6 +33,14 @@ class Step:
     timesteps: tuple[float, ...]
 
 
+_OPTIONS_OF_DIFFUSERS = {
+    *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap"),
+    *("variant", "use_safetensors", "use_flashpack", "quantization_config", "cached_folder", "cache_dir", "token"),
+    *("provider", "sess_options", "provider_options", "local_files_only", "force_download", "proxies", "subfolder"),
+}
+"""What `DiffusionPipeline.from_pretrained` passes on to its components, whatever they are."""
+
+
 class DynamicDepth(ModelMixin):
     """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
 
@@ -156,22 +164,26 @@ class DynamicDepth(ModelMixin):
         cls,
         path_or_hub_id: str | Path,
         *,
+        num_heads: int | None = None,
         revision: str | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-        **ignored: object,
+        **of_diffusers: object,
     ) -> Self:
         """Load whatever `dyndit.load` recognises, in eval mode.
 
-        ignored: what diffusers passes to each component of a pipeline about its own file formats (`variant`,
-        `low_cpu_mem_usage`, ...).
+        of_diffusers: what it passes to each component of a pipeline about its own file formats (`variant`,
+        `low_cpu_mem_usage`, ...); means nothing here.
 
         Raises:
             CheckpointError: missing, damaged or foreign.
+            InputError: an option that is neither ours nor diffusers'.
         """
         from dyndit import checkpoints
 
-        model = checkpoints.load(path_or_hub_id, revision=revision)
+        if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
+            raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
+        model = checkpoints.load(path_or_hub_id, num_heads=num_heads, revision=revision)
         if wanted := dtype or torch_dtype:
             for part in model.children():  # `ModelMixin.to` warns of any dtype, whether it matters or not
                 part.to(wanted)

@@ -9,7 +9,7 @@ from dyndit.errors import InputError
 
 T = TypeVar("T")
 
-PACKAGED = ("digits", "digits_small", "digits_frontier", "digits_peers", "cifar10", "finetune_exits")
+PACKAGED = ("digits", "digits_small", "digits_frontier", "digits_peers", "cifar10", "cifar10_peers", "finetune_exits")
 
 
 def find(recipe: str, attribute: str, kind: type[T]) -> T:

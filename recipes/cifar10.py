@@ -4,9 +4,8 @@
     dyndit distill cifar10 --model runs/cifar10 --data DIR --out runs/cifar10-exits
 
 DIR holds a subfolder of pictures per class. Measured so far: the first 200 steps (`--steps 200`) bring the loss from
-1.006
-(mean of the first 20) to 0.065 (of the last 20), at about 4 s a step on 2 cores of an AMD EPYC beside other work,
-2026-11-23. The whole training, and so any quality: not yet measured.
+1.006 (mean of the first 20) to 0.065 (of the last 20), at about 4 s a step on 2 cores of an AMD EPYC beside other
+work, 2026-11-23. The whole training, and so any quality: not yet measured.
 """
 
 from dyndit.backbones import CARDS

@@ -477,3 +477,13 @@ def test_on_the_digits_model(settings: type[PeerSettings], workshop, small) -> N
     pictures = draw(runs, plan_of(chosen, runs, steps=3))
     assert pictures.shape == (5, 1, 8, 8)
     assert pictures.unique().numel() > 10
+
+
+@pytest.mark.parametrize("recipe", ["digits_peers", "cifar10_peers"])
+def test_the_packaged_comparisons_hold_every_peer_that_can_run_there(recipe: str) -> None:
+    from dyndit.experiment import Experiment
+    from dyndit.recipe_files import find
+
+    held = {settings.name for settings in find(recipe, "experiment", Experiment).peers}
+    everyone = {name for name, peer in peers().items() if peer.available()}
+    assert everyone - held == (set() if recipe == "digits_peers" else {"switch"})

@@ -1,0 +1,41 @@
+"""CIFAR-10 with every peer, on your trunk: what `digits_peers` is to the digits.
+
+    dyndit compare cifar10_peers --model TRUNK --data DIR --extractor-weights resnet20-cifar10.safetensors \\
+        --out runs/cifar10-peers                                     # resumable
+
+TRUNK is what `dyndit train cifar10` left, or any checkpoint of 32 x 32 pixels and 10 classes; DIR holds a subfolder of
+pictures per class. Scored on 5 blocks of 1,000 pictures by FD-resnet20.
+
+Not yet measured. Counted: about 1,500 steps of full depth with guidance for each of 5,000 pictures, which wants a GPU
+(`--device cuda`); on 2 CPU cores it is days.
+"""
+
+from dyndit.analysis.peers import peers
+from dyndit.calibration import CalibrationSettings
+from dyndit.experiment import Controls, Experiment
+from dyndit.recipes.cifar10 import distill, train
+
+experiment = Experiment(
+    model="",
+    data="",
+    extractor="resnet20-cifar10",
+    train=train,
+    distill=distill,
+    calibration=CalibrationSettings(num_pictures=512, num_bands=10, batch_size=128),
+    full_steps=(5, 6, 7, 8, 10, 12, 15, 20, 25),
+    dynamic_steps=(10, 20),
+    budgets=(0.45, 0.6, 0.75),
+    unguided_steps=(5, 10, 20),
+    controls=Controls(solver="ddim", steps=10, depths=(6,), num_shuffled=2),
+    # The switch wants a small model of its own, for which there is a recipe on digits alone.
+    peers=tuple(
+        settings
+        for peer in peers().values()
+        if peer.available() and peer.name != "switch"
+        for settings in peer.chosen()
+    ),
+    peer_steps=(10, 20),
+    num_blocks=5,
+    num_images=1_000,
+    batch_size=125,
+)

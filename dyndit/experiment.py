@@ -71,6 +71,8 @@ class Experiment:
     calibration_solver: str = "ddim"
     calibration_steps: int = 10
     solvers: tuple[str, ...] = ("ddim", "unipc")
+    full_solvers: tuple[str, ...] = ()
+    """Further solvers, at full depth alone: a better solver is what plans have to beat too."""
     full_steps: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14, 17, 20)
     dynamic_steps: tuple[int, ...] = (10, 20)
     budgets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
@@ -217,7 +219,7 @@ class _Comparison:
         experiment, controls = self.experiment, self.experiment.controls
         arms = [
             Arm(f"full-{solver}-{steps}", "full", self._full(solver, steps))
-            for solver, steps in product(experiment.solvers, experiment.full_steps)
+            for solver, steps in product((*experiment.solvers, *experiment.full_solvers), experiment.full_steps)
         ]
         arms += [
             Arm(

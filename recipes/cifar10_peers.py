@@ -22,6 +22,7 @@ experiment = Experiment(
     train=train,
     distill=distill,
     calibration=CalibrationSettings(num_pictures=512, num_bands=10, batch_size=128),
+    full_solvers=("dpmpp", "ddpm"),
     full_steps=(5, 6, 7, 8, 10, 12, 15, 20, 25),
     dynamic_steps=(10, 20),
     budgets=(0.45, 0.6, 0.75),

@@ -31,6 +31,7 @@ experiment = Experiment(
     model="", data="digits", extractor="digits", train=train, distill=distill,
     calibration=CalibrationSettings(num_pictures=80, num_bands=2, batch_size=40), calibration_steps=4,
     full_steps=(2, 3, 4), dynamic_steps=(4,), budgets=(0.6, 0.8), solvers=("ddim",),
+    full_solvers=("dpmpp", "ddpm"),
     controls=Controls("ddim", 4, (2,), num_ramps=2), num_blocks=2, num_images=70, batch_size=35,
 )
 """
@@ -170,7 +171,8 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     main([*arguments, "--json"])
     result = last_json(capsys)
     arms = {row["arm"] for row in result["arms"]}
-    assert {"full-ddim-4", "searched-ddim-4-b0.6"} < arms
+    assert {"full-ddim-4", "full-dpmpp-4", "full-ddpm-4", "searched-ddim-4-b0.6"} < arms
+    assert not any("dpmpp" in arm or "ddpm" in arm for arm in arms if not arm.startswith("full"))
     assert any(arm.startswith("reversed-searched") for arm in arms)
     assert sum(arm.startswith("ramp") for arm in arms) == 2
     for name in ("runs.csv", "report.md", "report.html", "frontier.png", "plan.png", "samples.png", "manifest.json"):

@@ -29,7 +29,7 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
         if known.empty:
             continue
         if kept.empty:
-            found.append(f"{solver}, {steps} steps: none of {len(known)} plans keeps full depth's quality.")
+            found.append(f"{solver}, {steps} steps: none of {len(known)} plans is shown to keep full depth's quality.")
             continue
         best = kept.sort_values("time_saved", ascending=False).iloc[0]
         found.append(
@@ -38,13 +38,16 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
             f"({best['arm']}; FD difference {best['fd_diff']:+.2f}, upper bound at most {margin:.0%} of full "
             f"depth's FD); {len(kept)} of {len(known)} plans keep it; chosen among them on these very blocks."
         )
-    for (solver, family), arms in dynamic.groupby(["solver", "family"], sort=False):
+    for solver, arms in dynamic.groupby("solver", sort=False):
         compared = arms[[not math.isnan(d.mean) for d in arms["fd_diff_equal_time"]]]
-        if len(compared):
-            plans = f"{len(compared)} {family} plan{'s' if len(compared) > 1 else ''}"
+        counts = [
+            f"{family} {own['better'].sum()} and {own['worse'].sum()} of {len(own)}"
+            for family, own in compared.groupby("family", sort=False)
+        ]
+        if counts:
             found.append(
-                f"{solver}, against full depth at equal time: of {plans} {compared['better'].sum()} better, "
-                f"{compared['worse'].sum()} worse (95% interval excludes 0)."
+                f"{solver}, against full depth at equal time, how many arms are better and worse (95% interval "
+                f"excludes 0): {'; '.join(counts)}."
             )
     return found
 

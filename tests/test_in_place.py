@@ -16,16 +16,10 @@ from dyndit.adapters import adapt
 from dyndit.analysis.extractors import Extractor, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.backbones import ClassConditionalDiT, DiTConfig
-from dyndit.calibration import (
-    CalibrationSettings,
-    NativeDrawing,
-    PipelineDrawing,
-    calibrate_pipeline,
-    measure_shifts,
-    measure_table,
-)
+from dyndit.calibration import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
 from dyndit.cost import CostModel, PartTimes
 from dyndit.data import load_digits
+from dyndit.drawing import NativeDrawing, PipelineDrawing
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
 from dyndit.exits import ExitConfig, Exits

@@ -182,36 +182,19 @@ def measure_shifts(
     guided_channels: int | None = None,
     settings: CalibrationSettings | None = None,
     to_pictures: ToPictures = to_uint8,
+    into: Path | None = None,
     **options: object,
 ) -> ShiftTable:
     """`measure_table` of our own sampling.
 
     For each batch of seeds the full trajectory is run once; at each band's first step it forks, the band is run at
-    the pair's depths, the rest at full depth. options: as of `measure_table`.
+    the pair's depths, the rest at full depth. into: a file for the table, beside which an interrupted measurement goes
+    on. options: as of `measure_table`.
     """
     settings = settings or CalibrationSettings()
     drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
-    return measure_table(drawing, extractor, reference, settings=settings, **options)
-
-
-def measure_shifts_into(
-    path: Path,
-    model: DynamicDepth,
-    extractor: Extractor,
-    reference: Moments,
-    *,
-    solver: AnySolver = "ddim",
-    num_steps: int = 10,
-    cfg_scale: float = 1.5,
-    guided_channels: int | None = None,
-    settings: CalibrationSettings | None = None,
-    to_pictures: ToPictures = to_uint8,
-    **options: object,
-) -> ShiftTable:
-    """`measure_shifts`, resumable, with its table in the file `path` at the end."""
-    settings = settings or CalibrationSettings()
-    drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
-    return measure_table_into(path, drawing, extractor, reference, settings=settings, **options)
+    measure = measure_table if into is None else functools.partial(measure_table_into, into)
+    return measure(drawing, extractor, reference, settings=settings, **options)
 
 
 def reduced(extractor: Extractor, pictures: Tensor) -> tuple[Extractor, Moments]:

@@ -229,8 +229,7 @@ def calibrate(
         real = _real_pictures(measuring, extractor, size, channels)
         with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
             reducing, reference = calibration.reduced(extractor, real)
-            table = calibration.measure_shifts_into(
-                path,
+            table = calibration.measure_shifts(
                 dynamic,
                 reducing,
                 reference,
@@ -238,6 +237,7 @@ def calibrate(
                 cfg_scale=cfg_scale,
                 settings=settings,
                 to_pictures=to_pictures,
+                into=path,
                 on_progress=advance,
             )
     else:

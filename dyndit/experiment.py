@@ -31,7 +31,7 @@ from dyndit.analysis.frontier import COLUMNS, RUNS, append_run, measured
 from dyndit.analysis.macs import count_macs, model_macs
 from dyndit.analysis.peers import Peer, PeerSettings, Workshop
 from dyndit.analysis.peers.random_plan import shuffled
-from dyndit.calibration import CalibrationSettings, measure_moments, measure_shifts_into
+from dyndit.calibration import CalibrationSettings, measure_moments, measure_shifts
 from dyndit.data import Pictures, open_data
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
@@ -202,8 +202,7 @@ class _Comparison:
                     self.console.print(f"shift table: there already ({path})")
                     return table
         with progress_bar("measuring distribution shifts", self.console) as advance:
-            return measure_shifts_into(
-                path,
+            return measure_shifts(
                 self.model,
                 self.extractor,
                 self.reference,
@@ -211,6 +210,7 @@ class _Comparison:
                 num_steps=experiment.calibration_steps,
                 cfg_scale=experiment.cfg_scale,
                 settings=experiment.calibration,
+                into=path,
                 on_progress=advance,
             )
 

@@ -182,7 +182,7 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert runs["fd"].notna().all()
     # Again: nothing is distilled, calibrated or sampled for a figure twice.
     before = (out / "runs.csv").read_bytes()
-    monkeypatch.setattr("dyndit.experiment.measure_shifts_into", None)
+    monkeypatch.setattr("dyndit.experiment.measure_shifts", None)
     monkeypatch.setattr("dyndit.tasks.fit", None)
     main(arguments)
     assert (out / "runs.csv").read_bytes() == before

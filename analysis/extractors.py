@@ -2,8 +2,8 @@
 
 A Fréchet distance on other features than Inception's is called FD-<extractor>, never FID, and compares with
 no published FID. Every extractor takes uint8 pictures and is registered with torch-fidelity, so its own
-command line and `calculate_metrics` know the names `digits` and `resnet20-cifar10` once this module is
-imported.
+command line and `calculate_metrics` know the names `digits`, `digits-lenet` and `resnet20-cifar10` once this module
+is imported.
 """
 
 import hashlib
@@ -25,12 +25,13 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 from dyndit.errors import CheckpointError, InputError
 
-DIGITS_WEIGHTS = "digits-classifier.safetensors"
+DIGITS_WEIGHTS = {"digits": "digits-classifier.safetensors", "digits-lenet": "digits-lenet.safetensors"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SPATIAL_CHANNELS = 7  # of the spatial layer, as in ADM's sFID (Nash et al. 2021)
 SPATIAL_LAYERS = {
     "digits": "classifier.conv2",  # 4 x 4 x 7 = 112 features
+    "digits-lenet": "classifier.conv2",  # the same
     "resnet20-cifar10": "classifier.layer3",  # 8 x 8 x 7 = 448
     "inception": "Mixed_6d.branch1x1",  # 17 x 17 x 7 = 2,023: TensorFlow's "mixed_6/conv", which ADM reads
 }
@@ -54,6 +55,31 @@ class DigitsClassifier(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.silu(conv(x))
         return F.silu(self.hidden(self.drop(x.flatten(1))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
+        return self.linear(self.drop(self.features(x)))
+
+
+class DigitsLeNet(nn.Module):
+    """After LeNet-5 (LeCun et al. 1998): wide kernels, tanh, average pooling; a second opinion on 8x8 grey digits.
+
+    Shares neither layers, nonlinearity, split nor seed with DigitsClassifier; the same recipe trains it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 24, 5, padding=2)
+        self.conv2 = nn.Conv2d(24, 48, 3, padding=1)
+        self.hidden = nn.Linear(48 * 4 * 4, 64)
+        self.linear = nn.Linear(64, 10)
+        self.drop = nn.Dropout(0.3)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x: (B, 1, 8, 8) in [0, 1] -> (B, 64), the values before the last layer."""
+        x = F.avg_pool2d(torch.tanh(self.conv1(x)), 2)
+        x = torch.tanh(self.conv2(x))
+        return torch.tanh(self.hidden(self.drop(x.flatten(1))))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
@@ -148,17 +174,24 @@ class DigitsExtractor(ClassifierExtractor):
     """`digits`: 8x8 grey pictures, weights in the package."""
 
     size = 8
+    classifier_type: type[nn.Module] = DigitsClassifier
 
     def build(self, weights: Path | None) -> nn.Module:
         """Return the classifier with the packaged weights, or those in `weights`."""
         if weights is not None:
-            return load_strict(DigitsClassifier(), weights)
-        with as_file(files("dyndit.assets") / DIGITS_WEIGHTS) as path:
-            return load_strict(DigitsClassifier(), path)
+            return load_strict(self.classifier_type(), weights)
+        with as_file(files("dyndit.assets") / DIGITS_WEIGHTS[self.name]) as path:
+            return load_strict(self.classifier_type(), path)
 
     def scale(self, pictures: Tensor) -> Tensor:
         """Pictures: uint8 (B, 3, 8, 8) -> grey (B, 1, 8, 8) in [0, 1]."""
         return pictures.float().mean(1, keepdim=True) / 255
+
+
+class DigitsLeNetExtractor(DigitsExtractor):
+    """`digits-lenet`: the same pictures through another classifier, to judge what was calibrated on `digits`."""
+
+    classifier_type = DigitsLeNet
 
 
 class ResNet20Extractor(ClassifierExtractor):
@@ -329,9 +362,14 @@ def _inception(weights: Path | None) -> FeatureExtractorBase:
         raise CheckpointError(f"{weights}: {first_line(error)}; expected torch-fidelity's Inception") from error
 
 
-EXTRACTORS = ("digits", "inception", "resnet20-cifar10")
+_CLASSIFIERS = {
+    "digits": DigitsExtractor,
+    "digits-lenet": DigitsLeNetExtractor,
+    "resnet20-cifar10": ResNet20Extractor,
+}
+EXTRACTORS = tuple(sorted([*_CLASSIFIERS, "inception"]))
 
-for _cls, _name in ((DigitsExtractor, "digits"), (ResNet20Extractor, "resnet20-cifar10")):
+for _name, _cls in _CLASSIFIERS.items():
     if _name not in FEATURE_EXTRACTORS_REGISTRY:  # survives importlib.reload in a notebook
         register_feature_extractor(_name, _cls)
 
@@ -339,7 +377,8 @@ for _cls, _name in ((DigitsExtractor, "digits"), (ResNet20Extractor, "resnet20-c
 def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
     """Return the extractor of that name, frozen, on the device.
 
-    weights: a file; optional for `digits` (in the package) and `inception` (downloaded by torch-fidelity).
+    weights: a file; optional for `digits` and `digits-lenet` (in the package) and `inception` (downloaded by
+    torch-fidelity).
     Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
     """
     if name not in EXTRACTORS:

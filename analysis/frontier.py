@@ -60,6 +60,7 @@ COLUMNS: dict[str, str] = {
     "precision": "share of the pictures inside the reference's manifold (k = 3)",
     "recall": "share of the reference inside the pictures' manifold (k = 3)",
 }
+QUALITY = ("kid", "is", "precision", "recall")  # measured beside fd, where they are
 # `threads` and `batch_size` tell settings apart and are never computed with, so they are labels.
 TEXT = (
     "run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan", "compiled", "dtype",
@@ -153,15 +154,16 @@ def _require_numbers(file: Path, column: pd.Series, required: bool) -> None:
         raise InputError(f"{file}, line {line}: {column.name} is '{found}', expected a finite number")
 
 
-def append_run(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row to a runs.csv, made if need be. A kill at any moment leaves the old file or the new one.
+def append_run(path: Path, *rows: Mapping[str, object]) -> None:
+    """Add rows to a runs.csv, made if need be. A kill at any moment leaves the old file or the new one.
 
-    row: a value for each of COLUMNS, those of LATER as known; None and NaN are written as empty. A file without the
-    columns of LATER gets them. Raises InputError: an unknown column, or one missing.
+    rows: each a value for each of COLUMNS, those of LATER as known; None and NaN are written as empty. A file without
+    the columns of LATER gets them. Raises InputError: an unknown column, or one missing.
     """
     path = Path(path)
-    if odd := sorted(row.keys() - COLUMNS.keys()) + sorted(COLUMNS.keys() - row.keys() - set(LATER)):
-        raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
+    for row in rows:
+        if odd := sorted(row.keys() - COLUMNS.keys()) + sorted(COLUMNS.keys() - row.keys() - set(LATER)):
+            raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(COLUMNS), restval="", lineterminator="\n")
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -173,8 +175,9 @@ def append_run(path: Path, row: Mapping[str, object]) -> None:
     else:  # new, or written before the columns of LATER came
         writer.writeheader()
         writer.writerows(lines)
-    empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
-    writer.writerow({**row, **empty})
+    for row in rows:
+        empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
+        writer.writerow({**row, **empty})
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         file.write(text.getvalue())
@@ -218,7 +221,7 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
             "predicted_fd": plan["predicted_fd"],
             "role": "score",
             "plan": "",
-            **{name: figures.get(name) for name in ("kid", "is", "precision", "recall")},
+            **{name: figures.get(name) for name in QUALITY},
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -270,7 +273,7 @@ def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
     | share_of_blocks, mean_depth_cond, mean_depth_uncond | means over blocks |
     | ms, ms_q25, ms_q75 | median and quartiles over blocks |
     | fd | Interval over blocks |
-    | predicted_fd, macs, predicted_ms | means over blocks, NaN where there are none |
+    | predicted_fd, macs, predicted_ms, kid, is, precision, recall | means over blocks, NaN where there are none |
     | time_saved | 1 - time / time of full depth, same solver and steps: median of the blocks' ratios |
     | fd_diff | Interval of FD - FD of full depth, same solver and steps, paired by block |
     | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None without that arm |
@@ -306,7 +309,7 @@ def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dic
     ms = arm["ms_per_picture"]
     row |= {"ms": ms.median(), "ms_q25": ms.quantile(0.25), "ms_q75": ms.quantile(0.75)}
     row |= {"fd": paired_interval(arm["fd"]), "predicted_fd": arm["predicted_fd"].mean()}
-    row |= {name: pd.to_numeric(arm[name]).mean() for name in ("macs", "predicted_ms")}
+    row |= {name: pd.to_numeric(arm[name]).mean() for name in ("macs", "predicted_ms", *QUALITY)}
     full = group[(group["family"] == "full") & (group["solver"] == first["solver"])]
     return row | _against_same_steps(arm, full, margin) | _against_frontier(arm, full)
 

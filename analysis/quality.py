@@ -165,6 +165,17 @@ def evaluate(
     return result
 
 
+def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",)) -> Figures:
+    """The figures of `evaluate` for pictures, uint8 (N, C, H, W), on a reference that is measured already.
+
+    metrics: those that need no other sets: fd, kid, is, prc, sfid, fd-infinity. Does not ask whether the pictures are
+    enough; raises InputError otherwise as `evaluate`.
+    """
+    samples = Measured(read_set(pictures, "samples"), reference.extractor, reference.spatial)
+    comparison = Comparison(samples, reference, reference)
+    return {name: value for metric in metrics for name, value in METRICS[metric](comparison).items()}
+
+
 def reference_statistics(
     reference: Path | Tensor, extractor: Extractor, spatial: bool = False, cache: Path | None = None
 ) -> Statistics:

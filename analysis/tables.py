@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table as TerminalTable
 
 from dyndit.analysis import budgets
+from dyndit.analysis.frontier import QUALITY
 from dyndit.analysis.intervals import Interval
 
 
@@ -76,6 +77,10 @@ def percent(value: float | Interval) -> str:
     return "–" if math.isnan(value) else f"{value:.0%}"
 
 
+def _share(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
 def _saved_at_equal_fd(row: pd.Series) -> str:
     """The saving with its interval; "≥ 70%" where full depth never gets as good as this in its measured range."""
     if math.isnan(row["time_saved_at_least"]):
@@ -117,6 +122,10 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
             lambda r: r["fd_diff_equal_time"].mean,
             "fd_diff_equal_time",
         ),
+        Column("KID × 1000", lambda r: _number(1e3 * r["kid"]), lambda r: r["kid"], "kid"),
+        Column("IS", lambda r: _number(r["is"]), lambda r: r["is"], "is"),
+        Column("precision", lambda r: _share(r["precision"]), lambda r: r["precision"], "precision"),
+        Column("recall", lambda r: _share(r["recall"]), lambda r: r["recall"], "recall"),
         Column("predicted ms", lambda r: _number(r["predicted_ms"]), lambda r: r["predicted_ms"], "predicted_ms"),
         Column("GMACs (GFLOPs) per picture", _work, lambda r: r["macs"], "macs"),
         Column("note", lambda r: r["note"], lambda r: r["note"]),
@@ -176,9 +185,10 @@ def as_markdown(table: Table) -> str:
 
 def arms_table(frame: pd.DataFrame) -> Table:
     """The result of `frontier.summary` -> a row per arm."""
-    columns = _columns(frame)
-    if not (frame["note"] != "").any():
-        del columns[-1]
+    empty = {name for name in QUALITY if frame[name].isna().all()}
+    if (frame["note"] == "").all():
+        empty.add("note")
+    columns = [column for column in _columns(frame) if (column.key or column.title) not in empty]
     return Table(
         "arms",
         "Every arm that was measured.",

@@ -25,12 +25,15 @@ from rich.progress import (
 )
 
 from dyndit import checkpoints, manifest
-from dyndit.analysis.extractors import Extractor, as_rgb, load_extractor
-from dyndit.analysis.fidelity import Moments, frechet_distance, moments
+from dyndit.analysis.extractors import Extractor, load_extractor
+from dyndit.analysis.features import Measured
+from dyndit.analysis.fidelity import Moments
 from dyndit.analysis.frontier import COLUMNS, RUNS, append_run, measured
 from dyndit.analysis.macs import count_macs, model_macs
 from dyndit.analysis.peers import Peer, PeerSettings, Workshop
 from dyndit.analysis.peers.random_plan import shuffled
+from dyndit.analysis.quality import score
+from dyndit.analysis.sets import PictureSet
 from dyndit.calibration import CalibrationSettings, measure_moments, measure_shifts
 from dyndit.data import Pictures, open_data
 from dyndit.dynamic import DynamicDepth
@@ -83,6 +86,10 @@ class Experiment:
     """What else a user might pick (`dyndit.analysis.peers`), at every solver and `peer_steps`."""
     peer_steps: tuple[int, ...] = (10,)
     cfg_scale: float = 1.5
+    metrics: tuple[str, ...] = ("fd",)
+    """Of `evaluate`, measured on every arm and block: fd, and kid, is, prc besides."""
+    witnesses: tuple[str, ...] = ()
+    """Further extractors, with weights of their own, that score the same pictures; no plan is chosen by them."""
     num_blocks: int = 5
     num_images: int = 600
     batch_size: int = 100
@@ -134,15 +141,18 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         raise InputError("--from-scratch: this experiment has no recipe for its trunk")
     if trunk is not None and not trunk.pixel_space:
         raise InputError(f"--model {inputs.model}: makes latents; expected a model of pixels")
+    extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.witnesses)]
     identity = {
         "trunk": "" if trunk is None else trunk.trunk_hash(),
         "extractor": extractor.fingerprint,
+        "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }
     manifest.claim(out, _settings(experiment, inputs, data) | identity)
     model = _model(experiment, trunk, data, out, console).to(inputs.device)
-    reference = moments(extractor.features(as_rgb(data.uint8())))
-    comparison = _Comparison(experiment, model, extractor, reference, out, console)
+    real = PictureSet(inputs.data or experiment.data, data.uint8())
+    judges = tuple(Measured(real, judge) for judge in extractors)
+    comparison = _Comparison(experiment, model, judges, out, console)
     table = comparison.table()
     arms = [comparison.priced(arm, table) for arm in comparison.arms(table) + comparison.peers(data)]
     comparison.measure(arms)
@@ -184,10 +194,15 @@ class _Comparison:
 
     experiment: Experiment
     model: DynamicDepth
-    extractor: Extractor
-    reference: Moments
+    judges: tuple[Measured, ...]
+    """Real pictures as each extractor sees them; plans are searched for the first."""
     out: Path
     console: Console
+
+    @property
+    def extractor(self) -> Extractor:
+        """What plans are calibrated on."""
+        return self.judges[0].extractor
 
     def table(self) -> ShiftTable:
         """The shift table, from beside the model where it is there and this model's."""
@@ -205,7 +220,7 @@ class _Comparison:
             return measure_shifts(
                 self.model,
                 self.extractor,
-                self.reference,
+                self.judges[0].moments(),
                 solver=experiment.calibration_solver,
                 num_steps=experiment.calibration_steps,
                 cfg_scale=experiment.cfg_scale,
@@ -306,7 +321,7 @@ class _Comparison:
                         count += 1
                         advance(count, total)
                 for arm in waiting:
-                    append_run(path, self._row(arm, block, drawn.pop(arm.name), macs[arm.name]))
+                    append_run(path, *self._rows(arm, block, drawn.pop(arm.name), macs[arm.name]))
 
     def report(self, arms: list[Arm]) -> None:
         """Figures and pages from what lies in `out`."""
@@ -348,17 +363,15 @@ class _Comparison:
             stats=stats,
         )
 
-    def _row(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> dict[str, object]:
-        """Score the batches that one arm drew of one block: a row of runs.csv."""
+    def _rows(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> list[dict[str, object]]:
+        """Score the batches that one arm drew of one block: a row of runs.csv for each judge."""
         experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
-        features = self.extractor.features(as_rgb(torch.cat([part.pictures for part in drawn])))
+        pictures = torch.cat([part.pictures for part in drawn])
         # A peer's blocks are not those of its plan, unless it is one.
         cond, uncond = plan.mean_depth if arm.model in (None, self.model) else (None, None)
         figures = {
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
-            "extractor": self.extractor.name,
-            "metric": self.extractor.metric_name,
             "model": self.model.trunk_hash(),
             "arm": arm.name,
             "family": arm.family,
@@ -374,8 +387,6 @@ class _Comparison:
             "mean_depth_uncond": uncond,
             "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
             "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
-            "fd": frechet_distance(moments(features), self.reference),
-            "predicted_fd": arm.predicted_fd,
             "role": "score",
             "plan": self._plan_file(arm).name if arm.family == "searched" else "",
             "macs": macs,
@@ -385,7 +396,17 @@ class _Comparison:
             "threads": torch.get_num_threads(),
             "batch_size": experiment.batch_size,
         }
-        return dict.fromkeys(COLUMNS) | figures
+        return [
+            dict.fromkeys(COLUMNS)
+            | figures
+            | {
+                "extractor": judge.extractor.name,
+                "metric": judge.extractor.metric_name,
+                "predicted_fd": arm.predicted_fd if judge is self.judges[0] else None,
+            }
+            | {k: v for k, v in score(pictures, judge, experiment.metrics).items() if k in COLUMNS}
+            for judge in self.judges
+        ]
 
     def _plan_file(self, arm: Arm) -> Path:
         return self.out / f"{arm.name.replace('searched', 'plan', 1)}.json"

@@ -2,13 +2,12 @@
 
     dyndit compare digits_peers --out runs/peers                     # resumable
 
+Every picture is judged twice: by the classifier that the plans are calibrated on, and by one that no plan has seen.
 Exits as in the quickstart. The small model of the switch (`digits_small`) and the pruned trunks are trained besides, in
 `runs/peers/peers`, where a run that goes on finds them. A peer whose package is not installed is left out; the run's
 manifest names those that are in it.
 
-Measured: 26 minutes on 2 cores of an AMD EPYC, 2026-11-23; 10 of them before the first arm (exits, table, searches,
-small model, pruned trunks). The result is in docs/results/peers, but for DPM-Solver++ and DDPM, which came later and
-are not measured yet.
+The result is in docs/results/peers.
 """
 
 from dataclasses import replace
@@ -20,16 +19,18 @@ from dyndit.recipes.digits import quickstart
 
 experiment = replace(
     quickstart,
-    calibration=CalibrationSettings(num_pictures=192, num_bands=5, batch_size=64),
+    calibration=CalibrationSettings(num_pictures=256, num_bands=10, batch_size=64),
     full_solvers=("dpmpp", "ddpm"),
     full_steps=(4, 5, 6, 7, 8, 10, 12, 15, 20),
     dynamic_steps=(10,),
-    budgets=(0.45, 0.6, 0.75),
+    budgets=(0.35, 0.45, 0.6, 0.75),
     unguided_steps=(5, 10),
     controls=Controls(solver="ddim", steps=10, depths=(6,), num_ramps=2, num_shuffled=2),
     peers=tuple(settings for peer in peers().values() if peer.available() for settings in peer.chosen()),
     peer_steps=(10,),
-    num_blocks=5,
-    num_images=200,
+    metrics=("fd", "kid", "is", "prc"),
+    witnesses=("digits-lenet",),
+    num_blocks=8,
+    num_images=250,
     batch_size=50,
 )

@@ -392,17 +392,18 @@ class Recorder:
 def comparison(model, tmp_path):
     from rich.console import Console
 
-    from dyndit.analysis.extractors import as_rgb, load_extractor
-    from dyndit.analysis.fidelity import moments
+    from dyndit.analysis.extractors import load_extractor
+    from dyndit.analysis.features import Measured
+    from dyndit.analysis.sets import PictureSet
 
-    extractor = load_extractor("digits")
-    reference = moments(extractor.features(as_rgb(load_digits().uint8()[:300])))
+    real = PictureSet("digits", load_digits().uint8()[:300])
+    judges = tuple(Measured(real, load_extractor(name)) for name in ("digits", "digits-lenet"))
     experiment = Experiment(
         model="", data="digits", extractor="digits", distill=Distill(fit=FIT), solvers=("ddim",), peer_steps=(3,),
         peers=(Stale(2, 2), FixedExits(), GuidanceInterval(0.5, 10.0), Pruned(1)),
-        num_blocks=2, num_images=70, batch_size=30,
+        num_blocks=2, num_images=70, batch_size=30, metrics=("fd", "kid", "is", "prc"), witnesses=("digits-lenet",),
     )  # fmt: skip
-    return experiments._Comparison(experiment, model, extractor, reference, tmp_path, Console(quiet=True))
+    return experiments._Comparison(experiment, model, judges, tmp_path, Console(quiet=True))
 
 
 def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, monkeypatch) -> None:
@@ -413,16 +414,19 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
     with pytest.raises(KeyboardInterrupt):
         comparison.measure(arms)
     path = comparison.out / "runs.csv"
-    assert len(pd.read_csv(path)) == 5
+    assert len(pd.read_csv(path)) == 2 * 5  # a row for each judge
     resumed = Recorder()
     monkeypatch.setattr(experiments, "sample", resumed)
     comparison.measure(arms)
     assert {seed for seed, *_ in resumed.calls} == {1}
     firsts = [first for _, first, *_ in resumed.calls]
     assert firsts == [0] * 5 + [30] * 5 + [60] * 5  # batch by batch, all arms at each
-    rows = pd.read_csv(path).set_index(["arm", "block"])
-    assert len(rows) == 10
-    assert rows["fd"].notna().all()
+    both = pd.read_csv(path).set_index(["arm", "block"])
+    assert both.groupby("extractor").size().to_dict() == {"digits": 10, "digits-lenet": 10}
+    assert both[["fd", "kid", "is", "precision", "recall"]].notna().all(axis=None)
+    rows, witness = (both[both["extractor"] == judge.extractor.name] for judge in comparison.judges)
+    assert (rows["ms_per_picture"] == witness["ms_per_picture"]).all()  # the same pictures
+    assert (rows["fd"] != witness["fd"]).all()
     stale = rows.loc[("stale-ddim-3-every2-depth2", 0)]
     assert stale["share_of_blocks"] == pytest.approx((6 + 2 + 6) / 18)
     assert pd.isna(stale["mean_depth_cond"])
@@ -432,8 +436,8 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
     assert rows.loc[("pruned-ddim-3-drop1-byeffect", 0), "share_of_blocks"] == pytest.approx(5 / 6)
     # The pictures are those that one call over the whole block gives.
     whole = sample(model, [i % 10 for i in range(70)], plan=arms[0].plan, num_steps=3, seed=1, batch_size=30)
-    row = comparison._row(arms[0], 1, [whole], 0.0)
-    assert rows.loc[("full-ddim-3", 1), "fd"] == pytest.approx(row["fd"], rel=1e-12)
+    for found, row in zip((rows, witness), comparison._rows(arms[0], 1, [whole], 0.0), strict=True):
+        assert found.loc[("full-ddim-3", 1), "fd"] == pytest.approx(row["fd"], rel=1e-9)
 
 
 def test_an_experiments_peers_are_told_apart_in_its_manifest(comparison) -> None:

@@ -63,6 +63,8 @@ def frontier_findings(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
         if not {5, 20} <= set(full.index):
             continue
         plans = arms[(arms["family"] == "searched") & arms["ms"].between(full[5], full[20])]
+        if plans.empty:  # a solver at full depth alone
+            continue
         plans = plans[[not math.isnan(d.mean) for d in plans["fd_diff_equal_time"]]]
         above = sum(
             d.mean > margin * (fd.mean - d.mean) for d, fd in zip(plans["fd_diff_equal_time"], plans["fd"], strict=True)

@@ -171,6 +171,8 @@ def test_frontier_findings_count_plans_between_5_and_20_steps() -> None:
     assert "of 1 searched plans 1 lie clearly below" in found[0]
     assert ", 0 above it" in found[0]
     assert frontier_findings(summary(runs)) == []  # full depth was not measured at 5 and 20 steps
+    alone = renamed[renamed["family"] == "full"].assign(solver="dpmpp")  # a solver that no plan was searched for
+    assert frontier_findings(summary(pd.concat([renamed, alone.assign(arm="dpmpp-" + alone["arm"])]))) == found
 
 
 def test_machines_get_tables_of_their_own(run_dir: Path, tmp_path: Path) -> None:

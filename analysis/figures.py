@@ -206,10 +206,14 @@ def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
             Line2D([], [], color=COLOURS[0], lw=1.6, ls=(0, (3, 1.5)), label="unconditional"),
             Line2D([], [], color=FAINT, lw=1, label="full depth"),
         ]
-        if not any(any(plan["uncond"]) for plan in plans.values()):
+        if not any(_guided(plan) for plan in plans.values()):
             del key[1]
         figure.legend(handles=key, loc="outside lower center", ncols=3)
     return figure
+
+
+def _guided(plan: Mapping[str, object]) -> bool:
+    return any(depth > 0 for depth in plan["uncond"])
 
 
 def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
@@ -219,8 +223,16 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
     axis.axhline(plan["num_blocks"], color=FAINT, lw=1)
     axis.stairs(cond, edges, color=COLOURS[1], alpha=0.15, fill=True)
     axis.stairs(cond, edges, color=COLOURS[1], lw=2, baseline=None)
-    if any(uncond):
-        axis.stairs(uncond, edges, color=COLOURS[0], lw=1.6, ls=(0, (3, 1.5)), baseline=None)
+    if _guided(plan):
+        # A gap where the guidance of an earlier step is reused.
+        axis.stairs(
+            np.where(np.array(uncond) < 0, np.nan, uncond),
+            edges,
+            color=COLOURS[0],
+            lw=1.6,
+            ls=(0, (3, 1.5)),
+            baseline=None,
+        )
     ticks = range(1, num + 1, -(-num // 6))
     axis.set_xticks(ticks, [f"{k}\n{int(timesteps[k - 1])}" for k in ticks])
     axis.set_xlabel("step, and its timestep below")
@@ -233,10 +245,10 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
 def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Heat map of plans: a row per plan, a column per step, colour: blocks run. Panels: branches, by number of steps.
 
-    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step.
+    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; blank: its guidance is reused.
     """
     counts = sorted({len(plan["cond"]) for plan in plans.values()})
-    guided = any(any(plan["uncond"]) for plan in plans.values())
+    guided = any(_guided(plan) for plan in plans.values())
     branches = {"cond": "conditional", "uncond": "unconditional"} if guided else {"cond": "depth"}
     most = max(plan["num_blocks"] for plan in plans.values())
     groups = [{name: plan for name, plan in plans.items() if len(plan["cond"]) == count} for count in counts]
@@ -247,7 +259,8 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
         axes = figure.subplots(len(groups), len(branches), squeeze=False, height_ratios=heights, sharey="row")
         for line, group in zip(axes, groups, strict=True):
             for axis, (branch, title) in zip(line, branches.items(), strict=True):
-                table = np.array([plan[branch] for plan in group.values()])
+                table = np.array([plan[branch] for plan in group.values()], dtype=float)
+                table[table < 0] = np.nan
                 image = axis.pcolormesh(table, vmin=0, vmax=most, cmap="cividis", edgecolors="white", linewidth=0.3)
                 axis.set_title(f"{title}, {table.shape[1]} steps", fontsize=9)
                 ticks = np.arange(0, table.shape[1], -(-table.shape[1] // 10))

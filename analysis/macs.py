@@ -45,8 +45,8 @@ class Macs:
     """By depth: the exit head, or at full depth the model's own head."""
 
     def branch(self, depth: int) -> int:
-        """One branch of one picture down to `depth`; 0 for depth 0, which is no pass."""
-        return self.embed + sum(self.blocks[:depth]) + self.leave[depth] if depth else 0
+        """One branch of one picture down to `depth`; 0 where that is no pass (depth 0, or reused guidance)."""
+        return self.embed + sum(self.blocks[:depth]) + self.leave[depth] if depth > 0 else 0
 
     @property
     def full(self) -> int:
@@ -59,7 +59,7 @@ class Macs:
         Raises:
             InputError: the plan leaves where this model has no exit.
         """
-        if missing := [d for pair in plan.pairs for d in pair if d and d not in self.leave]:
+        if missing := [d for pair in plan.pairs for d in pair if d > 0 and d not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
         return sum(self.branch(c) + (self.branch(u) if plan.cfg_scale != 1 else 0) for c, u in plan.pairs)
 

@@ -34,7 +34,7 @@ from dyndit.drawing import (
 )
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
+from dyndit.plan import REUSED, DepthPlan
 from dyndit.plugin import DynDiTHandle
 from dyndit.routers.searched import Pair, ShiftTable, search
 from dyndit.sampler import AnySolver, to_uint8
@@ -50,6 +50,7 @@ class CalibrationSettings:
 
     num_bands: bands of steps that are replaced together; each costs one continuation at full depth per pair.
     pairs: (conditional, unconditional) depths to measure; empty means `default_pairs` on `num_depths` depths.
+    reuse: whether those have pairs that reuse the guidance of earlier steps (`plan.REUSED`).
     seed: of our own sampling; a pipeline's noise is the business of who calls it.
     """
 
@@ -59,10 +60,14 @@ class CalibrationSettings:
     seed: int = CALIBRATION_SEED
     pairs: tuple[Pair, ...] = ()
     num_depths: int = 8
+    reuse: bool = False
 
 
-def default_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8) -> tuple[Pair, ...]:
-    """Pairs worth measuring: a thinned grid of conditional depths; unconditional ones equal, about half, or none."""
+def default_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8, *, reuse: bool = False) -> tuple[Pair, ...]:
+    """Pairs worth measuring: a thinned grid of conditional depths; unconditional ones equal, about half, or none.
+
+    reuse: for each conditional depth also guidance reused from earlier steps.
+    """
     full = depths[-1]
     grid = _thinned(depths, num_depths)
     if not guided:
@@ -70,7 +75,7 @@ def default_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8) -> t
     pairs: list[Pair] = []
     for depth in grid:
         half = max((d for d in grid if 2 * d <= depth), default=0)
-        pairs += [(depth, uncond) for uncond in dict.fromkeys((depth, half, 0))]
+        pairs += [(depth, uncond) for uncond in dict.fromkeys((depth, half, 0, *([REUSED] if reuse else [])))]
     return tuple(pair for pair in pairs if pair != (full, full))
 
 
@@ -107,7 +112,9 @@ def measure_table(
             f"more pictures than features, and at most {MAX_FEATURES} features (see `reduced`)"
         )
     full, n = drawing.full, settings.num_pictures
-    pairs = settings.pairs or default_pairs(drawing.depths, full.cfg_scale != 1, settings.num_depths)
+    pairs = settings.pairs or default_pairs(
+        drawing.depths, full.cfg_scale != 1, settings.num_depths, reuse=settings.reuse
+    )
     bands = [b.tolist() for b in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))]
     batches = batches_of(range(n), settings.batch_size)
     sizes = [settings.batch_size, drawing.seed, n]

@@ -37,8 +37,8 @@ class CostModel:
     device: str = "cpu"
 
     def step_seconds(self, cond: int, uncond: int) -> float:
-        """Seconds of a step at these depths; `uncond` 0 runs no second branch."""
-        if uncond == 0:
+        """Seconds of a step at these depths; an unconditional depth of 0 or REUSED runs no second branch."""
+        if uncond <= 0:
             return self.solver + self.one.embed + cond * self.one.block + self._leave(self.one, cond)
         shallow, deep = sorted((cond, uncond))
         seconds = self.solver + self.two.embed + shallow * self.two.block

@@ -61,6 +61,18 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Plans made another way, measured beside the comparison's own: how an ablation is asked for.
+
+    name: the family of its arms is "searched-NAME". distill, calibration: in place of the experiment's; None for those.
+    """
+
+    name: str
+    distill: Distill | None = None
+    calibration: CalibrationSettings | None = None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What to compare, and on how many pictures. Scoring seeds are 0, 1, ...; calibration has its own."""
 
@@ -82,6 +94,8 @@ class Experiment:
     unguided_steps: tuple[int, ...] = ()
     """Full depth without guidance at these step counts: a plan that drops guidance must not hide behind depth."""
     controls: Controls | None = None
+    variants: tuple[Variant, ...] = ()
+    """Other ways to make exits and plans, each searched at every solver, step count and budget."""
     peers: tuple[PeerSettings, ...] = ()
     """What else a user might pick (`dyndit.analysis.peers`), at every solver and `peer_steps`."""
     peer_steps: tuple[int, ...] = (10,)
@@ -155,6 +169,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     comparison = _Comparison(experiment, model, judges, out, console)
     table = comparison.table()
     arms = [comparison.priced(arm, table) for arm in comparison.arms(table) + comparison.peers(data)]
+    arms += comparison.variants(data)
     comparison.measure(arms)
     comparison.report(arms)
     return out
@@ -163,9 +178,9 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
 def _settings(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[str, object]:
     """What makes a run this run. The noise schedule's tables are constants of the code, not settings."""
     choices = asdict(experiment)
-    for name in ("train", "distill"):
-        if choices[name]:
-            choices[name].pop("schedule", None)
+    for recipe in (choices["train"], choices["distill"], *(variant["distill"] for variant in choices["variants"])):
+        if recipe:
+            recipe.pop("schedule", None)
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
 
@@ -274,6 +289,28 @@ class _Comparison:
                 arms.append(Arm(name, peer.name, plan, model=model, peer=peer))
         return arms
 
+    def variants(self, data: Pictures) -> list[Arm]:
+        """The variants' arms; what they distil, measure and search lies in `out/variants`, and is found there again."""
+        arms = []
+        for variant in self.experiment.variants:
+            changes = {name: getattr(variant, name) for name in ("distill", "calibration") if getattr(variant, name)}
+            experiment, folder = replace(self.experiment, **changes), self.out / "variants" / variant.name
+            model = self.model
+            if variant.distill is not None:
+                trunk = DynamicDepth(model.backbone, pixel_space=model.pixel_space)
+                model = _model(experiment, trunk, data, folder, self.console)
+            own = replace(self, experiment=experiment, model=model, out=folder)
+            table, family = own.table(), f"searched-{variant.name}"
+            within = [budget for budget in experiment.budgets if budget >= table.least_share]
+            if beyond := sorted(set(experiment.budgets) - set(within)):
+                least = f"its cheapest plan takes {table.least_share:.2f}"
+                self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
+            for solver, steps in product(experiment.solvers, experiment.dynamic_steps):
+                for arm in own._searched(table, solver, steps, within):
+                    name = arm.name.replace("searched", family, 1)
+                    arms.append(replace(own.priced(arm, table), name=name, family=family, model=model))
+        return arms
+
     def priced(self, arm: Arm, table: ShiftTable) -> Arm:
         """The arm with the time that the cost model gives its plan; as it is where it runs other than its plan says."""
         if arm.model not in (None, self.model):
@@ -368,7 +405,7 @@ class _Comparison:
         experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
         pictures = torch.cat([part.pictures for part in drawn])
         # A peer's blocks are not those of its plan, unless it is one.
-        cond, uncond = plan.mean_depth if arm.model in (None, self.model) else (None, None)
+        cond, uncond = plan.mean_depth if arm.peer is None or arm.model is self.model else (None, None)
         figures = {
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),

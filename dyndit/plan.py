@@ -13,13 +13,18 @@ from dyndit.errors import PlanError
 FORMAT = "dyndit-plan"
 VERSION = 1
 
+REUSED = -1
+"""An unconditional depth: no pass at this step, the difference between the branches is that of the last guided one."""
+
 
 @dataclass(frozen=True)
 class DepthPlan:
     """Depths of both guidance branches at every sampling step, from the noisiest step to the last.
 
     A depth of L (`num_blocks`) is the full model. An unconditional depth of 0 means no unconditional pass at that
-    step, hence no guidance there. A plan whose unconditional depths are all 0 is unguided.
+    step, hence no guidance there; REUSED means no pass either, but guidance by the difference that the branches had at
+    the last step that ran both (none, where there was no such step). A plan whose unconditional depths are all 0 is
+    unguided.
     """
 
     timesteps: tuple[float, ...]
@@ -51,7 +56,7 @@ class DepthPlan:
             raise PlanError("plan: timesteps must fall from noise to picture")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PlanError(f"plan: budget {self.budget:g}, expected above 0 and at most 1")
-        for name, least in (("cond", 1), ("uncond", 0)):
+        for name, least in (("cond", 1), ("uncond", REUSED)):
             depths = getattr(self, name)
             if len(depths) != len(self.timesteps):
                 raise PlanError(f"plan: {len(depths)} {name} depths for {len(self.timesteps)} timesteps")
@@ -84,18 +89,24 @@ class DepthPlan:
     @property
     def guided(self) -> bool:
         """Whether any step runs the unconditional branch."""
-        return any(self.uncond)
+        return any(depth > 0 for depth in self.uncond)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether any step takes the difference between the branches from an earlier one."""
+        return REUSED in self.uncond
 
     @property
     def share_of_blocks(self) -> float:
         """Blocks run, as a share of the full plan's (of both branches where the plan is for guided sampling)."""
         branches = 2 if self.cfg_scale != 1 else 1
-        return (sum(self.cond) + sum(self.uncond)) / (branches * self.num_blocks * self.num_steps)
+        run = sum(self.cond) + sum(max(depth, 0) for depth in self.uncond)
+        return run / (branches * self.num_blocks * self.num_steps)
 
     @property
     def mean_depth(self) -> tuple[float, float]:
         """Mean depth of the conditional and of the unconditional branch."""
-        return sum(self.cond) / self.num_steps, sum(self.uncond) / self.num_steps
+        return sum(self.cond) / self.num_steps, sum(max(depth, 0) for depth in self.uncond) / self.num_steps
 
     def with_pairs(self, pairs: list[tuple[int, int]] | tuple[tuple[int, int], ...], **changes: object) -> Self:
         """The same steps with other depths."""
@@ -138,7 +149,7 @@ class DepthPlan:
         for name, mine, theirs in (("trunk", self.trunk, trunk), ("set of exits", self.exits, exits)):
             if mine and theirs is not None and mine != theirs:
                 raise PlanError(f"{origin}: made for {name} {mine}, but the model's is {theirs or 'absent'}")
-        if missing := sorted({d for d in (*self.cond, *self.uncond) if d} - set(depths)):
+        if missing := sorted({d for d in (*self.cond, *self.uncond) if d > 0} - set(depths)):
             raise PlanError(f"{origin}: depth {missing[0]} has no exit; the model has {list(depths)}")
 
     def save(self, path: Path) -> None:
@@ -172,7 +183,8 @@ class DepthPlan:
     def __str__(self) -> str:
         """A line per branch: the depths, from the noisiest step to the last."""
         head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
-        lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", self.uncond)]
+        uncond = tuple("reuse" if depth == REUSED else depth for depth in self.uncond)
+        lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", uncond)]
         return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:>4}" for v in row) for name, row in lines)])
 
 

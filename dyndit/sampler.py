@@ -22,7 +22,7 @@ from torch import Tensor
 from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError, PlanError
 from dyndit.objectives import Schedule
-from dyndit.plan import DepthPlan, Router
+from dyndit.plan import REUSED, DepthPlan, Router
 
 SCHEDULE = Schedule()
 
@@ -255,15 +255,18 @@ class Trajectory:
     """Where a sampling stands: the state, and the solver's memory. `fork` makes an independent continuation.
 
     memory: the model's, which its last step left for the next (`DynamicDepth.predict`); None where there is none.
+    guided: the predictions of the last step that ran both branches, conditional first; None where there is none.
     """
 
     x: Tensor
     scheduler: object
     memory: object = None
+    guided: list[Tensor] | None = None
 
     def fork(self) -> "Trajectory":
         """A copy that can be continued another way."""
-        return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory))
+        # What is kept of the branches is read, never written to: it can be shared.
+        return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory), self.guided)
 
 
 @dataclass(frozen=True)
@@ -352,7 +355,13 @@ def advance(
         predictions, trajectory.memory = model.predict(step, trajectory.memory)
         predictions = [p.to(x.dtype) for p in predictions]
         left = clock()
-        prediction = guidance.combine(*predictions, channels) if both else predictions[0]
+        prediction = predictions[0]
+        if both:
+            trajectory.guided = predictions
+            prediction = guidance.combine(*predictions, channels)
+        elif uncond == REUSED and trajectory.guided is not None:
+            with_then, without_then = trajectory.guided
+            prediction = guidance.combine(prediction, prediction - (with_then - without_then), channels)
         if model.pixel_space:
             prediction = _clamp_x_0(prediction, x_t, timestep, channels)
         if not with_variance:

@@ -12,12 +12,13 @@ from test_latents import make_autoencoder
 
 import dyndit
 from dyndit.cli import VERBS, main
+from dyndit.routers.searched import ShiftTable
 
 RECIPE = """
 from dyndit.backbones import DiTConfig
 from dyndit.calibration import CalibrationSettings
 from dyndit.exits import ExitConfig
-from dyndit.experiment import Controls, Experiment
+from dyndit.experiment import Controls, Experiment, Variant
 from dyndit.tasks import Distill, Train
 from dyndit.training import FitConfig
 
@@ -30,9 +31,13 @@ distill = Distill(ExitConfig(), FitConfig(steps=20, batch_size=32, learning_rate
 experiment = Experiment(
     model="", data="digits", extractor="digits", train=train, distill=distill,
     calibration=CalibrationSettings(num_pictures=80, num_bands=2, batch_size=40), calibration_steps=4,
-    full_steps=(2, 3, 4), dynamic_steps=(4,), budgets=(0.6, 0.8), solvers=("ddim",),
+    full_steps=(2, 3, 4), dynamic_steps=(4,), budgets=(0.6, 0.8, 0.95), solvers=("ddim",),
     full_solvers=("dpmpp", "ddpm"),
     controls=Controls("ddim", 4, (2,), num_ramps=2), num_blocks=2, num_images=70, batch_size=35,
+    variants=(
+        Variant("reuse", calibration=CalibrationSettings(80, 2, 40, num_depths=2, reuse=True)),
+        Variant("block", distill=Distill(ExitConfig((2,), "block"), distill.fit, "digits")),
+    ),
 )
 """
 
@@ -175,6 +180,13 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert not any("dpmpp" in arm or "ddpm" in arm for arm in arms if not arm.startswith("full"))
     assert any(arm.startswith("reversed-searched") for arm in arms)
     assert sum(arm.startswith("ramp") for arm in arms) == 2
+    assert {"searched-reuse-ddim-4-b0.95", "searched-block-ddim-4-b0.95"} < arms
+    variants = out / "variants"
+    assert dyndit.load(variants / "block" / "model").depths == (2, 4)
+    assert not (variants / "reuse" / "model" / "exits.safetensors").exists()  # the comparison's own exits
+    assert -1 in {u for _, u in ShiftTable.load(variants / "reuse" / "model" / "shift-table.safetensors").pairs}
+    plans = [dyndit.DepthPlan.load(variants / name / "plan-ddim-4-b0.95.json") for name in ("reuse", "block")]
+    assert plans[0].exits != plans[1].exits
     for name in ("runs.csv", "report.md", "report.html", "frontier.png", "plan.png", "samples.png", "manifest.json"):
         assert (out / name).stat().st_size > 0, name
     runs = dyndit.analysis.read_runs(out)

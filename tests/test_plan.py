@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dyndit.errors import PlanError
-from dyndit.plan import DepthPlan
+from dyndit.plan import REUSED, DepthPlan
 
 DEPTHS = (2, 4, 6)
 PLAN = DepthPlan((900, 500, 100), (2, 4, 6), (0, 2, 6), 6, "ddim", "hand", cfg_scale=1.5, trunk="aa", exits="bb")
@@ -28,7 +28,7 @@ def plans(draw: st.DrawFn, *, guided: bool | None = None) -> DepthPlan:
     return DepthPlan(
         tuple(timesteps),
         tuple(depths(1)),
-        tuple(depths(0)) if guided else (0,) * num_steps,
+        tuple(depths(REUSED)) if guided else (0,) * num_steps,
         num_blocks,
         draw(st.sampled_from(["ddim", "ddpm", "unipc"])),
         draw(st.text(max_size=8)),
@@ -52,7 +52,7 @@ def test_json_round_trip(plan: DepthPlan, tmp_path: Path) -> None:
 @given(plan=plans())
 def test_counts(plan: DepthPlan) -> None:
     assert plan.num_steps == len(plan.timesteps) == len(plan.pairs)
-    assert plan.guided == any(u for _, u in plan.pairs)
+    assert plan.guided == any(u > 0 for _, u in plan.pairs)
     branches = 2 if plan.cfg_scale != 1 else 1
     assert plan.share_of_blocks == pytest.approx(sum(plan.mean_depth) / plan.num_blocks / branches)
     assert 0 < plan.share_of_blocks <= 1
@@ -75,6 +75,16 @@ def test_share_of_blocks_by_hand() -> None:
     assert unguided.share_of_blocks == pytest.approx(12 / 18)
 
 
+def test_reused_guidance_costs_no_blocks_and_is_written_out() -> None:
+    plan = PLAN.with_pairs([(2, 2), (4, REUSED), (6, 6)])
+    assert plan.share_of_blocks == pytest.approx((2 + 2 + 4 + 6 + 6) / 36)
+    assert plan.mean_depth == (4, 8 / 3)
+    assert plan.guided
+    assert (plan.reuses, PLAN.reuses) == (True, False)
+    assert str(plan).splitlines()[-1].split() == ["uncond", "2", "reuse", "6"]
+    plan.check(depths=(2, 4, 6))
+
+
 def test_difference_names_the_steps() -> None:
     other = PLAN.with_pairs([(2, 0), (4, 4), (4, 6)])
     assert PLAN.difference(other) == [(1, (4, 2), (4, 4)), (2, (6, 6), (4, 6))]
@@ -91,7 +101,7 @@ def test_difference_names_the_steps() -> None:
         ({"uncond": (0,)}, "1 uncond depths for 3 timesteps"),
         ({"cond": (0, 4, 6)}, r"cond depth 0 outside 1\.\.6"),
         ({"cond": (2, 4, 7)}, r"cond depth 7 outside 1\.\.6"),
-        ({"uncond": (-1, 4, 6)}, r"uncond depth -1 outside 0\.\.6"),
+        ({"uncond": (-2, 4, 6)}, r"uncond depth -2 outside -1\.\.6"),
     ],
 )
 def test_impossible_plans_are_refused(changes: dict, named: str) -> None:

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
-from dyndit.plan import DepthPlan
+from dyndit.plan import REUSED, DepthPlan
 from dyndit.routers.schedules import ramp
 from dyndit.sampler import (
     SCHEDULE,
@@ -172,6 +172,58 @@ def test_a_step_without_second_branch_is_unguided(tiny_dynamic) -> None:
     there = here.fork()
     unguided = run(replace(full, uncond=(0, 0, 0)), 1.0, 1, 3, there).x
     assert torch.equal(run(none_but_first, 1.5, 1, 3, here).x, unguided)
+
+
+def test_reused_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic) -> None:
+    """By hand: with the prediction p and the last difference d, guidance at scale w gives p + (w - 1) d."""
+    scale, plan = 2.5, full_plan(tiny_dynamic, "ddim", 4, 2.5)
+    full = tiny_dynamic.num_blocks
+    plan = plan.with_pairs([(full, full), (full, REUSED), (full, 0), (full, REUSED)])
+    batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.in_channels
+    trajectory = start(tiny_dynamic, batch, "ddim", 4)
+    null = torch.full_like(batch.labels, tiny_dynamic.backbone.null_class)
+    x, scheduler = trajectory.x, make_scheduler("ddim", 4)
+    with torch.inference_mode():
+        for k, (t, (_, uncond)) in enumerate(zip(plan.timesteps, plan.pairs, strict=True)):
+            times = torch.full_like(batch.labels, t)
+            eps = tiny_dynamic(x, times, batch.labels)[:, :channels]
+            if k == 0:
+                difference = eps - tiny_dynamic(x, times, null)[:, :channels]
+            if uncond:
+                eps = eps + (scale - 1) * difference
+            signal, sigma = SCHEDULE.alpha_bar(t) ** 0.5, (1 - SCHEDULE.alpha_bar(t)) ** 0.5
+            eps = (x - signal * ((x - sigma * eps) / signal).clamp(-1, 1)) / sigma
+            x = scheduler.step(eps, scheduler.timesteps[k], x, return_dict=False)[0]
+    ours = advance(tiny_dynamic, batch, trajectory, plan, Guidance(scale)).x
+    assert torch.allclose(ours, x, atol=1e-4)
+    without = advance(
+        tiny_dynamic,
+        batch,
+        start(tiny_dynamic, batch, "ddim", 4),
+        plan.with_pairs([(full, full), (full, 0), (full, 0), (full, 0)]),
+        Guidance(scale),
+    ).x
+    assert not torch.allclose(ours, without, atol=1e-2)
+
+
+def test_there_is_nothing_to_reuse_before_the_first_guided_step(tiny_dynamic) -> None:
+    full = full_plan(tiny_dynamic, "ddim", 3, 1.5)
+    pairs = [(6, REUSED), (3, 3), (6, REUSED)]
+    reusing, unguided_first = (full.with_pairs([first, *pairs[1:]]) for first in (pairs[0], (6, 0)))
+    assert reusing.share_of_blocks == pytest.approx((6 + 3 + 3 + 6) / 36)
+    drawn = [sample(tiny_dynamic, LABELS, plan=plan, num_steps=3).pictures for plan in (reusing, unguided_first)]
+    assert torch.equal(*drawn)
+
+
+def test_reused_guidance_survives_a_fork(tiny_dynamic) -> None:
+    full = full_plan(tiny_dynamic, "unipc", 4, 1.5)
+    plan = full.with_pairs([(6, 6), (4, REUSED), (3, 2), (6, REUSED)])
+    batch, guidance = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), Guidance(1.5)
+    whole = advance(tiny_dynamic, batch, start(tiny_dynamic, batch, "unipc", 4), plan, guidance).x
+    trajectory = advance(tiny_dynamic, batch, start(tiny_dynamic, batch, "unipc", 4), plan, guidance, stop=1)
+    fork = trajectory.fork()
+    advance(tiny_dynamic, batch, trajectory, full, guidance, first=1)
+    assert torch.equal(advance(tiny_dynamic, batch, fork, plan, guidance, first=1).x, whole)
 
 
 def test_uint8_is_unbiased() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dyndit.analysis.fidelity import frechet_distance, moments
 from dyndit.cost import CostModel, PartTimes
 from dyndit.errors import CheckpointError, InputError
-from dyndit.plan import DepthPlan
+from dyndit.plan import REUSED, DepthPlan
 from dyndit.routers.searched import Predictor, ShiftTable, search
 
 NUM_BLOCKS = 4
@@ -193,9 +193,19 @@ def test_impossible_budgets_are_refused(budget: float) -> None:
         search(table, full_plan(table), budget)
 
 
+def test_no_plan_is_cheaper_than_the_least_share() -> None:
+    table = random_table(3, 3, seed=2)
+    full = full_plan(table)
+    cheapest = search(table, full, table.least_share)
+    assert table.cost.share_of_time(cheapest) == pytest.approx(table.least_share)
+    with pytest.raises(InputError, match="cheapest plan"):
+        search(table, full, 0.99 * table.least_share)
+
+
 def test_cost_of_unequal_branches() -> None:
     """Shared up to the shallower branch, alone from there on."""
     assert COST.step_seconds(4, 2) == pytest.approx(0.05 + 0.1 + 2 * 1.9 + 0.1 + 2 * 1.0 + 0.1)
     assert COST.step_seconds(2, 4) == COST.step_seconds(4, 2)
     assert COST.step_seconds(3, 0) == pytest.approx(0.05 + 0.1 + 3 * 1.0 + 0.1)
+    assert COST.step_seconds(3, REUSED) == COST.step_seconds(3, 0)
     assert COST.share_of_time(DepthPlan.full((9, 5), NUM_BLOCKS, "ddim", 1.5)) == pytest.approx(1)

@@ -75,6 +75,12 @@ class ShiftTable:
         """Number of bands."""
         return len(self.edges) - 1
 
+    @property
+    def least_share(self) -> float:
+        """Predicted time of the cheapest plan, as a share of full depth's: no budget can be smaller."""
+        seconds = [self.cost.step_seconds(*pair) for pair in (*self.pairs, self.full_pair)]
+        return min(seconds) / seconds[-1]
+
     def weights(self, timesteps: Sequence[int]) -> Tensor:
         """(K, bands): which share of each band every step covers.
 
@@ -210,7 +216,8 @@ class Predictor:
         """Index of the measured pair with the closest depths."""
         if pair in self.index:
             return self.index[pair]
-        gaps = [abs(c - pair[0]) + abs(u - pair[1]) + 100 * ((u == 0) != (pair[1] == 0)) for c, u in self.pairs]
+        depth, wanted = pair[0], min(pair[1], 1)  # of the unconditional branch: run, left out or reused
+        gaps = [abs(c - depth) + abs(u - pair[1]) + 100 * abs(min(u, 1) - wanted) for c, u in self.pairs]
         return int(np.argmin(gaps))
 
     def predict(self, plan: DepthPlan) -> float:
@@ -254,9 +261,8 @@ def search(
     settings = settings or SearchSettings()
     predictor = Predictor(table, full.timesteps, base)
     limit = budget * predictor.seconds[-1].item() * full.num_steps * (1 + 1e-9)
-    if predictor.seconds.min().item() * full.num_steps > limit:
-        least = predictor.seconds.min().item() / predictor.seconds[-1].item()
-        raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {least:.2f}")
+    if budget < table.least_share * (1 - 1e-9):
+        raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
     best, best_value = None, float("inf")
     for choice in _starts(predictor, full, limit, settings.num_starts):
         choice, value = _improve(predictor, choice, limit, settings)

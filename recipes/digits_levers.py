@@ -3,7 +3,7 @@
     dyndit compare digits_levers --out runs/levers                   # resumable
 
 The comparison's own arms (`searched`) are calibrated as those of `digits_peers`; each variant differs from them in what
-its name says. docs/experiments.md tells what came out.
+its name says. docs/experiments.md tells what came of `digits_reuse`; the other variants are not measured yet.
 """
 
 from dataclasses import replace

@@ -378,3 +378,8 @@ def test_published_runs_without_the_later_columns_make_a_report(tmp_path: Path) 
     assert (tmp_path / "out" / "plan-map.svg").is_file()
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "Families that beat searched plans at equal time: " in text
+
+
+def test_published_results_follow_from_their_rows() -> None:
+    """What the README quotes: every number recomputed, every figure the one that its manifest describes."""
+    assert verify(Path(__file__).resolve().parents[1] / "docs" / "results" / "peers") == []

@@ -2,8 +2,8 @@
 
 A Fréchet distance on other features than Inception's is called FD-<extractor>, never FID, and compares with
 no published FID. Every extractor takes uint8 pictures and is registered with torch-fidelity, so its own
-command line and `calculate_metrics` know the names `digits`, `digits-lenet` and `resnet20-cifar10` once this module
-is imported.
+command line and `calculate_metrics` know the names `digits`, `digits-lenet`, `resnet20-cifar10` and `vgg-cifar10` once
+this module is imported.
 """
 
 import hashlib
@@ -25,7 +25,11 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 from dyndit.errors import CheckpointError, InputError
 
-DIGITS_WEIGHTS = {"digits": "digits-classifier.safetensors", "digits-lenet": "digits-lenet.safetensors"}
+PACKAGED_WEIGHTS = {
+    "digits": "digits-classifier.safetensors",
+    "digits-lenet": "digits-lenet.safetensors",
+    "vgg-cifar10": "cifar10-vgg.safetensors",
+}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SPATIAL_CHANNELS = 7  # of the spatial layer, as in ADM's sFID (Nash et al. 2021)
@@ -33,6 +37,7 @@ SPATIAL_LAYERS = {
     "digits": "classifier.conv2",  # 4 x 4 x 7 = 112 features
     "digits-lenet": "classifier.conv2",  # the same
     "resnet20-cifar10": "classifier.layer3",  # 8 x 8 x 7 = 448
+    "vgg-cifar10": "classifier.stages.2",  # the same
     "inception": "Mixed_6d.branch1x1",  # 17 x 17 x 7 = 2,023: TensorFlow's "mixed_6/conv", which ADM reads
 }
 
@@ -123,6 +128,37 @@ class ResNet20(nn.Module):
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
 
+class CifarVGG(nn.Module):
+    """After VGG (Simonyan and Zisserman 2015): plain 3x3 convolutions and max pooling; a second opinion on CIFAR-10.
+
+    Shares neither shortcuts, nonlinearity, scaling nor seed with ResNet20; recipes/cifar10_classifier.py trains it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([_vgg_stage(3, 32, 1), _vgg_stage(32, 64, 2), _vgg_stage(64, 128, 2)])
+        self.hidden = nn.Linear(128, 64)
+        self.linear = nn.Linear(64, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x: (B, 3, 32, 32) in [-1, 1] -> (B, 64), the values before the last layer."""
+        for index, stage in enumerate(self.stages):
+            x = stage(F.max_pool2d(x, 2) if index else x)
+        return F.silu(self.hidden(x.mean((2, 3))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
+        return self.linear(self.features(x))
+
+
+def _vgg_stage(num_in: int, num_out: int, num_convs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(num_convs):
+        conv = nn.Conv2d(num_out if i else num_in, num_out, 3, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(num_out), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
 class ClassifierExtractor(FeatureExtractorBase):
     """A classifier as torch-fidelity sees it: "64" are its features, "logits" its scores for ten classes.
 
@@ -139,9 +175,16 @@ class ClassifierExtractor(FeatureExtractorBase):
         self.requires_grad_(False)
         self.eval()
 
+    classifier_type: type[nn.Module]
+
     def build(self, weights: Path | None) -> nn.Module:
-        """Return the classifier with its weights. Raises InputError, CheckpointError."""
-        raise NotImplementedError
+        """Return the classifier with the weights in the file, or the packaged ones. Raises InputError, CheckpointError."""
+        if weights is not None:
+            return load_strict(self.classifier_type(), weights)
+        if self.name not in PACKAGED_WEIGHTS:
+            raise InputError(f"--extractor-weights: missing, expected the .safetensors file of {self.name}")
+        with as_file(files("dyndit.assets") / PACKAGED_WEIGHTS[self.name]) as path:
+            return load_strict(self.classifier_type(), path)
 
     def scale(self, pictures: Tensor) -> Tensor:
         """Pictures: uint8 (B, 3, H, W) -> float32 (B, C, H, W) as the classifier was trained on."""
@@ -174,14 +217,7 @@ class DigitsExtractor(ClassifierExtractor):
     """`digits`: 8x8 grey pictures, weights in the package."""
 
     size = 8
-    classifier_type: type[nn.Module] = DigitsClassifier
-
-    def build(self, weights: Path | None) -> nn.Module:
-        """Return the classifier with the packaged weights, or those in `weights`."""
-        if weights is not None:
-            return load_strict(self.classifier_type(), weights)
-        with as_file(files("dyndit.assets") / DIGITS_WEIGHTS[self.name]) as path:
-            return load_strict(self.classifier_type(), path)
+    classifier_type = DigitsClassifier
 
     def scale(self, pictures: Tensor) -> Tensor:
         """Pictures: uint8 (B, 3, 8, 8) -> grey (B, 1, 8, 8) in [0, 1]."""
@@ -198,17 +234,23 @@ class ResNet20Extractor(ClassifierExtractor):
     """`resnet20-cifar10`: 32x32 colour pictures, weights by path."""
 
     size = 32
-
-    def build(self, weights: Path | None) -> nn.Module:
-        """Return the classifier with the weights in the file."""
-        if weights is None:
-            raise InputError("--extractor-weights: missing, expected the .safetensors file of resnet20-cifar10")
-        return load_strict(ResNet20(), weights)
+    classifier_type = ResNet20
 
     def scale(self, pictures: Tensor) -> Tensor:
         """Pictures: uint8 (B, 3, 32, 32) -> ImageNet mean and deviation removed."""
         mean, std = (torch.tensor(c, device=pictures.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
         return (pictures / 255 - mean) / std
+
+
+class CifarVGGExtractor(ClassifierExtractor):
+    """`vgg-cifar10`: the same pictures through another classifier, to judge what was calibrated on `resnet20-cifar10`."""
+
+    size = 32
+    classifier_type = CifarVGG
+
+    def scale(self, pictures: Tensor) -> Tensor:
+        """Pictures: uint8 (B, 3, 32, 32) -> (B, 3, 32, 32) in [-1, 1]."""
+        return pictures.float() / 127.5 - 1
 
 
 def load_strict(model: nn.Module, path: Path) -> nn.Module:
@@ -366,6 +408,7 @@ _CLASSIFIERS = {
     "digits": DigitsExtractor,
     "digits-lenet": DigitsLeNetExtractor,
     "resnet20-cifar10": ResNet20Extractor,
+    "vgg-cifar10": CifarVGGExtractor,
 }
 EXTRACTORS = tuple(sorted([*_CLASSIFIERS, "inception"]))
 
@@ -377,8 +420,8 @@ for _name, _cls in _CLASSIFIERS.items():
 def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
     """Return the extractor of that name, frozen, on the device.
 
-    weights: a file; optional for `digits` and `digits-lenet` (in the package) and `inception` (downloaded by
-    torch-fidelity).
+    weights: a file; optional where they are in the package (all but `resnet20-cifar10`) and for `inception`, whose
+    torch-fidelity downloads.
     Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
     """
     if name not in EXTRACTORS:

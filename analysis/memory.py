@@ -1,24 +1,24 @@
-"""Peak memory of a call: what torch allocated on a GPU, or by how much the process grew on a CPU."""
+"""Peak memory of a call: what torch allocated on a GPU, or what a call's tensors held at once on a CPU."""
 
-import ctypes
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-
-PROCESS = Path("/proc/self")
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 MEANING = {
     "cuda": "most memory allocated on the GPU during one call, weights included (torch.cuda.max_memory_allocated)",
-    "cpu": "growth of the process's resident memory during one call, above what it held before (weights not included)",
+    "cpu": "most memory that tensors made during one call held at once (torch's profiler; weights not included)",
 }
 
 
-def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
-    """Bytes at the peak of one call, as MEANING says; None where the system does not tell.
+def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes at the peak of one call, as MEANING says.
 
-    On a CPU the peak of the process is reset before (Linux: clear_refs), and what the allocator holds free is given
-    back, or a call that follows a larger one would seem to need nothing.
+    On a CPU torch's own allocations are counted, those of the calling thread. The process's resident memory would
+    tell of the allocator besides: freed memory that it keeps, in arenas that `malloc_trim` cannot empty, hides what
+    the next call needs.
     """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -26,31 +26,18 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    _give_back_freed_memory()
-    try:
-        (PROCESS / "clear_refs").write_text("5")
-        before = _resident("VmRSS")
-    except (OSError, ValueError):
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it reports its start and stop to the terminal
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-        return None
-    run()
-    return max(_resident("VmHWM") - before, 0)
+    held = peak = 0
+    for change in _changes(recorded):
+        held += change
+        peak = max(peak, held)
+    return peak
 
 
-def _resident(name: str) -> int:
-    """Bytes of an entry of /proc/self/status.
-
-    Raises:
-        ValueError: there is no such entry.
-    """
-    for line in (PROCESS / "status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise ValueError(name)
-
-
-def _give_back_freed_memory() -> None:
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+def _changes(recorded: profile) -> list[int]:
+    """Bytes allocated, and freed (negative), in the order in which that happened."""
+    events = recorded.profiler.kineto_results.events()
+    found = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
+    return [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]

@@ -72,7 +72,7 @@ COLUMNS: dict[str, str] = {
     "predicted_seconds": "what the plan and the measured times of the model's parts promise for this scope",
     "share_of_blocks": "transformer blocks the plan runs, over those of full depth at the same steps",
     "macs": "multiply-accumulates of the denoiser for one picture, whole sampling; FLOPs are twice that",
-    "peak_memory_mib": f"cuda: {MEANING['cuda']}; cpu: {MEANING['cpu']}; empty where the system does not tell",
+    "peak_memory_mib": f"cuda: {MEANING['cuda']}; cpu: {MEANING['cpu']}",
 }
 """What each column of the table that `dyndit bench --out` writes means."""
 
@@ -165,7 +165,7 @@ def measure(
         table["predicted_seconds"] = _predicted(table, run_plans, cost, decodes=settings.decoder is not None)
         table["share_of_blocks"] = table["arm"].map({a: p.share_of_blocks for a, p in run_plans.items()})
         table["macs"] = table["arm"].map({a: macs.plan(p) for a, p in run_plans.items()})
-        table["peak_memory_mib"] = table["arm"].map({a: math.nan if p is None else p / 2**20 for a, p in peaks.items()})
+        table["peak_memory_mib"] = table["arm"].map({arm: peak / 2**20 for arm, peak in peaks.items()})
         tables.append(table)
     return pd.concat(tables, ignore_index=True).assign(
         model=name,

@@ -32,6 +32,7 @@ class Pictures(Dataset, ABC):
     class_names: tuple[str, ...]
     channels: int
     image_size: int
+    labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
     fingerprint: str  # sha256, hexadecimal: a run is resumed, and a cache reused, on the same pictures only
 
@@ -56,15 +57,15 @@ class _Digits(Pictures):
     def __init__(self, levels: np.ndarray, labels: np.ndarray):
         self._levels = torch.from_numpy(levels)  # (N, 8, 8) float32, whole numbers 0 to 16
         self._x = (self._levels / 8 - 1).unsqueeze(1)
-        self._labels = labels.tolist()
+        self.labels = labels.tolist()
         content = levels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._x[index], self._labels[index]
+        return self._x[index], self.labels[index]
 
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
         levels = self._levels if indices is None else self._levels[list(indices)]
@@ -103,7 +104,7 @@ class PictureFolder(Pictures):
         self.num_classes = len(folders)
         self.channels, self.can_flip = channels, can_flip
         self._paths: list[str] = []
-        self._labels: list[int] = []
+        self.labels: list[int] = []
         digest = hashlib.sha256()
         for label, folder in enumerate(folders):
             files = _find_pictures(folder)
@@ -113,7 +114,7 @@ class PictureFolder(Pictures):
                 name = os.path.relpath(path, self.root).replace(os.sep, "/")
                 digest.update(f"{name}\0{Path(path).stat().st_size}\0".encode("utf-8", "surrogateescape"))
             self._paths += files
-            self._labels += [label] * len(files)
+            self.labels += [label] * len(files)
         self.image_size = image_size or min(read_picture(self._paths[0], channels).size)
         # The bytes are not read: hashing a large set would cost an hour, and names with sizes catch what
         # happens in practice. Size and channels are hashed as part of what a step sees.
@@ -124,7 +125,7 @@ class PictureFolder(Pictures):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._read(index).float() / 127.5 - 1, self._labels[index]
+        return self._read(index).float() / 127.5 - 1, self.labels[index]
 
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
         """Cropped and resized pictures, (N, C, H, W) uint8, decoded one after the other."""

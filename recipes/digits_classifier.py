@@ -23,13 +23,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from dyndit.analysis.extractors import DIGITS_WEIGHTS, DigitsClassifier, DigitsLeNet
+from dyndit.analysis.extractors import PACKAGED_WEIGHTS, DigitsClassifier, DigitsLeNet
 
 CLASSIFIERS = {"digits": (DigitsClassifier, 0), "digits-lenet": (DigitsLeNet, 1)}  # and the seed
 NUM_STEPS = 2_000
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
-OUT = {name: Path(str(files("dyndit.assets") / file)) for name, file in DIGITS_WEIGHTS.items()}
+OUT = {name: Path(str(files("dyndit.assets") / PACKAGED_WEIGHTS[name])) for name in CLASSIFIERS}
 
 
 def load_split(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """Energy counters and peak memory: read where they are there, silent where they are not."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from dyndit.analysis import memory
 from dyndit.analysis.energy import energy_meter
 from dyndit.analysis.memory import peak_memory
 
@@ -54,21 +54,33 @@ def test_no_counter_no_meter(tmp_path: Path) -> None:
 MIB = 2**20
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs: not Linux")
+def hold(mib: int) -> None:
+    """Two halves at once, then a third that finds the first one gone: a peak of `mib`."""
+    half = torch.empty(mib * MIB // 2, dtype=torch.uint8)
+    other = torch.empty(mib * MIB // 2, dtype=torch.uint8)
+    del half
+    torch.empty(mib * MIB // 4, dtype=torch.uint8).add_(other[0])
+
+
 def test_peak_memory_is_that_of_the_call_whatever_ran_before() -> None:
-    def hold(mib: int) -> None:
-        bytearray(b"x") * (mib * MIB)  # touches every page
-
+    kept = torch.zeros(8 * MIB, dtype=torch.uint8)
     for mib in (96, 32, 96):
-        peak = peak_memory(lambda mib=mib: hold(mib))
-        assert 0.9 * mib * MIB < peak < 1.3 * mib * MIB
+        assert mib * MIB <= peak_memory(lambda mib=mib: hold(mib)) < (mib + 1) * MIB
+    assert len(kept) == 8 * MIB  # what was held before is no part of it
 
 
-def test_where_the_system_does_not_tell_the_call_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "PROCESS", tmp_path / "absent")
-    calls = []
-    assert peak_memory(lambda: calls.append(1)) is None
-    assert calls == [1]
+def test_peak_memory_does_not_depend_on_the_thread_or_on_what_the_allocator_keeps() -> None:
+    # Freed memory stays in the arena of a thread, where the next call finds it: the process does not grow.
+    peaks: list[int] = []
+    thread = threading.Thread(target=lambda: peaks.extend(peak_memory(lambda mib=mib: hold(mib)) for mib in (64, 32)))
+    thread.start()
+    thread.join()
+    assert [round(peak / MIB) for peak in peaks] == [64, 32]
+
+
+def test_a_call_that_allocates_nothing_holds_nothing() -> None:
+    given = [torch.zeros(8 * MIB, dtype=torch.uint8)]
+    assert peak_memory(given.clear) == 0
 
 
 @pytest.mark.gpu

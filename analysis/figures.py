@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from dyndit.analysis.intervals import paired_interval
+from dyndit.plan import guide_of
 
 INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
@@ -191,7 +192,8 @@ def _log_time(axis: Axes) -> None:
 def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Depth over the sampling steps, a panel per plan; keys are titles, values the content of plan files.
 
-    Solid: conditional branch, dashed: unconditional branch (0: no unconditional pass at this step).
+    Solid: conditional branch, dashed: unconditional branch (0: no unconditional pass at this step), dots: the exit of the
+    conditional branch that guides it in the other's place.
     """
     columns = min(3, len(plans))
     with matplotlib.rc_context(STYLE):
@@ -206,14 +208,21 @@ def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
             Line2D([], [], color=COLOURS[0], lw=1.6, ls=(0, (3, 1.5)), label="unconditional"),
             Line2D([], [], color=FAINT, lw=1, label="full depth"),
         ]
+        if any(map(_guides, plans.values())):
+            key.insert(2, Line2D([], [], color=COLOURS[0], lw=0, marker=".", label="guide: own exit"))
         if not any(_guided(plan) for plan in plans.values()):
             del key[1]
-        figure.legend(handles=key, loc="outside lower center", ncols=3)
+        figure.legend(handles=key, loc="outside lower center", ncols=4)
     return figure
 
 
 def _guided(plan: Mapping[str, object]) -> bool:
     return any(depth > 0 for depth in plan["uncond"])
+
+
+def _guides(plan: Mapping[str, object]) -> dict[int, int]:
+    """The steps, counted from 1, that an own exit guides, and its depth."""
+    return {step: guide_of(depth) for step, depth in enumerate(plan["uncond"], 1) if guide_of(depth)}
 
 
 def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
@@ -224,7 +233,7 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
     axis.stairs(cond, edges, color=COLOURS[1], alpha=0.15, fill=True)
     axis.stairs(cond, edges, color=COLOURS[1], lw=2, baseline=None)
     if _guided(plan):
-        # A gap where the guidance of an earlier step is reused.
+        # A gap where there is guidance without a pass.
         axis.stairs(
             np.where(np.array(uncond) < 0, np.nan, uncond),
             edges,
@@ -233,6 +242,8 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
             ls=(0, (3, 1.5)),
             baseline=None,
         )
+    if guides := _guides(plan):
+        axis.plot(list(guides), list(guides.values()), ".", color=COLOURS[0])
     ticks = range(1, num + 1, -(-num // 6))
     axis.set_xticks(ticks, [f"{k}\n{int(timesteps[k - 1])}" for k in ticks])
     axis.set_xlabel("step, and its timestep below")
@@ -245,7 +256,8 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
 def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Heat map of plans: a row per plan, a column per step, colour: blocks run. Panels: branches, by number of steps.
 
-    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; blank: its guidance is reused.
+    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; blank: nor is it, but its
+    guidance is reused or an own exit guides.
     """
     counts = sorted({len(plan["cond"]) for plan in plans.values()})
     guided = any(_guided(plan) for plan in plans.values())

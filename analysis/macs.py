@@ -54,14 +54,18 @@ class Macs:
         return self.branch(len(self.blocks))
 
     def plan(self, plan: DepthPlan) -> int:
-        """The denoiser over a whole sampling of one picture: both branches, at every step, to where they leave.
+        """The denoiser over a whole sampling of one picture: both branches, at every step, to where they leave, and the
+        heads of the exits that guide.
 
         Raises:
             InputError: the plan leaves where this model has no exit.
         """
-        if missing := [d for pair in plan.pairs for d in pair if d > 0 and d not in self.leave]:
+        if missing := [d for d in (*plan.cond, *plan.uncond, *plan.guides) if d > 0 and d not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
-        return sum(self.branch(c) + (self.branch(u) if plan.cfg_scale != 1 else 0) for c, u in plan.pairs)
+        macs = sum(map(self.branch, plan.cond))
+        if plan.cfg_scale == 1:
+            return macs
+        return macs + sum(map(self.branch, plan.uncond)) + sum(self.leave[guide] for guide in plan.guides if guide)
 
 
 def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:

@@ -34,7 +34,7 @@ from dyndit.drawing import (
 )
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.plan import REUSED, DepthPlan
+from dyndit.plan import REUSED, DepthPlan, own_exit
 from dyndit.plugin import DynDiTHandle
 from dyndit.routers.searched import Pair, ShiftTable, search
 from dyndit.sampler import AnySolver, to_uint8
@@ -51,6 +51,7 @@ class CalibrationSettings:
     num_bands: bands of steps that are replaced together; each costs one continuation at full depth per pair.
     pairs: (conditional, unconditional) depths to measure; empty means `default_pairs` on `num_depths` depths.
     reuse: whether those have pairs that reuse the guidance of earlier steps (`plan.REUSED`).
+    own_guides: whether those have pairs that are guided by the branch's own exits (`plan.own_exit`).
     seed: of our own sampling; a pipeline's noise is the business of who calls it.
     """
 
@@ -61,12 +62,16 @@ class CalibrationSettings:
     pairs: tuple[Pair, ...] = ()
     num_depths: int = 8
     reuse: bool = False
+    own_guides: bool = False
 
 
-def default_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8, *, reuse: bool = False) -> tuple[Pair, ...]:
+def default_pairs(
+    depths: Sequence[int], guided: bool, num_depths: int = 8, *, reuse: bool = False, own_guides: bool = False
+) -> tuple[Pair, ...]:
     """Pairs worth measuring: a thinned grid of conditional depths; unconditional ones equal, about half, or none.
 
-    reuse: for each conditional depth also guidance reused from earlier steps.
+    reuse: for each conditional depth also guidance reused from earlier steps. own_guides: also guidance by its own exit
+    at about half and a quarter of it: the shallower the guide, the stronger it guides.
     """
     full = depths[-1]
     grid = _thinned(depths, num_depths)
@@ -75,7 +80,11 @@ def default_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8, *, r
     pairs: list[Pair] = []
     for depth in grid:
         half = max((d for d in grid if 2 * d <= depth), default=0)
-        pairs += [(depth, uncond) for uncond in dict.fromkeys((depth, half, 0, *([REUSED] if reuse else [])))]
+        others = [REUSED] if reuse else []
+        if own_guides:
+            below = [max((d for d in depths if part * d <= depth), default=0) for part in (2, 4)]
+            others += [own_exit(guide) for guide in below if 0 < guide < depth]
+        pairs += [(depth, uncond) for uncond in dict.fromkeys((depth, half, 0, *others))]
     return tuple(pair for pair in pairs if pair != (full, full))
 
 
@@ -113,7 +122,11 @@ def measure_table(
         )
     full, n = drawing.full, settings.num_pictures
     pairs = settings.pairs or default_pairs(
-        drawing.depths, full.cfg_scale != 1, settings.num_depths, reuse=settings.reuse
+        drawing.depths,
+        full.cfg_scale != 1,
+        settings.num_depths,
+        reuse=settings.reuse,
+        own_guides=settings.own_guides,
     )
     bands = [b.tolist() for b in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))]
     batches = batches_of(range(n), settings.batch_size)

@@ -871,7 +871,7 @@ def _print_stats(result: object) -> None:
     plan = result.plan
     print("  step     t   cond uncond     ms")
     for k, ((cond, uncond), seconds) in enumerate(zip(plan.pairs, result.step_seconds, strict=True)):
-        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {cond:4d} {uncond:6d}  {1e3 * seconds:7.2f}")
+        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {cond:4d} {written(uncond):>6}  {1e3 * seconds:7.2f}")
 
 
 def _print_figures(figures: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from dyndit.backbones import Inputs
 from dyndit.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plan import DepthPlan, guide_of
 from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
 
 
@@ -37,9 +37,10 @@ class CostModel:
     device: str = "cpu"
 
     def step_seconds(self, cond: int, uncond: int) -> float:
-        """Seconds of a step at these depths; an unconditional depth of 0 or REUSED runs no second branch."""
+        """Seconds of a step at these depths; without an unconditional pass a guide of its own exit costs its head."""
         if uncond <= 0:
-            return self.solver + self.one.embed + cond * self.one.block + self._leave(self.one, cond)
+            guide = self._leave(self.one, guide_of(uncond)) if guide_of(uncond) else 0.0
+            return self.solver + self.one.embed + cond * self.one.block + self._leave(self.one, cond) + guide
         shallow, deep = sorted((cond, uncond))
         seconds = self.solver + self.two.embed + shallow * self.two.block
         if shallow == deep:

@@ -22,7 +22,8 @@ class Step:
     k: the step, from 0; x_t: (B, C, H, W), scaled as the network takes it, in the precision of its weights; times: (B,)
     on its device; labels: (B,) per branch, the conditional one first and the unconditional one, where there is
     guidance at this step, second; depths: of `DynamicDepth.depths`, one per branch; timesteps: of the whole sampling,
-    on the host, falling.
+    on the host, falling. guide: where it is not 0, there is one branch, and a second prediction is asked for: that of
+    its own exit at this depth.
     """
 
     k: int
@@ -31,6 +32,7 @@ class Step:
     labels: tuple[Condition, ...]
     depths: tuple[int, ...]
     timesteps: tuple[float, ...]
+    guide: int = 0
 
 
 _OPTIONS_OF_DIFFUSERS = {
@@ -77,11 +79,15 @@ class DynamicDepth(ModelMixin):
         return self.branches(x, t, [y], [depth])[0]
 
     def predict(self, step: Step, memory: object) -> tuple[list[Tensor], object]:
-        """What the sampling loop calls: a prediction per branch (B, C_out, H, W), and the memory for the next step.
+        """What the sampling loop calls: a prediction per branch (B, C_out, H, W), or the branch's own and its guide's,
+        and the memory for the next step.
 
         memory: None at a sampling's start, later what the step before returned. A plan remembers nothing; a model
         that reuses earlier steps overrides this, and keeps all it needs in the memory, never in itself.
         """
+        if step.guide:
+            guide, own = self.along(step.x_t, step.times, step.labels[0], (step.guide, step.depths[0]))
+            return [own, guide], memory
         return self.branches(step.x_t, step.times, step.labels, step.depths), memory
 
     def branches(self, x: Tensor, t: Tensor, labels: Sequence[Condition], depths: Sequence[int]) -> list[Tensor]:
@@ -117,14 +123,19 @@ class DynamicDepth(ModelMixin):
             return self.backbone.head(state)
         return self.backbone.unpatchify(self.exits.patches(state, depth), state)
 
+    def along(self, x: Tensor, t: Tensor, y: Condition, depths: Sequence[int]) -> list[Tensor]:
+        """The predictions at rising depths, in one pass.  -> (B, C_out, H, W) for each."""
+        state, done, predictions = self.backbone.embed(x, t, y), 0, []
+        for depth in depths:
+            for index in range(done, depth):
+                state = self.backbone.block(index, state)
+            predictions.append(self.leave(state, depth))
+            done = depth
+        return predictions
+
     def every_exit(self, x: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
         """The prediction at every depth, in one pass.  -> {depth: (B, C_out, H, W)}."""
-        state, predictions = self.backbone.embed(x, t, y), {}
-        for index in range(self.num_blocks):
-            state = self.backbone.block(index, state)
-            if index + 1 in self.depths:
-                predictions[index + 1] = self.leave(state, index + 1)
-        return predictions
+        return dict(zip(self.depths, self.along(x, t, y, self.depths), strict=True))
 
     def trunk_hash(self) -> str:
         """Hash of the trunk; exits, plans and tables are bound to it."""

@@ -17,14 +17,34 @@ REUSED = -1
 """An unconditional depth: no pass at this step, the difference between the branches is that of the last guided one."""
 
 
+def own_exit(depth: int) -> int:
+    """An unconditional depth: no pass at this step, the conditional branch is guided by its own exit at `depth`.
+
+    The exit is the weaker model that the prediction is pushed away from, as in autoguidance (Karras et al. 2024,
+    "Guiding a Diffusion Model with a Bad Version of Itself", arXiv:2406.02507), but of the same pass: it costs a head.
+    """
+    return REUSED - depth
+
+
+def guide_of(uncond: int) -> int:
+    """The depth of the conditional branch's own exit that guides it; 0 where the unconditional depth says otherwise."""
+    return REUSED - uncond if uncond < REUSED else 0
+
+
+def written(uncond: int) -> str:
+    """An unconditional depth as it is printed: "e4" is the own exit at 4."""
+    return f"e{guide_of(uncond)}" if uncond < REUSED else "reuse" if uncond == REUSED else str(uncond)
+
+
+
 @dataclass(frozen=True)
 class DepthPlan:
     """Depths of both guidance branches at every sampling step, from the noisiest step to the last.
 
     A depth of L (`num_blocks`) is the full model. An unconditional depth of 0 means no unconditional pass at that
     step, hence no guidance there; REUSED means no pass either, but guidance by the difference that the branches had at
-    the last step that ran both (none, where there was no such step). A plan whose unconditional depths are all 0 is
-    unguided.
+    the last step that ran both (none, where there was no such step); `own_exit(d)` means guidance by the conditional
+    branch's own exit at depth d, below its depth at that step. A plan whose unconditional depths are all 0 is unguided.
     """
 
     timesteps: tuple[float, ...]
@@ -56,12 +76,15 @@ class DepthPlan:
             raise PlanError("plan: timesteps must fall from noise to picture")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PlanError(f"plan: budget {self.budget:g}, expected above 0 and at most 1")
-        for name, least in (("cond", 1), ("uncond", REUSED)):
+        for name, least in (("cond", 1), ("uncond", own_exit(self.num_blocks - 1))):
             depths = getattr(self, name)
             if len(depths) != len(self.timesteps):
                 raise PlanError(f"plan: {len(depths)} {name} depths for {len(self.timesteps)} timesteps")
             if bad := [d for d in depths if not least <= d <= self.num_blocks]:
                 raise PlanError(f"plan: {name} depth {bad[0]} outside {least}..{self.num_blocks}")
+        for depth, guide in zip(self.cond, map(guide_of, self.uncond), strict=True):
+            if guide >= depth:
+                raise PlanError(f"plan: guided by its own exit at {guide}, expected one below its depth {depth}")
 
     @classmethod
     def full(cls, timesteps: tuple[float, ...], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
@@ -95,6 +118,11 @@ class DepthPlan:
     def reuses(self) -> bool:
         """Whether any step takes the difference between the branches from an earlier one."""
         return REUSED in self.uncond
+
+    @property
+    def guides(self) -> tuple[int, ...]:
+        """Depth of the own exit that guides each step; 0 where none does."""
+        return tuple(map(guide_of, self.uncond))
 
     @property
     def share_of_blocks(self) -> float:
@@ -149,7 +177,7 @@ class DepthPlan:
         for name, mine, theirs in (("trunk", self.trunk, trunk), ("set of exits", self.exits, exits)):
             if mine and theirs is not None and mine != theirs:
                 raise PlanError(f"{origin}: made for {name} {mine}, but the model's is {theirs or 'absent'}")
-        if missing := sorted({d for d in (*self.cond, *self.uncond) if d > 0} - set(depths)):
+        if missing := sorted({d for d in (*self.cond, *self.uncond, *self.guides) if d > 0} - set(depths)):
             raise PlanError(f"{origin}: depth {missing[0]} has no exit; the model has {list(depths)}")
 
     def save(self, path: Path) -> None:
@@ -183,8 +211,7 @@ class DepthPlan:
     def __str__(self) -> str:
         """A line per branch: the depths, from the noisiest step to the last."""
         head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
-        uncond = tuple("reuse" if depth == REUSED else depth for depth in self.uncond)
-        lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", uncond)]
+        lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", tuple(map(written, self.uncond)))]
         return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:>4}" for v in row) for name, row in lines)])
 
 

@@ -32,7 +32,7 @@ from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
 from dyndit.exits import Exits
 from dyndit.hooks import Target, add_hook, remove_hook, transformer_of
-from dyndit.plan import DepthPlan, Router
+from dyndit.plan import DepthPlan, Router, guide_of
 from dyndit.sampler import solver_name
 
 HOOK = "dyndit_dynamic_depth"
@@ -202,21 +202,26 @@ class DynDiTHandle:
         else:
             branches = {"both" if guided else "cond": (inputs, cond)}
         clock = _Clock(inputs.x)
-        prediction = self._run(branches)
-        did = tuple((name, len(rows), depth) for name, (rows, depth) in branches.items())
+        prediction = self._run(branches, guide_of(uncond) if guided else 0)
+        did = tuple((name, len(rows), max(depth, 0)) for name, (rows, depth) in branches.items())
         self._call.enter(_Record(step, timestep, did, clock.stop()), found, inputs.x, prediction)
         return prediction
 
-    def _run(self, branches: dict[str, tuple[Inputs, int]]) -> Tensor:
+    def _run(self, branches: dict[str, tuple[Inputs, int]], guide: int) -> Tensor:
         """Predict each branch at its depth, in the order in which the family stacks them.
 
-        An unconditional depth of 0 is no pass: those rows get the conditional prediction, which is no guidance.
+        An unconditional depth of 0 is no pass: those rows get the conditional prediction, which is no guidance. With a
+        guide they get the prediction of the conditional branch's own exit at that depth.
         """
-        running = {name: part for name, part in branches.items() if part[1]}
-        if running:
+        running = {name: part for name, part in branches.items() if part[1] > 0}
+        if guide and running:
+            rows, depth = running["cond"]
+            weak, own = self.model.along(rows.x, rows.t, rows.y, (guide, depth))
+            predictions, self._call.guide = [own, weak], weak
+        elif running:
             predictions = self.model.run([rows for rows, _ in running.values()], [d for _, d in running.values()])
         else:  # the second of two calls
-            predictions = [self._call.prediction]
+            predictions = [self._call.guide if guide else self._call.prediction]
         if len(branches) == 1:
             return predictions[0]
         c, u = predictions if len(predictions) == 2 else predictions * 2
@@ -356,6 +361,8 @@ class _Call:
     timestep: float = float("inf")
     """As the transformer was given it, rounded to the pipeline's precision."""
     prediction: Tensor | None = None
+    guide: Tensor | None = None
+    """What the own exit that guides this step predicted, for the second of two calls."""
     passes: int = 0
     _latents: Callable[[], Tensor | None] = lambda: None
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError, PlanError
 from dyndit.objectives import Schedule
-from dyndit.plan import REUSED, DepthPlan, Router
+from dyndit.plan import REUSED, DepthPlan, Router, guide_of
 
 SCHEDULE = Schedule()
 
@@ -349,15 +349,16 @@ def advance(
         times = torch.full_like(batch.labels, timestep, dtype=torch.long if isinstance(timestep, int) else x.dtype)
         cond, uncond = plan.pairs[k]
         entered = clock()
-        both = uncond > 0 and guidance.scale != 1
+        both, guide = (uncond > 0, guide_of(uncond)) if guidance.scale != 1 else (False, 0)
         labels, depths = ((batch.labels, null), (cond, uncond)) if both else ((batch.labels,), (cond,))
-        step = Step(k, x_t.to(dtype), times, labels, depths, plan.timesteps)
+        step = Step(k, x_t.to(dtype), times, labels, depths, plan.timesteps, guide)
         predictions, trajectory.memory = model.predict(step, trajectory.memory)
         predictions = [p.to(x.dtype) for p in predictions]
         left = clock()
         prediction = predictions[0]
         if both:
             trajectory.guided = predictions
+        if both or guide:
             prediction = guidance.combine(*predictions, channels)
         elif uncond == REUSED and trajectory.guided is not None:
             with_then, without_then = trajectory.guided

@@ -66,7 +66,7 @@ def train(pictures: Tensor, classes: Tensor, num_steps: int = NUM_STEPS) -> nn.M
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    return model.to(memory_format=torch.contiguous_format).eval()
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from dyndit.calibration import (
 from dyndit.cost import measure_cost
 from dyndit.data import load_digits
 from dyndit.errors import InputError
-from dyndit.plan import REUSED
+from dyndit.plan import REUSED, guide_of
 from dyndit.routers.searched import Predictor
 from dyndit.sampler import balanced_labels, full_plan, sample
 
@@ -119,6 +119,9 @@ def test_default_pairs_can_be_run_and_leave_the_full_pair_out(depths: tuple[int,
     assert any(u not in (0, c) for c, u in pairs) == guided
     more = default_pairs(depths, guided, reuse=True)
     assert set(more) - set(pairs) == ({(c, REUSED) for c, _ in more} if guided else set())
+    own = set(default_pairs(depths, guided, own_guides=True)) - set(pairs)
+    assert all(guide_of(u) in depths and guide_of(u) < c for c, u in own)
+    assert bool(own) == guided
 
 
 def test_cost_parts_are_positive_and_deeper_costs_more(model) -> None:

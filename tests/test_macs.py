@@ -13,7 +13,7 @@ from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.exits import ExitConfig, Exits
 from dyndit.formats.diffusers_folder import to_diffusers
-from dyndit.plan import DepthPlan
+from dyndit.plan import DepthPlan, own_exit
 from dyndit.routers.schedules import ramp
 from dyndit.runtime import compile_parts
 from dyndit.sampler import full_plan, sample
@@ -54,9 +54,9 @@ def test_flops_are_twice_as_many() -> None:
 
 
 def every_kind_of_step(model: DynamicDepth, cfg_scale: float) -> DepthPlan:
-    """Shallow and deep, equal and unequal branches, either the deeper, and one step without the second branch."""
+    """Shallow and deep, equal and unequal branches, either the deeper, one without the second, one guided by an exit."""
     full = full_plan(model, "ddim", 6, cfg_scale)
-    pairs = [(1, 1), (2, 5), (5, 2), (6, 6), (6, 3), (4, 0)]
+    pairs = [(1, 1), (2, 5), (5, 2), (6, own_exit(3)), (6, 3), (4, 0)]
     return full.with_pairs(pairs if cfg_scale != 1 else [(c, 0) for c, _ in pairs])
 
 
@@ -85,6 +85,7 @@ def test_a_model_that_does_other_than_its_plan_is_counted_by_sampling(make_model
             self.calls = getattr(self, "calls", 0) + 1
             return super().branches(x, t, labels, depths) if self.calls % 2 else [x] * len(labels)
 
+    plan = plan.with_pairs([(cond, max(uncond, 0)) for cond, uncond in plan.pairs])
     lazy = EverySecondStep(model.backbone, model.exits)
     kept = replace(plan, timesteps=plan.timesteps[::2], cond=plan.cond[::2], uncond=plan.uncond[::2])
     assert sampling_macs(lazy, plan) == model_macs(model).plan(kept)

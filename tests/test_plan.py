@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dyndit.errors import PlanError
-from dyndit.plan import REUSED, DepthPlan
+from dyndit.plan import REUSED, DepthPlan, guide_of, own_exit, written
 
 DEPTHS = (2, 4, 6)
 PLAN = DepthPlan((900, 500, 100), (2, 4, 6), (0, 2, 6), 6, "ddim", "hand", cfg_scale=1.5, trunk="aa", exits="bb")
@@ -27,8 +27,8 @@ def plans(draw: st.DrawFn, *, guided: bool | None = None) -> DepthPlan:
     timesteps = sorted(draw(st.sets(st.integers(0, 999), min_size=num_steps, max_size=num_steps)), reverse=True)
     return DepthPlan(
         tuple(timesteps),
-        tuple(depths(1)),
-        tuple(depths(REUSED)) if guided else (0,) * num_steps,
+        tuple(cond := depths(1)),
+        tuple(draw(st.integers(own_exit(depth - 1), num_blocks)) for depth in cond) if guided else (0,) * num_steps,
         num_blocks,
         draw(st.sampled_from(["ddim", "ddpm", "unipc"])),
         draw(st.text(max_size=8)),
@@ -85,6 +85,28 @@ def test_reused_guidance_costs_no_blocks_and_is_written_out() -> None:
     plan.check(depths=(2, 4, 6))
 
 
+def test_a_guide_of_its_own_costs_no_blocks_and_is_written_out() -> None:
+    plan = PLAN.with_pairs([(2, own_exit(1)), (4, REUSED), (6, own_exit(4))])
+    assert plan.share_of_blocks == pytest.approx(12 / 36)
+    assert plan.guides == (1, 0, 4)
+    assert not plan.guided  # no unconditional branch runs
+    assert str(plan).splitlines()[-1].split() == ["uncond", "e1", "reuse", "e4"]
+    plan.check(depths=(1, 2, 4, 6))
+    with pytest.raises(PlanError, match="depth 1 has no exit"):
+        plan.check(depths=(2, 4, 6))
+    for guide in (2, 3):
+        with pytest.raises(PlanError, match=f"own exit at {guide}, expected one below its depth 2"):
+            PLAN.with_pairs([(2, own_exit(guide)), (4, 0), (6, 0)])
+
+
+@given(depth=st.integers(1, 28))
+def test_guides_and_depths_do_not_meet(depth: int) -> None:
+    assert guide_of(own_exit(depth)) == depth
+    assert own_exit(depth) < REUSED
+    assert {guide_of(uncond) for uncond in (REUSED, 0, depth)} == {0}
+    assert len({written(own_exit(depth)), written(REUSED), written(0), written(depth)}) == 4
+
+
 def test_difference_names_the_steps() -> None:
     other = PLAN.with_pairs([(2, 0), (4, 4), (4, 6)])
     assert PLAN.difference(other) == [(1, (4, 2), (4, 4)), (2, (6, 6), (4, 6))]
@@ -101,7 +123,7 @@ def test_difference_names_the_steps() -> None:
         ({"uncond": (0,)}, "1 uncond depths for 3 timesteps"),
         ({"cond": (0, 4, 6)}, r"cond depth 0 outside 1\.\.6"),
         ({"cond": (2, 4, 7)}, r"cond depth 7 outside 1\.\.6"),
-        ({"uncond": (-2, 4, 6)}, r"uncond depth -2 outside -1\.\.6"),
+        ({"uncond": (-7, 4, 6)}, r"uncond depth -7 outside -6\.\.6"),
     ],
 )
 def test_impossible_plans_are_refused(changes: dict, named: str) -> None:

@@ -23,7 +23,7 @@ from dyndit.exits import ExitConfig, Exits
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.formats.diffusers_names import match_frequencies, to_native
 from dyndit.latents import decode_latents
-from dyndit.plan import DepthPlan
+from dyndit.plan import DepthPlan, own_exit
 from dyndit.plugin import HOOK, find_step
 from dyndit.routers.schedules import constant, ramp
 from dyndit.sampler import make_scheduler, noise, timesteps_of, to_uint8
@@ -117,8 +117,11 @@ def test_full_depth_is_the_untouched_pipeline_bit_for_bit(pipe, guidance: float,
 
 
 @pytest.mark.parametrize("guidance", [SCALE, 1.0])
-def test_pictures_are_those_of_dyndit_sample(pipe, guidance: float) -> None:
+@pytest.mark.parametrize("own_guides", [False, True])
+def test_pictures_are_those_of_dyndit_sample(pipe, guidance: float, own_guides: bool) -> None:
     exits, plan = some_exits(pipe.transformer), the_plan(guidance)
+    if own_guides:
+        plan = plan.with_pairs([*plan.pairs[:3], (3, own_exit(1)), (4, own_exit(2))])
     dyndit.apply_dyndit(pipe, exits, plan)
     pictures = (draw(pipe, guidance) * 255).round()
     native = DynamicDepth(a_native(pipe.transformer), exits, pixel_space=False)

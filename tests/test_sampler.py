@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
-from dyndit.plan import REUSED, DepthPlan
+from dyndit.plan import REUSED, DepthPlan, own_exit
 from dyndit.routers.schedules import ramp
 from dyndit.sampler import (
     SCHEDULE,
@@ -204,6 +204,43 @@ def test_reused_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic)
         Guidance(scale),
     ).x
     assert not torch.allclose(ours, without, atol=1e-2)
+
+
+def test_an_own_guide_is_an_exit_of_the_same_pass(tiny_dynamic, monkeypatch) -> None:
+    """By hand: with the prediction p and that of the guide g, guidance at scale w gives g + w (p - g)."""
+    scale, full = 2.5, tiny_dynamic.num_blocks
+    pairs = [(full, own_exit(2)), (4, own_exit(1)), (full, own_exit(3))]
+    plan = full_plan(tiny_dynamic, "ddim", 3, scale).with_pairs(pairs)
+    batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.in_channels
+    trajectory = start(tiny_dynamic, batch, "ddim", 3)
+    x, scheduler = trajectory.x, make_scheduler("ddim", 3)
+    with torch.inference_mode():
+        for k, (t, depth, guide) in enumerate(zip(plan.timesteps, plan.cond, plan.guides, strict=True)):
+            times = torch.full_like(batch.labels, t)
+            weak, eps = (tiny_dynamic(x, times, batch.labels, d)[:, :channels] for d in (guide, depth))
+            eps = weak + scale * (eps - weak)
+            signal, sigma = SCHEDULE.alpha_bar(t) ** 0.5, (1 - SCHEDULE.alpha_bar(t)) ** 0.5
+            eps = (x - signal * ((x - sigma * eps) / signal).clamp(-1, 1)) / sigma
+            x = scheduler.step(eps, scheduler.timesteps[k], x, return_dict=False)[0]
+    ran, block = [], tiny_dynamic.backbone.block
+    monkeypatch.setattr(tiny_dynamic.backbone, "block", lambda i, state: ran.append(len(state.tokens)) or block(i, state))
+    ours = advance(tiny_dynamic, batch, trajectory, plan, Guidance(scale)).x
+    assert torch.allclose(ours, x, atol=1e-4)
+    assert ran == [len(LABELS)] * sum(plan.cond)  # no block more than without guidance
+    unguided = advance(
+        tiny_dynamic, batch, start(tiny_dynamic, batch, "ddim", 3), replace(plan, uncond=(0, 0, 0)), Guidance(scale)
+    ).x
+    assert not torch.allclose(ours, unguided, atol=1e-2)
+
+
+def test_own_guides_do_not_know_their_batch_mates(tiny_dynamic) -> None:
+    plan = full_plan(tiny_dynamic, "unipc", 3, 1.5).with_pairs([(4, own_exit(2)), (5, 2), (6, own_exit(3))])
+    together = sample(tiny_dynamic, LABELS, plan=plan, solver="unipc", num_steps=3).pictures
+    alone = [
+        sample(tiny_dynamic, [label], plan=plan, solver="unipc", num_steps=3, first_index=i).pictures
+        for i, label in enumerate(LABELS)
+    ]
+    assert (together.int() - torch.cat(alone).int()).abs().max() <= 1
 
 
 def test_there_is_nothing_to_reuse_before_the_first_guided_step(tiny_dynamic) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dyndit.analysis.fidelity import frechet_distance, moments
 from dyndit.cost import CostModel, PartTimes
 from dyndit.errors import CheckpointError, InputError
-from dyndit.plan import REUSED, DepthPlan
+from dyndit.plan import REUSED, DepthPlan, own_exit
 from dyndit.routers.searched import Predictor, ShiftTable, search
 
 NUM_BLOCKS = 4
@@ -208,4 +208,5 @@ def test_cost_of_unequal_branches() -> None:
     assert COST.step_seconds(2, 4) == COST.step_seconds(4, 2)
     assert COST.step_seconds(3, 0) == pytest.approx(0.05 + 0.1 + 3 * 1.0 + 0.1)
     assert COST.step_seconds(3, REUSED) == COST.step_seconds(3, 0)
+    assert COST.step_seconds(3, own_exit(1)) == pytest.approx(COST.step_seconds(3, 0) + 0.1)
     assert COST.share_of_time(DepthPlan.full((9, 5), NUM_BLOCKS, "ddim", 1.5)) == pytest.approx(1)

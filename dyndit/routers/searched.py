@@ -25,7 +25,7 @@ from torch import Tensor
 from dyndit.analysis.fidelity import FrechetTo, Moments
 from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
-from dyndit.plan import DepthPlan, Router
+from dyndit.plan import DepthPlan, Router, own_exit
 from dyndit.routers.schedules import constant, ramp
 
 FORMAT = "dyndit-shift-table"
@@ -216,13 +216,18 @@ class Predictor:
         """Index of the measured pair with the closest depths."""
         if pair in self.index:
             return self.index[pair]
-        depth, wanted = pair[0], min(pair[1], 1)  # of the unconditional branch: run, left out or reused
-        gaps = [abs(c - depth) + abs(u - pair[1]) + 100 * abs(min(u, 1) - wanted) for c, u in self.pairs]
+        kind = _guidance(pair[1])
+        gaps = [abs(c - pair[0]) + abs(u - pair[1]) + 100 * abs(_guidance(u) - kind) for c, u in self.pairs]
         return int(np.argmin(gaps))
 
     def predict(self, plan: DepthPlan) -> float:
         """Predicted Fréchet distance of a plan."""
         return self.distances(self.choice(plan)[None]).item()
+
+
+def _guidance(uncond: int) -> int:
+    """What an unconditional depth says: 1 a pass, 0 none, below that reused guidance and a guide of its own."""
+    return max(min(uncond, 1), own_exit(1))
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class ClassifierExtractor(FeatureExtractorBase):
     classifier_type: type[nn.Module]
 
     def build(self, weights: Path | None) -> nn.Module:
-        """Return the classifier with the weights in the file, or the packaged ones. Raises InputError, CheckpointError."""
+        """Return the classifier with the weights in the file, or those packaged. Raises InputError, CheckpointError."""
         if weights is not None:
             return load_strict(self.classifier_type(), weights)
         if self.name not in PACKAGED_WEIGHTS:
@@ -243,7 +243,7 @@ class ResNet20Extractor(ClassifierExtractor):
 
 
 class CifarVGGExtractor(ClassifierExtractor):
-    """`vgg-cifar10`: the same pictures through another classifier, to judge what was calibrated on `resnet20-cifar10`."""
+    """`vgg-cifar10`: the same pictures through another classifier, to judge what was calibrated on the first."""
 
     size = 32
     classifier_type = CifarVGG
@@ -335,7 +335,9 @@ class Extractor:
     def _batches(self, pictures: Tensor, batch_size: int, spatial: bool) -> Iterator[tuple[Tensor, ...]]:
         """Yield the network's outputs on the host, batch by batch, as float64."""
         for batch in as_rgb(pictures).split(batch_size):
-            with _seen_at(self.network.get_submodule(self.spatial_layer) if spatial else None) as seen:
+            layer = self.network.get_submodule(self.spatial_layer) if spatial else None
+            # In single precision whatever precision the pictures were drawn in: features must not differ by it.
+            with _seen_at(layer) as seen, torch.autocast(torch.device(self.device).type, enabled=False):
                 outputs = self.network(batch.contiguous().to(self.device))
             outputs += tuple(_first_channels(activation) for activation in seen)
             yield tuple(out.double().cpu() for out in outputs)

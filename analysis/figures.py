@@ -192,8 +192,8 @@ def _log_time(axis: Axes) -> None:
 def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Depth over the sampling steps, a panel per plan; keys are titles, values the content of plan files.
 
-    Solid: conditional branch, dashed: unconditional branch (0: no unconditional pass at this step), dots: the exit of the
-    conditional branch that guides it in the other's place.
+    Solid: conditional branch, dashed: unconditional branch (0: no unconditional pass at this step), dots: the exit of
+    the conditional branch that guides it in the other's place.
     """
     columns = min(3, len(plans))
     with matplotlib.rc_context(STYLE):

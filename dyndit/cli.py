@@ -668,7 +668,7 @@ def compare(
     Args:
         recipe: A recipe's name (digits_frontier) or a Python file that defines `experiment`.
         out: Folder of the run; what is there and valid is not done again.
-        model: A model in place of the recipe's.
+        model: A model in place of the recipe's. A folder's exits and shift table are taken as they are.
         data: Pictures in place of the recipe's.
         extractor_weights: Weights of the extractor, where they do not ship with the package.
         device: cpu or cuda.
@@ -868,6 +868,8 @@ def _chosen_plan(
 
 
 def _print_stats(result: object) -> None:
+    from dyndit.plan import written
+
     plan = result.plan
     print("  step     t   cond uncond     ms")
     for k, ((cond, uncond), seconds) in enumerate(zip(plan.pairs, result.step_seconds, strict=True)):

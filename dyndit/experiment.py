@@ -5,12 +5,14 @@ distil exits -> measure the shift table -> search plans -> make the peers -> sam
 """
 
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -90,6 +92,8 @@ class Experiment:
     """Further solvers, at full depth alone: a better solver is what plans have to beat too."""
     full_steps: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14, 17, 20)
     dynamic_steps: tuple[int, ...] = (10, 20)
+    points: tuple[tuple[str, int], ...] = ()
+    """(solver, steps) of plans and peers, where that is not every solver at each of `dynamic_steps` or `peer_steps`."""
     budgets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
     unguided_steps: tuple[int, ...] = ()
     """Full depth without guidance at these step counts: a plan that drops guidance must not hide behind depth."""
@@ -107,8 +111,25 @@ class Experiment:
     num_blocks: int = 5
     num_images: int = 600
     batch_size: int = 100
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: every arm's network, peers' included, computes its products under autocast. Extractors never do."""
     margin: float = 0.05
     """Non-inferiority margin, as a share of full depth's Fréchet distance."""
+
+    @property
+    def dynamic_points(self) -> tuple[tuple[str, int], ...]:
+        """(solver, steps) at which plans are searched."""
+        return self.points or tuple(product(self.solvers, self.dynamic_steps))
+
+    @property
+    def peer_points(self) -> tuple[tuple[str, int], ...]:
+        """(solver, steps) at which peers run."""
+        return self.points or tuple(product(self.solvers, self.peer_steps))
+
+    def autocast(self, device: str) -> AbstractContextManager:
+        """The precision that everything is drawn in."""
+        halved = self.precision == "bf16"
+        return torch.autocast(torch.device(device).type, torch.bfloat16) if halved else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -158,20 +179,24 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.witnesses)]
     identity = {
         "trunk": "" if trunk is None else trunk.trunk_hash(),
+        "exits": "" if trunk is None else trunk.exits_hash(),
         "extractor": extractor.fingerprint,
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }
     manifest.claim(out, _settings(experiment, inputs, data) | identity)
     model = _model(experiment, trunk, data, out, console).to(inputs.device)
+    if trunk is not None and trunk.exits is not None:
+        _hand_over(Path(inputs.model or experiment.model) / checkpoints.TABLE, out / "model" / checkpoints.TABLE)
     real = PictureSet(inputs.data or experiment.data, data.uint8())
     judges = tuple(Measured(real, judge) for judge in extractors)
     comparison = _Comparison(experiment, model, judges, out, console)
-    table = comparison.table()
-    arms = [comparison.priced(arm, table) for arm in comparison.arms(table) + comparison.peers(data)]
-    arms += comparison.variants(data)
-    comparison.measure(arms)
-    comparison.report(arms)
+    with experiment.autocast(inputs.device):
+        table = comparison.table()
+        arms = [comparison.priced(arm, table) for arm in comparison.arms(table) + comparison.peers(data)]
+        arms += comparison.variants(data)
+        comparison.measure(arms)
+        comparison.report(arms)
     return out
 
 
@@ -188,7 +213,10 @@ def _settings(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[st
 def _model(
     experiment: Experiment, trunk: DynamicDepth | None, data: Pictures, out: Path, console: Console
 ) -> DynamicDepth:
-    """The trunk with its exits, from `out/model` where they are there and whole. No trunk: it is trained."""
+    """The trunk with its exits, from `out/model` where they are there and whole.
+
+    No trunk: it is trained. A trunk that comes with exits keeps them.
+    """
     folder = out / "model"
     if (folder / checkpoints.EXITS).exists():
         console.print(f"trunk and exits: there already ({folder})")
@@ -196,11 +224,19 @@ def _model(
     if trunk is None:
         console.print("training the trunk")
         trunk, _ = experiment.train.run(data, out / "training")
-    console.print("distilling exits")
-    model, _ = experiment.distill.run(trunk, data, out / "distillation")
+    model = trunk
+    if trunk.exits is None:
+        console.print("distilling exits")
+        model, _ = experiment.distill.run(trunk, data, out / "distillation")
     exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
     checkpoints.save(model, folder)
     return model
+
+
+def _hand_over(table: Path, place: Path) -> None:
+    """Copy the shift table that lies beside the given model; whether it is this model's is seen when it is read."""
+    if table.is_file() and not place.exists():
+        shutil.copyfile(table, place)
 
 
 @dataclass(frozen=True)
@@ -259,7 +295,7 @@ class _Comparison:
             )
             for solver, steps in product(experiment.solvers, experiment.unguided_steps)
         ]
-        budgets = {key: list(experiment.budgets) for key in product(experiment.solvers, experiment.dynamic_steps)}
+        budgets = {point: list(experiment.budgets) for point in experiment.dynamic_points}
         shares = self._control_budgets(table)
         if controls is not None:
             budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
@@ -282,7 +318,7 @@ class _Comparison:
         workshop = Workshop(self.out / "peers", data, experiment.distill.fit)
         for peer in experiment.peers:
             model = peer.model(self.model, workshop).eval()
-            for solver, steps in product(experiment.solvers, experiment.peer_steps):
+            for solver, steps in experiment.peer_points:
                 plan = peer.plan(full_plan(model, solver, steps, experiment.cfg_scale), model.depths)
                 plan.check(depths=model.depths)
                 name = f"{peer.name}-{solver}-{steps}-{peer.label}"
@@ -305,7 +341,7 @@ class _Comparison:
             if beyond := sorted(set(experiment.budgets) - set(within)):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
-            for solver, steps in product(experiment.solvers, experiment.dynamic_steps):
+            for solver, steps in experiment.dynamic_points:
                 for arm in own._searched(table, solver, steps, within):
                     name = arm.name.replace("searched", family, 1)
                     arms.append(replace(own.priced(arm, table), name=name, family=family, model=model))
@@ -370,8 +406,8 @@ class _Comparison:
             errors = pd.read_csv(self.out / "exit-errors.csv")
             table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error").sort_index(axis=1)
             figures.save(figures.error_figure(table, "mean squared error on the noise"), self.out / "errors.png")
-        steps, rows = self.experiment.dynamic_steps[0], {}
-        for solver in self.experiment.solvers:
+        rows, first = {}, dict(reversed(self.experiment.dynamic_points))
+        for solver, steps in first.items():
             chosen = [arm for arm in arms if (arm.plan.solver, arm.plan.num_steps) == (solver, steps)]
             full = [arm for arm in chosen if arm.family == "full"]
             dynamic = sorted((arm for arm in chosen if arm in searched), key=lambda arm: -arm.budget)
@@ -429,7 +465,7 @@ class _Comparison:
             "macs": macs,
             "predicted_ms": arm.predicted_ms,
             "compiled": "eager",
-            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "dtype": "bf16 autocast" if experiment.precision == "bf16" else str(parameter.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "batch_size": experiment.batch_size,
         }

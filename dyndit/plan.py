@@ -36,7 +36,6 @@ def written(uncond: int) -> str:
     return f"e{guide_of(uncond)}" if uncond < REUSED else "reuse" if uncond == REUSED else str(uncond)
 
 
-
 @dataclass(frozen=True)
 class DepthPlan:
     """Depths of both guidance branches at every sampling step, from the noisiest step to the last.

@@ -38,7 +38,7 @@ def load(folder: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x: (B, 3, 32, 32) -> each picture shifted by up to SHIFT pixels, the uncovered edge black, and mirrored or not."""
+    """x: (B, 3, 32, 32) -> each picture shifted by up to SHIFT pixels (the edge: black), mirrored or not."""
     num = len(x)
     moves = torch.randint(0, 2 * SHIFT + 1, (2, num), generator=generator)
     rows, columns = (move[:, None] + torch.arange(x.shape[-1]) for move in moves)

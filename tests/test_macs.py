@@ -54,7 +54,7 @@ def test_flops_are_twice_as_many() -> None:
 
 
 def every_kind_of_step(model: DynamicDepth, cfg_scale: float) -> DepthPlan:
-    """Shallow and deep, equal and unequal branches, either the deeper, one without the second, one guided by an exit."""
+    """Shallow and deep, equal and unequal branches, either the deeper, one alone, one guided by an exit."""
     full = full_plan(model, "ddim", 6, cfg_scale)
     pairs = [(1, 1), (2, 5), (5, 2), (6, own_exit(3)), (6, 3), (4, 0)]
     return full.with_pairs(pairs if cfg_scale != 1 else [(c, 0) for c, _ in pairs])

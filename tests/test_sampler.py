@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from dyndit.backbones import State
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
 from dyndit.plan import REUSED, DepthPlan, own_exit
@@ -223,7 +224,12 @@ def test_an_own_guide_is_an_exit_of_the_same_pass(tiny_dynamic, monkeypatch) -> 
             eps = (x - signal * ((x - sigma * eps) / signal).clamp(-1, 1)) / sigma
             x = scheduler.step(eps, scheduler.timesteps[k], x, return_dict=False)[0]
     ran, block = [], tiny_dynamic.backbone.block
-    monkeypatch.setattr(tiny_dynamic.backbone, "block", lambda i, state: ran.append(len(state.tokens)) or block(i, state))
+
+    def counted(index: int, state: State) -> State:
+        ran.append(len(state.tokens))
+        return block(index, state)
+
+    monkeypatch.setattr(tiny_dynamic.backbone, "block", counted)
     ours = advance(tiny_dynamic, batch, trajectory, plan, Guidance(scale)).x
     assert torch.allclose(ours, x, atol=1e-4)
     assert ran == [len(LABELS)] * sum(plan.cond)  # no block more than without guidance

@@ -71,7 +71,7 @@ def default_pairs(
     """Pairs worth measuring: a thinned grid of conditional depths; unconditional ones equal, about half, or none.
 
     reuse: for each conditional depth also guidance reused from earlier steps. own_guides: also guidance by its own exit
-    at about half and a quarter of it: the shallower the guide, the stronger it guides.
+    at about three quarters and half of it: the shallower the guide, the stronger it guides.
     """
     full = depths[-1]
     grid = _thinned(depths, num_depths)
@@ -82,7 +82,7 @@ def default_pairs(
         half = max((d for d in grid if 2 * d <= depth), default=0)
         others = [REUSED] if reuse else []
         if own_guides:
-            below = [max((d for d in depths if part * d <= depth), default=0) for part in (2, 4)]
+            below = [max((d for d in depths if d <= share * depth), default=0) for share in (0.75, 0.5)]
             others += [own_exit(guide) for guide in below if 0 < guide < depth]
         pairs += [(depth, uncond) for uncond in dict.fromkeys((depth, half, 0, *others))]
     return tuple(pair for pair in pairs if pair != (full, full))

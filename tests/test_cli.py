@@ -213,7 +213,9 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
 def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path: Path, monkeypatch) -> None:
     """Also in half precision, at one point alone: nothing is distilled or measured, plans come from the table given."""
     recipe = tmp_path / "recipe.py"
-    changes = "variants=(), points=(('ddim', 4),), precision='bf16', solvers=('ddim', 'unipc'), controls=None"
+    changes = (
+        "variants=(), points=(('ddim', 4),), full_points=(('ddim', 4), ('unipc', 2)), precision='bf16', controls=None"
+    )
     recipe.write_text(f"{RECIPE}\nfrom dataclasses import replace\nexperiment = replace(experiment, {changes})\n")
     monkeypatch.setattr("dyndit.experiment.measure_shifts", None)
     monkeypatch.setattr("dyndit.tasks.fit", None)
@@ -224,7 +226,8 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
     assert dyndit.load(out / "model").exits_hash() == dyndit.load(workshop / "model").exits_hash()
     runs = dyndit.analysis.read_runs(out)
     assert {(row.solver, row.steps) for row in runs[runs["family"] == "searched"].itertuples()} == {("ddim", 4)}
-    assert set(runs[runs["family"] == "full"]["solver"]) == {"ddim", "unipc", "dpmpp", "ddpm"}
+    full = runs[runs["family"] == "full"]
+    assert {(row.solver, row.steps) for row in full.itertuples()} == {("ddim", 4), ("unipc", 2)}
     assert set(runs["dtype"]) == {"bf16 autocast"}
 
 

@@ -37,6 +37,7 @@ class Adapter(Backbone):
     timestep_scale: ClassVar[float] = 1.0
     """The scheduler's timestep, as a multiple of what the forward gets."""
 
+    exit_projection = "proj_out"
     num_classes = 0
     null_class = None
 

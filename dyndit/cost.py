@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 import torch
@@ -22,6 +22,13 @@ class PartTimes:
     block: float
     exit: float
     head: float
+    exits: Mapping[int, float] = field(default_factory=dict)
+    """By depth, the heads that cost other than `exit`."""
+
+    @classmethod
+    def from_description(cls, data: dict) -> Self:
+        """Build from what `asdict` gave, also through JSON, whose keys are text; of older tables, without `exits`."""
+        return cls(**{**data, "exits": {int(depth): seconds for depth, seconds in data.get("exits", {}).items()}})
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class CostModel:
         return self.plan_seconds(plan) / (full * plan.num_steps)
 
     def _leave(self, parts: PartTimes, depth: int) -> float:
-        return parts.head if depth == self.num_blocks else parts.exit
+        return parts.head if depth == self.num_blocks else parts.exits.get(depth, parts.exit)
 
     def describe(self) -> dict[str, object]:
         """Plain data."""
@@ -71,7 +78,7 @@ class CostModel:
     @classmethod
     def from_description(cls, data: dict) -> Self:
         """Build from what `describe` gave."""
-        return cls(**{**data, "one": PartTimes(**data["one"]), "two": PartTimes(**data["two"])})
+        return cls(**{**data, **{rows: PartTimes.from_description(data[rows]) for rows in ("one", "two")}})
 
 
 def measure_cost(
@@ -116,7 +123,9 @@ def measure_parts(
     -> the seconds of every step besides the network.
     """
     backbone, device = model.backbone, one.x.device
-    some_exit = model.depths[0] if len(model.depths) > 1 else model.num_blocks
+    first_alike = model.exits.alike() if model.exits is not None else {}
+    shallowest = model.depths[0]  # L where there are no exits
+    exits = sorted({shallowest, *first_alike.values()})
     parts: dict[str, Callable[[], object]] = {}
 
     def add(name: str, inputs: Inputs) -> None:
@@ -129,7 +138,8 @@ def measure_parts(
 
         parts[f"{name}.embed"] = lambda: backbone.embed(inputs.x, inputs.t, inputs.y)
         parts[f"{name}.block"] = blocks
-        parts[f"{name}.exit"] = lambda: model.leave(state, some_exit)
+        for depth in exits:
+            parts[f"{name}.exit.{depth}"] = lambda depth=depth: model.leave(state, depth)
         parts[f"{name}.head"] = lambda: backbone.head(state)
 
     add("one", one)
@@ -141,8 +151,10 @@ def measure_parts(
     rest = [step for measured in draws[1:] for step in measured]  # the first one warms up
 
     def times(name: str, factor: int = 1) -> PartTimes:
-        embed, block, leave, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "block", "exit", "head"))
-        return PartTimes(embed, block / model.num_blocks, leave, head)
+        embed, block, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "block", "head"))
+        leave = {depth: factor * seconds[f"{name}.exit.{depth}"] for depth in exits}
+        others = {depth: leave[first] for depth, first in first_alike.items() if first != shallowest}
+        return PartTimes(embed, block / model.num_blocks, leave[shallowest], head, others)
 
     both = times("one", 2) if two is None else times("two")
     # A pipeline of one step has nothing between its calls.

@@ -1,14 +1,19 @@
-"""Exit heads: what turns the hidden state after a layer into a prediction."""
+"""Exit heads: what turns the hidden state after a layer into a prediction. Every form starts as the model's own final
+layer, bit for bit."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from dyndit.backbones import Backbone, State
+from dyndit.backbones.class_conditional import modulate
 from dyndit.errors import InputError
 
-HeadName = Literal["adaln-linear", "block"]
+HeadName = Literal["adaln-linear", "block", "shared", "wide"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,8 @@ class ExitConfig:
 
     layers: depths in 1..L-1 after which an exit stands; empty means the default (`default_layers`).
     head: "adaln-linear" is the shape of the model's final layer and starts as its copy; "block" puts one light
-    transformer block (MLP ratio 1) before it.
+    transformer block (MLP ratio 1) before it; "shared" has one projection for all exits, and for each its own
+    modulation; "wide" puts an MLP before it, the wider the earlier the exit (`hidden_ratio`).
     """
 
     layers: tuple[int, ...] = ()
@@ -45,7 +51,7 @@ def default_layers(num_blocks: int) -> tuple[int, ...]:
 class AdaLNLinear(nn.Module):
     """The shape of the model's final layer, initialised as its copy."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, depth: int) -> None:
         super().__init__()
         self.final = backbone.new_exit_head()
 
@@ -55,11 +61,15 @@ class AdaLNLinear(nn.Module):
 
 
 class BlockHead(nn.Module):
-    """One light block, then the final layer's shape. Starts equal to `AdaLNLinear`: the block is gated by zero."""
+    """One light block, then the final layer's shape. The block is gated by zero at first."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, depth: int) -> None:
         super().__init__()
-        self.block = backbone.new_exit_block()
+        try:
+            self.block = backbone.new_exit_block()
+        except NotImplementedError as error:
+            name = type(backbone).__name__
+            raise InputError(f"exit head 'block': {name} has none to offer; expected `new_exit_block`") from error
         self.final = backbone.new_exit_head()
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
@@ -67,16 +77,109 @@ class BlockHead(nn.Module):
         return self.final(self.block(tokens, cond), cond)
 
 
-HEADS: dict[str, type[nn.Module]] = {"adaln-linear": AdaLNLinear, "block": BlockHead}
+class SharedHead(nn.Module):
+    """The final layer without its projection, which all exits share.
+
+    A scale and shift per channel stand before its norm. Modulation comes after the norm, which divides a token by the
+    size of all its channels: those that weigh otherwise at this depth than at L can only be evened out before.
+    """
+
+    def __init__(self, backbone: Backbone, depth: int) -> None:
+        super().__init__()
+        self.final = backbone.new_exit_head()
+        some = next(self.final.parameters())
+        self.final.set_submodule(_projection_of(backbone), nn.Identity())
+        self.scale = nn.Parameter(some.new_zeros(backbone.width))
+        self.shift = nn.Parameter(some.new_zeros(backbone.width))
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """tokens: (B, N, D), cond: (B, D) -> (B, N, D), modulated."""
+        return self.final(tokens * (1 + self.scale) + self.shift, cond)
+
+
+def shared_projection(backbone: Backbone) -> nn.Module:
+    """A copy of the model's own: (B, N, D) -> (B, N, patch * patch * C_out).
+
+    Raises:
+        InputError: the backbone does not say which part of its exit head that is.
+    """
+    return backbone.new_exit_head().get_submodule(_projection_of(backbone))
+
+
+def _projection_of(backbone: Backbone) -> str:
+    if backbone.exit_projection is None:
+        name = type(backbone).__name__
+        raise InputError(f"exit head 'shared': {name} does not say what to share; expected `exit_projection`")
+    return backbone.exit_projection
+
+
+class WideHead(nn.Module):
+    """A modulated MLP, then the final layer's shape."""
+
+    def __init__(self, backbone: Backbone, hidden: int) -> None:
+        super().__init__()
+        self.final = backbone.new_exit_head()
+        self.hidden = HiddenLayer(backbone.width, hidden).to(next(self.final.parameters()))
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
+        return self.final(self.hidden(tokens, cond), cond)
+
+
+class HiddenLayer(nn.Module):
+    """The MLP half of an adaLN block, ungated. Starts as the identity: its output map is zero."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        for linear in (self.mlp.fc2, self.adaLN_modulation[-1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """tokens: (B, N, D), cond: (B, D) -> (B, N, D)."""
+        shift, scale = self.adaLN_modulation(cond).chunk(2, dim=1)
+        return tokens + self.mlp(modulate(self.norm(tokens), shift, scale))
+
+
+def hidden_ratio(depth: int, num_blocks: int) -> int:
+    """Width of a wide exit's MLP in multiples of D: 4, as in a block, in the first third of a trunk, then 2, then 0.
+
+    Few widths, since each is compiled and timed by itself: torch compiles a forward for eight kinds of shapes at most,
+    and each width comes with batches of one row, of a known number and of any.
+    """
+    return 4 - 2 * (3 * (depth - 1) // (num_blocks - 1))
+
+
+def wide_head(backbone: Backbone, depth: int) -> nn.Module:
+    """The wide head after `depth` blocks: where little of the trunk is left out, a plain one."""
+    ratio = hidden_ratio(depth, backbone.num_blocks)
+    return WideHead(backbone, ratio * backbone.width) if ratio else AdaLNLinear(backbone, depth)
+
+
+HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {
+    "adaln-linear": AdaLNLinear,
+    "block": BlockHead,
+    "shared": SharedHead,
+    "wide": wide_head,
+}
+"""What stands after a number of blocks: (tokens (B, N, D), cond (B, D)) -> patches, or what their projection takes."""
 
 
 class Exits(nn.Module):
-    """The exit heads of one trunk, by depth."""
+    """The exit heads of one trunk, by depth.
+
+    Raises:
+        InputError: layers or a head that are not there, or a head that this backbone does not offer the parts of.
+    """
 
     def __init__(self, backbone: Backbone, config: ExitConfig) -> None:
         super().__init__()
         self.config = config.resolved(backbone.num_blocks)
-        self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone) for layer in self.config.layers})
+        self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
+        self.projection = shared_projection(backbone) if config.head == "shared" else nn.Identity()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -85,7 +188,18 @@ class Exits(nn.Module):
 
     def patches(self, state: State, depth: int) -> Tensor:
         """The prediction of the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
-        return self.heads[str(depth)](state.tokens, state.cond)
+        return self.projection(self.heads[str(depth)](state.tokens, state.cond))
+
+    def part_modules(self) -> list[nn.Module]:
+        """The modules that `patches` calls: what is worth compiling."""
+        shared = [] if isinstance(self.projection, nn.Identity) else [self.projection]
+        return [*self.heads.values(), *shared]
+
+    def alike(self) -> dict[int, int]:
+        """By depth, the first depth with a head of the same shapes: what computes, and costs, the same."""
+        first: dict[object, int] = {}
+        shapes = {d: tuple((n, p.shape) for n, p in self.heads[str(d)].named_parameters()) for d in self.layers}
+        return {depth: first.setdefault(shapes[depth], depth) for depth in self.layers}
 
     def describe(self) -> dict[str, object]:
         """Plain data for the side-car's metadata."""

@@ -25,7 +25,10 @@ experiment = replace(
         Variant("5-bands", calibration=replace(base, num_bands=5)),
         Variant("96-seeds", calibration=CalibrationSettings(num_pictures=96, num_bands=10, batch_size=96)),
         Variant("4-depths", calibration=replace(base, num_depths=4)),
-        Variant("block-head", distill=replace(peers.distill, exits=replace(peers.distill.exits, head="block"))),
+        *(
+            Variant(f"{head}-head", distill=replace(peers.distill, exits=replace(peers.distill.exits, head=head)))
+            for head in ("block", "shared", "wide")
+        ),
         Variant("short-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=100))),
         Variant("long-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=2_000))),
     ),

@@ -104,8 +104,8 @@ def reference_dit(
 ) -> Tensor:
     """The prediction after `depth` blocks (default: all).  x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W).
 
-    exit_weights: the head that stands there, `final.*` and, where it has a block of its own, `block.*`; default: the
-    model's final layer.
+    exit_weights: the head that stands there, `final.*` and, where it has a block or an MLP of its own or scales and
+    shifts the channels, `block.*`, `hidden.*`, `scale` and `shift`; default: the model's final layer.
     """
     dtype = weights["pos_embed"].dtype
     kernel = weights["x_embedder.proj.weight"]
@@ -121,8 +121,14 @@ def reference_dit(
         tokens = _block(_under(weights, f"blocks.{index}"), tokens, c, num_heads)
     final = _under(weights, "final_layer")
     if exit_weights is not None:
-        own_block, final = _under(exit_weights, "block"), _under(exit_weights, "final")
-        tokens = _block(own_block, tokens, c, num_heads) if own_block else tokens
+        final = _under(exit_weights, "final")
+        if own_block := _under(exit_weights, "block"):
+            tokens = _block(own_block, tokens, c, num_heads)
+        if hidden := _under(exit_weights, "hidden"):
+            shift, scale = _parts(_linear(_under(hidden, "adaLN_modulation.1"), _silu(c)), 2)
+            tokens = tokens + _mlp(_under(hidden, "mlp"), _normalise(tokens) * (1 + scale) + shift)
+        if "scale" in exit_weights:
+            tokens = tokens * (1 + exit_weights["scale"]) + exit_weights["shift"]
 
     shift, scale = _parts(_linear(_under(final, "adaLN_modulation.1"), _silu(c)), 2)
     return _unpatchify(_linear(_under(final, "linear"), _normalise(tokens) * (1 + scale) + shift), side, p)
@@ -134,8 +140,12 @@ def _block(w: Weights, tokens: Tensor, c: Tensor, num_heads: int) -> Tensor:
     shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = _parts(modulation, 6)
     inside = _normalise(tokens) * (1 + scale_attn) + shift_attn
     tokens = tokens + gate_attn * _attention(_under(w, "attn"), inside, num_heads)
-    inside = _linear(_under(w, "mlp.fc1"), _normalise(tokens) * (1 + scale_mlp) + shift_mlp)
-    return tokens + gate_mlp * _linear(_under(w, "mlp.fc2"), _gelu(inside))
+    inside = _normalise(tokens) * (1 + scale_mlp) + shift_mlp
+    return tokens + gate_mlp * _mlp(_under(w, "mlp"), inside)
+
+
+def _mlp(w: Weights, v: Tensor) -> Tensor:
+    return _linear(_under(w, "fc2"), _gelu(_linear(_under(w, "fc1"), v)))
 
 
 def _attention(w: Weights, tokens: Tensor, num_heads: int) -> Tensor:

@@ -18,6 +18,7 @@ from dyndit import checkpoints
 from dyndit.checkpoints import CONFIG, EXITS, TRUNK
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
+from dyndit.exits import HEADS
 
 Weights = dict[str, Tensor]
 
@@ -44,7 +45,7 @@ def folder(model: DynamicDepth, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("head", ["adaln-linear", "block"])
+@pytest.mark.parametrize("head", HEADS)
 def test_native_round_trip(head: str, make_model, make_inputs, tmp_path: Path) -> None:
     model = make_model((2, 4), head, frequency_shift=1, norm_eps=1e-5, label_dropout=0.2)
     model.pixel_space = False

@@ -11,7 +11,7 @@ from dyndit.analysis.macs import count_macs, flops, full_macs, model_macs, plan_
 from dyndit.backbones import CARDS, ClassConditionalDiT, Inputs
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import ExitConfig, Exits
+from dyndit.exits import HEADS, ExitConfig, Exits
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.plan import DepthPlan, own_exit
 from dyndit.routers.schedules import ramp
@@ -60,7 +60,7 @@ def every_kind_of_step(model: DynamicDepth, cfg_scale: float) -> DepthPlan:
     return full.with_pairs(pairs if cfg_scale != 1 else [(c, 0) for c, _ in pairs])
 
 
-@pytest.mark.parametrize("head", ["adaln-linear", "block"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_a_plan_costs_what_its_sampling_computes(make_model, head: str, cfg_scale: float) -> None:
     model = make_model(head=head)
@@ -71,6 +71,15 @@ def test_a_plan_costs_what_its_sampling_computes(make_model, head: str, cfg_scal
         assert counter.get_total_flops() == 2 * flops(plan_macs(model, plan))  # of two pictures
         costs.append(plan_macs(model, plan))
     assert costs[0] < 0.9 * costs[1]  # the plan does save something
+
+
+def test_each_head_is_counted_as_what_it_is(make_model) -> None:
+    plain, shared, wide = (model_macs(make_model(head=head)).leave for head in ("adaln-linear", "shared", "wide"))
+    num_tokens, width = 4, 24
+    assert shared == plain  # its projection included
+    more = {depth: wide[depth] - plain[depth] for depth in plain}
+    mlps = {depth: 2 * num_tokens * width * ratio * width for depth, ratio in {1: 4, 2: 4, 3: 2, 4: 2}.items()}
+    assert more == {depth: mlp + 2 * width * width for depth, mlp in mlps.items()} | {5: 0, 6: 0}
 
 
 def test_a_model_that_does_other_than_its_plan_is_counted_by_sampling(make_model) -> None:

@@ -182,12 +182,15 @@ def test_every_depth_predicts_as_the_reference_cut_there(
     trunk = dyndit.load(tmp_path / "dit.pt", num_heads=case.arch.num_heads).backbone
     exits = Exits(trunk, ExitConfig(head=head))
     randomise(exits, seed=1)
-    heads: dict[int, Weights] = {}
-    for depth in exits.layers:
-        weights = exits.heads[str(depth)].state_dict()
-        scale = case.reference(torch.float64, depth=depth, exit_weights=cast(weights, torch.float64)).abs().max()
-        heads[depth] = shrunk(weights, "final.linear", scale.item())
-        exits.heads[str(depth)].load_state_dict(heads[depth])
+    largest = max(
+        case.reference(torch.float64, depth=depth, exit_weights=cast(own_weights(exits, depth), torch.float64))
+        .abs()
+        .max()
+        for depth in exits.layers
+    )
+    for projection in ("projection", *(f"heads.{depth}.final.linear" for depth in exits.layers)):
+        exits.load_state_dict(shrunk(exits.state_dict(), projection, largest.item()))
+    heads = {depth: own_weights(exits, depth) for depth in exits.layers}
     model = in_dtype(DynamicDepth(trunk, exits).eval(), dtype)
 
     assert model.depths == tuple(range(1, case.arch.num_blocks + 1))
@@ -199,6 +202,12 @@ def test_every_depth_predicts_as_the_reference_cut_there(
         if own:  # the exit's own head and its own block tell: the trunk's final layer here is another prediction
             far(predictions[-1], case.reference(dtype, depth=depth), 0.1)
     assert torch.pdist(torch.stack(predictions).flatten(1)).min() > 0.1
+
+
+def own_weights(exits: Exits, depth: int) -> Weights:
+    """A copy of an exit's weights, under one head's names: a projection that others share is its own here."""
+    shared = {f"final.linear.{name}": w.clone() for name, w in exits.projection.state_dict().items()}
+    return {name: w.clone() for name, w in exits.heads[str(depth)].state_dict().items()} | shared
 
 
 # The native class against diffusers'.

@@ -13,7 +13,7 @@ from dyndit.backbones.class_conditional import position_features
 from dyndit.data import Pictures, load_digits
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import ExitConfig, Exits
+from dyndit.exits import HEADS, ExitConfig, Exits
 from dyndit.latents import LatentPictures
 from dyndit.objectives import Schedule
 from dyndit.tasks import Distill, Train, exit_error_table
@@ -142,7 +142,7 @@ def test_a_model_of_latents_says_so(tmp_path: Path) -> None:
     assert (model.pixel_space, seen) == (False, [False])
 
 
-@pytest.mark.parametrize("head", ["adaln-linear", "block"])
+@pytest.mark.parametrize("head", HEADS)
 def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, trunk: DynamicDepth, tmp_path: Path) -> None:
     before, hashed = weights(trunk.backbone), trunk.trunk_hash()
     recipe = replace(DISTILL, exits=ExitConfig((1, 2, 3), head))

@@ -21,7 +21,8 @@ class Adapter(Backbone):
     """A transformer of diffusers, cut into embed, blocks and head. Its modules and weights stay what they are.
 
     A family defines `embed`, `block`, `head`, `new_exit_head` and `unpatchify`, and says below how its pipelines
-    call the transformer. `embed` gets what `read` took from such a call.
+    call the transformer; `exit_projection` too, where its exit heads do not end in `proj_out`. `embed` gets what `read`
+    took from such a call.
     """
 
     serves: ClassVar[str]
@@ -37,6 +38,7 @@ class Adapter(Backbone):
     timestep_scale: ClassVar[float] = 1.0
     """The scheduler's timestep, as a multiple of what the forward gets."""
 
+    exit_projection = "proj_out"
     num_classes = 0
     null_class = None
 

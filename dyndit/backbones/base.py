@@ -99,6 +99,9 @@ class Backbone(nn.Module):
 
     family: ClassVar[str]
     """Name under which `config.json` records the class."""
+    exit_projection: ClassVar[str | None] = None
+    """Name, within what `new_exit_head` gives, of the map that comes last: "shared" exits have it in common. None: not
+    told, and exits of that form are refused."""
 
     num_blocks: int
     width: int

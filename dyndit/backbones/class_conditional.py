@@ -166,6 +166,7 @@ class ClassConditionalDiT(Backbone):
     """The standard DiT. Built from a `DiTConfig`; initialised as published."""
 
     family = "class_conditional"
+    exit_projection = "linear"
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

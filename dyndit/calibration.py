@@ -22,6 +22,8 @@ from torch import Tensor
 from dyndit import checkpoints
 from dyndit.analysis.extractors import Extractor, as_rgb
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
+from dyndit.analysis.intervals import Interval
+from dyndit.analysis.latency import paired_times, summarise
 from dyndit.cost import CostModel
 from dyndit.drawing import (
     CALIBRATION_SEED,
@@ -37,9 +39,12 @@ from dyndit.errors import InputError
 from dyndit.plan import REUSED, DepthPlan, own_exit
 from dyndit.plugin import DynDiTHandle
 from dyndit.routers.searched import Pair, ShiftTable, search
-from dyndit.sampler import AnySolver, to_uint8
+from dyndit.routers.steps import Goal
+from dyndit.sampler import SCHEDULE, AnySolver, balanced_labels, full_plan, sample, solver_name, to_uint8
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
+STEP_GRID = (5, 7, 10, 14, 20)
+"""Step counts worth choosing among: neighbours differ by about 1.4 in time."""
 
 OnProgress = Callable[[int, int], None]
 
@@ -182,13 +187,19 @@ def measure_table_into(
     path: Path, drawing: Drawing, extractor: Extractor, reference: Moments, **options: object
 ) -> ShiftTable:
     """`measure_table`, resumable, with its table in the file `path` at the end."""
-    partial, temporary = path.with_suffix(".partial"), path.with_suffix(".tmp")
+    partial = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = measure_table(drawing, extractor, reference, partial=partial, **options)
-    table.save(temporary)
-    temporary.replace(path)
+    _save_whole(table, path)
     partial.unlink(missing_ok=True)
     return table
+
+
+def _save_whole(table: ShiftTable, path: Path) -> None:
+    """Write the file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    table.save(temporary)
+    temporary.replace(path)
 
 
 def measure_shifts(
@@ -215,6 +226,56 @@ def measure_shifts(
     drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
     measure = measure_table if into is None else functools.partial(measure_table_into, into)
     return measure(drawing, extractor, reference, settings=settings, **options)
+
+
+def measure_bases(
+    model: DynamicDepth,
+    table: ShiftTable,
+    extractor: Extractor,
+    *,
+    solver: AnySolver = "ddim",
+    step_grid: Sequence[int] = STEP_GRID,
+    guided_channels: int | None = None,
+    to_pictures: ToPictures = to_uint8,
+    batch_size: int = 128,
+    into: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> ShiftTable:
+    """The table with full depth's moments at these step counts too, so that it can choose among them.
+
+    They are drawn on the table's own seeds; those that it holds already are kept. into: the table's file, which is
+    written again after each step count. on_progress(done, all) counts sampling steps.
+
+    Raises:
+        InputError: the table is another model's or another extractor's, or a step count is out of range.
+    """
+    check_step_grid(step_grid)
+    full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
+    drawing = NativeDrawing(model, solver, table.num_steps, table.cfg_scale)
+    _check_identity(drawing, table)
+    extractor, name = _judge_of(table, extractor), solver_name(solver)
+    missing = [steps for steps in full if table.base_at(name, steps) is None]
+    for number, steps in enumerate(missing):
+        drawing = NativeDrawing(
+            model, solver, steps, table.cfg_scale, guided_channels, to_pictures, table.seed, batch_size
+        )
+        base = _moments(drawing, extractor, full[steps], table.num_pictures, fresh=False)
+        table = replace(table, bases={**table.bases, (name, steps): base})
+        if into is not None:
+            _save_whole(table, into)
+        if on_progress is not None:
+            on_progress(sum(missing[: number + 1]), sum(missing))
+    return table
+
+
+def check_step_grid(step_grid: Sequence[int]) -> None:
+    """Refuse step counts that no solver has.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if bad := [steps for steps in step_grid if not 1 <= steps <= SCHEDULE.num_timesteps]:
+        raise InputError(f"--step-grid {bad[0]}: expected 1 to {SCHEDULE.num_timesteps}")
 
 
 def reduced(extractor: Extractor, pictures: Tensor) -> tuple[Extractor, Moments]:
@@ -291,12 +352,41 @@ def _searched(
     drawing: Drawing, table: ShiftTable, budget: float, base: Moments | None = None, *, check_trunk: bool = True
 ) -> DepthPlan:
     """`plan_on_table`, of any drawing."""
-    for name, mine in (("trunk", table.trunk), ("exits", table.exits)) if check_trunk else ():
-        if mine != (theirs := getattr(drawing, name)):
-            raise InputError(f"shift table: measured on {name} {mine}, but the model's are {theirs or 'absent'}")
+    table = _fitting(drawing, table, check_trunk=check_trunk)
+    return search(table, drawing.full, budget, base=base)
+
+
+def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
+    """The table, with the times of the model's device where it was measured on another.
+
+    Raises:
+        InputError: the table is another model's.
+    """
+    return _fitting(NativeDrawing(model, solver, table.num_steps, table.cfg_scale), table)
+
+
+def _fitting(drawing: Drawing, table: ShiftTable, *, check_trunk: bool = True) -> ShiftTable:
+    """`table_for`, of any drawing."""
+    if check_trunk:
+        _check_identity(drawing, table)
     if table.cost.device != drawing.device:  # the shifts hold anywhere, the times do not
         table = replace(table, cost=drawing.cost(table.cost.batch_size))
-    return search(table, drawing.full, budget, base=base)
+    return table
+
+
+def _check_identity(drawing: Drawing, table: ShiftTable) -> None:
+    for name, mine in (("trunk", table.trunk), ("exits", table.exits)):
+        if mine != (theirs := getattr(drawing, name)):
+            raise InputError(f"shift table: measured on {name} {mine}, but the model's are {theirs or 'absent'}")
+
+
+def _judge_of(table: ShiftTable, extractor: Extractor) -> Extractor:
+    """The extractor as the table was measured with it, its features reduced where they were."""
+    if table.projection is not None and extractor.projection is None:
+        extractor = extractor.projected(table.projection)
+    if extractor.fingerprint != table.extractor_fingerprint:
+        raise InputError(f"extractor {extractor.name}: the table was measured with {table.extractor}")
+    return extractor
 
 
 def _planned(drawing: Drawing, table: ShiftTable, budget: float, extractor: Extractor | None) -> DepthPlan:
@@ -307,19 +397,22 @@ def _planned(drawing: Drawing, table: ShiftTable, budget: float, extractor: Extr
     plan = _searched(drawing, table, budget)
     if extractor is None:
         return plan
-    if table.projection is not None and extractor.projection is None:
-        extractor = extractor.projected(table.projection)
-    if extractor.fingerprint != table.extractor_fingerprint:
-        raise InputError(f"extractor {extractor.name}: the table was measured with {table.extractor}")
+    extractor = _judge_of(table, extractor)
+    if table.base_at(full.solver, full.num_steps) is None:
+        base = _moments(drawing, extractor, full, table.num_pictures, fresh=False)
+        plan = _searched(drawing, table, budget, base)
+    return _measured(drawing, table, plan, extractor)
 
-    def measured(wanted: DepthPlan, *, fresh: bool) -> Moments:
-        return _moments(drawing, extractor, wanted, table.num_pictures, fresh=fresh)
 
-    if (full.solver, full.num_steps) != (table.solver, table.num_steps):
-        plan = _searched(drawing, table, budget, measured(full, fresh=False))
+def _measured(drawing: Drawing, table: ShiftTable, plan: DepthPlan, extractor: Extractor) -> DepthPlan:
+    """The plan with its distance and full depth's, on fresh pictures, among its figures."""
+
+    def distance(wanted: DepthPlan) -> float:
+        return frechet_distance(_moments(drawing, extractor, wanted, table.num_pictures, fresh=True), table.reference)
+
     figures = {
-        "measured_fd": frechet_distance(measured(plan, fresh=True), table.reference),
-        "measured_fd_full": frechet_distance(measured(full, fresh=True), table.reference),
+        "measured_fd": distance(plan),
+        "measured_fd_full": distance(drawing.full),
         "num_pictures": float(table.num_pictures),
     }
     return replace(plan, figures=plan.figures | figures)
@@ -367,6 +460,64 @@ def calibrate(
     seed = table.seed
     drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, seed, batch_size)
     return _planned(drawing, table, budget, extractor)
+
+
+def calibrate_steps(
+    model: DynamicDepth,
+    goal: Goal,
+    *,
+    table: ShiftTable,
+    solver: AnySolver = "ddim",
+    extractor: Extractor | None = None,
+    guided_channels: int | None = None,
+    to_pictures: ToPictures = to_uint8,
+    batch_size: int = 128,
+    rounds: int = 9,
+) -> DepthPlan:
+    """Choose the step count with the plan, for a `LatencyBudget` or a `TargetFD`, and measure what was found.
+
+    It is chosen among the step counts at which the table has full depth's moments with this solver: see
+    `measure_bases`. Besides `calibrate`'s figures `plan.figures` holds reference_steps, predicted_share_of_reference,
+    measured_fd_reference (full depth at the reference's steps, fresh seeds) and measured_share_of_reference with
+    its interval's _low and _high: times of one batch of the table's size, in `rounds` paired rounds, decoding left out.
+    Without an extractor nothing is measured.
+
+    Raises:
+        InputError: the table is another model's or has no moments to choose by, or the goal is out of reach.
+    """
+    table = table_for(model, table, solver)
+    plan = goal.choose(table, solver)
+    if extractor is None:
+        return plan
+    extractor = _judge_of(table, extractor)
+    options = (table.cfg_scale, guided_channels, to_pictures, table.seed, batch_size)
+    plan = _measured(NativeDrawing(model, solver, plan.num_steps, *options), table, plan, extractor)
+    reference = NativeDrawing(model, solver, int(plan.figures["reference_steps"]), *options)
+    of_reference = _moments(reference, extractor, reference.full, table.num_pictures, fresh=True)
+    share = _share_of_time(model, plan, reference.full, solver, table.cost.batch_size, rounds)
+    figures = {
+        "measured_fd_reference": frechet_distance(of_reference, table.reference),
+        "measured_share_of_reference": share.mean,
+        "measured_share_of_reference_low": share.low,
+        "measured_share_of_reference_high": share.high,
+    }
+    return replace(plan, figures=plan.figures | figures)
+
+
+def _share_of_time(
+    model: DynamicDepth, plan: DepthPlan, reference: DepthPlan, solver: AnySolver, batch_size: int, rounds: int
+) -> Interval:
+    """Measured time of one batch under a plan as a share of that under another."""
+    labels = balanced_labels(batch_size, model.backbone.num_classes)
+
+    def drawing(of: DepthPlan) -> Callable[[], object]:
+        unbound = replace(of, trunk="", exits="")  # weights are not hashed per call
+        options = {"num_steps": of.num_steps, "cfg_scale": of.cfg_scale, "batch_size": batch_size}
+        return lambda: sample(model, labels, plan=unbound, solver=solver, **options)
+
+    arms = {"reference": drawing(reference), "plan": drawing(plan)}
+    times = paired_times(arms, rounds=rounds, warmup=1)  # pictures end on the host: nothing is under way after a call
+    return summarise(times, "reference").loc["plan", "median_ratio"]
 
 
 def calibrate_pipeline(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dyndit.data import Pictures
     from dyndit.dynamic import DynamicDepth
     from dyndit.plan import DepthPlan
+    from dyndit.routers.searched import ShiftTable
+    from dyndit.routers.steps import Goal
 
 Positional = tyro.conf.Positional
 
@@ -148,12 +150,26 @@ class Measuring:
     """Real pictures: "digits", or a picture folder."""
 
 
+@dataclass(frozen=True)
+class StepChoice:
+    """A time or a quality, in place of a budget at given steps: the step count is chosen with the plan."""
+
+    latency_budget: float | None = None
+    """Share of the reference time, above 0 and at most 1, for the least predicted distance."""
+    target_fd: float | None = None
+    """Predicted Fréchet distance to reach in the least time."""
+    reference_steps: int | None = None
+    """Steps of full depth whose time is the reference (default: those the table was measured at)."""
+
+
 def calibrate(
     model: Positional[Path],
     /,
-    budget: float,
+    budget: float | None = None,
     solver: str = "ddim",
-    steps: int = 20,
+    steps: int | None = None,
+    choice: Annotated[StepChoice, tyro.conf.arg(name="")] = StepChoice(),
+    step_grid: tuple[int, ...] = (),
     out: Path | None = None,
     measuring: Annotated[Measuring, tyro.conf.arg(name="")] = Measuring(),
     cfg_scale: float = 1.5,
@@ -170,13 +186,17 @@ def calibrate(
     """Write the plan of least predicted Fréchet distance for a solver, a step count and a budget of time.
 
     The table of distribution shifts is measured once and stored with the model; other budgets, solvers and step
-    counts are searched on it.
+    counts are searched on it. With --latency-budget or --target-fd the step count is chosen too, among those that
+    full depth was measured at.
 
     Args:
         model: A local model folder with exits; the table is written into it.
-        budget: Share of full depth's time, above 0 and at most 1.
+        budget: Share of full depth's time at the same steps, above 0 and at most 1.
         solver: ddpm, ddim, dpmpp, unipc or euler.
-        steps: Sampling steps.
+        steps: Sampling steps (default: 20, or chosen).
+        choice: What steps are chosen for.
+        step_grid: Step counts to measure full depth at and keep with the table, to choose among (default: 5 7 10 14 20
+            where steps are to be chosen and the table has none of the solver's).
         out: Where the plan goes (default: beside the model).
         measuring: What quality is measured with.
         cfg_scale: Guidance scale; 1 for none.
@@ -199,9 +219,14 @@ def calibrate(
     from dyndit.routers.searched import ShiftTable
     from dyndit.sampler import make_scheduler, to_uint8
 
+    goal = _goal(choice, steps, budget=budget)
+    if goal is None and budget is None:
+        raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
+    steps = 20 if steps is None else steps
     make_scheduler(solver, steps)
+    calibration.check_step_grid(step_grid)
     check_device(device)
-    if not 0 < budget <= 1:
+    if goal is None and not 0 < budget <= 1:
         raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
     if not model.is_dir():
         raise InputError(
@@ -242,18 +267,22 @@ def calibrate(
             )
     else:
         print(f"{path}: searched as it is ({table.num_pictures} seeds, {table.num_bands} bands); --fresh measures anew")
-    plan = calibration.calibrate(
-        dynamic,
-        budget=budget,
-        solver=solver,
-        num_steps=steps,
-        cfg_scale=cfg_scale,
-        table=table,
-        extractor=extractor,
-        to_pictures=to_pictures,
-        batch_size=batch_size,
-    )
-    target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
+    drawing = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
+    if goal is not None and not any(name == solver for name, _ in table.bases):
+        step_grid = step_grid or calibration.STEP_GRID
+    if step_grid:
+        with progress_bar("measuring full depth", Console(stderr=True)) as advance:
+            table = calibration.measure_bases(
+                dynamic, table, extractor, step_grid=step_grid, into=path, on_progress=advance, **drawing
+            )
+    measured = {"table": table, "extractor": extractor, **drawing}
+    if goal is None:
+        plan = calibration.calibrate(dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, **measured)
+        target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
+    else:
+        plan = calibration.calibrate_steps(dynamic, goal, **measured)
+        _print_step_counts(calibration.table_for(dynamic, table, solver), plan)
+        target = out or model / f"plan-{plan.router}-{solver}-{goal.label}.json"
     plan.save(target)
     name = extractor.metric_name
     if table.projection is not None:
@@ -264,7 +293,15 @@ def calibrate(
         f"{name}: full depth {f['predicted_fd_full']:.2f} on the table's seeds, {f['measured_fd_full']:.2f} on fresh "
         f"ones; plan {f['predicted_fd']:.2f} predicted, {f['measured_fd']:.2f} measured on fresh seeds"
     )
-    print(f"predicted time: {f['predicted_share_of_time']:.0%} of full depth's\nplan: {target}")
+    print(f"predicted time: {f['predicted_share_of_time']:.0%} of full depth's")
+    if goal is not None:
+        low, high = (f[f"measured_share_of_reference_{end}"] for end in ("low", "high"))
+        print(
+            f"of full depth's at {f['reference_steps']:g} steps: {f['predicted_share_of_reference']:.1%} predicted, "
+            f"{f['measured_share_of_reference']:.1%} measured ({low:.1%} to {high:.1%}); {name} there "
+            f"{f['measured_fd_reference']:.2f} on fresh seeds"
+        )
+    print(f"plan: {target}")
     if json_:
         _print_json({"plan": str(target), **f})
 
@@ -289,13 +326,14 @@ def sample(
     out: Path,
     num_images: int = 64,
     solver: str = "ddim",
-    steps: int = 20,
+    steps: int | None = None,
     cfg_scale: float = 1.5,
     guided_channels: int | None = None,
     class_labels: tuple[int, ...] = (),
     seed: int = 0,
     batch_size: int = 64,
     depth: Annotated[PlanChoice, tyro.conf.arg(name="")] = PlanChoice(),
+    choice: Annotated[StepChoice, tyro.conf.arg(name="")] = StepChoice(),
     strict: bool = False,
     stats: bool = False,
     num_heads: int | None = None,
@@ -310,13 +348,14 @@ def sample(
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
         num_images: How many.
         solver: ddpm, ddim, dpmpp, unipc or euler.
-        steps: Sampling steps.
+        steps: Sampling steps (default: 20, or chosen).
         cfg_scale: Guidance scale; 1 for none.
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
         class_labels: Classes, taken in turn; default all of the model's.
         seed: Seed.
         batch_size: Pictures at a time.
         depth: Which depths to run.
+        choice: What steps and depths are chosen for, on the model's stored table.
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
         num_heads: Attention heads of a .pt whose width does not tell them.
@@ -331,17 +370,25 @@ def sample(
     from dyndit import checkpoints, manifest
     from dyndit import sampler as sampling
     from dyndit.backbones import tensors_hash
+    from dyndit.calibration import table_for
     from dyndit.experiment import progress_bar
     from dyndit.latents import decode_latents, load_autoencoder
     from dyndit.pictures import grid
 
     manifest.check_device(device)
+    goal = _goal(choice, steps, plan=depth.plan, budget=depth.budget, ramp=depth.ramp)
     loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
     dynamic = loaded.model
     if not dynamic.pixel_space and vae is None:
         raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
     decoder = None if vae is None or dynamic.pixel_space else load_autoencoder(vae).to(device)
-    plan = _chosen_plan(dynamic, str(loaded.folder or model), depth, solver, steps, cfg_scale)
+    folder = str(loaded.folder or model)
+    if goal is None:
+        steps = 20 if steps is None else steps
+        plan = _chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
+    else:
+        plan = goal.choose(table_for(dynamic, _stored_table(folder), solver), solver)
+        steps = plan.num_steps
     classes = class_labels or tuple(range(dynamic.backbone.num_classes))
     labels = [classes[i % len(classes)] for i in range(num_images)]
     resolved = sampling.resolve_plan(dynamic, plan, solver, steps, cfg_scale)
@@ -408,11 +455,13 @@ def sample(
         },
     }
     manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    if goal is not None:
+        _print_chosen(resolved)
     if stats:
         _print_stats(result)
     print(f"{num_images} pictures in {seconds:.2f} s, {ms:.2f} ms each: {out}")
     if json_:
-        figures = {"out": str(out), "ms_per_picture": ms, "share_of_blocks": resolved.share_of_blocks}
+        figures = {"out": str(out), "ms_per_picture": ms, "share_of_blocks": resolved.share_of_blocks, "steps": steps}
         _print_json(figures | {"num_images": num_images, "seconds": seconds})
 
 
@@ -831,11 +880,9 @@ def _chosen_plan(
     dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int, cfg_scale: float
 ) -> "DepthPlan | None":
     """The plan the flags ask for; None is the full model."""
-    from dyndit import checkpoints
     from dyndit.calibration import plan_on_table
     from dyndit.plan import DepthPlan
     from dyndit.routers.schedules import ramp
-    from dyndit.routers.searched import ShiftTable
     from dyndit.sampler import full_plan, timesteps_of
 
     given = [flag for flag in ("plan", "budget", "ramp") if getattr(depth, flag) is not None]
@@ -861,10 +908,59 @@ def _chosen_plan(
     if depth.budget is None and not depth.dynamic:
         return None
     budget = 0.6 if depth.budget is None else depth.budget
+    return plan_on_table(dynamic, _stored_table(model), budget=budget, solver=solver, num_steps=steps)
+
+
+def _stored_table(model: str) -> "ShiftTable":
+    from dyndit import checkpoints
+    from dyndit.routers.searched import ShiftTable
+
     path = Path(model) / checkpoints.TABLE
     if not path.exists():
         raise InputError(f"{path}: no such file; expected the table that `dyndit calibrate {model}` writes")
-    return plan_on_table(dynamic, ShiftTable.load(path), budget=budget, solver=solver, num_steps=steps)
+    return ShiftTable.load(path)
+
+
+def _goal(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":
+    """What steps are to be chosen for; None where the flags leave them as given. others: flags it excludes."""
+    from dyndit.routers.steps import LatencyBudget, TargetFD
+
+    wanted = {"latency-budget": choice.latency_budget, "target-fd": choice.target_fd}
+    asked = [flag for flag, value in wanted.items() if value is not None]
+    given = [flag for flag, value in (wanted | others).items() if value is not None]
+    if not asked:
+        if choice.reference_steps is not None:
+            raise InputError(
+                f"--reference-steps {choice.reference_steps}: expected --latency-budget or --target-fd with it"
+            )
+        return None
+    if len(given) > 1:
+        raise InputError(f"--{given[0]} and --{given[1]}: both given; expected one of them")
+    if steps is not None:
+        raise InputError(f"--steps {steps}: --{asked[0]} chooses the step count; expected one of them")
+    if choice.target_fd is not None:
+        return TargetFD(choice.target_fd, choice.reference_steps)
+    return LatencyBudget(choice.latency_budget, choice.reference_steps)
+
+
+def _print_chosen(plan: "DepthPlan") -> None:
+    f = plan.figures
+    print(
+        f"chosen: {plan.num_steps} steps, {plan.share_of_blocks:.0%} of the blocks; predicted: distance "
+        f"{f['predicted_fd']:.2f} in {f['predicted_share_of_reference']:.1%} of full depth's time at "
+        f"{f['reference_steps']:g} steps"
+    )
+
+
+def _print_step_counts(table: "ShiftTable", plan: "DepthPlan") -> None:
+    """What every step count could do in the chosen plan's time."""
+    from dyndit.routers.steps import frontier
+
+    f = plan.figures
+    share = f.get("latency_budget", f["predicted_share_of_reference"])
+    rows = frontier(table, plan.solver, (share,), int(f["reference_steps"]))
+    print(f"within {share:.1%} of full depth's time at {f['reference_steps']:g} steps, by step count:")
+    print(rows.drop(columns="latency_budget").to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
 
 def _print_stats(result: object) -> None:

@@ -36,13 +36,14 @@ from dyndit.analysis.peers import Peer, PeerSettings, Workshop
 from dyndit.analysis.peers.random_plan import shuffled
 from dyndit.analysis.quality import score
 from dyndit.analysis.sets import PictureSet
-from dyndit.calibration import CalibrationSettings, measure_moments, measure_shifts
+from dyndit.calibration import STEP_GRID, CalibrationSettings, measure_bases, measure_moments, measure_shifts
 from dyndit.data import Pictures, open_data
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan
 from dyndit.routers.schedules import constant, ramp, reversed_plan
 from dyndit.routers.searched import Predictor, ShiftTable, search
+from dyndit.routers.steps import LatencyBudget
 from dyndit.sampler import Samples, balanced_labels, full_plan, sample, unguided
 from dyndit.tasks import Distill, Train, exit_error_table
 
@@ -99,6 +100,11 @@ class Experiment:
     unguided_points: tuple[tuple[str, int], ...] = ()
     """Likewise of full depth without guidance."""
     budgets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
+    latency_budgets: tuple[float, ...] = ()
+    """Shares of full depth's time at `latency_reference_steps`, for each of which the step count is chosen too."""
+    latency_reference_steps: int = 20
+    latency_steps: tuple[int, ...] = STEP_GRID
+    """What step counts are chosen among; plans that are come as arms of family "chosen"."""
     unguided_steps: tuple[int, ...] = ()
     """Full depth without guidance at these step counts: a plan that drops guidance must not hide behind depth."""
     controls: Controls | None = None
@@ -197,7 +203,8 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     comparison = _Comparison(experiment, model, judges, out, console)
     with experiment.autocast(inputs.device):
         table = comparison.table()
-        arms = [comparison.priced(arm, table) for arm in comparison.arms(table) + comparison.peers(data)]
+        arms = comparison.arms(table) + comparison.chosen(table) + comparison.peers(data)
+        arms = [comparison.priced(arm, table) for arm in arms]
         arms += comparison.variants(data)
         comparison.measure(arms)
         comparison.report(arms)
@@ -210,6 +217,8 @@ def _settings(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[st
     for recipe in (choices["train"], choices["distill"], *(variant["distill"] for variant in choices["variants"])):
         if recipe:
             recipe.pop("schedule", None)
+    if not experiment.latency_budgets:  # runs made before there were any go on
+        choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
 
@@ -315,6 +324,24 @@ class _Comparison:
             name = _searched_name(controls.solver, controls.steps, budget)
             plan = next(arm.plan for arm in searched if arm.name == name)
             arms += self._controls(table, depth, budget, plan)
+        return arms
+
+    def chosen(self, table: ShiftTable) -> list[Arm]:
+        """Arms whose step count is chosen with the plan; plans are written and read back as the searched ones.
+
+        Full depth's moments at the step counts are kept in the table's file.
+        """
+        experiment, arms = self.experiment, []
+        for solver, share in product(experiment.solvers, experiment.latency_budgets):
+            name = f"chosen-{solver}-b{share:g}"
+            path = self.out / f"plan-{name}.json"
+            if path.exists():
+                plan = self._read(path)
+            else:
+                table = self._with_bases(table, solver)
+                plan = LatencyBudget(share, experiment.latency_reference_steps).choose(table, solver)
+                plan.save(path)
+            arms.append(Arm(name, "chosen", plan, share, plan.figures["predicted_fd"]))
         return arms
 
     def peers(self, data: Pictures) -> list[Arm]:
@@ -466,7 +493,7 @@ class _Comparison:
             "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
             "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
             "role": "score",
-            "plan": self._plan_file(arm).name if arm.family == "searched" else "",
+            "plan": self._plan_file(arm).name if arm.family in ("searched", "chosen") else "",
             "macs": macs,
             "predicted_ms": arm.predicted_ms,
             "compiled": "eager",
@@ -487,7 +514,7 @@ class _Comparison:
         ]
 
     def _plan_file(self, arm: Arm) -> Path:
-        return self.out / f"{arm.name.replace('searched', 'plan', 1)}.json"
+        return self.out / f"plan-{arm.name.removeprefix('searched-')}.json"
 
     def _searched(self, table: ShiftTable, solver: str, steps: int, budgets: list[float]) -> list[Arm]:
         arms, base, full = [], None, self._full(solver, steps)
@@ -495,9 +522,7 @@ class _Comparison:
             name = _searched_name(solver, steps, budget)
             path = self._plan_file(Arm(name, "searched", full))
             if path.exists():
-                plan = DepthPlan.load(path)
-                model = self.model
-                plan.check(depths=model.depths, trunk=model.trunk_hash(), exits=model.exits_hash(), origin=str(path))
+                plan = self._read(path)
             else:
                 base = base or self._base(table, solver, steps)
                 plan = search(table, full, budget, base=base)
@@ -505,11 +530,34 @@ class _Comparison:
             arms.append(Arm(name, "searched", plan, budget, plan.figures["predicted_fd"]))
         return arms
 
+    def _read(self, path: Path) -> DepthPlan:
+        """A plan that was searched before.
+
+        Raises:
+            PlanError: it is another model's.
+        """
+        plan, model = DepthPlan.load(path), self.model
+        plan.check(depths=model.depths, trunk=model.trunk_hash(), exits=model.exits_hash(), origin=str(path))
+        return plan
+
+    def _with_bases(self, table: ShiftTable, solver: str) -> ShiftTable:
+        """The table with full depth's moments at `latency_steps`; in its file too."""
+        with progress_bar("measuring full depth", self.console) as advance:
+            return measure_bases(
+                self.model,
+                table,
+                self.extractor,
+                solver=solver,
+                step_grid=self.experiment.latency_steps,
+                batch_size=self.experiment.batch_size,
+                into=self.out / "model" / checkpoints.TABLE,
+                on_progress=advance,
+            )
+
     def _base(self, table: ShiftTable, solver: str, steps: int) -> Moments:
         """Full depth's moments at these very steps, on the calibration seeds."""
-        if (solver, steps) == (table.solver, table.num_steps):
-            return table.base
-        return measure_moments(
+        known = table.base_at(solver, steps)
+        return known or measure_moments(
             self.model,
             self.extractor,
             self._full(solver, steps),

@@ -10,7 +10,9 @@ from dyndit.analysis.fidelity import frechet_distance, moments
 from dyndit.calibration import (
     CalibrationSettings,
     calibrate,
+    calibrate_steps,
     default_pairs,
+    measure_bases,
     measure_moments,
     measure_shifts,
     plan_on_table,
@@ -19,7 +21,8 @@ from dyndit.cost import measure_cost
 from dyndit.data import load_digits
 from dyndit.errors import InputError
 from dyndit.plan import REUSED, guide_of
-from dyndit.routers.searched import Predictor
+from dyndit.routers.searched import Predictor, ShiftTable
+from dyndit.routers.steps import LatencyBudget
 from dyndit.sampler import balanced_labels, full_plan, sample
 
 SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))
@@ -103,9 +106,54 @@ def test_calibrate_reports_predicted_and_measured(model, extractor, table) -> No
     assert (plan.trunk, plan.exits) == (model.trunk_hash(), model.exits_hash())
 
 
+def test_full_depth_is_measured_once_at_every_step_count(model, extractor, table, tmp_path) -> None:
+    path, seen = tmp_path / "table.safetensors", []
+    bases = {"into": path, "on_progress": lambda done, total: seen.append((done, total))}
+    more = measure_bases(model, table, extractor, solver="unipc", step_grid=(3, 1, 3), **bases)
+    assert (more.step_counts("unipc"), more.step_counts("ddim")) == ((1, 3), (2,))
+    full = full_plan(model, "unipc", 3, 1.5)
+    alone = measure_moments(model, extractor, full, num_pictures=80, seed=SETTINGS.seed)
+    assert torch.equal(more.bases["unipc", 3].second, alone.second)
+    assert seen == [(3, 4), (4, 4)]
+    stored = ShiftTable.load(path)
+    again = measure_bases(model, stored, extractor, solver="unipc", step_grid=(1, 2), **bases)
+    assert seen[2:] == [(2, 2)]
+    assert again.step_counts("unipc") == (1, 2, 3)
+    assert measure_bases(model, table, extractor, step_grid=(2,)) is table  # its own steps
+    for bad in ((0,), (2, 1001)):
+        with pytest.raises(InputError, match="--step-grid"):
+            measure_bases(model, table, extractor, step_grid=bad)
+
+
+def test_a_plan_is_searched_from_moments_that_the_table_holds(model, extractor, table) -> None:
+    held = measure_bases(model, table, extractor, step_grid=(3,))
+    plans = [calibrate(model, budget=0.8, num_steps=3, table=t, extractor=extractor) for t in (table, held)]
+    assert plans[0].pairs == plans[1].pairs
+    assert plans[0].figures == plans[1].figures
+
+
+def test_steps_are_chosen_and_confirmed_by_measurement(model, extractor, table) -> None:
+    held = measure_bases(model, table, extractor, step_grid=(1, 3))
+    goal = LatencyBudget(0.6, reference_steps=3)
+    chosen = calibrate_steps(model, goal, table=held)
+    plan = calibrate_steps(model, goal, table=held, extractor=extractor, rounds=6)
+    assert plan.pairs == chosen.pairs
+    assert plan.num_steps in (1, 2, 3)
+    f = plan.figures
+    fresh = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed + 1)
+    assert f["measured_fd"] == pytest.approx(frechet_distance(fresh, table.reference), rel=1e-3)
+    full = full_plan(model, "ddim", 3, 1.5)
+    fresh = measure_moments(model, extractor, full, num_pictures=80, seed=SETTINGS.seed + 1)
+    assert f["measured_fd_reference"] == pytest.approx(frechet_distance(fresh, table.reference), rel=1e-3)
+    assert f["predicted_share_of_reference"] <= 0.6
+    assert 0 < f["measured_share_of_reference_low"] <= f["measured_share_of_reference_high"]
+
+
 def test_a_table_of_another_model_is_refused(make_model, table) -> None:
     with pytest.raises(InputError, match="trunk"):
         plan_on_table(make_model(seed=5), table, budget=0.8, solver="ddim", num_steps=2)
+    with pytest.raises(InputError, match="trunk"):
+        calibrate_steps(make_model(seed=5), LatencyBudget(0.5), table=table)
 
 
 @pytest.mark.parametrize("guided", [True, False])

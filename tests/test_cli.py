@@ -32,7 +32,7 @@ experiment = Experiment(
     model="", data="digits", extractor="digits", train=train, distill=distill,
     calibration=CalibrationSettings(num_pictures=80, num_bands=2, batch_size=40), calibration_steps=4,
     full_steps=(2, 3, 4), dynamic_steps=(4,), budgets=(0.6, 0.8, 0.95), solvers=("ddim",),
-    full_solvers=("dpmpp", "ddpm"),
+    full_solvers=("dpmpp", "ddpm"), latency_budgets=(0.6,), latency_reference_steps=4, latency_steps=(2, 3),
     controls=Controls("ddim", 4, (2,), num_ramps=2), num_blocks=2, num_images=70, batch_size=35,
     variants=(
         Variant("reuse", calibration=CalibrationSettings(80, 2, 40, num_depths=2, reuse=True)),
@@ -85,6 +85,32 @@ def test_another_budget_needs_no_new_table(workshop: Path, capsys, monkeypatch) 
     plan = dyndit.DepthPlan.load(out)
     assert plan.num_steps == 6
     assert plan.figures["predicted_fd"] == figures["predicted_fd"]
+
+
+def test_steps_are_chosen_for_a_time_or_a_distance(workshop: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    import shutil
+
+    monkeypatch.setattr("dyndit.calibration.measure_shifts", None)  # the table is there
+    model = tmp_path / "model"
+    shutil.copytree(workshop / "model", model)
+    goal = ["--latency-budget", "0.6", "--reference-steps", "4"]
+    main(["calibrate", str(model), *goal, "--step-grid", "2", "--json"])
+    text = capsys.readouterr().out
+    figures = json.loads(text.strip().splitlines()[-1])
+    assert "within 60.0% of full depth's time at 4 steps" in text
+    assert figures["predicted_share_of_reference"] <= 0.6
+    assert figures["measured_share_of_reference"] > 0
+    plan = dyndit.DepthPlan.load(model / "plan-chosen-ddim-b0.6-of4.json")
+    assert figures["plan"] == str(model / "plan-chosen-ddim-b0.6-of4.json")
+    assert ShiftTable.load(model / "shift-table.safetensors").step_counts("ddim") == (2, 4)
+    draw = ["sample", str(model), "--num-images", "2", "--json"]
+    main([*draw, "--dynamic", *goal, "--out", str(tmp_path / "quick")])
+    quick = last_json(capsys)
+    assert (quick["steps"], quick["share_of_blocks"]) == (plan.num_steps, plan.share_of_blocks)
+    main([*draw, "--target-fd", str(figures["predicted_fd"]), "--out", str(tmp_path / "good")])
+    assert last_json(capsys)["steps"] in (2, 4)
+    manifest = json.loads((tmp_path / "good" / "manifest.json").read_text())
+    assert manifest["plan"]["predicted_fd"] <= figures["predicted_fd"]
 
 
 def test_sample_writes_pictures_grid_archive_and_manifest(workshop: Path, tmp_path: Path, capsys) -> None:
@@ -180,6 +206,11 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert not any("dpmpp" in arm or "ddpm" in arm for arm in arms if not arm.startswith("full"))
     assert any(arm.startswith("reversed-searched") for arm in arms)
     assert sum(arm.startswith("ramp") for arm in arms) == 2
+    chosen = dyndit.DepthPlan.load(out / "plan-chosen-ddim-b0.6.json")
+    assert "chosen-ddim-b0.6" in arms
+    assert chosen.num_steps in (2, 3, 4)
+    assert chosen.figures["predicted_share_of_reference"] <= 0.6
+    assert ShiftTable.load(out / "model" / "shift-table.safetensors").step_counts("ddim") == (2, 3, 4)
     assert {"searched-reuse-ddim-4-b0.95", "searched-block-ddim-4-b0.95"} < arms
     variants = out / "variants"
     assert dyndit.load(variants / "block" / "model").depths == (2, 4)
@@ -195,6 +226,7 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     # Again: nothing is distilled, calibrated or sampled for a figure twice.
     before = (out / "runs.csv").read_bytes()
     monkeypatch.setattr("dyndit.experiment.measure_shifts", None)
+    monkeypatch.setattr("dyndit.experiment.measure_bases", None)
     monkeypatch.setattr("dyndit.tasks.fit", None)
     main(arguments)
     assert (out / "runs.csv").read_bytes() == before
@@ -322,6 +354,19 @@ BAD = [
     (["calibrate", "{model}", "--budget", "0"], "--budget 0"),
     (["calibrate", "{model}", "--budget", "0.5", "--solver", "magic"], "--solver magic"),
     (["calibrate", "{trunk}", "--budget", "0.5"], "no exits"),
+    (["calibrate", "{model}"], "--latency-budget and --target-fd"),
+    (["calibrate", "{model}", "--budget", "0.5", "--target-fd", "2"], "--target-fd and --budget: both given"),
+    (["calibrate", "{model}", "--latency-budget", "0.5", "--target-fd", "2"], "both given"),
+    (["calibrate", "{model}", "--latency-budget", "0.5", "--steps", "10"], "--steps 10"),
+    (["calibrate", "{model}", "--latency-budget", "25"], "--latency-budget 25"),
+    (["calibrate", "{model}", "--budget", "0.5", "--reference-steps", "20"], "--reference-steps 20"),
+    (["calibrate", "{model}", "--budget", "0.5", "--step-grid", "5", "0"], "--step-grid 0"),
+    (["sample", "{model}", "--out", "{out}", "--latency-budget", "0.5", "--plan", "{plan}"], "both given"),
+    (["sample", "{model}", "--out", "{out}", "--latency-budget", "0.5", "--solver", "unipc"], "--solver unipc"),
+    (["sample", "{model}", "--out", "{out}", "--latency-budget", "0.5", "--steps", "4"], "--steps 4"),
+    (["sample", "{model}", "--out", "{out}", "--latency-budget", "0.5", "--cfg-scale", "4"], "--cfg-scale 4"),
+    (["sample", "{model}", "--out", "{out}", "--target-fd", "1e-9"], "--target-fd 1e-09"),
+    (["sample", "{trunk}", "--out", "{out}", "--latency-budget", "0.5"], "shift-table"),
     (["distill", "{recipe}", "--model", "{trunk}", "--data", "{empty}", "--out", "{out}"], "empty"),
     (["distill", "{recipe}", "--model", "{trunk}", "--data", "{unreadable}", "--out", "{out}"], "broken.png"),
     (["distill", "{recipe}", "--model", "{trunk}", "--out", "{full}"], "--out"),

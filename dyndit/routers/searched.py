@@ -11,8 +11,8 @@ the prediction; a local search minimises it under a budget of measured time.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -64,6 +64,8 @@ class ShiftTable:
     exits: str = ""
     projection: Tensor | None = None
     """Directions the extractor's features were reduced to, where they were."""
+    bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
+    """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
 
     @property
     def full_pair(self) -> Pair:
@@ -81,6 +83,16 @@ class ShiftTable:
         seconds = [self.cost.step_seconds(*pair) for pair in (*self.pairs, self.full_pair)]
         return min(seconds) / seconds[-1]
 
+    def base_at(self, solver: str, num_steps: int) -> Moments | None:
+        """Moments of full depth at these very steps, where they were measured."""
+        own = (solver, num_steps) == (self.solver, self.num_steps)
+        return self.base if own else self.bases.get((solver, num_steps))
+
+    def step_counts(self, solver: str) -> tuple[int, ...]:
+        """The step counts of a solver at which full depth was measured, fewest first."""
+        measured = {(self.solver, self.num_steps), *self.bases}
+        return tuple(sorted(steps for name, steps in measured if name == solver))
+
     def weights(self, timesteps: Sequence[int]) -> Tensor:
         """(K, bands): which share of each band every step covers.
 
@@ -97,7 +109,7 @@ class ShiftTable:
         return torch.where(high > low, overlap.clamp(min=0) / (high - low).clamp(min=1e-9), own)
 
     def save(self, path: Path) -> None:
-        """Write safetensors: moments as float32 tensors, the rest as JSON in the metadata."""
+        """Write safetensors: shifts in float32, moments in float64, the rest as JSON in the metadata."""
         tensors = {
             "mean": self.mean,
             "second": self.second,
@@ -109,12 +121,16 @@ class ShiftTable:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("mean", "second", "base", "reference", "cost", "projection")
+            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases")
         }
         plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
         metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
         if self.projection is not None:
             tensors["projection"] = self.projection
+        if self.bases:  # apart from "table", so that readers that do not know them pass over them
+            metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
+            for (solver, steps), of in self.bases.items():
+                tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
         shifts = {name: t.float().contiguous() for name, t in tensors.items() if name in ("mean", "second")}
         moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
         save_file(shifts | moments, path, metadata=metadata)
@@ -137,8 +153,12 @@ class ShiftTable:
             plain |= {"pairs": tuple(map(tuple, plain["pairs"])), "edges": tuple(plain["edges"])}
             base = Moments(t["base.mean"], t["base.second"], nums[0])
             reference = Moments(t["reference.mean"], t["reference.second"], nums[1])
+            bases = {
+                (solver, steps): Moments(t[f"base.{solver}.{steps}.mean"], t[f"base.{solver}.{steps}.second"], num)
+                for solver, steps, num in json.loads(metadata.get("bases", "[]"))
+            }
             shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
-            return cls(base=base, reference=reference, cost=cost, **shifts, **plain)
+            return cls(base=base, reference=reference, cost=cost, bases=bases, **shifts, **plain)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
 
@@ -255,6 +275,7 @@ def search(
 ) -> DepthPlan:
     """The plan of least predicted Fréchet distance within `budget`, a share of the full plan's predicted time.
 
+    base: moments of full depth at these very steps; by default those that the table holds, else its own steps'.
     A local search from ramps, constants and the cheapest plan: every move changes one or two steps; moves are
     ranked by their first-order effect, the best are evaluated exactly, the best of those is taken.
 
@@ -264,6 +285,7 @@ def search(
     if not 0 < budget <= 1:
         raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
     settings = settings or SearchSettings()
+    base = table.base_at(full.solver, full.num_steps) if base is None else base
     predictor = Predictor(table, full.timesteps, base)
     limit = budget * predictor.seconds[-1].item() * full.num_steps * (1 + 1e-9)
     if budget < table.least_share * (1 - 1e-9):

@@ -93,7 +93,9 @@ def distill(
     num_heads: int | None = None,
     vae: Path | None = None,
 ) -> None:
-    """Train exits on a frozen model's own predictions, and write the model with them.
+    """Train exits on a model's own predictions, and write the model with them.
+
+    The trunk stays as it is, bit for bit, unless the recipe trains a copy of it too.
 
     Args:
         recipe: A recipe's name (digits, cifar10, finetune_exits) or a Python file that defines `distill`.
@@ -130,8 +132,11 @@ def distill(
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     errors.to_csv(out / "exit-errors.csv", index=False)
-    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": dynamic.exits_hash()}
+    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": dynamic.exits_hash(), "trunk": dynamic.trunk_hash()}
     manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    if dynamic.trunk_hash() != loaded.model.trunk_hash():
+        moved = result.losses["full"].iloc[-20:].mean()
+        print(f"trunk: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
     print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")
     table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error")
     print(table.sort_index(axis=1).to_string(float_format=lambda v: f"{v:.4f}"))

@@ -67,7 +67,8 @@ class Controls:
 class Variant:
     """Plans made another way, measured beside the comparison's own: how an ablation is asked for.
 
-    name: the family of its arms is "searched-NAME". distill, calibration: in place of the experiment's; None for those.
+    name: the family of its arms is "searched-NAME"; where its trunk is another one, "full-NAME" is that trunk at full
+    depth, at the experiment's `dynamic_steps`. distill, calibration: in place of the experiment's; None for those.
     """
 
     name: str
@@ -366,14 +367,19 @@ class _Comparison:
             model = self.model
             if variant.distill is not None:
                 trunk = DynamicDepth(model.backbone, pixel_space=model.pixel_space)
-                model = _model(experiment, trunk, data, folder, self.console)
+                model = _model(experiment, trunk, data, folder, self.console).to(self.model.device)
             own = replace(self, experiment=experiment, model=model, out=folder)
             table, family = own.table(), f"searched-{variant.name}"
             within = [budget for budget in experiment.budgets if budget >= table.least_share]
             if beyond := sorted(set(experiment.budgets) - set(within)):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
+            another_trunk = model.trunk_hash() != self.model.trunk_hash()
             for solver, steps in experiment.dynamic_points:
+                if another_trunk:
+                    full = f"full-{variant.name}"
+                    arm = Arm(f"{full}-{solver}-{steps}", full, own._full(solver, steps), model=model)
+                    arms.append(own.priced(arm, table))
                 for arm in own._searched(table, solver, steps, within):
                     name = arm.name.replace("searched", family, 1)
                     arms.append(replace(own.priced(arm, table), name=name, family=family, model=model))

@@ -31,6 +31,15 @@ class Schedule:
         alpha_bar = self.alphas_bar[t.long().cpu()]
         return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
 
+    def path_kl_weights(self) -> Tensor:
+        """What a squared error on the noise weighs at each timestep in the KL between two processes' paths.  -> (T,).
+
+        1/2 |dlambda/dt| ||d eps||^2 is the integrand (Kingma et al. 2021, arXiv:2107.00630, the bound in continuous
+        time); the weights are |dlambda/dt| by central differences, scaled to mean 1.
+        """
+        (change,) = torch.gradient(self.log_snr(torch.arange(self.num_timesteps)))
+        return change.abs() / change.abs().mean()
+
     def noise_level(self, t: float) -> float:
         """sigma = sqrt((1 - alpha_bar) / alpha_bar): the noise's standard deviation where the picture's scale is 1.
 

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,6 +75,23 @@ def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **o
     recording = Recording.open(Path(out), model.backbone)
     watched = DynamicDepth(_Watched(model.backbone, recording), model.exits, pixel_space=model.pixel_space)
     return sample(watched, labels, **options)
+
+
+def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path, **options: object) -> "RecordedCalls":
+    """The calls of `record_sampling(model, labels, folder, **options)`; drawn once, and found in `folder` again.
+
+    Raises:
+        InputError: as `record_sampling`; or `folder` holds another trunk's calls.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        draft = folder.with_name(f"{_TEMPORARY}{folder.name}")  # whole, or not at all
+        shutil.rmtree(draft, ignore_errors=True)
+        record_sampling(model, labels, draft, **options)
+        draft.rename(folder)
+    calls = RecordedCalls(folder)
+    calls.check(model)
+    return calls
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """What a recipe picks from: training a trunk (`Train`), distilling exits (`Distill`). Both run on `training.fit`."""
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 import pandas as pd
 import torch
@@ -20,10 +22,12 @@ from dyndit.errors import InputError
 from dyndit.exits import ExitConfig, Exits
 from dyndit.hooks import Target, transformer_of
 from dyndit.latents import LatentPictures
-from dyndit.losses import denoising_loss, exit_errors, halves
+from dyndit.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors, halves
 from dyndit.objectives import Schedule
-from dyndit.recording import RecordedCalls
+from dyndit.recording import RecordedCalls, recorded_sampling
+from dyndit.sampler import balanced_labels, full_plan
 from dyndit.training import FitConfig, FitResult, fit
+from dyndit.trunks import trainable_copy, with_adapters
 
 Preview = Callable[[DynamicDepth, Path, int], None]
 
@@ -36,21 +40,32 @@ States = Callable[[Tensor, Rows, torch.Generator], Inputs]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a class-conditional DiT from scratch."""
+    """Train a class-conditional DiT from scratch, where asked for with exits from the first step."""
 
     backbone: DiTConfig
     fit: FitConfig
     data: str = ""
     """"digits", or empty: the user names a picture folder."""
     schedule: Schedule = field(default_factory=Schedule)
+    exits: ExitConfig | None = None
+    """Exits that train with the trunk, on the same loss as it (deep supervision). None: the trunk alone."""
+    exit_weight: float = 1.0
+    """Weight of the mean of the exits' losses, relative to that of full depth."""
+
+    def __post_init__(self) -> None:
+        if self.exit_weight <= 0:
+            raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
 
     def check(self, data: Pictures) -> None:
         """Refuse pictures that are not the backbone's.
 
         Raises:
-            InputError: another size, number of channels or of classes; or the first picture cannot be read.
+            InputError: another size, number of channels or of classes; an exit where there is no layer; or the first
+                picture cannot be read.
         """
         config = self.backbone
+        if self.exits is not None:
+            self.exits.resolved(config.num_blocks)
         for name, found, expected in (
             ("picture size", data.image_size, config.image_size),
             ("channels", data.channels, config.in_channels),
@@ -71,20 +86,22 @@ class Train:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
             backbone = ClassConditionalDiT(config)
+            exits = None if self.exits is None else Exits(backbone, self.exits)
         backbone.gradient_checkpointing = self.fit.gradient_checkpointing
-        model = DynamicDepth(backbone, pixel_space=not isinstance(data, LatentPictures))
-        task = _Denoising(model, self.schedule, preview)
-        result = fit(task, data, self.fit, out, identity=repr(config))
-        backbone.load_state_dict(result.ema)
+        model = DynamicDepth(backbone, exits, pixel_space=not isinstance(data, LatentPictures))
+        task = _Denoising(model, self.schedule, self.exit_weight, preview)
+        identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
+        result = fit(task, data, self.fit, out, identity=identity)
+        task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 
 
 class _Denoising:
-    """The task of training the trunk."""
+    """The task of training the trunk, with exits where the model has some."""
 
-    def __init__(self, model: DynamicDepth, schedule: Schedule, preview: Preview | None) -> None:
-        self.trainable, self.pixel_space = model.backbone, model.pixel_space
-        self.schedule, self._preview = schedule, preview
+    def __init__(self, model: DynamicDepth, schedule: Schedule, exit_weight: float, preview: Preview | None) -> None:
+        self.model, self.trainable = model, _trained_from_scratch(model)
+        self.schedule, self.exit_weight, self._preview = schedule, exit_weight, preview
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
@@ -92,19 +109,39 @@ class _Denoising:
         """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
         t = torch.randint(self.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
-        y = self.trainable.y_embedder.drop(y, generator)
-        return denoising_loss(module, self.schedule, x, t, eps, y)
+        y = self.model.backbone.y_embedder.drop(y, generator)
+        if self.model.exits is None:
+            return denoising_loss(module, self.schedule, x, t, eps, y)
+        return deep_supervision_loss(module, self.schedule, x, t, eps, y, self.exit_weight)
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
         """Draw a sample grid with the averaged weights."""
         if self._preview is None:
             return
-        with torch.random.fork_rng(devices=[]):
-            backbone = ClassConditionalDiT.from_config(self.trainable.config())
-        backbone.load_state_dict(ema)
-        model = DynamicDepth(backbone, pixel_space=self.pixel_space).eval()
-        self._preview(model.to(next(self.trainable.parameters()).device), out, step)
+        model = copy.deepcopy(self.model)
+        _trained_from_scratch(model).load_state_dict(ema)
+        self._preview(model.eval(), out, step)
 
+
+def _trained_from_scratch(model: DynamicDepth) -> nn.Module:
+    """The module whose call gives what `_Denoising` judges."""
+    return model.backbone if model.exits is None else _EveryDepth(model)
+
+
+class _EveryDepth(nn.Module):
+    """A trunk and its exits; a call gives the predictions of all depths, rising."""
+
+    def __init__(self, dynamic: DynamicDepth) -> None:
+        super().__init__()
+        self.dynamic = dynamic
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> tuple[Tensor, ...]:
+        """-> E + 1 times (B, C_out, H, W)."""
+        return tuple(self.dynamic.every_exit(x_t, t, y).values())
+
+
+_TRAJECTORIES_SEED = 2_000_003
+"""Of the states to distil on; apart from those of calibration and of scoring."""
 
 _DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
@@ -113,7 +150,11 @@ _DISTILLING = FitConfig(
 
 @dataclass(frozen=True)
 class Distill:
-    """Train every exit at once on the frozen full model's own predictions."""
+    """Train every exit at once on the full model's own predictions; where asked for, the trunk with them.
+
+    A trunk that trains is a copy. Its teacher is the original, frozen: exits are matched to the teacher's full depth,
+    and so is the copy's own, so that full depth stays what it was.
+    """
 
     exits: ExitConfig = field(default_factory=ExitConfig)
     fit: FitConfig = _DISTILLING
@@ -124,16 +165,51 @@ class Distill:
     """Share of the labels replaced by the null label: guided sampling asks the exits for both branches. Recorded
     calls hold both as they come."""
     schedule: Schedule = field(default_factory=Schedule)
+    trunk: Literal["frozen", "lora", "whole"] = "frozen"
+    """What of the trunk trains: nothing; low-rank adapters on the blocks' linear maps, merged into them at the end; or
+    everything."""
+    hold: float = 10.0
+    """Weight of full depth's error where the trunk trains, relative to that of one exit."""
+    trunk_rate: float = 0.1
+    """Learning rate of what trains of the trunk, as a factor of the exits'."""
+    lora_rank: int = 8
+    states: Literal["noised", "sampler"] = "noised"
+    """What exits are to be right on: noised pictures, or the states that the full model's own sampler meets. Recorded
+    calls are used as they are."""
+    num_trajectories: int = 512
+    """Of the sampler, every class in turn; each gives `num_steps` states of either guidance branch."""
+    solver: str = "ddim"
+    num_steps: int = 20
+    cfg_scale: float = 1.5
+    weighting: Literal["even", "path-kl"] = "even"
+    """What an error weighs at its timestep: the same at all, or as in the KL between two processes' paths
+    (`Schedule.path_kl_weights`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("trunk", "states", "weighting"):
+            expected = get_args(get_type_hints(Distill)[name])
+            if getattr(self, name) not in expected:
+                raise InputError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(expected)}")
+        for name in ("lora_rank", "num_trajectories"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.hold < 0 or self.trunk_rate <= 0:
+            raise InputError(f"hold {self.hold:g}, trunk_rate {self.trunk_rate:g}: expected at least 0, and above 0")
 
     def check(self, model: DynamicDepth, data: Pictures | RecordedCalls) -> None:
         """Refuse data and exits that do not fit the model.
 
         Raises:
             InputError: another size or number of channels, more classes, another trunk's calls, an exit where there is
-                no layer; or the first item cannot be read.
+                no layer, a choice that the trunk's family does not allow; or the first item cannot be read.
         """
         backbone = model.backbone
         self.exits.resolved(backbone.num_blocks)
+        self._check_family(backbone)
+        if self.states == "sampler":
+            full_plan(model, self.solver, self.num_steps, self.cfg_scale)
+            if isinstance(data, RecordedCalls):
+                raise InputError(f"states 'sampler': recorded calls ({data.folder}) are states; expected 'noised'")
         if isinstance(data, RecordedCalls):
             data.check(model)
         elif (data.channels, data.image_size) != (backbone.in_channels, backbone.image_size):
@@ -145,11 +221,19 @@ class Distill:
             raise InputError(f"data: classes {data.num_classes}, but the model has {backbone.num_classes}")
         data[0]
 
+    def _check_family(self, backbone: Backbone) -> None:
+        """Refuse what needs our own modules, sampler or schedule for a trunk that has others."""
+        for name in ("trunk", "states", "weighting"):
+            if getattr(self, name) != getattr(Distill, name) and not isinstance(backbone, ClassConditionalDiT):
+                found = type(backbone).__name__
+                raise InputError(f"{name} {getattr(self, name)!r}: needs a ClassConditionalDiT, found {found}")
+
     def run(self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path) -> tuple[DynamicDepth, FitResult]:
-        """Return a model with the same trunk and trained exits, and the loop's record.
+        """Return a model with trained exits on the same trunk, or on its trained copy, and the loop's record.
 
         data: pictures, which are noised, or recorded calls, which are used as they are. The trunk is borrowed: its
-        flags, modes and device are afterwards what they were. The exits are in eval mode, in single precision.
+        flags, modes and device are afterwards what they were. The exits are in eval mode, in single precision, and so
+        is a trunk that was trained.
 
         Raises:
             InputError: as `check`; or the trunk lies on several devices.
@@ -161,14 +245,38 @@ class Distill:
                 torch.manual_seed(self.fit.seed)
                 # A trunk's heads may be in half precision, and frozen; so would be the copies that exits start from.
                 exits = Exits(backbone, self.exits).float().requires_grad_(True)
-            dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space)
-            task = _ExitDistillation(dynamic, self.variance_weight, self._states(backbone, data))
-            identity = f"{model.trunk_hash()} {exits.config} {self.variance_weight} {self.null_share}"
-            result = fit(task, data, self.fit, Path(out), identity=identity)
-            exits.load_state_dict({k.removeprefix("exits."): v for k, v in result.ema.items()})
+                trunk = backbone if self.trunk == "frozen" else trainable_copy(backbone)
+                adapters = with_adapters(trunk, self.lora_rank) if self.trunk == "lora" else None
+            if trunk is not backbone:
+                trunk.gradient_checkpointing = self.fit.gradient_checkpointing
+            if self.states == "sampler":
+                data = self._trajectories(model, Path(out))
+            dynamic = DynamicDepth(trunk, exits, pixel_space=model.pixel_space)
+            trained = _FrozenTrunk(dynamic) if trunk is backbone else _TaughtTrunk(dynamic, backbone)
+            task = _Distillation(trained, self, self._states(backbone, data))
+            identity = f"{model.trunk_hash()} {exits.config} {self.variance_weight} {self.null_share}{self._later()}"
+            result = fit(task, data, self.fit, Path(out), identity=identity, rates={"trunk.": self.trunk_rate})
+            trained.load_state_dict(result.ema)
+            if adapters is not None:
+                adapters.merge_and_unload()
             dynamic.eval()
-        exits.to(next(backbone.parameters()).device)
+        dynamic.to(next(backbone.parameters()).device)
         return dynamic, result
+
+    def _later(self) -> str:
+        """The choices that came later, where they depart from the default: runs begun before them go on."""
+        names = ("trunk", "hold", "trunk_rate", "lora_rank", "states", "num_trajectories", "solver", "num_steps")
+        changed = [n for n in (*names, "cfg_scale", "weighting") if getattr(self, n) != getattr(Distill, n)]
+        return "".join(f" {name}={getattr(self, name)}" for name in changed)
+
+    def _trajectories(self, model: DynamicDepth, out: Path) -> RecordedCalls:
+        """The states that the full model's sampler meets; drawn into `out`, once."""
+        seed = _TRAJECTORIES_SEED + self.fit.seed
+        name = f"states-{self.solver}-{self.num_steps}-{self.num_trajectories}-g{self.cfg_scale:g}-s{seed}"
+        labels = balanced_labels(self.num_trajectories, model.backbone.num_classes)
+        options = {"solver": self.solver, "num_steps": self.num_steps, "cfg_scale": self.cfg_scale, "seed": seed}
+        with PartialState().main_process_first():
+            return recorded_sampling(model, labels, out / name, **options)
 
     def _states(self, backbone: Backbone, data: Pictures | RecordedCalls) -> States:
         """How to make states of this data."""
@@ -231,21 +339,28 @@ def _noised(
     return Inputs(schedule.add_noise(x, eps, t), t, y)
 
 
-class _ExitDistillation:
-    """The task of training exits: the trainable part is a wrapper that holds the exits alone."""
+class _Distillation:
+    """The task of training exits, alone or with their trunk: `trained` says what."""
 
-    def __init__(self, dynamic: DynamicDepth, variance_weight: float, states: States) -> None:
-        self.trainable, self.variance_weight, self.states = _FrozenTrunk(dynamic), variance_weight, states
+    def __init__(self, trained: "_FrozenTrunk | _TaughtTrunk", recipe: Distill, states: States) -> None:
+        self.trainable, self.recipe, self.states = trained, recipe, states
+        self.balance = recipe.schedule.path_kl_weights() if recipe.weighting == "path-kl" else None
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over exits of the squared error on noise and variance outputs.  x: (B, ...), y: B rows."""
-        inputs = self.states(x, y, generator)
-        errors = module(inputs.x, inputs.t, inputs.y)
-        weights = errors.new_tensor([1.0, self.variance_weight])
-        noise, variance = errors.mean(dim=(0, 1)).detach()
-        return (errors * weights).sum(dim=(0, 2)).mean(), {"noise": noise, "variance": variance}
+        """Sum over depths of the squared error on noise and variance outputs.  x: (B, ...), y: B rows."""
+        inputs, num_exits = self.states(x, y, generator), len(self.trainable.exits.layers)
+        errors = module(inputs.x, inputs.t, inputs.y)  # those of the exits, and after them full depth's, where it moves
+        noise, variance = errors[:num_exits].mean(dim=(0, 1)).detach()
+        figures = {"noise": noise, "variance": variance}
+        if len(errors) > num_exits:
+            figures["full"] = errors[-1, :, 0].mean().detach()
+        if self.balance is not None:
+            errors = errors * self.balance[inputs.t.long().cpu()].to(errors)[None, :, None]
+        depths = errors.new_tensor([1.0] * num_exits + [self.recipe.hold] * (len(errors) - num_exits))
+        parts = errors.new_tensor([1.0, self.recipe.variance_weight])
+        return (errors * depths[:, None, None] * parts).sum(dim=(0, 2)).mean(), figures
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
         """Exits have no preview: their verdict is the table of errors."""
@@ -263,11 +378,32 @@ class _FrozenTrunk(nn.Module):
         """-> (E, B, 2) squared errors of E exits, see `exit_errors`."""
         dynamic = self.dynamic[0]
         dynamic.backbone.to(x_t.device)
-        dtype = next(dynamic.backbone.parameters()).dtype
         # Exits are trained in single precision, whatever their trunk's: autocast meets in the trunk's.
-        halved = torch.autocast(x_t.device.type, dtype) if dtype in (torch.float16, torch.bfloat16) else nullcontext()
-        with halved:
+        with _precision_of(dynamic.backbone):
             return torch.stack(list(exit_errors(dynamic, x_t, t, y).values()))
+
+
+class _TaughtTrunk(nn.Module):
+    """Registers the exits and their trunk; the teacher is kept out of the optimiser, the EMA and the checkpoints."""
+
+    def __init__(self, dynamic: DynamicDepth, teacher: Backbone) -> None:
+        super().__init__()
+        self.exits, self.trunk = dynamic.exits, dynamic.backbone
+        self.dynamic, self.teacher = [dynamic], [teacher]  # in lists, so that neither is a submodule
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
+        """-> (E + 1, B, 2) squared errors of E exits and of full depth against the teacher, see `depth_errors`."""
+        teacher, x_t = self.teacher[0].to(x_t.device), x_t.float()
+        with torch.no_grad(), _precision_of(teacher):
+            target = teacher(x_t, t, y)
+        return torch.stack(list(depth_errors(self.dynamic[0], target, x_t, t, y).values()))
+
+
+def _precision_of(trunk: nn.Module) -> AbstractContextManager:
+    """Autocast to a trunk's precision, where that is half."""
+    parameter = next(trunk.parameters())
+    halved = parameter.dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(parameter.device.type, parameter.dtype) if halved else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import groupby
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Literal, Protocol
@@ -152,6 +153,7 @@ def fit(
     out: Path,
     *,
     identity: str = "",
+    rates: Mapping[str, float] | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> FitResult:
@@ -160,6 +162,7 @@ def fit(
     Goes on from the newest intact checkpoint in `out`, bit for bit as if never stopped; returns at once if
     that is the last step's. SIGINT and SIGTERM finish the step, write a checkpoint and leave. `identity` is
     what else the result depends on, say the hash of a frozen trunk: a run resumes under the same one only.
+    `rates` are factors of the learning rate, by the prefix of the parameters' names; 1 for all others.
 
     Raises InputError if `out` holds a run of another configuration, identity or other data, or any run
     without `resume`, and if the loss diverges; CheckpointError if no checkpoint of a run is intact.
@@ -185,7 +188,7 @@ def fit(
     trainable = task.trainable
     device = accelerator.device
     trainable.to(device)
-    run = _Run(trainable, _optimizer(trainable, config), _Ema(trainable, config.ema_decay))
+    run = _Run(trainable, _optimizer(trainable, config, rates or {}), _Ema(trainable, config.ema_decay))
     checkpoints = Checkpoints(Path(out) / "checkpoints", config, data.fingerprint, identity, world)
     first = checkpoints.restore(run, resume, quiet=not is_main)
     log = _Log(Path(out), first, config, accelerator, progress and is_main)
@@ -209,7 +212,7 @@ def fit(
     ):
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step)
+                group["lr"] = group["rate"] * config.learning_rate_at(step)
             figures: list[dict[str, Tensor]] = []
             for micro in range(config.accumulation):
                 x, y = (_moved(part, device) for part in next(micro_batches))
@@ -270,14 +273,18 @@ def _to_cpu(weights: Weights) -> Weights:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
 
 
-def _optimizer(trainable: nn.Module, config: FitConfig) -> torch.optim.AdamW:
-    parameters = [p for p in trainable.parameters() if p.requires_grad]
-    if not parameters:
+def _optimizer(trainable: nn.Module, config: FitConfig, rates: Mapping[str, float]) -> torch.optim.AdamW:
+    named = [(name, p) for name, p in trainable.named_parameters() if p.requires_grad]
+    if not named:
         raise InputError(f"{type(trainable).__name__}: found no parameter to train, expected at least one")
-    # One kernel for all parameters: on a CPU the default loops over them in Python.
-    return torch.optim.AdamW(
-        parameters, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True
-    )
+
+    def rate(item: tuple[str, nn.Parameter]) -> float:
+        return next((factor for prefix, factor in rates.items() if item[0].startswith(prefix)), 1.0)
+
+    # Neighbours of one rate make a group, so that parameters keep the order by which checkpoints name their moments.
+    groups = [{"params": [p for _, p in group], "rate": factor} for factor, group in groupby(named, rate)]
+    # One kernel for all parameters of a group: on a CPU the default loops over them in Python.
+    return torch.optim.AdamW(groups, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 class _Ema:

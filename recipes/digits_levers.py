@@ -30,6 +30,10 @@ experiment = replace(
             for head in ("block", "shared", "wide")
         ),
         Variant("short-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=100))),
+        Variant("lora", distill=replace(peers.distill, trunk="lora")),
+        Variant("whole", distill=replace(peers.distill, trunk="whole")),
+        Variant("sampler-states", distill=replace(peers.distill, states="sampler")),
+        Variant("path-kl", distill=replace(peers.distill, weighting="path-kl")),
         Variant("long-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=2_000))),
     ),
     peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),

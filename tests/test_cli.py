@@ -37,6 +37,7 @@ experiment = Experiment(
     variants=(
         Variant("reuse", calibration=CalibrationSettings(80, 2, 40, num_depths=2, reuse=True)),
         Variant("block", distill=Distill(ExitConfig((2,), "block"), distill.fit, "digits")),
+        Variant("whole", distill=Distill(ExitConfig((2,)), distill.fit, "digits", trunk="whole")),
     ),
 )
 """
@@ -172,6 +173,17 @@ def test_samples_become_a_report(workshop: Path, tmp_path: Path, capsys) -> None
     assert "searched-ddim-4-b0.6" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_distillation_saves_a_trunk_that_it_trained(workshop: Path, tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE + "\nfrom dataclasses import replace\ndistill = replace(distill, trunk='lora')\n")
+    options = ["--model", str(workshop / "trunk"), "--steps", "2"]
+    main(["distill", str(recipe), *options, "--out", str(tmp_path / "out")])
+    found = dyndit.load(tmp_path / "out").trunk_hash()
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["trunk"] == found
+    assert found != dyndit.load(workshop / "trunk").trunk_hash()
+    assert "trunk: trained too" in capsys.readouterr().out
+
+
 def test_bench_times_full_depth_against_itself(workshop: Path, capsys, tmp_path: Path) -> None:
     plan = ["--plan", str(workshop / "plan.json"), "--steps", "4", "--rounds", "3", "--until", "0"]
     options = ["--batch-size", "2", "8", "--out", str(tmp_path / "t.csv"), "--json"]
@@ -214,6 +226,10 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert {"searched-reuse-ddim-4-b0.95", "searched-block-ddim-4-b0.95"} < arms
     variants = out / "variants"
     assert dyndit.load(variants / "block" / "model").depths == (2, 4)
+    trunks = {name: dyndit.load(variants / name / "model").trunk_hash() for name in ("block", "whole")}
+    assert trunks["block"] == dyndit.load(workshop / "trunk").trunk_hash() != trunks["whole"]
+    assert "searched-whole-ddim-4-b0.95" in arms
+    assert sorted(arm for arm in arms if arm.startswith(("full-block", "full-whole"))) == ["full-whole-ddim-4"]
     assert not (variants / "reuse" / "model" / "exits.safetensors").exists()  # the comparison's own exits
     assert -1 in {u for _, u in ShiftTable.load(variants / "reuse" / "model" / "shift-table.safetensors").pairs}
     plans = [dyndit.DepthPlan.load(variants / name / "plan-ddim-4-b0.95.json") for name in ("reuse", "block")]

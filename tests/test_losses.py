@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dyndit.dynamic import DynamicDepth
 from dyndit.exits import ExitConfig, Exits
-from dyndit.losses import denoising_loss, exit_errors
+from dyndit.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors
 from dyndit.objectives import Schedule, variational_bound
 
 SCHEDULE = Schedule()
@@ -98,3 +98,28 @@ def test_the_full_model_is_a_target_without_gradient(model: DynamicDepth, make_i
     torch.stack(list(errors.values())).sum().backward()
     assert all(p.grad is None for p in model.backbone.final_layer.parameters())
     assert all(p.grad is not None for p in model.exits.parameters())
+
+
+def test_deep_supervision_is_full_depths_loss_and_the_mean_of_the_exits() -> None:
+    x_0, t, eps, y = batch()
+    oracles = [Oracle(eps, v=0.5, error=error) for error in (0.4, 0.2, 0.1)]
+    alone = [denoising_loss(oracle, SCHEDULE, x_0, t, eps, y) for oracle in oracles]
+
+    def every(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(oracle(*inputs) for oracle in oracles)
+
+    loss, figures = deep_supervision_loss(every, SCHEDULE, x_0, t, eps, y, 0.3)
+    shallow = (alone[0][0] + alone[1][0]) / 2
+    torch.testing.assert_close(loss, alone[2][0] + 0.3 * shallow)
+    torch.testing.assert_close(figures, alone[2][1] | {"exits": shallow})
+
+
+def test_depth_errors_are_against_the_given_target(model: DynamicDepth, make_inputs) -> None:
+    inputs = make_inputs(model.backbone)
+    own = depth_errors(model, model(*inputs), *inputs)
+    assert list(own) == list(model.depths)
+    assert torch.equal(own.pop(model.num_blocks), torch.zeros(3, 2))
+    for depth, error in exit_errors(model, *inputs).items():
+        assert torch.equal(own[depth], error)
+    other = depth_errors(model, model(*inputs) + 1, *inputs)
+    torch.testing.assert_close(other[model.num_blocks], torch.ones(3, 2))

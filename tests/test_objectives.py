@@ -44,6 +44,17 @@ def test_log_snr_falls_with_t() -> None:
     torch.testing.assert_close(signal**2 + noise**2, torch.ones_like(signal))
 
 
+def test_path_kl_weights_share_out_the_change_of_log_snr() -> None:
+    schedule = Schedule()
+    weights, log_snr = schedule.path_kl_weights(), schedule.log_snr(torch.arange(1000))
+    assert weights.shape == (1000,)
+    assert weights.mean().item() == pytest.approx(1)
+    slope = (log_snr[:-2] - log_snr[2:]) / 2
+    torch.testing.assert_close(weights[1:-1] / weights[500], slope / slope[499])
+    assert weights.min() > 0
+    assert weights[0] > 10 * weights[500]  # an error at low noise is worth far more
+
+
 @given(t=st.integers(0, 999), seed=st.integers(0, 5))
 def test_noise_round_trip(t: int, seed: int) -> None:
     x_0, eps = pictures(seed=seed)

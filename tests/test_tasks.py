@@ -8,16 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyndit.backbones import DiTConfig
+from dyndit import checkpoints
+from dyndit.backbones import Backbone, ClassConditionalDiT, DiTConfig, Inputs
 from dyndit.backbones.class_conditional import position_features
 from dyndit.data import Pictures, load_digits
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.exits import HEADS, ExitConfig, Exits
 from dyndit.latents import LatentPictures
+from dyndit.losses import exit_errors
 from dyndit.objectives import Schedule
-from dyndit.tasks import Distill, Train, exit_error_table
-from dyndit.training import FitConfig
+from dyndit.recording import RecordedCalls, recorded_sampling
+from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
+from dyndit.tasks import Distill, Train, _Distillation, borrowed, exit_error_table
+from dyndit.training import FitConfig, fit
+from dyndit.trunks import trainable_copy, with_adapters
 
 DIGITS = load_digits()
 BACKBONE = DiTConfig(8, 4, 1, width=48, num_blocks=4, num_heads=2, num_classes=10)
@@ -241,3 +246,195 @@ class Few(Pictures):
 
     def uint8(self, indices=None) -> Tensor:
         return DIGITS.uint8(indices)
+
+
+def test_training_with_exits_averages_both_and_lowers_both_losses(tmp_path: Path) -> None:
+    seen = []
+    recipe = replace(TRAIN, exits=ExitConfig((1, 3)), fit=replace(FIT, steps=60, sample_every=60))
+    model, result = recipe.run(DIGITS, tmp_path, preview=lambda model, *_: seen.append(weights(model)))
+    assert model.depths == (1, 3, 4)
+    assert same({f"dynamic.{name}": tensor for name, tensor in weights(model).items()}, result.ema)
+    assert same(seen[0], weights(model))
+    for name in ("mse", "exits"):
+        assert result.losses[name][-10:].mean() < 0.85 * result.losses[name][:10].mean()
+    with pytest.raises(InputError, match="identity"):  # the trunk alone is another run
+        replace(TRAIN, fit=recipe.fit).run(DIGITS, tmp_path)
+    with pytest.raises(InputError, match=r"expected depths in 1\.\.3"):
+        replace(recipe, exits=ExitConfig((4,))).run(DIGITS, tmp_path / "other")
+
+
+class Before:
+    """Distillation on a frozen trunk as it was when nothing else could train, loss and all."""
+
+    def __init__(self, dynamic: DynamicDepth) -> None:
+        self.dynamic, self.trainable = dynamic, torch.nn.ModuleDict({"exits": dynamic.exits})
+
+    def loss(self, module, x, y, generator):
+        t = torch.randint(1000, (len(x),), generator=generator)
+        eps = torch.randn(x.shape, generator=generator)
+        y = torch.where(torch.rand(len(y), generator=generator) < 0.3, self.dynamic.backbone.null_class, y)
+        errors = torch.stack(list(exit_errors(self.dynamic, Schedule().add_noise(x, eps, t), t, y).values()))
+        return (errors * errors.new_tensor([1.0, 0.1])).sum(dim=(0, 2)).mean(), {}
+
+    def preview(self, *_) -> None:
+        """None."""
+
+
+def test_a_frozen_trunk_is_distilled_as_ever(trunk: DynamicDepth, tmp_path: Path) -> None:
+    recipe = replace(DISTILL, fit=replace(FIT, steps=5))
+    model, result = recipe.run(trunk, DIGITS, tmp_path / "now")
+    with borrowed(trunk.backbone):
+        exits = Exits(trunk.backbone, recipe.exits).requires_grad_(True)
+        before = fit(Before(DynamicDepth(trunk.backbone, exits)), DIGITS, recipe.fit, tmp_path / "before")
+    assert same(result.weights, before.weights)
+    assert same(result.ema, before.ema)
+    assert list(result.losses["loss"]) == list(before.losses["loss"])
+    assert model.backbone is trunk.backbone
+
+
+@pytest.mark.parametrize("kind", ["lora", "whole"])
+def test_a_trunk_that_trains_is_a_plain_copy(kind: str, trunk: DynamicDepth, make_inputs, tmp_path: Path) -> None:
+    before, hashed = weights(trunk.backbone), trunk.trunk_hash()
+    flags = [p.requires_grad for p in trunk.backbone.parameters()]
+    recipe = replace(DISTILL, trunk=kind, fit=replace(FIT, steps=12, checkpoint_every=6))
+    model, result = recipe.run(trunk, DIGITS, tmp_path / "run")
+    assert same(weights(trunk.backbone), before)
+    assert [p.requires_grad for p in trunk.backbone.parameters()] == flags
+    assert not model.training
+    assert model.trunk_hash() != hashed
+    assert model.backbone.state_dict().keys() == before.keys()
+    assert not [m for m in model.modules() if "peft" in type(m).__module__]
+    moved = {name for name, tensor in weights(model.backbone).items() if not torch.equal(tensor, before[name])}
+    maps = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    adapted = {f"blocks.{i}.{name}.weight" for i in range(4) for name in maps}
+    assert moved == {"lora": adapted, "whole": before.keys() - {"pos_embed"}}[kind]
+    assert result.losses["full"][0] < 1e-12  # it starts as its teacher
+    assert result.losses["full"].iloc[-1] > 0
+
+    checkpoints.save(model, tmp_path / "saved")
+    loaded, inputs = checkpoints.load(tmp_path / "saved"), make_inputs(model.backbone)
+    assert loaded.trunk_hash() == model.trunk_hash()
+    for depth in model.depths:
+        assert torch.equal(loaded(*inputs, depth=depth), model(*inputs, depth=depth))
+
+    # Stopped half way and gone on with: the same bits.
+    for steps in (6, 12):
+        again, _ = replace(recipe, fit=replace(recipe.fit, steps=steps)).run(trunk, DIGITS, tmp_path / "again")
+        assert same(weights(again), weights(model)) == (steps == 12)
+    with pytest.raises(InputError, match="identity"):
+        replace(recipe, hold=1.0).run(trunk, DIGITS, tmp_path / "run")
+
+
+def test_holding_keeps_full_depth_what_it_was(trunk: DynamicDepth, tmp_path: Path, make_inputs) -> None:
+    x, t, y = make_inputs(trunk.backbone, batch=64)
+    recipe = replace(DISTILL, trunk="whole", trunk_rate=1.0, fit=replace(FIT, steps=25))
+    moved = []
+    for hold in (0.0, 10.0, 100.0):
+        model, _ = replace(recipe, hold=hold).run(trunk, DIGITS, tmp_path / str(hold))
+        moved.append((model(x, t, y) - trunk(x, t, y)).square().mean().item())
+    assert 0 < moved[2] < moved[1] < 0.5 * moved[0]
+
+
+def test_a_slower_trunk_moves_less(trunk: DynamicDepth, tmp_path: Path) -> None:
+    def moved(rate: float) -> float:
+        recipe = replace(DISTILL, trunk="whole", trunk_rate=rate, fit=replace(FIT, steps=1))
+        model, _ = recipe.run(trunk, DIGITS, tmp_path / str(rate))
+        return (model.backbone.blocks[0].mlp.fc1.weight - trunk.backbone.blocks[0].mlp.fc1.weight).abs().max().item()
+
+    assert moved(0.1) == pytest.approx(0.1 * moved(1.0), rel=1e-2)  # Adam's first step is the rate itself
+
+
+def test_adapters_start_as_nothing_and_merge_into_the_weights(make_backbone, make_inputs) -> None:
+    backbone = make_backbone()
+    inputs, trunk = make_inputs(backbone), trainable_copy(backbone)
+    assert same(weights(trunk), weights(backbone))
+    adapters = with_adapters(trunk, 4)
+    assert torch.equal(trunk(*inputs), backbone(*inputs))
+    trained = [p for p in trunk.parameters() if p.requires_grad]
+    assert {min(p.shape) for p in trained} == {4}
+    assert len(trained) == 6 * 4 * 2
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    apart = trunk(*inputs)
+    adapters.merge_and_unload()
+    torch.testing.assert_close(trunk(*inputs), apart, atol=1e-5, rtol=1e-4)
+    assert (apart - backbone(*inputs)).abs().max() > 0.01
+    assert type(trunk) is ClassConditionalDiT
+    assert trunk.state_dict().keys() == backbone.state_dict().keys()
+
+
+def test_states_of_the_sampler_are_the_samplers(
+    trunk: DynamicDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(DISTILL, states="sampler", num_trajectories=13, num_steps=3, solver="unipc", cfg_scale=2.0)
+    recipe = replace(recipe, fit=replace(FIT, steps=2))
+    recipe.run(trunk, DIGITS, tmp_path)
+    (folder,) = tmp_path.glob("states-*")
+    calls, labels, seed = RecordedCalls(folder), torch.tensor(balanced_labels(13, 10)), 2_000_003 + FIT.seed
+    assert len(calls) == 13 * 3 * 2
+    batch, plan = Batch(labels, tuple(range(13)), seed), full_plan(trunk, "unipc", 3, 2.0)
+    trajectory = start(trunk, batch, "unipc", 3)
+    states = [trajectory.x.clone()]
+    advance(trunk, batch, trajectory, plan, Guidance(2.0), on_step_end=lambda k, t, x: states.append(x.clone()))
+    found = [calls[i] for i in range(len(calls))]
+    wanted = torch.cat([x for x_t in states[:3] for x in (x_t, x_t)])
+    assert torch.equal(torch.stack([x for x, _ in found]), wanted)
+    assert [int(rows["t"]) for _, rows in found] == [t for t in plan.timesteps for _ in range(26)]
+    null = torch.full_like(labels, 10)
+    assert torch.equal(torch.stack([rows["y"] for _, rows in found]), torch.cat([labels, null] * 3))
+
+    monkeypatch.setattr("dyndit.recording.record_sampling", None)  # drawn once
+    assert recorded_sampling(trunk, [], folder).fingerprint == calls.fingerprint
+    with pytest.raises(InputError, match="expected 'noised'"):
+        recipe.run(trunk, calls, tmp_path / "calls")
+    with pytest.raises(InputError, match="--solver other"):
+        replace(recipe, solver="other").run(trunk, DIGITS, tmp_path / "other")
+
+
+def test_path_kl_weights_errors_by_their_timestep() -> None:
+    class Ones(torch.nn.Module):
+        exits = Exits(ClassConditionalDiT(BACKBONE), ExitConfig((1, 2)))
+
+        def forward(self, x, t, y):
+            return torch.ones(3, len(x), 2)  # two exits, and full depth
+
+    t = torch.tensor([0, 1, 400, 999])
+    inputs, weight = Inputs(torch.zeros(4, 1, 8, 8), t, t), Schedule().path_kl_weights()[t].mean().item()
+    for weighting, expected in (("even", 1.0), ("path-kl", weight)):
+        task = _Distillation(Ones(), replace(DISTILL, weighting=weighting, hold=5.0), lambda *_: inputs)
+        loss, figures = task.loss(task.trainable, inputs.x, t, torch.Generator())
+        assert loss.item() == pytest.approx(expected * (2 + 5) * 1.1)
+        assert {name: figure.item() for name, figure in figures.items()} == {"noise": 1, "variance": 1, "full": 1}
+    assert abs(weight - 1) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"trunk": "half"}, "trunk 'half': expected one of frozen, lora, whole"),
+        ({"states": "x"}, "states 'x': expected one of noised, sampler"),
+        ({"weighting": "x"}, "weighting 'x': expected one of even, path-kl"),
+        ({"lora_rank": 0}, "lora_rank 0: expected at least 1"),
+        ({"num_trajectories": 0}, "num_trajectories 0: expected at least 1"),
+        ({"hold": -1.0}, "hold -1"),
+        ({"trunk_rate": 0.0}, "trunk_rate 0"),
+    ],
+)
+def test_distillation_refuses_choices_it_does_not_know(changes: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        replace(DISTILL, **changes)
+
+
+class Foreign(Backbone):
+    """A trunk of another family."""
+
+    num_blocks, num_classes, null_class, in_channels, image_size = 4, 10, 10, 1, 8
+
+
+@pytest.mark.parametrize(
+    "changes", [{"trunk": "lora"}, {"trunk": "whole"}, {"states": "sampler"}, {"weighting": "path-kl"}]
+)
+def test_what_needs_our_own_trunk_says_so(changes: dict) -> None:
+    DISTILL.check(DynamicDepth(Foreign()), DIGITS)
+    with pytest.raises(InputError, match="needs a ClassConditionalDiT, found Foreign"):
+        replace(DISTILL, **changes).check(DynamicDepth(Foreign()), DIGITS)

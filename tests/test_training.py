@@ -78,6 +78,14 @@ def steps_of(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
+def test_rates_scale_the_learning_rate_of_parameters_by_name(tmp_path: Path) -> None:
+    start, config = Denoise().trainable.state_dict(), replace(CONFIG, steps=1, warmup_steps=0)
+    plain, still = run(tmp_path / "a", config), run(tmp_path / "b", config, rates={"4.": 0.0})
+    for name, _ in Denoise().trainable.named_parameters():
+        assert torch.equal(still.weights[name], start[name] if name.startswith("4.") else plain.weights[name])
+    assert not torch.equal(plain.weights["4.weight"], start["4.weight"])
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(whole, tmp_path: Path) -> None:
     torch.manual_seed(99)
     task = Denoise()

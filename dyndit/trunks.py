@@ -1,9 +1,13 @@
 """What of a trunk trains beside its exits: a copy of it, whole, or low-rank adapters on a copy."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft import LoraConfig, LoraModel
 
 from dyndit.backbones import ClassConditionalDiT
+
+if TYPE_CHECKING:
+    from peft import LoraModel
 
 LINEARS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 """What gets adapters: the linear maps of a block, without its modulation."""
@@ -17,12 +21,14 @@ def trainable_copy(backbone: ClassConditionalDiT) -> ClassConditionalDiT:
     return copy.to(next(backbone.parameters()).device)
 
 
-def with_adapters(trunk: ClassConditionalDiT, rank: int) -> LoraModel:
+def with_adapters(trunk: ClassConditionalDiT, rank: int) -> "LoraModel":
     """Freeze a trunk and put adapters of this rank on its blocks, in place (LoRA: Hu et al. 2021, arXiv:2106.09685).
 
     It predicts what it did until they are trained. `merge_and_unload()` of what is returned adds them to the weights
     and leaves the plain trunk.
     """
+    from peft import LoraConfig, LoraModel  # imports much, for one rung of the ladder
+
     trunk.requires_grad_(False)
     # Around the blocks, since peft takes the `config` of a module it wraps for a dictionary.
     return LoraModel(trunk.blocks, LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS), "exits")

@@ -68,12 +68,16 @@ class Variant:
     """Plans made another way, measured beside the comparison's own: how an ablation is asked for.
 
     name: the family of its arms is "searched-NAME"; where its trunk is another one, "full-NAME" is that trunk at full
-    depth, at the experiment's `dynamic_steps`. distill, calibration: in place of the experiment's; None for those.
+    depth, at the experiment's points. What is None is the experiment's: distill, calibration, and what its table is
+    measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere.
     """
 
     name: str
     distill: Distill | None = None
     calibration: CalibrationSettings | None = None
+    calibration_solver: str | None = None
+    calibration_steps: int | None = None
+    calibration_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class Experiment:
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     calibration_solver: str = "ddim"
     calibration_steps: int = 10
+    calibration_cfg_scale: float | None = None
+    """None: `cfg_scale`. Another one shows what a table is worth under a guidance that it was not measured with."""
     solvers: tuple[str, ...] = ("ddim", "unipc")
     full_solvers: tuple[str, ...] = ()
     """Further solvers, at full depth alone: a better solver is what plans have to beat too."""
@@ -288,7 +294,7 @@ class _Comparison:
                 self.judges[0].moments(),
                 solver=experiment.calibration_solver,
                 num_steps=experiment.calibration_steps,
-                cfg_scale=experiment.cfg_scale,
+                cfg_scale=experiment.calibration_cfg_scale or experiment.cfg_scale,
                 settings=experiment.calibration,
                 into=path,
                 on_progress=advance,
@@ -362,7 +368,7 @@ class _Comparison:
         """The variants' arms; what they distil, measure and search lies in `out/variants`, and is found there again."""
         arms = []
         for variant in self.experiment.variants:
-            changes = {name: getattr(variant, name) for name in ("distill", "calibration") if getattr(variant, name)}
+            changes = {k: v for k, v in vars(variant).items() if k != "name" and v is not None}
             experiment, folder = replace(self.experiment, **changes), self.out / "variants" / variant.name
             model = self.model
             if variant.distill is not None:
@@ -562,7 +568,7 @@ class _Comparison:
 
     def _base(self, table: ShiftTable, solver: str, steps: int) -> Moments:
         """Full depth's moments at these very steps, on the calibration seeds."""
-        known = table.base_at(solver, steps)
+        known = table.base_at(solver, steps) if table.cfg_scale == self.experiment.cfg_scale else None
         return known or measure_moments(
             self.model,
             self.extractor,

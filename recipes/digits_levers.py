@@ -1,9 +1,10 @@
-"""Ablations on digits: how exits and plans are made, one choice changed at a time, at two tight budgets.
+"""Ablations on digits: how exits are made and what guides, one choice changed at a time, at two tight budgets.
 
     dyndit compare digits_levers --out runs/levers                   # resumable
 
-The comparison's own arms (`searched`) are calibrated as those of `digits_peers`; each variant differs from them in what
-its name says. docs/experiments.md tells what came of `digits_reuse`; the other variants are not measured yet.
+The comparison's own arms (`searched`) have the exits of the quickstart and a table of 128 seeds by 10 bands; each
+variant differs from them in what its name says. `digits_calibration` does the same for the table, `digits_reuse` for
+guidance of earlier steps. docs/experiments.md tells what came of each.
 """
 
 from dataclasses import replace
@@ -12,29 +13,28 @@ from dyndit.calibration import CalibrationSettings
 from dyndit.experiment import Variant
 from dyndit.recipes.digits_peers import experiment as peers
 
-base = peers.calibration
+base = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)
+distill = peers.distill
 experiment = replace(
     peers,
+    calibration=base,
+    calibration_solver="unipc",
     full_solvers=(),
+    solvers=("unipc",),
     full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
     unguided_steps=(5, 10),
     controls=None,
-    budgets=(0.35, 0.5),
+    budgets=(0.3, 0.45),
     variants=(
-        Variant("reuse", calibration=replace(base, reuse=True)),
-        Variant("5-bands", calibration=replace(base, num_bands=5)),
-        Variant("96-seeds", calibration=CalibrationSettings(num_pictures=96, num_bands=10, batch_size=96)),
-        Variant("4-depths", calibration=replace(base, num_depths=4)),
-        *(
-            Variant(f"{head}-head", distill=replace(peers.distill, exits=replace(peers.distill.exits, head=head)))
-            for head in ("block", "shared", "wide")
-        ),
-        Variant("short-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=100))),
-        Variant("lora", distill=replace(peers.distill, trunk="lora")),
-        Variant("whole", distill=replace(peers.distill, trunk="whole")),
-        Variant("sampler-states", distill=replace(peers.distill, states="sampler")),
-        Variant("path-kl", distill=replace(peers.distill, weighting="path-kl")),
-        Variant("long-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=2_000))),
+        Variant("own-guides", calibration=replace(base, own_guides=True)),
+        Variant("lora", distill=replace(distill, trunk="lora")),
+        Variant("whole", distill=replace(distill, trunk="whole")),
+        Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
+        Variant("sampler-states", distill=replace(distill, states="sampler")),
+        Variant("path-kl", distill=replace(distill, weighting="path-kl")),
+        Variant("shared-head", distill=replace(distill, exits=replace(distill.exits, head="shared"))),
+        Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
+        Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
     ),
     peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),
     metrics=("fd", "kid"),

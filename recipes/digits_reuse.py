@@ -8,11 +8,19 @@ the table of the comparison's own plans. docs/experiments.md tells what came out
 
 from dataclasses import replace
 
-from dyndit.recipes.digits_levers import experiment as levers
+from dyndit.experiment import Variant
+from dyndit.recipes.digits_peers import experiment as peers
 
 experiment = replace(
-    levers,
-    variants=tuple(variant for variant in levers.variants if variant.name == "reuse"),
-    budgets=(0.3, 0.4, 0.5, 0.65),
+    peers,
+    full_solvers=(),
     full_steps=(5, 7, 10, 15, 20),
+    unguided_steps=(5, 10),
+    controls=None,
+    budgets=(0.3, 0.4, 0.5, 0.65),
+    variants=(Variant("reuse", calibration=replace(peers.calibration, reuse=True)),),
+    peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),
+    metrics=("fd", "kid"),
+    num_blocks=5,
+    num_images=400,
 )

@@ -37,6 +37,7 @@ experiment = Experiment(
     variants=(
         Variant("reuse", calibration=CalibrationSettings(80, 2, 40, num_depths=2, reuse=True)),
         Variant("block", distill=Distill(ExitConfig((2,), "block"), distill.fit, "digits")),
+        Variant("elsewhere", calibration_solver="unipc", calibration_steps=3, calibration_cfg_scale=3.0),
         Variant("whole", distill=Distill(ExitConfig((2,)), distill.fit, "digits", trunk="whole")),
     ),
 )
@@ -232,6 +233,9 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert sorted(arm for arm in arms if arm.startswith(("full-block", "full-whole"))) == ["full-whole-ddim-4"]
     assert not (variants / "reuse" / "model" / "exits.safetensors").exists()  # the comparison's own exits
     assert -1 in {u for _, u in ShiftTable.load(variants / "reuse" / "model" / "shift-table.safetensors").pairs}
+    elsewhere = ShiftTable.load(variants / "elsewhere" / "model" / "shift-table.safetensors")
+    assert (elsewhere.solver, elsewhere.num_steps, elsewhere.cfg_scale) == ("unipc", 3, 3.0)
+    assert dyndit.DepthPlan.load(variants / "elsewhere" / "plan-ddim-4-b0.95.json").cfg_scale == 1.5
     plans = [dyndit.DepthPlan.load(variants / name / "plan-ddim-4-b0.95.json") for name in ("reuse", "block")]
     assert plans[0].exits != plans[1].exits
     for name in ("runs.csv", "report.md", "report.html", "frontier.png", "plan.png", "samples.png", "manifest.json"):

@@ -1,0 +1,25 @@
+"""Ablations on digits: what a shift table is measured on, and what it is worth elsewhere, at two tight budgets.
+
+    dyndit compare digits_calibration --model runs/levers/model --out runs/calibration   # resumable
+
+With `--model` the exits and the table of `digits_levers` are taken; without it they are made. "ddim-20" and "cfg-3" are
+tables of another solver and step count, and of another guidance scale, used for UniPC at 10 steps and scale 1.5: beside
+`searched`, whose table is of those very steps, they tell what a fresh calibration is worth.
+"""
+
+from dataclasses import replace
+
+from dyndit.experiment import Variant
+from dyndit.recipes.digits_levers import base
+from dyndit.recipes.digits_levers import experiment as levers
+
+experiment = replace(
+    levers,
+    variants=(
+        Variant("ddim-20", calibration_solver="ddim", calibration_steps=20),
+        Variant("cfg-3", calibration_cfg_scale=3.0),
+        Variant("5-bands", calibration=replace(base, num_bands=5)),
+        Variant("256-seeds", calibration=replace(base, num_pictures=256)),
+        Variant("4-depths", calibration=replace(base, num_depths=4)),
+    ),
+)

@@ -61,7 +61,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class FrechetTo:
-    """The Fréchet distance to one fixed reference, for many Gaussians at once: the search's inner loop."""
+    """The Fréchet distance to one fixed reference, for many Gaussians at once: the search's inner loop.
+
+    A prediction may have directions of negative variance, which no pictures have. Counted as none they would lower the
+    traces, and the worst plan would look best; the square root is continued oddly, so that they count against it.
+    """
 
     def __init__(self, reference: Moments) -> None:
         self.mean = reference.mean
@@ -70,19 +74,21 @@ class FrechetTo:
 
     def __call__(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """mean: (..., D), covariance: (..., D, D), float64 -> (...,)."""
-        values = torch.linalg.eigvalsh(self._product(covariance)).clamp(min=0)
+        values = torch.linalg.eigvalsh(self._product(covariance))
+        roots = values.sign() * values.abs().sqrt()
         traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + self.trace
-        return (mean - self.mean).square().sum(-1) + traces - 2 * values.sqrt().sum(-1)
+        return (mean - self.mean).square().sum(-1) + traces - 2 * roots.sum(-1)
 
     def gradient(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """mean: (..., D), covariance: (..., D, D) -> (dFD/dmean (..., D), dFD/dcovariance (..., D, D)).
 
-        With R Rᵀ = Σ and M = Rᵀ S R: dFD/dm = 2 (m - μ), dFD/dS = 1 - R M^-½ Rᵀ. Directions in which M
+        With R Rᵀ = Σ and M = Rᵀ S R: dFD/dm = 2 (m - μ), dFD/dS = 1 - R |M|^-½ Rᵀ. Directions in which M
         vanishes have no finite slope; they count as flat (pseudo-inverse).
         """
         values, vectors = torch.linalg.eigh(self._product(covariance))
-        floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
-        inverse = torch.where(values > floor, values.clamp(min=1e-300).rsqrt(), 0.0)
+        sizes = values.abs()
+        floor = sizes.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
+        inverse = torch.where(sizes > floor, sizes.clamp(min=1e-300).rsqrt(), 0.0)
         side = self.root @ vectors
         slope = torch.eye(mean.shape[-1], dtype=mean.dtype) - (side * inverse[..., None, :]) @ side.mT
         return 2 * (mean - self.mean), slope

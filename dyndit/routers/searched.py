@@ -26,7 +26,7 @@ from dyndit.analysis.fidelity import FrechetTo, Moments
 from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan, Router, own_exit
-from dyndit.routers.schedules import constant, ramp
+from dyndit.routers.schedules import ramp
 
 FORMAT = "dyndit-shift-table"
 VERSION = 1
@@ -276,8 +276,8 @@ def search(
     """The plan of least predicted Fréchet distance within `budget`, a share of the full plan's predicted time.
 
     base: moments of full depth at these very steps; by default those that the table holds, else its own steps'.
-    A local search from ramps, constants and the cheapest plan: every move changes one or two steps; moves are
-    ranked by their first-order effect, the best are evaluated exactly, the best of those is taken.
+    A local search from ramps, constants of every pair and the cheapest plan: every move changes one or two steps; moves
+    are ranked by their first-order effect, the best are evaluated exactly, the best of those is taken.
 
     Raises:
         InputError: the budget is outside (0, 1], or below the cheapest plan.
@@ -317,9 +317,9 @@ def search(
 
 
 def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> list[Tensor]:
-    """Ramps and constants within the budget, best predicted first, and the cheapest plan."""
+    """Ramps, and constants of every pair, within the budget, best predicted first, and the cheapest plan."""
     depths = tuple(sorted({c for c, _ in predictor.pairs}))
-    plans = [constant(full, depths, depth) for depth in depths] + [
+    plans = [full.with_pairs([pair] * full.num_steps) for pair in predictor.pairs] + [
         ramp(full, depths, low, high, power)
         for low in depths
         for high in depths

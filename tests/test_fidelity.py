@@ -93,10 +93,26 @@ def test_batched_evaluation_is_the_single_one() -> None:
     assert batch.flatten().tolist() == pytest.approx([frechet_distance(m, reference) for m in others])
 
 
+def test_a_negative_variance_counts_against_a_prediction() -> None:
+    """Counted as none it would lower the trace: the more impossible, the better."""
+    reference = gaussian(torch.zeros(2, dtype=torch.float64), torch.diag(torch.tensor([1.0, 4.0]).double()))
+    frechet, mean = FrechetTo(reference), torch.zeros(2, dtype=torch.float64)
+    variances = [1.0, 0.5, 0.1, 0.0, -0.1, -0.5, -1.0]
+    distances = [frechet(mean, torch.diag(torch.tensor([s, 4.0]).double())).item() for s in variances]
+    assert distances == sorted(distances)
+    assert distances[0] == pytest.approx(0, abs=1e-9)
+    assert distances[3] == pytest.approx(1)
+    assert distances[-1] == pytest.approx(-1 + 1 + 2)  # s + t + 2 sqrt(t |s|)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_gradient_is_that_of_finite_differences(seed: int) -> None:
+@pytest.mark.parametrize("impossible", [False, True])
+def test_gradient_is_that_of_finite_differences(seed: int, impossible: bool) -> None:
     frechet = FrechetTo(gaussian(features(1, 5, seed)[0], random_covariance(5, seed)))
     mean, covariance = features(1, 5, seed + 10)[0], random_covariance(5, seed + 20)
+    if impossible:
+        covariance = covariance - torch.linalg.eigvalsh(covariance)[2] * 1.1 * torch.eye(5, dtype=torch.float64)
+        assert torch.linalg.eigvalsh(covariance)[2] < 0
     by_mean, by_covariance = frechet.gradient(mean, covariance)
     step = features(1, 5, seed + 30)[0]
     side = features(5, 5, seed + 40)

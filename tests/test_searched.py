@@ -12,7 +12,7 @@ from dyndit.analysis.fidelity import frechet_distance, moments
 from dyndit.cost import CostModel, PartTimes
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import REUSED, DepthPlan, own_exit
-from dyndit.routers.searched import Predictor, ShiftTable, search
+from dyndit.routers.searched import Predictor, SearchSettings, ShiftTable, search
 
 NUM_BLOCKS = 4
 PARTS = PartTimes(embed=0.1, block=1.0, exit=0.1, head=0.1)
@@ -191,6 +191,19 @@ def test_impossible_budgets_are_refused(budget: float) -> None:
     table = random_table(3, 3, seed=2)
     with pytest.raises(InputError, match="--budget"):
         search(table, full_plan(table), budget)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_search_is_no_worse_than_any_pair_at_every_step(seed: int) -> None:
+    """Also where a table has none of the pairs that ramps are made of: one branch alone, or guided by its own exit."""
+    table = random_table(num_steps=8, num_depths=4, seed=seed)
+    table = replace(table, pairs=((1, 0), (2, 0), (3, own_exit(1))))
+    full, predictor = full_plan(table), Predictor(table, full_plan(table).timesteps)
+    plan = search(table, full, 0.5, settings=SearchSettings(num_kicks=0))
+    constants = torch.arange(len(predictor.pairs))[:, None].repeat(1, full.num_steps)
+    within = predictor.seconds[constants].sum(1) <= 0.5 * predictor.seconds[-1] * full.num_steps
+    assert within.any()
+    assert plan.figures["predicted_fd"] <= predictor.distances(constants[within]).min().item() + 1e-9
 
 
 def test_no_plan_is_cheaper_than_the_least_share() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_latents import make_autoencoder
 
 import dyndit
 from dyndit.cli import VERBS, main
-from dyndit.routers.searched import ShiftTable
+from dyndit.routers.searched import SearchSettings, ShiftTable
 
 RECIPE = """
 from dyndit.backbones import DiTConfig
@@ -92,6 +93,8 @@ def test_another_budget_needs_no_new_table(workshop: Path, capsys, monkeypatch) 
 def test_steps_are_chosen_for_a_time_or_a_distance(workshop: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     import shutil
 
+    quick = partial(SearchSettings, num_starts=1, num_kicks=0, evaluations=8)
+    monkeypatch.setattr("dyndit.routers.searched.SearchSettings", quick)
     monkeypatch.setattr("dyndit.calibration.measure_shifts", None)  # the table is there
     model = tmp_path / "model"
     shutil.copytree(workshop / "model", model)
@@ -107,12 +110,13 @@ def test_steps_are_chosen_for_a_time_or_a_distance(workshop: Path, tmp_path: Pat
     assert ShiftTable.load(model / "shift-table.safetensors").step_counts("ddim") == (2, 4)
     draw = ["sample", str(model), "--num-images", "2", "--json"]
     main([*draw, "--dynamic", *goal, "--out", str(tmp_path / "quick")])
-    quick = last_json(capsys)
-    assert (quick["steps"], quick["share_of_blocks"]) == (plan.num_steps, plan.share_of_blocks)
-    main([*draw, "--target-fd", str(figures["predicted_fd"]), "--out", str(tmp_path / "good")])
+    drawn = last_json(capsys)
+    assert (drawn["steps"], drawn["share_of_blocks"]) == (plan.num_steps, plan.share_of_blocks)
+    target = 1.2 * figures["predicted_fd"]
+    main([*draw, "--target-fd", str(target), "--out", str(tmp_path / "good")])
     assert last_json(capsys)["steps"] in (2, 4)
     manifest = json.loads((tmp_path / "good" / "manifest.json").read_text())
-    assert manifest["plan"]["predicted_fd"] <= figures["predicted_fd"]
+    assert manifest["plan"]["predicted_fd"] <= target
 
 
 def test_sample_writes_pictures_grid_archive_and_manifest(workshop: Path, tmp_path: Path, capsys) -> None:

@@ -182,6 +182,7 @@ def calibrate(
     table_steps: int = 10,
     num_bands: int = 10,
     num_depths: int = 8,
+    own_guides: bool = False,
     batch_size: int = 128,
     vae: Path | None = None,
     device: str = "cpu",
@@ -209,6 +210,7 @@ def calibrate(
         table_steps: Sampling steps the table is measured at.
         num_bands: Bands of timesteps the table tells apart.
         num_depths: Conditional depths it tells apart, at most.
+        own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
         batch_size: Pictures at a time.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         device: cpu or cuda.
@@ -252,7 +254,9 @@ def calibrate(
         table = None
     extractor = _extractor(measuring, dynamic, device)
     if table is None:
-        settings = calibration.CalibrationSettings(num_pictures, num_bands, batch_size, num_depths=num_depths)
+        settings = calibration.CalibrationSettings(
+            num_pictures, num_bands, batch_size, num_depths=num_depths, own_guides=own_guides
+        )
         size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
         if decoder is not None:
             size, channels = _picture_size(decoder, dynamic), decoder.config.out_channels

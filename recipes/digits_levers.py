@@ -27,7 +27,7 @@ experiment = replace(
     budgets=(0.3, 0.45),
     variants=(
         Variant("own-guides", calibration=replace(base, own_guides=True)),
-        Variant("lora", distill=replace(distill, trunk="lora")),
+        Variant("lora", distill=replace(distill, trunk="lora", trunk_rate=1.0)),
         Variant("whole", distill=replace(distill, trunk="whole")),
         Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
         Variant("sampler-states", distill=replace(distill, states="sampler")),

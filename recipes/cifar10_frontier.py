@@ -42,8 +42,8 @@ experiment = replace(
     controls=None,
     peers=(FasterCache(5, 2, 901), GuidanceInterval(0.5, 10.0)),
     witnesses=("vgg-cifar10",),
-    num_blocks=5,
-    num_images=400,
+    num_blocks=10,
+    num_images=200,
     batch_size=50,
     precision="bf16",
 )

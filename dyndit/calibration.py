@@ -38,6 +38,7 @@ from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.plan import REUSED, DepthPlan, own_exit
 from dyndit.plugin import DynDiTHandle
+from dyndit.routers.refined import refined
 from dyndit.routers.searched import Pair, ShiftTable, search
 from dyndit.routers.steps import Goal
 from dyndit.sampler import SCHEDULE, AnySolver, balanced_labels, full_plan, sample, solver_name, to_uint8
@@ -389,18 +390,26 @@ def _judge_of(table: ShiftTable, extractor: Extractor) -> Extractor:
     return extractor
 
 
-def _planned(drawing: Drawing, table: ShiftTable, budget: float, extractor: Extractor | None) -> DepthPlan:
-    """Search a plan on the table and, with an extractor, measure it."""
+def _planned(
+    drawing: Drawing, table: ShiftTable, budget: float, extractor: Extractor | None, refinements: int = 0
+) -> DepthPlan:
+    """Search a plan on the table and, with an extractor, measure it; first to correct it, where that is asked for."""
     full = drawing.full
     if table.cfg_scale != full.cfg_scale:
         raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {full.cfg_scale:g}")
-    plan = _searched(drawing, table, budget)
     if extractor is None:
-        return plan
-    extractor = _judge_of(table, extractor)
-    if table.base_at(full.solver, full.num_steps) is None:
-        base = _moments(drawing, extractor, full, table.num_pictures, fresh=False)
-        plan = _searched(drawing, table, budget, base)
+        return _searched(drawing, table, budget)
+    table, extractor = _fitting(drawing, table), _judge_of(table, extractor)
+
+    def measure(plan: DepthPlan) -> Moments:
+        return _moments(drawing, extractor, plan, table.num_pictures, fresh=False)
+
+    known = table.base_at(full.solver, full.num_steps)
+    base = measure(full) if known is None else known
+    if refinements:
+        plan = refined(table, full, budget, measure, rounds=refinements, base=base)
+    else:
+        plan = search(table, full, budget, base=base)
     return _measured(drawing, table, plan, extractor)
 
 
@@ -432,12 +441,14 @@ def calibrate(
     guided_channels: int | None = None,
     to_pictures: ToPictures = to_uint8,
     batch_size: int = 128,
+    refinements: int = 0,
 ) -> DepthPlan:
     """Search a plan for (solver, steps, budget) and report its predicted and measured Fréchet distance.
 
     The prediction starts from full depth at these very steps, measured on the table's own seeds; the plan's
     measured distance is on fresh seeds (`table.seed` + 1), as is full depth's next to it. `plan.figures` holds
     predicted_fd, measured_fd, predicted_fd_full, measured_fd_full, predicted_share_of_time, share_of_blocks.
+    refinements: rounds in which the plan is measured on the table's seeds and the prediction corrected by it.
     With a table but no extractor nothing is measured. Without a table one is measured first, with `extractor`
     against `reference`: moments, or real pictures (N, C, H, W) uint8. Keep what `measure_shifts` gives to search
     other budgets, step counts and solvers on it.
@@ -459,7 +470,7 @@ def calibrate(
         )
     seed = table.seed
     drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, seed, batch_size)
-    return _planned(drawing, table, budget, extractor)
+    return _planned(drawing, table, budget, extractor, refinements)
 
 
 def calibrate_steps(

@@ -183,6 +183,7 @@ def calibrate(
     num_bands: int = 10,
     num_depths: int = 8,
     own_guides: bool = False,
+    refinements: int = 0,
     batch_size: int = 128,
     vae: Path | None = None,
     device: str = "cpu",
@@ -210,6 +211,7 @@ def calibrate(
         table_steps: Sampling steps the table is measured at.
         num_bands: Bands of timesteps the table tells apart.
         num_depths: Conditional depths it tells apart, at most.
+        refinements: With --budget, rounds in which the plan is measured and the prediction corrected by it.
         own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
         batch_size: Pictures at a time.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
@@ -229,6 +231,8 @@ def calibrate(
     goal = _goal(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
+    if refinements < 0:
+        raise InputError(f"--refinements {refinements}: expected at least 0")
     steps = 20 if steps is None else steps
     make_scheduler(solver, steps)
     calibration.check_step_grid(step_grid)
@@ -286,7 +290,9 @@ def calibrate(
             )
     measured = {"table": table, "extractor": extractor, **drawing}
     if goal is None:
-        plan = calibration.calibrate(dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, **measured)
+        plan = calibration.calibrate(
+            dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
+        )
         target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
     else:
         plan = calibration.calibrate_steps(dynamic, goal, **measured)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,7 @@ from dyndit.data import Pictures, open_data
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan
+from dyndit.routers.refined import refined
 from dyndit.routers.schedules import constant, ramp, reversed_plan
 from dyndit.routers.searched import Predictor, ShiftTable, search
 from dyndit.routers.steps import LatencyBudget
@@ -78,6 +80,7 @@ class Variant:
     calibration_solver: str | None = None
     calibration_steps: int | None = None
     calibration_cfg_scale: float | None = None
+    refinements: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Experiment:
     calibration_steps: int = 10
     calibration_cfg_scale: float | None = None
     """None: `cfg_scale`. Another one shows what a table is worth under a guidance that it was not measured with."""
+    refinements: int = 0
+    """Rounds in which a searched plan is measured and the prediction corrected by it (`routers.refined`)."""
     solvers: tuple[str, ...] = ("ddim", "unipc")
     full_solvers: tuple[str, ...] = ()
     """Further solvers, at full depth alone: a better solver is what plans have to beat too."""
@@ -537,7 +542,13 @@ class _Comparison:
                 plan = self._read(path)
             else:
                 base = base or self._base(table, solver, steps)
-                plan = search(table, full, budget, base=base)
+                rounds = self.experiment.refinements
+                measure = partial(self._moments, table)
+                plan = (
+                    refined(table, full, budget, measure, rounds=rounds, base=base)
+                    if rounds
+                    else search(table, full, budget, base=base)
+                )
                 plan.save(path)
             arms.append(Arm(name, "searched", plan, budget, plan.figures["predicted_fd"]))
         return arms
@@ -569,10 +580,14 @@ class _Comparison:
     def _base(self, table: ShiftTable, solver: str, steps: int) -> Moments:
         """Full depth's moments at these very steps, on the calibration seeds."""
         known = table.base_at(solver, steps) if table.cfg_scale == self.experiment.cfg_scale else None
-        return known or measure_moments(
+        return known or self._moments(table, self._full(solver, steps))
+
+    def _moments(self, table: ShiftTable, plan: DepthPlan) -> Moments:
+        """Moments under a plan, on the calibration seeds."""
+        return measure_moments(
             self.model,
             self.extractor,
-            self._full(solver, steps),
+            plan,
             num_pictures=table.num_pictures,
             seed=table.seed,
             batch_size=self.experiment.batch_size,

@@ -20,6 +20,7 @@ experiment = replace(
         Variant("cfg-3", calibration_cfg_scale=3.0),
         Variant("5-bands", calibration=replace(base, num_bands=5)),
         Variant("256-seeds", calibration=replace(base, num_pictures=256)),
+        Variant("refined", refinements=3),
         Variant("4-depths", calibration=replace(base, num_depths=4)),
     ),
 )

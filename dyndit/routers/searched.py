@@ -215,6 +215,13 @@ class Predictor:
         second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
         return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])
 
+    def base_through(self, plan: DepthPlan, measured: Moments) -> Moments:
+        """What full depth's moments would have to be for the prediction of this plan to be what was measured of it."""
+        a = self.coverage(self.choice(plan)[None]).flatten(1)
+        mean = measured.mean - (a @ self.mean.flatten(0, 1))[0]
+        second = measured.second - (a @ self.second.flatten(0, 1).flatten(1)).view_as(measured.second)
+        return Moments(mean, second, measured.num)
+
     def distances(self, choices: Tensor) -> Tensor:
         """choices: (M, K) -> predicted Fréchet distances (M,)."""
         return self.frechet(*self.moments(choices))

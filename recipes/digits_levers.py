@@ -3,7 +3,8 @@
     dyndit compare digits_levers --out runs/levers                   # resumable
 
 The comparison's own arms (`searched`) are calibrated as those of `digits_peers`; each variant differs from them in what
-its name says. docs/experiments.md tells what came of `digits_reuse`; the other variants are not measured yet.
+its name says. The learned and the confidence router are arms of their own. docs/experiments.md tells what came of
+`digits_reuse`; the other variants and the two routers are not measured yet.
 """
 
 from dataclasses import replace
@@ -11,6 +12,8 @@ from dataclasses import replace
 from dyndit.calibration import CalibrationSettings
 from dyndit.experiment import Variant
 from dyndit.recipes.digits_peers import experiment as peers
+from dyndit.routers.confidence import ConfidenceSettings
+from dyndit.routers.learned import LearnedSettings
 
 base = peers.calibration
 experiment = replace(
@@ -29,6 +32,8 @@ experiment = replace(
         Variant("short-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=100))),
         Variant("long-distillation", distill=replace(peers.distill, fit=replace(peers.distill.fit, steps=2_000))),
     ),
+    learned=LearnedSettings(),
+    confidence=ConfidenceSettings(),
     peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),
     metrics=("fd", "kid"),
     num_blocks=5,

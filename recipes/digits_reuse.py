@@ -13,6 +13,8 @@ from dyndit.recipes.digits_levers import experiment as levers
 experiment = replace(
     levers,
     variants=tuple(variant for variant in levers.variants if variant.name == "reuse"),
+    learned=None,
+    confidence=None,
     budgets=(0.3, 0.4, 0.5, 0.65),
     full_steps=(5, 7, 10, 15, 20),
 )

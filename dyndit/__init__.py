@@ -47,6 +47,8 @@ _HOME = {
     "DynDiTPipeline": "pipeline",
     "DynamicDepth": "dynamic",
     "ShiftTable": "routers.searched",
+    "LearnedRouter": "routers.learned",
+    "ConfidentDepth": "routers.confidence",
     "InputError": "errors",
     "CheckpointError": "errors",
     "PlanError": "errors",

@@ -42,12 +42,17 @@ from dyndit.data import Pictures, open_data
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan
+from dyndit.routers.confidence import ConfidenceSettings, ConfidentDepth, Decisions, measure_decisions, record_signals
+from dyndit.routers.learned import LearnedRouter, LearnedSettings, train_router
 from dyndit.routers.refined import refined
 from dyndit.routers.schedules import constant, ramp, reversed_plan
 from dyndit.routers.searched import Predictor, ShiftTable, search
 from dyndit.routers.steps import LatencyBudget
 from dyndit.sampler import Samples, balanced_labels, full_plan, sample, unguided
 from dyndit.tasks import Distill, Train, exit_error_table
+
+LEARNED = "learned.safetensors"
+"""The learned router's name in a comparison's folder."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,10 @@ class Experiment:
     controls: Controls | None = None
     variants: tuple[Variant, ...] = ()
     """Other ways to make exits and plans, each searched at every solver, step count and budget."""
+    learned: LearnedSettings | None = None
+    """A learned router's plans, at every solver, dynamic step count and budget; None for none."""
+    confidence: ConfidenceSettings | None = None
+    """A confidence router at every solver, dynamic step count and error target; None for none."""
     peers: tuple[PeerSettings, ...] = ()
     """What else a user might pick (`dyndit.analysis.peers`), at every solver and `peer_steps`."""
     peer_steps: tuple[int, ...] = (10,)
@@ -159,7 +168,7 @@ class Arm:
     """One thing that is measured: a model under a plan.
 
     model: None for the comparison's own. peer: whose arm it is, where it is a peer's. predicted_ms: per picture, by the
-    table's cost model, where the plan says what runs.
+    table's cost model, where the plan says what runs. decided: what the pictures decided by themselves, where they do.
     """
 
     name: str
@@ -170,6 +179,7 @@ class Arm:
     predicted_ms: float | None = None
     model: DynamicDepth | None = None
     peer: PeerSettings | None = None
+    decided: Decisions | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         table = comparison.table()
         arms = comparison.arms(table) + comparison.chosen(table) + comparison.peers(data)
         arms = [comparison.priced(arm, table) for arm in arms]
-        arms += comparison.variants(data)
+        arms += comparison.variants(data) + comparison.learned(table) + comparison.confidence()
         comparison.measure(arms)
         comparison.report(arms)
     return out
@@ -231,6 +241,9 @@ def _settings(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[st
             recipe.pop("schedule", None)
     if not experiment.latency_budgets:  # runs made before there were any go on
         choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}
+    for name in ("learned", "confidence"):  # a run that was begun before there were any goes on
+        if choices[name] is None:
+            choices.pop(name)
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
 
@@ -396,6 +409,58 @@ class _Comparison:
                     arms.append(replace(own.priced(arm, table), name=name, family=family, model=model))
         return arms
 
+    def learned(self, table: ShiftTable) -> list[Arm]:
+        """The learned router's arms; the router and its plans are written to `out`, and found there again."""
+        experiment, path, arms = self.experiment, self.out / LEARNED, []
+        if experiment.learned is None:
+            return arms
+        if path.exists():
+            router = LearnedRouter.load(path)
+        else:
+            self.console.print("training the learned router")
+            router = train_router(table, experiment.learned)
+            router.save(path)
+        for solver, steps in experiment.dynamic_points:
+            full, predictor = self._full(solver, steps), None
+            for budget in experiment.budgets:
+                arm = Arm(f"learned-{solver}-{steps}-b{budget:g}", "learned", full, budget)
+                if (file := self._plan_file(arm)).exists():
+                    plan = DepthPlan.load(file)
+                else:
+                    plan = router.plan(full, budget)
+                    predictor = predictor or Predictor(table, full.timesteps, self._base(table, solver, steps))
+                    plan = replace(plan, figures=plan.figures | {"predicted_fd": predictor.predict(plan)})
+                    plan.save(file)
+                plan.check(depths=self.model.depths, trunk=table.trunk, exits=table.exits, origin=str(file))
+                arms.append(self.priced(replace(arm, plan=plan, predicted_fd=plan.figures["predicted_fd"]), table))
+        return arms
+
+    def confidence(self) -> list[Arm]:
+        """The confidence router's arms; thresholds, and what they decide at every step, are written to `out`."""
+        experiment, settings, arms, decided = self.experiment, self.experiment.confidence, [], []
+        if settings is None:
+            return arms
+        self.console.print("calibrating the confidence router")
+        signals = record_signals(
+            self.model,
+            solver=experiment.calibration_solver,
+            num_steps=experiment.calibration_steps,
+            cfg_scale=experiment.cfg_scale,
+            settings=settings,
+        )
+        for target in settings.targets:
+            thresholds = signals.thresholds(target, settings.num_bands)
+            thresholds.save(self.out / f"thresholds-e{target:g}.json")
+            model = ConfidentDepth(self.model, thresholds)
+            for solver, steps in experiment.dynamic_points:
+                name, plan = f"confidence-{solver}-{steps}-e{target:g}", self._full(solver, steps)
+                decisions = measure_decisions(model, plan, num_pictures=settings.num_pictures, seed=settings.seed + 1)
+                decided.append(decisions.frame().assign(arm=name))
+                plan = replace(plan, router="confidence")
+                arms.append(Arm(name, "confidence", plan, model=model, decided=decisions))
+        pd.concat(decided).to_csv(self.out / "confidence.csv", index=False)
+        return arms
+
     def priced(self, arm: Arm, table: ShiftTable) -> Arm:
         """The arm with the time that the cost model gives its plan; as it is where it runs other than its plan says."""
         if arm.model not in (None, self.model):
@@ -403,11 +468,11 @@ class _Comparison:
         return replace(arm, predicted_ms=1e3 * table.cost.plan_seconds(arm.plan) / table.cost.batch_size)
 
     def _macs(self, arms: Iterable[Arm]) -> dict[str, float]:
-        """Multiply-accumulates of the denoiser per picture by arm; peers, which may decide on data, on a batch."""
+        """Multiply-accumulates of the denoiser per picture by arm; where the data may decide (peers), on a batch."""
         num, parts, counted = min(self.experiment.batch_size, self.experiment.num_images), {}, {}
         for arm in arms:
             model = arm.model or self.model
-            if isinstance(model, Peer):
+            if isinstance(model, Peer | ConfidentDepth):
                 counted[arm.name] = count_macs(lambda arm=arm: self._draw(arm, seed=0, num=num)) / num
             else:
                 parts[id(model)] = parts.get(id(model)) or model_macs(model)
@@ -491,6 +556,10 @@ class _Comparison:
         pictures = torch.cat([part.pictures for part in drawn])
         # A peer's blocks are not those of its plan, unless it is one.
         cond, uncond = plan.mean_depth if arm.peer is None or arm.model is self.model else (None, None)
+        share = plan.share_of_blocks if arm.peer is None else arm.peer.share_of_blocks(plan)
+        if arm.decided is not None:  # both branches leave together
+            cond = arm.decided.mean_depth.mean().item()
+            uncond, share = cond * plan.guided, cond / plan.num_blocks
         figures = {
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
@@ -504,7 +573,7 @@ class _Comparison:
             "block": block,
             "seed": block,
             "num_images": experiment.num_images,
-            "share_of_blocks": plan.share_of_blocks if arm.peer is None else arm.peer.share_of_blocks(plan),
+            "share_of_blocks": share,
             "mean_depth_cond": cond,
             "mean_depth_uncond": uncond,
             "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,

@@ -4,7 +4,8 @@
 
 The comparison's own arms (`searched`) have the exits of the quickstart and a table of 128 seeds by 10 bands; each
 variant differs from them in what its name says. `digits_calibration` does the same for the table, `digits_reuse` for
-guidance of earlier steps. docs/experiments.md tells what came of each.
+guidance of earlier steps. The learned and the confidence router are arms of their own. docs/experiments.md tells what
+came of each.
 """
 
 from dataclasses import replace
@@ -12,6 +13,8 @@ from dataclasses import replace
 from dyndit.calibration import CalibrationSettings
 from dyndit.experiment import Variant
 from dyndit.recipes.digits_peers import experiment as peers
+from dyndit.routers.confidence import ConfidenceSettings
+from dyndit.routers.learned import LearnedSettings
 
 base = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)
 distill = peers.distill
@@ -36,6 +39,8 @@ experiment = replace(
         Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
         Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
     ),
+    learned=LearnedSettings(),
+    confidence=ConfidenceSettings(),
     peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),
     metrics=("fd", "kid"),
     num_blocks=5,

@@ -86,8 +86,15 @@ class State:
         """Return the state of rows `start:stop` of the batch."""
         if start == 0 and stop in (None, len(self.tokens)):
             return self
+        return self._picked(slice(start, stop))
+
+    def take(self, indices: Tensor) -> Self:
+        """Return the state of these rows of the batch.  indices: (R,), integers."""
+        return self._picked(indices)
+
+    def _picked(self, rows: slice | Tensor) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[start:stop] for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})
 
 
 class Backbone(nn.Module):

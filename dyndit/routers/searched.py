@@ -210,7 +210,11 @@ class Predictor:
 
     def moments(self, choices: Tensor) -> tuple[Tensor, Tensor]:
         """choices: (M, K) -> predicted means (M, F) and covariances (M, F, F)."""
-        a = self.coverage(choices).flatten(1)
+        return self.moments_at(self.coverage(choices))
+
+    def moments_at(self, coverage: Tensor) -> tuple[Tensor, Tensor]:
+        """coverage: (M, bands, P + 1), whole steps or shares of them -> means (M, F) and covariances (M, F, F)."""
+        a = coverage.flatten(1)
         mean = self.base.mean + a @ self.mean.flatten(0, 1)
         second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
         return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])

@@ -1,0 +1,365 @@
+"""The confidence router: at every step each picture leaves where its own estimated error is small.
+
+At some depths d_0 < d_1 < ... the exits' predictions are compared. A picture's signal at d_i is the mean squared
+change of its prediction since d_(i-1); it leaves at d_i where that is below a threshold, and is cut out of the batch,
+which goes on with the rest. Under guidance a picture's two branches leave together, by the change of the guided
+prediction. So a decision depends on the timestep and on the picture alone, never on its batch mates.
+
+Leaving by an exit's own confidence is DeeBERT's (Xin et al. 2020, arXiv:2004.12993), in diffusion DeeDiff's (Tang et
+al. 2023, arXiv:2309.17074, later named AdaDiff), which trains estimators of the error; here nothing is trained.
+Thresholds are calibrated against the true error, as in CALM (Schuster et al. 2022, arXiv:2207.07061): see `threshold`.
+
+Which rows go on is known on the device alone, so the host waits for it once for each of d_1, d_2, ... at every step.
+An option: searched plans are the default until it beats them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dyndit.backbones import Inputs
+from dyndit.drawing import CALIBRATION_SEED, batches_of
+from dyndit.dynamic import DynamicDepth, Step
+from dyndit.errors import CheckpointError, InputError
+from dyndit.manifest import write_json
+from dyndit.plan import DepthPlan
+from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
+
+FORMAT = "dyndit-thresholds"
+VERSION = 1
+MIN_ROWS, NUM_QUANTILES, QUANTILE_95 = 20, 20, 1.645
+
+
+@dataclass(frozen=True)
+class ConfidenceSettings:
+    """What thresholds are calibrated on.
+
+    targets: mean squared errors of the guided noise prediction against full depth's that rows which leave may have; the
+    noise itself has 1. depths: d_0, d_1, ..., with exits; empty means `default_depths`. num_bands: of timesteps, each
+    with thresholds of its own.
+    """
+
+    targets: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
+    depths: tuple[int, ...] = ()
+    num_pictures: int = 256
+    num_bands: int = 5
+    batch_size: int = 64
+    seed: int = CALIBRATION_SEED
+
+
+def default_depths(depths: Sequence[int]) -> tuple[int, ...]:
+    """The exits nearest to 1/6, 2/6, 3/6 and 4/6 of L, and the one before them to compare the first with."""
+    *exits, full = depths
+    if not exits:
+        return ()
+    chosen = sorted({min(exits, key=lambda depth: abs(depth - full * sixth / 6)) for sixth in range(1, 5)})
+    return (*[depth for depth in exits if depth < chosen[0]][-1:], *chosen)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a picture leaves. Plain data.
+
+    depths: d_0, d_1, ..., d_m, rising, below L; no picture leaves at d_0. edges: bands + 1 timesteps, falling; band b
+    covers (edges[b + 1], edges[b]]. values: for each band the m signals below which a picture leaves at d_1 to d_m.
+    cfg_scale, target: what they were calibrated for. trunk, exits: hashes; "" for thresholds that fit any.
+    """
+
+    depths: tuple[int, ...]
+    edges: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+    cfg_scale: float = 1.0
+    target: float | None = None
+    trunk: str = ""
+    exits: str = ""
+
+    def at(self, timestep: float) -> tuple[float, ...]:
+        """The thresholds of d_1 to d_m; a timestep beyond the bands takes the nearest."""
+        return self.values[sum(timestep <= edge for edge in self.edges[1:-1])]
+
+    def save(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        write_json(Path(path), {"format": FORMAT, "version": VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read JSON.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or holds no thresholds of this version.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            if (data.pop("format", None), data.pop("version", None)) != (FORMAT, VERSION):
+                raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
+            values = tuple(map(tuple, data.pop("values")))
+            return cls(tuple(data.pop("depths")), tuple(data.pop("edges")), values, **data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: no readable thresholds ({error})") from error
+
+
+def _guided(predictions: Tensor, channels: int, scale: float) -> Tensor:
+    """(branches, B, C_out, H, W) -> the guided noise prediction (B, C, H, W), float32."""
+    eps = predictions[:, :, :channels].float()
+    return eps[0] if len(eps) == 1 else eps[1] + scale * (eps[0] - eps[1])
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,)."""
+    return difference.square().flatten(1).mean(1)
+
+
+class ConfidentDepth(DynamicDepth):
+    """A model whose pictures leave where they are sure. `sample` takes it in place of the model.
+
+    It decides at the steps that the plan runs at full depth (with guidance, where the thresholds are of guided
+    sampling); the others run as planned. Its memory is the record: for every step the depths (B,) that pictures left
+    at.
+    """
+
+    def __init__(self, model: DynamicDepth, thresholds: Thresholds) -> None:
+        """Share the modules of `model`.
+
+        Raises:
+            InputError: the thresholds are another model's, or it has no exit at one of their depths.
+        """
+        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space)
+        _check_depths(thresholds.depths, self.depths)
+        for name, mine in (("trunk", thresholds.trunk), ("exits", thresholds.exits)):
+            if mine and mine != (theirs := getattr(self, f"{name}_hash")()):
+                raise InputError(f"thresholds: of {name} {mine}, but the model's are {theirs or 'absent'}")
+        self.thresholds = thresholds
+        self.eval()
+
+    def predict(self, step: Step, memory: tuple[Tensor, ...] | None) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """As of `DynamicDepth`."""
+        branches = 1 if self.thresholds.cfg_scale == 1 else 2
+        if step.depths == (self.num_blocks,) * branches:
+            predictions, depths = self._confident(step)
+        else:
+            predictions = self.branches(step.x_t, step.times, step.labels, step.depths)
+            depths = torch.full((len(step.x_t),), step.depths[0], device=step.x_t.device)
+        return predictions, (*(memory or ()), depths)
+
+    def _confident(self, step: Step) -> tuple[list[Tensor], Tensor]:
+        """The predictions of every branch, and the depths (B,) that the pictures left at."""
+        joined = Inputs.joined([Inputs(step.x_t, step.times, labels) for labels in step.labels])
+        state, done, branches = self.backbone.embed(joined.x, joined.t, joined.y), 0, len(step.labels)
+        rows = torch.arange(len(step.x_t), device=step.x_t.device)  # the pictures that are still there
+        depths, left, predictions, before = torch.full_like(rows, self.num_blocks), [], [], None
+        limits = (None, *self.thresholds.at(step.timesteps[step.k]), None)
+        for depth, limit in zip((*self.thresholds.depths, self.num_blocks), limits, strict=True):
+            for index in range(done, depth):
+                state = self.backbone.block(index, state)
+            now, done = self.leave(state, depth).unflatten(0, (branches, len(rows))), depth
+            if depth == self.num_blocks:
+                left, predictions = [*left, rows], [*predictions, now]
+            elif before is not None:
+                leaves = _mean_square(self._guided(now) - self._guided(before)) < limit
+                gone, kept = leaves.nonzero().flatten(), (~leaves).nonzero().flatten()
+                if len(gone):
+                    depths[rows[gone]] = depth
+                    left, predictions = [*left, rows[gone]], [*predictions, now[:, gone]]
+                    state = state.take(torch.cat([kept + branch * len(rows) for branch in range(branches)]))
+                    rows, now = rows[kept], now[:, kept]
+                if not len(rows):
+                    break
+            before = now
+        whole = torch.cat(predictions, dim=1)[:, torch.cat(left).argsort()]
+        return list(whole), depths
+
+    def _guided(self, predictions: Tensor) -> Tensor:
+        return _guided(predictions, self.backbone.in_channels, self.thresholds.cfg_scale)
+
+
+def _check_depths(depths: tuple[int, ...], there: tuple[int, ...]) -> None:
+    exits = list(there[:-1])
+    if len(depths) < 2 or list(depths) != sorted(set(depths)) or not set(depths) <= set(exits):
+        raise InputError(f"confidence depths {list(depths)}: expected two or more of the exits {exits}, rising")
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """Signals and true errors along trajectories at full depth.
+
+    signal, error: (K, m, N), of K steps, d_1 to d_m and N pictures: the mean squared change of the guided prediction
+    since the depth before, and its mean squared difference from full depth's.
+    """
+
+    depths: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    cfg_scale: float
+    signal: Tensor
+    error: Tensor
+    trunk: str = ""
+    exits: str = ""
+
+    def thresholds(self, target: float, num_bands: int) -> Thresholds:
+        """Thresholds for this mean squared error, depth after depth on the rows that earlier ones leave over.
+
+        Raises:
+            InputError: the target is negative, or there are no bands.
+        """
+        if not target >= 0 or num_bands < 1:
+            raise InputError(f"confidence target {target:g} in {num_bands} bands: expected 0 or more, and 1 or more")
+        bands = torch.arange(len(self.timesteps)).tensor_split(min(num_bands, len(self.timesteps)))
+        values = []
+        for band in bands:
+            signal, error = (x[band].transpose(0, 1).flatten(1) for x in (self.signal, self.error))
+            there, chosen = torch.ones_like(signal[0], dtype=torch.bool), []
+            for s, e in zip(signal, error, strict=True):
+                chosen.append(threshold(s[there], e[there], target))
+                there &= s >= chosen[-1]
+            values.append(tuple(chosen))
+        edges = (*(float(self.timesteps[band[0]]) for band in bands), 0.0)
+        return Thresholds(self.depths, edges, tuple(values), self.cfg_scale, target, self.trunk, self.exits)
+
+
+def threshold(signal: Tensor, error: Tensor, target: float) -> float:
+    """The signal below which rows have a mean error of at most `target`; 0 where none may leave.  Both: (N,).
+
+    Candidates are the twentieths of the signals, tried from the strictest on, up to the first whose rows' mean error
+    might be above the target: its one-sided 95% bound (normal) is. That order makes it one test at 5% for all
+    candidates (fixed-sequence testing: Angelopoulos et al. 2021, "Learn then Test", arXiv:2110.01052, as used by CALM).
+    The level holds for one depth and band each, and for rows as independent as steps of one picture are.
+    """
+    order = signal.argsort()
+    signal, error, best = signal[order], error[order].double(), 0.0
+    for part in range(1, NUM_QUANTILES + 1):
+        num = part * len(signal) // NUM_QUANTILES
+        if num < MIN_ROWS:
+            continue
+        bound = error[:num].mean() + QUANTILE_95 * error[:num].std() / num**0.5
+        if bound > target:
+            break
+        beyond = signal[num] if num < len(signal) else torch.nextafter(signal[-1], signal.new_tensor(torch.inf))
+        best = beyond.item()
+    return best
+
+
+class _Recorder(DynamicDepth):
+    """Full depth, whose memory is what every exit on the way would have said: (signal, error), (m, B) each, by step."""
+
+    def __init__(self, model: DynamicDepth, depths: tuple[int, ...], cfg_scale: float) -> None:
+        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space)
+        self.compared, self.cfg_scale = depths, cfg_scale
+        self.eval()
+
+    def predict(self, step: Step, memory: tuple | None) -> tuple[list[Tensor], tuple]:
+        """As of `DynamicDepth`."""
+        joined = Inputs.joined([Inputs(step.x_t, step.times, labels) for labels in step.labels])
+        every = self.every_exit(joined.x, joined.t, joined.y)
+        shape = (len(step.labels), len(step.x_t))
+        *exits, full = (
+            _guided(every[depth].unflatten(0, shape), self.backbone.in_channels, self.cfg_scale)
+            for depth in (*self.compared, self.num_blocks)
+        )
+        signal = torch.stack([_mean_square(now - before) for before, now in pairwise(exits)])
+        error = torch.stack([_mean_square(prediction - full) for prediction in exits[1:]])
+        return list(every[self.num_blocks].unflatten(0, shape)), (*(memory or ()), (signal.cpu(), error.cpu()))
+
+
+def record_signals(
+    model: DynamicDepth,
+    *,
+    solver: AnySolver = "ddim",
+    num_steps: int = 10,
+    cfg_scale: float = 1.5,
+    settings: ConfidenceSettings | None = None,
+) -> Signals:
+    """Run trajectories at full depth, classes in turn, and keep what the exits on the way would have said.
+
+    Thresholds from them hold for states on full depth's trajectories; those of a sampling that leaves early drift away.
+
+    Raises:
+        InputError: fewer than two exits, or depths without one.
+    """
+    settings = settings or ConfidenceSettings()
+    depths = settings.depths or default_depths(model.depths)
+    _check_depths(depths, model.depths)
+    plan = full_plan(model, solver, num_steps, cfg_scale)
+    recorder = _Recorder(model, depths, cfg_scale)
+    found = _memories(recorder, plan, solver, settings.num_pictures, settings.seed, settings.batch_size)
+    signal, error = (torch.cat([torch.stack([s[i] for s in steps]) for steps in found], dim=2) for i in range(2))
+    return Signals(depths, plan.timesteps, cfg_scale, signal, error, model.trunk_hash(), model.exits_hash())
+
+
+def _memories(
+    model: DynamicDepth, plan: DepthPlan, solver: AnySolver, num: int, seed: int, batch_size: int
+) -> list[tuple]:
+    """Sample `num` pictures, classes in turn -> the memory at the end of every batch."""
+    device, found = next(model.parameters()).device, []
+    for indices in batches_of(range(num), batch_size):
+        labels = torch.tensor([i % model.backbone.num_classes for i in indices], device=device)
+        batch = Batch(labels, tuple(indices), seed)
+        begun = start(model, batch, solver, plan.num_steps)
+        found.append(advance(model, batch, begun, plan, Guidance(plan.cfg_scale)).memory)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """What was decided in a sampling. depths: (K, N) of every step and picture; shaken: (K, N), those decided when the
+    picture's x_t is changed a little."""
+
+    timesteps: tuple[float, ...]
+    depths: Tensor
+    shaken: Tensor
+
+    @property
+    def mean_depth(self) -> Tensor:
+        """By step, (K,)."""
+        return self.depths.double().mean(1)
+
+    @property
+    def flip_rates(self) -> Tensor:
+        """By step, (K,): the share of pictures whose decision the small change of x_t changes."""
+        return (self.depths != self.shaken).double().mean(1)
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each step: step, timestep, mean_depth, flip_rate."""
+        rows = {"timestep": self.timesteps, "mean_depth": self.mean_depth, "flip_rate": self.flip_rates}
+        return pd.DataFrame(rows).rename_axis("step").reset_index()
+
+
+class _Shaken(ConfidentDepth):
+    """Decides every step twice; the second time on a disturbed x_t, and only to keep what was decided."""
+
+    def __init__(self, model: ConfidentDepth, noise: float) -> None:
+        super().__init__(model, model.thresholds)
+        self.noise = noise
+
+    def predict(self, step: Step, memory: tuple | None) -> tuple[list[Tensor], tuple]:
+        """As of `DynamicDepth`."""
+        predictions, (depths,) = super().predict(step, None)
+        x = step.x_t
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(step.k)).to(x)
+        size = x.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
+        _, (shaken,) = super().predict(replace(step, x_t=x + self.noise * size * drawn), None)
+        return predictions, (*(memory or ()), torch.stack([depths, shaken]).cpu())
+
+
+def measure_decisions(
+    model: ConfidentDepth,
+    plan: DepthPlan,
+    *,
+    num_pictures: int = 256,
+    batch_size: int = 64,
+    seed: int = CALIBRATION_SEED + 1,
+    noise: float = 0.01,
+) -> Decisions:
+    """Sample pictures under a plan of a named solver, and decide each step again with Gaussian noise added to x_t.
+
+    noise: its standard deviation, as a share of the root mean square of the picture's x_t. The share of decisions that
+    it changes is the flip rate; the definition is ours.
+    """
+    found = _memories(_Shaken(model, noise), plan, plan.solver, num_pictures, seed, batch_size)
+    depths = torch.cat([torch.stack(steps) for steps in found], dim=2)  # (K, 2, N)
+    return Decisions(plan.timesteps, depths[:, 0], depths[:, 1])

@@ -144,7 +144,7 @@ class ConfidentDepth(DynamicDepth):
         if step.depths == (self.num_blocks,) * branches:
             predictions, depths = self._confident(step)
         else:
-            predictions = self.branches(step.x_t, step.times, step.labels, step.depths)
+            predictions, _ = super().predict(step, None)
             depths = torch.full((len(step.x_t),), step.depths[0], device=step.x_t.device)
         return predictions, (*(memory or ()), depths)
 

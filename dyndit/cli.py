@@ -222,9 +222,9 @@ def calibrate(
     from rich.console import Console
 
     from dyndit import calibration, checkpoints
-    from dyndit.experiment import progress_bar
     from dyndit.latents import decode_latents, load_autoencoder
     from dyndit.manifest import check_device
+    from dyndit.progress import progress_bar
     from dyndit.routers.searched import ShiftTable
     from dyndit.sampler import make_scheduler, to_uint8
 
@@ -386,9 +386,9 @@ def sample(
     from dyndit import sampler as sampling
     from dyndit.backbones import tensors_hash
     from dyndit.calibration import table_for
-    from dyndit.experiment import progress_bar
     from dyndit.latents import decode_latents, load_autoencoder
     from dyndit.pictures import grid
+    from dyndit.progress import progress_bar
 
     manifest.check_device(device)
     goal = _goal(choice, steps, plan=depth.plan, budget=depth.budget, ramp=depth.ramp)
@@ -755,12 +755,13 @@ def compare(
 def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: object) -> None:
     from rich.console import Console
 
-    from dyndit import experiment
+    from dyndit import comparison
     from dyndit.analysis import read_runs, summary, terminal_table
+    from dyndit.experiment import Experiment, Inputs
     from dyndit.recipe_files import find
 
-    chosen = find(recipe, attribute, experiment.Experiment)
-    experiment.run(chosen, out, experiment.Inputs(**inputs))
+    chosen = find(recipe, attribute, Experiment)
+    comparison.run(chosen, out, Inputs(**inputs))
     table = summary(read_runs(out), chosen.margin)
     Console().print(terminal_table(table))
     print(f"report: {out / 'report.html'}")

@@ -249,8 +249,8 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert runs["fd"].notna().all()
     # Again: nothing is distilled, calibrated or sampled for a figure twice.
     before = (out / "runs.csv").read_bytes()
-    monkeypatch.setattr("dyndit.experiment.measure_shifts", None)
-    monkeypatch.setattr("dyndit.experiment.measure_bases", None)
+    monkeypatch.setattr("dyndit.arms.measure_shifts", None)
+    monkeypatch.setattr("dyndit.arms.measure_bases", None)
     monkeypatch.setattr("dyndit.tasks.fit", None)
     main(arguments)
     assert (out / "runs.csv").read_bytes() == before
@@ -273,7 +273,7 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
         "variants=(), points=(('ddim', 4),), full_points=(('ddim', 4), ('unipc', 2)), precision='bf16', controls=None"
     )
     recipe.write_text(f"{RECIPE}\nfrom dataclasses import replace\nexperiment = replace(experiment, {changes})\n")
-    monkeypatch.setattr("dyndit.experiment.measure_shifts", None)
+    monkeypatch.setattr("dyndit.arms.measure_shifts", None)
     monkeypatch.setattr("dyndit.tasks.fit", None)
     out = tmp_path / "run"
     main(["compare", str(recipe), "--out", str(out), "--model", str(workshop / "model")])

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit import experiment as experiments
 from dyndit.analysis.peers import Peer, PeerSettings, Workshop, grid, peers
 from dyndit.analysis.peers.ase import FixedExits
 from dyndit.analysis.peers.forecast import Forecast, extrapolate
@@ -20,10 +19,12 @@ from dyndit.analysis.peers.pruned import Pruned, effects, evenly_spread, most_ef
 from dyndit.analysis.peers.random_plan import RandomPlan, shuffled
 from dyndit.analysis.peers.stale import DeepReuse, Stale
 from dyndit.analysis.peers.switch import Switch, TwoModels
+from dyndit.arms import Arm, Preparation
+from dyndit.comparison import Comparison, in_turn
 from dyndit.data import load_digits
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.experiment import Arm, Experiment, in_turn
+from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.plan import DepthPlan
 from dyndit.routers.schedules import ramp
 from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
@@ -403,20 +404,23 @@ def comparison(model, tmp_path):
         peers=(Stale(2, 2), FixedExits(), GuidanceInterval(0.5, 10.0), Pruned(1)),
         num_blocks=2, num_images=70, batch_size=30, metrics=("fd", "kid", "is", "prc"), witnesses=("digits-lenet",),
     )  # fmt: skip
-    return experiments._Comparison(experiment, model, judges, tmp_path, Console(quiet=True))
+    return Comparison(experiment, model, judges, tmp_path, Console(quiet=True))
 
 
 def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, monkeypatch) -> None:
-    arms = [Arm("full-ddim-3", "full", full_plan(model, "ddim", 3, 1.5)), *comparison.peers(load_digits())]
+    arms = [
+        Arm("full-ddim-3", "full", full_plan(model, "ddim", 3, 1.5)),
+        *Preparation(**vars(comparison)).peers(load_digits()),
+    ]
     assert [arm.family for arm in arms] == ["full", "stale", "ase", "interval", "pruned"]
     broken = Recorder(stop_after=15 + 7)  # within the second block
-    monkeypatch.setattr(experiments, "sample", broken)
+    monkeypatch.setattr("dyndit.comparison.sample", broken)
     with pytest.raises(KeyboardInterrupt):
         comparison.measure(arms)
     path = comparison.out / "runs.csv"
     assert len(pd.read_csv(path)) == 2 * 5  # a row for each judge
     resumed = Recorder()
-    monkeypatch.setattr(experiments, "sample", resumed)
+    monkeypatch.setattr("dyndit.comparison.sample", resumed)
     comparison.measure(arms)
     assert {seed for seed, *_ in resumed.calls} == {1}
     firsts = [first for _, first, *_ in resumed.calls]
@@ -443,7 +447,7 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
 def test_an_experiments_peers_are_told_apart_in_its_manifest(comparison) -> None:
     ours = comparison.experiment
     settings = [
-        experiments._settings(replace(ours, peers=(peer,)), experiments.Inputs(), load_digits())
+        settings_of(replace(ours, peers=(peer,)), Inputs(), load_digits())
         for peer in (*grid(Stale, every=(2,), depth=(2,)), Forecast(2, 2))
     ]
     assert settings[0]["experiment"]["peers"] != settings[1]["experiment"]["peers"]

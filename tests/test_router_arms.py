@@ -6,20 +6,21 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from dyndit import experiment as experiments
 from dyndit.analysis.extractors import load_extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.sets import PictureSet
+from dyndit.arms import Preparation
 from dyndit.calibration import CalibrationSettings
+from dyndit.comparison import Comparison
 from dyndit.data import load_digits
-from dyndit.experiment import Experiment
+from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.routers.confidence import ConfidenceSettings, Thresholds
 from dyndit.routers.learned import LearnedSettings
 from dyndit.tasks import Distill
 
 
 @pytest.fixture(scope="module")
-def comparison(make_model, tmp_path_factory):
+def making(make_model, tmp_path_factory):
     experiment = Experiment(
         model="", data="digits", extractor="digits", distill=Distill(), solvers=("ddim",), dynamic_steps=(3,),
         calibration=CalibrationSettings(70, 2, 70, pairs=((2, 2), (4, 4), (2, 0))), calibration_steps=3,
@@ -30,23 +31,23 @@ def comparison(make_model, tmp_path_factory):
     real = PictureSet("digits", load_digits().uint8()[:300])
     judges = (Measured(real, load_extractor("digits")),)
     out = tmp_path_factory.mktemp("comparison")
-    return experiments._Comparison(experiment, make_model(), judges, out, Console(quiet=True))
+    return Preparation(experiment, make_model(), judges, out, Console(quiet=True))
 
 
-def test_both_routers_are_measured_beside_the_rest(comparison, monkeypatch) -> None:
-    table = comparison.table()
-    arms = [*comparison.learned(table), *comparison.confidence()]
+def test_both_routers_are_measured_beside_the_rest(making, monkeypatch) -> None:
+    table = making.table()
+    arms = [*making.learned(table), *making.confidence()]
     assert [arm.name for arm in arms] == [
         "learned-ddim-3-b0.5", "learned-ddim-3-b0.8", "confidence-ddim-3-e0", "confidence-ddim-3-e1e+09",
     ]  # fmt: skip
     assert all(table.cost.share_of_time(arm.plan) <= arm.budget * (1 + 1e-6) for arm in arms[:2])
     assert all(arm.predicted_fd > 0 and arm.predicted_ms > 0 for arm in arms[:2])
-    monkeypatch.setattr(experiments, "train_router", None)  # a run that goes on finds router and plans
-    monkeypatch.setattr(experiments, "Predictor", None)
-    assert comparison.learned(table) == arms[:2]
+    monkeypatch.setattr("dyndit.arms.train_router", None)  # a run that goes on finds router and plans
+    monkeypatch.setattr("dyndit.arms.Predictor", None)
+    assert making.learned(table) == arms[:2]
 
-    comparison.measure(arms)
-    rows = pd.read_csv(comparison.out / "runs.csv").set_index("arm")
+    Comparison(**vars(making)).measure(arms)
+    rows = pd.read_csv(making.out / "runs.csv").set_index("arm")
     shares = rows["share_of_blocks"]
     assert shares["learned-ddim-3-b0.5"] == pytest.approx(arms[0].plan.share_of_blocks)
     assert shares["confidence-ddim-3-e0"] == 1
@@ -56,20 +57,20 @@ def test_both_routers_are_measured_beside_the_rest(comparison, monkeypatch) -> N
     assert early["macs"] < 0.6 * never["macs"]  # counted at what ran
     assert pd.isna(early["predicted_ms"])
 
-    decided = pd.read_csv(comparison.out / "confidence.csv")
+    decided = pd.read_csv(making.out / "confidence.csv")
     assert decided.groupby("arm").size().to_dict() == dict.fromkeys([arm.name for arm in arms[2:]], 3)
-    assert Thresholds.load(comparison.out / "thresholds-e0.json").target == 0
+    assert Thresholds.load(making.out / "thresholds-e0.json").target == 0
 
 
-def test_a_comparison_without_them_is_the_run_it_was(comparison) -> None:
+def test_a_comparison_without_them_is_the_run_it_was(making) -> None:
     def settings(experiment: Experiment) -> dict:
-        return experiments._settings(experiment, experiments.Inputs(), load_digits())["experiment"]
+        return settings_of(experiment, Inputs(), load_digits())["experiment"]
 
-    neither = replace(comparison.experiment, learned=None, confidence=None)
+    neither = replace(making.experiment, learned=None, confidence=None)
     assert not {"learned", "confidence"} & settings(neither).keys()
-    assert {"learned", "confidence"} <= settings(comparison.experiment).keys()
-    assert not replace(comparison, experiment=neither).learned(None)
-    assert not replace(comparison, experiment=neither).confidence()
+    assert {"learned", "confidence"} <= settings(making.experiment).keys()
+    assert not replace(making, experiment=neither).learned(None)
+    assert not replace(making, experiment=neither).confidence()
 
 
 def test_the_recipe_of_levers_measures_both() -> None:

@@ -1,0 +1,230 @@
+"""One comparison from trunk to report: what `dyndit quickstart` and `dyndit compare` run.
+
+distil exits -> measure the shift table -> search plans -> make the peers (all of that in `arms`) -> sample every arm
+from the same fresh seeds -> report. Every stage leaves its result on disk; what is there and valid is not done again.
+"""
+
+import random
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from dyndit import checkpoints, manifest
+from dyndit.analysis.extractors import load_extractor
+from dyndit.analysis.features import Measured
+from dyndit.analysis.frontier import COLUMNS, RUNS, append_run, measured
+from dyndit.analysis.macs import count_macs, model_macs
+from dyndit.analysis.peers import Peer
+from dyndit.analysis.quality import score
+from dyndit.analysis.sets import PictureSet
+from dyndit.arms import Arm, Preparation, model_with_exits, plan_file
+from dyndit.data import open_data
+from dyndit.dynamic import DynamicDepth
+from dyndit.errors import InputError
+from dyndit.experiment import Experiment, Inputs, settings_of
+from dyndit.progress import progress_bar
+from dyndit.routers.confidence import ConfidentDepth
+from dyndit.sampler import Samples, balanced_labels, sample
+
+
+def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
+    """Run the comparison in `out` and return it; `dyndit.analysis.read_runs(out)` has the figures.
+
+    Raises:
+        InputError: `out` holds another run, or an input does not fit.
+    """
+    inputs, console = inputs or Inputs(), console or Console(stderr=True)
+    manifest.check_device(inputs.device)
+    data = open_data(inputs.data or experiment.data)
+    extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
+    trunk = None if inputs.from_scratch else checkpoints.load(inputs.model or experiment.model, device=inputs.device)
+    if trunk is None and experiment.train is None:
+        raise InputError("--from-scratch: this experiment has no recipe for its trunk")
+    if trunk is not None and not trunk.pixel_space:
+        raise InputError(f"--model {inputs.model}: makes latents; expected a model of pixels")
+    extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.witnesses)]
+    identity = {
+        "trunk": "" if trunk is None else trunk.trunk_hash(),
+        "exits": "" if trunk is None else trunk.exits_hash(),
+        "extractor": extractor.fingerprint,
+        "witnesses": [witness.fingerprint for witness in extractors[1:]],
+        "machine": manifest.machine(inputs.device),
+    }
+    manifest.claim(out, settings_of(experiment, inputs, data) | identity)
+    model = model_with_exits(experiment, trunk, data, out, console).to(inputs.device)
+    if trunk is not None and trunk.exits is not None:
+        _hand_over(Path(inputs.model or experiment.model) / checkpoints.TABLE, out / "model" / checkpoints.TABLE)
+    real = PictureSet(inputs.data or experiment.data, data.uint8())
+    judges = tuple(Measured(real, judge) for judge in extractors)
+    making = Preparation(experiment, model, judges, out, console)
+    comparison = Comparison(experiment, model, judges, out, console)
+    with experiment.autocast(inputs.device):
+        table = making.table()
+        arms = making.arms(table) + making.chosen(table) + making.peers(data)
+        arms = [making.priced(arm, table) for arm in arms]
+        arms += making.variants(data) + making.learned(table) + making.confidence()
+        comparison.measure(arms)
+        comparison.report(arms)
+    return out
+
+
+def _hand_over(table: Path, place: Path) -> None:
+    """Copy the shift table that lies beside the given model; whether it is this model's is seen when it is read."""
+    if table.is_file() and not place.exists():
+        shutil.copyfile(table, place)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The stages that count: every arm sampled and scored, and the report."""
+
+    experiment: Experiment
+    model: DynamicDepth
+    judges: tuple[Measured, ...]
+    """Real pictures as each extractor sees them; plans were searched for the first."""
+    out: Path
+    console: Console
+
+    def _macs(self, arms: Iterable[Arm]) -> dict[str, float]:
+        """Multiply-accumulates of the denoiser per picture by arm; where the data may decide (peers), on a batch."""
+        num, parts, counted = min(self.experiment.batch_size, self.experiment.num_images), {}, {}
+        for arm in arms:
+            model = arm.model or self.model
+            if isinstance(model, Peer | ConfidentDepth):
+                counted[arm.name] = count_macs(lambda arm=arm: self._draw(arm, seed=0, num=num)) / num
+            else:
+                parts[id(model)] = parts.get(id(model)) or model_macs(model)
+                counted[arm.name] = parts[id(model)].plan(arm.plan)
+        return counted
+
+    def measure(self, arms: list[Arm]) -> None:
+        """Sample and score every arm on every seed block.
+
+        Within a block the arms take turns batch by batch, so that a machine that slows down slows all of them. A block
+        that was broken off is drawn anew by the arms that have no row of it yet.
+        """
+        experiment, path = self.experiment, self.out / RUNS
+        done = measured(path) if path.exists() else set()
+        batches, size = -(-experiment.num_images // experiment.batch_size), experiment.batch_size
+        missing = {
+            block: [arm for arm in arms if (arm.name, block) not in done] for block in range(experiment.num_blocks)
+        }
+        total = batches * experiment.num_blocks * len(arms)
+        count = total - batches * sum(map(len, missing.values()))
+        if count < total:
+            for arm in {(arm.family, id(arm.model)): arm for arm in arms}.values():  # warm-up
+                self._draw(arm, seed=0, num=min(size, experiment.num_images))
+        macs = self._macs({arm.name: arm for waiting in missing.values() for arm in waiting}.values())
+        with progress_bar("sampling and scoring", self.console) as advance:
+            for block, waiting in missing.items():
+                drawn: dict[str, list[Samples]] = {arm.name: [] for arm in waiting}
+                for batch in range(batches):
+                    num = min(size, experiment.num_images - batch * size)
+                    for arm in in_turn(waiting, block, batch):
+                        part = self._draw(arm, seed=block, num=num, first=batch * size, stats=True)
+                        drawn[arm.name].append(part)
+                        count += 1
+                        advance(count, total)
+                for arm in waiting:
+                    append_run(path, *self._rows(arm, block, drawn.pop(arm.name), macs[arm.name]))
+
+    def report(self, arms: list[Arm]) -> None:
+        """Figures and pages from what lies in `out`."""
+        from dyndit.analysis import figures, write_report
+
+        searched = [arm for arm in arms if arm.family == "searched"]
+        figures.save(figures.plan_figure({arm.name: asdict(arm.plan) for arm in searched}), self.out / "plan.png")
+        if (self.out / "exit-errors.csv").exists():
+            errors = pd.read_csv(self.out / "exit-errors.csv")
+            table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error").sort_index(axis=1)
+            figures.save(figures.error_figure(table, "mean squared error on the noise"), self.out / "errors.png")
+        rows, first = {}, dict(reversed(self.experiment.dynamic_points))
+        for solver, steps in first.items():
+            chosen = [arm for arm in arms if (arm.plan.solver, arm.plan.num_steps) == (solver, steps)]
+            full = [arm for arm in chosen if arm.family == "full"]
+            dynamic = sorted((arm for arm in chosen if arm in searched), key=lambda arm: -arm.budget)
+            peers = list({arm.family: arm for arm in reversed(chosen) if arm.peer is not None}.values())
+            rows |= {arm.name: self._draw(arm, seed=0, num=10).pictures for arm in full + dynamic + peers}
+        figures.save(figures.samples_figure(rows), self.out / "samples.png")
+        write_report(self.out, self.out, margin=self.experiment.margin)
+
+    def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
+        """Pictures `first` to `first + num - 1` of an arm; every class in turn."""
+        # The plan was checked against the weights when it was made; hashing them for every batch takes longer than it.
+        plan = replace(arm.plan, trunk="", exits="")
+        return sample(
+            arm.model or self.model,
+            balanced_labels(first + num, self.model.backbone.num_classes)[first:],
+            plan=plan,
+            solver=plan.solver,
+            num_steps=plan.num_steps,
+            cfg_scale=plan.cfg_scale,
+            seed=seed,
+            first_index=first,
+            batch_size=self.experiment.batch_size,
+            stats=stats,
+        )
+
+    def _rows(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> list[dict[str, object]]:
+        """Score the batches that one arm drew of one block: a row of runs.csv for each judge."""
+        experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
+        pictures = torch.cat([part.pictures for part in drawn])
+        # A peer's blocks are not those of its plan, unless it is one.
+        cond, uncond = plan.mean_depth if arm.peer is None or arm.model is self.model else (None, None)
+        share = plan.share_of_blocks if arm.peer is None else arm.peer.share_of_blocks(plan)
+        if arm.decided is not None:  # both branches leave together
+            cond = arm.decided.mean_depth.mean().item()
+            uncond, share = cond * plan.guided, cond / plan.num_blocks
+        figures = {
+            "run": self.out.name,
+            "machine": manifest.machine(parameter.device.type),
+            "model": self.model.trunk_hash(),
+            "arm": arm.name,
+            "family": arm.family,
+            "solver": plan.solver,
+            "steps": plan.num_steps,
+            "budget": arm.budget,
+            "cfg_scale": experiment.cfg_scale,
+            "block": block,
+            "seed": block,
+            "num_images": experiment.num_images,
+            "share_of_blocks": share,
+            "mean_depth_cond": cond,
+            "mean_depth_uncond": uncond,
+            "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
+            "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
+            "role": "score",
+            "plan": plan_file(self.out, arm).name if arm.family in ("searched", "chosen") else "",
+            "macs": macs,
+            "predicted_ms": arm.predicted_ms,
+            "compiled": "eager",
+            "dtype": "bf16 autocast" if experiment.precision == "bf16" else str(parameter.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "batch_size": experiment.batch_size,
+        }
+        return [
+            dict.fromkeys(COLUMNS)
+            | figures
+            | {
+                "extractor": judge.extractor.name,
+                "metric": judge.extractor.metric_name,
+                "predicted_fd": arm.predicted_fd if judge is self.judges[0] else None,
+            }
+            | {k: v for k, v in score(pictures, judge, experiment.metrics).items() if k in COLUMNS}
+            for judge in self.judges
+        ]
+
+
+def in_turn(arms: list[Arm], block: int, batch: int) -> list[Arm]:
+    """The order in which the arms draw a batch: a random one, then the same backwards.
+
+    In two batches each arm comes as often before another as after it, so a steady drift cancels between them.
+    """
+    order = list(arms)
+    random.Random(f"{block} {batch // 2}").shuffle(order)
+    return order[::-1] if batch % 2 else order

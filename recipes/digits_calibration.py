@@ -4,7 +4,7 @@
 
 With `--model` the exits and the table of `digits_levers` are taken; without it they are made. "ddim-20" and "cfg-3" are
 tables of another solver and step count, and of another guidance scale, used for UniPC at 10 steps and scale 1.5: beside
-`searched`, whose table is of those very steps, they tell what a fresh calibration is worth.
+`searched`, whose table is of those very steps, they tell what a fresh calibration is worth. Not yet measured.
 """
 
 from dataclasses import replace
@@ -23,4 +23,6 @@ experiment = replace(
         Variant("refined", refinements=3),
         Variant("4-depths", calibration=replace(base, num_depths=4)),
     ),
+    learned=None,
+    confidence=None,
 )

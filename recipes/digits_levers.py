@@ -1,11 +1,10 @@
-"""Ablations on digits: how exits are made and what guides, one choice changed at a time, at two tight budgets.
+"""Ablations on digits: guides, the trunk, wide heads, other routers, one choice changed at a time, at two tight budgets.
 
     dyndit compare digits_levers --out runs/levers                   # resumable
 
 The comparison's own arms (`searched`) have the exits of the quickstart and a table of 128 seeds by 10 bands; each
-variant differs from them in what its name says. `digits_calibration` does the same for the table, `digits_reuse` for
-guidance of earlier steps. The learned and the confidence router are arms of their own. docs/experiments.md tells what
-came of each.
+variant differs from them in what its name says. The learned and the confidence router are arms of their own. More of
+the kind: `digits_distillation`, `digits_calibration`, `digits_reuse`. docs/experiments.md tells what came of each.
 """
 
 from dataclasses import replace
@@ -30,14 +29,8 @@ experiment = replace(
     budgets=(0.3, 0.45),
     variants=(
         Variant("own-guides", calibration=replace(base, own_guides=True)),
-        Variant("lora", distill=replace(distill, trunk="lora", trunk_rate=1.0)),
         Variant("whole", distill=replace(distill, trunk="whole")),
         Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
-        Variant("sampler-states", distill=replace(distill, states="sampler")),
-        Variant("path-kl", distill=replace(distill, weighting="path-kl")),
-        Variant("shared-head", distill=replace(distill, exits=replace(distill.exits, head="shared"))),
-        Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
-        Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
     ),
     learned=LearnedSettings(),
     confidence=ConfidenceSettings(),

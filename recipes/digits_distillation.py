@@ -1,0 +1,28 @@
+"""Ablations on digits: what exits are, and what they are distilled on, at two tight budgets.
+
+    dyndit compare digits_distillation --model runs/levers/model --out runs/distillation   # resumable
+
+With `--model` the exits and the table of `digits_levers` are taken as the comparison's own; without it they are made.
+Every variant distils exits anew, on the same trunk. Not yet measured.
+"""
+
+from dataclasses import replace
+
+from dyndit.experiment import Variant
+from dyndit.recipes.digits_levers import distill
+from dyndit.recipes.digits_levers import experiment as levers
+
+experiment = replace(
+    levers,
+    variants=(
+        Variant("lora", distill=replace(distill, trunk="lora", trunk_rate=1.0)),
+        Variant("sampler-states", distill=replace(distill, states="sampler")),
+        Variant("path-kl", distill=replace(distill, weighting="path-kl")),
+        Variant("shared-head", distill=replace(distill, exits=replace(distill.exits, head="shared"))),
+        Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
+        Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
+        Variant("long-distillation", distill=replace(distill, fit=replace(distill.fit, steps=2_000))),
+    ),
+    learned=None,
+    confidence=None,
+)

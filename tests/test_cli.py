@@ -269,9 +269,8 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
 def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path: Path, monkeypatch) -> None:
     """Also in half precision, at one point alone: nothing is distilled or measured, plans come from the table given."""
     recipe = tmp_path / "recipe.py"
-    changes = (
-        "variants=(), points=(('ddim', 4),), full_points=(('ddim', 4), ('unipc', 2)), precision='bf16', controls=None"
-    )
+    changes = "variants=(), controls=None, latency_budgets=(), points=(('ddim', 4),), precision='bf16', "
+    changes += "full_points=(('ddim', 4), ('unipc', 2))"
     recipe.write_text(f"{RECIPE}\nfrom dataclasses import replace\nexperiment = replace(experiment, {changes})\n")
     monkeypatch.setattr("dyndit.arms.measure_shifts", None)
     monkeypatch.setattr("dyndit.tasks.fit", None)

@@ -1,4 +1,4 @@
-"""Ablations on digits: guides, the trunk, wide heads, other routers, one choice changed at a time, at two tight budgets.
+"""Ablations on digits: guides, the trunk, wide heads, other routers; one choice changed at a time, two tight budgets.
 
     dyndit compare digits_levers --out runs/levers                   # resumable
 

@@ -17,11 +17,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from dyndit.analysis.intervals import paired_interval
-from dyndit.plan import guide_of
+from dyndit.plan import guide_of, written
 
 INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MOST_WORDS = 40
+"""Sampling steps up to which a plan's map has words in it."""
 MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
 OTHER_MARKERS = "P", "X", "*", "p", "h", "<", ">", "d", "8", "H"
 # Beyond four families of plans and peers, colours tell families apart instead of step counts.
@@ -256,8 +258,8 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
 def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Heat map of plans: a row per plan, a column per step, colour: blocks run. Panels: branches, by number of steps.
 
-    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; blank: nor is it, but its
-    guidance is reused or an own exit guides.
+    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; white: nor is it, but an own
+    exit guides (e4: the one at 4) or guidance is reused; written out up to MOST_WORDS steps.
     """
     counts = sorted({len(plan["cond"]) for plan in plans.values()})
     guided = any(_guided(plan) for plan in plans.values())
@@ -269,12 +271,15 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
         figure = Figure(figsize=(9, sum(heights) + 0.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(groups), len(branches), squeeze=False, height_ratios=heights, sharey="row")
-        for line, group in zip(axes, groups, strict=True):
+        for line, group, count in zip(axes, groups, counts, strict=True):
             for axis, (branch, title) in zip(line, branches.items(), strict=True):
                 table = np.array([plan[branch] for plan in group.values()], dtype=float)
                 table[table < 0] = np.nan
                 image = axis.pcolormesh(table, vmin=0, vmax=most, cmap="cividis", edgecolors="white", linewidth=0.3)
                 axis.set_title(f"{title}, {table.shape[1]} steps", fontsize=9)
+                for row, column in zip(*np.nonzero(np.isnan(table)), strict=True) if count <= MOST_WORDS else ():
+                    word = written(list(group.values())[row][branch][column])
+                    axis.text(column + 0.5, row + 0.5, word, ha="center", va="center", fontsize=5.5)
                 ticks = np.arange(0, table.shape[1], -(-table.shape[1] // 10))
                 axis.set_xticks(ticks + 0.5, ticks + 1)
                 axis.grid(visible=False)

@@ -15,12 +15,10 @@ from dyndit.recipes.digits_levers import experiment as levers
 experiment = replace(
     levers,
     variants=(
-        Variant("whole", distill=replace(distill, trunk="whole")),
         Variant("lora", distill=replace(distill, trunk="lora", trunk_rate=1.0)),
         Variant("sampler-states", distill=replace(distill, states="sampler")),
         Variant("path-kl", distill=replace(distill, weighting="path-kl")),
         Variant("shared-head", distill=replace(distill, exits=replace(distill.exits, head="shared"))),
-        Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
         Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
         Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
         Variant("long-distillation", distill=replace(distill, fit=replace(distill.fit, steps=2_000))),

@@ -1,10 +1,10 @@
-"""Ablations on digits: guidance by the model's own exits, and routers beyond the table, at two tight budgets.
+"""Ablations on digits: guides, the trunk, wide heads, other routers; one choice changed at a time, two tight budgets.
 
     dyndit compare digits_levers --out runs/levers                   # resumable
 
-The comparison's own arms (`searched`) have the exits of the quickstart and a table of 128 seeds by 10 bands; the variant's
-table holds own guides besides. The learned and the confidence router are arms of their own. More of the kind:
-`digits_distillation`, `digits_calibration`, `digits_reuse`. docs/experiments.md tells what came of each.
+The comparison's own arms (`searched`) have the exits of the quickstart and a table of 128 seeds by 10 bands; each
+variant differs from them in what its name says. The learned and the confidence router are arms of their own. More of
+the kind: `digits_distillation`, `digits_calibration`, `digits_reuse`. docs/experiments.md tells what came of each.
 """
 
 from dataclasses import replace
@@ -27,7 +27,11 @@ experiment = replace(
     unguided_steps=(5, 10),
     controls=None,
     budgets=(0.3, 0.45),
-    variants=(Variant("own-guides", calibration=replace(base, own_guides=True)),),
+    variants=(
+        Variant("own-guides", calibration=replace(base, own_guides=True)),
+        Variant("whole", distill=replace(distill, trunk="whole")),
+        Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
+    ),
     learned=LearnedSettings(),
     confidence=ConfidenceSettings(),
     peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),

@@ -32,18 +32,20 @@ def train(
     /,
     out: Path,
     data: str = "",
+    model: str = "",
     steps: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     sample_every: int | None = None,
     vae: Path | None = None,
 ) -> None:
-    """Train a backbone from scratch. A run that was stopped goes on where it was.
+    """Train a backbone, from scratch or on from given weights. A run that was stopped goes on where it was.
 
     Args:
         recipe: A recipe's name (digits, cifar10) or a Python file that defines `train`.
         out: Folder for the model, checkpoints, losses and TensorBoard logs.
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id. Default: random ones.
         steps: Updates, in place of the recipe's.
         batch_size: Pictures per update, in place of the recipe's.
         seed: Seed, in place of the recipe's.
@@ -61,13 +63,16 @@ def train(
         backbone = chosen.backbone
         pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
     chosen.check(pictures)
+    trunk = checkpoints.load(model) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
+    if trunk is not None:
+        settings["from"] = trunk.trunk_hash()
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
-    model, result = chosen.run(pictures, out, preview=_preview)
+    model, result = chosen.run(pictures, out, trunk=trunk, preview=_preview)
     if not PartialState().is_main_process:
         return
     checkpoints.save(model, out)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -40,7 +40,8 @@ States = Callable[[Tensor, Rows, torch.Generator], Inputs]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a class-conditional DiT from scratch, where asked for with exits from the first step."""
+    """Train a class-conditional DiT, from scratch or on from given weights; where asked for with exits from the first
+    step."""
 
     backbone: DiTConfig
     fit: FitConfig
@@ -75,22 +76,33 @@ class Train:
                 raise InputError(f"data: {name} {found}, but the recipe's backbone expects {expected}")
         data[0]
 
-    def run(self, data: Pictures, out: Path, *, preview: Preview | None = None) -> tuple[DynamicDepth, FitResult]:
+    def run(
+        self, data: Pictures, out: Path, *, trunk: DynamicDepth | None = None, preview: Preview | None = None
+    ) -> tuple[DynamicDepth, FitResult]:
         """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
 
+        trunk: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
+
         Raises:
-            InputError: as `check`.
+            InputError: as `check`; or the trunk is of another shape than the recipe's.
         """
         self.check(data)
         config = self.backbone
+        if trunk is not None and not _is_shaped_as(trunk.backbone, config):
+            found = {name: value for name, value in trunk.backbone.config().items() if value != vars(config).get(name)}
+            raise InputError(f"--model: {type(trunk.backbone).__name__} with {found}; expected the recipe's {config}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
             backbone = ClassConditionalDiT(config)
+            if trunk is not None:
+                backbone.load_state_dict(trunk.backbone.state_dict())
             exits = None if self.exits is None else Exits(backbone, self.exits)
         backbone.gradient_checkpointing = self.fit.gradient_checkpointing
         model = DynamicDepth(backbone, exits, pixel_space=not isinstance(data, LatentPictures))
         task = _Denoising(model, self.schedule, self.exit_weight, preview)
         identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
+        if trunk is not None:
+            identity += f" on from {trunk.trunk_hash()}"
         result = fit(task, data, self.fit, out, identity=identity)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
@@ -121,6 +133,10 @@ class _Denoising:
         model = copy.deepcopy(self.model)
         _trained_from_scratch(model).load_state_dict(ema)
         self._preview(model.eval(), out, step)
+
+
+def _is_shaped_as(backbone: Backbone, config: DiTConfig) -> bool:
+    return isinstance(backbone, ClassConditionalDiT) and backbone.config() == asdict(config)
 
 
 def _trained_from_scratch(model: DynamicDepth) -> nn.Module:

@@ -125,6 +125,29 @@ def test_training_resumes_the_same_architecture_only(changes: dict, tmp_path: Pa
         replace(short, backbone=replace(BACKBONE, **changes)).run(DIGITS, tmp_path)
 
 
+def test_training_goes_on_from_given_weights(trained: tuple[DynamicDepth, pd.DataFrame], tmp_path: Path) -> None:
+    given = weights(trained[0].backbone)
+    on = replace(TRAIN, fit=replace(FIT, steps=20, ema_decay=0.0, warmup_steps=0))
+    model, result = on.run(DIGITS, tmp_path / "on", trunk=trained[0])
+    assert result.losses["loss"][0] < 0.7 * trained[1]["loss"][0]  # not from scratch
+    assert not same(weights(model.backbone), given)
+    assert same(weights(trained[0].backbone), given)  # what was given stays
+    fresh = on.run(DIGITS, tmp_path / "fresh")[0]
+    with pytest.raises(InputError, match="identity"):
+        on.run(DIGITS, tmp_path / "on", trunk=fresh)  # a run goes on from its own weights only
+
+
+@pytest.mark.parametrize("changes", [{"num_heads": 3}, {"width": 12}])
+def test_training_refuses_weights_of_another_shape(
+    changes: dict, trained: tuple[DynamicDepth, pd.DataFrame], tmp_path: Path
+) -> None:
+    other = replace(TRAIN, backbone=replace(BACKBONE, **changes))
+    (name,) = changes
+    with pytest.raises(InputError, match=f"--model: ClassConditionalDiT with .*{name}"):
+        other.run(DIGITS, tmp_path / "out", trunk=trained[0])
+    assert not (tmp_path / "out").exists()
+
+
 class Latents(LatentPictures):
     """Digits that say they are latents."""
 

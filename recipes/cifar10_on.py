@@ -1,0 +1,25 @@
+"""CIFAR-10, a trunk trained on: from weights that there are, with a learning rate that falls to zero.
+
+    dyndit train cifar10_on --model TRUNK --data DIR --out runs/cifar10-on        # resumable
+
+TRUNK is a checkpoint of the recipe `cifar10`'s shape (12 layers of width 192), which it is not told apart from here.
+Products run in bf16.
+"""
+
+from dataclasses import replace
+
+from dyndit.recipes.cifar10 import train as from_scratch
+
+train = replace(
+    from_scratch,
+    fit=replace(
+        from_scratch.fit,
+        steps=2_400,
+        learning_rate=3e-4,
+        warmup_steps=50,
+        ema_decay=0.998,
+        checkpoint_every=200,
+        precision="bf16",
+        log_every=20,
+    ),
+)

@@ -55,14 +55,14 @@ class Macs:
 
     def plan(self, plan: DepthPlan) -> int:
         """The denoiser over a whole sampling of one picture: both branches, at every step, to where they leave, and the
-        heads of the exits that guide.
+        heads of the exits that guide, or that later steps forecast from.
 
         Raises:
             InputError: the plan leaves where this model has no exit.
         """
-        if missing := [d for d in (*plan.cond, *plan.uncond, *plan.guides) if d > 0 and d not in self.leave]:
+        if missing := [d for d in (*plan.run_depths, *plan.uncond, *plan.guides) if d > 0 and d not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
-        macs = sum(map(self.branch, plan.cond))
+        macs = sum(map(self.branch, plan.run_depths)) + sum(self.leave[depth] for kept in plan.kept for depth in kept)
         if plan.cfg_scale == 1:
             return macs
         return macs + sum(map(self.branch, plan.uncond)) + sum(self.leave[guide] for guide in plan.guides if guide)

@@ -338,7 +338,7 @@ class Preparation:
         )
 
     def _control_depths(self, table: ShiftTable) -> tuple[int, ...]:
-        return tuple(sorted({c for c, _ in table.pairs} | {self.model.num_blocks}))
+        return tuple(sorted({c for c, _ in table.pairs if c > 0} | {self.model.num_blocks}))
 
     def _control_budgets(self, table: ShiftTable) -> dict[int, float]:
         """Each control's constant depth, and the share of full depth's time it takes."""

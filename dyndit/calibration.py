@@ -36,7 +36,7 @@ from dyndit.drawing import (
 )
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.plan import REUSED, DepthPlan, own_exit
+from dyndit.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plugin import DynDiTHandle
 from dyndit.routers.refined import refined
 from dyndit.routers.searched import Pair, ShiftTable, search
@@ -58,6 +58,8 @@ class CalibrationSettings:
     pairs: (conditional, unconditional) depths to measure; empty means `default_pairs` on `num_depths` depths.
     reuse: whether those have pairs that reuse the guidance of earlier steps (`plan.REUSED`).
     own_guides: whether those have pairs that are guided by the branch's own exits (`plan.own_exit`).
+    forecast_ages: how many steps ago full depth may have been where an exit's gap to it is forecast (`plan.forecast`);
+    those pairs are measured at each age from 1 on, and want a band for each step. 0: no forecasts.
     seed: of our own sampling; a pipeline's noise is the business of who calls it.
     """
 
@@ -69,6 +71,7 @@ class CalibrationSettings:
     num_depths: int = 8
     reuse: bool = False
     own_guides: bool = False
+    forecast_ages: int = 0
 
 
 def default_pairs(
@@ -92,6 +95,12 @@ def default_pairs(
             others += [own_exit(guide) for guide in below if 0 < guide < depth]
         pairs += [(depth, uncond) for uncond in dict.fromkeys((depth, half, 0, *others))]
     return tuple(pair for pair in pairs if pair != (full, full))
+
+
+def forecast_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8) -> tuple[Pair, ...]:
+    """Pairs worth measuring that forecast: exits up to half of L, without guidance and with that of earlier steps."""
+    shallow = [d for d in _thinned(depths, num_depths) if 2 * d <= depths[-1]]
+    return tuple((forecast(d), uncond) for d in shallow for uncond in ((0, REUSED) if guided else (0,)))
 
 
 def _thinned(depths: Sequence[int], num: int) -> list[int]:
@@ -118,7 +127,7 @@ def measure_table(
     counts batches of pictures with a band replaced.
 
     Raises:
-        InputError: fewer pictures than features, or too many features.
+        InputError: fewer pictures than features, or too many features; or forecasts with fewer bands than steps.
     """
     settings = settings or CalibrationSettings()
     if settings.num_pictures <= len(reference.mean) or len(reference.mean) > MAX_FEATURES:
@@ -134,17 +143,18 @@ def measure_table(
         reuse=settings.reuse,
         own_guides=settings.own_guides,
     )
+    pairs, ages = _aged(pairs, drawing, settings)
     bands = [b.tolist() for b in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))]
     batches = batches_of(range(n), settings.batch_size)
     sizes = [settings.batch_size, drawing.seed, n]
     key = json.dumps([full.solver, full.timesteps, pairs, bands, full.cfg_scale, drawing.setting, *sizes])
-    key += drawing.trunk + drawing.exits + extractor.fingerprint
+    key += drawing.trunk + drawing.exits + extractor.fingerprint + (json.dumps(ages) if ages else "")
     sums, done = _restore(partial, key)
     total = len(batches) * len(bands) * len(pairs)
     for number, indices in enumerate(batches):
         if number < done:
             continue
-        features = (extractor.features(as_rgb(pictures)) for pictures in drawing.replaced(indices, bands, pairs))
+        features = (extractor.features(as_rgb(pictures)) for pictures in drawing.replaced(indices, bands, pairs, ages))
         base = next(features)
         changes = []
         for f in features:
@@ -165,6 +175,7 @@ def measure_table(
     return ShiftTable(
         edges=edges,
         pairs=pairs,
+        ages=ages,
         mean=sums["mean"].unflatten(0, shape) / n,
         second=sums["second"].unflatten(0, shape) / n,
         base=Moments(sums["base.mean"] / n, sums["base.second"] / n, n),
@@ -182,6 +193,26 @@ def measure_table(
         exits=drawing.exits,
         projection=extractor.projection,
     )
+
+
+def _aged(
+    pairs: tuple[Pair, ...], drawing: Drawing, settings: CalibrationSettings
+) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
+    """The pairs with those that forecast, each at every age, and the ages; none where nothing is forecast."""
+    if not settings.forecast_ages:
+        if bad := [pair for pair in pairs if pair[0] < 0]:
+            raise InputError(f"pairs: {bad[0]} forecasts; expected forecast_ages of at least 1")
+        return pairs, ()
+    if settings.num_bands < drawing.full.num_steps:
+        raise InputError(
+            f"--bands {settings.num_bands}: forecasts are measured step by step; expected at least the "
+            f"{drawing.full.num_steps} steps"
+        )
+    given = tuple(pair for pair in pairs if pair[0] < 0)
+    forecasts = given or forecast_pairs(drawing.depths, drawing.full.cfg_scale != 1, settings.num_depths)
+    plain = tuple(pair for pair in pairs if pair[0] > 0)
+    aged = [(pair, age) for pair in forecasts for age in range(1, settings.forecast_ages + 1)]
+    return plain + tuple(pair for pair, _ in aged), (0,) * len(plain) + tuple(age for _, age in aged)
 
 
 def measure_table_into(

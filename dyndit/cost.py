@@ -44,7 +44,12 @@ class CostModel:
     device: str = "cpu"
 
     def step_seconds(self, cond: int, uncond: int) -> float:
-        """Seconds of a step at these depths; without an unconditional pass a guide of its own exit costs its head."""
+        """Seconds of a step at these depths; without an unconditional pass a guide of its own exit costs its head.
+
+        A forecast costs its exit's head twice: the step at full depth that it builds on ran it too.
+        """
+        if cond < 0:
+            return self.step_seconds(-cond, uncond) + self._leave(self.one, -cond)
         if uncond <= 0:
             guide = self._leave(self.one, guide_of(uncond)) if guide_of(uncond) else 0.0
             return self.solver + self.one.embed + cond * self.one.block + self._leave(self.one, cond) + guide

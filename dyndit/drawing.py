@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -67,11 +67,20 @@ class Drawing(Protocol):
     """What else the pictures depend on, as plain data."""
 
     def replaced(
-        self, indices: Sequence[int], bands: Sequence[Sequence[int]], pairs: Sequence[Pair]
+        self,
+        indices: Sequence[int],
+        bands: Sequence[Sequence[int]],
+        pairs: Sequence[Pair],
+        ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
         """The pictures of full depth, then for each band and each pair those with that band's steps at that pair.
 
-        indices: B -> (B, 1 or 3, H, W) uint8, 1 + bands * pairs times.
+        indices: B -> (B, 1 or 3, H, W) uint8, 1 + bands * pairs times. ages: for each pair that forecasts, how many
+        steps before the band's first the last one at full depth was (earlier than the first step: that one; none at
+        all: nothing is forecast); for others 0; empty where no pair forecasts.
+
+        Raises:
+            InputError: ages are given, and this drawing cannot forecast.
         """
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
@@ -125,20 +134,32 @@ class NativeDrawing:
         return self.guided_channels
 
     def replaced(
-        self, indices: Sequence[int], bands: Sequence[Sequence[int]], pairs: Sequence[Pair]
+        self,
+        indices: Sequence[int],
+        bands: Sequence[Sequence[int]],
+        pairs: Sequence[Pair],
+        ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
         """As of `Drawing`. Classes come in turn."""
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)
         labels = [i % model.backbone.num_classes for i in indices]
         batch = Batch(torch.tensor(labels, device=next(model.parameters()).device), tuple(indices), self.seed)
-        trajectory, forks = start(model, batch, self.solver, self.num_steps), []
-        for band in bands:
-            forks.append(trajectory.fork())
-            advance(model, batch, trajectory, full, guidance, first=band[0], stop=band[-1] + 1)
+        kept = sorted({-cond for cond, _ in pairs if cond < 0})
+        # What a trajectory hands on stands before each step: forks share it, nobody writes to it.
+        before, trajectory = [], start(model, batch, self.solver, self.num_steps)
+        firsts = {band[0] for band in bands}
+        for k in range(self.num_steps):
+            before.append(trajectory.fork() if k in firsts else replace(trajectory, scheduler=None, x=None))
+            advance(model, batch, trajectory, full, guidance, first=k, stop=k + 1, also_keep=kept)
         yield self.to_pictures(trajectory.x).cpu()
-        for band, fork in zip(bands, forks, strict=True):
-            for pair in pairs:
-                end = advance(model, batch, fork.fork(), _replaced(full, band, pair), guidance, first=band[0])
+        for band in bands:
+            for pair, age in zip(pairs, ages or [0] * len(pairs), strict=True):
+                fork = before[band[0]].fork()
+                if pair[0] < 0:
+                    since = before[max(1, band[0] + 1 - age)] if band[0] else fork
+                    fork.memory, fork.guided = since.memory, since.guided
+                    pair = pair if band[0] else (-pair[0], pair[1])
+                end = advance(model, batch, fork, _replaced(full, band, pair), guidance, first=band[0])
                 yield self.to_pictures(end.x).cpu()
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
@@ -239,9 +260,15 @@ class PipelineDrawing:
         return self._pictures(indices)
 
     def replaced(
-        self, indices: Sequence[int], bands: Sequence[Sequence[int]], pairs: Sequence[Pair]
+        self,
+        indices: Sequence[int],
+        bands: Sequence[Sequence[int]],
+        pairs: Sequence[Pair],
+        ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
         """As of `Drawing`."""
+        if ages:
+            raise InputError("forecasts: a pipeline's own loop keeps nothing between steps; expected none")
         yield self._under(self.full, indices)
         for band in bands:
             for pair in pairs:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dyndit.backbones import Backbone, Condition, Inputs, State, tensors_hash
 from dyndit.errors import InputError
 from dyndit.exits import Exits
+from dyndit.forecasts import forecast_gap, remembered
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Step:
     on its device; labels: (B,) per branch, the conditional one first and the unconditional one, where there is
     guidance at this step, second; depths: of `DynamicDepth.depths`, one per branch; timesteps: of the whole sampling,
     on the host, falling. guide: where it is not 0, there is one branch, and a second prediction is asked for: that of
-    its own exit at this depth.
+    its own exit at this depth. forecasts: what full depth adds to the conditional branch's exit is to be forecast, and
+    added. kept: the exits of a branch at full depth that later steps forecast from.
     """
 
     k: int
@@ -33,6 +35,8 @@ class Step:
     depths: tuple[int, ...]
     timesteps: tuple[float, ...]
     guide: int = 0
+    forecasts: bool = False
+    kept: tuple[int, ...] = ()
 
 
 _OPTIONS_OF_DIFFUSERS = {
@@ -82,13 +86,21 @@ class DynamicDepth(ModelMixin):
         """What the sampling loop calls: a prediction per branch (B, C_out, H, W), or the branch's own and its guide's,
         and the memory for the next step.
 
-        memory: None at a sampling's start, later what the step before returned. A plan remembers nothing; a model
-        that reuses earlier steps overrides this, and keeps all it needs in the memory, never in itself.
+        memory: None at a sampling's start, later what the step before returned. A plan remembers what its forecasts
+        need; a model that reuses earlier steps in another way overrides this, and keeps all it needs in the memory,
+        never in itself.
         """
-        if step.guide:
-            guide, own = self.along(step.x_t, step.times, step.labels[0], (step.guide, step.depths[0]))
-            return [own, guide], memory
-        return self.branches(step.x_t, step.times, step.labels, step.depths), memory
+        passing = sorted({*step.kept, *((step.guide,) if step.guide else ())})
+        branches = [Inputs(step.x_t, step.times, labels) for labels in step.labels]
+        predictions = self.run(branches, step.depths, passing)
+        own, passed = predictions[: len(branches)], dict(zip(passing, predictions[len(branches) :], strict=True))
+        timestep = step.timesteps[step.k]
+        if step.forecasts:
+            gains = None if self.exits is None else self.exits.gains_of(step.depths[0])
+            own[0] = own[0] + forecast_gap(memory, step.depths[0], timestep, gains)
+        if step.kept:
+            memory = remembered(memory, timestep, {depth: own[0] - passed[depth] for depth in step.kept})
+        return ([*own, passed[step.guide]] if step.guide else own), memory
 
     def branches(self, x: Tensor, t: Tensor, labels: Sequence[Condition], depths: Sequence[int]) -> list[Tensor]:
         """Predict the same pictures under several label sets, each at its own depth.
@@ -97,24 +109,30 @@ class DynamicDepth(ModelMixin):
         """
         return self.run([Inputs(x, t, y) for y in labels], depths)
 
-    def run(self, branches: Sequence[Inputs], depths: Sequence[int]) -> list[Tensor]:
+    def run(self, branches: Sequence[Inputs], depths: Sequence[int], passing: Sequence[int] = ()) -> list[Tensor]:
         """Predict every branch at its own depth: one batch as deep as all go; those that leave are cut off.
 
-        depths: one of `self.depths` per branch -> a prediction per branch, in the order given.
+        depths: one of `self.depths` per branch -> a prediction per branch, in the order given, and after them those of
+        the first branch's exits at the depths `passing`, rising and below its own.
         """
         order = sorted(range(len(branches)), key=lambda i: depths[i])
         joined = Inputs.joined([branches[i] for i in order])
         state, done = self.backbone.embed(joined.x, joined.t, joined.y), 0
         predictions: list[Tensor] = [joined.x] * len(branches)
+        before_first = sum(len(branches[i]) for i in order[: order.index(0)])
         for depth, group in groupby(order, key=lambda i: depths[i]):
             for index in range(done, depth):
                 state = self.backbone.block(index, state)
+                if index + 1 in passing:
+                    first = state.rows(before_first, before_first + len(branches[0]))
+                    predictions.append(self.leave(first, index + 1))
             leaving = list(group)
             sizes = [len(branches[i]) for i in leaving]
             prediction = self.leave(state.rows(0, sum(sizes)), depth)
             for branch, rows in zip(leaving, prediction.split(sizes), strict=True):
                 predictions[branch] = rows
             state, done = state.rows(sum(sizes), None), depth
+            before_first -= sum(sizes)
         return predictions
 
     def leave(self, state: State, depth: int) -> Tensor:

@@ -180,6 +180,12 @@ class Exits(nn.Module):
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
         self.projection = shared_projection(backbone) if config.head == "shared" else nn.Identity()
+        self.register_parameter("gains", None)
+        """Learned correction of forecasts, (E, 2, NUM_TERMS), where there is one (`dyndit.forecasts`)."""
+
+    def gains_of(self, depth: int) -> Tensor | None:
+        """The correction of this exit's forecasts, (2, NUM_TERMS), where one was learned."""
+        return None if self.gains is None else self.gains[self.layers.index(depth)]
 
     @property
     def layers(self) -> tuple[int, ...]:

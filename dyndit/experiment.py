@@ -141,6 +141,12 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
     for recipe in (choices["train"], choices["distill"], *(variant["distill"] for variant in choices["variants"])):
         if recipe:
             recipe.pop("schedule", None)
+    for recipe in (choices["distill"], *(variant["distill"] for variant in choices["variants"])):
+        if recipe and not recipe["forecasts"]:
+            recipe.pop("forecasts")
+    for table in (choices["calibration"], *(variant["calibration"] for variant in choices["variants"])):
+        if table and not table["forecast_ages"]:
+            table.pop("forecast_ages")
     if not experiment.latency_budgets:  # runs made before there were any go on
         choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}
     for name in ("learned", "confidence"):  # a run that was begun before there were any goes on

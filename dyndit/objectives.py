@@ -31,6 +31,10 @@ class Schedule:
         alpha_bar = self.alphas_bar[t.long().cpu()]
         return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
 
+    def log_snr_at(self, timestep: float) -> float:
+        """The same at one timestep, between whole ones too; beyond the schedule its end."""
+        return -2 * math.log(self.noise_level(min(float(timestep), self.num_timesteps - 1)))
+
     def path_kl_weights(self) -> Tensor:
         """What a squared error on the noise weighs at each timestep in the KL between two processes' paths.  -> (T,).
 

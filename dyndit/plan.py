@@ -31,9 +31,23 @@ def guide_of(uncond: int) -> int:
     return REUSED - uncond if uncond < REUSED else 0
 
 
+def forecast(depth: int) -> int:
+    """A conditional depth: leave at `depth`, and add what full depth would add there, forecast from earlier steps.
+
+    `dyndit.forecasts` tells how. Features of earlier steps serve longer where they are extrapolated (TaylorSeer, Liu et
+    al. 2025, arXiv:2503.06923); here only what the exit lacks is.
+    """
+    return -depth
+
+
 def written(uncond: int) -> str:
     """An unconditional depth as it is printed: "e4" is the own exit at 4."""
     return f"e{guide_of(uncond)}" if uncond < REUSED else "reuse" if uncond == REUSED else str(uncond)
+
+
+def written_cond(cond: int) -> str:
+    """A conditional depth as it is printed: "4+" is the exit at 4 with the rest forecast."""
+    return str(cond) if cond > 0 else f"{-cond}+"
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class DepthPlan:
     step, hence no guidance there; REUSED means no pass either, but guidance by the difference that the branches had at
     the last step that ran both (none, where there was no such step); `own_exit(d)` means guidance by the conditional
     branch's own exit at depth d, below its depth at that step. A plan whose unconditional depths are all 0 is unguided.
+    A conditional depth of `forecast(d)` leaves at d and forecasts the rest from earlier steps at full depth; such a
+    step runs no unconditional pass.
     """
 
     timesteps: tuple[float, ...]
@@ -75,15 +91,21 @@ class DepthPlan:
             raise PlanError("plan: timesteps must fall from noise to picture")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PlanError(f"plan: budget {self.budget:g}, expected above 0 and at most 1")
-        for name, least in (("cond", 1), ("uncond", own_exit(self.num_blocks - 1))):
+        for name, least in (("cond", forecast(self.num_blocks - 1)), ("uncond", own_exit(self.num_blocks - 1))):
             depths = getattr(self, name)
             if len(depths) != len(self.timesteps):
                 raise PlanError(f"plan: {len(depths)} {name} depths for {len(self.timesteps)} timesteps")
-            if bad := [d for d in depths if not least <= d <= self.num_blocks]:
+            if bad := [d for d in depths if not least <= d <= self.num_blocks or (name == "cond" and d == 0)]:
+                least = 1 if name == "cond" and bad[0] >= 0 else least
                 raise PlanError(f"plan: {name} depth {bad[0]} outside {least}..{self.num_blocks}")
-        for depth, guide in zip(self.cond, map(guide_of, self.uncond), strict=True):
+        for depth, guide in zip(self.run_depths, map(guide_of, self.uncond), strict=True):
             if guide >= depth:
                 raise PlanError(f"plan: guided by its own exit at {guide}, expected one below its depth {depth}")
+        for step, (cond, uncond) in enumerate(self.pairs):
+            if cond < 0 and self.num_blocks not in self.cond[:step]:
+                raise PlanError(f"plan: step {step} forecasts, but no step before it is at full depth")
+            if cond < 0 < uncond:
+                raise PlanError(f"plan: step {step} forecasts beside an unconditional pass; expected none")
 
     @classmethod
     def full(cls, timesteps: tuple[float, ...], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
@@ -119,6 +141,29 @@ class DepthPlan:
         return REUSED in self.uncond
 
     @property
+    def run_depths(self) -> tuple[int, ...]:
+        """Blocks that the conditional branch runs at every step."""
+        return tuple(map(abs, self.cond))
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether any step forecasts what lies beyond its exit."""
+        return min(self.cond) < 0
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        """Per step, the exits whose gap to full depth a later step forecasts from: of the last two at full depth."""
+        kept: list[set[int]] = [set() for _ in self.cond]
+        full: list[int] = []
+        for step, depth in enumerate(self.cond):
+            if depth == self.num_blocks:
+                full.append(step)
+            elif depth < 0:
+                for earlier in full[-2:]:
+                    kept[earlier].add(-depth)
+        return tuple(tuple(sorted(depths)) for depths in kept)
+
+    @property
     def guides(self) -> tuple[int, ...]:
         """Depth of the own exit that guides each step; 0 where none does."""
         return tuple(map(guide_of, self.uncond))
@@ -127,13 +172,13 @@ class DepthPlan:
     def share_of_blocks(self) -> float:
         """Blocks run, as a share of the full plan's (of both branches where the plan is for guided sampling)."""
         branches = 2 if self.cfg_scale != 1 else 1
-        run = sum(self.cond) + sum(max(depth, 0) for depth in self.uncond)
+        run = sum(self.run_depths) + sum(max(depth, 0) for depth in self.uncond)
         return run / (branches * self.num_blocks * self.num_steps)
 
     @property
     def mean_depth(self) -> tuple[float, float]:
         """Mean depth of the conditional and of the unconditional branch."""
-        return sum(self.cond) / self.num_steps, sum(max(depth, 0) for depth in self.uncond) / self.num_steps
+        return sum(self.run_depths) / self.num_steps, sum(max(depth, 0) for depth in self.uncond) / self.num_steps
 
     def with_pairs(self, pairs: list[tuple[int, int]] | tuple[tuple[int, int], ...], **changes: object) -> Self:
         """The same steps with other depths."""
@@ -176,7 +221,7 @@ class DepthPlan:
         for name, mine, theirs in (("trunk", self.trunk, trunk), ("set of exits", self.exits, exits)):
             if mine and theirs is not None and mine != theirs:
                 raise PlanError(f"{origin}: made for {name} {mine}, but the model's is {theirs or 'absent'}")
-        if missing := sorted({d for d in (*self.cond, *self.uncond, *self.guides) if d > 0} - set(depths)):
+        if missing := sorted({d for d in (*self.run_depths, *self.uncond, *self.guides) if d > 0} - set(depths)):
             raise PlanError(f"{origin}: depth {missing[0]} has no exit; the model has {list(depths)}")
 
     def save(self, path: Path) -> None:
@@ -210,7 +255,8 @@ class DepthPlan:
     def __str__(self) -> str:
         """A line per branch: the depths, from the noisiest step to the last."""
         head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
-        lines = [("t", self.timesteps), ("cond", self.cond), ("uncond", tuple(map(written, self.uncond)))]
+        lines = [("t", self.timesteps), ("cond", tuple(map(written_cond, self.cond)))]
+        lines.append(("uncond", tuple(map(written, self.uncond))))
         return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:>4}" for v in row) for name, row in lines)])
 
 

@@ -280,6 +280,8 @@ class DynDiTHandle:
 
     def _check(self, plan: DepthPlan) -> None:
         bound = self._check_trunk and bool(plan.trunk or plan.exits)
+        if plan.forecasts:
+            raise PlanError("plan: forecasts from earlier steps, which a pipeline's own loop does not keep")
         if plan.reuses:
             raise PlanError("plan: reuses guidance of earlier steps, which a pipeline's own loop does not keep")
         trunk, exits = self.identities if bound else (None, None)

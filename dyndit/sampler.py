@@ -332,15 +332,17 @@ def advance(
     stop: int | None = None,
     on_step: StepHook | None = None,
     on_step_end: StepEndHook | None = None,
+    also_keep: Sequence[int] = (),
 ) -> Trajectory:
     """Run steps `first` to `stop - 1` of the plan on `trajectory`, in place. The loop every sampling goes through.
 
-    The solver's state is kept in float32; the network computes in the precision of its weights.
+    The solver's state is kept in float32; the network computes in the precision of its weights. also_keep: exits whose
+    gaps are remembered at every step at full depth, whether later steps of the plan need them or not.
     """
     scheduler, x, dtype = trajectory.scheduler, trajectory.x, next(model.parameters()).dtype
     with_variance, stochastic = takes_variance(scheduler), draws_noise(scheduler)
     null = None if guidance.scale == 1 else torch.full_like(batch.labels, model.backbone.null_class)
-    channels = model.backbone.in_channels
+    channels, kept = model.backbone.in_channels, plan.kept
     clock = device_clock(x) if on_step is not None else float
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
@@ -350,8 +352,9 @@ def advance(
         cond, uncond = plan.pairs[k]
         entered = clock()
         both, guide = (uncond > 0, guide_of(uncond)) if guidance.scale != 1 else (False, 0)
-        labels, depths = ((batch.labels, null), (cond, uncond)) if both else ((batch.labels,), (cond,))
-        step = Step(k, x_t.to(dtype), times, labels, depths, plan.timesteps, guide)
+        labels, depths = ((batch.labels, null), (cond, uncond)) if both else ((batch.labels,), (abs(cond),))
+        keep = {*kept[k], *(also_keep if cond == plan.num_blocks else ())}
+        step = Step(k, x_t.to(dtype), times, labels, depths, plan.timesteps, guide, cond < 0, tuple(sorted(keep)))
         predictions, trajectory.memory = model.predict(step, trajectory.memory)
         predictions = [p.to(x.dtype) for p in predictions]
         left = clock()

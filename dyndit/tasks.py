@@ -20,12 +20,13 @@ from dyndit.data import Pictures
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.exits import ExitConfig, Exits
+from dyndit.forecasts import GapRegression
 from dyndit.hooks import Target, transformer_of
 from dyndit.latents import LatentPictures
 from dyndit.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors, halves
 from dyndit.objectives import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
-from dyndit.sampler import balanced_labels, full_plan
+from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.training import FitConfig, FitResult, fit
 from dyndit.trunks import trainable_copy, with_adapters
 
@@ -157,6 +158,8 @@ class _EveryDepth(nn.Module):
 
 
 _TRAJECTORIES_SEED = 2_000_003
+_NUM_FORECAST = 128
+"""Trajectories that corrections of forecasts are learned on: eight numbers for each exit."""
 """Of the states to distil on; apart from those of calibration and of scoring."""
 
 _DISTILLING = FitConfig(
@@ -200,6 +203,9 @@ class Distill:
     weighting: Literal["even", "path-kl"] = "even"
     """What an error weighs at its timestep: the same at all, or as in the KL between two processes' paths
     (`Schedule.path_kl_weights`)."""
+    forecasts: bool = False
+    """Whether the exits also learn to correct forecasts of what they lack (`dyndit.forecasts`), from the sampler's own
+    trajectories."""
 
     def __post_init__(self) -> None:
         for name in ("trunk", "states", "weighting"):
@@ -222,10 +228,11 @@ class Distill:
         backbone = model.backbone
         self.exits.resolved(backbone.num_blocks)
         self._check_family(backbone)
-        if self.states == "sampler":
+        if self.states == "sampler" or self.forecasts:
             full_plan(model, self.solver, self.num_steps, self.cfg_scale)
             if isinstance(data, RecordedCalls):
-                raise InputError(f"states 'sampler': recorded calls ({data.folder}) are states; expected 'noised'")
+                wanted = "states 'sampler'" if self.states == "sampler" else "forecasts"
+                raise InputError(f"{wanted}: recorded calls ({data.folder}) are states; expected pictures")
         if isinstance(data, RecordedCalls):
             data.check(model)
         elif (data.channels, data.image_size) != (backbone.in_channels, backbone.image_size):
@@ -239,7 +246,7 @@ class Distill:
 
     def _check_family(self, backbone: Backbone) -> None:
         """Refuse what needs our own modules, sampler or schedule for a trunk that has others."""
-        for name in ("trunk", "states", "weighting"):
+        for name in ("trunk", "states", "weighting", "forecasts"):
             if getattr(self, name) != getattr(Distill, name) and not isinstance(backbone, ClassConditionalDiT):
                 found = type(backbone).__name__
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a ClassConditionalDiT, found {found}")
@@ -277,13 +284,32 @@ class Distill:
                 adapters.merge_and_unload()
             dynamic.eval()
         dynamic.to(next(backbone.parameters()).device)
+        if self.forecasts:
+            dynamic.exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
 
     def _later(self) -> str:
         """The choices that came later, where they depart from the default: runs begun before them go on."""
         names = ("trunk", "hold", "trunk_rate", "lora_rank", "states", "num_trajectories", "solver", "num_steps")
-        changed = [n for n in (*names, "cfg_scale", "weighting") if getattr(self, n) != getattr(Distill, n)]
+        names += ("cfg_scale", "weighting", "forecasts")
+        changed = [name for name in names if getattr(self, name) != getattr(Distill, name)]
         return "".join(f" {name}={getattr(self, name)}" for name in changed)
+
+    def _gains(self, dynamic: DynamicDepth) -> Tensor:
+        """Corrections of forecasts, learned on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
+        regression, seed = GapRegression(dynamic.exits.layers), _TRAJECTORIES_SEED + 1 + self.fit.seed
+        full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
+        device = next(dynamic.parameters()).device
+        for low in range(0, _NUM_FORECAST, self.fit.batch_size):
+            numbers = range(low, min(_NUM_FORECAST, low + self.fit.batch_size))
+            labels = torch.tensor([i % dynamic.backbone.num_classes for i in numbers], device=device)
+            batch = Batch(labels, tuple(numbers), seed)
+            trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
+            for k in range(self.num_steps):
+                step = {"first": k, "stop": k + 1, "also_keep": dynamic.exits.layers}
+                gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory[-1])
+            regression.add(gaps)
+        return regression.gains().to(device)
 
     def _trajectories(self, model: DynamicDepth, out: Path) -> RecordedCalls:
         """The states that the full model's sampler meets; drawn into `out`, once."""

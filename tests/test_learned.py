@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from test_searched import COST, NUM_BLOCKS, best_by_enumeration, full_plan, random_table
 
 from dyndit.errors import CheckpointError, InputError
+from dyndit.objectives import Schedule
 from dyndit.plan import DepthPlan
-from dyndit.routers.learned import LearnedRouter, LearnedSettings, features, log_snr, train_router, within
+from dyndit.routers.learned import LearnedRouter, LearnedSettings, features, train_router, within
 from dyndit.routers.searched import Predictor
 
 PAIRS = ((1, 1), (1, 0), (2, 2), (3, 1), (3, 3), (4, 4))
@@ -125,6 +126,7 @@ def test_what_the_network_sees() -> None:
     assert (seen[:, 2] == 0.4).all()
     places = seen[:, 0].tolist()
     assert places == sorted(places)
+    log_snr = Schedule().log_snr_at
     assert log_snr(999) < log_snr(500.5) < log_snr(500) < log_snr(0)
 
 

@@ -90,9 +90,9 @@ def test_a_model_that_does_other_than_its_plan_is_counted_by_sampling(make_model
     class EverySecondStep(DynamicDepth):
         """Runs the network at every second step alone, whatever the plan says."""
 
-        def branches(self, x, t, labels, depths):
+        def run(self, branches, depths, passing=()):
             self.calls = getattr(self, "calls", 0) + 1
-            return super().branches(x, t, labels, depths) if self.calls % 2 else [x] * len(labels)
+            return super().run(branches, depths, passing) if self.calls % 2 else [each.x for each in branches]
 
     plan = plan.with_pairs([(cond, max(uncond, 0)) for cond, uncond in plan.pairs])
     lazy = EverySecondStep(model.backbone, model.exits)

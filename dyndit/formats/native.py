@@ -128,6 +128,8 @@ def read_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True, trun
     except (ValueError, KeyError, TypeError) as error:
         found = first_line(error)
         raise CheckpointError(f"{path}: damaged (no exits are described by its metadata: {found})") from error
+    if "gains" in tensors:
+        exits.gains = torch.nn.Parameter(torch.zeros_like(tensors["gains"]))
     load_strictly(exits, tensors, path)
     return exits.eval()
 

@@ -14,7 +14,6 @@ classes, as the table has: the class is no input. An option: searched plans are 
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,15 +53,10 @@ class LearnedSettings:
     seed: int = 0
 
 
-def log_snr(timestep: float) -> float:
-    """lambda = log(alpha_bar / (1 - alpha_bar)), between whole timesteps too; beyond the schedule its end."""
-    return -2 * math.log(SCHEDULE.noise_level(min(float(timestep), SCHEDULE.num_timesteps - 1)))
-
-
 def features(timesteps: Sequence[float], budget: float) -> Tensor:
     """What the network sees of every step of a sampling.  -> (K, 3 + 2 NUM_WAVES), float64."""
-    at = torch.tensor([log_snr(t) for t in (*timesteps, 0)], dtype=torch.float64)
-    low, high = log_snr(SCHEDULE.num_timesteps - 1), log_snr(0)
+    at = torch.tensor([SCHEDULE.log_snr_at(t) for t in (*timesteps, 0)], dtype=torch.float64)
+    low, high = SCHEDULE.log_snr_at(SCHEDULE.num_timesteps - 1), SCHEDULE.log_snr_at(0)
     place, size = (at[:-1] - low) / (high - low), (at[1:] - at[:-1]) / (high - low)
     angles = torch.pi * place[:, None] * torch.arange(1, NUM_WAVES + 1)
     plain = torch.stack([place, (size + 1e-3).log() / 4, torch.full_like(place, budget)], dim=1)
@@ -214,7 +208,7 @@ def train_router(table: ShiftTable, settings: LearnedSettings | None = None) -> 
     """Train a router on a table: some seconds to a minute on a CPU. The same table and settings give the same router.
 
     Raises:
-        InputError: a setting is out of range.
+        InputError: a setting is out of range, or the table measures forecasts, which depend on the steps before.
     """
     settings = settings or LearnedSettings()
     if not 1 <= settings.num_steps[0] <= settings.num_steps[1] or min(settings.temperatures) <= 0:
@@ -222,6 +216,8 @@ def train_router(table: ShiftTable, settings: LearnedSettings | None = None) -> 
             f"learned router: {settings.num_steps} steps at temperatures {settings.temperatures}; expected "
             "1 <= least <= most, and temperatures above 0"
         )
+    if table.ages:
+        raise InputError("learned router: its table measures forecasts; expected one without")
     predictor, least = Predictor(table, table.edges[:-1]), table.least_share
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

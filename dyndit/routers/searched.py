@@ -8,10 +8,14 @@ the same seeds. To first order the changes add up over a plan:
 
 where A[b, p] is the share of band b that the plan runs at p. The Fréchet distance of (m, S - m m^T) to the reference is
 the prediction; a local search minimises it under a budget of measured time.
+
+A pair that forecasts has an entry for each age: how many steps ago full depth was. Which of them a step takes follows
+from the steps before it, so a choice of pairs is read from the first step to the last (`Predictor.aged`), and a
+dynamic program over that age proposes plans to the local search.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -64,6 +68,8 @@ class ShiftTable:
     exits: str = ""
     projection: Tensor | None = None
     """Directions the extractor's features were reduced to, where they were."""
+    ages: tuple[int, ...] = ()
+    """Of each pair, where some forecast: how many steps ago full depth was, 0 for those that do not."""
     bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
     """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
 
@@ -122,6 +128,7 @@ class ShiftTable:
             name: getattr(self, name)
             for name in self.__dataclass_fields__
             if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases")
+            and (name != "ages" or self.ages)
         }
         plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
         metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
@@ -151,6 +158,7 @@ class ShiftTable:
             plain = json.loads(metadata["table"])
             nums, cost = plain.pop("nums"), CostModel.from_description(plain.pop("cost"))
             plain |= {"pairs": tuple(map(tuple, plain["pairs"])), "edges": tuple(plain["edges"])}
+            plain["ages"] = tuple(plain.get("ages", ()))
             base = Moments(t["base.mean"], t["base.second"], nums[0])
             reference = Moments(t["reference.mean"], t["reference.second"], nums[1])
             bases = {
@@ -193,8 +201,9 @@ class Predictor:
         self.table = table
         self.base = table.base if base is None else base
         self.unbias = self.base.num / (self.base.num - 1)
-        self.pairs: tuple[Pair, ...] = (*table.pairs, table.full_pair)
+        self.pairs: tuple[Pair, ...] = (*dict.fromkeys(table.pairs), table.full_pair)
         self.index = {pair: i for i, pair in enumerate(self.pairs)}
+        self.entries = _Entries(table, self.pairs, self.nearest, len(timesteps)) if table.ages else None
         self.weights = table.weights(timesteps)
         bands, features = table.num_bands, table.mean.shape[-1]
         zero = table.mean.new_zeros
@@ -204,8 +213,9 @@ class Predictor:
         self.seconds = torch.tensor([table.cost.step_seconds(*p) for p in self.pairs], dtype=torch.float64)
 
     def coverage(self, choices: Tensor) -> Tensor:
-        """A of the module's docstring.  choices: (M, K) indices into `pairs` -> (M, bands, P + 1)."""
-        chosen = torch.nn.functional.one_hot(choices, len(self.pairs)).double()
+        """A of the module's docstring.  choices: (M, K) indices into `pairs` -> (M, bands, P + 1) of the table's."""
+        taken = choices if self.entries is None else self.entries.taken(choices)[1]
+        chosen = torch.nn.functional.one_hot(taken, self.mean.shape[1]).double()
         return torch.einsum("kb,mkp->mbp", self.weights, chosen)
 
     def moments(self, choices: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,6 +242,11 @@ class Predictor:
 
     def slopes(self, choice: Tensor) -> Tensor:
         """First-order change of the distance per step and pair around a plan.  choice: (K,) -> (K, P + 1)."""
+        by_entry = self.entry_slopes(choice)
+        return by_entry if self.entries is None else by_entry.gather(1, self.entries.at(choice))
+
+    def entry_slopes(self, choice: Tensor) -> Tensor:
+        """The same per entry of the table, and for full depth.  choice: (K,) -> (K, entries + 1)."""
         mean, covariance = (m[0] for m in self.moments(choice[None]))
         d_mean, d_covariance = self.frechet.gradient(mean, covariance)
         d_covariance = self.unbias * d_covariance
@@ -247,13 +262,92 @@ class Predictor:
         """Index of the measured pair with the closest depths."""
         if pair in self.index:
             return self.index[pair]
-        kind = _guidance(pair[1])
-        gaps = [abs(c - pair[0]) + abs(u - pair[1]) + 100 * abs(_guidance(u) - kind) for c, u in self.pairs]
+        (cond, uncond), kind = pair, _guidance(pair[1])
+        gaps = [
+            abs(abs(c) - abs(cond)) + abs(u - uncond) + 100 * abs(_guidance(u) - kind) + 1000 * ((c < 0) != (cond < 0))
+            for c, u in self.pairs
+        ]
         return int(np.argmin(gaps))
+
+    def settled(self, choices: Tensor) -> Tensor:
+        """The choices (M, K) without forecasts from nothing, or from longer ago than was measured: plain exits."""
+        return choices if self.entries is None else self.entries.taken(choices)[0]
 
     def predict(self, plan: DepthPlan) -> float:
         """Predicted Fréchet distance of a plan."""
         return self.distances(self.choice(plan)[None]).item()
+
+
+class _Entries:
+    """Which entry of a table a step takes: of a pair that forecasts, that of the age which the steps before it make."""
+
+    def __init__(
+        self, table: ShiftTable, pairs: tuple[Pair, ...], nearest: Callable[[Pair], int], num_steps: int
+    ) -> None:
+        """nearest: of a pair that does not forecast, its index in `pairs` or the closest one's."""
+        self.oldest, self.full = max(table.ages), torch.tensor([cond == table.num_blocks for cond, _ in pairs])
+        # Ages are steps of the table; between two steps of a longer sampling less changes.
+        self.pace = table.num_steps / num_steps
+        where = {(pair, age): i for i, (pair, age) in enumerate(zip(table.pairs, table.ages, strict=True))}
+        where[table.full_pair, 0] = len(table.pairs)
+        plain = [i if cond > 0 else nearest((-cond, uncond)) for i, (cond, uncond) in enumerate(pairs)]
+        self.plain = torch.tensor(plain)
+        """Of each pair, itself or, where it forecasts, the plain exit that it stands for without."""
+        alone = [where[pairs[i], 0] for i in plain]
+        ages = range(self.oldest + 1)  # the first column: no age, so no forecast
+        self.entry = torch.tensor([[where.get((pair, age), alone[i]) for age in ages] for i, pair in enumerate(pairs)])
+        self.known = torch.tensor([[(pair, age) in where or pair[0] > 0 for age in ages] for pair in pairs])
+
+    def _columns(self, since: Tensor) -> Tensor:
+        """Column of `entry` where full depth was `since` steps ago (0: never)."""
+        column = (since * self.pace - 1e-9).ceil().long()
+        return torch.where(column > self.oldest, 0, column)
+
+    def taken(self, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """choices: (M, K) of pairs -> the same without forecasts that nothing allows, and the entries they take."""
+        since, settled, entries = torch.zeros(len(choices), dtype=torch.long), [], []
+        for choice in choices.unbind(1):
+            column = self._columns(since)
+            choice = torch.where(self.known[choice, column], choice, self.plain[choice])
+            settled.append(choice)
+            entries.append(self.entry[choice, column])
+            since = torch.where(self.full[choice], 1, torch.where(since > 0, since + 1, 0))
+        return torch.stack(settled, 1), torch.stack(entries, 1)
+
+    def at(self, choice: Tensor) -> Tensor:
+        """The entry that each pair would take at every step of a plan.  choice: (K,) -> (K, P)."""
+        return self.entry[:, self._columns(self._since(choice))].T
+
+    def _since(self, choice: Tensor) -> Tensor:
+        """How many steps ago full depth was, at every step; 0: never.  choice: (K,) -> (K,)."""
+        since, now = [], 0
+        for full in self.full[choice].tolist():
+            since.append(now)
+            now = 1 if full else now + 1 if now else 0
+        return torch.tensor(since)
+
+    def programmed(self, values: Tensor, costs: Tensor, price: float) -> Tensor:
+        """The plan of least sum of values and prices, by a dynamic program over the steps since full depth.
+
+        values: (K, entries), what each entry adds at each step; costs: (P,), seconds; price: of a second. -> (K,).
+        """
+        num_steps, most = len(values), len(values) + 1
+        columns = self._columns(torch.arange(most))
+        later, best = torch.zeros(most, dtype=torch.float64), []
+        for step in reversed(range(num_steps)):
+            # (P, states): what a pair adds in each state, and what follows from the state after it.
+            state = torch.arange(most)
+            after = torch.where(self.full[:, None], 1, torch.where(state > 0, (state + 1).clamp(max=most - 1), 0))
+            total = values[step][self.entry[:, columns]] + price * costs[:, None] + later[after]
+            total = total.masked_fill(~self.known[:, columns], torch.inf)
+            later, choice = total.min(0)
+            best.append(choice)
+        now, plan = 0, []
+        for choice in reversed(best):
+            pair = int(choice[now])
+            plan.append(pair)
+            now = 1 if self.full[pair] else now + 1 if now else 0
+        return torch.tensor(plan)
 
 
 def _guidance(uncond: int) -> int:
@@ -329,21 +423,33 @@ def search(
 
 def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> list[Tensor]:
     """Ramps, and constants of every pair, within the budget, best predicted first, and the cheapest plan."""
-    depths = tuple(sorted({c for c, _ in predictor.pairs}))
-    plans = [full.with_pairs([pair] * full.num_steps) for pair in predictor.pairs] + [
+    depths = tuple(sorted({c for c, _ in predictor.pairs if c > 0}))
+    plans = [full.with_pairs([pair] * full.num_steps) for pair in predictor.pairs if pair[0] > 0] + [
         ramp(full, depths, low, high, power)
         for low in depths
         for high in depths
         for power in (0.5, 1.0, 2.0)
         if low < high
     ]
-    choices = torch.stack([predictor.choice(plan) for plan in plans])
+    choices = torch.stack([predictor.choice(plan) for plan in plans] + _periodic(predictor, full.num_steps))
     choices = choices[predictor.seconds[choices].sum(1) <= limit]
     cheapest = torch.full((full.num_steps,), int(predictor.seconds.argmin()))
     if not len(choices):
         return [cheapest]
     order = predictor.distances(choices).argsort()[:num]
     return [*choices[order], cheapest]
+
+
+def _periodic(predictor: Predictor, num_steps: int) -> list[Tensor]:
+    """Full depth every other step, or every third, ..., as long as ages were measured; each forecast between."""
+    if predictor.entries is None:
+        return []
+    full, plans = len(predictor.pairs) - 1, []
+    for pair in (i for i, (cond, _) in enumerate(predictor.pairs) if cond < 0):
+        for period in range(2, predictor.entries.oldest + 2):
+            steps = torch.arange(num_steps)
+            plans.append(predictor.settled(torch.where(steps % period == 0, full, pair)[None])[0])
+    return plans
 
 
 def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch.Generator) -> Tensor:
@@ -356,7 +462,7 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
         if predictor.seconds[choice].sum() <= limit:
             break
         choice[step] = predictor.seconds.argmin()
-    return choice
+    return predictor.settled(choice[None])[0]
 
 
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
@@ -373,18 +479,47 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
         cost = member @ (predictor.seconds[None, :] - predictor.seconds[choice][:, None])
         spare = limit - predictor.seconds[choice].sum().item()
         moves = _ranked_moves(gain.flatten(), cost.flatten(), spare, num_pairs, settings.evaluations)
-        if not moves:
-            break
         candidates = choice.repeat(len(moves), 1)
         for row, move in enumerate(moves):
             for flat in move:
                 candidates[row, units[flat // num_pairs]] = flat % num_pairs
+        # Where a step leaves full depth, forecasts after it may have nothing to go by: a plain exit, no dearer.
+        candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
+        if not len(candidates):
+            break
         values = predictor.distances(candidates)
         best = int(values.argmin())
         if values[best].item() >= value - 1e-9:
             break
         choice, value = candidates[best], values[best].item()
     return choice, value
+
+
+def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tensor]:
+    """Plans that the dynamic program finds around one, within the budget.  choice: (K,) -> (1, K) each.
+
+    First-order changes hold near the plan they are taken at, so leaving its pairs costs a share of what the changes
+    themselves are worth; the price of a second is found by bisection.
+    """
+    if predictor.entries is None:
+        return []
+    values, plans = predictor.entry_slopes(choice), []
+    stay = predictor.entries.taken(choice[None])[1][0]
+    gained = values - values.gather(1, stay[:, None])
+    scale = gained.abs().median().item()
+    for reluctance in (0.0, 0.3, 1.0, 3.0):
+        costly = gained + reluctance * scale
+        costly[torch.arange(len(stay)), stay] = 0.0
+        low, high = 0.0, 1e3 * scale / predictor.seconds.min().item()
+        for _ in range(30):
+            price = (low + high) / 2
+            found = predictor.entries.programmed(costly, predictor.seconds, price)
+            if predictor.seconds[found].sum() <= limit:
+                high, kept = price, found
+                plans.append(kept[None])
+            else:
+                low = price
+    return list({tuple(plan[0].tolist()): plan for plan in plans}.values())
 
 
 def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_pairs: int, num: int) -> list[tuple[int, ...]]:

@@ -1,0 +1,107 @@
+"""What full depth adds to an exit, forecast from earlier steps.
+
+At a step at full depth the gap of an exit is what is left to its prediction, g = eps_L - eps_d. Steps later the exit
+runs alone, and its gap is forecast to first order in the log-SNR l, from the last two steps at full depth:
+
+    g(l) ~ g_1 + (l - l_1) (g_1 - g_2) / (l_1 - l_2)
+
+The gap is small where the exit is good, and so is what a wrong forecast can do: an exit bounds the error that features
+of earlier steps bring. A learned correction scales the two terms by 1 + a and 1 + b, linear in a few functions of l and
+of the gap's age; it starts at zero, and is the ridge regression of the gaps that trajectories at full depth have.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyndit.objectives import Schedule
+
+NUM_TERMS = 4
+_SCHEDULE = Schedule()
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """What full depth added to exits at one step: by depth, (B, C_out, H, W) of the conditional branch."""
+
+    timestep: float
+    by_depth: Mapping[int, Tensor]
+
+
+Memory = tuple[Gaps, ...]
+"""The last two steps at full depth, the later one last. Never written to: trajectories that fork share it."""
+
+
+def remembered(memory: Memory | None, timestep: float, gaps: Mapping[int, Tensor]) -> Memory:
+    """The memory after a step at full depth."""
+    return (*(memory or ())[-1:], Gaps(timestep, gaps))
+
+
+def forecast_gap(memory: Memory | None, depth: int, timestep: float, gains: Tensor | None = None) -> Tensor:
+    """The gap of the exit at `depth`, at a later timestep.  -> (B, C_out, H, W).
+
+    gains: (2, NUM_TERMS), the learned correction, or None. Of one remembered step the gap is taken as it was.
+    """
+    known = [gaps for gaps in memory or () if depth in gaps.by_depth]
+    level, slope = terms(known, depth, timestep)
+    if gains is None:
+        return level if slope is None else level + slope
+    scale = (1 + gains.double().cpu() @ basis(timestep, known[-1].timestep)).tolist()
+    return scale[0] * level if slope is None else scale[0] * level + scale[1] * slope
+
+
+def terms(known: list[Gaps], depth: int, timestep: float) -> tuple[Tensor, Tensor | None]:
+    """The forecast's terms of order 0 and 1, (B, C_out, H, W) each; None for the second, of one remembered step."""
+    last = known[-1]
+    level = last.by_depth[depth]
+    if len(known) < 2:
+        return level, None
+    before = known[-2]
+    now, later, earlier = (_SCHEDULE.log_snr_at(t) for t in (timestep, last.timestep, before.timestep))
+    ahead = (now - later) / (later - earlier)
+    return level, ahead * (level - before.by_depth[depth])
+
+
+def basis(timestep: float, since: float) -> Tensor:
+    """What the correction is linear in, (NUM_TERMS,): of the log-SNR and of how far it has risen since `since`."""
+    now = _SCHEDULE.log_snr_at(timestep)
+    place, age = now / 10, (now - _SCHEDULE.log_snr_at(since)) / 5
+    return torch.tensor([1.0, place, age, place * age], dtype=torch.float64)
+
+
+class GapRegression:
+    """The correction of every exit's forecasts, by ridge regression on gaps that were seen: zero where none were.
+
+    Trajectories come as `Gaps` at their successive steps at full depth. Each gap is forecast from those one to
+    `oldest` steps before, and what the plain forecast misses is regressed on its two terms times `basis`.
+    """
+
+    def __init__(self, depths: Sequence[int], *, oldest: int = 3, ridge: float = 1e-3) -> None:
+        self.depths, self.oldest, self.ridge = tuple(depths), oldest, ridge
+        size = 2 * NUM_TERMS
+        self.gram = torch.zeros(len(self.depths), size, size, dtype=torch.float64)
+        self.missed = torch.zeros(len(self.depths), size, dtype=torch.float64)
+
+    def add(self, trajectory: Sequence[Gaps]) -> None:
+        """Add the gaps of one batch's steps, the noisiest first."""
+        for step, gaps in enumerate(trajectory):
+            for age in range(1, min(step, self.oldest) + 1):
+                known = trajectory[max(0, step - age - 1) : step - age + 1]
+                along = basis(gaps.timestep, known[-1].timestep)
+                for row, depth in enumerate(self.depths):
+                    self._add(row, gaps.by_depth[depth], terms(known, depth, gaps.timestep), along)
+
+    def _add(self, row: int, gap: Tensor, forecast: tuple[Tensor, Tensor | None], along: Tensor) -> None:
+        level, slope = (torch.zeros_like(gap) if term is None else term for term in forecast)
+        columns = torch.stack([level, slope]).double().flatten(1).cpu()
+        missed = (gap - level - slope).double().flatten().cpu()
+        self.gram[row] += torch.kron((columns @ columns.T).contiguous(), torch.outer(along, along))
+        self.missed[row] += torch.kron(columns @ missed, along)
+
+    def gains(self) -> Tensor:
+        """-> (E, 2, NUM_TERMS), float32, as `Exits.gains` holds them."""
+        size = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None]
+        damped = self.gram + self.ridge * size * torch.eye(2 * NUM_TERMS, dtype=torch.float64)
+        return torch.linalg.solve(damped, self.missed).float().view(-1, 2, NUM_TERMS)

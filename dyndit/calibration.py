@@ -8,6 +8,7 @@ a pipeline the user's own function says what is drawn.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.plan import REUSED, DepthPlan, own_exit
 from dyndit.plugin import DynDiTHandle
+from dyndit.routers.interactions import Interactions
 from dyndit.routers.refined import refined
 from dyndit.routers.searched import Pair, ShiftTable, search
 from dyndit.routers.steps import Goal
@@ -58,6 +60,7 @@ class CalibrationSettings:
     pairs: (conditional, unconditional) depths to measure; empty means `default_pairs` on `num_depths` depths.
     reuse: whether those have pairs that reuse the guidance of earlier steps (`plan.REUSED`).
     own_guides: whether those have pairs that are guided by the branch's own exits (`plan.own_exit`).
+    second_order: also measure what neighbouring bands do together (`routers.interactions`), for nearly twice the time.
     seed: of our own sampling; a pipeline's noise is the business of who calls it.
     """
 
@@ -69,6 +72,7 @@ class CalibrationSettings:
     num_depths: int = 8
     reuse: bool = False
     own_guides: bool = False
+    second_order: bool = False
 
 
 def default_pairs(
@@ -135,22 +139,23 @@ def measure_table(
         own_guides=settings.own_guides,
     )
     bands = [b.tolist() for b in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))]
-    batches = batches_of(range(n), settings.batch_size)
+    joined = [a + b for a, b in itertools.pairwise(bands)] if settings.second_order else []
+    batches, replaced = batches_of(range(n), settings.batch_size), bands + joined
     sizes = [settings.batch_size, drawing.seed, n]
-    key = json.dumps([full.solver, full.timesteps, pairs, bands, full.cfg_scale, drawing.setting, *sizes])
+    key = json.dumps([full.solver, full.timesteps, pairs, replaced, full.cfg_scale, drawing.setting, *sizes])
     key += drawing.trunk + drawing.exits + extractor.fingerprint
     sums, done = _restore(partial, key)
-    total = len(batches) * len(bands) * len(pairs)
+    total = len(batches) * len(replaced) * len(pairs)
     for number, indices in enumerate(batches):
         if number < done:
             continue
-        features = (extractor.features(as_rgb(pictures)) for pictures in drawing.replaced(indices, bands, pairs))
+        features = (extractor.features(as_rgb(pictures)) for pictures in drawing.replaced(indices, replaced, pairs))
         base = next(features)
         changes = []
         for f in features:
             changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
             if on_progress is not None:
-                on_progress(number * len(bands) * len(pairs) + len(changes), total)
+                on_progress(number * len(replaced) * len(pairs) + len(changes), total)
         fresh = {
             "base.mean": base.sum(0),
             "base.second": base.T @ base,
@@ -160,13 +165,17 @@ def measure_table(
         sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
         if partial is not None:
             save_file(sums, partial, metadata={"key": key, "done": str(number + 1)})
-    shape = (len(bands), len(pairs))
+    shape = (len(replaced), len(pairs))
+    (mean, joint_mean), (second, joint_second) = (
+        (sums[name].unflatten(0, shape) / n).tensor_split([len(bands)]) for name in ("mean", "second")
+    )
+    interactions = Interactions.of((mean, second), (joint_mean, joint_second)) if settings.second_order else None
     edges = (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
     return ShiftTable(
         edges=edges,
         pairs=pairs,
-        mean=sums["mean"].unflatten(0, shape) / n,
-        second=sums["second"].unflatten(0, shape) / n,
+        mean=mean,
+        second=second,
         base=Moments(sums["base.mean"] / n, sums["base.second"] / n, n),
         reference=reference,
         cost=drawing.cost(max(1, settings.batch_size // 2)) if cost is None else cost,
@@ -181,6 +190,7 @@ def measure_table(
         trunk=drawing.trunk,
         exits=drawing.exits,
         projection=extractor.projection,
+        interactions=interactions,
     )
 
 

@@ -71,6 +71,7 @@ class Drawing(Protocol):
     ) -> Iterator[Tensor]:
         """The pictures of full depth, then for each band and each pair those with that band's steps at that pair.
 
+        A band is a run of neighbouring steps; bands may overlap, and come in any order.
         indices: B -> (B, 1 or 3, H, W) uint8, 1 + bands * pairs times.
         """
 
@@ -83,7 +84,7 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class NativeDrawing:
-    """Our own sampling: a trajectory forks at each band, so that nothing before it is run twice."""
+    """Our own sampling: a trajectory forks where a band begins, so that nothing before it is run twice."""
 
     model: DynamicDepth
     solver: AnySolver = "ddim"
@@ -131,14 +132,15 @@ class NativeDrawing:
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)
         labels = [i % model.backbone.num_classes for i in indices]
         batch = Batch(torch.tensor(labels, device=next(model.parameters()).device), tuple(indices), self.seed)
-        trajectory, forks = start(model, batch, self.solver, self.num_steps), []
-        for band in bands:
-            forks.append(trajectory.fork())
-            advance(model, batch, trajectory, full, guidance, first=band[0], stop=band[-1] + 1)
+        trajectory, forks, reached = start(model, batch, self.solver, self.num_steps), {}, 0
+        for first in sorted({band[0] for band in bands}):
+            advance(model, batch, trajectory, full, guidance, first=reached, stop=first)
+            forks[first], reached = trajectory.fork(), first
+        advance(model, batch, trajectory, full, guidance, first=reached)
         yield self.to_pictures(trajectory.x).cpu()
-        for band, fork in zip(bands, forks, strict=True):
+        for band in bands:
             for pair in pairs:
-                end = advance(model, batch, fork.fork(), _replaced(full, band, pair), guidance, first=band[0])
+                end = advance(model, batch, forks[band[0]].fork(), _replaced(full, band, pair), guidance, first=band[0])
                 yield self.to_pictures(end.x).cpu()
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:

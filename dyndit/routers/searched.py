@@ -6,8 +6,9 @@ the same seeds. To first order the changes add up over a plan:
 
     m(plan) = m_full + sum_b sum_p A[b, p] dm[b, p]        S(plan) = S_full + sum_b sum_p A[b, p] dS[b, p]
 
-where A[b, p] is the share of band b that the plan runs at p. The Fréchet distance of (m, S - m m^T) to the reference is
-the prediction; a local search minimises it under a budget of measured time.
+where A[b, p] is the share of band b that the plan runs at p. Where they were measured, terms of second order add what
+neighbouring bands do together beyond that sum (`interactions`). The Fréchet distance of (m, S - m m^T) to the
+reference is the prediction; a local search minimises it under a budget of measured time.
 """
 
 import json
@@ -26,12 +27,15 @@ from dyndit.analysis.fidelity import FrechetTo, Moments
 from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan, Router, own_exit
+from dyndit.routers.interactions import Interactions
 from dyndit.routers.schedules import ramp
 
 FORMAT = "dyndit-shift-table"
 VERSION = 1
 FILE = "shift-table.safetensors"
 """Its name in a model's folder."""
+INTERACTIONS = "interactions."
+"""What the names of their tensors begin with."""
 
 Pair = tuple[int, int]
 
@@ -66,6 +70,8 @@ class ShiftTable:
     """Directions the extractor's features were reduced to, where they were."""
     bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
     """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
+    interactions: Interactions | None = field(default=None, compare=False)
+    """Terms of second order, where they were measured."""
 
     @property
     def full_pair(self) -> Pair:
@@ -121,7 +127,7 @@ class ShiftTable:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases")
+            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases", "interactions")
         }
         plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
         metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
@@ -131,7 +137,11 @@ class ShiftTable:
             metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
             for (solver, steps), of in self.bases.items():
                 tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
-        shifts = {name: t.float().contiguous() for name, t in tensors.items() if name in ("mean", "second")}
+        if self.interactions is not None:
+            more = self.interactions
+            tensors |= {f"{INTERACTIONS}mean": more.mean, f"{INTERACTIONS}second": more.second}
+        of_shifts = [name for name in tensors if name in ("mean", "second") or name.startswith(INTERACTIONS)]
+        shifts = {name: tensors[name].float().contiguous() for name in of_shifts}
         moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
         save_file(shifts | moments, path, metadata=metadata)
 
@@ -158,6 +168,8 @@ class ShiftTable:
                 for solver, steps, num in json.loads(metadata.get("bases", "[]"))
             }
             shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
+            if f"{INTERACTIONS}mean" in t:
+                shifts["interactions"] = Interactions(t[f"{INTERACTIONS}mean"], t[f"{INTERACTIONS}second"])
             return cls(base=base, reference=reference, cost=cost, bases=bases, **shifts, **plain)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
@@ -186,7 +198,7 @@ class ShiftTable:
 
 
 class Predictor:
-    """The additive prediction of a table at given timesteps: plan -> Fréchet distance to the reference."""
+    """The prediction of a table at given timesteps: plan -> Fréchet distance to the reference."""
 
     def __init__(self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None) -> None:
         """`base`: moments of full depth at these very steps, where they were measured (else the table's)."""
@@ -217,13 +229,20 @@ class Predictor:
         a = coverage.flatten(1)
         mean = self.base.mean + a @ self.mean.flatten(0, 1)
         second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
+        if self.table.interactions is not None:
+            more = self.table.interactions.changes(coverage)
+            mean, second = mean + more[0], second + more[1]
         return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])
 
     def base_through(self, plan: DepthPlan, measured: Moments) -> Moments:
         """What full depth's moments would have to be for the prediction of this plan to be what was measured of it."""
-        a = self.coverage(self.choice(plan)[None]).flatten(1)
+        coverage = self.coverage(self.choice(plan)[None])
+        a = coverage.flatten(1)
         mean = measured.mean - (a @ self.mean.flatten(0, 1))[0]
         second = measured.second - (a @ self.second.flatten(0, 1).flatten(1)).view_as(measured.second)
+        if self.table.interactions is not None:
+            more = self.table.interactions.changes(coverage)
+            mean, second = mean - more[0][0], second - more[1][0]
         return Moments(mean, second, measured.num)
 
     def distances(self, choices: Tensor) -> Tensor:
@@ -237,6 +256,8 @@ class Predictor:
         d_covariance = self.unbias * d_covariance
         d_mean = d_mean - 2 * d_covariance @ mean
         per_band = self.mean @ d_mean + (self.second * d_covariance).sum(dim=(2, 3))
+        if self.table.interactions is not None:
+            per_band = per_band + self.table.interactions.slopes(self.coverage(choice[None])[0], d_mean, d_covariance)
         return self.weights @ per_band
 
     def choice(self, plan: DepthPlan) -> Tensor:

@@ -8,6 +8,7 @@ a pipeline the user's own function says what is drawn.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plugin import DynDiTHandle
+from dyndit.routers.interactions import Interactions
 from dyndit.routers.refined import refined
 from dyndit.routers.searched import Pair, ShiftTable, search
 from dyndit.routers.steps import Goal
@@ -60,6 +62,7 @@ class CalibrationSettings:
     own_guides: whether those have pairs that are guided by the branch's own exits (`plan.own_exit`).
     forecast_ages: how many steps ago full depth may have been where an exit's gap to it is forecast (`plan.forecast`);
     those pairs are measured at each age from 1 on, and want a band for each step. 0: no forecasts.
+    second_order: also measure what neighbouring bands do together (`routers.interactions`), for nearly twice the time.
     seed: of our own sampling; a pipeline's noise is the business of who calls it.
     """
 
@@ -72,6 +75,7 @@ class CalibrationSettings:
     reuse: bool = False
     own_guides: bool = False
     forecast_ages: int = 0
+    second_order: bool = False
 
 
 def default_pairs(
@@ -145,22 +149,24 @@ def measure_table(
     )
     pairs, ages = _aged(pairs, drawing, settings)
     bands = [b.tolist() for b in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))]
-    batches = batches_of(range(n), settings.batch_size)
+    joined = [a + b for a, b in itertools.pairwise(bands)] if settings.second_order else []
+    batches, replaced = batches_of(range(n), settings.batch_size), bands + joined
     sizes = [settings.batch_size, drawing.seed, n]
-    key = json.dumps([full.solver, full.timesteps, pairs, bands, full.cfg_scale, drawing.setting, *sizes])
+    key = json.dumps([full.solver, full.timesteps, pairs, replaced, full.cfg_scale, drawing.setting, *sizes])
     key += drawing.trunk + drawing.exits + extractor.fingerprint + (json.dumps(ages) if ages else "")
     sums, done = _restore(partial, key)
-    total = len(batches) * len(bands) * len(pairs)
+    total = len(batches) * len(replaced) * len(pairs)
     for number, indices in enumerate(batches):
         if number < done:
             continue
-        features = (extractor.features(as_rgb(pictures)) for pictures in drawing.replaced(indices, bands, pairs, ages))
+        drawn = drawing.replaced(indices, replaced, pairs, ages)
+        features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
         base = next(features)
         changes = []
         for f in features:
             changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
             if on_progress is not None:
-                on_progress(number * len(bands) * len(pairs) + len(changes), total)
+                on_progress(number * len(replaced) * len(pairs) + len(changes), total)
         fresh = {
             "base.mean": base.sum(0),
             "base.second": base.T @ base,
@@ -170,14 +176,18 @@ def measure_table(
         sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
         if partial is not None:
             save_file(sums, partial, metadata={"key": key, "done": str(number + 1)})
-    shape = (len(bands), len(pairs))
+    shape = (len(replaced), len(pairs))
+    (mean, joint_mean), (second, joint_second) = (
+        (sums[name].unflatten(0, shape) / n).tensor_split([len(bands)]) for name in ("mean", "second")
+    )
+    interactions = Interactions.of((mean, second), (joint_mean, joint_second)) if settings.second_order else None
     edges = (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
     return ShiftTable(
         edges=edges,
         pairs=pairs,
         ages=ages,
-        mean=sums["mean"].unflatten(0, shape) / n,
-        second=sums["second"].unflatten(0, shape) / n,
+        mean=mean,
+        second=second,
         base=Moments(sums["base.mean"] / n, sums["base.second"] / n, n),
         reference=reference,
         cost=drawing.cost(max(1, settings.batch_size // 2)) if cost is None else cost,
@@ -192,6 +202,7 @@ def measure_table(
         trunk=drawing.trunk,
         exits=drawing.exits,
         projection=extractor.projection,
+        interactions=interactions,
     )
 
 
@@ -203,6 +214,8 @@ def _aged(
         if bad := [pair for pair in pairs if pair[0] < 0]:
             raise InputError(f"pairs: {bad[0]} forecasts; expected forecast_ages of at least 1")
         return pairs, ()
+    if settings.second_order:
+        raise InputError("second_order: of pairs that forecast, two steps together have two ages; expected one of both")
     if settings.num_bands < drawing.full.num_steps:
         raise InputError(
             f"--bands {settings.num_bands}: forecasts are measured step by step; expected at least the "

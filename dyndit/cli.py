@@ -188,6 +188,7 @@ def calibrate(
     num_bands: int = 10,
     num_depths: int = 8,
     own_guides: bool = False,
+    second_order: bool = False,
     refinements: int = 0,
     batch_size: int = 128,
     vae: Path | None = None,
@@ -218,6 +219,7 @@ def calibrate(
         num_depths: Conditional depths it tells apart, at most.
         refinements: With --budget, rounds in which the plan is measured and the prediction corrected by it.
         own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
+        second_order: It also holds what neighbouring bands do together, which takes nearly twice the time to measure.
         batch_size: Pictures at a time.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         device: cpu or cuda.
@@ -264,7 +266,12 @@ def calibrate(
     extractor = _extractor(measuring, dynamic, device)
     if table is None:
         settings = calibration.CalibrationSettings(
-            num_pictures, num_bands, batch_size, num_depths=num_depths, own_guides=own_guides
+            num_pictures,
+            num_bands,
+            batch_size,
+            num_depths=num_depths,
+            own_guides=own_guides,
+            second_order=second_order,
         )
         size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
         if decoder is not None:
@@ -284,7 +291,9 @@ def calibrate(
                 on_progress=advance,
             )
     else:
-        print(f"{path}: searched as it is ({table.num_pictures} seeds, {table.num_bands} bands); --fresh measures anew")
+        terms = "" if table.interactions is None else ", second-order terms"
+        held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
+        print(f"{path}: searched as it is ({held}); --fresh measures anew")
     drawing = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
     if goal is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID

@@ -75,6 +75,7 @@ class Drawing(Protocol):
     ) -> Iterator[Tensor]:
         """The pictures of full depth, then for each band and each pair those with that band's steps at that pair.
 
+        A band is a run of neighbouring steps; bands may overlap, and come in any order.
         indices: B -> (B, 1 or 3, H, W) uint8, 1 + bands * pairs times. ages: for each pair that forecasts, how many
         steps before the band's first the last one at full depth was (earlier than the first step: that one; none at
         all: nothing is forecast); for others 0; empty where no pair forecasts.
@@ -92,7 +93,7 @@ class Drawing(Protocol):
 
 @dataclass(frozen=True)
 class NativeDrawing:
-    """Our own sampling: a trajectory forks at each band, so that nothing before it is run twice."""
+    """Our own sampling: a trajectory forks where a band begins, so that nothing before it is run twice."""
 
     model: DynamicDepth
     solver: AnySolver = "ddim"

@@ -152,5 +152,8 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
     for name in ("learned", "confidence"):  # a run that was begun before there were any goes on
         if choices[name] is None:
             choices.pop(name)
+    for calibration in (choices["calibration"], *(variant["calibration"] for variant in choices["variants"])):
+        if calibration and not calibration["second_order"]:  # likewise
+            calibration.pop("second_order")
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}

@@ -21,6 +21,7 @@ experiment = replace(
         Variant("5-bands", calibration=replace(base, num_bands=5)),
         Variant("256-seeds", calibration=replace(base, num_pictures=256)),
         Variant("refined", refinements=3),
+        Variant("second-order", calibration=replace(base, second_order=True)),
         Variant("4-depths", calibration=replace(base, num_depths=4)),
     ),
     learned=None,

@@ -19,6 +19,7 @@ from dyndit.calibration import (
 )
 from dyndit.cost import measure_cost
 from dyndit.data import load_digits
+from dyndit.drawing import NativeDrawing
 from dyndit.errors import InputError
 from dyndit.plan import REUSED, guide_of
 from dyndit.routers.searched import Predictor, ShiftTable
@@ -65,6 +66,38 @@ def test_a_single_replaced_step_is_predicted_as_it_is_measured(
     predicted = Predictor(table, full.timesteps).predict(plan)
     assert predicted == pytest.approx(measured, rel=1e-5)
     assert abs(measured - Predictor(table, full.timesteps).predict(full)) > 1e-3 * measured
+
+
+@pytest.fixture(scope="module")
+def joint_table(model, extractor, reference, table):
+    settings = replace(SETTINGS, num_bands=3, second_order=True)
+    return measure_shifts(model, extractor, reference, num_steps=3, settings=settings, cost=table.cost)
+
+
+@pytest.mark.parametrize("pair", SETTINGS.pairs)
+@pytest.mark.parametrize("steps", [(0,), (2,), (0, 1), (1, 2)])
+def test_neighbouring_steps_are_predicted_as_they_are_measured(
+    model, extractor, reference, joint_table, steps: tuple[int, ...], pair: tuple[int, int]
+) -> None:
+    """With terms of second order brute force gives the table's prediction for two steps at a pair too."""
+    full = full_plan(model, "ddim", 3, 1.5)
+    plan = full.with_pairs([pair if k in steps else p for k, p in enumerate(full.pairs)])
+    drawn = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed, batch_size=32)
+    measured, predictor = frechet_distance(drawn, reference), Predictor(joint_table, full.timesteps)
+    assert predictor.predict(plan) == pytest.approx(measured, rel=1e-5)
+    assert abs(measured - predictor.predict(full)) > 1e-3 * measured
+    if len(steps) > 1:
+        additive = Predictor(replace(joint_table, interactions=None), full.timesteps)
+        assert abs(measured - additive.predict(plan)) > 1e-3 * measured
+
+
+def test_bands_are_drawn_in_any_order(model) -> None:
+    drawing, pair = NativeDrawing(model, num_steps=4), (2, 2)
+    full, *there = drawing.replaced((0, 1), [[0, 1], [2, 3], [1, 2], [3]], [pair])
+    again, *back = drawing.replaced((0, 1), [[3], [1, 2], [2, 3], [0, 1]], [pair])
+    assert torch.equal(full, again)
+    assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
+    assert len({tuple(part.flatten().tolist()) for part in (full, *there)}) == 5
 
 
 def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, tmp_path) -> None:

@@ -341,8 +341,11 @@ def test_latents_are_calibrated_on_decoded_pictures(tmp_path: Path, capsys) -> N
     main(["distill", str(recipe), "--data", "digits", *vae, "--model", str(tmp_path / "trunk"), "--out", model])
     small = ["--steps", "2", "--table-steps", "2", "--num-bands", "2", "--num-pictures", "70", "--batch-size", "35"]
     measuring = ["--extractor", "digits", "--reference", "digits"]
-    main(["calibrate", model, "--budget", "0.9", *small, *measuring, *vae, "--json"])
+    main(["calibrate", model, "--budget", "0.9", "--second-order", *small, *measuring, *vae, "--json"])
     assert last_json(capsys)["measured_fd"] > 0
+    assert len(ShiftTable.load(tmp_path / "model" / "shift-table.safetensors").interactions.mean) == 1
+    main(["calibrate", model, "--budget", "0.95", "--steps", "2", *measuring, *vae])
+    assert "(70 seeds, 2 bands, second-order terms)" in " ".join(capsys.readouterr().out.split())
     out = str(tmp_path / "samples")
     main(["sample", model, "--budget", "0.9", "--steps", "2", "--num-images", "2", *vae, "--out", out])
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)

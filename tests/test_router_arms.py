@@ -13,7 +13,7 @@ from dyndit.arms import Preparation
 from dyndit.calibration import CalibrationSettings
 from dyndit.comparison import Comparison
 from dyndit.data import load_digits
-from dyndit.experiment import Experiment, Inputs, settings_of
+from dyndit.experiment import Experiment, Inputs, Variant, settings_of
 from dyndit.routers.confidence import ConfidenceSettings, Thresholds
 from dyndit.routers.learned import LearnedSettings
 from dyndit.tasks import Distill
@@ -71,6 +71,21 @@ def test_a_comparison_without_them_is_the_run_it_was(making) -> None:
     assert {"learned", "confidence"} <= settings(making.experiment).keys()
     assert not replace(making, experiment=neither).learned(None)
     assert not replace(making, experiment=neither).confidence()
+
+
+def test_a_comparison_without_second_order_terms_is_the_run_it_was(making) -> None:
+    def settings(*, of: bool, variant: bool) -> tuple[dict, dict, None]:
+        base, other = (replace(making.experiment.calibration, second_order=asked) for asked in (of, variant))
+        variants = (Variant("a", calibration=other), Variant("b"))
+        experiment = replace(making.experiment, calibration=base, variants=variants)
+        chosen = settings_of(experiment, Inputs(), load_digits())["experiment"]
+        return (chosen["calibration"], *(held["calibration"] for held in chosen["variants"]))
+
+    for of in (False, True):
+        for variant in (False, True):
+            base, other, none = settings(of=of, variant=variant)
+            assert ("second_order" in base, "second_order" in other, none) == (of, variant, None)
+            assert base["num_bands"] == other["num_bands"]
 
 
 def test_the_recipe_of_levers_measures_both() -> None:

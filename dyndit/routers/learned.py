@@ -2,12 +2,12 @@
 
 For each step it maps (lambda, the step's size in lambda, budget), lambda being the log-SNR, to scores over the pairs
 of a shift table. It is trained on that table alone, no pictures are drawn: choices pi[k, p] cover band b by
-A[b, p] = sum_k w[k, b] pi[k, p], the predicted moments are linear in A (see `searched`), and the logarithm of their
-distance is a loss with a gradient in pi. Time is penalised as a plan's time will be: every pair's score is lowered by a
-price times its seconds, the lowest price at which the plan fits the budget. The pairs are drawn by Gumbel-softmax,
-straight-through: pi is the drawn plan, its gradient that of softmax((scores - price * seconds + noise) / T) (Jang et
-al. 2017, arXiv:1611.01144; Maddison et al. 2017, arXiv:1611.00712). A soft plan in its place would promise mixtures of
-depths that no plan can run. T falls while budgets, step counts and spacings are drawn at random.
+A[b, p] = sum_k w[k, b] pi[k, p], the predicted moments are polynomials in A (see `searched`), and the logarithm of
+their distance is a loss with a gradient in pi. Time is penalised as a plan's time will be: every pair's score is
+lowered by a price times its seconds, the lowest price at which the plan fits the budget. The pairs are drawn by
+Gumbel-softmax, straight-through: pi is the drawn plan, its gradient that of softmax((scores - price * seconds +
+noise) / T) (Jang et al. 2017, arXiv:1611.01144; Maddison et al. 2017, arXiv:1611.00712). A soft plan in its place would
+promise mixtures of depths that no plan can run. T falls while budgets, step counts and spacings are drawn at random.
 
 A plan is the best pair at every step, at the price that its budget demands (`within`). It has one depth for all
 classes, as the table has: the class is no input. An option: searched plans are the default until it beats them.

@@ -6,11 +6,12 @@ the same seeds. To first order the changes add up over a plan:
 
     m(plan) = m_full + sum_b sum_p A[b, p] dm[b, p]        S(plan) = S_full + sum_b sum_p A[b, p] dS[b, p]
 
-where A[b, p] is the share of band b that the plan runs at p. The Fréchet distance of (m, S - m m^T) to the reference is
-the prediction; a local search minimises it under a budget of measured time.
+where A[b, p] is the share of band b that the plan runs at p. Where they were measured, terms of second order add what
+neighbouring bands do together beyond that sum (`interactions`). The Fréchet distance of (m, S - m m^T) to the
+reference is the prediction; a local search minimises it under a budget of measured time.
 
 A pair that forecasts has an entry for each age: how many steps ago full depth was. Which of them a step takes follows
-from the steps before it, so a choice of pairs is read from the first step to the last (`Predictor.aged`), and a
+from the steps before it, so a choice of pairs is read from the first step to the last (`Predictor.settled`), and a
 dynamic program over that age proposes plans to the local search.
 """
 
@@ -30,12 +31,15 @@ from dyndit.analysis.fidelity import FrechetTo, Moments
 from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan, Router, own_exit
+from dyndit.routers.interactions import Interactions
 from dyndit.routers.schedules import ramp
 
 FORMAT = "dyndit-shift-table"
 VERSION = 1
 FILE = "shift-table.safetensors"
 """Its name in a model's folder."""
+INTERACTIONS = "interactions."
+"""What the names of their tensors begin with."""
 
 Pair = tuple[int, int]
 
@@ -72,6 +76,8 @@ class ShiftTable:
     """Of each pair, where some forecast: how many steps ago full depth was, 0 for those that do not."""
     bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
     """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
+    interactions: Interactions | None = field(default=None, compare=False)
+    """Terms of second order, where they were measured."""
 
     @property
     def full_pair(self) -> Pair:
@@ -127,7 +133,7 @@ class ShiftTable:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases")
+            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases", "interactions")
             and (name != "ages" or self.ages)
         }
         plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
@@ -138,7 +144,11 @@ class ShiftTable:
             metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
             for (solver, steps), of in self.bases.items():
                 tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
-        shifts = {name: t.float().contiguous() for name, t in tensors.items() if name in ("mean", "second")}
+        if self.interactions is not None:
+            more = self.interactions
+            tensors |= {f"{INTERACTIONS}mean": more.mean, f"{INTERACTIONS}second": more.second}
+        of_shifts = [name for name in tensors if name in ("mean", "second") or name.startswith(INTERACTIONS)]
+        shifts = {name: tensors[name].float().contiguous() for name in of_shifts}
         moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
         save_file(shifts | moments, path, metadata=metadata)
 
@@ -166,6 +176,8 @@ class ShiftTable:
                 for solver, steps, num in json.loads(metadata.get("bases", "[]"))
             }
             shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
+            if f"{INTERACTIONS}mean" in t:
+                shifts["interactions"] = Interactions(t[f"{INTERACTIONS}mean"], t[f"{INTERACTIONS}second"])
             return cls(base=base, reference=reference, cost=cost, bases=bases, **shifts, **plain)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
@@ -194,7 +206,7 @@ class ShiftTable:
 
 
 class Predictor:
-    """The additive prediction of a table at given timesteps: plan -> Fréchet distance to the reference."""
+    """The prediction of a table at given timesteps: plan -> Fréchet distance to the reference."""
 
     def __init__(self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None) -> None:
         """`base`: moments of full depth at these very steps, where they were measured (else the table's)."""
@@ -227,13 +239,20 @@ class Predictor:
         a = coverage.flatten(1)
         mean = self.base.mean + a @ self.mean.flatten(0, 1)
         second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
+        if self.table.interactions is not None:
+            more = self.table.interactions.changes(coverage)
+            mean, second = mean + more[0], second + more[1]
         return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])
 
     def base_through(self, plan: DepthPlan, measured: Moments) -> Moments:
         """What full depth's moments would have to be for the prediction of this plan to be what was measured of it."""
-        a = self.coverage(self.choice(plan)[None]).flatten(1)
+        coverage = self.coverage(self.choice(plan)[None])
+        a = coverage.flatten(1)
         mean = measured.mean - (a @ self.mean.flatten(0, 1))[0]
         second = measured.second - (a @ self.second.flatten(0, 1).flatten(1)).view_as(measured.second)
+        if self.table.interactions is not None:
+            more = self.table.interactions.changes(coverage)
+            mean, second = mean - more[0][0], second - more[1][0]
         return Moments(mean, second, measured.num)
 
     def distances(self, choices: Tensor) -> Tensor:
@@ -252,6 +271,8 @@ class Predictor:
         d_covariance = self.unbias * d_covariance
         d_mean = d_mean - 2 * d_covariance @ mean
         per_band = self.mean @ d_mean + (self.second * d_covariance).sum(dim=(2, 3))
+        if self.table.interactions is not None:
+            per_band = per_band + self.table.interactions.slopes(self.coverage(choice[None])[0], d_mean, d_covariance)
         return self.weights @ per_band
 
     def choice(self, plan: DepthPlan) -> Tensor:
@@ -454,7 +475,7 @@ def _periodic(predictor: Predictor, num_steps: int) -> list[Tensor]:
 
 def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch.Generator) -> Tensor:
     """A third of the steps moved to random pairs, then random steps made cheapest until the budget holds."""
-    choice, steps = choice.clone(), len(choice)
+    kicked_from, choice, steps = choice, choice.clone(), len(choice)
     order = torch.randperm(steps, generator=generator)
     moved = order[: max(1, steps // 3)]
     choice[moved] = torch.randint(len(predictor.pairs), (len(moved),), generator=generator)
@@ -462,7 +483,8 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
         if predictor.seconds[choice].sum() <= limit:
             break
         choice[step] = predictor.seconds.argmin()
-    return predictor.settled(choice[None])[0]
+    settled = predictor.settled(choice[None])[0]
+    return settled if predictor.seconds[settled].sum() <= limit else kicked_from
 
 
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
@@ -483,8 +505,9 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
         for row, move in enumerate(moves):
             for flat in move:
                 candidates[row, units[flat // num_pairs]] = flat % num_pairs
-        # Where a step leaves full depth, forecasts after it may have nothing to go by: a plain exit, no dearer.
-        candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
+        if predictor.entries is not None:  # where a step leaves full depth, forecasts after it may be left with nothing
+            candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
+            candidates = candidates[predictor.seconds[candidates].sum(1) <= limit]
         if not len(candidates):
             break
         values = predictor.distances(candidates)
@@ -501,8 +524,6 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
     First-order changes hold near the plan they are taken at, so leaving its pairs costs a share of what the changes
     themselves are worth; the price of a second is found by bisection.
     """
-    if predictor.entries is None:
-        return []
     values, plans = predictor.entry_slopes(choice), []
     stay = predictor.entries.taken(choice[None])[1][0]
     gained = values - values.gather(1, stay[:, None])

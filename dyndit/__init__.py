@@ -28,6 +28,7 @@ _HOME = {
     "RecordedCalls": "recording",
     "Distill": "tasks",
     "distill_exits": "tasks",
+    "Usage": "usage",
     "picture_generator": "sampler",
     "match_frequencies": "formats.diffusers_names",
     "apply_dyndit": "plugin",

@@ -21,7 +21,7 @@ from dyndit.calibration import measure_bases, measure_moments, measure_shifts
 from dyndit.data import Pictures
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError
-from dyndit.experiment import Experiment
+from dyndit.experiment import Experiment, Variant
 from dyndit.plan import DepthPlan
 from dyndit.progress import progress_bar
 from dyndit.routers.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals
@@ -32,6 +32,7 @@ from dyndit.routers.searched import Predictor, ShiftTable, search
 from dyndit.routers.steps import LatencyBudget
 from dyndit.sampler import full_plan, unguided
 from dyndit.tasks import exit_error_table
+from dyndit.usage import Usage
 
 LEARNED = "learned.safetensors"
 """The learned router's name in a comparison's folder."""
@@ -62,11 +63,17 @@ def plan_file(out: Path, arm: Arm) -> Path:
 
 
 def model_with_exits(
-    experiment: Experiment, trunk: DynamicDepth | None, data: Pictures, out: Path, console: Console
+    experiment: Experiment,
+    trunk: DynamicDepth | None,
+    data: Pictures,
+    out: Path,
+    console: Console,
+    *,
+    start: DynamicDepth | None = None,
 ) -> DynamicDepth:
     """The trunk with its exits, from `out/model` where they are there and whole.
 
-    No trunk: it is trained. A trunk that comes with exits keeps them.
+    No trunk: it is trained. A trunk that comes with exits keeps them. start: as in `Distill.run`.
     """
     folder = out / "model"
     if (folder / checkpoints.EXITS).exists():
@@ -78,7 +85,7 @@ def model_with_exits(
     model = trunk
     if trunk.exits is None:
         console.print("distilling exits")
-        model, _ = experiment.distill.run(trunk, data, out / "distillation")
+        model, _ = experiment.distill.run(trunk, data, out / "distillation", start=start)
     exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
     checkpoints.save(model, folder)
     return model
@@ -193,28 +200,71 @@ class Preparation:
         """The variants' arms; what they distil, measure and search lies in `out/variants`, and is found there again."""
         arms = []
         for variant in self.experiment.variants:
-            changes = {k: v for k, v in vars(variant).items() if k != "name" and v is not None}
-            experiment, folder = replace(self.experiment, **changes), self.out / "variants" / variant.name
-            model = self.model
+            folder, model = self.out / "variants" / variant.name, self.model
+            own = replace(self, experiment=variant.applied(self.experiment), out=folder)
             if variant.distill is not None:
-                trunk = DynamicDepth(model.backbone, pixel_space=model.pixel_space)
-                model = model_with_exits(experiment, trunk, data, folder, self.console).to(self.model.device)
-            own = replace(self, experiment=experiment, model=model, out=folder)
-            table, family = own.table(), f"searched-{variant.name}"
-            within = [budget for budget in experiment.budgets if budget >= table.least_share]
-            if beyond := sorted(set(experiment.budgets) - set(within)):
+                model = model_with_exits(own.experiment, self._trunk(), data, folder, self.console)
+            own = replace(own, model=model.to(self.model.device))
+            table = own.table()
+            if beyond := sorted(set(own.experiment.budgets) - set(own._within(table))):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
-            another_trunk = model.trunk_hash() != self.model.trunk_hash()
-            for solver, steps in experiment.dynamic_points:
-                if another_trunk:
-                    full = f"full-{variant.name}"
-                    arm = Arm(f"{full}-{solver}-{steps}", full, own._full(solver, steps), model=model)
-                    arms.append(own.priced(arm, table))
-                for arm in own._searched(table, solver, steps, within):
-                    name = arm.name.replace("searched", family, 1)
-                    arms.append(replace(own.priced(arm, table), name=name, family=family, model=model))
+            arms += self._arms_of(variant, *own.settled(table, self._trunk(), data, variant.rounds))
         return arms
+
+    def settled(
+        self, table: ShiftTable, trunk: DynamicDepth, data: Pictures, rounds: int
+    ) -> tuple["Preparation", ShiftTable]:
+        """The preparation and its table after some rounds: exits distilled where plans use them, calibrated, searched.
+
+        trunk: without exits; the teacher. A round's exits start from those of the round before. The rounds end early
+        with one that leaves every plan as it was. Each lies in a folder of its own, `out/round-1` and on, and is found
+        there again; the preparation that comes back is at home in the last one's.
+        """
+        making, plans, distill = self, self._plans(table), self.experiment.distill
+        for number in range(1, rounds + 1):
+            if not plans:  # no budget is within reach
+                break
+            fit = replace(distill.fit, seed=distill.fit.seed + number)  # noise that the exits have not seen yet
+            recipe = replace(distill, fit=fit, exits=making.model.exits.config, used=Usage.of(plans.values()))
+            experiment, folder = replace(self.experiment, distill=recipe), self.out / f"round-{number}"
+            model = model_with_exits(experiment, trunk, data, folder, self.console, start=making.model)
+            making = replace(making, model=model.to(self.model.device), out=folder)
+            # A round leaves shapes alone, so times too; measured anew, they would move plans by their noise.
+            table = replace(making.table(), cost=table.cost)
+            before, plans = plans, making._plans(table)
+            moved = [name for name, plan in plans.items() if plan.pairs != before[name].pairs]
+            self.console.print(f"round {number}: {len(moved)} of {len(plans)} plans moved")
+            if not moved:
+                break
+        return making, table
+
+    def _arms_of(self, variant: Variant, own: "Preparation", table: ShiftTable) -> list[Arm]:
+        """A variant's arms: its searched plans, and where its trunk is another one, that at full depth."""
+        arms, family, model = [], f"searched-{variant.name}", own.model
+        another_trunk = model.trunk_hash() != self.model.trunk_hash()
+        for solver, steps in own.experiment.dynamic_points:
+            if another_trunk:
+                full = f"full-{variant.name}"
+                arm = Arm(f"{full}-{solver}-{steps}", full, own._full(solver, steps), model=model)
+                arms.append(own.priced(arm, table))
+            for arm in own._searched(table, solver, steps, own._within(table)):
+                name = arm.name.replace("searched", family, 1)
+                arms.append(replace(own.priced(arm, table), name=name, family=family, model=model))
+        return arms
+
+    def _trunk(self) -> DynamicDepth:
+        """The model without its exits."""
+        return DynamicDepth(self.model.backbone, pixel_space=self.model.pixel_space)
+
+    def _within(self, table: ShiftTable) -> list[float]:
+        """The budgets that any plan keeps to."""
+        return [budget for budget in self.experiment.budgets if budget >= table.least_share]
+
+    def _plans(self, table: ShiftTable) -> dict[str, DepthPlan]:
+        """The searched plans of every point and budget, by their arms' names."""
+        points, within = self.experiment.dynamic_points, self._within(table)
+        return {arm.name: arm.plan for point in points for arm in self._searched(table, *point, within)}
 
     def learned(self, table: ShiftTable) -> list[Arm]:
         """The learned router's arms; the router and its plans are written to `out`, and found there again."""

@@ -1,7 +1,7 @@
 """What a comparison compares: the choices that a recipe makes. `comparison` runs it."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ import torch
 from dyndit.analysis.peers import PeerSettings
 from dyndit.calibration import STEP_GRID, CalibrationSettings
 from dyndit.data import Pictures
+from dyndit.errors import InputError
 from dyndit.routers.confidence import ConfidenceSettings
 from dyndit.routers.learned import LearnedSettings
 from dyndit.tasks import Distill, Train
@@ -37,7 +38,9 @@ class Variant:
 
     name: the family of its arms is "searched-NAME"; where its trunk is another one, "full-NAME" is that trunk at full
     depth, at the experiment's points. What is None is the experiment's: distill, calibration, and what its table is
-    measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere.
+    measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere. rounds: how often at
+    most the exits are distilled again where the plans found so far use them (`Distill.used`), from what they are, and
+    the table and the plans made anew; it ends with the first round that leaves every plan as it was.
     """
 
     name: str
@@ -47,6 +50,16 @@ class Variant:
     calibration_steps: int | None = None
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise InputError(f"variant {self.name}: rounds {self.rounds}, expected at least 0")
+
+    def applied(self, experiment: "Experiment") -> "Experiment":
+        """The experiment with this variant's choices."""
+        own = {name: value for name, value in vars(self).items() if name not in ("name", "rounds")}
+        return replace(experiment, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -136,24 +149,31 @@ class Inputs:
 
 
 def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[str, object]:
-    """What makes a run this run. The noise schedule's tables are constants of the code, not settings."""
+    """What makes a run this run. The noise schedule's tables are constants of the code, not settings.
+
+    Choices that came later are left out at their defaults: runs that were begun before them go on.
+    """
     choices = asdict(experiment)
     for recipe in (choices["train"], choices["distill"], *(variant["distill"] for variant in choices["variants"])):
         if recipe:
             recipe.pop("schedule", None)
-    for recipe in (choices["distill"], *(variant["distill"] for variant in choices["variants"])):
-        if recipe and not recipe["forecasts"]:
-            recipe.pop("forecasts")
-    for table in (choices["calibration"], *(variant["calibration"] for variant in choices["variants"])):
-        if table and not table["forecast_ages"]:
-            table.pop("forecast_ages")
-    if not experiment.latency_budgets:  # runs made before there were any go on
-        choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}
-    for name in ("learned", "confidence"):  # a run that was begun before there were any goes on
-        if choices[name] is None:
-            choices.pop(name)
+            _drop(recipe, "used", None)
+            _drop(recipe, "forecasts", False)
     for calibration in (choices["calibration"], *(variant["calibration"] for variant in choices["variants"])):
-        if calibration and not calibration["second_order"]:  # likewise
-            calibration.pop("second_order")
+        if calibration:
+            _drop(calibration, "second_order", False)
+            _drop(calibration, "forecast_ages", 0)
+    for variant in choices["variants"]:
+        _drop(variant, "rounds", 0)
+    if not experiment.latency_budgets:
+        choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}
+    for name in ("learned", "confidence"):
+        _drop(choices, name, None)
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
+
+
+def _drop(choices: dict[str, object], name: str, default: object) -> None:
+    """Leave out a choice that is at its default."""
+    if choices.get(name) == default:
+        choices.pop(name, None)

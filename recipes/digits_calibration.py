@@ -22,6 +22,7 @@ experiment = replace(
         Variant("256-seeds", calibration=replace(base, num_pictures=256)),
         Variant("refined", refinements=3),
         Variant("second-order", calibration=replace(base, second_order=True)),
+        Variant("forecasts", calibration=replace(base, forecast_ages=2)),
         Variant("4-depths", calibration=replace(base, num_depths=4)),
     ),
     learned=None,

@@ -18,6 +18,7 @@ experiment = replace(
         Variant("lora", distill=replace(distill, trunk="lora", trunk_rate=1.0)),
         Variant("sampler-states", distill=replace(distill, states="sampler")),
         Variant("path-kl", distill=replace(distill, weighting="path-kl")),
+        Variant("where-used", rounds=2),
         Variant("shared-head", distill=replace(distill, exits=replace(distill.exits, head="shared"))),
         Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
         Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),

@@ -23,6 +23,7 @@ from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan,
 from dyndit.tasks import Distill, Train, _Distillation, borrowed, exit_error_table
 from dyndit.training import FitConfig, fit
 from dyndit.trunks import trainable_copy, with_adapters
+from dyndit.usage import Usage
 
 DIGITS = load_digits()
 BACKBONE = DiTConfig(8, 4, 1, width=48, num_blocks=4, num_heads=2, num_classes=10)
@@ -414,13 +415,16 @@ def test_states_of_the_sampler_are_the_samplers(
         replace(recipe, solver="other").run(trunk, DIGITS, tmp_path / "other")
 
 
+class Ones(torch.nn.Module):
+    """Two exits and full depth, all of error 1."""
+
+    exits = Exits(ClassConditionalDiT(BACKBONE), ExitConfig((1, 2)))
+
+    def forward(self, x, t, y):
+        return torch.ones(3, len(x), 2)
+
+
 def test_path_kl_weights_errors_by_their_timestep() -> None:
-    class Ones(torch.nn.Module):
-        exits = Exits(ClassConditionalDiT(BACKBONE), ExitConfig((1, 2)))
-
-        def forward(self, x, t, y):
-            return torch.ones(3, len(x), 2)  # two exits, and full depth
-
     t = torch.tensor([0, 1, 400, 999])
     inputs, weight = Inputs(torch.zeros(4, 1, 8, 8), t, t), Schedule().path_kl_weights()[t].mean().item()
     for weighting, expected in (("even", 1.0), ("path-kl", weight)):
@@ -429,6 +433,109 @@ def test_path_kl_weights_errors_by_their_timestep() -> None:
         assert loss.item() == pytest.approx(expected * (2 + 5) * 1.1)
         assert {name: figure.item() for name, figure in figures.items()} == {"noise": 1, "variance": 1, "full": 1}
     assert abs(weight - 1) > 0.1
+
+
+LATE = Usage(((1, 0, 199, 1.0),))
+
+
+@pytest.mark.parametrize("weighting", ["even", "path-kl"])
+def test_usage_weighs_the_errors_of_exits_and_leaves_full_depth_alone(weighting: str) -> None:
+    t = torch.tensor([0, 199, 200, 999])
+    inputs = Inputs(torch.zeros(4, 1, 8, 8), t, t)
+    task = _Distillation(Ones(), replace(DISTILL, weighting=weighting, hold=5.0, used=LATE), lambda *_: inputs)
+    loss, figures = task.loss(task.trainable, inputs.x, t, torch.Generator())
+    # Of two exits one is used at a fifth of all timesteps: rest + share is 0.1 + 0.1 in the mean.
+    first, second, full = torch.tensor([5.5, 5.5, 0.5, 0.5]), torch.full((4,), 0.5), torch.full((4,), 5.0)
+    path = Schedule().path_kl_weights()[t] if weighting == "path-kl" else torch.ones(4)
+    assert loss.item() == pytest.approx((path * (first + second + full)).mean().item() * 1.1)
+    assert {name: figure.item() for name, figure in figures.items()} == {"noise": 1, "variance": 1, "full": 1}
+
+
+def test_an_exit_used_late_gets_better_there(trunk: DynamicDepth, tmp_path: Path) -> None:
+    def errors(used: Usage | None) -> pd.Series:
+        recipe = replace(DISTILL, exits=ExitConfig((1, 2)), used=used)
+        model, _ = recipe.run(trunk, DIGITS, tmp_path / str(used))
+        table = exit_error_table(model, DIGITS, num_pictures=256, num_bands=5)
+        return table[table["depth"] == 1].set_index("band")["noise_error"]
+
+    even, late = errors(None), errors(LATE)
+    assert late[0] < 0.95 * even[0]
+    assert (late[2:] > even[2:]).all()  # it is paid for elsewhere
+
+
+def test_usage_that_is_the_same_everywhere_changes_nothing(trunk: DynamicDepth, tmp_path: Path) -> None:
+    recipe = replace(DISTILL, fit=replace(FIT, steps=3))
+    _, result = recipe.run(trunk, DIGITS, tmp_path / "none")
+    everywhere = Usage(tuple((depth, 0, 999, 0.5) for depth in (1, 2, 3)))
+    _, used = replace(recipe, used=everywhere).run(trunk, DIGITS, tmp_path / "everywhere")
+    for name, tensor in result.weights.items():
+        torch.testing.assert_close(used.weights[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "whole"])
+def test_distillation_with_usage_trains_on_states_of_the_sampler(
+    kind: str, trunk: DynamicDepth, tmp_path: Path
+) -> None:
+    recipe = replace(DISTILL, states="sampler", num_trajectories=10, num_steps=3, trunk=kind, fit=replace(FIT, steps=2))
+    plain, used = (replace(recipe, used=used).run(trunk, DIGITS, tmp_path / str(used))[0] for used in (None, LATE))
+    assert not same(weights(plain.exits), weights(used.exits))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "lora", "whole"])
+def test_a_warm_start_begins_as_what_was_given(kind: str, trunk: DynamicDepth, tmp_path: Path) -> None:
+    recipe = replace(DISTILL, trunk=kind, trunk_rate=1.0, fit=replace(FIT, steps=40))
+    given, cold = recipe.run(trunk, DIGITS, tmp_path / "given")
+    before = weights(given)
+    still = replace(recipe, fit=replace(FIT, steps=2, learning_rate=0.0))
+    model, warm = still.run(trunk, DIGITS, tmp_path / "still", start=given)
+    assert same(weights(model), before)
+    assert warm.losses["noise"][0] < 0.7 * cold.losses["noise"][0]  # of the same pictures at the same timesteps
+    if kind != "frozen":
+        assert warm.losses["full"][0] > 1e-6  # held to the teacher, not to where it starts
+    moved, _ = replace(still, fit=replace(FIT, steps=2)).run(trunk, DIGITS, tmp_path / "moved", start=given)
+    assert not same(weights(moved.exits), weights(given.exits))
+    assert same(weights(given), before)  # what was given stays
+
+
+def test_distillation_resumes_from_its_own_usage_and_start_only(trunk: DynamicDepth, tmp_path: Path) -> None:
+    recipe = replace(DISTILL, used=LATE, fit=replace(FIT, steps=2))
+    given, _ = recipe.run(trunk, DIGITS, tmp_path / "given")
+    first, _ = recipe.run(trunk, DIGITS, tmp_path / "on", start=given)
+    again, _ = recipe.run(trunk, DIGITS, tmp_path / "on", start=given)
+    assert same(weights(again), weights(first))
+    for changed, other in ((recipe, None), (recipe, first), (replace(recipe, used=replace(LATE, rest=0.2)), given)):
+        with pytest.raises(InputError, match="identity"):
+            changed.run(trunk, DIGITS, tmp_path / "on", start=other)
+
+
+def test_runs_that_were_begun_before_there_was_usage_go_on(
+    trunk: DynamicDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("dyndit.tasks.fit", lambda *_, identity, **__: seen.append(identity) or 1 / 0)
+    for recipe in (DISTILL, replace(DISTILL, states="noised", hold=1.0)):
+        with pytest.raises(ZeroDivisionError):
+            recipe.run(trunk, DIGITS, tmp_path)
+    then = f"{trunk.trunk_hash()} ExitConfig(layers=(1, 2, 3), head='adaln-linear') 0.1 0.3"
+    assert seen == [then, f"{then} hold=1.0"]
+
+
+def test_distillation_refuses_a_start_that_is_not_the_recipes(trunk: DynamicDepth, make_model, tmp_path: Path) -> None:
+    for given, named in (
+        (trunk, "start: exits None, expected the recipe's ExitConfig"),
+        (make_model((1, 2), width=48, num_blocks=4), r"start: exits ExitConfig\(layers=\(1, 2\)"),
+        (make_model((1, 2, 3), num_blocks=4), r"bias of shape \(144,\), expected the model's \(288,\)"),
+    ):
+        with pytest.raises(InputError, match=named):
+            DISTILL.run(trunk, DIGITS, tmp_path / "out", start=given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_distillation_refuses_usage_of_other_exits(trunk: DynamicDepth) -> None:
+    with pytest.raises(InputError, match=r"used: plans run an exit at 1, expected one of \[2, 3\]"):
+        replace(DISTILL, exits=ExitConfig((2, 3)), used=LATE).check(trunk, DIGITS)
+    with pytest.raises(InputError, match="used: of 500 timesteps, expected the schedule's 1000"):
+        replace(DISTILL, used=replace(LATE, num_timesteps=500))
 
 
 @pytest.mark.parametrize(
@@ -455,7 +562,7 @@ class Foreign(Backbone):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"trunk": "lora"}, {"trunk": "whole"}, {"states": "sampler"}, {"weighting": "path-kl"}]
+    "changes", [{"trunk": "lora"}, {"trunk": "whole"}, {"states": "sampler"}, {"weighting": "path-kl"}, {"used": LATE}]
 )
 def test_what_needs_our_own_trunk_says_so(changes: dict) -> None:
     DISTILL.check(DynamicDepth(Foreign()), DIGITS)

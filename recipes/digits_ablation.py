@@ -1,0 +1,50 @@
+"""Ablations on digits from the other side: every lever on, then each off, one at a time, at two tight budgets.
+
+    dyndit compare digits_ablation --out runs/ablation                # resumable
+
+The comparison's own arms (`searched`) have them all: adapters on the trunk, wide heads, states of the sampler, errors
+weighted by path KL, guides of the model's own exits, forecasts with a learned correction, measured plans that correct
+the prediction, a band for each step. A variant lacks what its name says. `digits_levers`, `digits_distillation` and
+`digits_calibration` ask the opposite question: what does each bring alone.
+"""
+
+from dataclasses import replace
+
+from dyndit.calibration import CalibrationSettings
+from dyndit.experiment import Variant
+from dyndit.recipes.digits_levers import distill as plain
+from dyndit.recipes.digits_levers import experiment as levers
+
+table = CalibrationSettings(
+    num_pictures=96, num_bands=10, batch_size=48, num_depths=5, own_guides=True, forecast_ages=2
+)
+distill = replace(
+    plain,
+    exits=replace(plain.exits, head="wide"),
+    trunk="lora",
+    trunk_rate=1.0,
+    states="sampler",
+    weighting="path-kl",
+    forecasts=True,
+)
+experiment = replace(
+    levers,
+    distill=distill,
+    calibration=table,
+    refinements=2,
+    full_steps=(4, 5, 7, 10, 20),
+    variants=(
+        Variant("frozen-trunk", distill=replace(distill, trunk="frozen")),
+        Variant("plain-heads", distill=replace(distill, exits=plain.exits)),
+        Variant("noised-states", distill=replace(distill, states="noised")),
+        Variant("even-weights", distill=replace(distill, weighting="even")),
+        Variant("no-own-guides", calibration=replace(table, own_guides=False)),
+        Variant("no-forecasts", calibration=replace(table, forecast_ages=0)),
+        Variant("plain-forecasts", distill=replace(distill, forecasts=False)),
+        Variant("not-refined", refinements=0),
+        Variant("5-bands", calibration=replace(table, num_bands=5, forecast_ages=0)),
+    ),
+    learned=None,
+    confidence=None,
+    peers=(),
+)

@@ -1,4 +1,4 @@
-"""Ablations on digits: what a shift table is measured on, and what it is worth elsewhere, at two tight budgets.
+"""Ablations on digits: what a shift table is worth elsewhere, and what corrects it, at two tight budgets.
 
     dyndit compare digits_calibration --model runs/levers/model --out runs/calibration   # resumable
 
@@ -18,12 +18,8 @@ experiment = replace(
     variants=(
         Variant("ddim-20", calibration_solver="ddim", calibration_steps=20),
         Variant("cfg-3", calibration_cfg_scale=3.0),
-        Variant("5-bands", calibration=replace(base, num_bands=5)),
-        Variant("256-seeds", calibration=replace(base, num_pictures=256)),
         Variant("refined", refinements=3),
         Variant("second-order", calibration=replace(base, second_order=True)),
-        Variant("forecasts", calibration=replace(base, forecast_ages=2)),
-        Variant("4-depths", calibration=replace(base, num_depths=4)),
     ),
     learned=None,
     confidence=None,

@@ -409,7 +409,7 @@ def test_states_of_the_sampler_are_the_samplers(
 
     monkeypatch.setattr("dyndit.recording.record_sampling", None)  # drawn once
     assert recorded_sampling(trunk, [], folder).fingerprint == calls.fingerprint
-    with pytest.raises(InputError, match="recorded calls .* are states; expected pictures"):
+    with pytest.raises(InputError, match=r"recorded calls .* are states; expected pictures"):
         recipe.run(trunk, calls, tmp_path / "calls")
     with pytest.raises(InputError, match="--solver other"):
         replace(recipe, solver="other").run(trunk, DIGITS, tmp_path / "other")

@@ -215,7 +215,7 @@ def _aged(
             raise InputError(f"pairs: {bad[0]} forecasts; expected forecast_ages of at least 1")
         return pairs, ()
     if settings.second_order:
-        raise InputError("second_order: of pairs that forecast, two steps together have two ages; expected one of both")
+        raise InputError("--second-order: two steps that forecast together have two ages; expected no --forecast-ages")
     if settings.num_bands < drawing.full.num_steps:
         raise InputError(
             f"--bands {settings.num_bands}: forecasts are measured step by step; expected at least the "

@@ -189,6 +189,7 @@ def calibrate(
     num_depths: int = 8,
     own_guides: bool = False,
     second_order: bool = False,
+    forecast_ages: int = 0,
     refinements: int = 0,
     batch_size: int = 128,
     vae: Path | None = None,
@@ -220,6 +221,7 @@ def calibrate(
         refinements: With --budget, rounds in which the plan is measured and the prediction corrected by it.
         own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
         second_order: It also holds what neighbouring bands do together, which takes nearly twice the time to measure.
+        forecast_ages: It also holds exits whose gap to full depth is forecast from up to so many steps ago; 0 for none.
         batch_size: Pictures at a time.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         device: cpu or cuda.
@@ -238,8 +240,9 @@ def calibrate(
     goal = _goal(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
-    if refinements < 0:
-        raise InputError(f"--refinements {refinements}: expected at least 0")
+    for flag, rounds in (("--refinements", refinements), ("--forecast-ages", forecast_ages)):
+        if rounds < 0:
+            raise InputError(f"{flag} {rounds}: expected at least 0")
     steps = 20 if steps is None else steps
     make_scheduler(solver, steps)
     calibration.check_step_grid(step_grid)
@@ -272,6 +275,7 @@ def calibrate(
             num_depths=num_depths,
             own_guides=own_guides,
             second_order=second_order,
+            forecast_ages=forecast_ages,
         )
         size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
         if decoder is not None:
@@ -292,6 +296,7 @@ def calibrate(
             )
     else:
         terms = "" if table.interactions is None else ", second-order terms"
+        terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
         held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
         print(f"{path}: searched as it is ({held}); --fresh measures anew")
     drawing = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}

@@ -218,7 +218,7 @@ def _aged(
         raise InputError("--second-order: two steps that forecast together have two ages; expected no --forecast-ages")
     if settings.num_bands < drawing.full.num_steps:
         raise InputError(
-            f"--bands {settings.num_bands}: forecasts are measured step by step; expected at least the "
+            f"--num-bands {settings.num_bands}: forecasts are measured step by step; expected at least the "
             f"{drawing.full.num_steps} steps"
         )
     given = tuple(pair for pair in pairs if pair[0] < 0)

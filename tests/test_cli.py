@@ -346,6 +346,8 @@ def test_latents_are_calibrated_on_decoded_pictures(tmp_path: Path, capsys) -> N
     assert len(ShiftTable.load(tmp_path / "model" / "shift-table.safetensors").interactions.mean) == 1
     main(["calibrate", model, "--budget", "0.95", "--steps", "2", *measuring, *vae])
     assert "(70 seeds, 2 bands, second-order terms)" in " ".join(capsys.readouterr().out.split())
+    main(["calibrate", model, "--budget", "0.9", "--fresh", "--forecast-ages", "1", *small, *measuring, *vae])
+    assert ShiftTable.load(tmp_path / "model" / "shift-table.safetensors").ages[-1] == 1
     out = str(tmp_path / "samples")
     main(["sample", model, "--budget", "0.9", "--steps", "2", "--num-images", "2", *vae, "--out", out])
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
@@ -381,6 +383,7 @@ BAD = [
     (["calibrate", "{model}", "--budget", "0.5", "--solver", "magic"], "--solver magic"),
     (["calibrate", "{trunk}", "--budget", "0.5"], "no exits"),
     (["calibrate", "{model}"], "--latency-budget and --target-fd"),
+    (["calibrate", "{model}", "--budget", "0.5", "--forecast-ages", "-1"], "--forecast-ages -1"),
     (["calibrate", "{model}", "--budget", "0.5", "--target-fd", "2"], "--target-fd and --budget: both given"),
     (["calibrate", "{model}", "--latency-budget", "0.5", "--target-fd", "2"], "both given"),
     (["calibrate", "{model}", "--latency-budget", "0.5", "--steps", "10"], "--steps 10"),

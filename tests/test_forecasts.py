@@ -232,7 +232,7 @@ def random_moments() -> Moments:
 
 def test_forecasts_want_a_band_for_each_step(model: DynamicDepth) -> None:
     settings = CalibrationSettings(num_pictures=24, num_bands=2, batch_size=12, forecast_ages=1)
-    with pytest.raises(InputError, match="--bands 2: forecasts are measured step by step"):
+    with pytest.raises(InputError, match="--num-bands 2: forecasts are measured step by step"):
         measure_shifts(model, Squares(), random_moments(), num_steps=4, settings=settings, cost=COST)
 
 

@@ -2,8 +2,9 @@
 
     dyndit train cifar10_on --model TRUNK --data DIR --out runs/cifar10-on        # resumable
 
-TRUNK is a checkpoint of the recipe `cifar10`'s shape (12 layers of width 192), which it is not told apart from here.
-Products run in bf16.
+TRUNK is a checkpoint of the recipe `cifar10`'s shape: 12 layers of width 192. Products run in bf16. From a checkpoint of
+3,468 steps of batch 128 this made `recipes/weights/cifar10`: 2,000 steps, 1.7 s each on 2 cores of an AMD EPYC with AVX-512
+BF16 and nothing beside, 2026-11-24.
 """
 
 from dataclasses import replace
@@ -14,7 +15,7 @@ train = replace(
     from_scratch,
     fit=replace(
         from_scratch.fit,
-        steps=2_400,
+        steps=2_000,
         learning_rate=3e-4,
         warmup_steps=50,
         ema_decay=0.998,

@@ -4,8 +4,8 @@
 
 The comparison's own arms (`searched`) have the exits of the quickstart and a table of 128 seeds by 10 bands; each
 variant differs from them in what its name says. The learned and the confidence router are arms of their own. More of
-the kind: `digits_distillation`, `digits_calibration`, `digits_tables`, `digits_reuse`; all at once and one off: `digits_ablation`.
-docs/experiments.md tells what came of each.
+the kind: `digits_distillation`, `digits_calibration`, `digits_tables`, `digits_reuse`; all on and one off:
+`digits_ablation`. docs/experiments.md tells what came of each.
 """
 
 from dataclasses import replace

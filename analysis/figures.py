@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from dyndit.analysis.intervals import paired_interval
-from dyndit.plan import guide_of, written
+from dyndit.plan import guide_of, written, written_cond
 
 INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
@@ -195,7 +195,7 @@ def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Depth over the sampling steps, a panel per plan; keys are titles, values the content of plan files.
 
     Solid: conditional branch, dashed: unconditional branch (0: no unconditional pass at this step), dots: the exit of
-    the conditional branch that guides it in the other's place.
+    the conditional branch that guides it in the other's place, crosses: the rest is forecast.
     """
     columns = min(3, len(plans))
     with matplotlib.rc_context(STYLE):
@@ -212,6 +212,8 @@ def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
         ]
         if any(map(_guides, plans.values())):
             key.insert(2, Line2D([], [], color=COLOURS[0], lw=0, marker=".", label="guide: own exit"))
+        if any(map(_forecasts, plans.values())):
+            key.insert(1, Line2D([], [], color="black", lw=0, marker="+", ms=9, mew=2, label="the rest forecast"))
         if not any(_guided(plan) for plan in plans.values()):
             del key[1]
         figure.legend(handles=key, loc="outside lower center", ncols=4)
@@ -227,8 +229,13 @@ def _guides(plan: Mapping[str, object]) -> dict[int, int]:
     return {step: guide_of(depth) for step, depth in enumerate(plan["uncond"], 1) if guide_of(depth)}
 
 
+def _forecasts(plan: Mapping[str, object]) -> dict[int, int]:
+    """The steps, counted from 1, that forecast what lies beyond their exit, and its depth."""
+    return {step: -depth for step, depth in enumerate(plan["cond"], 1) if depth < 0}
+
+
 def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
-    timesteps, cond, uncond = plan["timesteps"], plan["cond"], plan["uncond"]
+    timesteps, cond, uncond = plan["timesteps"], list(map(abs, plan["cond"])), plan["uncond"]
     num = len(timesteps)
     edges = np.arange(num + 1) + 0.5  # step k, counted from 1, is as wide as a bar
     axis.axhline(plan["num_blocks"], color=FAINT, lw=1)
@@ -246,6 +253,8 @@ def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
         )
     if guides := _guides(plan):
         axis.plot(list(guides), list(guides.values()), ".", color=COLOURS[0])
+    if forecasts := _forecasts(plan):
+        axis.plot(list(forecasts), list(forecasts.values()), "+", ms=9, mew=2, color="black")
     ticks = range(1, num + 1, -(-num // 6))
     axis.set_xticks(ticks, [f"{k}\n{int(timesteps[k - 1])}" for k in ticks])
     axis.set_xlabel("step, and its timestep below")
@@ -259,7 +268,8 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Heat map of plans: a row per plan, a column per step, colour: blocks run. Panels: branches, by number of steps.
 
     plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; white: nor is it, but an own
-    exit guides (e4: the one at 4) or guidance is reused; written out up to MOST_WORDS steps.
+    exit guides (e4: the one at 4) or guidance is reused; 4+: the exit at 4, and the rest forecast. Written out up to
+    MOST_WORDS steps.
     """
     counts = sorted({len(plan["cond"]) for plan in plans.values()})
     guided = any(_guided(plan) for plan in plans.values())
@@ -274,12 +284,15 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
         for line, group, count in zip(axes, groups, counts, strict=True):
             for axis, (branch, title) in zip(line, branches.items(), strict=True):
                 table = np.array([plan[branch] for plan in group.values()], dtype=float)
-                table[table < 0] = np.nan
+                worded = table < 0
+                table[worded] = -table[worded] if branch == "cond" else np.nan
                 image = axis.pcolormesh(table, vmin=0, vmax=most, cmap="cividis", edgecolors="white", linewidth=0.3)
                 axis.set_title(f"{title}, {table.shape[1]} steps", fontsize=9)
-                for row, column in zip(*np.nonzero(np.isnan(table)), strict=True) if count <= MOST_WORDS else ():
-                    word = written(list(group.values())[row][branch][column])
-                    axis.text(column + 0.5, row + 0.5, word, ha="center", va="center", fontsize=5.5)
+                write, colour = (written_cond, "white") if branch == "cond" else (written, "black")
+                for row, column in zip(*np.nonzero(worded), strict=True) if count <= MOST_WORDS else ():
+                    word = write(list(group.values())[row][branch][column])
+                    place = {"ha": "center", "va": "center"}
+                    axis.text(column + 0.5, row + 0.5, word, fontsize=5.5, color=colour, **place)
                 ticks = np.arange(0, table.shape[1], -(-table.shape[1] // 10))
                 axis.set_xticks(ticks + 0.5, ticks + 1)
                 axis.grid(visible=False)

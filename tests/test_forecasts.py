@@ -1,6 +1,6 @@
 """Forecasts of what full depth adds to an exit: exact where it changes linearly, learned corrections, plans, tables."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from test_searched import full_plan as table_plan
 
 from dyndit import checkpoints
 from dyndit.analysis.fidelity import Moments, moments
+from dyndit.analysis.figures import plan_figure, plan_map_figure
 from dyndit.analysis.macs import plan_macs, sampling_macs
 from dyndit.calibration import CalibrationSettings, forecast_pairs, measure_shifts
 from dyndit.drawing import NativeDrawing
@@ -343,3 +344,12 @@ def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: Dy
         errors[name] = torch.stack(missed).mean().item()
     assert errors["learned"] < errors["plain"]
     assert basis(500, 500)[2:].abs().sum() == 0
+
+
+def test_figures_mark_what_is_forecast() -> None:
+    plan = asdict(DepthPlan((900, 500, 100), (6, -2, 6), (6, REUSED, 0), 6, "ddim", cfg_scale=1.5))
+    words = [text.get_text() for axis in plan_map_figure({"one": plan}).axes for text in axis.texts]
+    assert words == ["2+", "reuse"]
+    (axis, *_) = plan_figure({"one": plan}).axes
+    (crosses,) = (line for line in axis.lines if line.get_marker() == "+")
+    assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([2], [2])

@@ -101,6 +101,8 @@ class Preparation:
     """Real pictures as each extractor sees them; plans are searched for the first."""
     out: Path
     console: Console
+    trunk: DynamicDepth | None = None
+    """The model as it was given, before its exits and maybe its trunk were trained; None: `model`."""
 
     @property
     def extractor(self) -> Extractor:
@@ -205,7 +207,7 @@ class Preparation:
             if variant.distill is not None:
                 model = model_with_exits(own.experiment, self._trunk(), data, folder, self.console)
             own = replace(own, model=model.to(self.model.device))
-            table = own.table()
+            table = own.table() if variant.has_own_table else self.table()
             if beyond := sorted(set(own.experiment.budgets) - set(own._within(table))):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
@@ -254,8 +256,9 @@ class Preparation:
         return arms
 
     def _trunk(self) -> DynamicDepth:
-        """The model without its exits."""
-        return DynamicDepth(self.model.backbone, pixel_space=self.model.pixel_space)
+        """What exits are distilled from: the trunk as it was given, whatever the comparison's own recipe made of it."""
+        trunk = self.trunk or self.model
+        return DynamicDepth(trunk.backbone, pixel_space=trunk.pixel_space).to(self.model.device)
 
     def _within(self, table: ShiftTable) -> list[float]:
         """The budgets that any plan keeps to."""

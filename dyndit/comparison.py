@@ -61,7 +61,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         _hand_over(Path(inputs.model or experiment.model) / checkpoints.TABLE, out / "model" / checkpoints.TABLE)
     real = PictureSet(inputs.data or experiment.data, data.uint8())
     judges = tuple(Measured(real, judge) for judge in extractors)
-    making = Preparation(experiment, model, judges, out, console)
+    making = Preparation(experiment, model, judges, out, console, trunk)
     comparison = Comparison(experiment, model, judges, out, console)
     with experiment.autocast(inputs.device):
         table = making.table()

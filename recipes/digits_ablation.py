@@ -1,11 +1,12 @@
-"""Ablations on digits from the other side: every lever on, then each off, one at a time, at two tight budgets.
+"""Ablations on digits from the other side: every lever on, those of the calibration off, one at a time.
 
     dyndit compare digits_ablation --out runs/ablation                # resumable
 
 The comparison's own arms (`searched`) have them all: adapters on the trunk, wide heads, states of the sampler, errors
 weighted by path KL, guides of the model's own exits, forecasts with a learned correction, measured plans that correct
-the prediction, a band for each step. A variant lacks what its name says. `digits_levers`, `digits_distillation` and
-`digits_calibration` ask the opposite question: what does each bring alone.
+the prediction, a band for each step. A variant lacks what its name says; `digits_ablation_training` goes on with what
+the exits are trained by. `digits_levers`, `digits_distillation` and `digits_calibration` ask the opposite question:
+what does each bring alone.
 """
 
 from dataclasses import replace
@@ -34,13 +35,10 @@ experiment = replace(
     refinements=2,
     full_steps=(4, 5, 7, 10, 20),
     variants=(
-        Variant("frozen-trunk", distill=replace(distill, trunk="frozen")),
-        Variant("plain-heads", distill=replace(distill, exits=plain.exits)),
-        Variant("noised-states", distill=replace(distill, states="noised")),
-        Variant("even-weights", distill=replace(distill, weighting="even")),
         Variant("no-own-guides", calibration=replace(table, own_guides=False)),
         Variant("no-forecasts", calibration=replace(table, forecast_ages=0)),
         Variant("not-refined", refinements=0),
+        Variant("5-bands", calibration=replace(table, num_bands=5, forecast_ages=0)),
     ),
     learned=None,
     confidence=None,

@@ -46,7 +46,7 @@ def test_both_routers_are_measured_beside_the_rest(making, monkeypatch) -> None:
     monkeypatch.setattr("dyndit.arms.Predictor", None)
     assert making.learned(table) == arms[:2]
 
-    Comparison(**vars(making)).measure(arms)
+    Comparison(making.experiment, making.model, making.judges, making.out, making.console).measure(arms)
     rows = pd.read_csv(making.out / "runs.csv").set_index("arm")
     shares = rows["share_of_blocks"]
     assert shares["learned-ddim-3-b0.5"] == pytest.approx(arms[0].plan.share_of_blocks)

@@ -1,0 +1,24 @@
+"""Ablations on digits, every lever on: those of the training off, one at a time, at two tight budgets.
+
+    dyndit compare digits_ablation_training --out runs/ablation-training   # resumable
+
+The comparison's own arms are those of `digits_ablation`, which turns off what is calibrated. Every variant distils
+exits anew, on the trunk as it was given. Not yet measured.
+"""
+
+from dataclasses import replace
+
+from dyndit.experiment import Variant
+from dyndit.recipes.digits_ablation import distill, plain
+from dyndit.recipes.digits_ablation import experiment as calibration
+
+experiment = replace(
+    calibration,
+    variants=(
+        Variant("frozen-trunk", distill=replace(distill, trunk="frozen")),
+        Variant("plain-heads", distill=replace(distill, exits=plain.exits)),
+        Variant("noised-states", distill=replace(distill, states="noised")),
+        Variant("even-weights", distill=replace(distill, weighting="even")),
+        Variant("plain-forecasts", distill=replace(distill, forecasts=False)),
+    ),
+)

@@ -165,3 +165,21 @@ def test_a_comparison_without_rounds_or_usage_is_the_run_it_was(making: Preparat
 def test_a_variant_refuses_fewer_rounds_than_none() -> None:
     with pytest.raises(InputError, match="variant a: rounds -1, expected at least 0"):
         Variant("a", rounds=-1)
+
+
+def test_variants_distil_from_the_trunk_as_it_was_given(making: Preparation, make_model) -> None:
+    """Not from what the comparison's own recipe made of it."""
+    given = make_model(seed=5)
+    variant = Variant("frozen", distill=Distill(fit=FIT, exits=ExitConfig((2, 4))))
+    arms = replace(with_variant(making, variant), trunk=given).variants(DIGITS)
+    assert {arm.model.trunk_hash() for arm in arms} == {given.trunk_hash()} != {making.model.trunk_hash()}
+
+
+@pytest.mark.parametrize(
+    ("choice", "own"), [({"refinements": 1}, False), ({"calibration_steps": 2}, True), ({"rounds": 0}, False)]
+)
+def test_a_variant_measures_a_table_only_where_it_is_another(making: Preparation, choice: dict, own: bool) -> None:
+    arms = with_variant(making, Variant("other", **choice)).variants(DIGITS)
+    assert len(arms) == 2
+    assert (making.out / "variants" / "other" / "model" / "shift-table.safetensors").exists() == own
+    assert (making.out / "model" / "shift-table.safetensors").exists() == (not own)

@@ -11,12 +11,12 @@ neighbouring bands do together beyond that sum (`interactions`). The Fréchet di
 reference is the prediction; a local search minimises it under a budget of measured time.
 
 A pair that forecasts has an entry for each age: how many steps ago full depth was. Which of them a step takes follows
-from the steps before it, so a choice of pairs is read from the first step to the last (`Predictor.settled`), and a
-dynamic program over that age proposes plans to the local search.
+from the steps before it, so a choice of pairs is read from the first step to the last (`ages`), and a dynamic
+program over that age proposes plans to the local search.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -31,6 +31,7 @@ from dyndit.analysis.fidelity import FrechetTo, Moments
 from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan, Router, own_exit
+from dyndit.routers.ages import AgedEntries
 from dyndit.routers.interactions import Interactions
 from dyndit.routers.schedules import ramp
 
@@ -215,7 +216,7 @@ class Predictor:
         self.unbias = self.base.num / (self.base.num - 1)
         self.pairs: tuple[Pair, ...] = (*dict.fromkeys(table.pairs), table.full_pair)
         self.index = {pair: i for i, pair in enumerate(self.pairs)}
-        self.entries = _Entries(table, self.pairs, self.nearest, len(timesteps)) if table.ages else None
+        self.entries = AgedEntries(table, self.pairs, self.nearest, len(timesteps)) if table.ages else None
         self.weights = table.weights(timesteps)
         bands, features = table.num_bands, table.mean.shape[-1]
         zero = table.mean.new_zeros
@@ -297,78 +298,6 @@ class Predictor:
     def predict(self, plan: DepthPlan) -> float:
         """Predicted Fréchet distance of a plan."""
         return self.distances(self.choice(plan)[None]).item()
-
-
-class _Entries:
-    """Which entry of a table a step takes: of a pair that forecasts, that of the age which the steps before it make."""
-
-    def __init__(
-        self, table: ShiftTable, pairs: tuple[Pair, ...], nearest: Callable[[Pair], int], num_steps: int
-    ) -> None:
-        """nearest: of a pair that does not forecast, its index in `pairs` or the closest one's."""
-        self.oldest, self.full = max(table.ages), torch.tensor([cond == table.num_blocks for cond, _ in pairs])
-        # Ages are steps of the table; between two steps of a longer sampling less changes.
-        self.pace = table.num_steps / num_steps
-        where = {(pair, age): i for i, (pair, age) in enumerate(zip(table.pairs, table.ages, strict=True))}
-        where[table.full_pair, 0] = len(table.pairs)
-        plain = [i if cond > 0 else nearest((-cond, uncond)) for i, (cond, uncond) in enumerate(pairs)]
-        self.plain = torch.tensor(plain)
-        """Of each pair, itself or, where it forecasts, the plain exit that it stands for without."""
-        alone = [where[pairs[i], 0] for i in plain]
-        ages = range(self.oldest + 1)  # the first column: no age, so no forecast
-        self.entry = torch.tensor([[where.get((pair, age), alone[i]) for age in ages] for i, pair in enumerate(pairs)])
-        self.known = torch.tensor([[(pair, age) in where or pair[0] > 0 for age in ages] for pair in pairs])
-
-    def _columns(self, since: Tensor) -> Tensor:
-        """Column of `entry` where full depth was `since` steps ago (0: never)."""
-        column = (since * self.pace - 1e-9).ceil().long()
-        return torch.where(column > self.oldest, 0, column)
-
-    def taken(self, choices: Tensor) -> tuple[Tensor, Tensor]:
-        """choices: (M, K) of pairs -> the same without forecasts that nothing allows, and the entries they take."""
-        since, settled, entries = torch.zeros(len(choices), dtype=torch.long), [], []
-        for choice in choices.unbind(1):
-            column = self._columns(since)
-            choice = torch.where(self.known[choice, column], choice, self.plain[choice])
-            settled.append(choice)
-            entries.append(self.entry[choice, column])
-            since = torch.where(self.full[choice], 1, torch.where(since > 0, since + 1, 0))
-        return torch.stack(settled, 1), torch.stack(entries, 1)
-
-    def at(self, choice: Tensor) -> Tensor:
-        """The entry that each pair would take at every step of a plan.  choice: (K,) -> (K, P)."""
-        return self.entry[:, self._columns(self._since(choice))].T
-
-    def _since(self, choice: Tensor) -> Tensor:
-        """How many steps ago full depth was, at every step; 0: never.  choice: (K,) -> (K,)."""
-        since, now = [], 0
-        for full in self.full[choice].tolist():
-            since.append(now)
-            now = 1 if full else now + 1 if now else 0
-        return torch.tensor(since)
-
-    def programmed(self, values: Tensor, costs: Tensor, price: float) -> Tensor:
-        """The plan of least sum of values and prices, by a dynamic program over the steps since full depth.
-
-        values: (K, entries), what each entry adds at each step; costs: (P,), seconds; price: of a second. -> (K,).
-        """
-        num_steps, most = len(values), len(values) + 1
-        columns = self._columns(torch.arange(most))
-        later, best = torch.zeros(most, dtype=torch.float64), []
-        for step in reversed(range(num_steps)):
-            # (P, states): what a pair adds in each state, and what follows from the state after it.
-            state = torch.arange(most)
-            after = torch.where(self.full[:, None], 1, torch.where(state > 0, (state + 1).clamp(max=most - 1), 0))
-            total = values[step][self.entry[:, columns]] + price * costs[:, None] + later[after]
-            total = total.masked_fill(~self.known[:, columns], torch.inf)
-            later, choice = total.min(0)
-            best.append(choice)
-        now, plan = 0, []
-        for choice in reversed(best):
-            pair = int(choice[now])
-            plan.append(pair)
-            now = 1 if self.full[pair] else now + 1 if now else 0
-        return torch.tensor(plan)
 
 
 def _guidance(uncond: int) -> int:
@@ -475,7 +404,7 @@ def _periodic(predictor: Predictor, num_steps: int) -> list[Tensor]:
 
 def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch.Generator) -> Tensor:
     """A third of the steps moved to random pairs, then random steps made cheapest until the budget holds."""
-    kicked_from, choice, steps = choice, choice.clone(), len(choice)
+    before, choice, steps = choice, choice.clone(), len(choice)
     order = torch.randperm(steps, generator=generator)
     moved = order[: max(1, steps // 3)]
     choice[moved] = torch.randint(len(predictor.pairs), (len(moved),), generator=generator)
@@ -484,7 +413,7 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
             break
         choice[step] = predictor.seconds.argmin()
     settled = predictor.settled(choice[None])[0]
-    return settled if predictor.seconds[settled].sum() <= limit else kicked_from
+    return settled if predictor.seconds[settled].sum() <= limit else before
 
 
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:

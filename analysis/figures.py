@@ -149,7 +149,9 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
         axes[0].set_ylim(low - 0.06 * (high - low), top)
         for axis in axes[:: min(2, len(solvers))]:
             axis.set_ylabel(f"{metric} (lower is better)")
-        figure.legend(handles=look.key(arms), loc="outside lower center", ncols=4)
+        key = look.key(arms)
+        longest = max(len(handle.get_label()) for handle in key)
+        figure.legend(handles=key, loc="outside lower center", ncols=2 if longest > 30 else 3 if longest > 16 else 4)
     return figure
 
 

@@ -17,8 +17,9 @@ from dyndit.analysis.features import Measured
 from dyndit.analysis.fidelity import Moments
 from dyndit.analysis.peers import PeerSettings, Workshop
 from dyndit.analysis.peers.random_plan import shuffled
-from dyndit.calibration import measure_bases, measure_moments, measure_shifts
+from dyndit.calibration import measure_bases, measure_moments, measure_shifts, part_of
 from dyndit.data import Pictures
+from dyndit.drawing import NativeDrawing
 from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError
 from dyndit.experiment import Experiment, Variant
@@ -109,8 +110,11 @@ class Preparation:
         """What plans are calibrated on."""
         return self.judges[0].extractor
 
-    def table(self) -> ShiftTable:
-        """The shift table, from beside the model where it is there and this model's."""
+    def table(self, known: ShiftTable | None = None) -> ShiftTable:
+        """The shift table, from beside the model where it is there and this model's.
+
+        known: another table; where it holds all that this one would, nothing is measured.
+        """
         path, experiment = self.out / "model" / checkpoints.TABLE, self.experiment
         if path.exists():
             try:
@@ -121,15 +125,24 @@ class Preparation:
                 if (table.trunk, table.exits) == (self.model.trunk_hash(), self.model.exits_hash()):
                     self.console.print(f"shift table: there already ({path})")
                     return table
+        settings, (solver, steps) = (
+            experiment.calibration,
+            (experiment.calibration_solver, experiment.calibration_steps),
+        )
+        cfg_scale = experiment.calibration_cfg_scale or experiment.cfg_scale
+        if known is not None:
+            drawing = NativeDrawing(self.model, solver, steps, cfg_scale, seed=settings.seed)
+            if part := part_of(known, drawing, settings):
+                return part
         with progress_bar("measuring distribution shifts", self.console) as advance:
             return measure_shifts(
                 self.model,
                 self.extractor,
                 self.judges[0].moments(),
-                solver=experiment.calibration_solver,
-                num_steps=experiment.calibration_steps,
-                cfg_scale=experiment.calibration_cfg_scale or experiment.cfg_scale,
-                settings=experiment.calibration,
+                solver=solver,
+                num_steps=steps,
+                cfg_scale=cfg_scale,
+                settings=settings,
                 into=path,
                 on_progress=advance,
             )
@@ -207,7 +220,7 @@ class Preparation:
             if variant.distill is not None:
                 model = model_with_exits(own.experiment, self._trunk(), data, folder, self.console)
             own = replace(own, model=model.to(self.model.device))
-            table = own.table() if variant.has_own_table else self.table()
+            table = own.table(None if variant.distill is not None else self.table())
             if beyond := sorted(set(own.experiment.budgets) - set(own._within(table))):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")

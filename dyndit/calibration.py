@@ -140,15 +140,8 @@ def measure_table(
             f"more pictures than features, and at most {MAX_FEATURES} features (see `reduced`)"
         )
     full, n = drawing.full, settings.num_pictures
-    pairs = settings.pairs or default_pairs(
-        drawing.depths,
-        full.cfg_scale != 1,
-        settings.num_depths,
-        reuse=settings.reuse,
-        own_guides=settings.own_guides,
-    )
-    pairs, ages = _aged(pairs, drawing, settings)
-    bands = [b.tolist() for b in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))]
+    pairs, ages = _entries(drawing, settings)
+    bands = _bands(full, settings)
     joined = [a + b for a, b in itertools.pairwise(bands)] if settings.second_order else []
     batches, replaced = batches_of(range(n), settings.batch_size), bands + joined
     sizes = [settings.batch_size, drawing.seed, n]
@@ -181,9 +174,8 @@ def measure_table(
         (sums[name].unflatten(0, shape) / n).tensor_split([len(bands)]) for name in ("mean", "second")
     )
     interactions = Interactions.of((mean, second), (joint_mean, joint_second)) if settings.second_order else None
-    edges = (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
     return ShiftTable(
-        edges=edges,
+        edges=_edges(full, bands),
         pairs=pairs,
         ages=ages,
         mean=mean,
@@ -206,10 +198,37 @@ def measure_table(
     )
 
 
-def _aged(
-    pairs: tuple[Pair, ...], drawing: Drawing, settings: CalibrationSettings
-) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
-    """The pairs with those that forecast, each at every age, and the ages; none where nothing is forecast."""
+def part_of(table: ShiftTable, drawing: Drawing, settings: CalibrationSettings) -> ShiftTable | None:
+    """What `measure_table` would measure, taken from a table that holds it already; None where this one does not."""
+    full = drawing.full
+    mine = (full.solver, full.num_steps, full.cfg_scale, drawing.trunk, drawing.exits, drawing.seed)
+    mine += (settings.num_pictures, _edges(full, _bands(full, settings)), settings.second_order)
+    theirs = (table.solver, table.num_steps, table.cfg_scale, table.trunk, table.exits, table.seed)
+    theirs += (table.num_pictures, table.edges, table.interactions is not None)
+    return table.part(*_entries(drawing, settings)) if mine == theirs else None
+
+
+def _bands(full: DepthPlan, settings: CalibrationSettings) -> list[list[int]]:
+    """The steps of each band."""
+    return [
+        band.tolist() for band in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))
+    ]
+
+
+def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:
+    """As of `ShiftTable`."""
+    return (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
+
+
+def _entries(drawing: Drawing, settings: CalibrationSettings) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
+    """The pairs to measure, those that forecast at every age, and the ages; none where nothing is forecast."""
+    pairs = settings.pairs or default_pairs(
+        drawing.depths,
+        drawing.full.cfg_scale != 1,
+        settings.num_depths,
+        reuse=settings.reuse,
+        own_guides=settings.own_guides,
+    )
     if not settings.forecast_ages:
         if bad := [pair for pair in pairs if pair[0] < 0]:
             raise InputError(f"pairs: {bad[0]} forecasts; expected forecast_ages of at least 1")

@@ -56,11 +56,6 @@ class Variant:
         if self.rounds < 0:
             raise InputError(f"variant {self.name}: rounds {self.rounds}, expected at least 0")
 
-    @property
-    def has_own_table(self) -> bool:
-        """Whether what its table is measured on differs from the experiment's."""
-        return any(of is not None for name, of in vars(self).items() if name == "distill" or "calibration" in name)
-
     def applied(self, experiment: "Experiment") -> "Experiment":
         """The experiment with this variant's choices."""
         own = {name: value for name, value in vars(self).items() if name not in ("name", "rounds")}

@@ -3,7 +3,8 @@
     dyndit compare digits_ablation_training --out runs/ablation-training   # resumable
 
 The comparison's own arms are those of `digits_ablation`, which turns off what is calibrated. Every variant distils
-exits anew, on the trunk as it was given. Not yet measured.
+exits anew, on the trunk as it was given; "plain" is the recipe of `digits_levers`, every lever off. Beside them the
+peers that led on the digits. Not yet measured.
 """
 
 from dataclasses import replace
@@ -11,14 +12,17 @@ from dataclasses import replace
 from dyndit.experiment import Variant
 from dyndit.recipes.digits_ablation import distill, plain
 from dyndit.recipes.digits_ablation import experiment as calibration
+from dyndit.recipes.digits_levers import experiment as levers
 
 experiment = replace(
     calibration,
     variants=(
+        Variant("plain", distill=plain, calibration=levers.calibration, refinements=0),
         Variant("frozen-trunk", distill=replace(distill, trunk="frozen")),
         Variant("plain-heads", distill=replace(distill, exits=plain.exits)),
         Variant("noised-states", distill=replace(distill, states="noised")),
         Variant("even-weights", distill=replace(distill, weighting="even")),
         Variant("plain-forecasts", distill=replace(distill, forecasts=False)),
     ),
+    peers=levers.peers,
 )

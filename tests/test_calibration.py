@@ -15,6 +15,7 @@ from dyndit.calibration import (
     measure_bases,
     measure_moments,
     measure_shifts,
+    part_of,
     plan_on_table,
 )
 from dyndit.cost import measure_cost
@@ -119,6 +120,46 @@ def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, 
     assert 0 < len(seen) < seen[-1][1]  # some batches were not run a second time
     assert torch.allclose(again.mean, table.mean)
     assert torch.allclose(again.second, table.second)
+
+
+FORECASTS = replace(SETTINGS, pairs=(*SETTINGS.pairs, (-2, 0), (-4, 0)), forecast_ages=2)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        replace(SETTINGS, pairs=SETTINGS.pairs[2:0:-1]),
+        replace(SETTINGS, pairs=(SETTINGS.pairs[1], (-4, 0)), forecast_ages=1),
+        FORECASTS,
+    ],
+)
+def test_a_part_of_a_table_is_what_would_be_measured(model, extractor, reference, part: CalibrationSettings) -> None:
+    whole = measure_shifts(model, extractor, reference, num_steps=2, settings=FORECASTS)
+    measured = measure_shifts(model, extractor, reference, num_steps=2, settings=part, cost=whole.cost)
+    taken = part_of(whole, NativeDrawing(model, "ddim", 2, 1.5, seed=part.seed), part)
+    assert (taken.pairs, taken.ages, taken.edges) == (measured.pairs, measured.ages, measured.edges)
+    assert torch.equal(taken.mean, measured.mean)
+    assert torch.equal(taken.second, measured.second)
+
+
+@pytest.mark.parametrize(
+    ("choice", "drawn"),
+    [
+        ({"pairs": ((2, 0),)}, {}),
+        ({"num_pictures": 90}, {}),
+        ({"num_bands": 1}, {}),
+        ({"second_order": True}, {}),
+        ({"pairs": ((-2, 0),), "forecast_ages": 1}, {}),
+        ({}, {"seed": 7}),
+        ({}, {"num_steps": 3}),
+        ({}, {"solver": "unipc"}),
+        ({}, {"cfg_scale": 3.0}),
+    ],
+)
+def test_no_part_of_a_table_is_another_measurement(model, table, choice: dict, drawn: dict) -> None:
+    drawing = replace(NativeDrawing(model, "ddim", 2, 1.5), **drawn)
+    assert part_of(table, NativeDrawing(model, "ddim", 2, 1.5), SETTINGS) is not None
+    assert part_of(table, drawing, replace(SETTINGS, **choice)) is None
 
 
 def test_sums_of_another_measurement_are_not_used(model, extractor, reference, table, tmp_path) -> None:

@@ -106,6 +106,18 @@ class ShiftTable:
         measured = {(self.solver, self.num_steps), *self.bases}
         return tuple(sorted(steps for name, steps in measured if name == solver))
 
+    def part(self, pairs: Sequence[Pair], ages: Sequence[int] = ()) -> Self | None:
+        """The table of these pairs alone, each at its age where some forecast; None where it lacks one of them.
+
+        That is what would have been measured of them, bit for bit: an entry does not depend on the others.
+        """
+        where = {key: i for i, key in enumerate(zip(self.pairs, self.ages or (0,) * len(self.pairs), strict=True))}
+        picks = [where.get(key) for key in zip(pairs, ages or (0,) * len(pairs), strict=True)]
+        if None in picks or (self.interactions is not None and picks != list(range(len(self.pairs)))):
+            return None
+        shifts = {"mean": self.mean[:, picks], "second": self.second[:, picks]}
+        return replace(self, pairs=tuple(pairs), ages=tuple(ages), **shifts)
+
     def weights(self, timesteps: Sequence[int]) -> Tensor:
         """(K, bands): which share of each band every step covers.
 

@@ -125,10 +125,7 @@ class Preparation:
                 if (table.trunk, table.exits) == (self.model.trunk_hash(), self.model.exits_hash()):
                     self.console.print(f"shift table: there already ({path})")
                     return table
-        settings, (solver, steps) = (
-            experiment.calibration,
-            (experiment.calibration_solver, experiment.calibration_steps),
-        )
+        settings, solver, steps = experiment.calibration, experiment.calibration_solver, experiment.calibration_steps
         cfg_scale = experiment.calibration_cfg_scale or experiment.cfg_scale
         if known is not None:
             drawing = NativeDrawing(self.model, solver, steps, cfg_scale, seed=settings.seed)

@@ -17,13 +17,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from dyndit.analysis.intervals import paired_interval
-from dyndit.plan import guide_of, written, written_cond
+from dyndit.plan import REUSED, guide_of, written, written_cond
 
 INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_WORDS = 40
 """Sampling steps up to which a plan's map has words in it."""
+MAP_WORDS = {"+": "4+: exit at 4, the rest forecast", "e": "e4: guided by its own exit at 4", "r": "r: guidance reused"}
+"""What stands in the cells of a plan's map, by a letter of it."""
 MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
 OTHER_MARKERS = "P", "X", "*", "p", "h", "<", ">", "d", "8", "H"
 # Beyond four families of plans and peers, colours tell families apart instead of step counts.
@@ -270,8 +272,8 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     """Heat map of plans: a row per plan, a column per step, colour: blocks run. Panels: branches, by number of steps.
 
     plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; white: nor is it, but an own
-    exit guides (e4: the one at 4) or guidance is reused; 4+: the exit at 4, and the rest forecast. Written out up to
-    MOST_WORDS steps.
+    exit guides (e4: the one at 4) or guidance is reused (r); 4+: the exit at 4, and the rest forecast. Written out up
+    to MOST_WORDS steps, with a key below of what is there.
     """
     counts = sorted({len(plan["cond"]) for plan in plans.values()})
     guided = any(_guided(plan) for plan in plans.values())
@@ -279,6 +281,7 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
     most = max(plan["num_blocks"] for plan in plans.values())
     groups = [{name: plan for name, plan in plans.items() if len(plan["cond"]) == count} for count in counts]
     heights = [len(group) * 0.19 + 0.75 for group in groups]
+    words: set[str] = set()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, sum(heights) + 0.2), layout="constrained")
         FigureCanvasAgg(figure)
@@ -290,11 +293,12 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
                 table[worded] = -table[worded] if branch == "cond" else np.nan
                 image = axis.pcolormesh(table, vmin=0, vmax=most, cmap="cividis", edgecolors="white", linewidth=0.3)
                 axis.set_title(f"{title}, {table.shape[1]} steps", fontsize=9)
-                write, colour = (written_cond, "white") if branch == "cond" else (written, "black")
+                write, colour = (written_cond, "white") if branch == "cond" else (_short_uncond, "black")
                 for row, column in zip(*np.nonzero(worded), strict=True) if count <= MOST_WORDS else ():
                     word = write(list(group.values())[row][branch][column])
                     place = {"ha": "center", "va": "center"}
                     axis.text(column + 0.5, row + 0.5, word, fontsize=5.5, color=colour, **place)
+                    words.add(word)
                 ticks = np.arange(0, table.shape[1], -(-table.shape[1] // 10))
                 axis.set_xticks(ticks + 0.5, ticks + 1)
                 axis.grid(visible=False)
@@ -305,7 +309,14 @@ def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
         for axis in axes[-1]:
             axis.set_xlabel("sampling step, noise to picture", fontsize=8)
         figure.colorbar(image, ax=axes.ravel().tolist(), label="blocks run", shrink=0.8)
+        if key := [meaning for mark, meaning in MAP_WORDS.items() if any(mark in word for word in words)]:
+            figure.supxlabel("     ".join(key), fontsize=8, color=INK)
     return figure
+
+
+def _short_uncond(uncond: int) -> str:
+    """An unconditional depth as short as a cell of a plan's map is wide."""
+    return "r" if uncond == REUSED else written(uncond)
 
 
 def time_figure(runs: pd.DataFrame) -> Figure | None:

@@ -350,11 +350,12 @@ class Preparation:
             else:
                 base = base or self._base(table, solver, steps)
                 rounds = self.experiment.refinements
+                smaller = [arm.plan for arm in arms if arm.budget < budget]
                 measure = partial(self._moments, table)
                 plan = (
-                    refined(table, full, budget, measure, rounds=rounds, base=base)
+                    refined(table, full, budget, measure, rounds=rounds, base=base, smaller=smaller)
                     if rounds
-                    else search(table, full, budget, base=base)
+                    else search(table, full, budget, base=base, starts=smaller)
                 )
                 plan.save(path)
             arms.append(Arm(name, "searched", plan, budget, plan.figures["predicted_fd"]))

@@ -348,8 +348,13 @@ def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: Dy
 
 def test_figures_mark_what_is_forecast() -> None:
     plan = asdict(DepthPlan((900, 500, 100), (6, -2, 6), (6, REUSED, 0), 6, "ddim", cfg_scale=1.5))
-    words = [text.get_text() for axis in plan_map_figure({"one": plan}).axes for text in axis.texts]
-    assert words == ["2+", "reuse"]
+    figure = plan_map_figure({"one": plan})
+    words = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert words == ["2+", "r"]
+    key = figure.get_supxlabel()
+    assert "forecast" in key
+    assert "reused" in key
+    assert "own exit" not in key
     (axis, *_) = plan_figure({"one": plan}).axes
     (crosses,) = (line for line in axis.lines if line.get_marker() == "+")
     assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([2], [2])

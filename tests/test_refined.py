@@ -82,6 +82,26 @@ def test_a_correction_can_win() -> None:
     assert max(gains) > 1
 
 
+def test_more_budget_is_never_measured_worse() -> None:
+    """A smaller budget's plan stays where what a larger one buys was measured worse."""
+    table = random_table(num_steps=5, num_depths=4, seed=2)
+    full = full_plan(table)
+    true = additive(table, full)
+
+    def measure(plan: DepthPlan) -> Moments:
+        found, deep = true(plan), sum(a + b for a, b in plan.pairs)
+        return Moments.of_covariance(found.mean + 0.2 * deep, found.covariance, found.num)
+
+    alone, plans = [], []
+    for budget in (0.4, 0.5, 0.6, 0.8):
+        alone.append(refined(table, full, budget, measure, rounds=1))
+        plans.append(refined(table, full, budget, measure, rounds=1, smaller=plans))
+    distances = [plan.figures["calibrated_fd"] for plan in plans]
+    assert distances == sorted(distances, reverse=True)
+    assert any(a.figures["calibrated_fd"] > d for a, d in zip(alone, distances, strict=True))
+    assert [plan.budget for plan in plans] == [0.4, 0.5, 0.6, 0.8]
+
+
 def test_the_base_through_a_plan_predicts_what_was_measured() -> None:
     table = random_table(num_steps=4, num_depths=4, seed=1)
     full = full_plan(table)

@@ -165,6 +165,15 @@ def test_more_budget_is_never_predicted_worse() -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_a_given_start_is_never_made_worse_and_never_breaks_the_budget() -> None:
+    table = random_table(6, 4, seed=11)
+    full, settings = full_plan(table), SearchSettings(num_starts=1, num_kicks=0, max_moves=0)
+    good = search(table, full, 0.6)
+    quick = search(table, full, 0.6, settings=settings)
+    assert search(table, full, 0.6, settings=settings, starts=[good]).pairs == good.pairs != quick.pairs
+    assert search(table, full, 0.4, settings=settings, starts=[good]).figures["predicted_share_of_time"] <= 0.4
+
+
 def test_table_round_trip(tmp_path) -> None:
     table = random_table(3, 3, seed=2)
     table.save(tmp_path / "table.safetensors")

@@ -11,7 +11,7 @@ A round costs one sampling of the table's pictures under a plan, far less than a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from dyndit.analysis.fidelity import Moments, frechet_distance
@@ -24,12 +24,21 @@ Measure = Callable[[DepthPlan], Moments]
 
 
 def refined(
-    table: ShiftTable, full: DepthPlan, budget: float, measure: Measure, *, rounds: int, base: Moments | None = None
+    table: ShiftTable,
+    full: DepthPlan,
+    budget: float,
+    measure: Measure,
+    *,
+    rounds: int,
+    base: Moments | None = None,
+    smaller: Sequence[DepthPlan] = (),
 ) -> DepthPlan:
     """Of up to `rounds` + 1 plans the one that was measured best; a plan that is found again ends the search.
 
-    base: moments of full depth at these very steps, as of `search`. `plan.figures` holds calibrated_fd besides: the
-    distance measured on the seeds that the plan was chosen on, which flatters it.
+    base: moments of full depth at these very steps, as of `search`. smaller: plans that this found on this table at
+    smaller budgets; they are started from, and the best of them stays where nothing that is dearer measures better.
+    `plan.figures` holds calibrated_fd besides: the distance measured on the seeds that the plan was chosen on, which
+    flatters it.
 
     Raises:
         InputError: rounds below 1; or as `search`.
@@ -37,9 +46,12 @@ def refined(
     if rounds < 1:
         raise InputError(f"--refinements {rounds}: expected at least 1")
     predictor, seen = Predictor(table, full.timesteps, base), set()
-    best, least, predicted_full = None, math.inf, predictor.predict(full)
+    measured_before = [plan for plan in smaller if "calibrated_fd" in plan.figures]
+    best = min(measured_before, key=lambda plan: plan.figures["calibrated_fd"], default=None)
+    least = math.inf if best is None else best.figures["calibrated_fd"]
+    predicted_full = predictor.predict(full)
     for _ in range(rounds + 1):
-        plan = search(table, full, budget, base=base)
+        plan = search(table, full, budget, base=base, starts=smaller)
         if plan.pairs in seen:
             break
         seen.add(plan.pairs)
@@ -49,4 +61,4 @@ def refined(
             figures = plan.figures | {"calibrated_fd": distance, "predicted_fd_full": predicted_full}
             best, least = replace(plan, router="refined", figures=figures), distance
         base = predictor.base_through(plan, found)
-    return best
+    return replace(best, budget=budget)

@@ -339,10 +339,13 @@ def search(
     *,
     base: Moments | None = None,
     settings: SearchSettings | None = None,
+    starts: Sequence[DepthPlan] = (),
 ) -> DepthPlan:
     """The plan of least predicted Fréchet distance within `budget`, a share of the full plan's predicted time.
 
     base: moments of full depth at these very steps; by default those that the table holds, else its own steps'.
+    starts: plans of the same steps to start from besides, where they are within the budget.
+
     A local search from ramps, constants of every pair and the cheapest plan: every move changes one or two steps; moves
     are ranked by their first-order effect, the best are evaluated exactly, the best of those is taken.
 
@@ -358,7 +361,9 @@ def search(
     if budget < table.least_share * (1 - 1e-9):
         raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
     best, best_value = None, float("inf")
-    for choice in _starts(predictor, full, limit, settings.num_starts):
+    given = [predictor.choice(plan) for plan in starts]
+    given = [choice for choice in given if predictor.seconds[choice].sum() <= limit]
+    for choice in given + _starts(predictor, full, limit, settings.num_starts):
         choice, value = _improve(predictor, choice, limit, settings)
         if value < best_value:
             best, best_value = choice, value

@@ -1,0 +1,189 @@
+"""Verbs that make models: train, distill, convert."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dyndit.cli.flags import Positional
+from dyndit.errors import InputError
+
+if TYPE_CHECKING:
+    from dyndit.dynamic import DynamicDepth
+
+
+def train(
+    recipe: Positional[str],
+    /,
+    out: Path,
+    data: str = "",
+    model: str = "",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    sample_every: int | None = None,
+    vae: Path | None = None,
+) -> None:
+    """Train a backbone, from scratch or on from given weights. A run that was stopped goes on where it was.
+
+    Args:
+        recipe: A recipe's name (digits, cifar10) or a Python file that defines `train`.
+        out: Folder for the model, checkpoints, losses and TensorBoard logs.
+        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id. Default: random ones.
+        steps: Updates, in place of the recipe's.
+        batch_size: Pictures per update, in place of the recipe's.
+        seed: Seed, in place of the recipe's.
+        sample_every: Draw a sample grid every so many steps; 0 for never.
+        vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
+    """
+    from accelerate import PartialState
+
+    from dyndit import checkpoints, manifest
+    from dyndit.recipe_files import find
+    from dyndit.tasks import Train
+
+    chosen = find(recipe, "train", Train)
+    with PartialState().main_process_first():  # latents are encoded once
+        backbone = chosen.backbone
+        pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
+    chosen.check(pictures)
+    trunk = checkpoints.load(model) if model else None
+    settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
+    if trunk is not None:
+        settings["from"] = trunk.trunk_hash()
+    with PartialState().main_process_first():
+        manifest.claim(out, settings, shared=("latents",))
+    changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
+    fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
+    chosen = replace(chosen, fit=fit)
+    model, result = chosen.run(pictures, out, trunk=trunk, preview=_preview)
+    if not PartialState().is_main_process:
+        return
+    checkpoints.save(model, out)
+    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.trunk_hash()}
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    losses = result.losses["loss"]
+    window = min(20, len(losses))
+    print(
+        f"loss: mean of the first {window} steps {losses[:window].mean():.4f}, "
+        f"of the last {window} {losses[-window:].mean():.4f}"
+    )
+    print(f"model: {out}")
+
+
+def distill(
+    recipe: Positional[str],
+    /,
+    model: str,
+    out: Path,
+    data: str = "",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    num_heads: int | None = None,
+    vae: Path | None = None,
+) -> None:
+    """Train exits on a model's own predictions, and write the model with them.
+
+    The trunk stays as it is, bit for bit, unless the recipe trains a copy of it too.
+
+    Args:
+        recipe: A recipe's name (digits, cifar10, finetune_exits) or a Python file that defines `distill`.
+        model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
+        out: Folder for the model with its exits.
+        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        steps: Updates, in place of the recipe's.
+        batch_size: Pictures per update, in place of the recipe's.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
+    """
+    from accelerate import PartialState
+
+    from dyndit import checkpoints, manifest
+    from dyndit.recipe_files import find
+    from dyndit.tasks import Distill, exit_error_table
+
+    chosen = find(recipe, "distill", Distill)
+    loaded = checkpoints.inspect(model, num_heads=num_heads)
+    for note in loaded.notes:
+        print(note)
+    backbone = loaded.model.backbone
+    with PartialState().main_process_first():
+        pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
+    chosen.check(loaded.model, pictures)
+    settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": loaded.model.trunk_hash()}
+    with PartialState().main_process_first():
+        manifest.claim(out, settings, shared=("latents",))
+    changes = {"steps": steps, "batch_size": batch_size}
+    fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
+    dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
+    if not PartialState().is_main_process:
+        return
+    checkpoints.save(dynamic, out)
+    errors = exit_error_table(dynamic, pictures)
+    errors.to_csv(out / "exit-errors.csv", index=False)
+    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": dynamic.exits_hash(), "trunk": dynamic.trunk_hash()}
+    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    if dynamic.trunk_hash() != loaded.model.trunk_hash():
+        moved = result.losses["full"].iloc[-20:].mean()
+        print(f"trunk: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
+    print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")
+    table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error")
+    print(table.sort_index(axis=1).to_string(float_format=lambda v: f"{v:.4f}"))
+    print(f"model: {out}")
+
+
+def convert(
+    source: Positional[str],
+    target: Positional[Path],
+    /,
+    to: Literal["native", "official", "diffusers"] = "native",
+    num_heads: int | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write a model in another format, whole or not at all, and say how far it drifts where it is loaded plainly.
+
+    Args:
+        source: A model folder, a published DiT .pt, a diffusers transformer or pipeline folder, "digits", or a hub id.
+        target: Folder to write, or file for --to official; nothing is overwritten.
+        to: native: a model folder with its card; official: a published DiT .pt; diffusers: the folder of a
+            DiTTransformer2DModel.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        revision: Branch, tag or commit of a hub id.
+    """
+    from dyndit.convert import convert as convert_model
+
+    for note in convert_model(source, target, to, num_heads=num_heads, revision=revision):
+        print(note)
+    print(f"model: {target}")
+
+
+def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, out: Path) -> object:
+    from dyndit.data import open_data
+
+    if not spec:
+        raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
+    if vae is None and channels not in (1, 3):
+        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
+    if vae is None:
+        return open_data(spec, None if spec == "digits" else image_size, channels)
+    from dyndit.latents import encode_latents, load_autoencoder
+
+    encoder = load_autoencoder(vae)
+    factor = 2 ** (len(encoder.config.block_out_channels) - 1)
+    return encode_latents(open_data(spec, image_size * factor, encoder.config.in_channels), vae, out / "latents", 16)
+
+
+def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
+    """A sample grid on the way: DDIM, 20 steps, every class."""
+    from dyndit.pictures import grid
+    from dyndit.sampler import balanced_labels
+    from dyndit.sampler import sample as draw
+
+    if model.pixel_space:
+        labels = balanced_labels(40, model.backbone.num_classes)
+        folder = out / "previews"
+        folder.mkdir(exist_ok=True)
+        scale = 1.5 if model.backbone.null_class is not None else 1.0
+        grid(draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures).save(
+            folder / f"step-{step:06d}.png"
+        )

@@ -1,0 +1,321 @@
+"""Verbs that measure, and show what was measured: evaluate, bench, report, compare, quickstart."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dyndit.cli.flags import FULL_DEPTH, Json, PlanChoice, Positional, Unnamed, chosen_plan, print_json
+from dyndit.errors import InputError
+
+
+@dataclass(frozen=True)
+class MoreSets:
+    """What some metrics compare with besides the reference."""
+
+    train: Path | None = None
+    """Training pictures, for memorisation (default: the reference)."""
+    held_out: Path | None = None
+    """Real pictures that were not trained on, for memorisation."""
+    full: Path | None = None
+    """The full model's pictures of the same seeds, for paired."""
+    lpips_weights: Path | None = None
+    """VGG16 and LPIPS weights in one file: adds LPIPS to paired."""
+
+
+def evaluate(
+    samples: Positional[Path],
+    /,
+    reference: str,
+    extractor: str = "inception",
+    extractor_weights: Path | None = None,
+    metrics: tuple[str, ...] = ("fd", "kid", "is", "prc"),
+    more: Unnamed[MoreSets] = MoreSets(),
+    force: bool = False,
+    save_reference: Path | None = None,
+    cache: Path | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+    json_: Json = False,
+) -> None:
+    """Compare a sample set with real pictures. A distance on other features than Inception's is never called FID.
+
+    Features are computed once per set of pictures and kept, by content.
+
+    Args:
+        samples: Folder of pictures (searched in depth) or an .npz file.
+        reference: The same of real pictures, an .npz of ADM (pictures or statistics), or "digits".
+        extractor: inception, digits or resnet20-cifar10.
+        extractor_weights: Its weights, where they do not ship with the package.
+        metrics: Any of fd kid is prc sfid fd-infinity memorisation paired.
+        more: What some metrics compare with besides the reference.
+        force: Compute the distance even of fewer pictures than features; the figures are marked as forced.
+        save_reference: An .npz for the reference's statistics, which can stand for it later (fd, sfid, fd-infinity).
+        cache: Folder to keep features in (default: $DYNDIT_CACHE, else $XDG_CACHE_HOME/dyndit, else ~/.cache/dyndit).
+        out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
+            are one seed block.
+        device: cpu or cuda.
+        json_: End with one line of JSON.
+    """
+    from dyndit.analysis import append_run, load_extractor, save_statistics
+    from dyndit.analysis.features import cache_folder
+    from dyndit.analysis.frontier import RUNS, row_of_samples
+    from dyndit.analysis.quality import evaluate as compare
+    from dyndit.analysis.quality import reference_statistics
+    from dyndit.data import open_data
+    from dyndit.manifest import check_device
+
+    check_device(device)
+    real = open_data("digits").uint8() if reference == "digits" else Path(reference)
+    kept = cache or cache_folder()
+    network = load_extractor(extractor, extractor_weights, device)
+    figures = compare(samples, real, network, metrics, force, cache=kept, **vars(more))
+    _print_figures(figures)
+    if save_reference is not None:
+        save_statistics(save_reference, reference_statistics(real, network, "sfid" in metrics, kept))
+        print(f"statistics of the reference: {save_reference}")
+    if out is not None:
+        row = row_of_samples(samples, figures, run=out.name)
+        out.mkdir(parents=True, exist_ok=True)
+        append_run(out / RUNS, row)
+        print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
+    if json_:
+        print_json(figures)
+
+
+def _print_figures(figures: dict[str, object]) -> None:
+    """A line per figure of `evaluate`, intervals beside their figures, paired distances apart."""
+    ends = ("_low", "_high")
+    shown = {k: v for k, v in figures.items() if k not in ("metric", "extractor") and not k.endswith(ends)}
+    names = {"fd": figures["metric"], "fd_infinity": f"{figures['metric']}, N=inf", "sfid": f"s{figures['metric']}"}
+    paired = {k: v for k, v in shown.items() if k.startswith("paired_")}
+    for name, value in shown.items():
+        if name in paired or (name == "forced" and not value):
+            continue
+        limits = [f"{figures[name + end]:.4g}" for end in ends if name + end in figures]
+        between = f"  [{', '.join(limits)}]" if limits else ""
+        text = f"{value:.5g}" if isinstance(value, float) else "unknown" if value is None else str(value)
+        print(f"{names.get(name, name):>22}  {text}{between}")
+    if paired:
+        print("\nmoved from the full model's pictures of the same seeds (median, worst 5%); not a verdict:")
+        for name in dict.fromkeys(k.rsplit("_", 1)[0] for k in paired):
+            print(f"{name.removeprefix('paired_'):>22}  {paired[f'{name}_median']:.5g}, {paired[f'{name}_worst']:.5g}")
+
+
+def bench(
+    model: Positional[str] = "",
+    /,
+    depth: Unnamed[PlanChoice] = FULL_DEPTH,
+    solver: str = "ddim",
+    steps: int = 20,
+    cfg_scale: float = 1.5,
+    batch_size: tuple[int, ...] = (1, 8, 64),
+    rounds: int = 9,
+    until: float = 0.02,
+    max_rounds: int | None = None,
+    num_heads: int | None = None,
+    device: str = "cpu",
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "",
+    vae: str = "",
+    in_pipeline: bool = False,
+    compile: bool = False,
+    self_check: bool = False,
+    out: Path | None = None,
+    json_: Json = False,
+) -> None:
+    """Time a plan against full depth: paired, alternating, warmed up; end to end, the denoiser and the decoder.
+
+    Full depth is timed twice under two names: the ratio of the two is the error of the method itself. Rounds go on
+    until the 95% interval of every ratio is narrow enough, or the report says which was not. Beside the times stand
+    multiply-accumulates and FLOPs, peak memory, joules where the machine counts them, the time that the plan's blocks
+    and the measured times of the parts promise, and the time saved as a multiple of that.
+
+    Args:
+        model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
+        depth: Which depths to run beside full depth.
+        solver: ddpm, ddim, dpmpp, unipc or euler.
+        steps: Sampling steps.
+        cfg_scale: Guidance scale; 1 for none.
+        batch_size: Pictures at a time; several are timed one after the other.
+        rounds: Timed rounds at least; each runs every arm once.
+        until: Go on until the interval (from its low to its high end) of each ratio is below this share of it; 0 times
+            exactly --rounds.
+        max_rounds: Rounds at most (default: 60, or --rounds where that is more).
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        device: cpu or cuda.
+        dtype: Precision to compute in (default: the weights' own).
+        vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for one of random weights.
+        in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
+        compile: Compile every block and exit head first, for all arms alike.
+        self_check: Only check the timing itself on what is known (the same twice, a sleep, twice the work); exit
+            status 1 where it fails.
+        out: Where the table of raw times goes (CSV; its columns are in dyndit.benchmark.COLUMNS).
+        json_: End with one line of JSON.
+    """
+    import torch
+
+    from dyndit import benchmark, checkpoints
+    from dyndit.analysis.latency import Repeats
+    from dyndit.manifest import check_device
+    from dyndit.sampler import full_plan, resolve_plan
+
+    check_device(device)
+    if self_check:
+        _self_check(device, json_)
+        return
+    if not model:
+        raise InputError("MODEL: missing; expected a model to time, or --self-check")
+    if out is not None and out.is_dir():
+        raise InputError(f"--out {out}: is a folder; expected a file for the table")
+    most = max(rounds, 60) if max_rounds is None else max_rounds
+    settings = benchmark.Bench(tuple(batch_size), Repeats(rounds, until, most), compile, in_pipeline)
+    name = model
+    if model.startswith(benchmark.RANDOM):
+        dynamic = benchmark.random_model(model, device)
+    else:
+        loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
+        dynamic, model = loaded.model, str(loaded.folder or model)
+    full = full_plan(dynamic, solver, steps, cfg_scale)
+    plan = chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
+    resolve_plan(dynamic, plan, solver, steps, cfg_scale)
+    if dtype:
+        for part in dynamic.children():
+            part.to(getattr(torch, dtype))
+    if vae:
+        settings = replace(settings, decoder=benchmark.open_decoder(vae, dynamic))
+    plans = {benchmark.FULL: full, benchmark.AGAIN: full} | ({plan.router: plan} if plan is not None else {})
+    times = benchmark.measure(dynamic, plans, settings, name=name)
+    print("\n".join(benchmark.lines(times, until)))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        times.to_csv(out, index=False)
+    if json_:
+        table = benchmark.verdict(times)
+        rows = table.drop(columns=["ratio", "width"])
+        rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
+        shared = ("machine", "device", "dtype", "threads", "compiled")
+        recorded = json.loads(times[list(shared)].iloc[0].to_json())
+        print_json(recorded | {"arms": json.loads(rows.to_json(orient="records"))})
+
+
+def _self_check(device: str, json_: bool) -> None:
+    """Print what the timing finds of what is known; exit status 1 where it is wrong."""
+    from dyndit.benchmark import known_work, self_check
+
+    checks = self_check(known_work(device))
+    for check in checks:
+        print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
+    if json_:
+        print_json({"checks": [vars(check) for check in checks]})
+    if not all(check.passed for check in checks):
+        sys.exit(1)
+
+
+def report(
+    runs: Positional[tuple[Path, ...]] = (),
+    /,
+    out: Path | None = None,
+    margin: float = 0.05,
+    verify: Path | None = None,
+) -> None:
+    """Write a report (Markdown, HTML, figures) from runs.csv files and print the tables; or check one.
+
+    Args:
+        runs: Folders of runs (or their runs.csv, or runs.parquet).
+        out: Folder for the report.
+        margin: Non-inferiority margin, as a share of full depth's Fréchet distance.
+        verify: A report, or its folder: compute every printed number again from the raw rows, print a line per
+            mismatch, and exit with status 1 if there is any.
+    """
+    from rich.console import Console
+
+    from dyndit.analysis import read_runs, summary, terminal_table, write_report
+    from dyndit.analysis.frontier import GROUP
+    from dyndit.analysis.verify import verify as mismatches
+
+    if verify is not None:
+        if wrong := mismatches(verify):
+            print("\n".join(wrong))
+            raise SystemExit(1)
+        print(f"{verify}: every number follows from the raw rows")
+        return
+    if out is None or not runs:
+        raise InputError("report: expected folders of runs and --out DIR, or --verify REPORT")
+    write_report(list(runs), out, margin=margin)
+    for path in runs:
+        for _, rows in read_runs(path).groupby(GROUP, sort=False):
+            if (rows["role"] == "score").any():
+                Console().print(terminal_table(summary(rows, margin)))
+    print(f"report: {out / 'report.html'}")
+
+
+def quickstart(
+    out: Path = Path("runs/quickstart"),
+    from_scratch: bool = False,
+    json_: Json = False,
+) -> None:
+    """Make the digits model dynamic and measure what that saves: a few minutes on two CPU cores.
+
+    Args:
+        out: Folder of the run; what is there and valid is not done again.
+        from_scratch: Train the trunk too, in place of the one that ships with the package.
+        json_: End with one line of JSON.
+    """
+    _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)
+
+
+def compare(
+    recipe: Positional[str],
+    /,
+    out: Path,
+    model: str = "",
+    data: str = "",
+    extractor_weights: Path | None = None,
+    device: str = "cpu",
+    from_scratch: bool = False,
+    json_: Json = False,
+) -> None:
+    """Run a recipe's whole comparison: exits, plans, every arm, the report. Resumable.
+
+    Args:
+        recipe: A recipe's name (digits_frontier) or a Python file that defines `experiment`.
+        out: Folder of the run; what is there and valid is not done again.
+        model: A model in place of the recipe's. A folder's exits and shift table are taken as they are.
+        data: Pictures in place of the recipe's.
+        extractor_weights: Weights of the extractor, where they do not ship with the package.
+        device: cpu or cuda.
+        from_scratch: Train the trunk first.
+        json_: End with one line of JSON.
+    """
+    _compare(
+        recipe,
+        "experiment",
+        out,
+        json_=json_,
+        model=model,
+        data=data,
+        extractor_weights=extractor_weights,
+        device=device,
+        from_scratch=from_scratch,
+    )
+
+
+def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: object) -> None:
+    from rich.console import Console
+
+    from dyndit import comparison
+    from dyndit.analysis import read_runs, summary, terminal_table
+    from dyndit.experiment import Experiment, Inputs
+    from dyndit.recipe_files import find
+
+    chosen = find(recipe, attribute, Experiment)
+    comparison.run(chosen, out, Inputs(**inputs))
+    table = summary(read_runs(out), chosen.margin)
+    Console().print(terminal_table(table))
+    print(f"report: {out / 'report.html'}")
+    if json_:
+        rows = table[["arm", "solver", "steps", "share_of_blocks", "ms", "time_saved"]].copy()
+        for name in ("fd", "fd_diff", "time_saved_equal_fd"):
+            rows[name] = [[i.mean, i.low, i.high] for i in table[name]]
+        print_json({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))})

@@ -214,14 +214,15 @@ class Preparation:
         for variant in self.experiment.variants:
             folder, model = self.out / "variants" / variant.name, self.model
             own = replace(self, experiment=variant.applied(self.experiment), out=folder)
-            if variant.distill is not None:
-                model = model_with_exits(own.experiment, self._trunk(), data, folder, self.console)
-            own = replace(own, model=model.to(self.model.device))
-            table = own.table(None if variant.distill is not None else self.table())
+            trunk = self._trunk() if variant.train is None else None
+            if has_own_exits := variant.distill is not None or trunk is None:
+                model = model_with_exits(own.experiment, trunk, data, folder, self.console)
+            own = replace(own, model=model.to(self.model.device), trunk=trunk)
+            table = own.table(None if has_own_exits else self.table())
             if beyond := sorted(set(own.experiment.budgets) - set(own._within(table))):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
-            arms += self._arms_of(variant, *own.settled(table, self._trunk(), data, variant.rounds))
+            arms += self._arms_of(variant, *own.settled(table, own._trunk(), data, variant.rounds))
         return arms
 
     def settled(

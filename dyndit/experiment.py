@@ -38,7 +38,8 @@ class Variant:
 
     name: the family of its arms is "searched-NAME"; where its trunk is another one, "full-NAME" is that trunk at full
     depth, at the experiment's points. What is None is the experiment's: distill, calibration, and what its table is
-    measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere. rounds: how often at
+    measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere. train: the trunk is
+    trained from scratch, with its exits from the first step where this recipe says so. rounds: how often at
     most the exits are distilled again where the plans found so far use them (`Distill.used`), from what they are, and
     the table and the plans made anew; it ends with the first round that leaves every plan as it was.
     """
@@ -50,6 +51,7 @@ class Variant:
     calibration_steps: int | None = None
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
+    train: Train | None = None
     rounds: int = 0
 
     def __post_init__(self) -> None:
@@ -154,17 +156,20 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
     Choices that came later are left out at their defaults: runs that were begun before them go on.
     """
     choices = asdict(experiment)
-    for recipe in (choices["train"], choices["distill"], *(variant["distill"] for variant in choices["variants"])):
+    variants = choices["variants"]
+    of_variants = (variant[name] for variant in variants for name in ("train", "distill"))
+    for recipe in (choices["train"], choices["distill"], *of_variants):
         if recipe:
             recipe.pop("schedule", None)
             _drop(recipe, "used", None)
             _drop(recipe, "forecasts", False)
-    for calibration in (choices["calibration"], *(variant["calibration"] for variant in choices["variants"])):
+    for calibration in (choices["calibration"], *(variant["calibration"] for variant in variants)):
         if calibration:
             _drop(calibration, "second_order", False)
             _drop(calibration, "forecast_ages", 0)
-    for variant in choices["variants"]:
+    for variant in variants:
         _drop(variant, "rounds", 0)
+        _drop(variant, "train", None)
     if not experiment.latency_budgets:
         choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}
     for name in ("learned", "confidence"):

@@ -3,12 +3,14 @@
     dyndit compare digits_distillation --model runs/levers/model --out runs/distillation   # resumable
 
 With `--model` the exits and the table of `digits_levers` are taken as the comparison's own; without it they are made.
-Every variant distils exits anew, on the same trunk. Not yet measured.
+Every variant distils exits anew, on the same trunk; "deep-supervision" trains one from scratch, by the recipe that the
+trunk of the digits was trained by, with exits from the first step. Not yet measured.
 """
 
 from dataclasses import replace
 
 from dyndit.experiment import Variant
+from dyndit.recipes.digits import train
 from dyndit.recipes.digits_levers import distill
 from dyndit.recipes.digits_levers import experiment as levers
 
@@ -22,6 +24,7 @@ experiment = replace(
         Variant("shared-head", distill=replace(distill, exits=replace(distill.exits, head="shared"))),
         Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
         Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
+        Variant("deep-supervision", train=replace(train, exits=distill.exits)),
         Variant("long-distillation", distill=replace(distill, fit=replace(distill.fit, steps=2_000))),
     ),
     learned=None,

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dyndit import checkpoints
 from dyndit.analysis.extractors import load_extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.sets import PictureSet
 from dyndit.arms import Arm, Preparation
+from dyndit.backbones import DiTConfig
 from dyndit.calibration import CalibrationSettings
 from dyndit.data import load_digits
 from dyndit.dynamic import DynamicDepth
@@ -18,7 +20,7 @@ from dyndit.exits import ExitConfig
 from dyndit.experiment import Experiment, Inputs, Variant, settings_of
 from dyndit.plan import DepthPlan
 from dyndit.routers.searched import ShiftTable
-from dyndit.tasks import Distill
+from dyndit.tasks import Distill, Train
 from dyndit.training import FitConfig
 from dyndit.usage import Usage
 
@@ -173,6 +175,17 @@ def test_variants_distil_from_the_trunk_as_it_was_given(making: Preparation, mak
     variant = Variant("frozen", distill=Distill(fit=FIT, exits=ExitConfig((2, 4))))
     arms = replace(with_variant(making, variant), trunk=given).variants(DIGITS)
     assert {arm.model.trunk_hash() for arm in arms} == {given.trunk_hash()} != {making.model.trunk_hash()}
+
+
+@pytest.mark.parametrize("exits", [ExitConfig((2, 4)), None], ids=["from the first step", "distilled after"])
+def test_a_variant_trains_a_trunk_of_its_own(making: Preparation, exits: ExitConfig | None) -> None:
+    train = Train(DiTConfig(**making.model.backbone.config()), FIT, "digits", exits=exits)
+    making = with_variant(making, Variant("anew", train=train), exits=ExitConfig((2, 4)))
+    arms, folder = making.variants(DIGITS), making.out / "variants" / "anew"
+    assert {arm.family for arm in arms} == {"full-anew", "searched-anew"}
+    (trunk,) = {arm.model.trunk_hash() for arm in arms}
+    assert trunk == checkpoints.load(folder / "model").trunk_hash() != making.model.trunk_hash()
+    assert (folder / "distillation").exists() == (exits is None)
 
 
 WIDER = CalibrationSettings(70, 1, 70, pairs=(SHALLOW, (2, 0)))

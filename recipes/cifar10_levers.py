@@ -1,4 +1,4 @@
-"""Ablations on CIFAR-10: the two largest levers off, one at a time, at UniPC-10 and two tight budgets, by two judges.
+"""Ablations on CIFAR-10: own guides, forecasts, refinement off, one at a time, at UniPC-10 and two tight budgets.
 
     dyndit compare cifar10_levers --model runs/cifar10/model --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10-levers     # resumable

@@ -352,7 +352,7 @@ def spread_figure(runs: pd.DataFrame) -> Figure:
         figure, (axis,) = _panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
         for k, (block, rows) in enumerate(scored.groupby("block")):
             places = [arms.index(arm) for arm in rows["arm"]]
-            colour = COLOURS[k % len(COLOURS)]
+            colour = FAMILY_COLOURS[k % len(FAMILY_COLOURS)]
             axis.plot(rows["fd"], places, "o", ms=3.5, mew=0, alpha=0.8, color=colour, label=f"{block:g}")
         _one_line_per_arm(axis, arms)
         if scored["fd"].min() > 0 and scored["fd"].max() > 4 * scored["fd"].min():

@@ -28,7 +28,7 @@ _HOME = {
     "RecordedCalls": "recording",
     "Distill": "tasks",
     "distill_exits": "tasks",
-    "Usage": "usage",
+    "Emphasis": "emphasis",
     "picture_generator": "sampler",
     "match_frequencies": "formats.diffusers_names",
     "apply_dyndit": "plugin",

@@ -21,6 +21,7 @@ from dyndit.calibration import measure_bases, measure_moments, measure_shifts, p
 from dyndit.data import Pictures
 from dyndit.drawing import NativeDrawing
 from dyndit.dynamic import DynamicDepth
+from dyndit.emphasis import Emphasis
 from dyndit.errors import CheckpointError
 from dyndit.experiment import Experiment, Variant
 from dyndit.plan import DepthPlan
@@ -33,7 +34,6 @@ from dyndit.routers.searched import Predictor, ShiftTable, search
 from dyndit.routers.steps import LatencyBudget
 from dyndit.sampler import full_plan, unguided
 from dyndit.tasks import exit_error_table
-from dyndit.usage import Usage
 
 LEARNED = "learned.safetensors"
 """The learned router's name in a comparison's folder."""
@@ -222,24 +222,29 @@ class Preparation:
             if beyond := sorted(set(own.experiment.budgets) - set(own._within(table))):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
-            arms += self._arms_of(variant, *own.settled(table, own._trunk(), data, variant.rounds))
+            arms += self._arms_of(variant, *own.settled(table, own._trunk(), data, variant))
         return arms
 
     def settled(
-        self, table: ShiftTable, trunk: DynamicDepth, data: Pictures, rounds: int
+        self, table: ShiftTable, trunk: DynamicDepth, data: Pictures, variant: Variant
     ) -> tuple["Preparation", ShiftTable]:
-        """The preparation and its table after some rounds: exits distilled where plans use them, calibrated, searched.
+        """The preparation and its table after a variant's rounds: exits distilled where they matter, plans made anew.
 
         trunk: without exits; the teacher. A round's exits start from those of the round before. The rounds end early
         with one that leaves every plan as it was. Each lies in a folder of its own, `out/round-1` and on, and is found
         there again; the preparation that comes back is at home in the last one's.
         """
         making, plans, distill = self, self._plans(table), self.experiment.distill
-        for number in range(1, rounds + 1):
+        for number in range(1, variant.rounds + 1):
             if not plans:  # no budget is within reach
                 break
             fit = replace(distill.fit, seed=distill.fit.seed + number)  # noise that the exits have not seen yet
-            recipe = replace(distill, fit=fit, exits=making.model.exits.config, used=Usage.of(plans.values()))
+            emphasis = (
+                Emphasis.of_plans(plans.values())
+                if variant.emphasis == "plans"
+                else Emphasis.of_shifts(table, exit_error_table(making.model, data))
+            )
+            recipe = replace(distill, fit=fit, exits=making.model.exits.config, emphasis=emphasis)
             experiment, folder = replace(self.experiment, distill=recipe), self.out / f"round-{number}"
             model = model_with_exits(experiment, trunk, data, folder, self.console, start=making.model)
             making = replace(making, model=model.to(self.model.device), out=folder)

@@ -40,8 +40,9 @@ class Variant:
     depth, at the experiment's points. What is None is the experiment's: distill, calibration, and what its table is
     measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere. train: the trunk is
     trained from scratch, with its exits from the first step where this recipe says so. rounds: how often at
-    most the exits are distilled again where the plans found so far use them (`Distill.used`), from what they are, and
-    the table and the plans made anew; it ends with the first round that leaves every plan as it was.
+    most the exits are distilled again where they matter (`Distill.emphasis`), from what they are, and the table and the
+    plans made anew; it ends with the first round that leaves every plan as it was. emphasis: where that is, by the
+    plans found so far or by the shifts measured so far.
     """
 
     name: str
@@ -53,14 +54,17 @@ class Variant:
     refinements: int | None = None
     train: Train | None = None
     rounds: int = 0
+    emphasis: Literal["plans", "shifts"] = "plans"
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise InputError(f"variant {self.name}: rounds {self.rounds}, expected at least 0")
+        if self.emphasis not in ("plans", "shifts"):
+            raise InputError(f"variant {self.name}: emphasis {self.emphasis!r}, expected plans or shifts")
 
     def applied(self, experiment: "Experiment") -> "Experiment":
         """The experiment with this variant's choices."""
-        own = {name: value for name, value in vars(self).items() if name not in ("name", "rounds")}
+        own = {name: value for name, value in vars(self).items() if name not in ("name", "rounds", "emphasis")}
         return replace(experiment, **{name: value for name, value in own.items() if value is not None})
 
 
@@ -161,7 +165,7 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
     for recipe in (choices["train"], choices["distill"], *of_variants):
         if recipe:
             recipe.pop("schedule", None)
-            _drop(recipe, "used", None)
+            _drop(recipe, "emphasis", None)
             _drop(recipe, "forecasts", False)
     for calibration in (choices["calibration"], *(variant["calibration"] for variant in variants)):
         if calibration:
@@ -169,6 +173,7 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
             _drop(calibration, "forecast_ages", 0)
     for variant in variants:
         _drop(variant, "rounds", 0)
+        _drop(variant, "emphasis", "plans")
         _drop(variant, "train", None)
     if not experiment.latency_budgets:
         choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}

@@ -18,6 +18,7 @@ from dyndit.adapters import adapt
 from dyndit.backbones import Backbone, ClassConditionalDiT, Condition, DiTConfig, Inputs, tensors_hash
 from dyndit.data import Pictures
 from dyndit.dynamic import DynamicDepth
+from dyndit.emphasis import Emphasis
 from dyndit.errors import InputError
 from dyndit.exits import ExitConfig, Exits
 from dyndit.forecasts import GapRegression
@@ -29,7 +30,6 @@ from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.training import FitConfig, FitResult, fit
 from dyndit.trunks import trainable_copy, with_adapters
-from dyndit.usage import Usage
 
 Preview = Callable[[DynamicDepth, Path, int], None]
 
@@ -159,9 +159,9 @@ class _EveryDepth(nn.Module):
 
 
 _TRAJECTORIES_SEED = 2_000_003
+"""Of the states to distil on; apart from those of calibration and of scoring."""
 _NUM_FORECAST = 128
 """Trajectories that corrections of forecasts are learned on: eight numbers for each exit."""
-"""Of the states to distil on; apart from those of calibration and of scoring."""
 
 _DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
@@ -207,9 +207,9 @@ class Distill:
     forecasts: bool = False
     """Whether the exits also learn to correct forecasts of what they lack (`dyndit.forecasts`), from the sampler's own
     trajectories."""
-    used: Usage | None = None
-    """Where plans run which exit: errors weigh more there. Multiplies with `weighting`; full depth's error is left
-    alone. None: all exits alike at all timesteps."""
+    emphasis: Emphasis | None = None
+    """Where which exit matters, by plans or by measured shifts: errors weigh more there. Multiplies with `weighting`;
+    full depth's error is left alone. None: all exits alike at all timesteps."""
 
     def __post_init__(self) -> None:
         for name in ("trunk", "states", "weighting"):
@@ -221,23 +221,23 @@ class Distill:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.hold < 0 or self.trunk_rate <= 0:
             raise InputError(f"hold {self.hold:g}, trunk_rate {self.trunk_rate:g}: expected at least 0, and above 0")
-        if self.used is not None and self.used.num_timesteps != self.schedule.num_timesteps:
-            found, expected = self.used.num_timesteps, self.schedule.num_timesteps
-            raise InputError(f"used: of {found} timesteps, expected the schedule's {expected}")
+        if self.emphasis is not None and self.emphasis.num_timesteps != self.schedule.num_timesteps:
+            found, expected = self.emphasis.num_timesteps, self.schedule.num_timesteps
+            raise InputError(f"emphasis: of {found} timesteps, expected the schedule's {expected}")
 
     def check(self, model: DynamicDepth, data: Pictures | RecordedCalls) -> None:
         """Refuse data and exits that do not fit the model.
 
         Raises:
             InputError: another size or number of channels, more classes, another trunk's calls, an exit where there is
-                no layer, plans that run an exit which is not trained, a choice that the trunk's family does not allow;
+                no layer, emphasis on an exit which is not trained, a choice that the trunk's family does not allow;
                 or the first item cannot be read.
         """
         backbone = model.backbone
         layers = self.exits.resolved(backbone.num_blocks).layers
         self._check_family(backbone)
-        if self.used is not None and (missing := sorted(set(self.used.depths) - set(layers))):
-            raise InputError(f"used: plans run an exit at {missing[0]}, expected one of {list(layers)}")
+        if self.emphasis is not None and (missing := sorted(set(self.emphasis.depths) - set(layers))):
+            raise InputError(f"emphasis: on an exit at {missing[0]}, expected one of {list(layers)}")
         if self.states == "sampler" or self.forecasts:
             full_plan(model, self.solver, self.num_steps, self.cfg_scale)
             if isinstance(data, RecordedCalls):
@@ -256,7 +256,7 @@ class Distill:
 
     def _check_family(self, backbone: Backbone) -> None:
         """Refuse what needs our own modules, sampler or schedule for a trunk that has others."""
-        for name in ("trunk", "states", "weighting", "used", "forecasts"):
+        for name in ("trunk", "states", "weighting", "emphasis", "forecasts"):
             if getattr(self, name) != getattr(Distill, name) and not isinstance(backbone, ClassConditionalDiT):
                 found = type(backbone).__name__
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a ClassConditionalDiT, found {found}")
@@ -326,7 +326,7 @@ class Distill:
     def _later(self) -> str:
         """The choices that came later, where they depart from the default: runs begun before them go on."""
         names = ("trunk", "hold", "trunk_rate", "lora_rank", "states", "num_trajectories", "solver", "num_steps")
-        names += ("cfg_scale", "weighting", "used", "forecasts")
+        names += ("cfg_scale", "weighting", "emphasis", "forecasts")
         changed = [name for name in names if getattr(self, name) != getattr(Distill, name)]
         return "".join(f" {name}={getattr(self, name)}" for name in changed)
 
@@ -449,9 +449,9 @@ def _balance(recipe: Distill, layers: tuple[int, ...]) -> Tensor | None:
     -> (E + 1, T) for E exits and full depth, (1, T) where it is the same for all, None where it is the same at all t.
     """
     balance = recipe.schedule.path_kl_weights()[None] if recipe.weighting == "path-kl" else None
-    if recipe.used is None:
+    if recipe.emphasis is None:
         return balance
-    weights = recipe.used.weights(layers)
+    weights = recipe.emphasis.weights(layers)
     weights = torch.cat([weights, torch.ones_like(weights[:1])])
     return weights if balance is None else weights * balance
 

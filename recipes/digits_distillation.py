@@ -21,6 +21,7 @@ experiment = replace(
         Variant("sampler-states", distill=replace(distill, states="sampler")),
         Variant("path-kl", distill=replace(distill, weighting="path-kl")),
         Variant("where-used", rounds=2),
+        Variant("by-shifts", rounds=1, emphasis="shifts"),
         Variant("shared-head", distill=replace(distill, exits=replace(distill.exits, head="shared"))),
         Variant("block-head", distill=replace(distill, exits=replace(distill.exits, head="block"))),
         Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),

@@ -1,4 +1,4 @@
-"""Rounds of a variant: distilled where plans use exits, calibrated and searched again, until plans stand still."""
+"""Rounds of a variant: distilled where exits matter, calibrated and searched again, until plans stand still."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +15,14 @@ from dyndit.backbones import DiTConfig
 from dyndit.calibration import CalibrationSettings
 from dyndit.data import load_digits
 from dyndit.dynamic import DynamicDepth
+from dyndit.emphasis import Emphasis
 from dyndit.errors import InputError
 from dyndit.exits import ExitConfig
 from dyndit.experiment import Experiment, Inputs, Variant, settings_of
 from dyndit.plan import DepthPlan
-from dyndit.routers.searched import ShiftTable
-from dyndit.tasks import Distill, Train
+from dyndit.routers.searched import FILE, ShiftTable
+from dyndit.tasks import Distill, Train, exit_error_table
 from dyndit.training import FitConfig
-from dyndit.usage import Usage
 
 DIGITS = load_digits()
 FIT = FitConfig(steps=2, batch_size=8, learning_rate=1e-3, ema_decay=0.5, seed=3)
@@ -82,8 +82,8 @@ def test_rounds_end_when_the_plans_stand_still(making: Preparation, monkeypatch:
 
     # Each round's exits start from the round before's, and learn where its plans use them.
     plans = [[DepthPlan.load(path) for path in at.glob("plan-*.json")] for at in (folder, folder / "round-1")]
-    assert [recipe.used for recipe, _ in seen] == [Usage.of(each) for each in plans]
-    assert [recipe.used.depths for recipe, _ in seen] == [(2,), (4,)]
+    assert [recipe.emphasis for recipe, _ in seen] == [Emphasis.of_plans(each) for each in plans]
+    assert [recipe.emphasis.depths for recipe, _ in seen] == [(2,), (4,)]
     assert [start for _, start in seen] == [making.model.exits_hash(), plans[1][0].exits]
     assert {recipe.exits for recipe, _ in seen} == {ExitConfig((2, 4))}  # the model's own
     assert [recipe.fit.seed for recipe, _ in seen] == [4, 5]
@@ -97,10 +97,23 @@ def test_rounds_end_when_the_plans_stand_still(making: Preparation, monkeypatch:
     assert facts(making.variants(DIGITS)) == facts(arms)
 
 
+def test_rounds_may_go_by_measured_shifts(making: Preparation, monkeypatch: pytest.MonkeyPatch) -> None:
+    making = with_variant(making, Variant("shifts", rounds=2, emphasis="shifts"))
+    seen = scripted(monkeypatch, SHALLOW, DEEP, SHALLOW)
+    making.variants(DIGITS)
+    first = making.out / "variants" / "shifts" / "round-1" / "model"
+    tables = [ShiftTable.load(making.out / "model" / FILE), ShiftTable.load(first / FILE)]
+    models = [making.model, checkpoints.load(first)]
+    wanted = [
+        Emphasis.of_shifts(*each) for each in zip(tables, (exit_error_table(m, DIGITS) for m in models), strict=True)
+    ]
+    assert [recipe.emphasis for recipe, _ in seen] == wanted
+
+
 def test_rounds_keep_the_first_tables_times(making: Preparation) -> None:
     """Else the clock's noise would move plans."""
     first, trunk = making.table(), DynamicDepth(making.model.backbone)
-    settled, table = making.settled(first, trunk, DIGITS, 1)
+    settled, table = making.settled(first, trunk, DIGITS, Variant("used", rounds=1))
     assert table.cost == first.cost
     assert ShiftTable.load(settled.out / "model" / "shift-table.safetensors").cost != first.cost  # measured anew
     assert table.exits == settled.model.exits_hash() != first.exits
@@ -155,18 +168,20 @@ def test_a_comparison_without_rounds_or_usage_is_the_run_it_was(making: Preparat
         "name", "distill", "calibration", "calibration_solver", "calibration_steps", "calibration_cfg_scale",
         "refinements",
     }  # fmt: skip
-    assert "used" not in plain["distill"]
-    assert "used" not in plain["variants"][0]["distill"]
-    used = Usage(((2, 0, 9, 1.0),))
-    changed = settings(Variant("a", distill=Distill(used=used), rounds=2), used=used)
+    assert "emphasis" not in plain["distill"]
+    assert "emphasis" not in plain["variants"][0]["distill"]
+    used = Emphasis(((2, 0, 9, 1.0),))
+    changed = settings(Variant("a", distill=Distill(emphasis=used), rounds=2), emphasis=used)
     assert changed["variants"][0]["rounds"] == 2
     for recipe in (changed["distill"], changed["variants"][0]["distill"]):
-        assert recipe["used"] == {"stretches": ((2, 0, 9, 1.0),), "num_timesteps": 1000, "rest": 0.1}
+        assert recipe["emphasis"] == {"stretches": ((2, 0, 9, 1.0),), "num_timesteps": 1000, "rest": 0.1}
 
 
 def test_a_variant_refuses_fewer_rounds_than_none() -> None:
     with pytest.raises(InputError, match="variant a: rounds -1, expected at least 0"):
         Variant("a", rounds=-1)
+    with pytest.raises(InputError, match="variant a: emphasis 'pictures', expected plans or shifts"):
+        Variant("a", emphasis="pictures")
 
 
 def test_variants_distil_from_the_trunk_as_it_was_given(making: Preparation, make_model) -> None:

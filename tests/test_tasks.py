@@ -13,6 +13,7 @@ from dyndit.backbones import Backbone, ClassConditionalDiT, DiTConfig, Inputs
 from dyndit.backbones.class_conditional import position_features
 from dyndit.data import Pictures, load_digits
 from dyndit.dynamic import DynamicDepth
+from dyndit.emphasis import Emphasis
 from dyndit.errors import InputError
 from dyndit.exits import HEADS, ExitConfig, Exits
 from dyndit.latents import LatentPictures
@@ -23,7 +24,6 @@ from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan,
 from dyndit.tasks import Distill, Train, _Distillation, borrowed, exit_error_table
 from dyndit.training import FitConfig, fit
 from dyndit.trunks import trainable_copy, with_adapters
-from dyndit.usage import Usage
 
 DIGITS = load_digits()
 BACKBONE = DiTConfig(8, 4, 1, width=48, num_blocks=4, num_heads=2, num_classes=10)
@@ -435,14 +435,14 @@ def test_path_kl_weights_errors_by_their_timestep() -> None:
     assert abs(weight - 1) > 0.1
 
 
-LATE = Usage(((1, 0, 199, 1.0),))
+LATE = Emphasis(((1, 0, 199, 1.0),))
 
 
 @pytest.mark.parametrize("weighting", ["even", "path-kl"])
 def test_usage_weighs_the_errors_of_exits_and_leaves_full_depth_alone(weighting: str) -> None:
     t = torch.tensor([0, 199, 200, 999])
     inputs = Inputs(torch.zeros(4, 1, 8, 8), t, t)
-    task = _Distillation(Ones(), replace(DISTILL, weighting=weighting, hold=5.0, used=LATE), lambda *_: inputs)
+    task = _Distillation(Ones(), replace(DISTILL, weighting=weighting, hold=5.0, emphasis=LATE), lambda *_: inputs)
     loss, figures = task.loss(task.trainable, inputs.x, t, torch.Generator())
     # Of two exits one is used at a fifth of all timesteps: rest + share is 0.1 + 0.1 in the mean.
     first, second, full = torch.tensor([5.5, 5.5, 0.5, 0.5]), torch.full((4,), 0.5), torch.full((4,), 5.0)
@@ -452,8 +452,8 @@ def test_usage_weighs_the_errors_of_exits_and_leaves_full_depth_alone(weighting:
 
 
 def test_an_exit_used_late_gets_better_there(trunk: DynamicDepth, tmp_path: Path) -> None:
-    def errors(used: Usage | None) -> pd.Series:
-        recipe = replace(DISTILL, exits=ExitConfig((1, 2)), used=used)
+    def errors(used: Emphasis | None) -> pd.Series:
+        recipe = replace(DISTILL, exits=ExitConfig((1, 2)), emphasis=used)
         model, _ = recipe.run(trunk, DIGITS, tmp_path / str(used))
         table = exit_error_table(model, DIGITS, num_pictures=256, num_bands=5)
         return table[table["depth"] == 1].set_index("band")["noise_error"]
@@ -466,8 +466,8 @@ def test_an_exit_used_late_gets_better_there(trunk: DynamicDepth, tmp_path: Path
 def test_usage_that_is_the_same_everywhere_changes_nothing(trunk: DynamicDepth, tmp_path: Path) -> None:
     recipe = replace(DISTILL, fit=replace(FIT, steps=3))
     _, result = recipe.run(trunk, DIGITS, tmp_path / "none")
-    everywhere = Usage(tuple((depth, 0, 999, 0.5) for depth in (1, 2, 3)))
-    _, used = replace(recipe, used=everywhere).run(trunk, DIGITS, tmp_path / "everywhere")
+    everywhere = Emphasis(tuple((depth, 0, 999, 0.5) for depth in (1, 2, 3)))
+    _, used = replace(recipe, emphasis=everywhere).run(trunk, DIGITS, tmp_path / "everywhere")
     for name, tensor in result.weights.items():
         torch.testing.assert_close(used.weights[name], tensor, atol=1e-6, rtol=1e-5)
 
@@ -477,7 +477,7 @@ def test_distillation_with_usage_trains_on_states_of_the_sampler(
     kind: str, trunk: DynamicDepth, tmp_path: Path
 ) -> None:
     recipe = replace(DISTILL, states="sampler", num_trajectories=10, num_steps=3, trunk=kind, fit=replace(FIT, steps=2))
-    plain, used = (replace(recipe, used=used).run(trunk, DIGITS, tmp_path / str(used))[0] for used in (None, LATE))
+    plain, used = (replace(recipe, emphasis=used).run(trunk, DIGITS, tmp_path / str(used))[0] for used in (None, LATE))
     assert not same(weights(plain.exits), weights(used.exits))
 
 
@@ -498,12 +498,12 @@ def test_a_warm_start_begins_as_what_was_given(kind: str, trunk: DynamicDepth, t
 
 
 def test_distillation_resumes_from_its_own_usage_and_start_only(trunk: DynamicDepth, tmp_path: Path) -> None:
-    recipe = replace(DISTILL, used=LATE, fit=replace(FIT, steps=2))
+    recipe = replace(DISTILL, emphasis=LATE, fit=replace(FIT, steps=2))
     given, _ = recipe.run(trunk, DIGITS, tmp_path / "given")
     first, _ = recipe.run(trunk, DIGITS, tmp_path / "on", start=given)
     again, _ = recipe.run(trunk, DIGITS, tmp_path / "on", start=given)
     assert same(weights(again), weights(first))
-    for changed, other in ((recipe, None), (recipe, first), (replace(recipe, used=replace(LATE, rest=0.2)), given)):
+    for changed, other in ((recipe, None), (recipe, first), (replace(recipe, emphasis=replace(LATE, rest=0.2)), given)):
         with pytest.raises(InputError, match="identity"):
             changed.run(trunk, DIGITS, tmp_path / "on", start=other)
 
@@ -532,10 +532,10 @@ def test_distillation_refuses_a_start_that_is_not_the_recipes(trunk: DynamicDept
 
 
 def test_distillation_refuses_usage_of_other_exits(trunk: DynamicDepth) -> None:
-    with pytest.raises(InputError, match=r"used: plans run an exit at 1, expected one of \[2, 3\]"):
-        replace(DISTILL, exits=ExitConfig((2, 3)), used=LATE).check(trunk, DIGITS)
-    with pytest.raises(InputError, match="used: of 500 timesteps, expected the schedule's 1000"):
-        replace(DISTILL, used=replace(LATE, num_timesteps=500))
+    with pytest.raises(InputError, match=r"emphasis: on an exit at 1, expected one of \[2, 3\]"):
+        replace(DISTILL, exits=ExitConfig((2, 3)), emphasis=LATE).check(trunk, DIGITS)
+    with pytest.raises(InputError, match="emphasis: of 500 timesteps, expected the schedule's 1000"):
+        replace(DISTILL, emphasis=replace(LATE, num_timesteps=500))
 
 
 @pytest.mark.parametrize(
@@ -562,7 +562,8 @@ class Foreign(Backbone):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"trunk": "lora"}, {"trunk": "whole"}, {"states": "sampler"}, {"weighting": "path-kl"}, {"used": LATE}]
+    "changes",
+    [{"trunk": "lora"}, {"trunk": "whole"}, {"states": "sampler"}, {"weighting": "path-kl"}, {"emphasis": LATE}],
 )
 def test_what_needs_our_own_trunk_says_so(changes: dict) -> None:
     DISTILL.check(DynamicDepth(Foreign()), DIGITS)

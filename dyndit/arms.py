@@ -122,7 +122,12 @@ class Preparation:
             except CheckpointError as error:
                 self.console.print(f"{error}: measured again")
             else:
-                if (table.trunk, table.exits) == (self.model.trunk_hash(), self.model.exits_hash()):
+                if (table.trunk, table.exits) != (self.model.trunk_hash(), self.model.exits_hash()):
+                    self.console.print(f"{path}: of another model; measured again")
+                elif table.extractor_fingerprint != self.extractor.fingerprint:
+                    # One that came with the model: a search on it would be for a judge that nobody asked for.
+                    self.console.print(f"{path}: of {table.extractor}, not {self.extractor.name}; measured again")
+                else:
                     self.console.print(f"shift table: there already ({path})")
                     return table
         settings, solver, steps = experiment.calibration, experiment.calibration_solver, experiment.calibration_steps

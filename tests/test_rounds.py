@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from dyndit import checkpoints
@@ -225,3 +226,17 @@ def test_a_variant_measures_a_table_only_where_the_first_does_not_hold_it(
     assert (making.out / "variants" / "other" / "model" / "shift-table.safetensors").exists() == own
     if choice.get("calibration", WIDER) is not WIDER and not own:
         assert {pair for arm in arms for pair in arm.plan.pairs} <= {DEEP, (6, 6)}
+
+
+def test_a_table_that_came_with_the_model_is_taken_for_its_own_judge_alone(making: Preparation) -> None:
+    path, table = making.out / "model" / FILE, making.table()
+    theirs = replace(
+        table, reference=replace(table.reference, mean=table.reference.mean + 1)
+    )  # to be told from one measured again
+    theirs.save(path)
+    assert torch.equal(making.table().reference.mean, theirs.reference.mean)
+    for other in ({"extractor": "inception", "extractor_fingerprint": "theirs"}, {"exits": "theirs"}):
+        replace(theirs, **other).save(path)
+        again = making.table()
+        assert (again.extractor, again.exits) == (table.extractor, table.exits)
+        assert torch.equal(again.reference.mean, table.reference.mean)

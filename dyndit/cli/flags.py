@@ -10,6 +10,8 @@ import tyro
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
     from dyndit.dynamic import DynamicDepth
     from dyndit.plan import DepthPlan
     from dyndit.routers.searched import ShiftTable
@@ -100,6 +102,21 @@ def stored_table(model: str) -> "ShiftTable":
     if not path.exists():
         raise InputError(f"{path}: no such file; expected the table that `dyndit calibrate {model}` writes")
     return ShiftTable.load(path)
+
+
+def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "AutoencoderKL | None":
+    """What turns a model's latents into pictures; None where it makes pictures itself.
+
+    Raises:
+        InputError: it makes latents, and no autoencoder is given.
+    """
+    from dyndit.latents import load_autoencoder
+
+    if dynamic.pixel_space:
+        return None
+    if vae is None:
+        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
+    return load_autoencoder(vae).to(device)
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":

@@ -13,13 +13,15 @@ from dyndit.cli.flags import (
     StepChoice,
     Unnamed,
     chosen_plan,
+    decoder_of,
     goal_of,
     print_json,
     stored_table,
 )
-from dyndit.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dyndit.plan import DepthPlan
 
 
@@ -66,25 +68,20 @@ def sample(
         device: cpu or cuda.
         json_: End with one line of JSON.
     """
-    import numpy as np
-    from PIL import Image
     from rich.console import Console
 
     from dyndit import checkpoints, manifest
     from dyndit import sampler as sampling
     from dyndit.backbones import tensors_hash
     from dyndit.calibration import table_for
-    from dyndit.latents import decode_latents, load_autoencoder
-    from dyndit.pictures import grid
+    from dyndit.latents import decode_latents
     from dyndit.progress import progress_bar
 
     manifest.check_device(device)
     goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, ramp=depth.ramp)
     loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
     dynamic = loaded.model
-    if not dynamic.pixel_space and vae is None:
-        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
-    decoder = None if vae is None or dynamic.pixel_space else load_autoencoder(vae).to(device)
+    decoder = decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
     if goal is None:
         steps = 20 if steps is None else steps
@@ -138,12 +135,7 @@ def sample(
     began = time.perf_counter()
     pictures = result.pictures if decoder is None else decode_latents(decoder, result.latents, batch_size)
     seconds = result.seconds + time.perf_counter() - began
-    arrays = pictures.permute(0, 2, 3, 1).numpy()
-    for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
-        squeezed = array[..., 0] if array.shape[-1] == 1 else array
-        Image.fromarray(squeezed).save(out / f"{index:06d}-class{label}.png")
-    grid(pictures[:64]).save(out / "grid.png")
-    np.savez(out / "samples.npz", arr_0=arrays, arr_1=np.asarray(labels))
+    _write_pictures(pictures, labels, out)
     ms = 1e3 * seconds / num_images
     facts = {
         "machine": manifest.machine(device),
@@ -166,6 +158,21 @@ def sample(
     if json_:
         figures = {"out": str(out), "ms_per_picture": ms, "share_of_blocks": resolved.share_of_blocks, "steps": steps}
         print_json(figures | {"num_images": num_images, "seconds": seconds})
+
+
+def _write_pictures(pictures: "Tensor", labels: list[int], out: Path) -> None:
+    """A PNG each, a grid of the first, and all as ADM's evaluator takes them.  pictures: uint8 (N, C, H, W)."""
+    import numpy as np
+    from PIL import Image
+
+    from dyndit.pictures import grid
+
+    arrays = pictures.permute(0, 2, 3, 1).numpy()
+    for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
+        squeezed = array[..., 0] if array.shape[-1] == 1 else array
+        Image.fromarray(squeezed).save(out / f"{index:06d}-class{label}.png")
+    grid(pictures[:64]).save(out / "grid.png")
+    np.savez(out / "samples.npz", arr_0=arrays, arr_1=np.asarray(labels))
 
 
 def _print_chosen(plan: "DepthPlan") -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dyndit.cli.flags import AS_GIVEN, Json, Positional, StepChoice, Unnamed, goal_of, print_json
+from dyndit.cli.flags import AS_GIVEN, Json, Positional, StepChoice, Unnamed, decoder_of, goal_of, print_json
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,15 +89,16 @@ def calibrate(
     from rich.console import Console
 
     from dyndit import calibration, checkpoints
-    from dyndit.latents import decode_latents, load_autoencoder
+    from dyndit.latents import decode_latents
     from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
-    from dyndit.routers.searched import ShiftTable
     from dyndit.sampler import make_scheduler, to_uint8
 
     goal = goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
+    if goal is None and not 0 < budget <= 1:
+        raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
     for flag, rounds in (("--refinements", refinements), ("--forecast-ages", forecast_ages)):
         if rounds < 0:
             raise InputError(f"{flag} {rounds}: expected at least 0")
@@ -105,8 +106,6 @@ def calibrate(
     make_scheduler(solver, steps)
     calibration.check_step_grid(step_grid)
     check_device(device)
-    if goal is None and not 0 < budget <= 1:
-        raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
     if not model.is_dir():
         raise InputError(
             f"{model}: the table is written into the model's folder; expected a local model folder, which "
@@ -115,15 +114,10 @@ def calibrate(
     dynamic = checkpoints.load(model, device=device)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
-    if not dynamic.pixel_space and vae is None:
-        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
-    decoder = None if vae is None else load_autoencoder(vae).to(device)
+    decoder = decoder_of(dynamic, model, vae, device)
     to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
     path = model / checkpoints.TABLE
-    table = ShiftTable.load(path) if path.exists() and not fresh else None
-    if table is not None and (table.cfg_scale != cfg_scale or table.exits != dynamic.exits_hash()):
-        print(f"{path}: measured at another guidance scale or on other exits; measured again")
-        table = None
+    table = None if fresh else _known_table(path, dynamic, cfg_scale)
     extractor = _extractor(measuring, dynamic, device)
     if table is None:
         settings = calibration.CalibrationSettings(
@@ -135,10 +129,7 @@ def calibrate(
             second_order=second_order,
             forecast_ages=forecast_ages,
         )
-        size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
-        if decoder is not None:
-            size, channels = _picture_size(decoder, dynamic), decoder.config.out_channels
-        real = _real_pictures(measuring, extractor, size, channels)
+        real = _real_pictures(measuring, extractor, *_picture_shape(dynamic, decoder))
         with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
             reducing, reference = calibration.reduced(extractor, real)
             table = calibration.measure_shifts(
@@ -152,11 +143,6 @@ def calibrate(
                 into=path,
                 on_progress=advance,
             )
-    else:
-        terms = "" if table.interactions is None else ", second-order terms"
-        terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
-        held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
-        print(f"{path}: searched as it is ({held}); --fresh measures anew")
     drawing = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
     if goal is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID
@@ -176,26 +162,52 @@ def calibrate(
         _print_step_counts(calibration.table_for(dynamic, table, solver), plan)
         target = out or model / f"plan-{plan.router}-{solver}-{goal.label}.json"
     plan.save(target)
-    name = extractor.metric_name
-    if table.projection is not None:
-        name = f"distance on {table.projection.shape[1]} leading components of {extractor.name}"
+    _print_plan(plan, _distance_name(extractor, table))
+    print(f"plan: {target}")
+    if json_:
+        print_json({"plan": str(target), **plan.figures})
+
+
+def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
+    """The table beside the model, where it is this model's at this guidance scale; says which it is."""
+    from dyndit.routers.searched import ShiftTable
+
+    if not path.exists():
+        return None
+    table = ShiftTable.load(path)
+    if table.cfg_scale != cfg_scale or table.exits != dynamic.exits_hash():
+        print(f"{path}: measured at another guidance scale or on other exits; measured again")
+        return None
+    terms = "" if table.interactions is None else ", second-order terms"
+    terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
+    held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
+    print(f"{path}: searched as it is ({held}); --fresh measures anew")
+    return table
+
+
+def _distance_name(extractor: "Extractor", table: "ShiftTable") -> str:
+    """What the table's distances are called."""
+    if table.projection is None:
+        return extractor.metric_name
+    return f"distance on {table.projection.shape[1]} leading components of {extractor.name}"
+
+
+def _print_plan(plan: "DepthPlan", distance: str) -> None:
+    """What a plan was predicted and measured to do."""
     f = plan.figures
     print(plan)
     print(
-        f"{name}: full depth {f['predicted_fd_full']:.2f} on the table's seeds, {f['measured_fd_full']:.2f} on fresh "
-        f"ones; plan {f['predicted_fd']:.2f} predicted, {f['measured_fd']:.2f} measured on fresh seeds"
+        f"{distance}: full depth {f['predicted_fd_full']:.2f} on the table's seeds, {f['measured_fd_full']:.2f} on "
+        f"fresh ones; plan {f['predicted_fd']:.2f} predicted, {f['measured_fd']:.2f} measured on fresh seeds"
     )
     print(f"predicted time: {f['predicted_share_of_time']:.0%} of full depth's")
-    if goal is not None:
+    if "reference_steps" in f:  # its steps were chosen
         low, high = (f[f"measured_share_of_reference_{end}"] for end in ("low", "high"))
         print(
             f"of full depth's at {f['reference_steps']:g} steps: {f['predicted_share_of_reference']:.1%} predicted, "
-            f"{f['measured_share_of_reference']:.1%} measured ({low:.1%} to {high:.1%}); {name} there "
+            f"{f['measured_share_of_reference']:.1%} measured ({low:.1%} to {high:.1%}); {distance} there "
             f"{f['measured_fd_reference']:.2f} on fresh seeds"
         )
-    print(f"plan: {target}")
-    if json_:
-        print_json({"plan": str(target), **f})
 
 
 def _extractor(measuring: Measuring, dynamic: "DynamicDepth", device: str) -> "Extractor":
@@ -205,9 +217,12 @@ def _extractor(measuring: Measuring, dynamic: "DynamicDepth", device: str) -> "E
     return load_extractor(name, measuring.extractor_weights, device)
 
 
-def _picture_size(decoder: "AutoencoderKL", dynamic: "DynamicDepth") -> int:
-    """Pixels across a picture whose latents the model makes."""
-    return dynamic.backbone.image_size * 2 ** (len(decoder.config.block_out_channels) - 1)
+def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[int, int]:
+    """Pixels across, and channels, of the pictures that a model's sampling ends in."""
+    size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
+    if decoder is None:
+        return size, channels
+    return size * 2 ** (len(decoder.config.block_out_channels) - 1), decoder.config.out_channels
 
 
 def _real_pictures(measuring: Measuring, extractor: "Extractor", size: int, channels: int) -> "Tensor":

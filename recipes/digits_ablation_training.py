@@ -4,7 +4,7 @@
 
 The comparison's own arms are those of `digits_ablation`, which turns off what is calibrated. Every variant distils
 exits anew, on the trunk as it was given; "plain" is the recipe of `digits_levers`, every lever off. Beside them the
-peers that led on the digits. Not yet measured.
+peers that led on the digits.
 """
 
 from dataclasses import replace

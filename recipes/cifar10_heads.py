@@ -1,0 +1,20 @@
+"""Ablation on CIFAR-10: wide heads off, all else on, at UniPC-10 and two tight budgets.
+
+    dyndit compare cifar10_heads --model runs/cifar10/model --data DIR \\
+        --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10-heads     # resumable
+
+With `--model` the exits and the table of `cifar10_frontier` are taken as the comparison's own; without it they are
+made. The variant distils plain heads on the same trunk, with all else as there, and measures a table of its own.
+Not yet measured.
+"""
+
+from dataclasses import replace
+
+from dyndit.experiment import Variant
+from dyndit.recipes.cifar10_frontier import distill
+from dyndit.recipes.cifar10_levers import experiment as levers
+
+experiment = replace(
+    levers,
+    variants=(Variant("plain-heads", distill=replace(distill, exits=replace(distill.exits, head="adaln-linear"))),),
+)

@@ -126,7 +126,9 @@ class Preparation:
                     self.console.print(f"{path}: of another model; measured again")
                 elif table.extractor_fingerprint != self.extractor.fingerprint:
                     # One that came with the model: a search on it would be for a judge that nobody asked for.
-                    self.console.print(f"{path}: of {table.extractor}, not {self.extractor.name}; measured again")
+                    name, of = self.extractor.name, table.extractor
+                    theirs = of if of != name else f"other weights of {of}"
+                    self.console.print(f"{path}: of {theirs}, not this comparison's {name}; measured again")
                 else:
                     self.console.print(f"shift table: there already ({path})")
                     return table
@@ -169,7 +171,6 @@ class Preparation:
         shares = self._control_budgets(table)
         if controls is not None:
             budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
-        budgets = {key: list(dict.fromkeys(wanted)) for key, wanted in budgets.items()}
         searched: list[Arm] = []
         with progress_bar("searching plans", self.console) as advance:
             for done, ((solver, steps), wanted) in enumerate(budgets.items()):
@@ -353,7 +354,7 @@ class Preparation:
 
     def _searched(self, table: ShiftTable, solver: str, steps: int, budgets: list[float]) -> list[Arm]:
         arms, base, full = [], None, self._full(solver, steps)
-        for budget in budgets:
+        for budget in sorted(set(budgets)):  # rising, as a plan starts from those of smaller ones
             name = _searched_name(solver, steps, budget)
             path = plan_file(self.out, Arm(name, "searched", full))
             if path.exists():

@@ -253,10 +253,9 @@ def measure_table_into(
     """`measure_table`, resumable, with its table in the file `path` at the end."""
     partial = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = measure_table(drawing, extractor, reference, partial=partial, **options)
-    _save_whole(table, path)
+    _save_whole(measure_table(drawing, extractor, reference, partial=partial, **options), path)
     partial.unlink(missing_ok=True)
-    return table
+    return ShiftTable.load(path)  # rounded as in the file: what is made of it is the same when a run goes on
 
 
 def _save_whole(table: ShiftTable, path: Path) -> None:
@@ -449,7 +448,10 @@ def _judge_of(table: ShiftTable, extractor: Extractor) -> Extractor:
     if table.projection is not None and extractor.projection is None:
         extractor = extractor.projected(table.projection)
     if extractor.fingerprint != table.extractor_fingerprint:
-        raise InputError(f"extractor {extractor.name}: the table was measured with {table.extractor}")
+        found = table.extractor if table.extractor != extractor.name else f"other weights of {table.extractor}"
+        raise InputError(
+            f"--extractor {extractor.name}: the table was measured with {found}; expected that, or --fresh"
+        )
     return extractor
 
 

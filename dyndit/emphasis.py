@@ -44,7 +44,7 @@ class Emphasis:
 
     def __post_init__(self) -> None:
         if not 0 < self.rest < math.inf:
-            raise InputError(f"rest {self.rest:g}: expected above 0, and finite")
+            raise InputError(f"emphasis: rest {self.rest:g}, expected above 0, and finite")
         for depth, low, high, _ in self.stretches:
             if not 0 <= low <= high < self.num_timesteps:
                 last = self.num_timesteps - 1
@@ -81,7 +81,8 @@ class Emphasis:
 
         The distance is Fréchet's, from full depth's pictures to those of the same seeds with the exit at one band's
         steps, the unconditional branch as deep as was measured with it. Exits that the table lacks get the geometric
-        interpolation between their neighbours' in depth. errors: of these very exits, `tasks.exit_error_table`.
+        interpolation between their neighbours' in depth, those beyond its shallowest or deepest that one's. errors: of
+        these very exits, `tasks.exit_error_table`.
 
         Raises:
             InputError: the table has no exit with an unconditional pass or, where nothing is guided, no exit at all.
@@ -150,7 +151,8 @@ def _distances(table: ShiftTable) -> dict[int, list[float]]:
         if 0 < cond < table.num_blocks and (uncond > 0) == guided and (known is None or uncond > table.pairs[known][1]):
             deepest[cond] = index
     if not deepest:
-        raise InputError("emphasis: the shift table measured no exit beside an unconditional pass, expected one")
+        beside = " beside an unconditional pass" if guided else ""
+        raise InputError(f"emphasis: the shift table measured no exit{beside}, expected one")
     frechet, base = FrechetTo(table.base), table.base
     picks = [deepest[depth] for depth in sorted(deepest)]
     mean, second = base.mean + table.mean[:, picks], base.second + table.second[:, picks]

@@ -550,7 +550,7 @@ def exit_error_table(
     """Each exit's error against the full model, per band of log-SNR.
 
     Bands are equal in timesteps. Columns: depth, band, log_snr_low, log_snr_high, noise_error (mean square on
-    the noise channels), variance_error. A diagnostic: DESIGN and README say why plans are not chosen on it.
+    the noise channels), variance_error. A diagnostic: README says why plans are not chosen on it.
     Measured on the device that `Distill` trains on.
     """
     schedule, generator = Schedule(), torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ The trunk is the one kept here, or any checkpoint of 32 x 32 pixels and 10 class
 per class. Its weights stay as they are: wide exits are distilled beside them, with forecasts of what an exit lacks.
 Plans are searched on a table of 10 DDIM steps, a band for each, which serves 20 steps and UniPC too; two measured plans
 correct each prediction. The second judge, `vgg-cifar10`, sees the same pictures, and no plan was chosen by it. Products
-run in bf16, for every arm alike: choose `precision="fp32"` on a machine without it.
+run in bf16, for every arm alike and in distilling: on a machine without it, choose `precision="fp32"` for both.
 
 Peers: of those that led on the digits (FasterCache) and of what guidance alone is worth (an interval, and none). The
 budgets lie below the 60% of the time that the field promises, so that what is kept saves more than it.
@@ -21,8 +21,8 @@ from dyndit.calibration import CalibrationSettings
 from dyndit.plan import REUSED, forecast, own_exit
 from dyndit.recipes.cifar10_peers import experiment as peers
 
-# Wide exits after 4, 6 and 8 layers err less than plain ones after 9 to 11 do, which are left out. Below half of the
-# time a second pass is out of reach: most pairs are one branch, alone or guided by its own exit.
+# The wide exit after 8 layers errs about as little as the plain ones after 9 to 11 do, which are left out. Below half
+# of the time a second pass is out of reach: most pairs are one branch, alone or guided by its own exit.
 PAIRS = (
     *((12, uncond) for uncond in (6, 0, own_exit(6), own_exit(4))),
     *((8, uncond) for uncond in (8, 4, 0, own_exit(4))),

@@ -106,7 +106,7 @@ def test_an_emphasis_is_told_from_any_other_in_few_words() -> None:
 
 @pytest.mark.parametrize("rest", [0.0, -1.0, float("inf"), float("nan")])
 def test_emphasis_refuses_to_leave_exits_out(rest: float) -> None:
-    with pytest.raises(InputError, match=f"rest {rest:g}: expected above 0"):
+    with pytest.raises(InputError, match=f"emphasis: rest {rest:g}, expected above 0"):
         Emphasis((), rest=rest)
 
 

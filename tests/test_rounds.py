@@ -99,16 +99,19 @@ def test_rounds_end_when_the_plans_stand_still(making: Preparation, monkeypatch:
 
 
 def test_rounds_may_go_by_measured_shifts(making: Preparation, monkeypatch: pytest.MonkeyPatch) -> None:
-    making = with_variant(making, Variant("shifts", rounds=2, emphasis="shifts"))
+    calibration = CalibrationSettings(70, 2, 70, pairs=(SHALLOW, (4, 4), DEEP))
+    making = with_variant(making, Variant("shifts", rounds=2, emphasis="shifts", calibration=calibration))
     seen = scripted(monkeypatch, SHALLOW, DEEP, SHALLOW)
     making.variants(DIGITS)
+    given = making.out / "variants" / "shifts" / "model"
     first = making.out / "variants" / "shifts" / "round-1" / "model"
-    tables = [ShiftTable.load(making.out / "model" / FILE), ShiftTable.load(first / FILE)]
+    tables = [ShiftTable.load(given / FILE), ShiftTable.load(first / FILE)]  # as a run that goes on would find them
     models = [making.model, checkpoints.load(first)]
     wanted = [
         Emphasis.of_shifts(*each) for each in zip(tables, (exit_error_table(m, DIGITS) for m in models), strict=True)
     ]
     assert [recipe.emphasis for recipe, _ in seen] == wanted
+    assert all(emphasis.weights((2, 4)).std(dim=1).min() > 0.01 for emphasis in wanted)
 
 
 def test_rounds_keep_the_first_tables_times(making: Preparation) -> None:

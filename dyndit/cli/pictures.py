@@ -185,9 +185,9 @@ def _print_chosen(plan: "DepthPlan") -> None:
 
 
 def _print_stats(result: object) -> None:
-    from dyndit.plan import written
+    from dyndit.plan import written, written_cond
 
     plan = result.plan
     print("  step     t   cond uncond     ms")
     for k, ((cond, uncond), seconds) in enumerate(zip(plan.pairs, result.step_seconds, strict=True)):
-        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {cond:4d} {written(uncond):>6}  {1e3 * seconds:7.2f}")
+        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {written_cond(cond):>4} {written(uncond):>6}  {1e3 * seconds:7.2f}")

@@ -23,7 +23,8 @@ class Measuring:
     """What quality is measured with."""
 
     extractor: str = ""
-    """digits, resnet20-cifar10 or inception (default: what the model's table used, or digits for digits)."""
+    """digits, digits-lenet, resnet20-cifar10, vgg-cifar10 or inception (default: what the model's table was measured
+    with, else digits for digits and inception for all others)."""
     extractor_weights: Path | None = None
     """Weights of the extractor, where they do not ship with the package."""
     reference: str = ""
@@ -102,6 +103,8 @@ def calibrate(
     for flag, rounds in (("--refinements", refinements), ("--forecast-ages", forecast_ages)):
         if rounds < 0:
             raise InputError(f"{flag} {rounds}: expected at least 0")
+    if goal is not None and refinements:
+        raise InputError(f"--refinements {refinements}: expected --budget with it, not a choice of steps")
     steps = 20 if steps is None else steps
     make_scheduler(solver, steps)
     calibration.check_step_grid(step_grid)
@@ -118,7 +121,7 @@ def calibrate(
     to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
     path = model / checkpoints.TABLE
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
-    extractor = _extractor(measuring, dynamic, device)
+    extractor = _extractor(measuring, dynamic, table, device)
     if table is None:
         settings = calibration.CalibrationSettings(
             num_pictures,
@@ -170,6 +173,7 @@ def calibrate(
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
     """The table beside the model, where it is this model's at this guidance scale; says which it is."""
+    from dyndit.plan import REUSED
     from dyndit.routers.searched import ShiftTable
 
     if not path.exists():
@@ -178,7 +182,8 @@ def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "Shif
     if table.cfg_scale != cfg_scale or table.exits != dynamic.exits_hash():
         print(f"{path}: measured at another guidance scale or on other exits; measured again")
         return None
-    terms = "" if table.interactions is None else ", second-order terms"
+    terms = ", own guides" if any(uncond < REUSED for _, uncond in table.pairs) else ""
+    terms += "" if table.interactions is None else ", second-order terms"
     terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
     held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
     print(f"{path}: searched as it is ({held}); --fresh measures anew")
@@ -210,10 +215,12 @@ def _print_plan(plan: "DepthPlan", distance: str) -> None:
         )
 
 
-def _extractor(measuring: Measuring, dynamic: "DynamicDepth", device: str) -> "Extractor":
+def _extractor(measuring: Measuring, dynamic: "DynamicDepth", table: "ShiftTable | None", device: str) -> "Extractor":
+    """What the flags ask for, else what the table was measured with, else what suits the pictures' size."""
     from dyndit.analysis import load_extractor
 
-    name = measuring.extractor or ("digits" if dynamic.backbone.image_size == 8 else "inception")
+    usual = "digits" if dynamic.backbone.image_size == 8 else "inception"
+    name = measuring.extractor or (usual if table is None else table.extractor_name)
     return load_extractor(name, measuring.extractor_weights, device)
 
 

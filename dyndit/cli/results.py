@@ -46,7 +46,7 @@ def evaluate(
     Args:
         samples: Folder of pictures (searched in depth) or an .npz file.
         reference: The same of real pictures, an .npz of ADM (pictures or statistics), or "digits".
-        extractor: inception, digits or resnet20-cifar10.
+        extractor: inception, digits, digits-lenet, resnet20-cifar10 or vgg-cifar10.
         extractor_weights: Its weights, where they do not ship with the package.
         metrics: Any of fd kid is prc sfid fd-infinity memorisation paired.
         more: What some metrics compare with besides the reference.

@@ -86,6 +86,11 @@ class ShiftTable:
         return (self.num_blocks, self.num_blocks if self.cfg_scale != 1 else 0)
 
     @property
+    def extractor_name(self) -> str:
+        """The extractor's own name, where its features were reduced too."""
+        return self.extractor if self.projection is None else self.extractor.rsplit("-pca", 1)[0]
+
+    @property
     def num_bands(self) -> int:
         """Number of bands."""
         return len(self.edges) - 1

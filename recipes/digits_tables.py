@@ -2,7 +2,7 @@
 
     dyndit compare digits_tables --model runs/levers/model --out runs/tables   # resumable
 
-With `--model` the exits and the table of `digits_levers` are taken; without it they are made. Not yet measured.
+With `--model` the exits and the table of `digits_levers` are taken; without it they are made.
 """
 
 from dataclasses import replace

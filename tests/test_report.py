@@ -380,7 +380,17 @@ def test_published_runs_without_the_later_columns_make_a_report(tmp_path: Path) 
     assert "Families that beat searched plans at equal time: " in text
 
 
-PUBLISHED = ["peers", "cifar10", "cifar10-levers", "levers", "calibration", "ablation", "ablation-training", "distillation"]
+PUBLISHED = [
+    "peers",
+    "cifar10",
+    "cifar10-levers",
+    "levers",
+    "calibration",
+    "ablation",
+    "ablation-training",
+    "distillation",
+    "tables",
+]
 
 
 @pytest.mark.parametrize("run", PUBLISHED)

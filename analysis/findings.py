@@ -78,12 +78,17 @@ def frontier_findings(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
 
 
 def control_findings(runs: pd.DataFrame) -> list[str]:
-    """Searched plans against constants, reversals and ramps of the same budget, a sentence per family."""
+    """Searched plans against constants, reversals and ramps of the same budget, a sentence per family.
+
+    Variants stand in a table of their own (`tables.against_searched_table`).
+    """
     found = []
     table = against_controls(runs)
     if table.empty:
         return found
     for (solver, steps, budget, family), rows in table.groupby(["solver", "steps", "budget", "family"], sort=False):
+        if family.startswith("searched-"):
+            continue
         best = rows.sort_values("fd_control").iloc[0]
         many = f"the best of {len(rows)} {family} plans, " if len(rows) > 1 else ""
         verdict = "better" if best["better"] else "worse" if best["worse"] else "neither better nor worse"

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table as TerminalTable
 
 from dyndit.analysis import budgets
-from dyndit.analysis.frontier import QUALITY
+from dyndit.analysis.frontier import QUALITY, against_controls
 from dyndit.analysis.intervals import Interval
 
 
@@ -222,6 +222,33 @@ def against_full_table(frame: pd.DataFrame) -> Table:
     )
 
 
+def against_searched_table(frame: pd.DataFrame) -> Table:
+    """The result of `frontier.against_controls` -> a row per arm that shares a searched plan's steps and budget."""
+    verdicts = ["worse" if row["better"] else "better" if row["worse"] else "–" for row in _rows(frame)]
+    differences = [Interval(-d.mean, -d.high, -d.low) for d in frame.get("fd_diff", ())]
+    return Table(
+        "against the searched plan",
+        "Every other arm that was made for the same solver, steps and budget of time: fixed schedules, variants, other "
+        "routers. Its FD less the searched plan's, paired by block; its time over the searched plan's; better or worse "
+        "where the 95% interval excludes 0.",
+        "frontier.against_controls: paired differences of FD over blocks, median of the blocks' ratios of time",
+        ("arm", "solver", "steps", "budget", "FD − searched plan ± 95%", "verdict", "time over searched plan's"),
+        tuple(
+            (
+                Cell(row["control"], row["control"]),
+                Cell(row["solver"], row["solver"]),
+                _cell(f"{row['steps']:g}", row["steps"]),
+                _cell(f"{row['budget']:g}", row["budget"]),
+                _interval_cell(f"{difference:+.2f}", difference),
+                Cell(verdict, verdict),
+                _cell(f"{1 / row['time_ratio']:.2f}", 1 / row["time_ratio"]),
+            )
+            for row, difference, verdict in zip(_rows(frame), differences, verdicts, strict=True)
+        ),
+        tuple(frame.get("family", ())),
+    )
+
+
 def areas_table(frame: pd.DataFrame) -> Table:
     """The result of `budgets.areas` -> a row per solver and family."""
     return Table(
@@ -304,6 +331,7 @@ def tables_of(frame: pd.DataFrame, rows: pd.DataFrame) -> list[Table]:
     """All tables of one group: its summary, and its raw rows. Those without a row are left out."""
     made = [
         winners_table(budgets.winners(rows)),
+        against_searched_table(against_controls(rows)),
         areas_table(budgets.areas(rows)),
         arms_table(frame),
         against_full_table(budgets.against_full(rows)),

@@ -28,7 +28,7 @@ from dyndit.analysis.figures import (
 from dyndit.analysis.findings import budget_findings, control_findings, frontier_findings, headlines, plan_findings
 from dyndit.analysis.frontier import summary
 from dyndit.analysis.report import digest, write_report
-from dyndit.analysis.tables import markdown_table, terminal_table
+from dyndit.analysis.tables import markdown_table, tables_of, terminal_table
 from dyndit.analysis.verify import verify
 from dyndit.errors import InputError
 
@@ -155,6 +155,21 @@ def test_controls_are_compared_at_their_budget() -> None:
     assert "against reversed: FD -5.00" in found[1].replace("−", "-")
     assert "(better)" in found[1]
     assert control_findings(frame(ms=5.0, fd=12.0)) == []
+
+
+def test_variants_stand_in_a_table_and_not_in_sentences() -> None:
+    runs = with_controls()
+    variants = runs[runs["family"] == "reversed"].assign(
+        arm="searched-wide-b0.5", family="searched-wide", ms_per_picture=10.0
+    )
+    runs = pd.concat([runs, variants])
+    assert not any("wide" in found for found in control_findings(runs))
+    table = next(table for table in tables_of(summary(runs), runs) if table.name == "against the searched plan")
+    cells = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    assert list(cells) == ["ramp-1", "ramp-2", "reversed", "searched-wide-b0.5"]
+    assert [of[-2] for of in cells.values()] == ["better", "worse", "worse", "worse"]
+    assert cells["searched-wide-b0.5"] == ["ddim", "8", "0.5", "+5.00 ± 0.02", "worse", "2.00"]
+    assert [round(v, 2) for v in table.rows[3][4].values] == [5.0, 4.98, 5.02]
 
 
 def test_depth_by_thirds_is_read_from_the_plans(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@
 
 With `--model` the exits and the table of `cifar10_frontier` are taken as the comparison's own; without it they are
 made. "plain-heads" distils plain exits on the same trunk, with all else as there, and measures a table of its own;
-"refined-8" measures up to eight more plans for each budget where the comparison's own measures up to two. Not yet
-measured.
+"refined-8" measures up to eight more plans for each budget where the comparison's own measures up to two. The pairs are
+those that wide exits are good for: plain ones would rather stand after 9 to 11 layers.
 """
 
 from dataclasses import replace

@@ -4,7 +4,8 @@
     dyndit calibrate runs/my-exits --budget 0.6 --steps 20 --extractor inception --reference DIR
 
 DIR holds a subfolder of pictures per class. Copy this file to change its choices and give its path in place of
-the name. Exits stand after every layer of a model of up to 16, after every fourth of a deeper one.
+the name. Exits stand after every layer of a model of up to 16, after every fourth of a deeper one; early ones have an
+MLP before their projection, without which plans on natural pictures were far worse (docs/experiments.md).
 """
 
 from dyndit.exits import ExitConfig
@@ -12,7 +13,7 @@ from dyndit.tasks import Distill
 from dyndit.training import FitConfig
 
 distill = Distill(
-    exits=ExitConfig(),
+    exits=ExitConfig(head="wide"),
     fit=FitConfig(
         steps=1_000,
         batch_size=64,

@@ -6,7 +6,6 @@
 `cifar10_frontier` holds plans against the two peers that led on the digits, at one setting each; this asks whether
 others would have led here. With `--model` its exits and table are taken; without it they are made. Left out are peers
 that train (pruned blocks, a smaller model), skipped layers, which were far behind on the digits, and random plans.
-Not yet measured.
 """
 
 from dataclasses import replace

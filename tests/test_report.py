@@ -405,6 +405,8 @@ PUBLISHED = [
     "ablation-training",
     "distillation",
     "tables",
+    "cifar10-ablation",
+    "cifar10-rivals",
 ]
 
 

@@ -21,22 +21,17 @@ from dyndit.calibration import measure_bases, measure_moments, measure_shifts, p
 from dyndit.data import Pictures
 from dyndit.drawing import NativeDrawing
 from dyndit.dynamic import DynamicDepth
-from dyndit.emphasis import Emphasis
 from dyndit.errors import CheckpointError
 from dyndit.experiment import Experiment, Variant
 from dyndit.plan import DepthPlan
 from dyndit.progress import progress_bar
 from dyndit.routers.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals
-from dyndit.routers.learned import LearnedRouter, train_router
 from dyndit.routers.refined import refined
 from dyndit.routers.schedules import constant, ramp, reversed_plan
 from dyndit.routers.searched import Predictor, ShiftTable, search
 from dyndit.routers.steps import LatencyBudget
 from dyndit.sampler import full_plan, unguided
 from dyndit.tasks import exit_error_table
-
-LEARNED = "learned.safetensors"
-"""The learned router's name in a comparison's folder."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Arm:
 
 
 def plan_file(out: Path, arm: Arm) -> Path:
-    """Where the plan of a searched, chosen or learned arm lies."""
+    """Where the plan of a searched or chosen arm lies."""
     return out / f"plan-{arm.name.removeprefix('searched-')}.json"
 
 
@@ -69,12 +64,10 @@ def model_with_exits(
     data: Pictures,
     out: Path,
     console: Console,
-    *,
-    start: DynamicDepth | None = None,
 ) -> DynamicDepth:
     """The trunk with its exits, from `out/model` where they are there and whole.
 
-    No trunk: it is trained. A trunk that comes with exits keeps them. start: as in `Distill.run`.
+    No trunk: it is trained. A trunk that comes with exits keeps them.
     """
     folder = out / "model"
     if (folder / checkpoints.EXITS).exists():
@@ -86,7 +79,7 @@ def model_with_exits(
     model = trunk
     if trunk.exits is None:
         console.print("distilling exits")
-        model, _ = experiment.distill.run(trunk, data, out / "distillation", start=start)
+        model, _ = experiment.distill.run(trunk, data, out / "distillation")
     exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
     checkpoints.save(model, folder)
     return model
@@ -228,40 +221,8 @@ class Preparation:
             if beyond := sorted(set(own.experiment.budgets) - set(own._within(table))):
                 least = f"its cheapest plan takes {table.least_share:.2f}"
                 self.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
-            arms += self._arms_of(variant, *own.settled(table, own._trunk(), data, variant))
+            arms += self._arms_of(variant, own, table)
         return arms
-
-    def settled(
-        self, table: ShiftTable, trunk: DynamicDepth, data: Pictures, variant: Variant
-    ) -> tuple["Preparation", ShiftTable]:
-        """The preparation and its table after a variant's rounds: exits distilled where they matter, plans made anew.
-
-        trunk: without exits; the teacher. A round's exits start from those of the round before. The rounds end early
-        with one that leaves every plan as it was. Each lies in a folder of its own, `out/round-1` and on, and is found
-        there again; the preparation that comes back is at home in the last one's.
-        """
-        making, plans, distill = self, self._plans(table), self.experiment.distill
-        for number in range(1, variant.rounds + 1):
-            if not plans:  # no budget is within reach
-                break
-            fit = replace(distill.fit, seed=distill.fit.seed + number)  # noise that the exits have not seen yet
-            emphasis = (
-                Emphasis.of_plans(plans.values())
-                if variant.emphasis == "plans"
-                else Emphasis.of_shifts(table, exit_error_table(making.model, data))
-            )
-            recipe = replace(distill, fit=fit, exits=making.model.exits.config, emphasis=emphasis)
-            experiment, folder = replace(self.experiment, distill=recipe), self.out / f"round-{number}"
-            model = model_with_exits(experiment, trunk, data, folder, self.console, start=making.model)
-            making = replace(making, model=model.to(self.model.device), out=folder)
-            # A round leaves shapes alone, so times too; measured anew, they would move plans by their noise.
-            table = replace(making.table(), cost=table.cost)
-            before, plans = plans, making._plans(table)
-            moved = [name for name, plan in plans.items() if plan.pairs != before[name].pairs]
-            self.console.print(f"round {number}: {len(moved)} of {len(plans)} plans moved")
-            if not moved:
-                break
-        return making, table
 
     def _arms_of(self, variant: Variant, own: "Preparation", table: ShiftTable) -> list[Arm]:
         """A variant's arms: its searched plans, and where its trunk is another one, that at full depth."""
@@ -285,37 +246,6 @@ class Preparation:
     def _within(self, table: ShiftTable) -> list[float]:
         """The budgets that any plan keeps to."""
         return [budget for budget in self.experiment.budgets if budget >= table.least_share]
-
-    def _plans(self, table: ShiftTable) -> dict[str, DepthPlan]:
-        """The searched plans of every point and budget, by their arms' names."""
-        points, within = self.experiment.dynamic_points, self._within(table)
-        return {arm.name: arm.plan for point in points for arm in self._searched(table, *point, within)}
-
-    def learned(self, table: ShiftTable) -> list[Arm]:
-        """The learned router's arms; the router and its plans are written to `out`, and found there again."""
-        experiment, path, arms = self.experiment, self.out / LEARNED, []
-        if experiment.learned is None:
-            return arms
-        if path.exists():
-            router = LearnedRouter.load(path)
-        else:
-            self.console.print("training the learned router")
-            router = train_router(table, experiment.learned)
-            router.save(path)
-        for solver, steps in experiment.dynamic_points:
-            full, predictor = self._full(solver, steps), None
-            for budget in experiment.budgets:
-                arm = Arm(f"learned-{solver}-{steps}-b{budget:g}", "learned", full, budget)
-                if (file := plan_file(self.out, arm)).exists():
-                    plan = DepthPlan.load(file)
-                else:
-                    plan = router.plan(full, budget)
-                    predictor = predictor or Predictor(table, full.timesteps, self._base(table, solver, steps))
-                    plan = replace(plan, figures=plan.figures | {"predicted_fd": predictor.predict(plan)})
-                    plan.save(file)
-                plan.check(depths=self.model.depths, trunk=table.trunk, exits=table.exits, origin=str(file))
-                arms.append(self.priced(replace(arm, plan=plan, predicted_fd=plan.figures["predicted_fd"]), table))
-        return arms
 
     def confidence(self) -> list[Arm]:
         """The confidence router's arms; thresholds, and what they decide at every step, are written to `out`."""

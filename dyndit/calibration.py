@@ -8,7 +8,6 @@ a pipeline the user's own function says what is drawn.
 """
 
 import functools
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,6 @@ from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plugin import DynDiTHandle
-from dyndit.routers.interactions import Interactions
 from dyndit.routers.refined import refined
 from dyndit.routers.searched import Pair, ShiftTable, search
 from dyndit.routers.steps import Goal
@@ -62,7 +60,6 @@ class CalibrationSettings:
     own_guides: whether those have pairs that are guided by the branch's own exits (`plan.own_exit`).
     forecast_ages: how many steps ago full depth may have been where an exit's gap to it is forecast (`plan.forecast`);
     those pairs are measured at each age from 1 on, and want a band for each step. 0: no forecasts.
-    second_order: also measure what neighbouring bands do together (`routers.interactions`), for nearly twice the time.
     seed: of our own sampling; a pipeline's noise is the business of who calls it.
     """
 
@@ -75,7 +72,6 @@ class CalibrationSettings:
     reuse: bool = False
     own_guides: bool = False
     forecast_ages: int = 0
-    second_order: bool = False
 
 
 def default_pairs(
@@ -142,24 +138,23 @@ def measure_table(
     full, n = drawing.full, settings.num_pictures
     pairs, ages = _entries(drawing, settings)
     bands = _bands(full, settings)
-    joined = [a + b for a, b in itertools.pairwise(bands)] if settings.second_order else []
-    batches, replaced = batches_of(range(n), settings.batch_size), bands + joined
+    batches = batches_of(range(n), settings.batch_size)
     sizes = [settings.batch_size, drawing.seed, n]
-    key = json.dumps([full.solver, full.timesteps, pairs, replaced, full.cfg_scale, drawing.setting, *sizes])
+    key = json.dumps([full.solver, full.timesteps, pairs, bands, full.cfg_scale, drawing.setting, *sizes])
     key += drawing.trunk + drawing.exits + extractor.fingerprint + (json.dumps(ages) if ages else "")
     sums, done = _restore(partial, key)
-    total = len(batches) * len(replaced) * len(pairs)
+    total = len(batches) * len(bands) * len(pairs)
     for number, indices in enumerate(batches):
         if number < done:
             continue
-        drawn = drawing.replaced(indices, replaced, pairs, ages)
+        drawn = drawing.replaced(indices, bands, pairs, ages)
         features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
         base = next(features)
         changes = []
         for f in features:
             changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
             if on_progress is not None:
-                on_progress(number * len(replaced) * len(pairs) + len(changes), total)
+                on_progress(number * len(bands) * len(pairs) + len(changes), total)
         fresh = {
             "base.mean": base.sum(0),
             "base.second": base.T @ base,
@@ -169,11 +164,7 @@ def measure_table(
         sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
         if partial is not None:
             save_file(sums, partial, metadata={"key": key, "done": str(number + 1)})
-    shape = (len(replaced), len(pairs))
-    (mean, joint_mean), (second, joint_second) = (
-        (sums[name].unflatten(0, shape) / n).tensor_split([len(bands)]) for name in ("mean", "second")
-    )
-    interactions = Interactions.of((mean, second), (joint_mean, joint_second)) if settings.second_order else None
+    mean, second = (sums[name].unflatten(0, (len(bands), len(pairs))) / n for name in ("mean", "second"))
     return ShiftTable(
         edges=_edges(full, bands),
         pairs=pairs,
@@ -194,7 +185,6 @@ def measure_table(
         trunk=drawing.trunk,
         exits=drawing.exits,
         projection=extractor.projection,
-        interactions=interactions,
     )
 
 
@@ -202,9 +192,9 @@ def part_of(table: ShiftTable, drawing: Drawing, settings: CalibrationSettings) 
     """What `measure_table` would measure, taken from a table that holds it already; None where this one does not."""
     full = drawing.full
     mine = (full.solver, full.num_steps, full.cfg_scale, drawing.trunk, drawing.exits, drawing.seed)
-    mine += (settings.num_pictures, _edges(full, _bands(full, settings)), settings.second_order)
+    mine += (settings.num_pictures, _edges(full, _bands(full, settings)))
     theirs = (table.solver, table.num_steps, table.cfg_scale, table.trunk, table.exits, table.seed)
-    theirs += (table.num_pictures, table.edges, table.interactions is not None)
+    theirs += (table.num_pictures, table.edges)
     return table.part(*_entries(drawing, settings)) if mine == theirs else None
 
 
@@ -233,8 +223,6 @@ def _entries(drawing: Drawing, settings: CalibrationSettings) -> tuple[tuple[Pai
         if bad := [pair for pair in pairs if pair[0] < 0]:
             raise InputError(f"pairs: {bad[0]} forecasts; expected forecast_ages of at least 1")
         return pairs, ()
-    if settings.second_order:
-        raise InputError("--second-order: two steps that forecast together have two ages; expected no --forecast-ages")
     if settings.num_bands < drawing.full.num_steps:
         raise InputError(
             f"--num-bands {settings.num_bands}: forecasts are measured step by step; expected at least the "

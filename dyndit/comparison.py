@@ -67,7 +67,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         table = making.table()
         arms = making.arms(table) + making.chosen(table) + making.peers(data)
         arms = [making.priced(arm, table) for arm in arms]
-        arms += making.variants(data) + making.learned(table) + making.confidence()
+        arms += making.variants(data) + making.confidence()
         comparison.measure(arms)
         comparison.report(arms)
     return out

@@ -13,7 +13,7 @@ from dyndit.backbones import Backbone, State
 from dyndit.backbones.class_conditional import modulate
 from dyndit.errors import InputError
 
-HeadName = Literal["adaln-linear", "block", "shared", "wide"]
+HeadName = Literal["adaln-linear", "wide"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class ExitConfig:
     """Where exits stand and what they are.
 
     layers: depths in 1..L-1 after which an exit stands; empty means the default (`default_layers`).
-    head: "adaln-linear" is the shape of the model's final layer and starts as its copy; "block" puts one light
-    transformer block (MLP ratio 1) before it; "shared" has one projection for all exits, and for each its own
-    modulation; "wide" puts an MLP before it, the wider the earlier the exit (`hidden_ratio`).
+    head: "adaln-linear" is the shape of the model's final layer and starts as its copy;
+    "wide" puts an MLP before it, the wider the earlier the exit (`hidden_ratio`).
     """
 
     layers: tuple[int, ...] = ()
@@ -58,59 +57,6 @@ class AdaLNLinear(nn.Module):
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
         return self.final(tokens, cond)
-
-
-class BlockHead(nn.Module):
-    """One light block, then the final layer's shape. The block is gated by zero at first."""
-
-    def __init__(self, backbone: Backbone, depth: int) -> None:
-        super().__init__()
-        try:
-            self.block = backbone.new_exit_block()
-        except NotImplementedError as error:
-            name = type(backbone).__name__
-            raise InputError(f"exit head 'block': {name} has none to offer; expected `new_exit_block`") from error
-        self.final = backbone.new_exit_head()
-
-    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
-        return self.final(self.block(tokens, cond), cond)
-
-
-class SharedHead(nn.Module):
-    """The final layer without its projection, which all exits share.
-
-    A scale and shift per channel stand before its norm. Modulation comes after the norm, which divides a token by the
-    size of all its channels: those that weigh otherwise at this depth than at L can only be evened out before.
-    """
-
-    def __init__(self, backbone: Backbone, depth: int) -> None:
-        super().__init__()
-        self.final = backbone.new_exit_head()
-        some = next(self.final.parameters())
-        self.final.set_submodule(_projection_of(backbone), nn.Identity())
-        self.scale = nn.Parameter(some.new_zeros(backbone.width))
-        self.shift = nn.Parameter(some.new_zeros(backbone.width))
-
-    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, D), modulated."""
-        return self.final(tokens * (1 + self.scale) + self.shift, cond)
-
-
-def shared_projection(backbone: Backbone) -> nn.Module:
-    """A copy of the model's own: (B, N, D) -> (B, N, patch * patch * C_out).
-
-    Raises:
-        InputError: the backbone does not say which part of its exit head that is.
-    """
-    return backbone.new_exit_head().get_submodule(_projection_of(backbone))
-
-
-def _projection_of(backbone: Backbone) -> str:
-    if backbone.exit_projection is None:
-        name = type(backbone).__name__
-        raise InputError(f"exit head 'shared': {name} does not say what to share; expected `exit_projection`")
-    return backbone.exit_projection
 
 
 class WideHead(nn.Module):
@@ -161,11 +107,9 @@ def wide_head(backbone: Backbone, depth: int) -> nn.Module:
 
 HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {
     "adaln-linear": AdaLNLinear,
-    "block": BlockHead,
-    "shared": SharedHead,
     "wide": wide_head,
 }
-"""What stands after a number of blocks: (tokens (B, N, D), cond (B, D)) -> patches, or what their projection takes."""
+"""What stands after a number of blocks: (tokens (B, N, D), cond (B, D)) -> patches."""
 
 
 class Exits(nn.Module):
@@ -179,7 +123,6 @@ class Exits(nn.Module):
         super().__init__()
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
-        self.projection = shared_projection(backbone) if config.head == "shared" else nn.Identity()
         self.register_parameter("gains", None)
         """Learned correction of forecasts, (E, 2, NUM_TERMS), where there is one (`dyndit.forecasts`)."""
 
@@ -194,12 +137,11 @@ class Exits(nn.Module):
 
     def patches(self, state: State, depth: int) -> Tensor:
         """The prediction of the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
-        return self.projection(self.heads[str(depth)](state.tokens, state.cond))
+        return self.heads[str(depth)](state.tokens, state.cond)
 
     def part_modules(self) -> list[nn.Module]:
         """The modules that `patches` calls: what is worth compiling."""
-        shared = [] if isinstance(self.projection, nn.Identity) else [self.projection]
-        return [*self.heads.values(), *shared]
+        return list(self.heads.values())
 
     def alike(self) -> dict[int, int]:
         """By depth, the first depth with a head of the same shapes: what computes, and costs, the same."""

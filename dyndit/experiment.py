@@ -11,9 +11,7 @@ import torch
 from dyndit.analysis.peers import PeerSettings
 from dyndit.calibration import STEP_GRID, CalibrationSettings
 from dyndit.data import Pictures
-from dyndit.errors import InputError
 from dyndit.routers.confidence import ConfidenceSettings
-from dyndit.routers.learned import LearnedSettings
 from dyndit.tasks import Distill, Train
 
 
@@ -39,10 +37,7 @@ class Variant:
     name: the family of its arms is "searched-NAME"; where its trunk is another one, "full-NAME" is that trunk at full
     depth, at the experiment's points. What is None is the experiment's: distill, calibration, and what its table is
     measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere. train: the trunk is
-    trained from scratch, with its exits from the first step where this recipe says so. rounds: how often at
-    most the exits are distilled again where they matter (`Distill.emphasis`), from what they are, and the table and the
-    plans made anew; it ends with the first round that leaves every plan as it was. emphasis: where that is, by the
-    plans found so far or by the shifts measured so far.
+    trained from scratch, with its exits from the first step where this recipe says so.
     """
 
     name: str
@@ -53,18 +48,9 @@ class Variant:
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
     train: Train | None = None
-    rounds: int = 0
-    emphasis: Literal["plans", "shifts"] = "plans"
-
-    def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise InputError(f"variant {self.name}: rounds {self.rounds}, expected at least 0")
-        if self.emphasis not in ("plans", "shifts"):
-            raise InputError(f"variant {self.name}: emphasis {self.emphasis!r}, expected plans or shifts")
-
     def applied(self, experiment: "Experiment") -> "Experiment":
         """The experiment with this variant's choices."""
-        own = {name: value for name, value in vars(self).items() if name not in ("name", "rounds", "emphasis")}
+        own = {name: value for name, value in vars(self).items() if name != "name"}
         return replace(experiment, **{name: value for name, value in own.items() if value is not None})
 
 
@@ -107,8 +93,6 @@ class Experiment:
     controls: Controls | None = None
     variants: tuple[Variant, ...] = ()
     """Other ways to make exits and plans, each searched at every solver, step count and budget."""
-    learned: LearnedSettings | None = None
-    """A learned router's plans, at every solver, dynamic step count and budget; None for none."""
     confidence: ConfidenceSettings | None = None
     """A confidence router at every solver, dynamic step count and error target; None for none."""
     peers: tuple[PeerSettings, ...] = ()
@@ -155,35 +139,12 @@ class Inputs:
 
 
 def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[str, object]:
-    """What makes a run this run. The noise schedule's tables are constants of the code, not settings.
-
-    Choices that came later are left out at their defaults: runs that were begun before them go on.
-    """
+    """What makes a run this run. The noise schedule's tables are constants of the code, not settings."""
     choices = asdict(experiment)
-    variants = choices["variants"]
-    of_variants = (variant[name] for variant in variants for name in ("train", "distill"))
-    for recipe in (choices["train"], choices["distill"], *of_variants):
+    recipes = [recipe for owner in (choices, *choices["variants"]) for recipe in (owner["train"], owner["distill"])]
+    for recipe in recipes:
         if recipe:
-            recipe.pop("schedule", None)
-            _drop(recipe, "emphasis", None)
-            _drop(recipe, "forecasts", False)
-    for calibration in (choices["calibration"], *(variant["calibration"] for variant in variants)):
-        if calibration:
-            _drop(calibration, "second_order", False)
-            _drop(calibration, "forecast_ages", 0)
-    for variant in variants:
-        _drop(variant, "rounds", 0)
-        _drop(variant, "emphasis", "plans")
-        _drop(variant, "train", None)
-    if not experiment.latency_budgets:
-        choices = {name: of for name, of in choices.items() if not name.startswith("latency_")}
-    for name in ("learned", "confidence"):
-        _drop(choices, name, None)
+            recipe.pop("schedule")
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
 
-
-def _drop(choices: dict[str, object], name: str, default: object) -> None:
-    """Leave out a choice that is at its default."""
-    if choices.get(name) == default:
-        choices.pop(name, None)

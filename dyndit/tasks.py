@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -18,7 +18,6 @@ from dyndit.adapters import adapt
 from dyndit.backbones import Backbone, ClassConditionalDiT, Condition, DiTConfig, Inputs, tensors_hash
 from dyndit.data import Pictures
 from dyndit.dynamic import DynamicDepth
-from dyndit.emphasis import Emphasis
 from dyndit.errors import InputError
 from dyndit.exits import ExitConfig, Exits
 from dyndit.forecasts import GapRegression
@@ -207,9 +206,6 @@ class Distill:
     forecasts: bool = False
     """Whether the exits also learn to correct forecasts of what they lack (`dyndit.forecasts`), from the sampler's own
     trajectories."""
-    emphasis: Emphasis | None = None
-    """Where which exit matters, by plans or by measured shifts: errors weigh more there. Multiplies with `weighting`;
-    full depth's error is left alone. None: all exits alike at all timesteps."""
 
     def __post_init__(self) -> None:
         for name in ("trunk", "states", "weighting"):
@@ -221,23 +217,17 @@ class Distill:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.hold < 0 or self.trunk_rate <= 0:
             raise InputError(f"hold {self.hold:g}, trunk_rate {self.trunk_rate:g}: expected at least 0, and above 0")
-        if self.emphasis is not None and self.emphasis.num_timesteps != self.schedule.num_timesteps:
-            found, expected = self.emphasis.num_timesteps, self.schedule.num_timesteps
-            raise InputError(f"emphasis: of {found} timesteps, expected the schedule's {expected}")
 
     def check(self, model: DynamicDepth, data: Pictures | RecordedCalls) -> None:
         """Refuse data and exits that do not fit the model.
 
         Raises:
             InputError: another size or number of channels, more classes, another trunk's calls, an exit where there is
-                no layer, emphasis on an exit which is not trained, a choice that the trunk's family does not allow;
-                or the first item cannot be read.
+                no layer, a choice that the trunk's family does not allow; or the first item cannot be read.
         """
         backbone = model.backbone
-        layers = self.exits.resolved(backbone.num_blocks).layers
+        self.exits.resolved(backbone.num_blocks)
         self._check_family(backbone)
-        if self.emphasis is not None and (missing := sorted(set(self.emphasis.depths) - set(layers))):
-            raise InputError(f"emphasis: on an exit at {missing[0]}, expected one of {list(layers)}")
         if self.states == "sampler" or self.forecasts:
             full_plan(model, self.solver, self.num_steps, self.cfg_scale)
             if isinstance(data, RecordedCalls):
@@ -256,39 +246,31 @@ class Distill:
 
     def _check_family(self, backbone: Backbone) -> None:
         """Refuse what needs our own modules, sampler or schedule for a trunk that has others."""
-        for name in ("trunk", "states", "weighting", "emphasis", "forecasts"):
+        for name in ("trunk", "states", "weighting", "forecasts"):
             if getattr(self, name) != getattr(Distill, name) and not isinstance(backbone, ClassConditionalDiT):
                 found = type(backbone).__name__
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a ClassConditionalDiT, found {found}")
 
     def run(
-        self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path, *, start: DynamicDepth | None = None
+        self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path
     ) -> tuple[DynamicDepth, FitResult]:
         """Return a model with trained exits on the same trunk, or on its trained copy, and the loop's record.
 
         data: pictures, which are noised, or recorded calls, which are used as they are. The trunk is borrowed: its
         flags, modes and device are afterwards what they were. The exits are in eval mode, in single precision, and so
-        is a trunk that was trained. start: whose exits to train on from, and where the trunk trains, whose trunk; it
-        stays as it is, and `model` the teacher. None: new exits, and the teacher's own trunk.
+        is a trunk that was trained.
 
         Raises:
-            InputError: as `check`; the trunk lies on several devices; or `start` has other exits than the recipe's, or
-                a trunk of another shape.
+            InputError: as `check`; or the trunk lies on several devices.
         """
         self.check(model, data)
-        if start is not None:
-            self._check_start(model.backbone, start)
         backbone = model.backbone
         with borrowed(backbone):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.fit.seed)
                 # A trunk's heads may be in half precision, and frozen; so would be the copies that exits start from.
                 exits = Exits(backbone, self.exits).float().requires_grad_(True)
-                if start is not None:
-                    # A correction of forecasts is learned anew, for the exits as they will be.
-                    given = {name: of for name, of in start.exits.state_dict().items() if name != "gains"}
-                    exits.load_state_dict(given)
-                trunk = backbone if self.trunk == "frozen" else trainable_copy((start or model).backbone)
+                trunk = backbone if self.trunk == "frozen" else trainable_copy(backbone)
                 adapters = with_adapters(trunk, self.lora_rank) if self.trunk == "lora" else None
             if trunk is not backbone:
                 trunk.gradient_checkpointing = self.fit.gradient_checkpointing
@@ -297,9 +279,7 @@ class Distill:
             dynamic = DynamicDepth(trunk, exits, pixel_space=model.pixel_space)
             trained = _FrozenTrunk(dynamic) if trunk is backbone else _TaughtTrunk(dynamic, backbone)
             task = _Distillation(trained, self, self._states(backbone, data))
-            identity = f"{model.trunk_hash()} {exits.config} {self.variance_weight} {self.null_share}{self._later()}"
-            if start is not None:
-                identity += f" on from {start.trunk_hash()} {start.exits_hash()}"
+            identity = f"{model.trunk_hash()} {exits.config} {self._choices()}"
             result = fit(task, data, self.fit, Path(out), identity=identity, rates={"trunk.": self.trunk_rate})
             trained.load_state_dict(result.ema)
             if adapters is not None:
@@ -310,25 +290,10 @@ class Distill:
             dynamic.exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
 
-    def _check_start(self, backbone: Backbone, start: DynamicDepth) -> None:
-        """Refuse a model that this recipe cannot start from."""
-        found, expected = start.exits and start.exits.config, self.exits.resolved(backbone.num_blocks)
-        if found != expected:
-            raise InputError(f"start: exits {found}, expected the recipe's {expected}")
-        found, expected = (
-            {name: tuple(tensor.shape) for name, tensor in trunk.state_dict().items()}
-            for trunk in (start.backbone, backbone)
-        )
-        if different := sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)):
-            name = different[0]
-            raise InputError(f"start: {name} of shape {found.get(name)}, expected the model's {expected.get(name)}")
-
-    def _later(self) -> str:
-        """The choices that came later, where they depart from the default: runs begun before them go on."""
-        names = ("trunk", "hold", "trunk_rate", "lora_rank", "states", "num_trajectories", "solver", "num_steps")
-        names += ("cfg_scale", "weighting", "emphasis", "forecasts")
-        changed = [name for name in names if getattr(self, name) != getattr(Distill, name)]
-        return "".join(f" {name}={getattr(self, name)}" for name in changed)
+    def _choices(self) -> str:
+        """What the result depends on besides the trunk, the exits, the data and `fit`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("exits", "fit", "data")}
+        return " ".join(f"{name}={value}" for name, value in own.items())
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Corrections of forecasts, learned on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
@@ -421,7 +386,7 @@ class _Distillation:
 
     def __init__(self, trained: "_FrozenTrunk | _TaughtTrunk", recipe: Distill, states: States) -> None:
         self.trainable, self.recipe, self.states = trained, recipe, states
-        self.balance = _balance(recipe, trained.exits.layers)
+        self.balance = recipe.schedule.path_kl_weights() if recipe.weighting == "path-kl" else None
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
@@ -434,26 +399,13 @@ class _Distillation:
         if len(errors) > num_exits:
             figures["full"] = errors[-1, :, 0].mean().detach()
         if self.balance is not None:
-            errors = errors * self.balance[: len(errors), inputs.t.long().cpu()].to(errors)[:, :, None]
+            errors = errors * self.balance[inputs.t.long().cpu()].to(errors)[None, :, None]
         depths = errors.new_tensor([1.0] * num_exits + [self.recipe.hold] * (len(errors) - num_exits))
         parts = errors.new_tensor([1.0, self.recipe.variance_weight])
         return (errors * depths[:, None, None] * parts).sum(dim=(0, 2)).mean(), figures
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
         """Exits have no preview: their verdict is the table of errors."""
-
-
-def _balance(recipe: Distill, layers: tuple[int, ...]) -> Tensor | None:
-    """What an error weighs at its timestep.
-
-    -> (E + 1, T) for E exits and full depth, (1, T) where it is the same for all, None where it is the same at all t.
-    """
-    balance = recipe.schedule.path_kl_weights()[None] if recipe.weighting == "path-kl" else None
-    if recipe.emphasis is None:
-        return balance
-    weights = recipe.emphasis.weights(layers)
-    weights = torch.cat([weights, torch.ones_like(weights[:1])])
-    return weights if balance is None else weights * balance
 
 
 class _FrozenTrunk(nn.Module):

@@ -40,7 +40,6 @@ experiment = replace(
         Variant("not-refined", refinements=0),
         Variant("5-bands", calibration=replace(table, num_bands=5, forecast_ages=0)),
     ),
-    learned=None,
     confidence=None,
     peers=(),
 )

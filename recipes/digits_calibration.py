@@ -20,8 +20,6 @@ experiment = replace(
         Variant("ddim-20", calibration_solver="ddim", calibration_steps=20),
         Variant("cfg-3", calibration_cfg_scale=3.0),
         Variant("refined", refinements=3),
-        Variant("second-order", calibration=replace(base, second_order=True)),
     ),
-    learned=None,
     confidence=None,
 )

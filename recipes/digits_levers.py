@@ -3,7 +3,7 @@
     dyndit compare digits_levers --out runs/levers                   # resumable
 
 The comparison's own arms (`searched`) have the exits of the quickstart and a table of 128 seeds by 10 bands; each
-variant differs from them in what its name says. The learned and the confidence router are arms of their own. More of
+variant differs from them in what its name says. The confidence router is an arm of its own. More of
 the kind: `digits_distillation`, `digits_calibration`, `digits_tables`, `digits_reuse`; all on and one off:
 `digits_ablation`. docs/experiments.md tells what came of each.
 """
@@ -14,7 +14,6 @@ from dyndit.calibration import CalibrationSettings
 from dyndit.experiment import Variant
 from dyndit.recipes.digits_peers import experiment as peers
 from dyndit.routers.confidence import ConfidenceSettings
-from dyndit.routers.learned import LearnedSettings
 
 base = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)
 distill = peers.distill
@@ -33,7 +32,6 @@ experiment = replace(
         Variant("whole", distill=replace(distill, trunk="whole")),
         Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
     ),
-    learned=LearnedSettings(),
     confidence=ConfidenceSettings(),
     peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),
     metrics=("fd", "kid"),

@@ -19,6 +19,5 @@ experiment = replace(
         Variant("4-depths", calibration=replace(base, num_depths=4)),
         Variant("forecasts", calibration=replace(base, forecast_ages=2)),
     ),
-    learned=None,
     confidence=None,
 )

@@ -13,7 +13,6 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
 from dyndit.backbones.base import Backbone, Condition, Conditioning, Inputs
-from dyndit.backbones.class_conditional import DiTBlock
 from dyndit.errors import InputError
 
 
@@ -21,8 +20,7 @@ class Adapter(Backbone):
     """A transformer of diffusers, cut into embed, blocks and head. Its modules and weights stay what they are.
 
     A family defines `embed`, `block`, `head`, `new_exit_head` and `unpatchify`, and says below how its pipelines
-    call the transformer; `exit_projection` too, where its exit heads do not end in `proj_out`. `embed` gets what `read`
-    took from such a call.
+    call the transformer. `embed` gets what `read` took from such a call.
     """
 
     serves: ClassVar[str]
@@ -38,7 +36,6 @@ class Adapter(Backbone):
     timestep_scale: ClassVar[float] = 1.0
     """The scheduler's timestep, as a multiple of what the forward gets."""
 
-    exit_projection = "proj_out"
     num_classes = 0
     null_class = None
 
@@ -108,12 +105,6 @@ class Adapter(Backbone):
             for name, value in sorted(self.transformer.config.items())
             if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list)
         }
-
-    def new_exit_block(self) -> nn.Module:
-        """A light block (MLP ratio 1) on the tokens alone, which starts as the identity."""
-        block = DiTBlock(self.width, self.transformer.config.num_attention_heads, 1.0, 1e-6)
-        block.reset()
-        return block.to(self.transformer.device, self.transformer.dtype)
 
 
 class ContinuousHead(nn.Module):

@@ -30,7 +30,6 @@ class DiTAdapter(Adapter):
     """
 
     serves = "DiTTransformer2DModel"
-    exit_projection = "linear"
     row_arguments = ("class_labels",)
     guidance = "cond first"
 

@@ -106,9 +106,6 @@ class Backbone(nn.Module):
 
     family: ClassVar[str]
     """Name under which `config.json` records the class."""
-    exit_projection: ClassVar[str | None] = None
-    """Name, within what `new_exit_head` gives, of the map that comes last: "shared" exits have it in common. None: not
-    told, and exits of that form are refused."""
 
     num_blocks: int
     width: int
@@ -138,10 +135,6 @@ class Backbone(nn.Module):
 
     def new_exit_head(self) -> nn.Module:
         """A trainable copy of the final layer: (tokens, cond) -> patches that `unpatchify` takes."""
-        raise NotImplementedError
-
-    def new_exit_block(self) -> nn.Module:
-        """A light block, (tokens, cond) -> tokens, that starts as the identity."""
         raise NotImplementedError
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:

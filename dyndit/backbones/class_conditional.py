@@ -166,7 +166,6 @@ class ClassConditionalDiT(Backbone):
     """The standard DiT. Built from a `DiTConfig`; initialised as published."""
 
     family = "class_conditional"
-    exit_projection = "linear"
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -247,12 +246,6 @@ class ClassConditionalDiT(Backbone):
         head = FinalLayer(self.width, self.final_layer.linear.out_features, self._config.norm_eps)
         head.load_state_dict(self.final_layer.state_dict())
         return head
-
-    def new_exit_block(self) -> nn.Module:
-        """A block with an MLP as wide as the trunk (ratio 1): 6 D^2 + 6 D^2 parameters."""
-        block = DiTBlock(self.width, self._config.num_heads, 1.0, self._config.norm_eps)
-        block.reset()
-        return block
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""

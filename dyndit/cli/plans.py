@@ -47,7 +47,6 @@ def calibrate(
     num_bands: int = 10,
     num_depths: int = 8,
     own_guides: bool = False,
-    second_order: bool = False,
     forecast_ages: int = 0,
     refinements: int = 0,
     batch_size: int = 128,
@@ -79,7 +78,6 @@ def calibrate(
         num_depths: Conditional depths it tells apart, at most.
         refinements: With --budget, rounds in which the plan is measured and the prediction corrected by it.
         own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
-        second_order: It also holds what neighbouring bands do together, which takes nearly twice the time to measure.
         forecast_ages: It also holds exits whose gap to full depth is forecast from up to so many steps ago; 0 for none.
         batch_size: Pictures at a time.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
@@ -129,7 +127,6 @@ def calibrate(
             batch_size,
             num_depths=num_depths,
             own_guides=own_guides,
-            second_order=second_order,
             forecast_ages=forecast_ages,
         )
         real = _real_pictures(measuring, extractor, *_picture_shape(dynamic, decoder))
@@ -183,7 +180,6 @@ def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "Shif
         print(f"{path}: measured at another guidance scale or on other exits; measured again")
         return None
     terms = ", own guides" if any(uncond < REUSED for _, uncond in table.pairs) else ""
-    terms += "" if table.interactions is None else ", second-order terms"
     terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
     held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
     print(f"{path}: searched as it is ({held}); --fresh measures anew")

@@ -5,8 +5,6 @@ moments of a plan p make it exact there instead:
 
     m(plan) = m_measured(p) + sum_b sum_q (A[b, q](plan) - A[b, q](p)) dm[b, q]        S likewise
 
-and so with terms of second order (`interactions`), where the table has them.
-
 A round costs one sampling of the table's pictures under a plan, far less than a table.
 """
 

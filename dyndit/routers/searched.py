@@ -6,8 +6,7 @@ the same seeds. To first order the changes add up over a plan:
 
     m(plan) = m_full + sum_b sum_p A[b, p] dm[b, p]        S(plan) = S_full + sum_b sum_p A[b, p] dS[b, p]
 
-where A[b, p] is the share of band b that the plan runs at p. Where they were measured, terms of second order add what
-neighbouring bands do together beyond that sum (`interactions`). The Fréchet distance of (m, S - m m^T) to the
+where A[b, p] is the share of band b that the plan runs at p. The Fréchet distance of (m, S - m m^T) to the
 reference is the prediction; a local search minimises it under a budget of measured time.
 
 A pair that forecasts has an entry for each age: how many steps ago full depth was. Which of them a step takes follows
@@ -32,14 +31,12 @@ from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plan import DepthPlan, Router, own_exit
 from dyndit.routers.ages import AgedEntries
-from dyndit.routers.interactions import Interactions
 from dyndit.routers.schedules import ramp
 
 FORMAT = "dyndit-shift-table"
 VERSION = 1
 FILE = "shift-table.safetensors"
 """Its name in a model's folder."""
-INTERACTIONS = "interactions."
 """What the names of their tensors begin with."""
 
 Pair = tuple[int, int]
@@ -77,8 +74,6 @@ class ShiftTable:
     """Of each pair, where some forecast: how many steps ago full depth was, 0 for those that do not."""
     bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
     """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
-    interactions: Interactions | None = field(default=None, compare=False)
-    """Terms of second order, where they were measured."""
 
     @property
     def full_pair(self) -> Pair:
@@ -118,7 +113,7 @@ class ShiftTable:
         """
         where = {key: i for i, key in enumerate(zip(self.pairs, self.ages or (0,) * len(self.pairs), strict=True))}
         picks = [where.get(key) for key in zip(pairs, ages or (0,) * len(pairs), strict=True)]
-        if None in picks or (self.interactions is not None and picks != list(range(len(self.pairs)))):
+        if None in picks:
             return None
         shifts = {"mean": self.mean[:, picks], "second": self.second[:, picks]}
         return replace(self, pairs=tuple(pairs), ages=tuple(ages), **shifts)
@@ -151,7 +146,7 @@ class ShiftTable:
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases", "interactions")
+            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases")
             and (name != "ages" or self.ages)
         }
         plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
@@ -162,11 +157,7 @@ class ShiftTable:
             metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
             for (solver, steps), of in self.bases.items():
                 tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
-        if self.interactions is not None:
-            more = self.interactions
-            tensors |= {f"{INTERACTIONS}mean": more.mean, f"{INTERACTIONS}second": more.second}
-        of_shifts = [name for name in tensors if name in ("mean", "second") or name.startswith(INTERACTIONS)]
-        shifts = {name: tensors[name].float().contiguous() for name in of_shifts}
+        shifts = {name: tensors[name].float().contiguous() for name in ("mean", "second")}
         moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
         save_file(shifts | moments, path, metadata=metadata)
 
@@ -194,8 +185,6 @@ class ShiftTable:
                 for solver, steps, num in json.loads(metadata.get("bases", "[]"))
             }
             shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
-            if f"{INTERACTIONS}mean" in t:
-                shifts["interactions"] = Interactions(t[f"{INTERACTIONS}mean"], t[f"{INTERACTIONS}second"])
             return cls(base=base, reference=reference, cost=cost, bases=bases, **shifts, **plain)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
@@ -257,9 +246,6 @@ class Predictor:
         a = coverage.flatten(1)
         mean = self.base.mean + a @ self.mean.flatten(0, 1)
         second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
-        if self.table.interactions is not None:
-            more = self.table.interactions.changes(coverage)
-            mean, second = mean + more[0], second + more[1]
         return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])
 
     def base_through(self, plan: DepthPlan, measured: Moments) -> Moments:
@@ -268,9 +254,6 @@ class Predictor:
         a = coverage.flatten(1)
         mean = measured.mean - (a @ self.mean.flatten(0, 1))[0]
         second = measured.second - (a @ self.second.flatten(0, 1).flatten(1)).view_as(measured.second)
-        if self.table.interactions is not None:
-            more = self.table.interactions.changes(coverage)
-            mean, second = mean - more[0][0], second - more[1][0]
         return Moments(mean, second, measured.num)
 
     def distances(self, choices: Tensor) -> Tensor:
@@ -289,8 +272,6 @@ class Predictor:
         d_covariance = self.unbias * d_covariance
         d_mean = d_mean - 2 * d_covariance @ mean
         per_band = self.mean @ d_mean + (self.second * d_covariance).sum(dim=(2, 3))
-        if self.table.interactions is not None:
-            per_band = per_band + self.table.interactions.slopes(self.coverage(choice[None])[0], d_mean, d_covariance)
         return self.weights @ per_band
 
     def choice(self, plan: DepthPlan) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndit.backbones import Condition, Conditioning, Inputs
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
+from dyndit.models import Condition, Conditioning, Inputs
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.sampler import sample
 

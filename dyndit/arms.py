@@ -20,9 +20,9 @@ from dyndit.analysis.peers.random_plan import shuffled
 from dyndit.calibration import measure_bases, measure_moments, measure_shifts, part_of
 from dyndit.data import Pictures
 from dyndit.drawing import NativeDrawing
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError
 from dyndit.experiment import Experiment, Variant
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.progress import progress_bar
 from dyndit.routers.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals

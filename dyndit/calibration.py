@@ -34,8 +34,8 @@ from dyndit.drawing import (
     ToPictures,
     batches_of,
 )
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plugin import DynDiTHandle
 from dyndit.routers.refined import refined

@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from dyndit import model_card
-from dyndit.backbones import CARDS, Backbone, ClassConditionalDiT
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
-from dyndit.exits import Exits
 from dyndit.formats import diffusers_folder, hub, native, official
 from dyndit.formats.files import Loaded, load_strictly, read_json, read_safetensors
 from dyndit.formats.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
+from dyndit.models import CARDS, Backbone, ClassConditionalDiT
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import Exits
 
 __all__ = [
     "CONFIG",

@@ -24,9 +24,9 @@ from dyndit.analysis.quality import score
 from dyndit.analysis.sets import PictureSet
 from dyndit.arms import Arm, Preparation, model_with_exits, plan_file
 from dyndit.data import open_data
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.experiment import Experiment, Inputs, settings_of
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.progress import progress_bar
 from dyndit.routers.confidence import ConfidentDepth
 from dyndit.sampler import Samples, balanced_labels, sample

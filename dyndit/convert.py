@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dyndit import checkpoints, manifest, model_card
-from dyndit.backbones import ClassConditionalDiT, DiTConfig
-from dyndit.backbones.class_conditional import position_features
-from dyndit.dynamic import DynamicDepth
 from dyndit.formats import diffusers_folder, official
 from dyndit.formats.diffusers_names import match_frequencies, own_positions
 from dyndit.formats.files import check_free, written_whole
+from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import position_features
+from dyndit.models.dynamic import DynamicDepth
 
 Format = Literal["native", "official", "diffusers"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]

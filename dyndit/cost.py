@@ -8,8 +8,8 @@ from typing import Self
 
 import torch
 
-from dyndit.backbones import Inputs
-from dyndit.dynamic import DynamicDepth
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan, guide_of
 from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
 

@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dyndit.backbones import Inputs
 from dyndit.cost import CostModel, measure_cost, measure_parts
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.hooks import watching
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.plugin import DynDiTHandle
 from dyndit.routers.searched import Pair

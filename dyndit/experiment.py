@@ -48,6 +48,7 @@ class Variant:
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
     train: Train | None = None
+
     def applied(self, experiment: "Experiment") -> "Experiment":
         """The experiment with this variant's choices."""
         own = {name: value for name, value in vars(self).items() if name != "name"}
@@ -147,4 +148,3 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
             recipe.pop("schedule")
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
-

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dyndit.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.objectives import Schedule, variational_bound
 
 

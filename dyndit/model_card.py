@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from dyndit.backbones import tensors_hash
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.formats.native import TABLE, plans_in
+from dyndit.models import tensors_hash
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 
 CARD, PICTURE, RUNS = "README.md", "plans.png", "runs.csv"

@@ -27,9 +27,9 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.latents import decode_batch, load_autoencoder
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.routers.schedules import guidance_interval as within_interval
 from dyndit.routers.searched import FILE, ShiftTable

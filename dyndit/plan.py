@@ -34,7 +34,7 @@ def guide_of(uncond: int) -> int:
 def forecast(depth: int) -> int:
     """A conditional depth: leave at `depth`, and add what full depth would add there, forecast from earlier steps.
 
-    `dyndit.forecasts` tells how. Features of earlier steps serve longer where they are extrapolated (TaylorSeer, Liu et
+    `dyndit.models.forecasts` tells how. Features of earlier steps serve longer where they are extrapolated (TaylorSeer, Liu et
     al. 2025, arXiv:2503.06923); here only what the exit lacks is.
     """
     return -depth

@@ -26,12 +26,12 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from dyndit.adapters import Adapter, adapt
-from dyndit.backbones import Inputs
 from dyndit.checkpoints import EXITS, load_exits
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
-from dyndit.exits import Exits
 from dyndit.hooks import Target, add_hook, remove_hook, transformer_of
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import Exits
 from dyndit.plan import DepthPlan, Router, guide_of
 from dyndit.sampler import solver_name
 

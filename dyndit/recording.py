@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyndit.adapters import Adapter, adapt
-from dyndit.backbones import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.hooks import Target, transformer_of, watching
+from dyndit.models import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.sampler import Samples, sample
 
 FORMAT, VERSION = "dyndit-call", "1"

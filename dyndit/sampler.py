@@ -19,8 +19,8 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError, PlanError
+from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.objectives import Schedule
 from dyndit.plan import REUSED, DepthPlan, Router, guide_of
 

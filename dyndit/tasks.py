@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from dyndit import checkpoints
 from dyndit.adapters import adapt
-from dyndit.backbones import Backbone, ClassConditionalDiT, Condition, DiTConfig, Inputs, tensors_hash
 from dyndit.data import Pictures
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import ExitConfig, Exits
-from dyndit.forecasts import GapRegression
 from dyndit.hooks import Target, transformer_of
 from dyndit.latents import LatentPictures
 from dyndit.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors, halves
+from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig, Inputs, tensors_hash
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
+from dyndit.models.forecasts import GapRegression
 from dyndit.objectives import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
@@ -204,7 +204,7 @@ class Distill:
     """What an error weighs at its timestep: the same at all, or as in the KL between two processes' paths
     (`Schedule.path_kl_weights`)."""
     forecasts: bool = False
-    """Whether the exits also learn to correct forecasts of what they lack (`dyndit.forecasts`), from the sampler's own
+    """Whether the exits also learn to correct forecasts of what they lack (`dyndit.models.forecasts`), from the sampler's own
     trajectories."""
 
     def __post_init__(self) -> None:
@@ -251,9 +251,7 @@ class Distill:
                 found = type(backbone).__name__
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a ClassConditionalDiT, found {found}")
 
-    def run(
-        self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path
-    ) -> tuple[DynamicDepth, FitResult]:
+    def run(self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path) -> tuple[DynamicDepth, FitResult]:
         """Return a model with trained exits on the same trunk, or on its trained copy, and the loop's record.
 
         data: pictures, which are noised, or recorded calls, which are used as they are. The trunk is borrowed: its

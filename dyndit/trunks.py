@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dyndit.backbones import ClassConditionalDiT
+from dyndit.models import ClassConditionalDiT
 
 if TYPE_CHECKING:
     from peft import LoraModel

@@ -8,10 +8,10 @@
 `dyndit/assets/digits.safetensors` is what `train` gives, stored in half precision.
 """
 
-from dyndit.backbones import CARDS
 from dyndit.calibration import CalibrationSettings
-from dyndit.exits import ExitConfig
 from dyndit.experiment import Experiment
+from dyndit.models import CARDS
+from dyndit.models.exits import ExitConfig
 from dyndit.tasks import Distill, Train
 from dyndit.training import FitConfig
 

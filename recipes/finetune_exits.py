@@ -8,7 +8,7 @@ the name. Exits stand after every layer of a model of up to 16, after every four
 MLP before their projection, without which plans on natural pictures were far worse (docs/experiments.md).
 """
 
-from dyndit.exits import ExitConfig
+from dyndit.models.exits import ExitConfig
 from dyndit.tasks import Distill
 from dyndit.training import FitConfig
 

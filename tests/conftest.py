@@ -9,9 +9,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from dyndit.backbones import Backbone, ClassConditionalDiT, DiTConfig
-from dyndit.dynamic import DynamicDepth
-from dyndit.exits import ExitConfig, Exits
+from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 
 torch.set_num_threads(1)
 settings.register_profile("dyndit", deadline=None, max_examples=50)

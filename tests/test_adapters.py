@@ -16,10 +16,10 @@ from torch._dynamo.utils import counters
 
 import dyndit
 from dyndit.adapters import Adapter, adapt, adapters, collect_exits
-from dyndit.backbones import Conditioning, Inputs, State
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import HEADS, ExitConfig, Exits
+from dyndit.models import Conditioning, Inputs, State
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS, ExitConfig, Exits
 
 FAMILIES = sorted(adapters())
 OBLONG = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "LatteTransformer3DModel")

@@ -8,9 +8,9 @@ import torch
 from reference_dit import positions
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndit.backbones import CARDS, FAMILIES, ClassConditionalDiT, DiTConfig, State, tensors_hash
-from dyndit.backbones.class_conditional import LabelEmbedder, position_features, timestep_features
 from dyndit.errors import InputError
+from dyndit.models import CARDS, FAMILIES, ClassConditionalDiT, DiTConfig, State, tensors_hash
+from dyndit.models.dit import LabelEmbedder, position_features, timestep_features
 
 PARAMETERS = {"S": 33, "B": 130, "L": 458, "XL": 675}  # millions, patch 2
 GMACS = {

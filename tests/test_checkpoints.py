@@ -16,9 +16,9 @@ from torch import Tensor
 import dyndit
 from dyndit import checkpoints
 from dyndit.checkpoints import CONFIG, EXITS, TRUNK
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
-from dyndit.exits import HEADS
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS
 
 Weights = dict[str, Tensor]
 

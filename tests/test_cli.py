@@ -16,9 +16,9 @@ from dyndit.cli import VERBS, main
 from dyndit.routers.searched import SearchSettings, ShiftTable
 
 RECIPE = """
-from dyndit.backbones import DiTConfig
+from dyndit.models import DiTConfig
 from dyndit.calibration import CalibrationSettings
-from dyndit.exits import ExitConfig
+from dyndit.models.exits import ExitConfig
 from dyndit.experiment import Controls, Experiment, Variant
 from dyndit.tasks import Distill, Train
 from dyndit.training import FitConfig
@@ -287,8 +287,8 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
 
 
 LATENT_RECIPE = """
-from dyndit.backbones import DiTConfig
-from dyndit.exits import ExitConfig
+from dyndit.models import DiTConfig
+from dyndit.models.exits import ExitConfig
 from dyndit.tasks import Distill, Train
 from dyndit.training import FitConfig
 
@@ -320,8 +320,8 @@ def test_latents_from_pictures_to_pictures(tmp_path: Path) -> None:
 
 
 DIGIT_LATENTS = """
-from dyndit.backbones import DiTConfig
-from dyndit.exits import ExitConfig
+from dyndit.models import DiTConfig
+from dyndit.models.exits import ExitConfig
 from dyndit.tasks import Distill, Train
 from dyndit.training import FitConfig
 

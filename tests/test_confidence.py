@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.routers.confidence import (
     ConfidenceSettings,
@@ -102,7 +102,7 @@ def test_a_block_runs_the_rows_that_remain(mixed) -> None:
 
 def test_rows_keep_their_place_and_their_prediction(mixed, model) -> None:
     """Every row's prediction is that of the exit it left at, under its own label."""
-    from dyndit.dynamic import Step
+    from dyndit.models.dynamic import Step
 
     x = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     times, labels = torch.full((7,), 500), torch.tensor(LABELS)

@@ -7,7 +7,7 @@ import pytest
 
 from dyndit import cost
 from dyndit.cost import CostModel, PartTimes, measure_cost
-from dyndit.exits import HEADS
+from dyndit.models.exits import HEADS
 from dyndit.plan import REUSED
 
 ONE = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125, exits={2: 4.0, 3: 2.0})

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dyndit.backbones import FAMILIES, Backbone
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import HEADS, ExitConfig, Exits
+from dyndit.models import FAMILIES, Backbone
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS, ExitConfig, Exits
 
 # A tiny config of every backbone family. The contract test fails where one is missing.
 TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY)}

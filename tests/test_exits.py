@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dyndit.backbones import ClassConditionalDiT
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
+from dyndit.models import ClassConditionalDiT
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
 from dyndit.runtime import compile_parts
 
 LAYERS = (1, 3, 5)

@@ -17,9 +17,9 @@ from dyndit.analysis.figures import plan_figure, plan_map_figure
 from dyndit.analysis.macs import plan_macs, sampling_macs
 from dyndit.calibration import CalibrationSettings, forecast_pairs, measure_shifts
 from dyndit.drawing import NativeDrawing
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
-from dyndit.forecasts import NUM_TERMS, GapRegression, Gaps, basis, forecast_gap, remembered
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.forecasts import NUM_TERMS, GapRegression, Gaps, basis, forecast_gap, remembered
 from dyndit.objectives import Schedule
 from dyndit.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.routers.learned import train_router

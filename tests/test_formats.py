@@ -23,14 +23,14 @@ from torch import Tensor, nn
 import dyndit
 from dyndit import checkpoints, model_card
 from dyndit.adapters import adapt
-from dyndit.backbones import ClassConditionalDiT, DiTConfig
 from dyndit.cli import main
 from dyndit.convert import convert
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.formats import diffusers_folder, official
 from dyndit.formats.diffusers_folder import FREQUENCY_SHIFT, WEIGHTS, from_diffusers, to_diffusers
 from dyndit.formats.diffusers_names import frequency_shift_of
+from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
 
 SAFE = f"{WEIGHTS}.safetensors"
 CONFIGS = [
@@ -249,7 +249,7 @@ def test_a_pipeline_of_diffusers(model: DynamicDepth, tmp_path: Path) -> None:
 
 def test_a_pipeline_around_a_native_folder(model: DynamicDepth, tmp_path: Path) -> None:
     checkpoints.save(model, tmp_path / "transformer")
-    index = {"_class_name": "DynDiTPipeline", "transformer": ["dyndit.dynamic", "DynamicDepth"]}
+    index = {"_class_name": "DynDiTPipeline", "transformer": ["dyndit.models.dynamic", "DynamicDepth"]}
     (tmp_path / checkpoints.PIPELINE).write_text(json.dumps(index))
     assert same_model(dyndit.load(tmp_path), model)
 

@@ -12,9 +12,9 @@ from test_checkpoints import refused, same
 import dyndit
 from dyndit import checkpoints, model_card
 from dyndit.cli import main
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.formats import diffusers_folder, hub
+from dyndit.models.dynamic import DynamicDepth
 
 MAIN, OLD = "a" * 40, "b" * 40
 

@@ -15,15 +15,15 @@ from dyndit import checkpoints
 from dyndit.adapters import adapt
 from dyndit.analysis.extractors import Extractor, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
-from dyndit.backbones import ClassConditionalDiT, DiTConfig
 from dyndit.calibration import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
 from dyndit.cost import CostModel, PartTimes
 from dyndit.data import load_digits
 from dyndit.drawing import NativeDrawing, PipelineDrawing
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
-from dyndit.exits import ExitConfig, Exits
 from dyndit.formats.diffusers_names import to_native
+from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plan import DepthPlan
 from dyndit.plugin import DynDiTHandle, apply_dyndit
 from dyndit.routers.schedules import constant

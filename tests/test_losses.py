@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from dyndit.dynamic import DynamicDepth
-from dyndit.exits import ExitConfig, Exits
 from dyndit.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.objectives import Schedule, variational_bound
 
 SCHEDULE = Schedule()

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyndit.adapters import adapt
 from dyndit.analysis.macs import count_macs, flops, full_macs, model_macs, plan_macs, sampling_macs
-from dyndit.backbones import CARDS, ClassConditionalDiT, Inputs
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import HEADS, ExitConfig, Exits
 from dyndit.formats.diffusers_folder import to_diffusers
+from dyndit.models import CARDS, ClassConditionalDiT, Inputs
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plan import DepthPlan, own_exit
 from dyndit.routers.schedules import ramp
 from dyndit.runtime import compile_parts

@@ -17,10 +17,10 @@ from reference_dit import Architecture, Weights, positions, random_weights, refe
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.backbones import Backbone, ClassConditionalDiT, DiTConfig, State
-from dyndit.dynamic import DynamicDepth
-from dyndit.exits import HEADS, ExitConfig, Exits
 from dyndit.formats.diffusers_names import frequency_shift_of, from_native, match_frequencies, to_native
+from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, State
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.sampler import (
     SCHEDULE,
     Batch,

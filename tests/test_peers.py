@@ -22,9 +22,9 @@ from dyndit.analysis.peers.switch import Switch, TwoModels
 from dyndit.arms import Arm, Preparation
 from dyndit.comparison import Comparison, in_turn
 from dyndit.data import load_digits
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.experiment import Experiment, Inputs, settings_of
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.routers.schedules import ramp
 from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
@@ -47,7 +47,7 @@ ON = (
 )
 
 SMALL_RECIPE = """
-from dyndit.backbones import DiTConfig
+from dyndit.models import DiTConfig
 from dyndit.tasks import Train
 from dyndit.training import FitConfig
 
@@ -192,7 +192,7 @@ def test_share_of_stale_reuse(every: int, depth: int, guided: list[bool]) -> Non
 
 def test_a_step_between_adds_what_was_kept(model, make_inputs) -> None:
     """At the very inputs of the full step, the reused prediction is the full one's."""
-    from dyndit.dynamic import Step
+    from dyndit.models.dynamic import Step
 
     x, t, y = make_inputs(model.backbone)
     peer = DeepReuse(model, Stale(2, 3))
@@ -225,7 +225,7 @@ def test_the_forecast_of_what_is_linear_is_exact(slope: float, at: list[float]) 
 def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     """Residuals linear in that variable are forecast exactly; held, or in the other variable, they are not."""
     from dyndit.analysis.peers.stale import Kept
-    from dyndit.dynamic import Step
+    from dyndit.models.dynamic import Step
     from dyndit.sampler import SCHEDULE
 
     times = (999, 700, 450, 200)
@@ -474,7 +474,7 @@ def test_the_recipe_takes_every_peer() -> None:
 def test_on_the_digits_model(settings: type[PeerSettings], workshop, small) -> None:
     """Every peer runs on the trunk that ships, with the settings it is compared at (shorter training)."""
     import dyndit
-    from dyndit.exits import ExitConfig, Exits
+    from dyndit.models.exits import ExitConfig, Exits
 
     model = dyndit.load("digits")
     model = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig())).eval()

@@ -33,9 +33,9 @@ from dyndit.analysis.peers.layer_skip import LayerSkip
 from dyndit.analysis.peers.mag_cache import GUIDANCE, PICTURES, SEED, MagCache, magnitude_ratios
 from dyndit.analysis.peers.pyramid_attention import PyramidAttention
 from dyndit.analysis.peers.taylorseer import TaylorSeer
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
 from dyndit.formats.diffusers_folder import to_diffusers
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.sampler import Batch, Guidance, Trajectory, advance, balanced_labels, full_plan, sample, start
 

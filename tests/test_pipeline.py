@@ -19,10 +19,10 @@ from dyndit.analysis.fidelity import moments
 from dyndit.calibration import plan_on_table
 from dyndit.checkpoints import TABLE
 from dyndit.cost import CostModel, PartTimes
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.exits import ExitConfig, Exits
 from dyndit.latents import decode_latents
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.pipeline import DynDiTPipeline
 from dyndit.plan import DepthPlan
 from dyndit.routers.schedules import guidance_interval, ramp

@@ -15,14 +15,14 @@ from torch._dynamo.utils import counters
 
 import dyndit
 from dyndit.adapters import adapt
-from dyndit.backbones import ClassConditionalDiT, DiTConfig
 from dyndit.checkpoints import save_exits
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.exits import ExitConfig, Exits
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.formats.diffusers_names import match_frequencies, to_native
 from dyndit.latents import decode_latents
+from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plan import DepthPlan, own_exit
 from dyndit.plugin import HOOK, find_step
 from dyndit.routers.schedules import constant, ramp

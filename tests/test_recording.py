@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import dyndit
 from dyndit import checkpoints
 from dyndit.adapters import adapt
-from dyndit.backbones import Conditioning, Inputs
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import ExitConfig, Exits
 from dyndit.losses import exit_errors
+from dyndit.models import Conditioning, Inputs
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.recording import RecordedCalls, Recording, record_calls, record_sampling
 from dyndit.sampler import noise, sample, timesteps_of
 from dyndit.tasks import Distill, borrowed

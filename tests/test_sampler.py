@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from dyndit.backbones import State
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError, PlanError
+from dyndit.models import State
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import REUSED, DepthPlan, own_exit
 from dyndit.routers.schedules import ramp
 from dyndit.sampler import (

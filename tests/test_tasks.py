@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from dyndit import checkpoints
-from dyndit.backbones import Backbone, ClassConditionalDiT, DiTConfig, Inputs
-from dyndit.backbones.class_conditional import position_features
 from dyndit.data import Pictures, load_digits
-from dyndit.dynamic import DynamicDepth
 from dyndit.emphasis import Emphasis
 from dyndit.errors import InputError
-from dyndit.exits import HEADS, ExitConfig, Exits
 from dyndit.latents import LatentPictures
 from dyndit.losses import exit_errors
+from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, Inputs
+from dyndit.models.dit import position_features
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.objectives import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start

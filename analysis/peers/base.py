@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from dyndit.data import Pictures
-from dyndit.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 from dyndit.training import FitConfig
 

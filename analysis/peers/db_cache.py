@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from dyndit.analysis.peers.foreign import DiffusersCache, TransformerPeer
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth
 
 if TYPE_CHECKING:
     from dyndit.analysis.peers.base import Workshop

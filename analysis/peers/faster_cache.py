@@ -14,8 +14,8 @@ from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 from diffusers.utils import logging
 
 from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth, Step
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

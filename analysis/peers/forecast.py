@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dyndit.analysis.peers.base import grid
 from dyndit.analysis.peers.stale import Kept, Stale
-from dyndit.dynamic import Step
+from dyndit.models.dynamic import Step
 from dyndit.objectives import Schedule
 
 SCHEDULE = Schedule()

@@ -19,9 +19,9 @@ from diffusers.models import CacheMixin
 from torch import Tensor
 
 from dyndit.analysis.peers.base import Peer, PeerSettings
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError
 from dyndit.formats.diffusers_folder import to_diffusers
+from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plan import DepthPlan
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
 from dyndit.analysis.peers.base import grid
 from dyndit.analysis.peers.foreign import DiffusersCache
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plan import DepthPlan
 
 if TYPE_CHECKING:

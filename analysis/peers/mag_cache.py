@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dyndit.analysis.peers.base import grid
 from dyndit.analysis.peers.diffusers_full import DiffusersFull
 from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.sampler import balanced_labels, sample
 
 if TYPE_CHECKING:

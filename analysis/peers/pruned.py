@@ -15,10 +15,10 @@ import torch
 
 from dyndit import checkpoints
 from dyndit.analysis.peers.base import PeerSettings, Workshop, grid
-from dyndit.backbones import ClassConditionalDiT, Inputs
 from dyndit.data import Pictures
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
+from dyndit.models import ClassConditionalDiT, Inputs
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.objectives import Schedule
 from dyndit.plan import DepthPlan
 from dyndit.tasks import Match

@@ -12,8 +12,8 @@ from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_atten
 
 from dyndit.analysis.peers.base import grid
 from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth, Step
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
-from dyndit.backbones import Inputs
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plan import DepthPlan
 
 

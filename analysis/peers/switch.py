@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dyndit import checkpoints, recipe_files
 from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plan import DepthPlan
 from dyndit.tasks import Train
 

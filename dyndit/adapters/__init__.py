@@ -11,9 +11,9 @@ from functools import cache
 from torch import Tensor, nn
 
 from dyndit.adapters.base import Adapter
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import InputError
-from dyndit.exits import ExitConfig, Exits
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 
 __all__ = ["Adapter", "adapt", "adapters", "collect_exits"]
 

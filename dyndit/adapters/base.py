@@ -12,8 +12,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
-from dyndit.backbones.base import Backbone, Condition, Conditioning, Inputs
 from dyndit.errors import InputError
+from dyndit.models.base import Backbone, Condition, Conditioning, Inputs
 
 
 class Adapter(Backbone):

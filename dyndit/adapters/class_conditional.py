@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from dyndit.adapters.base import Adapter, join_patches
-from dyndit.backbones.base import Inputs, State
-from dyndit.backbones.class_conditional import FinalLayer
 from dyndit.errors import CheckpointError
 from dyndit.formats.diffusers_names import FREQUENCY_SHIFT, frequency_shift_of, to_native
+from dyndit.models.base import Inputs, State
+from dyndit.models.dit import FinalLayer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndit.adapters.base import Adapter, ContinuousHead
-from dyndit.backbones.base import Conditioning, State
+from dyndit.models.base import Conditioning, State
 
 
 @dataclass(frozen=True)

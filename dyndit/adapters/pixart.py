@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from dyndit.adapters.base import Adapter, TableHead, attention_bias, join_patches
-from dyndit.backbones.base import Conditioning, State
+from dyndit.models.base import Conditioning, State
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dyndit.errors import InputError
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from dyndit.dynamic import DynamicDepth
+    from dyndit.models.dynamic import DynamicDepth
     from dyndit.plan import DepthPlan
     from dyndit.routers.searched import ShiftTable
     from dyndit.routers.steps import Goal

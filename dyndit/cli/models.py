@@ -8,7 +8,7 @@ from dyndit.cli.flags import Positional
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
-    from dyndit.dynamic import DynamicDepth
+    from dyndit.models.dynamic import DynamicDepth
 
 
 def train(

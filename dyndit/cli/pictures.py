@@ -72,9 +72,9 @@ def sample(
 
     from dyndit import checkpoints, manifest
     from dyndit import sampler as sampling
-    from dyndit.backbones import tensors_hash
     from dyndit.calibration import table_for
     from dyndit.latents import decode_latents
+    from dyndit.models import tensors_hash
     from dyndit.progress import progress_bar
 
     manifest.check_device(device)

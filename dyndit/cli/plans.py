@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dyndit.analysis.extractors import Extractor
     from dyndit.data import Pictures
-    from dyndit.dynamic import DynamicDepth
+    from dyndit.models.dynamic import DynamicDepth
     from dyndit.plan import DepthPlan
     from dyndit.routers.searched import ShiftTable
 

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dyndit.backbones import ClassConditionalDiT, DiTConfig
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.formats.diffusers_names import (
     FREQUENCY_SHIFT,
@@ -39,6 +37,8 @@ from dyndit.formats.files import (
 )
 from dyndit.formats.native import CONFIG, EXITS, check_plans, read_exits, write_exits
 from dyndit.manifest import write_json
+from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

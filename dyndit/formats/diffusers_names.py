@@ -10,8 +10,8 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from dyndit.backbones.class_conditional import position_features
 from dyndit.errors import CheckpointError
+from dyndit.models.dit import position_features
 
 FREQUENCY_SHIFT = "_dyndit_frequency_shift"
 """Name in config.json of the shift that the weights were trained with; diffusers keeps it and passes it over."""

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dyndit.backbones import Backbone
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
+from dyndit.models import Backbone
+from dyndit.models.dynamic import DynamicDepth
 
 
 @dataclass(frozen=True)

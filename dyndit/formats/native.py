@@ -7,10 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dyndit.backbones import FAMILIES, Backbone, tensors_hash
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.exits import ExitConfig, Exits
 from dyndit.formats.files import (
     Loaded,
     built,
@@ -21,6 +18,9 @@ from dyndit.formats.files import (
     write_safetensors,
 )
 from dyndit.manifest import write_json
+from dyndit.models import FAMILIES, Backbone, tensors_hash
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plan import DepthPlan
 
 MODEL_FORMAT, EXITS_FORMAT, VERSION = "dyndit-model", "dyndit-exits", 1

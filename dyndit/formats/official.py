@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dyndit.backbones import CARDS, ClassConditionalDiT, DiTConfig
-from dyndit.dynamic import DynamicDepth
 from dyndit.errors import CheckpointError, InputError
 from dyndit.formats.files import Loaded, built, first_line, load_strictly, read_pickled, written_whole
+from dyndit.models import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
 
 
 def read(path: Path, num_heads: int | None = None) -> Loaded:

@@ -24,11 +24,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dyndit.backbones import Inputs
 from dyndit.drawing import CALIBRATION_SEED, batches_of
-from dyndit.dynamic import DynamicDepth, Step
 from dyndit.errors import CheckpointError, InputError
 from dyndit.manifest import write_json
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plan import DepthPlan
 from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
 

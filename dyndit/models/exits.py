@@ -9,9 +9,9 @@ from typing import Literal
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from dyndit.backbones import Backbone, State
-from dyndit.backbones.class_conditional import modulate
 from dyndit.errors import InputError
+from dyndit.models import Backbone, State
+from dyndit.models.dit import modulate
 
 HeadName = Literal["adaln-linear", "wide"]
 
@@ -124,7 +124,7 @@ class Exits(nn.Module):
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
         self.register_parameter("gains", None)
-        """Learned correction of forecasts, (E, 2, NUM_TERMS), where there is one (`dyndit.forecasts`)."""
+        """Learned correction of forecasts, (E, 2, NUM_TERMS), where there is one (`dyndit.models.forecasts`)."""
 
     def gains_of(self, depth: int) -> Tensor | None:
         """The correction of this exit's forecasts, (2, NUM_TERMS), where one was learned."""

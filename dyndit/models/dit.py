@@ -13,8 +13,8 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from dyndit.backbones.base import Backbone, State
 from dyndit.errors import InputError
+from dyndit.models.base import Backbone, State
 
 
 @dataclass(frozen=True)

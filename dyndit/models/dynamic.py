@@ -10,10 +10,10 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from dyndit.backbones import Backbone, Condition, Inputs, State, tensors_hash
 from dyndit.errors import InputError
-from dyndit.exits import Exits
-from dyndit.forecasts import forecast_gap, remembered
+from dyndit.models import Backbone, Condition, Inputs, State, tensors_hash
+from dyndit.models.exits import Exits
+from dyndit.models.forecasts import forecast_gap, remembered
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Backbones by the name that `config.json` records. A new family: one file, one line here."""
 
-from dyndit.backbones.base import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
-from dyndit.backbones.class_conditional import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.models.base import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
+from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
 
 FAMILIES: dict[str, type[Backbone]] = {ClassConditionalDiT.family: ClassConditionalDiT}
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.objectives import Schedule, variational_bound
+from dyndit.process import Schedule, variational_bound
 
 
 def denoising_loss(

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dyndit.errors import InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.objectives import Schedule
 from dyndit.plan import REUSED, DepthPlan, Router, guide_of
+from dyndit.process import Schedule
 
 SCHEDULE = Schedule()
 

@@ -24,7 +24,7 @@ from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig, I
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
-from dyndit.objectives import Schedule
+from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.training import FitConfig, FitResult, fit

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from dyndit.objectives import Schedule, discretised_gaussian_nll, gaussian_kl, variational_bound
+from dyndit.process import Schedule, discretised_gaussian_nll, gaussian_kl, variational_bound
 
 SCHEDULE = Schedule()
 

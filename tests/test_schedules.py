@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyndit.errors import InputError
-from dyndit.objectives import Schedule
 from dyndit.plan import DepthPlan
+from dyndit.process import Schedule
 from dyndit.routers.schedules import constant, guidance_interval, ramp, reversed_plan, switch
 
 NUM_BLOCKS = 12

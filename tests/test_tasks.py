@@ -18,7 +18,7 @@ from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, Inputs
 from dyndit.models.dit import position_features
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
-from dyndit.objectives import Schedule
+from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.tasks import Distill, Train, _Distillation, borrowed, exit_error_table

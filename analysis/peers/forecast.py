@@ -17,7 +17,7 @@ from torch import Tensor
 from dyndit.analysis.peers.base import grid
 from dyndit.analysis.peers.stale import Kept, Stale
 from dyndit.models.dynamic import Step
-from dyndit.objectives import Schedule
+from dyndit.process import Schedule
 
 SCHEDULE = Schedule()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyndit.objectives import Schedule
+from dyndit.process import Schedule
 
 NUM_TERMS = 4
 _SCHEDULE = Schedule()

@@ -7,8 +7,8 @@ wanted depths are rounded to the nearest of those.
 from dataclasses import replace
 
 from dyndit.errors import InputError
-from dyndit.objectives import Schedule
 from dyndit.plan import DepthPlan
+from dyndit.process import Schedule
 
 SCHEDULE = Schedule()
 

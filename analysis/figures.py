@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from dyndit.analysis.intervals import paired_interval
-from dyndit.plan import REUSED, guide_of, written, written_cond
+from dyndit.plans.plan import REUSED, guide_of, written, written_cond
 
 INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyndit.errors import InputError
 from dyndit.models import Condition, Conditioning, Inputs
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 from dyndit.sampler import sample
 
 

@@ -23,13 +23,13 @@ from dyndit.drawing import NativeDrawing
 from dyndit.errors import CheckpointError
 from dyndit.experiment import Experiment, Variant
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.refined import refined
+from dyndit.plans.schedules import constant, ramp, reversed_plan
+from dyndit.plans.search import Predictor, ShiftTable, search
+from dyndit.plans.step_counts import LatencyBudget
 from dyndit.progress import progress_bar
-from dyndit.routers.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals
-from dyndit.routers.refined import refined
-from dyndit.routers.schedules import constant, ramp, reversed_plan
-from dyndit.routers.searched import Predictor, ShiftTable, search
-from dyndit.routers.steps import LatencyBudget
 from dyndit.sampler import full_plan, unguided
 from dyndit.tasks import exit_error_table
 

@@ -20,14 +20,14 @@ from dyndit.analysis.latency import Reading, Repeats, paired_rounds, paired_time
 from dyndit.analysis.latency import summarise as summarise_times
 from dyndit.analysis.macs import flops, model_macs
 from dyndit.analysis.memory import MEANING, peak_memory
-from dyndit.cost import CostModel, measure_cost
 from dyndit.errors import InputError
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.latents import decode_latents, load_autoencoder
 from dyndit.models import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plan import DepthPlan
+from dyndit.plans.cost import CostModel, measure_cost
+from dyndit.plans.plan import DepthPlan
 from dyndit.plugin import apply_dyndit, remove_dyndit
 from dyndit.runtime import compile_parts
 from dyndit.sampler import Samples, balanced_labels, make_scheduler, picture_generator, sample

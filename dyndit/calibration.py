@@ -24,7 +24,6 @@ from dyndit.analysis.extractors import Extractor, as_rgb
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.analysis.intervals import Interval
 from dyndit.analysis.latency import paired_times, summarise
-from dyndit.cost import CostModel
 from dyndit.drawing import (
     CALIBRATION_SEED,
     Call,
@@ -36,11 +35,12 @@ from dyndit.drawing import (
 )
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import REUSED, DepthPlan, forecast, own_exit
+from dyndit.plans.cost import CostModel
+from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
+from dyndit.plans.refined import refined
+from dyndit.plans.search import Pair, ShiftTable, search
+from dyndit.plans.step_counts import Goal
 from dyndit.plugin import DynDiTHandle
-from dyndit.routers.refined import refined
-from dyndit.routers.searched import Pair, ShiftTable, search
-from dyndit.routers.steps import Goal
 from dyndit.sampler import SCHEDULE, AnySolver, balanced_labels, full_plan, sample, solver_name, to_uint8
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64

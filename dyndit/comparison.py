@@ -27,8 +27,8 @@ from dyndit.data import open_data
 from dyndit.errors import InputError
 from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.plans.confidence import ConfidentDepth
 from dyndit.progress import progress_bar
-from dyndit.routers.confidence import ConfidentDepth
 from dyndit.sampler import Samples, balanced_labels, sample
 
 

@@ -11,14 +11,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dyndit.cost import CostModel, measure_cost, measure_parts
 from dyndit.errors import InputError
 from dyndit.hooks import watching
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.cost import CostModel, measure_cost, measure_parts
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.search import Pair
 from dyndit.plugin import DynDiTHandle
-from dyndit.routers.searched import Pair
 from dyndit.sampler import (
     AnySolver,
     Batch,

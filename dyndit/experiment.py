@@ -11,7 +11,7 @@ import torch
 from dyndit.analysis.peers import PeerSettings
 from dyndit.calibration import STEP_GRID, CalibrationSettings
 from dyndit.data import Pictures
-from dyndit.routers.confidence import ConfidenceSettings
+from dyndit.plans.confidence import ConfidenceSettings
 from dyndit.tasks import Distill, Train
 
 

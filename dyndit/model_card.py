@@ -9,7 +9,7 @@ from dyndit.errors import InputError
 from dyndit.formats.native import TABLE, plans_in
 from dyndit.models import tensors_hash
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 CARD, PICTURE, RUNS = "README.md", "plans.png", "runs.csv"
 MARK = "<!-- Written by dyndit from the files beside it. Without this line dyndit leaves the card alone. -->"
@@ -121,7 +121,7 @@ def _plans(plans: Mapping[str, DepthPlan], folder: Path) -> str:
 def _features(folder: Path) -> str:
     if not (folder / TABLE).exists():
         return ""
-    from dyndit.routers.searched import ShiftTable
+    from dyndit.plans.search import ShiftTable
 
     table = ShiftTable.load(folder / TABLE)
     return (

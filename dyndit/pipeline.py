@@ -30,9 +30,9 @@ from torch import Tensor
 from dyndit.errors import InputError
 from dyndit.latents import decode_batch, load_autoencoder
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
-from dyndit.routers.schedules import guidance_interval as within_interval
-from dyndit.routers.searched import FILE, ShiftTable
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import guidance_interval as within_interval
+from dyndit.plans.search import FILE, ShiftTable
 from dyndit.sampler import (
     SOLVERS,
     Batch,
@@ -196,7 +196,7 @@ class DynDiTPipeline(DiffusionPipeline):
 
         guidance_scale: 1 is none. guided_channels: how many channels are guided, None for all; the published DiT
         guides 3 of 4. guidance_interval: noise levels (low, high] outside which there is no guidance, in the unit of
-        `dyndit.routers.guidance_interval`.
+        `dyndit.plans.guidance_interval`.
 
         Noise: `seed` gives picture i the noise of `dyndit.sample`'s picture first_index + i; `seeds`, one per picture,
         that of its picture 0 at each seed; `generator`, one for all or a list of one per picture, draws it, and a

@@ -32,7 +32,7 @@ from dyndit.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
-from dyndit.plan import DepthPlan, Router, guide_of
+from dyndit.plans.plan import DepthPlan, Router, guide_of
 from dyndit.sampler import solver_name
 
 HOOK = "dyndit_dynamic_depth"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dyndit.errors import InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plan import REUSED, DepthPlan, Router, guide_of
+from dyndit.plans.plan import REUSED, DepthPlan, Router, guide_of
 from dyndit.process import Schedule
 
 SCHEDULE = Schedule()

@@ -18,7 +18,7 @@ from dataclasses import replace
 from dyndit.analysis.peers.faster_cache import FasterCache
 from dyndit.analysis.peers.interval import GuidanceInterval
 from dyndit.calibration import CalibrationSettings
-from dyndit.plan import REUSED, forecast, own_exit
+from dyndit.plans.plan import REUSED, forecast, own_exit
 from dyndit.recipes.cifar10_peers import experiment as peers
 
 # The wide exit after 8 layers errs about as little as the plain ones after 9 to 11 do, which are left out. Below half

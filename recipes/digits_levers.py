@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from dyndit.calibration import CalibrationSettings
 from dyndit.experiment import Variant
+from dyndit.plans.confidence import ConfidenceSettings
 from dyndit.recipes.digits_peers import experiment as peers
-from dyndit.routers.confidence import ConfidenceSettings
 
 base = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)
 distill = peers.distill

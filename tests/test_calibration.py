@@ -18,13 +18,13 @@ from dyndit.calibration import (
     part_of,
     plan_on_table,
 )
-from dyndit.cost import measure_cost
 from dyndit.data import load_digits
 from dyndit.drawing import NativeDrawing
 from dyndit.errors import InputError
-from dyndit.plan import REUSED, guide_of
-from dyndit.routers.searched import Predictor, ShiftTable
-from dyndit.routers.steps import LatencyBudget
+from dyndit.plans.cost import measure_cost
+from dyndit.plans.plan import REUSED, guide_of
+from dyndit.plans.search import Predictor, ShiftTable
+from dyndit.plans.step_counts import LatencyBudget
 from dyndit.sampler import balanced_labels, full_plan, sample
 
 SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))

@@ -13,7 +13,7 @@ from test_latents import make_autoencoder
 
 import dyndit
 from dyndit.cli import VERBS, main
-from dyndit.routers.searched import SearchSettings, ShiftTable
+from dyndit.plans.search import SearchSettings, ShiftTable
 
 RECIPE = """
 from dyndit.models import DiTConfig
@@ -94,7 +94,7 @@ def test_steps_are_chosen_for_a_time_or_a_distance(workshop: Path, tmp_path: Pat
     import shutil
 
     quick = partial(SearchSettings, num_starts=1, num_kicks=0, evaluations=8)
-    monkeypatch.setattr("dyndit.routers.searched.SearchSettings", quick)
+    monkeypatch.setattr("dyndit.plans.search.SearchSettings", quick)
     monkeypatch.setattr("dyndit.calibration.measure_shifts", None)  # the table is there
     model = tmp_path / "model"
     shutil.copytree(workshop / "model", model)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
-from dyndit.routers.confidence import (
+from dyndit.plans.confidence import (
     ConfidenceSettings,
     ConfidentDepth,
     Signals,
@@ -20,7 +19,8 @@ from dyndit.routers.confidence import (
     record_signals,
     threshold,
 )
-from dyndit.routers.schedules import constant, ramp
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import constant, ramp
 from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
 
 DEPTHS, LABELS, STEPS = (1, 2, 4), [3, 1, 4, 1, 5, 9, 2], 4

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from dyndit import cost
-from dyndit.cost import CostModel, PartTimes, measure_cost
 from dyndit.models.exits import HEADS
-from dyndit.plan import REUSED
+from dyndit.plans import cost
+from dyndit.plans.cost import CostModel, PartTimes, measure_cost
+from dyndit.plans.plan import REUSED
 
 ONE = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125, exits={2: 4.0, 3: 2.0})
 COST = CostModel(8, num_blocks=4, one=ONE, two=replace(ONE, block=2.0, exit=1.0, exits={2: 8.0}), solver=16.0)

@@ -20,10 +20,10 @@ from dyndit.drawing import NativeDrawing
 from dyndit.errors import InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.forecasts import NUM_TERMS, GapRegression, Gaps, basis, forecast_gap, remembered
-from dyndit.plan import REUSED, DepthPlan, forecast, own_exit
+from dyndit.plans.learned import train_router
+from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
+from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.process import Schedule
-from dyndit.routers.learned import train_router
-from dyndit.routers.searched import Predictor, ShiftTable, search
 from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
 from dyndit.tasks import Distill
 

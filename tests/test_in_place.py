@@ -16,7 +16,6 @@ from dyndit.adapters import adapt
 from dyndit.analysis.extractors import Extractor, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.calibration import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
-from dyndit.cost import CostModel, PartTimes
 from dyndit.data import load_digits
 from dyndit.drawing import NativeDrawing, PipelineDrawing
 from dyndit.errors import InputError, PlanError
@@ -24,10 +23,11 @@ from dyndit.formats.diffusers_names import to_native
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plan import DepthPlan
+from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import constant
+from dyndit.plans.search import ShiftTable
 from dyndit.plugin import DynDiTHandle, apply_dyndit
-from dyndit.routers.schedules import constant
-from dyndit.routers.searched import ShiftTable
 from dyndit.sampler import make_scheduler, picture_generator, to_uint8
 
 DIT = "DiTTransformer2DModel"

@@ -13,8 +13,8 @@ from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models import CARDS, ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
-from dyndit.plan import DepthPlan, own_exit
-from dyndit.routers.schedules import ramp
+from dyndit.plans.plan import DepthPlan, own_exit
+from dyndit.plans.schedules import ramp
 from dyndit.runtime import compile_parts
 from dyndit.sampler import full_plan, sample
 

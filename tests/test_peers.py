@@ -25,8 +25,8 @@ from dyndit.data import load_digits
 from dyndit.errors import InputError
 from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
-from dyndit.routers.schedules import ramp
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import ramp
 from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
 from dyndit.tasks import Distill
 from dyndit.training import FitConfig

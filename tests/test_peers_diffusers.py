@@ -36,7 +36,7 @@ from dyndit.analysis.peers.taylorseer import TaylorSeer
 from dyndit.errors import InputError
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 from dyndit.sampler import Batch, Guidance, Trajectory, advance, balanced_labels, full_plan, sample, start
 
 STEPS, GUIDED = 10, 1.5

@@ -18,15 +18,15 @@ import dyndit
 from dyndit.analysis.fidelity import moments
 from dyndit.calibration import plan_on_table
 from dyndit.checkpoints import TABLE
-from dyndit.cost import CostModel, PartTimes
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.latents import decode_latents
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.pipeline import DynDiTPipeline
-from dyndit.plan import DepthPlan
-from dyndit.routers.schedules import guidance_interval, ramp
-from dyndit.routers.searched import FILE, ShiftTable
+from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import guidance_interval, ramp
+from dyndit.plans.search import FILE, ShiftTable
 from dyndit.sampler import SOLVERS, full_plan, make_scheduler, noise, sample, state_shape, unguided
 
 LABELS = [3, 1, 4, 9]

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dyndit.errors import PlanError
-from dyndit.plan import REUSED, DepthPlan, guide_of, own_exit, written
+from dyndit.plans.plan import REUSED, DepthPlan, guide_of, own_exit, written
 
 DEPTHS = (2, 4, 6)
 PLAN = DepthPlan((900, 500, 100), (2, 4, 6), (0, 2, 6), 6, "ddim", "hand", cfg_scale=1.5, trunk="aa", exits="bb")

@@ -23,9 +23,9 @@ from dyndit.latents import decode_latents
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plan import DepthPlan, own_exit
+from dyndit.plans.plan import DepthPlan, own_exit
+from dyndit.plans.schedules import constant, ramp
 from dyndit.plugin import HOOK, find_step
-from dyndit.routers.schedules import constant, ramp
 from dyndit.sampler import make_scheduler, noise, timesteps_of, to_uint8
 
 STEPS, SCALE, SEED = 5, 1.5, 3

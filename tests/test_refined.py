@@ -10,9 +10,9 @@ from test_searched import full_plan, random_table
 
 from dyndit.analysis.fidelity import Moments, frechet_distance
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
-from dyndit.routers.refined import refined
-from dyndit.routers.searched import Predictor, ShiftTable, search
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.refined import refined
+from dyndit.plans.search import Predictor, ShiftTable, search
 
 
 def additive(table: ShiftTable, full: DepthPlan) -> Callable[[DepthPlan], Moments]:

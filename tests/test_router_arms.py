@@ -14,8 +14,8 @@ from dyndit.calibration import CalibrationSettings
 from dyndit.comparison import Comparison
 from dyndit.data import load_digits
 from dyndit.experiment import Experiment, Inputs, Variant, settings_of
-from dyndit.routers.confidence import ConfidenceSettings, Thresholds
-from dyndit.routers.learned import LearnedSettings
+from dyndit.plans.confidence import ConfidenceSettings, Thresholds
+from dyndit.plans.learned import LearnedSettings
 from dyndit.tasks import Distill
 
 

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 from dyndit.errors import InputError, PlanError
 from dyndit.models import State
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import REUSED, DepthPlan, own_exit
-from dyndit.routers.schedules import ramp
+from dyndit.plans.plan import REUSED, DepthPlan, own_exit
+from dyndit.plans.schedules import ramp
 from dyndit.sampler import (
     SCHEDULE,
     SOLVERS,

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import constant, guidance_interval, ramp, reversed_plan, switch
 from dyndit.process import Schedule
-from dyndit.routers.schedules import constant, guidance_interval, ramp, reversed_plan, switch
 
 NUM_BLOCKS = 12
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndit.analysis.fidelity import frechet_distance, moments
-from dyndit.cost import CostModel, PartTimes
 from dyndit.errors import CheckpointError, InputError
-from dyndit.plan import REUSED, DepthPlan, own_exit
-from dyndit.routers.searched import Predictor, SearchSettings, ShiftTable, search
+from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.plans.plan import REUSED, DepthPlan, own_exit
+from dyndit.plans.search import Predictor, SearchSettings, ShiftTable, search
 
 NUM_BLOCKS = 4
 PARTS = PartTimes(embed=0.1, block=1.0, exit=0.1, head=0.1)

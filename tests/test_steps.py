@@ -12,9 +12,9 @@ from test_searched import NUM_BLOCKS, random_table
 
 from dyndit.analysis.fidelity import Moments, moments
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
-from dyndit.routers.searched import Predictor, ShiftTable, search
-from dyndit.routers.steps import LatencyBudget, TargetFD, frontier
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.search import Predictor, ShiftTable, search
+from dyndit.plans.step_counts import LatencyBudget, TargetFD, frontier
 from dyndit.sampler import timesteps_of
 
 COUNTS, REFERENCE = (2, 3, 4), 4

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 
 from dyndit.analysis.peers.base import PeerSettings, grid
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 NUM_TIMESTEPS, NUM_RANGES = 1000, 10
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 from dyndit.data import Pictures
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 from dyndit.training import FitConfig
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from dyndit.analysis.peers.foreign import DiffusersCache
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 
 @dataclass(frozen=True)

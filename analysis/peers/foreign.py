@@ -22,7 +22,7 @@ from dyndit.analysis.peers.base import Peer, PeerSettings
 from dyndit.errors import InputError
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from dyndit.analysis.peers.base import PeerSettings
-from dyndit.plan import DepthPlan
-from dyndit.routers.schedules import guidance_interval
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import guidance_interval
 
 
 @dataclass(frozen=True)

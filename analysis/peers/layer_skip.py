@@ -14,7 +14,7 @@ from dyndit.analysis.peers.base import grid
 from dyndit.analysis.peers.foreign import DiffusersCache
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

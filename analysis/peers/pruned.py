@@ -19,7 +19,7 @@ from dyndit.data import Pictures
 from dyndit.errors import InputError
 from dyndit.models import ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 from dyndit.process import Schedule
 from dyndit.tasks import Match
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from dyndit.analysis.peers.base import PeerSettings, grid
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 
 @dataclass(frozen=True)

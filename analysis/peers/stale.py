@@ -17,7 +17,7 @@ from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dyndit import checkpoints, recipe_files
 from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 from dyndit.tasks import Train
 
 

@@ -17,7 +17,7 @@ from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
 from dyndit.analysis.peers.foreign import DiffusersCache
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from dyndit.models.dynamic import DynamicDepth
-    from dyndit.plan import DepthPlan
-    from dyndit.routers.searched import ShiftTable
-    from dyndit.routers.steps import Goal
+    from dyndit.plans.plan import DepthPlan
+    from dyndit.plans.search import ShiftTable
+    from dyndit.plans.step_counts import Goal
 
 T = TypeVar("T")
 Positional = tyro.conf.Positional
@@ -59,8 +59,8 @@ def chosen_plan(
 ) -> "DepthPlan | None":
     """The plan the flags ask for; None is the full model."""
     from dyndit.calibration import plan_on_table
-    from dyndit.plan import DepthPlan
-    from dyndit.routers.schedules import ramp
+    from dyndit.plans.plan import DepthPlan
+    from dyndit.plans.schedules import ramp
     from dyndit.sampler import full_plan, timesteps_of
 
     given = [flag for flag in ("plan", "budget", "ramp") if getattr(depth, flag) is not None]
@@ -96,7 +96,7 @@ def stored_table(model: str) -> "ShiftTable":
         InputError: there is none.
     """
     from dyndit import checkpoints
-    from dyndit.routers.searched import ShiftTable
+    from dyndit.plans.search import ShiftTable
 
     path = Path(model) / checkpoints.TABLE
     if not path.exists():
@@ -121,7 +121,7 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
 
 def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":
     """What steps are to be chosen for; None where the flags leave them as given. others: flags it excludes."""
-    from dyndit.routers.steps import LatencyBudget, TargetFD
+    from dyndit.plans.step_counts import LatencyBudget, TargetFD
 
     wanted = {"latency-budget": choice.latency_budget, "target-fd": choice.target_fd}
     asked = [flag for flag, value in wanted.items() if value is not None]

@@ -22,7 +22,7 @@ from dyndit.cli.flags import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dyndit.plan import DepthPlan
+    from dyndit.plans.plan import DepthPlan
 
 
 def sample(
@@ -185,7 +185,7 @@ def _print_chosen(plan: "DepthPlan") -> None:
 
 
 def _print_stats(result: object) -> None:
-    from dyndit.plan import written, written_cond
+    from dyndit.plans.plan import written, written_cond
 
     plan = result.plan
     print("  step     t   cond uncond     ms")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from dyndit.analysis.extractors import Extractor
     from dyndit.data import Pictures
     from dyndit.models.dynamic import DynamicDepth
-    from dyndit.plan import DepthPlan
-    from dyndit.routers.searched import ShiftTable
+    from dyndit.plans.plan import DepthPlan
+    from dyndit.plans.search import ShiftTable
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def calibrate(
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
     """The table beside the model, where it is this model's at this guidance scale; says which it is."""
-    from dyndit.plan import REUSED
-    from dyndit.routers.searched import ShiftTable
+    from dyndit.plans.plan import REUSED
+    from dyndit.plans.search import ShiftTable
 
     if not path.exists():
         return None
@@ -246,7 +246,7 @@ def _spread(pictures: "Pictures", most: int) -> "Tensor":
 
 def _print_step_counts(table: "ShiftTable", plan: "DepthPlan") -> None:
     """What every step count could do in the chosen plan's time."""
-    from dyndit.routers.steps import frontier
+    from dyndit.plans.step_counts import frontier
 
     f = plan.figures
     share = f.get("latency_budget", f["predicted_share_of_reference"])

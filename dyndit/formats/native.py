@@ -21,7 +21,7 @@ from dyndit.manifest import write_json
 from dyndit.models import FAMILIES, Backbone, tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 
 MODEL_FORMAT, EXITS_FORMAT, VERSION = "dyndit-model", "dyndit-exits", 1
 CONFIG, TRUNK, EXITS = "config.json", "model.safetensors", "exits.safetensors"
@@ -163,7 +163,7 @@ def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
     Raises:
         CheckpointError: one of them cannot be read, or is of another trunk or other exits.
     """
-    from dyndit.routers.searched import ShiftTable  # the search brings the analysis along
+    from dyndit.plans.search import ShiftTable  # the search brings the analysis along
 
     trunk, exits = model.trunk_hash(), model.exits_hash()
     plans = plans_in(folder)

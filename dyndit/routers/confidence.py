@@ -29,7 +29,7 @@ from dyndit.errors import CheckpointError, InputError
 from dyndit.manifest import write_json
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
 
 FORMAT = "dyndit-thresholds"

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from dyndit.analysis.fidelity import Moments, frechet_distance
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
-from dyndit.routers.searched import Predictor, ShiftTable, search
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.search import Predictor, ShiftTable, search
 
 Measure = Callable[[DepthPlan], Moments]
 """Moments of the features of pictures drawn under a plan, on the table's own seeds."""

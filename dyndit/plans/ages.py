@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dyndit.routers.searched import Pair, ShiftTable
+    from dyndit.plans.search import Pair, ShiftTable
 
 
 class AgedEntries:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
-from dyndit.routers.searched import ShiftTable, search
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.search import ShiftTable, search
 from dyndit.sampler import SCHEDULE, AnySolver, solver_name, timesteps_of
 
 ROUTER = "chosen"

@@ -27,11 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dyndit.analysis.fidelity import FrechetTo, Moments
-from dyndit.cost import CostModel
 from dyndit.errors import CheckpointError, InputError
-from dyndit.plan import DepthPlan, Router, own_exit
-from dyndit.routers.ages import AgedEntries
-from dyndit.routers.schedules import ramp
+from dyndit.plans.ages import AgedEntries
+from dyndit.plans.cost import CostModel
+from dyndit.plans.plan import DepthPlan, Router, own_exit
+from dyndit.plans.schedules import ramp
 
 FORMAT = "dyndit-shift-table"
 VERSION = 1

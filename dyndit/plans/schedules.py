@@ -7,7 +7,7 @@ wanted depths are rounded to the nearest of those.
 from dataclasses import replace
 
 from dyndit.errors import InputError
-from dyndit.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan
 from dyndit.process import Schedule
 
 SCHEDULE = Schedule()

@@ -20,7 +20,7 @@ from dyndit.errors import InputError
 from dyndit.models import Condition, Conditioning, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
-from dyndit.sampler import sample
+from dyndit.sampling.sample import sample
 
 
 def flops(macs: int) -> int:

@@ -30,7 +30,7 @@ from dyndit.plans.schedules import constant, ramp, reversed_plan
 from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.progress import progress_bar
-from dyndit.sampler import full_plan, unguided
+from dyndit.sampling.sample import full_plan, unguided
 from dyndit.tasks import exit_error_table
 
 

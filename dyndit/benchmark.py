@@ -30,7 +30,7 @@ from dyndit.plans.cost import CostModel, measure_cost
 from dyndit.plans.plan import DepthPlan
 from dyndit.plugin import apply_dyndit, remove_dyndit
 from dyndit.runtime import compile_parts
-from dyndit.sampler import Samples, balanced_labels, make_scheduler, picture_generator, sample
+from dyndit.sampling.sample import Samples, balanced_labels, make_scheduler, picture_generator, sample
 
 RANDOM = "random:"
 """Before a card's name: a model of random weights, for times, which need no others."""

@@ -41,7 +41,7 @@ from dyndit.plans.refined import refined
 from dyndit.plans.search import Pair, ShiftTable, search
 from dyndit.plans.step_counts import Goal
 from dyndit.plugin import DynDiTHandle
-from dyndit.sampler import SCHEDULE, AnySolver, balanced_labels, full_plan, sample, solver_name, to_uint8
+from dyndit.sampling.sample import SCHEDULE, AnySolver, balanced_labels, full_plan, sample, solver_name, to_uint8
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
 STEP_GRID = (5, 7, 10, 14, 20)

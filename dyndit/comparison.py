@@ -29,7 +29,7 @@ from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.confidence import ConfidentDepth
 from dyndit.progress import progress_bar
-from dyndit.sampler import Samples, balanced_labels, sample
+from dyndit.sampling.sample import Samples, balanced_labels, sample
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:

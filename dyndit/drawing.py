@@ -19,7 +19,7 @@ from dyndit.plans.cost import CostModel, measure_cost, measure_parts
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import Pair
 from dyndit.plugin import DynDiTHandle
-from dyndit.sampler import (
+from dyndit.sampling.sample import (
     AnySolver,
     Batch,
     Guidance,

@@ -7,7 +7,7 @@
     diffusers.DiffusionPipeline.from_pretrained("pipe")        # once `from dyndit import DynDiTPipeline` was run
     DynDiTPipeline.from_pretrained("org/name")                 # from the hub
 
-Its sampling is `dyndit.sampler`'s loop, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
+Its sampling is `dyndit.sampling.sample`'s loop, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
 class: the base class would fetch neither exits nor shift table, and refuses.
 """
 
@@ -33,7 +33,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
 from dyndit.plans.search import FILE, ShiftTable
-from dyndit.sampler import (
+from dyndit.sampling.sample import (
     SOLVERS,
     Batch,
     Guidance,
@@ -96,7 +96,7 @@ class DynDiTPipeline(DiffusionPipeline):
     """Class labels to pictures, at the depths of a plan.
 
     transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any
-    noise-predicting scheduler on the training schedule (`dyndit.sampler.check_scheduler`); one of learned variance
+    noise-predicting scheduler on the training schedule (`dyndit.sampling.sample.check_scheduler`); one of learned variance
     gets the variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
     router: the shift table that `budget=` searches.
 
@@ -139,7 +139,7 @@ class DynDiTPipeline(DiffusionPipeline):
     ) -> "DynDiTPipeline":
         """A pipeline of a model, or of whatever `dyndit.load` takes; a shift table that lies there is its router.
 
-        solver: a name of `dyndit.sampler.SOLVERS`. vae: an autoencoder or its folder.
+        solver: a name of `dyndit.sampling.sample.SOLVERS`. vae: an autoencoder or its folder.
 
         Raises:
             InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).

@@ -33,7 +33,7 @@ from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan, Router, guide_of
-from dyndit.sampler import solver_name
+from dyndit.sampling.sample import solver_name
 
 HOOK = "dyndit_dynamic_depth"
 

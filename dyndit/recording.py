@@ -34,7 +34,7 @@ from dyndit.errors import InputError
 from dyndit.hooks import Target, transformer_of, watching
 from dyndit.models import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.sampler import Samples, sample
+from dyndit.sampling.sample import Samples, sample
 
 FORMAT, VERSION = "dyndit-call", "1"
 HOOK = "dyndit_recording"

@@ -26,7 +26,7 @@ from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
 from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
-from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
+from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.training import FitConfig, FitResult, fit
 from dyndit.trunks import trainable_copy, with_adapters
 

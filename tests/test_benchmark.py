@@ -16,7 +16,7 @@ from dyndit.analysis.macs import plan_macs
 from dyndit.benchmark import AGAIN, COLUMNS, FULL, NO_PLUGIN, Bench, Work, lines, measure, self_check, verdict
 from dyndit.errors import InputError
 from dyndit.plans.schedules import ramp
-from dyndit.sampler import full_plan
+from dyndit.sampling.sample import full_plan
 
 THREE = Repeats(rounds=3)
 

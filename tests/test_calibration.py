@@ -25,7 +25,7 @@ from dyndit.plans.cost import measure_cost
 from dyndit.plans.plan import REUSED, guide_of
 from dyndit.plans.search import Predictor, ShiftTable
 from dyndit.plans.step_counts import LatencyBudget
-from dyndit.sampler import balanced_labels, full_plan, sample
+from dyndit.sampling.sample import balanced_labels, full_plan, sample
 
 SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))
 

@@ -21,7 +21,7 @@ from dyndit.plans.confidence import (
 )
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant, ramp
-from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
+from dyndit.sampling.sample import Batch, Guidance, advance, full_plan, sample, start
 
 DEPTHS, LABELS, STEPS = (1, 2, 4), [3, 1, 4, 1, 5, 9, 2], 4
 SETTINGS = ConfidenceSettings(depths=DEPTHS, num_pictures=60, batch_size=30)

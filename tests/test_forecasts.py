@@ -24,7 +24,7 @@ from dyndit.plans.learned import train_router
 from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.process import Schedule
-from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
+from dyndit.sampling.sample import Batch, Guidance, advance, full_plan, sample, start
 from dyndit.tasks import Distill
 
 LOG_SNR = Schedule().log_snr_at

@@ -888,7 +888,7 @@ def test_the_card_says_what_the_files_say(furnished: Path, tmp_path: Path) -> No
     code = text.split("```python\n")[1].split("```")[0].replace("PATH_OR_HUB_ID", str(tmp_path / "out"))
     code = code.replace('"plan-', f'"{tmp_path}/out/plan-').replace("(999, 500)", "")
     plan = dyndit.DepthPlan.load(tmp_path / "out" / COMPANIONS[0])
-    from dyndit.sampler import timesteps_of
+    from dyndit.sampling.sample import timesteps_of
 
     replace(plan, timesteps=timesteps_of("ddim", 2)).save(tmp_path / "out" / COMPANIONS[0])
     found: dict = {}

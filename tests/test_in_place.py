@@ -28,7 +28,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant
 from dyndit.plans.search import ShiftTable
 from dyndit.plugin import DynDiTHandle, apply_dyndit
-from dyndit.sampler import make_scheduler, picture_generator, to_uint8
+from dyndit.sampling.sample import make_scheduler, picture_generator, to_uint8
 
 DIT = "DiTTransformer2DModel"
 NUM_STEPS, NUM_PICTURES, SEED = 4, 12, 5

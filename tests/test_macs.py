@@ -16,7 +16,7 @@ from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import ramp
 from dyndit.runtime import compile_parts
-from dyndit.sampler import full_plan, sample
+from dyndit.sampling.sample import full_plan, sample
 
 # Peebles and Xie 2022 (arXiv:2212.09748), Table 4 and appendix: "Gflops" at 256 px, which are multiply-accumulates.
 PUBLISHED = {

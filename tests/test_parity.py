@@ -21,7 +21,7 @@ from dyndit.formats.diffusers_names import frequency_shift_of, from_native, matc
 from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
-from dyndit.sampler import (
+from dyndit.sampling.sample import (
     SCHEDULE,
     Batch,
     Guidance,

@@ -27,7 +27,7 @@ from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
-from dyndit.sampler import Batch, Guidance, advance, full_plan, sample, start
+from dyndit.sampling.sample import Batch, Guidance, advance, full_plan, sample, start
 from dyndit.tasks import Distill
 from dyndit.training import FitConfig
 
@@ -226,7 +226,7 @@ def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     """Residuals linear in that variable are forecast exactly; held, or in the other variable, they are not."""
     from dyndit.analysis.peers.stale import Kept
     from dyndit.models.dynamic import Step
-    from dyndit.sampler import SCHEDULE
+    from dyndit.sampling.sample import SCHEDULE
 
     times = (999, 700, 450, 200)
     where = {

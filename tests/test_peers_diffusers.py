@@ -37,7 +37,7 @@ from dyndit.errors import InputError
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
-from dyndit.sampler import Batch, Guidance, Trajectory, advance, balanced_labels, full_plan, sample, start
+from dyndit.sampling.sample import Batch, Guidance, Trajectory, advance, balanced_labels, full_plan, sample, start
 
 STEPS, GUIDED = 10, 1.5
 NEEDS_CACHE_DIT = pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs the package cache-dit")

@@ -27,7 +27,7 @@ from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval, ramp
 from dyndit.plans.search import FILE, ShiftTable
-from dyndit.sampler import SOLVERS, full_plan, make_scheduler, noise, sample, state_shape, unguided
+from dyndit.sampling.sample import SOLVERS, full_plan, make_scheduler, noise, sample, state_shape, unguided
 
 LABELS = [3, 1, 4, 9]
 STEPS = 4

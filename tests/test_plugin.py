@@ -26,7 +26,7 @@ from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import constant, ramp
 from dyndit.plugin import HOOK, find_step
-from dyndit.sampler import make_scheduler, noise, timesteps_of, to_uint8
+from dyndit.sampling.sample import make_scheduler, noise, timesteps_of, to_uint8
 
 STEPS, SCALE, SEED = 5, 1.5, 3
 LABELS = [207, 360, 980]
@@ -88,7 +88,7 @@ def the_plan(cfg_scale: float = SCALE) -> DepthPlan:
 
 def draw(pipe: diffusers.DiTPipeline, guidance: float = SCALE, steps: int = STEPS, labels=LABELS) -> torch.Tensor:
     """Pictures (B, 3, H, W) in 0..1 from the pipeline's own call, noise as `dyndit.sample` draws it."""
-    generators = [dyndit.sampler.picture_generator(SEED, i) for i in range(len(labels))]
+    generators = [dyndit.sampling.sample.picture_generator(SEED, i) for i in range(len(labels))]
     return pipe(
         class_labels=labels,
         guidance_scale=guidance,
@@ -475,5 +475,5 @@ def test_every_step_is_found_in_any_precision(num_steps: int, dtype: torch.dtype
 
 
 def test_noise_is_that_of_the_sampler() -> None:
-    rows = [torch.randn((1, 4, 8, 8), generator=dyndit.sampler.picture_generator(SEED, i)) for i in range(2)]
+    rows = [torch.randn((1, 4, 8, 8), generator=dyndit.sampling.sample.picture_generator(SEED, i)) for i in range(2)]
     assert torch.equal(torch.cat(rows), noise(SEED, (0, 1), (4, 8, 8)))

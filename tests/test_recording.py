@@ -21,7 +21,7 @@ from dyndit.models import Conditioning, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.recording import RecordedCalls, Recording, record_calls, record_sampling
-from dyndit.sampler import noise, sample, timesteps_of
+from dyndit.sampling.sample import noise, sample, timesteps_of
 from dyndit.tasks import Distill, borrowed
 from dyndit.training import FitConfig
 

@@ -12,7 +12,7 @@ from dyndit.models import State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import REUSED, DepthPlan, own_exit
 from dyndit.plans.schedules import ramp
-from dyndit.sampler import (
+from dyndit.sampling.sample import (
     SCHEDULE,
     SOLVERS,
     Batch,
@@ -141,7 +141,7 @@ def test_log_snr_rises_along_every_schedule(solver: str) -> None:
 
 
 def test_clamping_keeps_noise_predictions_that_imply_legal_pixels(tiny_dynamic) -> None:
-    from dyndit.sampler import _clamp_x_0
+    from dyndit.sampling.sample import _clamp_x_0
 
     g = torch.Generator().manual_seed(0)
     x_0 = torch.rand(3, 1, 8, 8, generator=g) * 2 - 1

@@ -15,7 +15,7 @@ from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.plans.step_counts import LatencyBudget, TargetFD, frontier
-from dyndit.sampler import timesteps_of
+from dyndit.sampling.sample import timesteps_of
 
 COUNTS, REFERENCE = (2, 3, 4), 4
 

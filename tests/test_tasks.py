@@ -20,7 +20,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
-from dyndit.sampler import Batch, Guidance, advance, balanced_labels, full_plan, start
+from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.tasks import Distill, Train, _Distillation, borrowed, exit_error_table
 from dyndit.training import FitConfig, fit
 from dyndit.trunks import trainable_copy, with_adapters

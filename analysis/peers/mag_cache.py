@@ -19,7 +19,7 @@ from dyndit.analysis.peers.diffusers_full import DiffusersFull
 from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.sampler import balanced_labels, sample
+from dyndit.sampling.sample import balanced_labels, sample
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

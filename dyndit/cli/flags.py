@@ -61,7 +61,7 @@ def chosen_plan(
     from dyndit.calibration import plan_on_table
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.schedules import ramp
-    from dyndit.sampler import full_plan, timesteps_of
+    from dyndit.sampling.sample import full_plan, timesteps_of
 
     given = [flag for flag in ("plan", "budget", "ramp") if getattr(depth, flag) is not None]
     if len(given) > 1:

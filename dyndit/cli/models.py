@@ -176,8 +176,8 @@ def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
     """A sample grid on the way: DDIM, 20 steps, every class."""
     from dyndit.pictures import grid
-    from dyndit.sampler import balanced_labels
-    from dyndit.sampler import sample as draw
+    from dyndit.sampling.sample import balanced_labels
+    from dyndit.sampling.sample import sample as draw
 
     if model.pixel_space:
         labels = balanced_labels(40, model.backbone.num_classes)

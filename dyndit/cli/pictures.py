@@ -71,11 +71,11 @@ def sample(
     from rich.console import Console
 
     from dyndit import checkpoints, manifest
-    from dyndit import sampler as sampling
     from dyndit.calibration import table_for
     from dyndit.latents import decode_latents
     from dyndit.models import tensors_hash
     from dyndit.progress import progress_bar
+    from dyndit.sampling import sample as sampling
 
     manifest.check_device(device)
     goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, ramp=depth.ramp)

@@ -91,7 +91,7 @@ def calibrate(
     from dyndit.latents import decode_latents
     from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
-    from dyndit.sampler import make_scheduler, to_uint8
+    from dyndit.sampling.sample import make_scheduler, to_uint8
 
     goal = goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:

@@ -158,7 +158,7 @@ def bench(
     from dyndit import benchmark, checkpoints
     from dyndit.analysis.latency import Repeats
     from dyndit.manifest import check_device
-    from dyndit.sampler import full_plan, resolve_plan
+    from dyndit.sampling.sample import full_plan, resolve_plan
 
     check_device(device)
     if self_check:

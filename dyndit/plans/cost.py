@@ -11,7 +11,7 @@ import torch
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, guide_of
-from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
+from dyndit.sampling.sample import AnySolver, Batch, Guidance, advance, full_plan, start
 
 
 @dataclass(frozen=True)

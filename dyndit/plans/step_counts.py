@@ -15,7 +15,7 @@ import pandas as pd
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import ShiftTable, search
-from dyndit.sampler import SCHEDULE, AnySolver, solver_name, timesteps_of
+from dyndit.sampling.sample import SCHEDULE, AnySolver, solver_name, timesteps_of
 
 ROUTER = "chosen"
 

@@ -30,7 +30,7 @@ from dyndit.manifest import write_json
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan
-from dyndit.sampler import AnySolver, Batch, Guidance, advance, full_plan, start
+from dyndit.sampling.sample import AnySolver, Batch, Guidance, advance, full_plan, start
 
 FORMAT = "dyndit-thresholds"
 VERSION = 1

@@ -18,7 +18,6 @@ from dyndit.analysis.fidelity import Moments
 from dyndit.analysis.peers import PeerSettings, Workshop
 from dyndit.analysis.peers.random_plan import shuffled
 from dyndit.calibration import measure_bases, measure_moments, measure_shifts, part_of
-from dyndit.data import Pictures
 from dyndit.drawing import NativeDrawing
 from dyndit.errors import CheckpointError
 from dyndit.experiment import Experiment, Variant
@@ -31,7 +30,8 @@ from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.progress import progress_bar
 from dyndit.sampling.sample import full_plan, unguided
-from dyndit.tasks import exit_error_table
+from dyndit.training.data import Pictures
+from dyndit.training.distill import exit_error_table
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from dyndit.analysis.peers import Peer
 from dyndit.analysis.quality import score
 from dyndit.analysis.sets import PictureSet
 from dyndit.arms import Arm, Preparation, model_with_exits, plan_file
-from dyndit.data import open_data
 from dyndit.errors import InputError
 from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.confidence import ConfidentDepth
 from dyndit.progress import progress_bar
 from dyndit.sampling.sample import Samples, balanced_labels, sample
+from dyndit.training.data import open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:

@@ -10,9 +10,9 @@ import torch
 
 from dyndit.analysis.peers import PeerSettings
 from dyndit.calibration import STEP_GRID, CalibrationSettings
-from dyndit.data import Pictures
 from dyndit.plans.confidence import ConfidenceSettings
-from dyndit.tasks import Distill, Train
+from dyndit.training.data import Pictures
+from dyndit.training.distill import Distill, Train
 
 
 @dataclass(frozen=True)

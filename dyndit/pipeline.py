@@ -28,7 +28,6 @@ from PIL import Image
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.latents import decode_batch, load_autoencoder
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
@@ -44,6 +43,7 @@ from dyndit.sampling.sample import (
     state_shape,
     to_uint8,
 )
+from dyndit.training.latents import decode_batch, load_autoencoder
 
 # The table in which diffusers looks up how components that are none of its own models are saved and loaded.
 _COMPONENTS = {ShiftTable.__name__: ["save_pretrained", "from_pretrained"]}

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dyndit.analysis.extractors import PACKAGED_WEIGHTS, CifarVGG
-from dyndit.data import PictureFolder
 from dyndit.errors import InputError
 from dyndit.runtime import keep_freed_memory
+from dyndit.training.data import PictureFolder
 
 NUM_STEPS = 2_500
 BATCH_SIZE = 128

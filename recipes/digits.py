@@ -12,8 +12,8 @@ from dyndit.calibration import CalibrationSettings
 from dyndit.experiment import Experiment
 from dyndit.models import CARDS
 from dyndit.models.exits import ExitConfig
-from dyndit.tasks import Distill, Train
-from dyndit.training import FitConfig
+from dyndit.training.distill import Distill, Train
+from dyndit.training.fit import FitConfig
 
 train = Train(
     backbone=CARDS["digits"],

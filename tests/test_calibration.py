@@ -18,7 +18,6 @@ from dyndit.calibration import (
     part_of,
     plan_on_table,
 )
-from dyndit.data import load_digits
 from dyndit.drawing import NativeDrawing
 from dyndit.errors import InputError
 from dyndit.plans.cost import measure_cost
@@ -26,6 +25,7 @@ from dyndit.plans.plan import REUSED, guide_of
 from dyndit.plans.search import Predictor, ShiftTable
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.sampling.sample import balanced_labels, full_plan, sample
+from dyndit.training.data import load_digits
 
 SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))
 

@@ -20,8 +20,8 @@ from dyndit.models import DiTConfig
 from dyndit.calibration import CalibrationSettings
 from dyndit.models.exits import ExitConfig
 from dyndit.experiment import Controls, Experiment, Variant
-from dyndit.tasks import Distill, Train
-from dyndit.training import FitConfig
+from dyndit.training.distill import Distill, Train
+from dyndit.training.fit import FitConfig
 
 train = Train(
     backbone=DiTConfig(8, 4, 1, width=32, num_blocks=4, num_heads=2, num_classes=10),
@@ -251,7 +251,7 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     before = (out / "runs.csv").read_bytes()
     monkeypatch.setattr("dyndit.arms.measure_shifts", None)
     monkeypatch.setattr("dyndit.arms.measure_bases", None)
-    monkeypatch.setattr("dyndit.tasks.fit", None)
+    monkeypatch.setattr("dyndit.training.distill.fit", None)
     main(arguments)
     assert (out / "runs.csv").read_bytes() == before
     # Interrupted: only what is missing is measured.
@@ -273,7 +273,7 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
     changes += "full_points=(('ddim', 4), ('unipc', 2))"
     recipe.write_text(f"{RECIPE}\nfrom dataclasses import replace\nexperiment = replace(experiment, {changes})\n")
     monkeypatch.setattr("dyndit.arms.measure_shifts", None)
-    monkeypatch.setattr("dyndit.tasks.fit", None)
+    monkeypatch.setattr("dyndit.training.distill.fit", None)
     out = tmp_path / "run"
     main(["compare", str(recipe), "--out", str(out), "--model", str(workshop / "model")])
     tables = [folder / "shift-table.safetensors" for folder in (workshop / "model", out / "model")]
@@ -289,8 +289,8 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
 LATENT_RECIPE = """
 from dyndit.models import DiTConfig
 from dyndit.models.exits import ExitConfig
-from dyndit.tasks import Distill, Train
-from dyndit.training import FitConfig
+from dyndit.training.distill import Distill, Train
+from dyndit.training.fit import FitConfig
 
 fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
 train = Train(DiTConfig(16, 4, 4, width=32, num_blocks=2, num_heads=2, num_classes=2), fit)
@@ -322,8 +322,8 @@ def test_latents_from_pictures_to_pictures(tmp_path: Path) -> None:
 DIGIT_LATENTS = """
 from dyndit.models import DiTConfig
 from dyndit.models.exits import ExitConfig
-from dyndit.tasks import Distill, Train
-from dyndit.training import FitConfig
+from dyndit.training.distill import Distill, Train
+from dyndit.training.fit import FitConfig
 
 fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
 train = Train(DiTConfig(4, 2, 4, width=32, num_blocks=2, num_heads=2, num_classes=10), fit)

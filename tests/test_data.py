@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dyndit.data import PictureFolder, StepBatches, load_digits, open_data, read_picture
 from dyndit.errors import InputError
+from dyndit.training.data import PictureFolder, StepBatches, load_digits, open_data, read_picture
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options) -> Path:

@@ -25,7 +25,7 @@ from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.process import Schedule
 from dyndit.sampling.sample import Batch, Guidance, advance, full_plan, sample, start
-from dyndit.tasks import Distill
+from dyndit.training.distill import Distill
 
 LOG_SNR = Schedule().log_snr_at
 

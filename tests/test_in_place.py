@@ -16,7 +16,6 @@ from dyndit.adapters import adapt
 from dyndit.analysis.extractors import Extractor, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.calibration import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
-from dyndit.data import load_digits
 from dyndit.drawing import NativeDrawing, PipelineDrawing
 from dyndit.errors import InputError, PlanError
 from dyndit.formats.diffusers_names import to_native
@@ -29,6 +28,7 @@ from dyndit.plans.schedules import constant
 from dyndit.plans.search import ShiftTable
 from dyndit.plugin import DynDiTHandle, apply_dyndit
 from dyndit.sampling.sample import make_scheduler, picture_generator, to_uint8
+from dyndit.training.data import load_digits
 
 DIT = "DiTTransformer2DModel"
 NUM_STEPS, NUM_PICTURES, SEED = 4, 12, 5

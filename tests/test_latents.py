@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from dyndit.data import Pictures, load_digits
 from dyndit.errors import CheckpointError, InputError
-from dyndit.latents import decode_latents, encode_latents, load_autoencoder
-from dyndit.training import FitConfig, fit
+from dyndit.training.data import Pictures, load_digits
+from dyndit.training.fit import FitConfig, fit
+from dyndit.training.latents import decode_latents, encode_latents, load_autoencoder
 
 
 class Few(Pictures):

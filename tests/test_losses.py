@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from dyndit.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.process import Schedule, variational_bound
+from dyndit.training.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors
 
 SCHEDULE = Schedule()
 

@@ -21,15 +21,15 @@ from dyndit.analysis.peers.stale import DeepReuse, Stale
 from dyndit.analysis.peers.switch import Switch, TwoModels
 from dyndit.arms import Arm, Preparation
 from dyndit.comparison import Comparison, in_turn
-from dyndit.data import load_digits
 from dyndit.errors import InputError
 from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
 from dyndit.sampling.sample import Batch, Guidance, advance, full_plan, sample, start
-from dyndit.tasks import Distill
-from dyndit.training import FitConfig
+from dyndit.training.data import load_digits
+from dyndit.training.distill import Distill
+from dyndit.training.fit import FitConfig
 
 LABELS, STEPS = [3, 1, 4, 1, 5], 6
 FIT = FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
@@ -48,8 +48,8 @@ ON = (
 
 SMALL_RECIPE = """
 from dyndit.models import DiTConfig
-from dyndit.tasks import Train
-from dyndit.training import FitConfig
+from dyndit.training.distill import Train
+from dyndit.training.fit import FitConfig
 
 train = Train(
     DiTConfig(8, 4, 1, width=16, num_blocks=2, num_heads=2, num_classes=10),
@@ -311,7 +311,7 @@ def test_pruned_weights_are_trained_once_and_bound_to_their_trunk(model, make_mo
     assert any(
         not torch.equal(a, b) for a, b in zip(kept.parameters(), first.backbone.parameters(), strict=True)
     )  # fine-tuned, all through
-    monkeypatch.setattr("dyndit.tasks.fit", None)
+    monkeypatch.setattr("dyndit.training.distill.fit", None)
     again = settings.model(model, workshop)
     assert again.trunk_hash() == first.trunk_hash()
     with pytest.raises(TypeError):
@@ -319,7 +319,7 @@ def test_pruned_weights_are_trained_once_and_bound_to_their_trunk(model, make_mo
 
 
 def test_matching_brings_a_student_nearer(model, tmp_path: Path) -> None:
-    from dyndit.tasks import Match
+    from dyndit.training.distill import Match
 
     student = without_blocks(model, (0, 1, 3, 5))
     before = {name: p.clone() for name, p in model.backbone.named_parameters()}

@@ -19,7 +19,6 @@ from dyndit.checkpoints import save_exits
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.formats.diffusers_names import match_frequencies, to_native
-from dyndit.latents import decode_latents
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -27,6 +26,7 @@ from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import constant, ramp
 from dyndit.plugin import HOOK, find_step
 from dyndit.sampling.sample import make_scheduler, noise, timesteps_of, to_uint8
+from dyndit.training.latents import decode_latents
 
 STEPS, SCALE, SEED = 5, 1.5, 3
 LABELS = [207, 360, 980]

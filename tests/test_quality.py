@@ -16,8 +16,8 @@ from dyndit.analysis.frontier import read_runs
 from dyndit.analysis.quality import METRICS, evaluate, reference_statistics
 from dyndit.analysis.sets import save_statistics
 from dyndit.cli import main
-from dyndit.data import load_digits
 from dyndit.errors import InputError
+from dyndit.training.data import load_digits
 
 
 def digits(num: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 import dyndit
 from dyndit.convert import convert
-from dyndit.data import load_digits
+from dyndit.training.data import load_digits
 
 README = Path(__file__).parent.parent / "README.md"
 SHORT = "dyndit.Distill(fit=dyndit.FitConfig(steps=3, batch_size=4))"

@@ -16,14 +16,14 @@ import dyndit
 from dyndit import checkpoints
 from dyndit.adapters import adapt
 from dyndit.errors import InputError
-from dyndit.losses import exit_errors
 from dyndit.models import Conditioning, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.recording import RecordedCalls, Recording, record_calls, record_sampling
 from dyndit.sampling.sample import noise, sample, timesteps_of
-from dyndit.tasks import Distill, borrowed
-from dyndit.training import FitConfig
+from dyndit.training.distill import Distill, borrowed
+from dyndit.training.fit import FitConfig
+from dyndit.training.losses import exit_errors
 
 FAMILIES = sorted(TINY_PIPELINES)
 SHORT = FitConfig(steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=1, flip=False)

@@ -12,11 +12,11 @@ from dyndit.analysis.sets import PictureSet
 from dyndit.arms import Preparation
 from dyndit.calibration import CalibrationSettings
 from dyndit.comparison import Comparison
-from dyndit.data import load_digits
 from dyndit.experiment import Experiment, Inputs, Variant, settings_of
 from dyndit.plans.confidence import ConfidenceSettings, Thresholds
 from dyndit.plans.learned import LearnedSettings
-from dyndit.tasks import Distill
+from dyndit.training.data import load_digits
+from dyndit.training.distill import Distill
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from dyndit import checkpoints
-from dyndit.data import Pictures, load_digits
 from dyndit.emphasis import Emphasis
 from dyndit.errors import InputError
-from dyndit.latents import LatentPictures
-from dyndit.losses import exit_errors
 from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, Inputs
 from dyndit.models.dit import position_features
 from dyndit.models.dynamic import DynamicDepth
@@ -21,9 +18,12 @@ from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
-from dyndit.tasks import Distill, Train, _Distillation, borrowed, exit_error_table
-from dyndit.training import FitConfig, fit
-from dyndit.trunks import trainable_copy, with_adapters
+from dyndit.training.data import Pictures, load_digits
+from dyndit.training.distill import Distill, Train, _Distillation, borrowed, exit_error_table
+from dyndit.training.fit import FitConfig, fit
+from dyndit.training.latents import LatentPictures
+from dyndit.training.lora import trainable_copy, with_adapters
+from dyndit.training.losses import exit_errors
 
 DIGITS = load_digits()
 BACKBONE = DiTConfig(8, 4, 1, width=48, num_blocks=4, num_heads=2, num_classes=10)
@@ -512,7 +512,7 @@ def test_runs_that_were_begun_before_there_was_usage_go_on(
     trunk: DynamicDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("dyndit.tasks.fit", lambda *_, identity, **__: seen.append(identity) or 1 / 0)
+    monkeypatch.setattr("dyndit.training.distill.fit", lambda *_, identity, **__: seen.append(identity) or 1 / 0)
     for recipe in (DISTILL, replace(DISTILL, states="noised", hold=1.0)):
         with pytest.raises(ZeroDivisionError):
             recipe.run(trunk, DIGITS, tmp_path)

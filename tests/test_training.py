@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dyndit import training
-from dyndit.data import PictureFolder, load_digits
 from dyndit.errors import CheckpointError, InputError
-from dyndit.training import FitConfig, FitResult, fit
+from dyndit.training import fit as training
+from dyndit.training.data import PictureFolder, load_digits
+from dyndit.training.fit import FitConfig, FitResult, fit
 
 CONFIG = FitConfig(
     steps=12,
@@ -431,7 +431,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from dyndit.training import FitConfig, fit
+from dyndit.training.fit import FitConfig, fit
 
 class Plain:
     def __init__(self):
@@ -445,6 +445,6 @@ class Plain:
 task = Plain()
 config = FitConfig(steps=6, batch_size=16, learning_rate=1e-2, accumulation=2, log_every=2)
 # run
-from dyndit.data import load_digits
+from dyndit.training.data import load_digits
 fit(task, load_digits(), config, Path(sys.argv[1]), progress=False)
 """

@@ -9,10 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import ClassVar, Self
 
-from dyndit.data import Pictures
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
-from dyndit.training import FitConfig
+from dyndit.training.data import Pictures
+from dyndit.training.fit import FitConfig
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 
 from dyndit import checkpoints
 from dyndit.analysis.peers.base import PeerSettings, Workshop, grid
-from dyndit.data import Pictures
 from dyndit.errors import InputError
 from dyndit.models import ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.process import Schedule
-from dyndit.tasks import Match
+from dyndit.training.data import Pictures
+from dyndit.training.distill import Match
 
 
 @dataclass(frozen=True)

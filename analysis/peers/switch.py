@@ -17,7 +17,7 @@ from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan
-from dyndit.tasks import Train
+from dyndit.training.distill import Train
 
 
 @dataclass(frozen=True)

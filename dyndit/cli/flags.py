@@ -110,7 +110,7 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
     Raises:
         InputError: it makes latents, and no autoencoder is given.
     """
-    from dyndit.latents import load_autoencoder
+    from dyndit.training.latents import load_autoencoder
 
     if dynamic.pixel_space:
         return None

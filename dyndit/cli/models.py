@@ -40,7 +40,7 @@ def train(
 
     from dyndit import checkpoints, manifest
     from dyndit.recipe_files import find
-    from dyndit.tasks import Train
+    from dyndit.training.distill import Train
 
     chosen = find(recipe, "train", Train)
     with PartialState().main_process_first():  # latents are encoded once
@@ -100,7 +100,7 @@ def distill(
 
     from dyndit import checkpoints, manifest
     from dyndit.recipe_files import find
-    from dyndit.tasks import Distill, exit_error_table
+    from dyndit.training.distill import Distill, exit_error_table
 
     chosen = find(recipe, "distill", Distill)
     loaded = checkpoints.inspect(model, num_heads=num_heads)
@@ -158,7 +158,7 @@ def convert(
 
 
 def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, out: Path) -> object:
-    from dyndit.data import open_data
+    from dyndit.training.data import open_data
 
     if not spec:
         raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
@@ -166,7 +166,7 @@ def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, 
         raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
     if vae is None:
         return open_data(spec, None if spec == "digits" else image_size, channels)
-    from dyndit.latents import encode_latents, load_autoencoder
+    from dyndit.training.latents import encode_latents, load_autoencoder
 
     encoder = load_autoencoder(vae)
     factor = 2 ** (len(encoder.config.block_out_channels) - 1)

@@ -72,10 +72,10 @@ def sample(
 
     from dyndit import checkpoints, manifest
     from dyndit.calibration import table_for
-    from dyndit.latents import decode_latents
     from dyndit.models import tensors_hash
     from dyndit.progress import progress_bar
     from dyndit.sampling import sample as sampling
+    from dyndit.training.latents import decode_latents
 
     manifest.check_device(device)
     goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, ramp=depth.ramp)

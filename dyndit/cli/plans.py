@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dyndit.analysis.extractors import Extractor
-    from dyndit.data import Pictures
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.search import ShiftTable
+    from dyndit.training.data import Pictures
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def calibrate(
     from rich.console import Console
 
     from dyndit import calibration, checkpoints
-    from dyndit.latents import decode_latents
     from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
     from dyndit.sampling.sample import make_scheduler, to_uint8
+    from dyndit.training.latents import decode_latents
 
     goal = goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
@@ -230,7 +230,7 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> 
 
 def _real_pictures(measuring: Measuring, extractor: "Extractor", size: int, channels: int) -> "Tensor":
     """At most 5,000 pictures of the reference, as uint8."""
-    from dyndit.data import open_data
+    from dyndit.training.data import open_data
 
     spec = measuring.reference or ("digits" if extractor.name == "digits" else "")
     if not spec:

@@ -63,8 +63,8 @@ def evaluate(
     from dyndit.analysis.frontier import RUNS, row_of_samples
     from dyndit.analysis.quality import evaluate as compare
     from dyndit.analysis.quality import reference_statistics
-    from dyndit.data import open_data
     from dyndit.manifest import check_device
+    from dyndit.training.data import open_data
 
     check_device(device)
     real = open_data("digits").uint8() if reference == "digits" else Path(reference)

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from dyndit import checkpoints
 from dyndit.adapters import adapt
-from dyndit.data import Pictures
 from dyndit.errors import InputError
 from dyndit.hooks import Target, transformer_of
-from dyndit.latents import LatentPictures
-from dyndit.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors, halves
 from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig, Inputs, tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -27,8 +24,11 @@ from dyndit.models.forecasts import GapRegression
 from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
-from dyndit.training import FitConfig, FitResult, fit
-from dyndit.trunks import trainable_copy, with_adapters
+from dyndit.training.data import Pictures
+from dyndit.training.fit import FitConfig, FitResult, fit
+from dyndit.training.latents import LatentPictures
+from dyndit.training.lora import trainable_copy, with_adapters
+from dyndit.training.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors, halves
 
 Preview = Callable[[DynamicDepth, Path, int], None]
 

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.data import Pictures
 from dyndit.errors import CheckpointError, InputError
+from dyndit.training.data import Pictures
 
 
 @dataclass(frozen=True)

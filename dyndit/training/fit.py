@@ -35,8 +35,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dyndit.data import StepBatches
 from dyndit.errors import CheckpointError, InputError
+from dyndit.training.data import StepBatches
 
 Weights = dict[str, Tensor]
 

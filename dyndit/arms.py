@@ -17,8 +17,8 @@ from dyndit.analysis.features import Measured
 from dyndit.analysis.fidelity import Moments
 from dyndit.analysis.peers import PeerSettings, Workshop
 from dyndit.analysis.peers.random_plan import shuffled
-from dyndit.calibration import measure_bases, measure_moments, measure_shifts, part_of
-from dyndit.drawing import NativeDrawing
+from dyndit.calibration.calibrate import measure_bases, measure_moments, measure_shifts, part_of
+from dyndit.calibration.drawing import NativeDrawing
 from dyndit.errors import CheckpointError
 from dyndit.experiment import Experiment, Variant
 from dyndit.models.dynamic import DynamicDepth

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from dyndit.analysis.peers import PeerSettings
-from dyndit.calibration import STEP_GRID, CalibrationSettings
+from dyndit.calibration.calibrate import STEP_GRID, CalibrationSettings
 from dyndit.plans.confidence import ConfidenceSettings
 from dyndit.training.data import Pictures
 from dyndit.training.distill import Distill, Train

@@ -255,7 +255,7 @@ class DynDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: plan and budget are both given, there is no router, or a plan does not fit (PlanError).
         """
-        from dyndit.calibration import plan_on_table
+        from dyndit.calibration.calibrate import plan_on_table
 
         if plan is not None and budget is not None:
             raise InputError("plan and budget are both given; expected one of them")

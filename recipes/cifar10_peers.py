@@ -11,7 +11,7 @@ Not yet measured. Counted: about 1,500 steps of full depth with guidance for eac
 """
 
 from dyndit.analysis.peers import peers
-from dyndit.calibration import CalibrationSettings
+from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.experiment import Controls, Experiment
 from dyndit.recipes.cifar10 import distill, train
 

@@ -8,7 +8,7 @@
 `dyndit/assets/digits.safetensors` is what `train` gives, stored in half precision.
 """
 
-from dyndit.calibration import CalibrationSettings
+from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.experiment import Experiment
 from dyndit.models import CARDS
 from dyndit.models.exits import ExitConfig

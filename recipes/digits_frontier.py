@@ -5,7 +5,7 @@ dyndit compare digits_frontier --out runs/frontier               # resumable
 
 from dataclasses import replace
 
-from dyndit.calibration import CalibrationSettings
+from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.experiment import Controls
 from dyndit.recipes.digits import quickstart
 

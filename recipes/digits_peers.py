@@ -14,7 +14,7 @@ small model, pruned trunks). The result is in docs/results/peers.
 from dataclasses import replace
 
 from dyndit.analysis.peers import peers
-from dyndit.calibration import CalibrationSettings
+from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.experiment import Controls
 from dyndit.recipes.digits import quickstart
 

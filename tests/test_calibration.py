@@ -7,7 +7,7 @@ import torch
 
 from dyndit.analysis.extractors import as_rgb, load_extractor
 from dyndit.analysis.fidelity import frechet_distance, moments
-from dyndit.calibration import (
+from dyndit.calibration.calibrate import (
     CalibrationSettings,
     calibrate,
     calibrate_steps,
@@ -18,7 +18,7 @@ from dyndit.calibration import (
     part_of,
     plan_on_table,
 )
-from dyndit.drawing import NativeDrawing
+from dyndit.calibration.drawing import NativeDrawing
 from dyndit.errors import InputError
 from dyndit.plans.cost import measure_cost
 from dyndit.plans.plan import REUSED, guide_of
@@ -257,7 +257,7 @@ def test_cost_parts_are_positive_and_deeper_costs_more(model) -> None:
 
 def test_many_features_are_reduced_to_leading_components(model, extractor, monkeypatch) -> None:
     """As for Inception's 2,048: the table holds the directions, and says what it was measured with."""
-    from dyndit import calibration
+    from dyndit.calibration import calibrate as calibration
 
     monkeypatch.setattr(calibration, "MAX_FEATURES", 32)
     monkeypatch.setattr(calibration, "NUM_COMPONENTS", 8)

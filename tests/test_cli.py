@@ -17,7 +17,7 @@ from dyndit.plans.search import SearchSettings, ShiftTable
 
 RECIPE = """
 from dyndit.models import DiTConfig
-from dyndit.calibration import CalibrationSettings
+from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.models.exits import ExitConfig
 from dyndit.experiment import Controls, Experiment, Variant
 from dyndit.training.distill import Distill, Train
@@ -79,7 +79,7 @@ def test_distillation_leaves_the_trunk_alone(workshop: Path) -> None:
 
 
 def test_another_budget_needs_no_new_table(workshop: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("dyndit.calibration.measure_shifts", None)
+    monkeypatch.setattr("dyndit.calibration.calibrate.measure_shifts", None)
     out = workshop / "plan-08.json"
     main(["calibrate", str(workshop / "model"), "--budget", "0.8", "--steps", "6", "--out", str(out), "--json"])
     figures = last_json(capsys)
@@ -95,7 +95,7 @@ def test_steps_are_chosen_for_a_time_or_a_distance(workshop: Path, tmp_path: Pat
 
     quick = partial(SearchSettings, num_starts=1, num_kicks=0, evaluations=8)
     monkeypatch.setattr("dyndit.plans.search.SearchSettings", quick)
-    monkeypatch.setattr("dyndit.calibration.measure_shifts", None)  # the table is there
+    monkeypatch.setattr("dyndit.calibration.calibrate.measure_shifts", None)  # the table is there
     model = tmp_path / "model"
     shutil.copytree(workshop / "model", model)
     goal = ["--latency-budget", "0.6", "--reference-steps", "4"]

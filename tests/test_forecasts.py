@@ -15,8 +15,8 @@ from dyndit import checkpoints
 from dyndit.analysis.fidelity import Moments, moments
 from dyndit.analysis.figures import plan_figure, plan_map_figure
 from dyndit.analysis.macs import plan_macs, sampling_macs
-from dyndit.calibration import CalibrationSettings, forecast_pairs, measure_shifts
-from dyndit.drawing import NativeDrawing
+from dyndit.calibration.calibrate import CalibrationSettings, forecast_pairs, measure_shifts
+from dyndit.calibration.drawing import NativeDrawing
 from dyndit.errors import InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.forecasts import NUM_TERMS, GapRegression, Gaps, basis, forecast_gap, remembered

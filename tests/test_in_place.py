@@ -15,8 +15,8 @@ from dyndit import checkpoints
 from dyndit.adapters import adapt
 from dyndit.analysis.extractors import Extractor, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
-from dyndit.calibration import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
-from dyndit.drawing import NativeDrawing, PipelineDrawing
+from dyndit.calibration.calibrate import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
+from dyndit.calibration.drawing import NativeDrawing, PipelineDrawing
 from dyndit.errors import InputError, PlanError
 from dyndit.formats.diffusers_names import to_native
 from dyndit.models import ClassConditionalDiT, DiTConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dyndit
 from dyndit.analysis.fidelity import moments
-from dyndit.calibration import plan_on_table
+from dyndit.calibration.calibrate import plan_on_table
 from dyndit.checkpoints import TABLE
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth

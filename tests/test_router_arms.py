@@ -10,7 +10,7 @@ from dyndit.analysis.extractors import load_extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.sets import PictureSet
 from dyndit.arms import Preparation
-from dyndit.calibration import CalibrationSettings
+from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.comparison import Comparison
 from dyndit.experiment import Experiment, Inputs, Variant, settings_of
 from dyndit.plans.confidence import ConfidenceSettings, Thresholds

@@ -58,7 +58,7 @@ def chosen_plan(
     dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int, cfg_scale: float
 ) -> "DepthPlan | None":
     """The plan the flags ask for; None is the full model."""
-    from dyndit.calibration import plan_on_table
+    from dyndit.calibration.calibrate import plan_on_table
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.schedules import ramp
     from dyndit.sampling.sample import full_plan, timesteps_of

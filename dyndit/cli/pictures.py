@@ -71,7 +71,7 @@ def sample(
     from rich.console import Console
 
     from dyndit import checkpoints, manifest
-    from dyndit.calibration import table_for
+    from dyndit.calibration.calibrate import table_for
     from dyndit.models import tensors_hash
     from dyndit.progress import progress_bar
     from dyndit.sampling import sample as sampling

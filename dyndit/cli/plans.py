@@ -87,7 +87,8 @@ def calibrate(
     """
     from rich.console import Console
 
-    from dyndit import calibration, checkpoints
+    from dyndit import checkpoints
+    from dyndit.calibration import calibrate as calibration
     from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
     from dyndit.sampling.sample import make_scheduler, to_uint8

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dyndit.drawing import CALIBRATION_SEED, batches_of
+from dyndit.calibration.drawing import CALIBRATION_SEED, batches_of
 from dyndit.errors import CheckpointError, InputError
 from dyndit.manifest import write_json
 from dyndit.models import Inputs

@@ -24,7 +24,7 @@ from dyndit.analysis.extractors import Extractor, as_rgb
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.analysis.intervals import Interval
 from dyndit.analysis.latency import paired_times, summarise
-from dyndit.drawing import (
+from dyndit.calibration.drawing import (
     CALIBRATION_SEED,
     Call,
     Drawing,

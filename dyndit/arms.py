@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from dyndit import checkpoints
 from dyndit.analysis.extractors import Extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.fidelity import Moments
@@ -30,6 +29,7 @@ from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.progress import progress_bar
 from dyndit.sampling.sample import full_plan, unguided
+from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.distill import exit_error_table
 

@@ -21,7 +21,6 @@ from dyndit.analysis.latency import summarise as summarise_times
 from dyndit.analysis.macs import flops, model_macs
 from dyndit.analysis.memory import MEANING, peak_memory
 from dyndit.errors import InputError
-from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -30,6 +29,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plugin import apply_dyndit, remove_dyndit
 from dyndit.runtime import compile_parts
 from dyndit.sampling.sample import Samples, balanced_labels, make_scheduler, picture_generator, sample
+from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.training.latents import decode_latents, load_autoencoder
 
 RANDOM = "random:"

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from dyndit import checkpoints, manifest
+from dyndit import manifest
 from dyndit.analysis.extractors import load_extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.frontier import COLUMNS, RUNS, append_run, measured
@@ -29,6 +29,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.confidence import ConfidentDepth
 from dyndit.progress import progress_bar
 from dyndit.sampling.sample import Samples, balanced_labels, sample
+from dyndit.storage import load as checkpoints
 from dyndit.training.data import open_data
 
 

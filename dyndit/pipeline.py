@@ -144,7 +144,7 @@ class DynDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
         """
-        from dyndit import checkpoints
+        from dyndit.storage import load as checkpoints
 
         if solver not in SOLVERS:
             raise InputError(f"solver {solver}: expected one of {', '.join(SOLVERS)}")

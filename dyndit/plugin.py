@@ -26,7 +26,6 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from dyndit.adapters import Adapter, adapt
-from dyndit.checkpoints import EXITS, load_exits
 from dyndit.errors import InputError, PlanError
 from dyndit.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.models import Inputs
@@ -34,6 +33,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan, Router, guide_of
 from dyndit.sampling.sample import solver_name
+from dyndit.storage.load import EXITS, load_exits
 
 HOOK = "dyndit_dynamic_depth"
 

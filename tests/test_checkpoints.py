@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dyndit
-from dyndit import checkpoints
-from dyndit.checkpoints import CONFIG, EXITS, TRUNK
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS
+from dyndit.storage import load as checkpoints
+from dyndit.storage.load import CONFIG, EXITS, TRUNK
 
 Weights = dict[str, Tensor]
 

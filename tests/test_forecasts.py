@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from test_searched import COST, NUM_BLOCKS, random_table
 from test_searched import full_plan as table_plan
 
-from dyndit import checkpoints
 from dyndit.analysis.fidelity import Moments, moments
 from dyndit.analysis.figures import plan_figure, plan_map_figure
 from dyndit.analysis.macs import plan_macs, sampling_macs
@@ -25,6 +24,7 @@ from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plans.search import Predictor, ShiftTable, search
 from dyndit.process import Schedule
 from dyndit.sampling.sample import Batch, Guidance, advance, full_plan, sample, start
+from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
 
 LOG_SNR = Schedule().log_snr_at

@@ -21,16 +21,17 @@ from test_searched import random_table
 from torch import Tensor, nn
 
 import dyndit
-from dyndit import checkpoints, model_card
 from dyndit.adapters import adapt
 from dyndit.cli import main
-from dyndit.convert import convert
 from dyndit.errors import CheckpointError, InputError
-from dyndit.formats import diffusers_folder, official
-from dyndit.formats.diffusers_folder import FREQUENCY_SHIFT, WEIGHTS, from_diffusers, to_diffusers
-from dyndit.formats.diffusers_names import frequency_shift_of
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.storage import card as model_card
+from dyndit.storage import diffusers_folder, official
+from dyndit.storage import load as checkpoints
+from dyndit.storage.convert import convert
+from dyndit.storage.diffusers_folder import FREQUENCY_SHIFT, WEIGHTS, from_diffusers, to_diffusers
+from dyndit.storage.names import frequency_shift_of
 
 SAFE = f"{WEIGHTS}.safetensors"
 CONFIGS = [
@@ -371,8 +372,8 @@ def test_what_others_write_half_is_not_there(model: DynamicDepth, tmp_path: Path
     """A full disk in the middle: nothing appears, nothing stays behind."""
     checkpoints.save(model, tmp_path / "native")
     for to, function in (
-        ("native", "dyndit.model_card.write"),
-        ("diffusers", "dyndit.formats.diffusers_folder.write_exits"),
+        ("native", "dyndit.storage.card.write"),
+        ("diffusers", "dyndit.storage.diffusers_folder.write_exits"),
         ("official", "torch.save"),
     ):
 

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from test_checkpoints import refused, same
 
 import dyndit
-from dyndit import checkpoints, model_card
 from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
-from dyndit.formats import diffusers_folder, hub
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.storage import card as model_card
+from dyndit.storage import diffusers_folder, hub
+from dyndit.storage import load as checkpoints
 
 MAIN, OLD = "a" * 40, "b" * 40
 

@@ -11,14 +11,12 @@ from tiny_pipelines import TINY_PIPELINES, TinyPipeline, randomise, tiny_pipelin
 from torch import Tensor, nn
 
 import dyndit
-from dyndit import checkpoints
 from dyndit.adapters import adapt
 from dyndit.analysis.extractors import Extractor, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.calibration.calibrate import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
 from dyndit.calibration.drawing import NativeDrawing, PipelineDrawing
 from dyndit.errors import InputError, PlanError
-from dyndit.formats.diffusers_names import to_native
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -28,6 +26,8 @@ from dyndit.plans.schedules import constant
 from dyndit.plans.search import ShiftTable
 from dyndit.plugin import DynDiTHandle, apply_dyndit
 from dyndit.sampling.sample import make_scheduler, picture_generator, to_uint8
+from dyndit.storage import load as checkpoints
+from dyndit.storage.names import to_native
 from dyndit.training.data import load_digits
 
 DIT = "DiTTransformer2DModel"

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyndit.adapters import adapt
 from dyndit.analysis.macs import count_macs, flops, full_macs, model_macs, plan_macs, sampling_macs
 from dyndit.errors import InputError
-from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models import CARDS, ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
@@ -17,6 +16,7 @@ from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import ramp
 from dyndit.runtime import compile_parts
 from dyndit.sampling.sample import full_plan, sample
+from dyndit.storage.diffusers_folder import to_diffusers
 
 # Peebles and Xie 2022 (arXiv:2212.09748), Table 4 and appendix: "Gflops" at 256 px, which are multiply-accumulates.
 PUBLISHED = {

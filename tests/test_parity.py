@@ -17,7 +17,6 @@ from reference_dit import Architecture, Weights, positions, random_weights, refe
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.formats.diffusers_names import frequency_shift_of, from_native, match_frequencies, to_native
 from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
@@ -32,6 +31,7 @@ from dyndit.sampling.sample import (
     picture_generator,
     timesteps_of,
 )
+from dyndit.storage.names import frequency_shift_of, from_native, match_frequencies, to_native
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 

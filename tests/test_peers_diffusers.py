@@ -34,10 +34,10 @@ from dyndit.analysis.peers.mag_cache import GUIDANCE, PICTURES, SEED, MagCache, 
 from dyndit.analysis.peers.pyramid_attention import PyramidAttention
 from dyndit.analysis.peers.taylorseer import TaylorSeer
 from dyndit.errors import InputError
-from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.sample import Batch, Guidance, Trajectory, advance, balanced_labels, full_plan, sample, start
+from dyndit.storage.diffusers_folder import to_diffusers
 
 STEPS, GUIDED = 10, 1.5
 NEEDS_CACHE_DIT = pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs the package cache-dit")

@@ -17,7 +17,6 @@ from torch import Tensor
 import dyndit
 from dyndit.analysis.fidelity import moments
 from dyndit.calibration.calibrate import plan_on_table
-from dyndit.checkpoints import TABLE
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -27,6 +26,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval, ramp
 from dyndit.plans.search import FILE, ShiftTable
 from dyndit.sampling.sample import SOLVERS, full_plan, make_scheduler, noise, sample, state_shape, unguided
+from dyndit.storage.load import TABLE
 from dyndit.training.latents import decode_latents
 
 LABELS = [3, 1, 4, 9]

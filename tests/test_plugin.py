@@ -15,10 +15,7 @@ from torch._dynamo.utils import counters
 
 import dyndit
 from dyndit.adapters import adapt
-from dyndit.checkpoints import save_exits
 from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.formats.diffusers_folder import to_diffusers
-from dyndit.formats.diffusers_names import match_frequencies, to_native
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -26,6 +23,9 @@ from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import constant, ramp
 from dyndit.plugin import HOOK, find_step
 from dyndit.sampling.sample import make_scheduler, noise, timesteps_of, to_uint8
+from dyndit.storage.diffusers_folder import to_diffusers
+from dyndit.storage.load import save_exits
+from dyndit.storage.names import match_frequencies, to_native
 from dyndit.training.latents import decode_latents
 
 STEPS, SCALE, SEED = 5, 1.5, 3

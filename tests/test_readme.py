@@ -12,7 +12,7 @@ from tiny_pipelines import tiny_pipeline
 from torch import nn
 
 import dyndit
-from dyndit.convert import convert
+from dyndit.storage.convert import convert
 from dyndit.training.data import load_digits
 
 README = Path(__file__).parent.parent / "README.md"

@@ -13,7 +13,6 @@ from tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
 from torch import Tensor, nn
 
 import dyndit
-from dyndit import checkpoints
 from dyndit.adapters import adapt
 from dyndit.errors import InputError
 from dyndit.models import Conditioning, Inputs
@@ -21,6 +20,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.recording import RecordedCalls, Recording, record_calls, record_sampling
 from dyndit.sampling.sample import noise, sample, timesteps_of
+from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill, borrowed
 from dyndit.training.fit import FitConfig
 from dyndit.training.losses import exit_errors

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyndit import checkpoints
 from dyndit.emphasis import Emphasis
 from dyndit.errors import InputError
 from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, Inputs
@@ -18,6 +17,7 @@ from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
+from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures, load_digits
 from dyndit.training.distill import Distill, Train, _Distillation, borrowed, exit_error_table
 from dyndit.training.fit import FitConfig, fit

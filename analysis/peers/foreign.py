@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dyndit.analysis.peers.base import Peer, PeerSettings
 from dyndit.errors import InputError
-from dyndit.formats.diffusers_folder import to_diffusers
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan
+from dyndit.storage.diffusers_folder import to_diffusers
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

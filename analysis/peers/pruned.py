@@ -13,13 +13,13 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from dyndit import checkpoints
 from dyndit.analysis.peers.base import PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models import ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.process import Schedule
+from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.distill import Match
 

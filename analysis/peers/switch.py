@@ -12,11 +12,12 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from dyndit import checkpoints, recipe_files
+from dyndit import recipe_files
 from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan
+from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Train
 
 

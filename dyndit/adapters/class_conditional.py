@@ -11,9 +11,9 @@ from torch.nn.functional import silu
 
 from dyndit.adapters.base import Adapter, join_patches
 from dyndit.errors import CheckpointError
-from dyndit.formats.diffusers_names import FREQUENCY_SHIFT, frequency_shift_of, to_native
 from dyndit.models.base import Inputs, State
 from dyndit.models.dit import FinalLayer
+from dyndit.storage.names import FREQUENCY_SHIFT, frequency_shift_of, to_native
 
 
 @dataclass(frozen=True)

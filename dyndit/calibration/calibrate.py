@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dyndit import checkpoints
 from dyndit.analysis.extractors import Extractor, as_rgb
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.analysis.intervals import Interval
@@ -42,6 +41,7 @@ from dyndit.plans.search import Pair, ShiftTable, search
 from dyndit.plans.step_counts import Goal
 from dyndit.plugin import DynDiTHandle
 from dyndit.sampling.sample import SCHEDULE, AnySolver, balanced_labels, full_plan, sample, solver_name, to_uint8
+from dyndit.storage import load as checkpoints
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
 STEP_GRID = (5, 7, 10, 14, 20)

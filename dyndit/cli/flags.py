@@ -95,8 +95,8 @@ def stored_table(model: str) -> "ShiftTable":
     Raises:
         InputError: there is none.
     """
-    from dyndit import checkpoints
     from dyndit.plans.search import ShiftTable
+    from dyndit.storage import load as checkpoints
 
     path = Path(model) / checkpoints.TABLE
     if not path.exists():

@@ -38,8 +38,9 @@ def train(
     """
     from accelerate import PartialState
 
-    from dyndit import checkpoints, manifest
+    from dyndit import manifest
     from dyndit.recipe_files import find
+    from dyndit.storage import load as checkpoints
     from dyndit.training.distill import Train
 
     chosen = find(recipe, "train", Train)
@@ -98,8 +99,9 @@ def distill(
     """
     from accelerate import PartialState
 
-    from dyndit import checkpoints, manifest
+    from dyndit import manifest
     from dyndit.recipe_files import find
+    from dyndit.storage import load as checkpoints
     from dyndit.training.distill import Distill, exit_error_table
 
     chosen = find(recipe, "distill", Distill)
@@ -150,7 +152,7 @@ def convert(
         num_heads: Attention heads of a .pt whose width does not tell them.
         revision: Branch, tag or commit of a hub id.
     """
-    from dyndit.convert import convert as convert_model
+    from dyndit.storage.convert import convert as convert_model
 
     for note in convert_model(source, target, to, num_heads=num_heads, revision=revision):
         print(note)

@@ -70,11 +70,12 @@ def sample(
     """
     from rich.console import Console
 
-    from dyndit import checkpoints, manifest
+    from dyndit import manifest
     from dyndit.calibration.calibrate import table_for
     from dyndit.models import tensors_hash
     from dyndit.progress import progress_bar
     from dyndit.sampling import sample as sampling
+    from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
     manifest.check_device(device)

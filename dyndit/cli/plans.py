@@ -87,11 +87,11 @@ def calibrate(
     """
     from rich.console import Console
 
-    from dyndit import checkpoints
     from dyndit.calibration import calibrate as calibration
     from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
     from dyndit.sampling.sample import make_scheduler, to_uint8
+    from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
     goal = goal_of(choice, steps, budget=budget)

@@ -155,10 +155,11 @@ def bench(
     """
     import torch
 
-    from dyndit import benchmark, checkpoints
+    from dyndit import benchmark
     from dyndit.analysis.latency import Repeats
     from dyndit.manifest import check_device
     from dyndit.sampling.sample import full_plan, resolve_plan
+    from dyndit.storage import load as checkpoints
 
     check_device(device)
     if self_check:

@@ -51,7 +51,7 @@ class DynamicDepth(ModelMixin):
     """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
 
     A `ModelMixin`, so that pipelines of diffusers save and load it among their components; how it is stored is
-    `dyndit.checkpoints`' native folder.
+    `dyndit.storage.load`' native folder.
     """
 
     def __init__(self, backbone: Backbone, exits: Exits | None = None, *, pixel_space: bool = True) -> None:
@@ -180,7 +180,8 @@ class DynamicDepth(ModelMixin):
             InputError: the trunk is an adapter's: its own library saves it.
             CheckpointError: the hub refuses.
         """
-        from dyndit import checkpoints, model_card
+        from dyndit.storage import card as model_card
+        from dyndit.storage import load as checkpoints
 
         folder = Path(save_directory)
         checkpoints.save(self, folder)
@@ -208,7 +209,7 @@ class DynamicDepth(ModelMixin):
             CheckpointError: missing, damaged or foreign.
             InputError: an option that is neither ours nor diffusers'.
         """
-        from dyndit import checkpoints
+        from dyndit.storage import load as checkpoints
 
         if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
             raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
@@ -227,6 +228,6 @@ class DynamicDepth(ModelMixin):
         Raises:
             CheckpointError: the folder is of another model, or the hub refuses.
         """
-        from dyndit import checkpoints
+        from dyndit.storage import load as checkpoints
 
         return checkpoints.push_model(self, repo_id, folder=folder, **hub)

@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from dyndit import checkpoints
 from dyndit.adapters import adapt
 from dyndit.errors import InputError
 from dyndit.hooks import Target, transformer_of
@@ -24,6 +23,7 @@ from dyndit.models.forecasts import GapRegression
 from dyndit.process import Schedule
 from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
+from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.fit import FitConfig, FitResult, fit
 from dyndit.training.latents import LatentPictures

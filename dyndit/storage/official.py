@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.formats.files import Loaded, built, first_line, load_strictly, read_pickled, written_whole
 from dyndit.models import CARDS, ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.storage.reading import Loaded, built, first_line, load_strictly, read_pickled, written_whole
 
 
 def read(path: Path, num_heads: int | None = None) -> Loaded:

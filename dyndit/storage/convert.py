@@ -8,13 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dyndit import checkpoints, manifest, model_card
-from dyndit.formats import diffusers_folder, official
-from dyndit.formats.diffusers_names import match_frequencies, own_positions
-from dyndit.formats.files import check_free, written_whole
+from dyndit import manifest
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dit import position_features
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.storage import card as model_card
+from dyndit.storage import diffusers_folder, official
+from dyndit.storage import load as checkpoints
+from dyndit.storage.names import match_frequencies, own_positions
+from dyndit.storage.reading import check_free, written_whole
 
 Format = Literal["native", "official", "diffusers"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]

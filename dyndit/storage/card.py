@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dyndit.errors import InputError
-from dyndit.formats.native import TABLE, plans_in
 from dyndit.models import tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
+from dyndit.storage.native import TABLE, plans_in
 
 CARD, PICTURE, RUNS = "README.md", "plans.png", "runs.csv"
 MARK = "<!-- Written by dyndit from the files beside it. Without this line dyndit leaves the card alone. -->"

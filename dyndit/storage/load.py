@@ -17,14 +17,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from dyndit import model_card
 from dyndit.errors import CheckpointError, InputError
-from dyndit.formats import diffusers_folder, hub, native, official
-from dyndit.formats.files import Loaded, load_strictly, read_json, read_safetensors
-from dyndit.formats.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
 from dyndit.models import CARDS, Backbone, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
+from dyndit.storage import card as model_card
+from dyndit.storage import diffusers_folder, hub, native, official
+from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
+from dyndit.storage.reading import Loaded, load_strictly, read_json, read_safetensors
 
 __all__ = [
     "CONFIG",

@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 
 from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.formats.files import (
+from dyndit.manifest import write_json
+from dyndit.models import FAMILIES, Backbone, tensors_hash
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
+from dyndit.plans.plan import DepthPlan
+from dyndit.storage.reading import (
     Loaded,
     built,
     first_line,
@@ -17,11 +22,6 @@ from dyndit.formats.files import (
     read_safetensors,
     write_safetensors,
 )
-from dyndit.manifest import write_json
-from dyndit.models import FAMILIES, Backbone, tensors_hash
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plans.plan import DepthPlan
 
 MODEL_FORMAT, EXITS_FORMAT, VERSION = "dyndit-model", "dyndit-exits", 1
 CONFIG, TRUNK, EXITS = "config.json", "model.safetensors", "exits.safetensors"

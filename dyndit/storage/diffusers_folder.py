@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.formats.diffusers_names import (
+from dyndit.manifest import write_json
+from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.storage.names import (
     FREQUENCY_SHIFT,
     POSITIONS,
     frequency_shift_of,
@@ -25,7 +28,8 @@ from dyndit.formats.diffusers_names import (
     own_positions,
     to_native,
 )
-from dyndit.formats.files import (
+from dyndit.storage.native import CONFIG, EXITS, check_plans, read_exits, write_exits
+from dyndit.storage.reading import (
     Loaded,
     built,
     first_line,
@@ -35,10 +39,6 @@ from dyndit.formats.files import (
     read_safetensors,
     write_safetensors,
 )
-from dyndit.formats.native import CONFIG, EXITS, check_plans, read_exits, write_exits
-from dyndit.manifest import write_json
-from dyndit.models import ClassConditionalDiT, DiTConfig
-from dyndit.models.dynamic import DynamicDepth
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel

@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
 from dyndit import manifest
-from dyndit.adapters import adapt
 from dyndit.analysis.energy import EnergyMeter, energy_meter
 from dyndit.analysis.intervals import Interval
 from dyndit.analysis.latency import Reading, Repeats, paired_rounds, paired_times, relative_width
@@ -26,7 +25,8 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel, measure_cost
 from dyndit.plans.plan import DepthPlan
-from dyndit.plugin import apply_dyndit, remove_dyndit
+from dyndit.plugin.adapters import adapt
+from dyndit.plugin.apply import apply_dyndit, remove_dyndit
 from dyndit.runtime import compile_parts
 from dyndit.sampling.sample import Samples, balanced_labels, make_scheduler, picture_generator, sample
 from dyndit.storage.diffusers_folder import to_diffusers

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import dyndit
-from dyndit.adapters import Adapter, adapt, adapters, collect_exits
 from dyndit.errors import InputError
 from dyndit.models import Conditioning, Inputs, State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
+from dyndit.plugin.adapters import Adapter, adapt, adapters, collect_exits
 
 FAMILIES = sorted(adapters())
 OBLONG = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "LatteTransformer3DModel")

@@ -21,11 +21,11 @@ from test_searched import random_table
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.adapters import adapt
 from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.plugin.adapters import adapt
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints

@@ -11,7 +11,6 @@ from tiny_pipelines import TINY_PIPELINES, TinyPipeline, randomise, tiny_pipelin
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.adapters import adapt
 from dyndit.analysis.extractors import Extractor, load_extractor
 from dyndit.analysis.fidelity import Moments, frechet_distance, moments
 from dyndit.calibration.calibrate import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
@@ -24,7 +23,8 @@ from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant
 from dyndit.plans.search import ShiftTable
-from dyndit.plugin import DynDiTHandle, apply_dyndit
+from dyndit.plugin.adapters import adapt
+from dyndit.plugin.apply import DynDiTHandle, apply_dyndit
 from dyndit.sampling.sample import make_scheduler, picture_generator, to_uint8
 from dyndit.storage import load as checkpoints
 from dyndit.storage.names import to_native

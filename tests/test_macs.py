@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndit.adapters import adapt
 from dyndit.analysis.macs import count_macs, flops, full_macs, model_macs, plan_macs, sampling_macs
 from dyndit.errors import InputError
 from dyndit.models import CARDS, ClassConditionalDiT, Inputs
@@ -14,6 +13,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import ramp
+from dyndit.plugin.adapters import adapt
 from dyndit.runtime import compile_parts
 from dyndit.sampling.sample import full_plan, sample
 from dyndit.storage.diffusers_folder import to_diffusers

@@ -20,11 +20,11 @@ from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.pipeline import DynDiTPipeline
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval, ramp
 from dyndit.plans.search import FILE, ShiftTable
+from dyndit.plugin.pipeline import DynDiTPipeline
 from dyndit.sampling.sample import SOLVERS, full_plan, make_scheduler, noise, sample, state_shape, unguided
 from dyndit.storage.load import TABLE
 from dyndit.training.latents import decode_latents
@@ -472,7 +472,7 @@ def test_from_the_hub_come_exits_and_table_too(model, tmp_path: Path, monkeypatc
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr("dyndit.pipeline.snapshot_download", fetch)
+    monkeypatch.setattr("dyndit.plugin.pipeline.snapshot_download", fetch)
     pipe = DynDiTPipeline.from_pretrained("org/name", revision="abc")
     assert (asked["name"], asked["revision"]) == ("org/name", "abc")
     files = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".safetensors")]

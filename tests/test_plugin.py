@@ -14,14 +14,14 @@ from tiny_pipelines import tiny_pipeline
 from torch._dynamo.utils import counters
 
 import dyndit
-from dyndit.adapters import adapt
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import constant, ramp
-from dyndit.plugin import HOOK, find_step
+from dyndit.plugin.adapters import adapt
+from dyndit.plugin.apply import HOOK, find_step
 from dyndit.sampling.sample import make_scheduler, noise, timesteps_of, to_uint8
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.storage.load import save_exits

@@ -13,12 +13,12 @@ from tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.adapters import adapt
 from dyndit.errors import InputError
 from dyndit.models import Conditioning, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.recording import RecordedCalls, Recording, record_calls, record_sampling
+from dyndit.plugin.adapters import adapt
+from dyndit.plugin.recording import RecordedCalls, Recording, record_calls, record_sampling
 from dyndit.sampling.sample import noise, sample, timesteps_of
 from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill, borrowed
@@ -344,7 +344,7 @@ def test_another_trunk_s_calls_are_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="calls of"):
         dyndit.distill_exits(tiny_pipeline(DIT, 1).pipe, calls, out=tmp_path / "exits")
     # Of a trunk too large to be hashed at each recording the family alone is known.
-    monkeypatch.setattr("dyndit.recording.MOST_HASHED", 10)
+    monkeypatch.setattr("dyndit.plugin.recording.MOST_HASHED", 10)
     calls = recorded(tiny_pipeline(DIT), tmp_path / "large")
     assert calls.trunk == ""
     calls.check(DynamicDepth(adapt(tiny_pipeline(DIT, 1).transformer)))

@@ -14,8 +14,8 @@ from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, Inputs
 from dyndit.models.dit import position_features
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
+from dyndit.plugin.recording import RecordedCalls, recorded_sampling
 from dyndit.process import Schedule
-from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures, load_digits
@@ -407,7 +407,7 @@ def test_states_of_the_sampler_are_the_samplers(
     null = torch.full_like(labels, 10)
     assert torch.equal(torch.stack([rows["y"] for _, rows in found]), torch.cat([labels, null] * 3))
 
-    monkeypatch.setattr("dyndit.recording.record_sampling", None)  # drawn once
+    monkeypatch.setattr("dyndit.plugin.recording.record_sampling", None)  # drawn once
     assert recorded_sampling(trunk, [], folder).fingerprint == calls.fingerprint
     with pytest.raises(InputError, match=r"recorded calls .* are states; expected pictures"):
         recipe.run(trunk, calls, tmp_path / "calls")

@@ -39,7 +39,7 @@ from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plans.refined import refined
 from dyndit.plans.search import Pair, ShiftTable, search
 from dyndit.plans.step_counts import Goal
-from dyndit.plugin import DynDiTHandle
+from dyndit.plugin.apply import DynDiTHandle
 from dyndit.sampling.sample import SCHEDULE, AnySolver, balanced_labels, full_plan, sample, solver_name, to_uint8
 from dyndit.storage import load as checkpoints
 

@@ -12,13 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.hooks import watching
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.cost import CostModel, measure_cost, measure_parts
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import Pair
-from dyndit.plugin import DynDiTHandle
+from dyndit.plugin.apply import DynDiTHandle
+from dyndit.plugin.hooks import watching
 from dyndit.sampling.sample import (
     AnySolver,
     Batch,

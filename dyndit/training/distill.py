@@ -13,15 +13,15 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from dyndit.adapters import adapt
 from dyndit.errors import InputError
-from dyndit.hooks import Target, transformer_of
 from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig, Inputs, tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
+from dyndit.plugin.adapters import adapt
+from dyndit.plugin.hooks import Target, transformer_of
+from dyndit.plugin.recording import RecordedCalls, recorded_sampling
 from dyndit.process import Schedule
-from dyndit.recording import RecordedCalls, recorded_sampling
 from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dyndit.adapters.base import Adapter, ContinuousHead
 from dyndit.models.base import Conditioning, State
+from dyndit.plugin.adapters.base import Adapter, ContinuousHead
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dyndit.adapters import Adapter, adapt
 from dyndit.errors import InputError
-from dyndit.hooks import Target, transformer_of, watching
 from dyndit.models import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.plugin.adapters import Adapter, adapt
+from dyndit.plugin.hooks import Target, transformer_of, watching
 from dyndit.sampling.sample import Samples, sample
 
 FORMAT, VERSION = "dyndit-call", "1"

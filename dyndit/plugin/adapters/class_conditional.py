@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from dyndit.adapters.base import Adapter, join_patches
 from dyndit.errors import CheckpointError
 from dyndit.models.base import Inputs, State
 from dyndit.models.dit import FinalLayer
+from dyndit.plugin.adapters.base import Adapter, join_patches
 from dyndit.storage.names import FREQUENCY_SHIFT, frequency_shift_of, to_native
 
 

@@ -10,10 +10,10 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from dyndit.adapters.base import Adapter
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
+from dyndit.plugin.adapters.base import Adapter
 
 __all__ = ["Adapter", "adapt", "adapters", "collect_exits"]
 

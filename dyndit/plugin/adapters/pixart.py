@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from dyndit.adapters.base import Adapter, TableHead, attention_bias, join_patches
 from dyndit.models.base import Conditioning, State
+from dyndit.plugin.adapters.base import Adapter, TableHead, attention_bias, join_patches
 
 
 @dataclass(frozen=True)

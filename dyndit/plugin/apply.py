@@ -25,13 +25,13 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from dyndit.adapters import Adapter, adapt
 from dyndit.errors import InputError, PlanError
-from dyndit.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan, Router, guide_of
+from dyndit.plugin.adapters import Adapter, adapt
+from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.sampling.sample import solver_name
 from dyndit.storage.load import EXITS, load_exits
 

@@ -11,7 +11,7 @@ those that wide exits are good for: plain ones would rather stand after 9 to 11 
 
 from dataclasses import replace
 
-from dyndit.experiment import Variant
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.recipes.cifar10_frontier import distill
 from dyndit.recipes.cifar10_levers import experiment as levers
 

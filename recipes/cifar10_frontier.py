@@ -15,8 +15,8 @@ budgets lie below the 60% of the time that the field promises, so that what is k
 
 from dataclasses import replace
 
-from dyndit.analysis.peers.faster_cache import FasterCache
-from dyndit.analysis.peers.interval import GuidanceInterval
+from dyndit.analysis.compare.peers.faster_cache import FasterCache
+from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.plans.plan import REUSED, forecast, own_exit
 from dyndit.recipes.cifar10_peers import experiment as peers

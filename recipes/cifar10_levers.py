@@ -9,7 +9,7 @@ the part of that one without its lever's pairs, so nothing is measured again but
 
 from dataclasses import replace
 
-from dyndit.experiment import Variant
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.plans.plan import REUSED
 from dyndit.recipes.cifar10_frontier import PAIRS
 from dyndit.recipes.cifar10_frontier import experiment as frontier

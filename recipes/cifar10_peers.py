@@ -10,9 +10,9 @@ Not yet measured. Counted: about 1,500 steps of full depth with guidance for eac
 (`--device cuda`); on 2 CPU cores it is days.
 """
 
-from dyndit.analysis.peers import peers
+from dyndit.analysis.compare.experiment import Controls, Experiment
+from dyndit.analysis.compare.peers import peers
 from dyndit.calibration.calibrate import CalibrationSettings
-from dyndit.experiment import Controls, Experiment
 from dyndit.recipes.cifar10 import distill, train
 
 experiment = Experiment(

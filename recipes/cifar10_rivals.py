@@ -10,7 +10,7 @@ that train (pruned blocks, a smaller model), skipped layers, which were far behi
 
 from dataclasses import replace
 
-from dyndit.analysis.peers import peers
+from dyndit.analysis.compare.peers import peers
 from dyndit.recipes.cifar10_frontier import experiment as frontier
 
 experiment = replace(

@@ -8,8 +8,8 @@
 `dyndit/assets/digits.safetensors` is what `train` gives, stored in half precision.
 """
 
+from dyndit.analysis.compare.experiment import Experiment
 from dyndit.calibration.calibrate import CalibrationSettings
-from dyndit.experiment import Experiment
 from dyndit.models import CARDS
 from dyndit.models.exits import ExitConfig
 from dyndit.training.distill import Distill, Train

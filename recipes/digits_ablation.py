@@ -11,8 +11,8 @@ what does each bring alone.
 
 from dataclasses import replace
 
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.calibration.calibrate import CalibrationSettings
-from dyndit.experiment import Variant
 from dyndit.recipes.digits_levers import distill as plain
 from dyndit.recipes.digits_levers import experiment as levers
 

@@ -9,7 +9,7 @@ peers that led on the digits.
 
 from dataclasses import replace
 
-from dyndit.experiment import Variant
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.recipes.digits_ablation import distill, plain
 from dyndit.recipes.digits_ablation import experiment as calibration
 from dyndit.recipes.digits_levers import experiment as levers

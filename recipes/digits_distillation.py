@@ -9,7 +9,7 @@ trunk of the digits was trained by, with exits from the first step.
 
 from dataclasses import replace
 
-from dyndit.experiment import Variant
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.recipes.digits import train
 from dyndit.recipes.digits_levers import distill
 from dyndit.recipes.digits_levers import experiment as levers

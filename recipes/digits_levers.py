@@ -10,8 +10,8 @@ the kind: `digits_distillation`, `digits_calibration`, `digits_tables`, `digits_
 
 from dataclasses import replace
 
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.calibration.calibrate import CalibrationSettings
-from dyndit.experiment import Variant
 from dyndit.plans.confidence import ConfidenceSettings
 from dyndit.recipes.digits_peers import experiment as peers
 

@@ -13,9 +13,9 @@ small model, pruned trunks). The result is in docs/results/peers.
 
 from dataclasses import replace
 
-from dyndit.analysis.peers import peers
+from dyndit.analysis.compare.experiment import Controls
+from dyndit.analysis.compare.peers import peers
 from dyndit.calibration.calibrate import CalibrationSettings
-from dyndit.experiment import Controls
 from dyndit.recipes.digits import quickstart
 
 experiment = replace(

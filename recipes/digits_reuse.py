@@ -8,7 +8,7 @@ the table of the comparison's own plans. docs/experiments.md tells what came out
 
 from dataclasses import replace
 
-from dyndit.experiment import Variant
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.recipes.digits_peers import experiment as peers
 
 experiment = replace(

@@ -7,7 +7,7 @@ With `--model` the exits and the table of `digits_levers` are taken; without it 
 
 from dataclasses import replace
 
-from dyndit.experiment import Variant
+from dyndit.analysis.compare.experiment import Variant
 from dyndit.recipes.digits_levers import base
 from dyndit.recipes.digits_levers import experiment as levers
 

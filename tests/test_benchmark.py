@@ -8,12 +8,23 @@ import pandas as pd
 import pytest
 import torch
 
-from dyndit import benchmark
 from dyndit.analysis import latency
+from dyndit.analysis.compare import bench as benchmark
+from dyndit.analysis.compare.bench import (
+    AGAIN,
+    COLUMNS,
+    FULL,
+    NO_PLUGIN,
+    Bench,
+    Work,
+    lines,
+    measure,
+    self_check,
+    verdict,
+)
 from dyndit.analysis.energy import Counter, EnergyMeter
 from dyndit.analysis.latency import Repeats
 from dyndit.analysis.macs import plan_macs
-from dyndit.benchmark import AGAIN, COLUMNS, FULL, NO_PLUGIN, Bench, Work, lines, measure, self_check, verdict
 from dyndit.errors import InputError
 from dyndit.plans.schedules import ramp
 from dyndit.sampling.sample import full_plan

@@ -19,7 +19,7 @@ RECIPE = """
 from dyndit.models import DiTConfig
 from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.models.exits import ExitConfig
-from dyndit.experiment import Controls, Experiment, Variant
+from dyndit.analysis.compare.experiment import Controls, Experiment, Variant
 from dyndit.training.distill import Distill, Train
 from dyndit.training.fit import FitConfig
 
@@ -249,8 +249,8 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert runs["fd"].notna().all()
     # Again: nothing is distilled, calibrated or sampled for a figure twice.
     before = (out / "runs.csv").read_bytes()
-    monkeypatch.setattr("dyndit.arms.measure_shifts", None)
-    monkeypatch.setattr("dyndit.arms.measure_bases", None)
+    monkeypatch.setattr("dyndit.analysis.compare.arms.measure_shifts", None)
+    monkeypatch.setattr("dyndit.analysis.compare.arms.measure_bases", None)
     monkeypatch.setattr("dyndit.training.distill.fit", None)
     main(arguments)
     assert (out / "runs.csv").read_bytes() == before
@@ -272,7 +272,7 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
     changes = "variants=(), controls=None, latency_budgets=(), points=(('ddim', 4),), precision='bf16', "
     changes += "full_points=(('ddim', 4), ('unipc', 2))"
     recipe.write_text(f"{RECIPE}\nfrom dataclasses import replace\nexperiment = replace(experiment, {changes})\n")
-    monkeypatch.setattr("dyndit.arms.measure_shifts", None)
+    monkeypatch.setattr("dyndit.analysis.compare.arms.measure_shifts", None)
     monkeypatch.setattr("dyndit.training.distill.fit", None)
     out = tmp_path / "run"
     main(["compare", str(recipe), "--out", str(out), "--model", str(workshop / "model")])

@@ -11,18 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.analysis.peers import Peer, PeerSettings, Workshop, grid, peers
-from dyndit.analysis.peers.ase import FixedExits
-from dyndit.analysis.peers.forecast import Forecast, extrapolate
-from dyndit.analysis.peers.interval import GuidanceInterval
-from dyndit.analysis.peers.pruned import Pruned, effects, evenly_spread, most_effect, without_blocks
-from dyndit.analysis.peers.random_plan import RandomPlan, shuffled
-from dyndit.analysis.peers.stale import DeepReuse, Stale
-from dyndit.analysis.peers.switch import Switch, TwoModels
-from dyndit.arms import Arm, Preparation
-from dyndit.comparison import Comparison, in_turn
+from dyndit.analysis.compare.arms import Arm, Preparation
+from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
+from dyndit.analysis.compare.peers import Peer, PeerSettings, Workshop, grid, peers
+from dyndit.analysis.compare.peers.ase import FixedExits
+from dyndit.analysis.compare.peers.forecast import Forecast, extrapolate
+from dyndit.analysis.compare.peers.interval import GuidanceInterval
+from dyndit.analysis.compare.peers.pruned import Pruned, effects, evenly_spread, most_effect, without_blocks
+from dyndit.analysis.compare.peers.random_plan import RandomPlan, shuffled
+from dyndit.analysis.compare.peers.stale import DeepReuse, Stale
+from dyndit.analysis.compare.peers.switch import Switch, TwoModels
+from dyndit.analysis.compare.run import Comparison, in_turn
 from dyndit.errors import InputError
-from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
@@ -224,7 +224,7 @@ def test_the_forecast_of_what_is_linear_is_exact(slope: float, at: list[float]) 
 @pytest.mark.parametrize("along", ["step", "snr"])
 def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     """Residuals linear in that variable are forecast exactly; held, or in the other variable, they are not."""
-    from dyndit.analysis.peers.stale import Kept
+    from dyndit.analysis.compare.peers.stale import Kept
     from dyndit.models.dynamic import Step
     from dyndit.sampling.sample import SCHEDULE
 
@@ -414,13 +414,13 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
     ]
     assert [arm.family for arm in arms] == ["full", "stale", "ase", "interval", "pruned"]
     broken = Recorder(stop_after=15 + 7)  # within the second block
-    monkeypatch.setattr("dyndit.comparison.sample", broken)
+    monkeypatch.setattr("dyndit.analysis.compare.run.sample", broken)
     with pytest.raises(KeyboardInterrupt):
         comparison.measure(arms)
     path = comparison.out / "runs.csv"
     assert len(pd.read_csv(path)) == 2 * 5  # a row for each judge
     resumed = Recorder()
-    monkeypatch.setattr("dyndit.comparison.sample", resumed)
+    monkeypatch.setattr("dyndit.analysis.compare.run.sample", resumed)
     comparison.measure(arms)
     assert {seed for seed, *_ in resumed.calls} == {1}
     firsts = [first for _, first, *_ in resumed.calls]
@@ -489,7 +489,7 @@ def test_on_the_digits_model(settings: type[PeerSettings], workshop, small) -> N
 
 @pytest.mark.parametrize("recipe", ["digits_peers", "cifar10_peers"])
 def test_the_packaged_comparisons_hold_every_peer_that_can_run_there(recipe: str) -> None:
-    from dyndit.experiment import Experiment
+    from dyndit.analysis.compare.experiment import Experiment
     from dyndit.recipe_files import find
 
     held = {settings.name for settings in find(recipe, "experiment", Experiment).peers}

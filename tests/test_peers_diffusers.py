@@ -23,16 +23,16 @@ from diffusers.models import CacheMixin
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.analysis.peers import peers
-from dyndit.analysis.peers.db_cache import DBCache
-from dyndit.analysis.peers.diffusers_full import DiffusersFull
-from dyndit.analysis.peers.faster_cache import FasterCache
-from dyndit.analysis.peers.first_block_cache import FirstBlockCache
-from dyndit.analysis.peers.foreign import NOT_APPLICABLE, DiffusersCache, DiffusersPeer, TransformerPeer
-from dyndit.analysis.peers.layer_skip import LayerSkip
-from dyndit.analysis.peers.mag_cache import GUIDANCE, PICTURES, SEED, MagCache, magnitude_ratios
-from dyndit.analysis.peers.pyramid_attention import PyramidAttention
-from dyndit.analysis.peers.taylorseer import TaylorSeer
+from dyndit.analysis.compare.peers import peers
+from dyndit.analysis.compare.peers.db_cache import DBCache
+from dyndit.analysis.compare.peers.diffusers_full import DiffusersFull
+from dyndit.analysis.compare.peers.faster_cache import FasterCache
+from dyndit.analysis.compare.peers.first_block_cache import FirstBlockCache
+from dyndit.analysis.compare.peers.foreign import NOT_APPLICABLE, DiffusersCache, DiffusersPeer, TransformerPeer
+from dyndit.analysis.compare.peers.layer_skip import LayerSkip
+from dyndit.analysis.compare.peers.mag_cache import GUIDANCE, PICTURES, SEED, MagCache, magnitude_ratios
+from dyndit.analysis.compare.peers.pyramid_attention import PyramidAttention
+from dyndit.analysis.compare.peers.taylorseer import TaylorSeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan

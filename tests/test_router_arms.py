@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from dyndit.analysis.compare.arms import Preparation
+from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant, settings_of
+from dyndit.analysis.compare.run import Comparison
 from dyndit.analysis.extractors import load_extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.sets import PictureSet
-from dyndit.arms import Preparation
 from dyndit.calibration.calibrate import CalibrationSettings
-from dyndit.comparison import Comparison
-from dyndit.experiment import Experiment, Inputs, Variant, settings_of
 from dyndit.plans.confidence import ConfidenceSettings, Thresholds
 from dyndit.plans.learned import LearnedSettings
 from dyndit.training.data import load_digits
@@ -42,8 +42,8 @@ def test_both_routers_are_measured_beside_the_rest(making, monkeypatch) -> None:
     ]  # fmt: skip
     assert all(table.cost.share_of_time(arm.plan) <= arm.budget * (1 + 1e-6) for arm in arms[:2])
     assert all(arm.predicted_fd > 0 and arm.predicted_ms > 0 for arm in arms[:2])
-    monkeypatch.setattr("dyndit.arms.train_router", None)  # a run that goes on finds router and plans
-    monkeypatch.setattr("dyndit.arms.Predictor", None)
+    monkeypatch.setattr("dyndit.analysis.compare.arms.train_router", None)  # a run that goes on finds router and plans
+    monkeypatch.setattr("dyndit.analysis.compare.arms.Predictor", None)
     assert making.learned(table) == arms[:2]
 
     Comparison(making.experiment, making.model, making.judges, making.out, making.console).measure(arms)

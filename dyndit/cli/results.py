@@ -150,12 +150,12 @@ def bench(
         compile: Compile every block and exit head first, for all arms alike.
         self_check: Only check the timing itself on what is known (the same twice, a sleep, twice the work); exit
             status 1 where it fails.
-        out: Where the table of raw times goes (CSV; its columns are in dyndit.benchmark.COLUMNS).
+        out: Where the table of raw times goes (CSV; its columns are in dyndit.analysis.compare.bench.COLUMNS).
         json_: End with one line of JSON.
     """
     import torch
 
-    from dyndit import benchmark
+    from dyndit.analysis.compare import bench as benchmark
     from dyndit.analysis.latency import Repeats
     from dyndit.manifest import check_device
     from dyndit.sampling.sample import full_plan, resolve_plan
@@ -202,7 +202,7 @@ def bench(
 
 def _self_check(device: str, json_: bool) -> None:
     """Print what the timing finds of what is known; exit status 1 where it is wrong."""
-    from dyndit.benchmark import known_work, self_check
+    from dyndit.analysis.compare.bench import known_work, self_check
 
     checks = self_check(known_work(device))
     for check in checks:
@@ -305,9 +305,9 @@ def compare(
 def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: object) -> None:
     from rich.console import Console
 
-    from dyndit import comparison
     from dyndit.analysis import read_runs, summary, terminal_table
-    from dyndit.experiment import Experiment, Inputs
+    from dyndit.analysis.compare import run as comparison
+    from dyndit.analysis.compare.experiment import Experiment, Inputs
     from dyndit.recipe_files import find
 
     chosen = find(recipe, attribute, Experiment)

@@ -6,7 +6,7 @@ Whose code runs: diffusers (`DiTTransformer2DModel`, Apache-2.0).
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from dyndit.analysis.peers.foreign import DiffusersCache
+from dyndit.analysis.compare.peers.foreign import DiffusersCache
 from dyndit.plans.plan import DepthPlan
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from dyndit.analysis.peers import PeerSettings
+from dyndit.analysis.compare.peers import PeerSettings
 from dyndit.calibration.calibrate import STEP_GRID, CalibrationSettings
 from dyndit.plans.confidence import ConfidenceSettings
 from dyndit.training.data import Pictures
@@ -97,7 +97,7 @@ class Experiment:
     confidence: ConfidenceSettings | None = None
     """A confidence router at every solver, dynamic step count and error target; None for none."""
     peers: tuple[PeerSettings, ...] = ()
-    """What else a user might pick (`dyndit.analysis.peers`), at every solver and `peer_steps`."""
+    """What else a user might pick (`dyndit.analysis.compare.peers`), at every solver and `peer_steps`."""
     peer_steps: tuple[int, ...] = (10,)
     cfg_scale: float = 1.5
     metrics: tuple[str, ...] = ("fd",)

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from dyndit.analysis.peers.base import PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models import ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth

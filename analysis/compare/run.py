@@ -15,16 +15,16 @@ import torch
 from rich.console import Console
 
 from dyndit import manifest
+from dyndit.analysis.compare.arms import Arm, Preparation, model_with_exits, plan_file
+from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
+from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.extractors import load_extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.frontier import COLUMNS, RUNS, append_run, measured
 from dyndit.analysis.macs import count_macs, model_macs
-from dyndit.analysis.peers import Peer
 from dyndit.analysis.quality import score
 from dyndit.analysis.sets import PictureSet
-from dyndit.arms import Arm, Preparation, model_with_exits, plan_file
 from dyndit.errors import InputError
-from dyndit.experiment import Experiment, Inputs, settings_of
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.confidence import ConfidentDepth
 from dyndit.progress import progress_bar

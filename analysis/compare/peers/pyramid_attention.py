@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
-from dyndit.analysis.peers.base import grid
-from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
+from dyndit.analysis.compare.peers.base import grid
+from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 

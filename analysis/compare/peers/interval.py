@@ -7,7 +7,7 @@ Models", arXiv:2404.07724; `routers.schedules.guidance_interval` is the schedule
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from dyndit.analysis.peers.base import PeerSettings
+from dyndit.analysis.compare.peers.base import PeerSettings
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth, Step

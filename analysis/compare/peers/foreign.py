@@ -18,7 +18,7 @@ from diffusers.hooks.hooks import StateManager
 from diffusers.models import CacheMixin
 from torch import Tensor
 
-from dyndit.analysis.peers.base import Peer, PeerSettings
+from dyndit.analysis.compare.peers.base import Peer, PeerSettings
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan
@@ -27,7 +27,7 @@ from dyndit.storage.diffusers_folder import to_diffusers
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-    from dyndit.analysis.peers.base import Workshop
+    from dyndit.analysis.compare.peers.base import Workshop
 
 NOT_APPLICABLE = {
     "sea_cache": "SeaCache (arXiv:2602.18993) decides on flow-matching latents (C, T, H, W), and diffusers reads them "

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from dyndit.analysis.peers.base import grid
-from dyndit.analysis.peers.stale import Kept, Stale
+from dyndit.analysis.compare.peers.base import grid
+from dyndit.analysis.compare.peers.stale import Kept, Stale
 from dyndit.models.dynamic import Step
 from dyndit.process import Schedule
 

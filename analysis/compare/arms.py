@@ -11,15 +11,15 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from dyndit.analysis.compare.experiment import Experiment, Variant
+from dyndit.analysis.compare.peers import PeerSettings, Workshop
+from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.analysis.extractors import Extractor
 from dyndit.analysis.features import Measured
 from dyndit.analysis.fidelity import Moments
-from dyndit.analysis.peers import PeerSettings, Workshop
-from dyndit.analysis.peers.random_plan import shuffled
 from dyndit.calibration.calibrate import measure_bases, measure_moments, measure_shifts, part_of
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.errors import CheckpointError
-from dyndit.experiment import Experiment, Variant
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals
 from dyndit.plans.plan import DepthPlan

@@ -12,7 +12,7 @@ distilled exit, as for every other plan, so what is compared is the schedule.
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from dyndit.analysis.peers.base import PeerSettings, grid
+from dyndit.analysis.compare.peers.base import PeerSettings, grid
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
-from dyndit.analysis.peers.foreign import DiffusersCache
+from dyndit.analysis.compare.peers.foreign import DiffusersCache
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 

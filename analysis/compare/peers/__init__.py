@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
 
 __all__ = ["Peer", "PeerSettings", "Workshop", "grid", "peers"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 from diffusers.utils import logging
 
-from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
+from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 

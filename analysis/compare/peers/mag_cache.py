@@ -14,9 +14,9 @@ import torch
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from torch import Tensor, nn
 
-from dyndit.analysis.peers.base import grid
-from dyndit.analysis.peers.diffusers_full import DiffusersFull
-from dyndit.analysis.peers.foreign import DiffusersCache, DiffusersPeer
+from dyndit.analysis.compare.peers.base import grid
+from dyndit.analysis.compare.peers.diffusers_full import DiffusersFull
+from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.sampling.sample import balanced_labels, sample

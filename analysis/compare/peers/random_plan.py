@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from dyndit.analysis.peers.base import PeerSettings, grid
+from dyndit.analysis.compare.peers.base import PeerSettings, grid
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 

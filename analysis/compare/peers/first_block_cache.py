@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
-from dyndit.analysis.peers.base import grid
-from dyndit.analysis.peers.foreign import DiffusersCache
+from dyndit.analysis.compare.peers.base import grid
+from dyndit.analysis.compare.peers.foreign import DiffusersCache
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:

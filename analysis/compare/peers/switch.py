@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from dyndit import recipe_files
-from dyndit.analysis.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
-from dyndit.analysis.peers.base import grid
-from dyndit.analysis.peers.foreign import DiffusersCache
+from dyndit.analysis.compare.peers.base import grid
+from dyndit.analysis.compare.peers.foreign import DiffusersCache
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
@@ -19,7 +19,7 @@ from dyndit.plans.plan import DepthPlan
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-    from dyndit.analysis.peers.base import Workshop
+    from dyndit.analysis.compare.peers.base import Workshop
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from dyndit.analysis.peers.foreign import DiffusersCache, TransformerPeer
+from dyndit.analysis.compare.peers.foreign import DiffusersCache, TransformerPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 
 if TYPE_CHECKING:
-    from dyndit.analysis.peers.base import Workshop
+    from dyndit.analysis.compare.peers.base import Workshop
 
 
 def load_cache_dit() -> ModuleType:

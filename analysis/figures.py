@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from dyndit.analysis.intervals import paired_interval
+from dyndit.analysis.metrics.intervals import paired_interval
 from dyndit.plans.plan import REUSED, guide_of, written, written_cond
 
 INK, FAINT = "#222222", "#bbbbbb"

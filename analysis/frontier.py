@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dyndit.analysis.intervals import Interval, non_inferior, paired_interval
+from dyndit.analysis.metrics.intervals import Interval, non_inferior, paired_interval
 from dyndit.errors import InputError
 
 RUNS, PARQUET = "runs.csv", "runs.parquet"

@@ -15,7 +15,7 @@ from rich.table import Table as TerminalTable
 
 from dyndit.analysis import budgets
 from dyndit.analysis.frontier import QUALITY, against_controls
-from dyndit.analysis.intervals import Interval
+from dyndit.analysis.metrics.intervals import Interval
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dyndit.analysis.extractors import PACKAGED_WEIGHTS, CifarVGG
+from dyndit.analysis.metrics.extractors import PACKAGED_WEIGHTS, CifarVGG
 from dyndit.errors import InputError
 from dyndit.runtime import keep_freed_memory
 from dyndit.training.data import PictureFolder

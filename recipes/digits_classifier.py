@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from dyndit.analysis.extractors import PACKAGED_WEIGHTS, DigitsClassifier, DigitsLeNet
+from dyndit.analysis.metrics.extractors import PACKAGED_WEIGHTS, DigitsClassifier, DigitsLeNet
 
 CLASSIFIERS = {"digits": (DigitsClassifier, 0), "digits-lenet": (DigitsLeNet, 1)}  # and the seed
 NUM_STEPS = 2_000

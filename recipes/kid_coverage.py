@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyndit.analysis.kid import kernel_distance
+from dyndit.analysis.metrics.kid import kernel_distance
 
 NUM_SIMULATIONS = 2_000
 NUM_FEATURES = 32

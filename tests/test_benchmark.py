@@ -22,9 +22,9 @@ from dyndit.analysis.compare.bench import (
     self_check,
     verdict,
 )
-from dyndit.analysis.energy import Counter, EnergyMeter
-from dyndit.analysis.latency import Repeats
-from dyndit.analysis.macs import plan_macs
+from dyndit.analysis.metrics.energy import Counter, EnergyMeter
+from dyndit.analysis.metrics.latency import Repeats
+from dyndit.analysis.metrics.macs import plan_macs
 from dyndit.errors import InputError
 from dyndit.plans.schedules import ramp
 from dyndit.sampling.sample import full_plan

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dyndit.analysis.extractors import as_rgb, load_extractor
-from dyndit.analysis.fidelity import frechet_distance, moments
+from dyndit.analysis.metrics.extractors import as_rgb, load_extractor
+from dyndit.analysis.metrics.fidelity import frechet_distance, moments
 from dyndit.calibration.calibrate import (
     CalibrationSettings,
     calibrate,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyndit.analysis.energy import energy_meter
-from dyndit.analysis.memory import peak_memory
+from dyndit.analysis.metrics.energy import energy_meter
+from dyndit.analysis.metrics.memory import peak_memory
 
 
 def zone(root: Path, name: str, label: str, microjoules: int, wraps: int = 1000) -> Path:

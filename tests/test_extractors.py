@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from dyndit.analysis.extractors import ResNet20, as_rgb, load_extractor
+from dyndit.analysis.metrics.extractors import ResNet20, as_rgb, load_extractor
 from dyndit.errors import CheckpointError, InputError
 from dyndit.recipes import digits_classifier
 
@@ -160,7 +160,7 @@ def test_torch_fidelity_knows_the_extractor() -> None:
     from torch.utils.data import TensorDataset
     from torch_fidelity import calculate_metrics
 
-    from dyndit.analysis.quality import evaluate
+    from dyndit.analysis.metrics.quality import evaluate
 
     class Pictures(TensorDataset):
         def __getitem__(self, index: int) -> torch.Tensor:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyndit.analysis.extractors import Extractor, load_extractor
-from dyndit.analysis.features import Measured, cache_folder
-from dyndit.analysis.fidelity import moments
-from dyndit.analysis.sets import PictureSet
+from dyndit.analysis.metrics.extractors import Extractor, load_extractor
+from dyndit.analysis.metrics.features import Measured, cache_folder
+from dyndit.analysis.metrics.fidelity import moments
+from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import InputError
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from dyndit.analysis.fidelity import FrechetTo, Moments, distance_at_infinity, frechet_distance, moments
+from dyndit.analysis.metrics.fidelity import FrechetTo, Moments, distance_at_infinity, frechet_distance, moments
 from dyndit.errors import InputError
 
 

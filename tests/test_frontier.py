@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dyndit.analysis.budgets import against_full, areas, budget_grid, winners
 from dyndit.analysis.frontier import COLUMNS, LATER, append_run, fd_at_time, measured, read_runs, summary, time_at_fd
-from dyndit.analysis.intervals import bootstrap_interval, paired_interval
+from dyndit.analysis.metrics.intervals import bootstrap_interval, paired_interval
 from dyndit.errors import InputError
 
 

@@ -11,8 +11,8 @@ from tiny_pipelines import TINY_PIPELINES, TinyPipeline, randomise, tiny_pipelin
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.analysis.extractors import Extractor, load_extractor
-from dyndit.analysis.fidelity import Moments, frechet_distance, moments
+from dyndit.analysis.metrics.extractors import Extractor, load_extractor
+from dyndit.analysis.metrics.fidelity import Moments, frechet_distance, moments
 from dyndit.calibration.calibrate import CalibrationSettings, calibrate_pipeline, measure_shifts, measure_table
 from dyndit.calibration.drawing import NativeDrawing, PipelineDrawing
 from dyndit.errors import InputError, PlanError

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from dyndit.analysis.kid import kernel_distance, mmd2
+from dyndit.analysis.metrics.kid import kernel_distance, mmd2
 from dyndit.errors import InputError
 from dyndit.recipes import kid_coverage
 from dyndit.recipes.kid_coverage import CASES, Case, Gaussian, coverage, expected_kernel, pair, true_distance

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dyndit.analysis import latency
-from dyndit.analysis.intervals import Interval, non_inferior, paired_interval
-from dyndit.analysis.latency import (
+from dyndit.analysis.metrics.intervals import Interval, non_inferior, paired_interval
+from dyndit.analysis.metrics.latency import (
     Reading,
     Repeats,
     median_interval,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndit.analysis.macs import count_macs, flops, full_macs, model_macs, plan_macs, sampling_macs
+from dyndit.analysis.metrics.macs import count_macs, flops, full_macs, model_macs, plan_macs, sampling_macs
 from dyndit.errors import InputError
 from dyndit.models import CARDS, ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyndit.analysis.memorisation import check_memorisation, nearest_distances
+from dyndit.analysis.metrics.memorisation import check_memorisation, nearest_distances
 from dyndit.errors import InputError
 
 

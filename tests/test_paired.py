@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.analysis.paired import MAX_PSNR, Lpips, check_same_seeds, paired_distances, psnr, ssim
+from dyndit.analysis.metrics.paired import MAX_PSNR, Lpips, check_same_seeds, paired_distances, psnr, ssim
 from dyndit.errors import CheckpointError, InputError
 
 

@@ -393,9 +393,9 @@ class Recorder:
 def comparison(model, tmp_path):
     from rich.console import Console
 
-    from dyndit.analysis.extractors import load_extractor
-    from dyndit.analysis.features import Measured
-    from dyndit.analysis.sets import PictureSet
+    from dyndit.analysis.metrics.extractors import load_extractor
+    from dyndit.analysis.metrics.features import Measured
+    from dyndit.analysis.metrics.sets import PictureSet
 
     real = PictureSet("digits", load_digits().uint8()[:300])
     judges = tuple(Measured(real, load_extractor(name)) for name in ("digits", "digits-lenet"))

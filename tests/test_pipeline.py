@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import dyndit
-from dyndit.analysis.fidelity import moments
+from dyndit.analysis.metrics.fidelity import moments
 from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_searched import full_plan, random_table
 
-from dyndit.analysis.fidelity import Moments, frechet_distance
+from dyndit.analysis.metrics.fidelity import Moments, frechet_distance
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.refined import refined

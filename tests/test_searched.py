@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndit.analysis.fidelity import frechet_distance, moments
+from dyndit.analysis.metrics.fidelity import frechet_distance, moments
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import REUSED, DepthPlan, own_exit

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dyndit.analysis.fidelity import moments
-from dyndit.analysis.sets import Statistics, read_pictures, read_set, save_statistics
+from dyndit.analysis.metrics.fidelity import moments
+from dyndit.analysis.metrics.sets import Statistics, read_pictures, read_set, save_statistics
 from dyndit.errors import InputError
 
 

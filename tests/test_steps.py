@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from test_searched import NUM_BLOCKS, random_table
 
-from dyndit.analysis.fidelity import Moments, moments
+from dyndit.analysis.metrics.fidelity import Moments, moments
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import Predictor, ShiftTable, search

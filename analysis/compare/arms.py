@@ -14,9 +14,9 @@ from rich.console import Console
 from dyndit.analysis.compare.experiment import Experiment, Variant
 from dyndit.analysis.compare.peers import PeerSettings, Workshop
 from dyndit.analysis.compare.peers.random_plan import shuffled
-from dyndit.analysis.extractors import Extractor
-from dyndit.analysis.features import Measured
-from dyndit.analysis.fidelity import Moments
+from dyndit.analysis.metrics.extractors import Extractor
+from dyndit.analysis.metrics.features import Measured
+from dyndit.analysis.metrics.fidelity import Moments
 from dyndit.calibration.calibrate import measure_bases, measure_moments, measure_shifts, part_of
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.errors import CheckpointError

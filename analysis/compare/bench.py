@@ -13,12 +13,12 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
 from dyndit import manifest
-from dyndit.analysis.energy import EnergyMeter, energy_meter
-from dyndit.analysis.intervals import Interval
-from dyndit.analysis.latency import Reading, Repeats, paired_rounds, paired_times, relative_width
-from dyndit.analysis.latency import summarise as summarise_times
-from dyndit.analysis.macs import flops, model_macs
-from dyndit.analysis.memory import MEANING, peak_memory
+from dyndit.analysis.metrics.energy import EnergyMeter, energy_meter
+from dyndit.analysis.metrics.intervals import Interval
+from dyndit.analysis.metrics.latency import Reading, Repeats, paired_rounds, paired_times, relative_width
+from dyndit.analysis.metrics.latency import summarise as summarise_times
+from dyndit.analysis.metrics.macs import flops, model_macs
+from dyndit.analysis.metrics.memory import MEANING, peak_memory
 from dyndit.errors import InputError
 from dyndit.models import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth

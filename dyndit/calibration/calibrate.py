@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dyndit.analysis.extractors import Extractor, as_rgb
-from dyndit.analysis.fidelity import Moments, frechet_distance, moments
-from dyndit.analysis.intervals import Interval
-from dyndit.analysis.latency import paired_times, summarise
+from dyndit.analysis.metrics.extractors import Extractor, as_rgb
+from dyndit.analysis.metrics.fidelity import Moments, frechet_distance, moments
+from dyndit.analysis.metrics.intervals import Interval
+from dyndit.analysis.metrics.latency import paired_times, summarise
 from dyndit.calibration.drawing import (
     CALIBRATION_SEED,
     Call,

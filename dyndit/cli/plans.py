@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from torch import Tensor
 
-    from dyndit.analysis.extractors import Extractor
+    from dyndit.analysis.metrics.extractors import Extractor
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.search import ShiftTable

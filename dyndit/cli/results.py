@@ -59,10 +59,10 @@ def evaluate(
         json_: End with one line of JSON.
     """
     from dyndit.analysis import append_run, load_extractor, save_statistics
-    from dyndit.analysis.features import cache_folder
     from dyndit.analysis.frontier import RUNS, row_of_samples
-    from dyndit.analysis.quality import evaluate as compare
-    from dyndit.analysis.quality import reference_statistics
+    from dyndit.analysis.metrics.features import cache_folder
+    from dyndit.analysis.metrics.quality import evaluate as compare
+    from dyndit.analysis.metrics.quality import reference_statistics
     from dyndit.manifest import check_device
     from dyndit.training.data import open_data
 
@@ -156,7 +156,7 @@ def bench(
     import torch
 
     from dyndit.analysis.compare import bench as benchmark
-    from dyndit.analysis.latency import Repeats
+    from dyndit.analysis.metrics.latency import Repeats
     from dyndit.manifest import check_device
     from dyndit.sampling.sample import full_plan, resolve_plan
     from dyndit.storage import load as checkpoints

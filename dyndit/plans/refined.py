@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dyndit.analysis.fidelity import Moments, frechet_distance
+from dyndit.analysis.metrics.fidelity import Moments, frechet_distance
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import Predictor, ShiftTable, search

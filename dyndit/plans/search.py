@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.analysis.fidelity import FrechetTo, Moments
+from dyndit.analysis.metrics.fidelity import FrechetTo, Moments
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plans.ages import AgedEntries
 from dyndit.plans.cost import CostModel

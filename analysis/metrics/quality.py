@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dyndit.analysis.extractors import Extractor
-from dyndit.analysis.features import Measured
-from dyndit.analysis.fidelity import NUM_SIZES, distance_at_infinity, frechet_distance
-from dyndit.analysis.kid import kernel_distance
-from dyndit.analysis.memorisation import check_memorisation
-from dyndit.analysis.paired import Lpips, check_same_seeds, paired_distances
-from dyndit.analysis.sets import PictureSet, Statistics, read_set
+from dyndit.analysis.metrics.extractors import Extractor
+from dyndit.analysis.metrics.features import Measured
+from dyndit.analysis.metrics.fidelity import NUM_SIZES, distance_at_infinity, frechet_distance
+from dyndit.analysis.metrics.kid import kernel_distance
+from dyndit.analysis.metrics.memorisation import check_memorisation
+from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_distances
+from dyndit.analysis.metrics.sets import PictureSet, Statistics, read_set
 from dyndit.errors import InputError
 
 Figures = dict[str, float | int | str | bool | None]

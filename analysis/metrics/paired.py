@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dyndit.analysis.extractors import as_rgb, first_line
+from dyndit.analysis.metrics.extractors import as_rgb, first_line
 from dyndit.errors import CheckpointError, InputError
 
 MAX_PSNR = 100.0  # dB; equal pictures have no finite one

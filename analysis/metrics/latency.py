@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dyndit.analysis.intervals import Interval, paired_interval
+from dyndit.analysis.metrics.intervals import Interval, paired_interval
 from dyndit.errors import InputError
 
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dyndit.analysis.intervals import Interval
+from dyndit.analysis.metrics.intervals import Interval
 from dyndit.errors import InputError
 
 QUANTILE = 0.01

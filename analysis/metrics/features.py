@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.analysis.extractors import Extractor, as_rgb
-from dyndit.analysis.fidelity import Moments, moments
-from dyndit.analysis.sets import PictureSet, Statistics
+from dyndit.analysis.metrics.extractors import Extractor, as_rgb
+from dyndit.analysis.metrics.fidelity import Moments, moments
+from dyndit.analysis.metrics.sets import PictureSet, Statistics
 from dyndit.errors import InputError
 
 LAYOUT = 1  # raise it when what is computed from pictures changes

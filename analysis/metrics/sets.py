@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dyndit.analysis.fidelity import Moments
+from dyndit.analysis.metrics.fidelity import Moments
 from dyndit.errors import InputError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}

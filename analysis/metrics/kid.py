@@ -8,7 +8,7 @@ test), whether the distributions differ or not. `recipes/kid_coverage.py` measur
 
 from torch import Tensor
 
-from dyndit.analysis.intervals import Interval, paired_interval
+from dyndit.analysis.metrics.intervals import Interval, paired_interval
 from dyndit.errors import InputError
 
 MIN_BLOCKS = 10  # fewer widen Student's interval

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_searched import COST, NUM_BLOCKS, random_table
 from test_searched import full_plan as table_plan
 
-from dyndit.analysis.figures import plan_figure, plan_map_figure
 from dyndit.analysis.metrics.fidelity import Moments, moments
 from dyndit.analysis.metrics.macs import plan_macs, sampling_macs
+from dyndit.analysis.report.figures import plan_figure, plan_map_figure
 from dyndit.calibration.calibrate import CalibrationSettings, forecast_pairs, measure_shifts
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.errors import InputError, PlanError

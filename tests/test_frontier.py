@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.analysis.budgets import against_full, areas, budget_grid, winners
-from dyndit.analysis.frontier import COLUMNS, LATER, append_run, fd_at_time, measured, read_runs, summary, time_at_fd
 from dyndit.analysis.metrics.intervals import bootstrap_interval, paired_interval
+from dyndit.analysis.report.budgets import against_full, areas, budget_grid, winners
+from dyndit.analysis.report.frontier import (
+    COLUMNS,
+    LATER,
+    append_run,
+    fd_at_time,
+    measured,
+    read_runs,
+    summary,
+    time_at_fd,
+)
 from dyndit.errors import InputError
 
 
@@ -173,7 +182,7 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from test_frontier import run_row\n"
-        "from dyndit.analysis.frontier import append_run\n"
+        "from dyndit.analysis.report.frontier import append_run\n"
         "from pathlib import Path\n"
         "for k in range(10**6): append_run(Path(sys.argv[1]), run_row(block=k))\n"
     )

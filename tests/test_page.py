@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_frontier import frame
 
-from dyndit.analysis.report import write_report
+from dyndit.analysis.report.write import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)

@@ -14,7 +14,7 @@ from rich.console import Console
 from test_frontier import frame
 
 from dyndit import cli
-from dyndit.analysis.figures import (
+from dyndit.analysis.report.figures import (
     error_figure,
     frontier_figure,
     plan_figure,
@@ -25,11 +25,17 @@ from dyndit.analysis.figures import (
     spread_figure,
     time_figure,
 )
-from dyndit.analysis.findings import budget_findings, control_findings, frontier_findings, headlines, plan_findings
-from dyndit.analysis.frontier import summary
-from dyndit.analysis.report import digest, write_report
-from dyndit.analysis.tables import markdown_table, tables_of, terminal_table
-from dyndit.analysis.verify import verify
+from dyndit.analysis.report.findings import (
+    budget_findings,
+    control_findings,
+    frontier_findings,
+    headlines,
+    plan_findings,
+)
+from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.tables import markdown_table, tables_of, terminal_table
+from dyndit.analysis.report.verify import verify
+from dyndit.analysis.report.write import digest, write_report
 from dyndit.errors import InputError
 
 PLAN = {"timesteps": [999, 749, 499, 249], "cond": [3, 6, 12, 12], "uncond": [0, 3, 6, 12], "num_blocks": 12}

@@ -18,12 +18,12 @@ from dyndit import manifest
 from dyndit.analysis.compare.arms import Arm, Preparation, model_with_exits, plan_file
 from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
-from dyndit.analysis.frontier import COLUMNS, RUNS, append_run, measured
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
+from dyndit.analysis.report.frontier import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.confidence import ConfidentDepth

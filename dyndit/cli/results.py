@@ -59,10 +59,10 @@ def evaluate(
         json_: End with one line of JSON.
     """
     from dyndit.analysis import append_run, load_extractor, save_statistics
-    from dyndit.analysis.frontier import RUNS, row_of_samples
     from dyndit.analysis.metrics.features import cache_folder
     from dyndit.analysis.metrics.quality import evaluate as compare
     from dyndit.analysis.metrics.quality import reference_statistics
+    from dyndit.analysis.report.frontier import RUNS, row_of_samples
     from dyndit.manifest import check_device
     from dyndit.training.data import open_data
 
@@ -232,8 +232,8 @@ def report(
     from rich.console import Console
 
     from dyndit.analysis import read_runs, summary, terminal_table, write_report
-    from dyndit.analysis.frontier import GROUP
-    from dyndit.analysis.verify import verify as mismatches
+    from dyndit.analysis.report.frontier import GROUP
+    from dyndit.analysis.report.verify import verify as mismatches
 
     if verify is not None:
         if wrong := mismatches(verify):

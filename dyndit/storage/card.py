@@ -49,7 +49,7 @@ def write(model: DynamicDepth, folder: Path, *, license: str | None = None) -> N
         raise InputError(f"license {license!r:.40}: expected an identifier such as apache-2.0")
     plans = {path.name: plan for path, plan in plans_in(folder).items()}
     if plans:
-        from dyndit.analysis.figures import plan_figure, save  # matplotlib
+        from dyndit.analysis.report.figures import plan_figure, save  # matplotlib
 
         few = dict(list(plans.items())[:_MOST_PLANS])
         titles = {name.removeprefix("plan-").removesuffix(".json"): asdict(plan) for name, plan in few.items()}
@@ -134,8 +134,8 @@ def _measured(folder: Path) -> str:
     if not (folder / RUNS).is_file():
         return ""
     from dyndit.analysis import read_runs, summary
-    from dyndit.analysis.frontier import GROUP
-    from dyndit.analysis.tables import markdown_table
+    from dyndit.analysis.report.frontier import GROUP
+    from dyndit.analysis.report.tables import markdown_table
 
     parts = ["## Measured"]
     for _, runs in read_runs(folder / RUNS).groupby(GROUP, sort=False):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dyndit.analysis.budgets import winners
-from dyndit.analysis.frontier import against_controls, against_unguided
-from dyndit.analysis.tables import percent
+from dyndit.analysis.report.budgets import winners
+from dyndit.analysis.report.frontier import against_controls, against_unguided
+from dyndit.analysis.report.tables import percent
 
 
 def findings_of(frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float) -> list[str]:

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from dyndit import manifest
 from dyndit.analysis import figures, page
-from dyndit.analysis.findings import findings_of, read_plan
-from dyndit.analysis.frontier import GROUP, read_runs, runs_file, scored_rows, summary
-from dyndit.analysis.tables import Table, as_markdown, settings_of, settings_table, tables_of
+from dyndit.analysis.report.findings import findings_of, read_plan
+from dyndit.analysis.report.frontier import GROUP, read_runs, runs_file, scored_rows, summary
+from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
 from dyndit.errors import InputError
 
 REPORT = "report.json"

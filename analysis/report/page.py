@@ -5,7 +5,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from dyndit.analysis.tables import TEXT_COLUMNS, Cell, Table
+from dyndit.analysis.report.tables import TEXT_COLUMNS, Cell, Table
 
 CSS = """
 :root { --ink: #222; --faint: #6b6b6b; --line: #e2e2e2; --mark: #0072B2; }

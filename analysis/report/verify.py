@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dyndit.analysis.report import REPORT, Content, contents_of, digest, overview, table_record
+from dyndit.analysis.report.write import REPORT, Content, contents_of, digest, overview, table_record
 from dyndit.errors import InputError
 
 

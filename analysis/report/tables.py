@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table as TerminalTable
 
 from dyndit.analysis import budgets
-from dyndit.analysis.frontier import QUALITY, against_controls
 from dyndit.analysis.metrics.intervals import Interval
+from dyndit.analysis.report.frontier import QUALITY, against_controls
 
 
 @dataclass(frozen=True)

@@ -490,7 +490,7 @@ def test_on_the_digits_model(settings: type[PeerSettings], workshop, small) -> N
 @pytest.mark.parametrize("recipe", ["digits_peers", "cifar10_peers"])
 def test_the_packaged_comparisons_hold_every_peer_that_can_run_there(recipe: str) -> None:
     from dyndit.analysis.compare.experiment import Experiment
-    from dyndit.recipe_files import find
+    from dyndit.cli.recipes import find
 
     held = {settings.name for settings in find(recipe, "experiment", Experiment).peers}
     everyone = {name for name, peer in peers().items() if peer.available()}

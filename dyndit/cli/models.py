@@ -39,7 +39,7 @@ def train(
     from accelerate import PartialState
 
     from dyndit import manifest
-    from dyndit.recipe_files import find
+    from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
     from dyndit.training.distill import Train
 
@@ -100,7 +100,7 @@ def distill(
     from accelerate import PartialState
 
     from dyndit import manifest
-    from dyndit.recipe_files import find
+    from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
     from dyndit.training.distill import Distill, exit_error_table
 

@@ -308,7 +308,7 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: o
     from dyndit.analysis import read_runs, summary, terminal_table
     from dyndit.analysis.compare import run as comparison
     from dyndit.analysis.compare.experiment import Experiment, Inputs
-    from dyndit.recipe_files import find
+    from dyndit.cli.recipes import find
 
     chosen = find(recipe, attribute, Experiment)
     comparison.run(chosen, out, Inputs(**inputs))

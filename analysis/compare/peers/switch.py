@@ -12,8 +12,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from dyndit import recipe_files
 from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.cli import recipes as recipe_files
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan

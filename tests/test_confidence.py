@@ -7,9 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.errors import CheckpointError, InputError
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.plans.confidence import (
+from dyndit.analysis.compare.peers.confidence import (
     ConfidenceSettings,
     ConfidentDepth,
     Signals,
@@ -19,6 +17,8 @@ from dyndit.plans.confidence import (
     record_signals,
     threshold,
 )
+from dyndit.errors import CheckpointError, InputError
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant, ramp
 from dyndit.sampling.sample import Batch, Guidance, advance, full_plan, sample, start

@@ -8,12 +8,12 @@ from rich.console import Console
 
 from dyndit.analysis.compare.arms import Preparation
 from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant, settings_of
+from dyndit.analysis.compare.peers.confidence import ConfidenceSettings, Thresholds
 from dyndit.analysis.compare.run import Comparison
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.calibration.calibrate import CalibrationSettings
-from dyndit.plans.confidence import ConfidenceSettings, Thresholds
 from dyndit.plans.learned import LearnedSettings
 from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill

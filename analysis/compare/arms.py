@@ -13,6 +13,7 @@ from rich.console import Console
 
 from dyndit.analysis.compare.experiment import Experiment, Variant
 from dyndit.analysis.compare.peers import PeerSettings, Workshop
+from dyndit.analysis.compare.peers.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
@@ -21,7 +22,6 @@ from dyndit.calibration.calibrate import measure_bases, measure_moments, measure
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.errors import CheckpointError
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plans.confidence import ConfidentDepth, Decisions, measure_decisions, record_signals
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.refined import refined
 from dyndit.plans.schedules import constant, ramp, reversed_plan

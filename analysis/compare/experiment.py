@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from dyndit.analysis.compare.peers import PeerSettings
+from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
 from dyndit.calibration.calibrate import STEP_GRID, CalibrationSettings
-from dyndit.plans.confidence import ConfidenceSettings
 from dyndit.training.data import Pictures
 from dyndit.training.distill import Distill, Train
 

@@ -18,6 +18,7 @@ from dyndit import manifest
 from dyndit.analysis.compare.arms import Arm, Preparation, model_with_exits, plan_file
 from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
+from dyndit.analysis.compare.peers.confidence import ConfidentDepth
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
@@ -26,7 +27,6 @@ from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.frontier import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plans.confidence import ConfidentDepth
 from dyndit.progress import progress_bar
 from dyndit.sampling.sample import Samples, balanced_labels, sample
 from dyndit.storage import load as checkpoints
@@ -136,7 +136,8 @@ class Comparison:
 
     def report(self, arms: list[Arm]) -> None:
         """Figures and pages from what lies in `out`."""
-        from dyndit.analysis import figures, write_report
+        from dyndit.analysis.report import figures
+        from dyndit.analysis.report.write import write_report
 
         searched = [arm for arm in arms if arm.family == "searched"]
         figures.save(figures.plan_figure({arm.name: asdict(arm.plan) for arm in searched}), self.out / "plan.png")

@@ -1,1 +1,1 @@
-"""."""
+"""Quality, speed and cost: features in, name and value out."""

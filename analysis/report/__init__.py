@@ -1,1 +1,1 @@
-"""."""
+"""Runs in, tables, figures and pages out."""

@@ -13,8 +13,8 @@ import pandas as pd
 from rich import box
 from rich.table import Table as TerminalTable
 
-from dyndit.analysis import budgets
 from dyndit.analysis.metrics.intervals import Interval
+from dyndit.analysis.report import budgets
 from dyndit.analysis.report.frontier import QUALITY, against_controls
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dyndit import manifest
-from dyndit.analysis import figures, page
+from dyndit.analysis.report import figures, page
 from dyndit.analysis.report.findings import findings_of, read_plan
 from dyndit.analysis.report.frontier import GROUP, read_runs, runs_file, scored_rows, summary
 from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of

@@ -1,1 +1,1 @@
-"""."""
+"""Dynamic depth inside other people's pipelines."""

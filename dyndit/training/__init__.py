@@ -1,1 +1,1 @@
-"""."""
+"""Training a backbone, distilling its exits."""

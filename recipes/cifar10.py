@@ -10,8 +10,8 @@ work, 2026-11-23. The whole training, and so any quality: not yet measured.
 
 from dyndit.models import CARDS
 from dyndit.recipes.finetune_exits import distill
-from dyndit.training.distill import Train
-from dyndit.training.fit import FitConfig
+from dyndit.training.config import FitConfig
+from dyndit.training.train import Train
 
 train = Train(
     backbone=CARDS["cifar10"],

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from dyndit.analysis.compare.peers.faster_cache import FasterCache
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
-from dyndit.calibration.calibrate import CalibrationSettings
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.plans.plan import REUSED, forecast, own_exit
 from dyndit.recipes.cifar10_peers import experiment as peers
 

@@ -12,7 +12,7 @@ Not yet measured. Counted: about 1,500 steps of full depth with guidance for eac
 
 from dyndit.analysis.compare.experiment import Controls, Experiment
 from dyndit.analysis.compare.peers import peers
-from dyndit.calibration.calibrate import CalibrationSettings
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes.cifar10 import distill, train
 
 experiment = Experiment(

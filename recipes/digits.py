@@ -9,11 +9,12 @@
 """
 
 from dyndit.analysis.compare.experiment import Experiment
-from dyndit.calibration.calibrate import CalibrationSettings
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.models import CARDS
 from dyndit.models.exits import ExitConfig
-from dyndit.training.distill import Distill, Train
-from dyndit.training.fit import FitConfig
+from dyndit.training.config import FitConfig
+from dyndit.training.distill import Distill
+from dyndit.training.train import Train
 
 train = Train(
     backbone=CARDS["digits"],

@@ -12,7 +12,7 @@ what does each bring alone.
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.calibration.calibrate import CalibrationSettings
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes.digits_levers import distill as plain
 from dyndit.recipes.digits_levers import experiment as levers
 

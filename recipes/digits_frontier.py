@@ -6,7 +6,7 @@ dyndit compare digits_frontier --out runs/frontier               # resumable
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Controls
-from dyndit.calibration.calibrate import CalibrationSettings
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes.digits import quickstart
 
 experiment = replace(

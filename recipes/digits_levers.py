@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
-from dyndit.calibration.calibrate import CalibrationSettings
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes.digits_peers import experiment as peers
 
 base = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)

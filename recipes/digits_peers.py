@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Controls
 from dyndit.analysis.compare.peers import peers
-from dyndit.calibration.calibrate import CalibrationSettings
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes.digits import quickstart
 
 experiment = replace(

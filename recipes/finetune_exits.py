@@ -9,8 +9,8 @@ MLP before their projection, without which plans on natural pictures were far wo
 """
 
 from dyndit.models.exits import ExitConfig
+from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
-from dyndit.training.fit import FitConfig
 
 distill = Distill(
     exits=ExitConfig(head="wide"),

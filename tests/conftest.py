@@ -7,30 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor, nn
+from torch import Tensor
 
-from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig
+from dyndit.models import Backbone, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
+from support.models import TINY, MakeBackbone, MakeModel, randomise
 
 torch.set_num_threads(1)
 settings.register_profile("dyndit", deadline=None, max_examples=50)
 settings.load_profile("dyndit")
-
-TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
-
-MakeBackbone = Callable[..., ClassConditionalDiT]
-MakeModel = Callable[..., DynamicDepth]
-
-
-def randomise(module: nn.Module, seed: int) -> None:
-    """Random values in every trained parameter, of a size that keeps activations near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="session")

@@ -18,20 +18,24 @@ from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.fidelity import Moments
-from dyndit.calibration.calibrate import measure_bases, measure_moments, measure_shifts, part_of
+from dyndit.calibration.calibrate import measure_bases, measure_moments
 from dyndit.calibration.drawing import NativeDrawing
+from dyndit.calibration.measure import measure_shifts, part_of
 from dyndit.errors import CheckpointError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
+from dyndit.plans.predictor import Predictor
 from dyndit.plans.refined import refined
 from dyndit.plans.schedules import constant, ramp, reversed_plan
-from dyndit.plans.search import Predictor, ShiftTable, search
+from dyndit.plans.search import search
 from dyndit.plans.step_counts import LatencyBudget
+from dyndit.plans.table import ShiftTable
 from dyndit.progress import progress_bar
-from dyndit.sampling.sample import full_plan, unguided
+from dyndit.sampling.loop import full_plan
+from dyndit.sampling.sample import unguided
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
-from dyndit.training.distill import exit_error_table
+from dyndit.training.exit_errors import exit_error_table
 
 
 @dataclass(frozen=True)

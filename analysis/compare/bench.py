@@ -23,12 +23,15 @@ from dyndit.errors import InputError
 from dyndit.models import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plans.cost import CostModel, measure_cost
+from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import apply_dyndit, remove_dyndit
 from dyndit.runtime import compile_parts
-from dyndit.sampling.sample import Samples, balanced_labels, make_scheduler, picture_generator, sample
+from dyndit.sampling.loop import picture_generator
+from dyndit.sampling.sample import Samples, balanced_labels, sample
+from dyndit.sampling.solvers import make_scheduler
+from dyndit.sampling.timing import measure_cost
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.training.latents import decode_latents, load_autoencoder
 

@@ -10,9 +10,11 @@ import torch
 
 from dyndit.analysis.compare.peers import PeerSettings
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
-from dyndit.calibration.calibrate import STEP_GRID, CalibrationSettings
+from dyndit.calibration.calibrate import STEP_GRID
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.training.data import Pictures
-from dyndit.training.distill import Distill, Train
+from dyndit.training.distill import Distill
+from dyndit.training.train import Train
 
 
 @dataclass(frozen=True)

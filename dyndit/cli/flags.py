@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
-    from dyndit.plans.search import ShiftTable
     from dyndit.plans.step_counts import Goal
+    from dyndit.plans.table import ShiftTable
 
 T = TypeVar("T")
 Positional = tyro.conf.Positional
@@ -61,7 +61,8 @@ def chosen_plan(
     from dyndit.calibration.calibrate import plan_on_table
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.schedules import ramp
-    from dyndit.sampling.sample import full_plan, timesteps_of
+    from dyndit.sampling.loop import full_plan
+    from dyndit.sampling.solvers import timesteps_of
 
     given = [flag for flag in ("plan", "budget", "ramp") if getattr(depth, flag) is not None]
     if len(given) > 1:
@@ -95,7 +96,7 @@ def stored_table(model: str) -> "ShiftTable":
     Raises:
         InputError: there is none.
     """
-    from dyndit.plans.search import ShiftTable
+    from dyndit.plans.table import ShiftTable
     from dyndit.storage import load as checkpoints
 
     path = Path(model) / checkpoints.TABLE

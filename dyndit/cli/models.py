@@ -41,7 +41,7 @@ def train(
     from dyndit import manifest
     from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
-    from dyndit.training.distill import Train
+    from dyndit.training.train import Train
 
     chosen = find(recipe, "train", Train)
     with PartialState().main_process_first():  # latents are encoded once
@@ -102,7 +102,8 @@ def distill(
     from dyndit import manifest
     from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
-    from dyndit.training.distill import Distill, exit_error_table
+    from dyndit.training.distill import Distill
+    from dyndit.training.exit_errors import exit_error_table
 
     chosen = find(recipe, "distill", Distill)
     loaded = checkpoints.inspect(model, num_heads=num_heads)

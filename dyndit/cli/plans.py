@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dyndit.analysis.metrics.extractors import Extractor
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
-    from dyndit.plans.search import ShiftTable
+    from dyndit.plans.table import ShiftTable
     from dyndit.training.data import Pictures
 
 
@@ -90,7 +90,8 @@ def calibrate(
     from dyndit.calibration import calibrate as calibration
     from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
-    from dyndit.sampling.sample import make_scheduler, to_uint8
+    from dyndit.sampling.loop import to_uint8
+    from dyndit.sampling.solvers import make_scheduler
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
@@ -172,7 +173,7 @@ def calibrate(
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
     """The table beside the model, where it is this model's at this guidance scale; says which it is."""
     from dyndit.plans.plan import REUSED
-    from dyndit.plans.search import ShiftTable
+    from dyndit.plans.table import ShiftTable
 
     if not path.exists():
         return None

@@ -158,7 +158,8 @@ def bench(
     from dyndit.analysis.compare import bench as benchmark
     from dyndit.analysis.metrics.latency import Repeats
     from dyndit.manifest import check_device
-    from dyndit.sampling.sample import full_plan, resolve_plan
+    from dyndit.sampling.loop import full_plan
+    from dyndit.sampling.sample import resolve_plan
     from dyndit.storage import load as checkpoints
 
     check_device(device)

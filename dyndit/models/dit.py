@@ -4,17 +4,15 @@
 Parameter names are those of the published checkpoints (which are timm's), so their state dicts load as they are.
 """
 
-import math
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
+from dyndit.models.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, position_features, zero_linear
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ class DiTConfig:
 
 _UNSEEN = ("num_heads", "norm_eps", "mlp_norm_eps", "frequency_shift")
 
+
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
 
 CARDS: dict[str, DiTConfig] = {
     f"DiT-{size}/{patch}": DiTConfig(num_blocks=blocks, width=width, num_heads=heads, patch_size=patch)
@@ -61,105 +61,6 @@ CARDS: dict[str, DiTConfig] = {
     "cifar10": DiTConfig(32, 4, 3, width=192, num_blocks=12, num_heads=3, num_classes=10),
 }
 """The twelve models of the paper (Table 1; 256 px: latents of 32 x 32 x 4) and the small presets."""
-
-
-def timestep_features(t: Tensor, size: int, shift: int = 0) -> Tensor:
-    """Sinusoidal features, cosines first.  t: (B,) -> (B, size)."""
-    half = size // 2
-    # In this order of operations the bits are those of the published code (shift 0) and of diffusers (shift 1).
-    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
-    angles = t[:, None].float() * torch.exp(exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def position_features(side: int, width: int) -> Tensor:
-    """Fixed 2-D sin-cos positions: half the width encodes the column, half the row.  -> (side * side, width)."""
-    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
-    return torch.cat([columns, rows], dim=1).float()
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x: (B, N, D), shift and scale: (B, D) -> (B, N, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class TimestepEmbedder(nn.Module):
-    """t: (B,) -> (B, D): 256 sinusoidal features through a two-layer MLP."""
-
-    num_features = 256
-
-    def __init__(self, width: int, frequency_shift: int) -> None:
-        super().__init__()
-        self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t: (B,) -> (B, D)."""
-        features = timestep_features(t, self.num_features, self.frequency_shift)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """y: (B,) -> (B, D). The row after the last class is the null label of classifier-free guidance."""
-
-    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.null_class, self.dropout = num_classes, dropout
-        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
-
-    def drop(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Replace each label by the null label with probability `dropout`.
-
-        The training loop calls this with its own generator, so that a step is a function of the seed alone.
-        """
-        lost = torch.rand(len(y), generator=generator) < self.dropout
-        return torch.where(lost.to(y.device), self.null_class, y)
-
-    def forward(self, y: Tensor) -> Tensor:
-        """y: (B,) -> (B, D)."""
-        return self.embedding_table(y)
-
-
-class DiTBlock(nn.Module):
-    """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
-
-    def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float, mlp_norm_eps: float | None = None
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
-        self.attn = Attention(width, num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps or norm_eps, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x: (B, N, D), c: (B, D) -> (B, N, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-
-    def reset(self) -> None:
-        """Zero the modulation: the block starts as the identity."""
-        _zero(self.adaLN_modulation[-1])
-
-
-class FinalLayer(nn.Module):
-    """adaLN and a linear map to patches; also the shape of an exit head."""
-
-    def __init__(self, width: int, num_outputs: int, norm_eps: float) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
-        self.linear = nn.Linear(width, num_outputs)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x: (B, N, D), c: (B, D) -> (B, N, patch * patch * C_out)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class ClassConditionalDiT(Backbone):
@@ -204,8 +105,8 @@ class ClassConditionalDiT(Backbone):
             nn.init.normal_(weight, std=0.02)
         for block in self.blocks:
             block.reset()
-        _zero(self.final_layer.adaLN_modulation[-1])
-        _zero(self.final_layer.linear)
+        zero_linear(self.final_layer.adaLN_modulation[-1])
+        zero_linear(self.final_layer.linear)
 
     def config(self) -> dict[str, object]:
         """The fields of `DiTConfig`."""
@@ -252,8 +153,3 @@ class ClassConditionalDiT(Backbone):
         p, side = self._config.patch_size, self.image_size // self._config.patch_size
         grid = patches.reshape(len(patches), side, side, p, p, self.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), self.out_channels, side * p, side * p)
-
-
-def _zero(linear: nn.Linear) -> None:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models import Backbone, State
-from dyndit.models.dit import modulate
+from dyndit.models.layers import modulate
 
 HeadName = Literal["adaln-linear", "wide"]
 

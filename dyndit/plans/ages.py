@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dyndit.plans.search import Pair, ShiftTable
+    from dyndit.plans.table import Pair, ShiftTable
 
 
 class AgedEntries:

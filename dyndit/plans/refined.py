@@ -15,7 +15,9 @@ from dataclasses import replace
 from dyndit.analysis.metrics.fidelity import Moments, frechet_distance
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.search import Predictor, ShiftTable, search
+from dyndit.plans.predictor import Predictor
+from dyndit.plans.search import search
+from dyndit.plans.table import ShiftTable
 
 Measure = Callable[[DepthPlan], Moments]
 """Moments of the features of pictures drawn under a plan, on the table's own seeds."""

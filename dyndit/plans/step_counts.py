@@ -14,8 +14,9 @@ import pandas as pd
 
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.search import ShiftTable, search
-from dyndit.sampling.sample import SCHEDULE, AnySolver, solver_name, timesteps_of
+from dyndit.plans.search import search
+from dyndit.plans.table import ShiftTable
+from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name, timesteps_of
 
 ROUTER = "chosen"
 

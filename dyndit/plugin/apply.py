@@ -32,7 +32,7 @@ from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan, Router, guide_of
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
-from dyndit.sampling.sample import solver_name
+from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
 
 HOOK = "dyndit_dynamic_depth"

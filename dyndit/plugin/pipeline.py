@@ -31,18 +31,11 @@ from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
-from dyndit.plans.search import FILE, ShiftTable
-from dyndit.sampling.sample import (
-    SOLVERS,
-    Batch,
-    Guidance,
-    advance,
-    check_request,
-    resolve_plan,
-    start,
-    state_shape,
-    to_uint8,
-)
+from dyndit.plans.table import FILE, ShiftTable
+from dyndit.sampling.guidance import Guidance
+from dyndit.sampling.loop import Batch, advance, start, state_shape, to_uint8
+from dyndit.sampling.sample import check_request, resolve_plan
+from dyndit.sampling.solvers import SOLVERS
 from dyndit.training.latents import decode_batch, load_autoencoder
 
 # The table in which diffusers looks up how components that are none of its own models are saved and loaded.

@@ -121,7 +121,7 @@ def _plans(plans: Mapping[str, DepthPlan], folder: Path) -> str:
 def _features(folder: Path) -> str:
     if not (folder / TABLE).exists():
         return ""
-    from dyndit.plans.search import ShiftTable
+    from dyndit.plans.table import ShiftTable
 
     table = ShiftTable.load(folder / TABLE)
     return (

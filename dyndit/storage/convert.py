@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dyndit import manifest
 from dyndit.models import ClassConditionalDiT, DiTConfig
-from dyndit.models.dit import position_features
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.layers import position_features
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndit.errors import CheckpointError
-from dyndit.models.dit import position_features
+from dyndit.models.layers import position_features
 
 FREQUENCY_SHIFT = "_dyndit_frequency_shift"
 """Name in config.json of the shift that the weights were trained with; diffusers keeps it and passes it over."""

@@ -163,7 +163,7 @@ def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
     Raises:
         CheckpointError: one of them cannot be read, or is of another trunk or other exits.
     """
-    from dyndit.plans.search import ShiftTable  # the search brings the analysis along
+    from dyndit.plans.table import ShiftTable
 
     trunk, exits = model.trunk_hash(), model.exits_hash()
     plans = plans_in(folder)

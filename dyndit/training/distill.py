@@ -1,166 +1,35 @@
-"""What a recipe picks from: training a trunk (`Train`), distilling exits (`Distill`). Both run on `training.fit`."""
+"""Distil exits: train them on the full model's own predictions."""
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig, Inputs, tensors_hash
+from dyndit.models import Backbone, ClassConditionalDiT, Condition
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
-from dyndit.plugin.adapters import adapt
-from dyndit.plugin.hooks import Target, transformer_of
 from dyndit.plugin.recording import RecordedCalls, recorded_sampling
 from dyndit.process import Schedule
-from dyndit.sampling.sample import Batch, Guidance, advance, balanced_labels, full_plan, start
-from dyndit.storage import load as checkpoints
+from dyndit.sampling.guidance import Guidance
+from dyndit.sampling.loop import Batch, advance, full_plan, start
+from dyndit.sampling.sample import balanced_labels
+from dyndit.training.borrowed import borrowed, precision_of
+from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
-from dyndit.training.fit import FitConfig, FitResult, fit
-from dyndit.training.latents import LatentPictures
+from dyndit.training.fit import FitResult, fit
 from dyndit.training.lora import trainable_copy, with_adapters
-from dyndit.training.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors, halves
+from dyndit.training.losses import depth_errors, exit_errors
+from dyndit.training.states import TRAJECTORIES_SEED, Rows, States, noised
 
-Preview = Callable[[DynamicDepth, Path, int], None]
-
-Rows = Tensor | dict[str, Tensor]
-"""What comes with x in a batch of a data set: labels (B,), or tensors of B rows by name."""
-
-States = Callable[[Tensor, Rows, torch.Generator], Inputs]
-"""What exits are to be right on, made of a batch of the data: (x, rows, generator) -> inputs of the model."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a class-conditional DiT, from scratch or on from given weights; where asked for with exits from the first
-    step."""
-
-    backbone: DiTConfig
-    fit: FitConfig
-    data: str = ""
-    """"digits", or empty: the user names a picture folder."""
-    schedule: Schedule = field(default_factory=Schedule)
-    exits: ExitConfig | None = None
-    """Exits that train with the trunk, on the same loss as it (deep supervision). None: the trunk alone."""
-    exit_weight: float = 1.0
-    """Weight of the mean of the exits' losses, relative to that of full depth."""
-
-    def __post_init__(self) -> None:
-        if self.exit_weight <= 0:
-            raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
-
-    def check(self, data: Pictures) -> None:
-        """Refuse pictures that are not the backbone's.
-
-        Raises:
-            InputError: another size, number of channels or of classes; an exit where there is no layer; or the first
-                picture cannot be read.
-        """
-        config = self.backbone
-        if self.exits is not None:
-            self.exits.resolved(config.num_blocks)
-        for name, found, expected in (
-            ("picture size", data.image_size, config.image_size),
-            ("channels", data.channels, config.in_channels),
-            ("classes", data.num_classes, config.num_classes),
-        ):
-            if found != expected:
-                raise InputError(f"data: {name} {found}, but the recipe's backbone expects {expected}")
-        data[0]
-
-    def run(
-        self, data: Pictures, out: Path, *, trunk: DynamicDepth | None = None, preview: Preview | None = None
-    ) -> tuple[DynamicDepth, FitResult]:
-        """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
-
-        trunk: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
-
-        Raises:
-            InputError: as `check`; or the trunk is of another shape than the recipe's.
-        """
-        self.check(data)
-        config = self.backbone
-        if trunk is not None and not _is_shaped_as(trunk.backbone, config):
-            found = {name: value for name, value in trunk.backbone.config().items() if value != vars(config).get(name)}
-            raise InputError(f"--model: {type(trunk.backbone).__name__} with {found}; expected the recipe's {config}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.fit.seed)
-            backbone = ClassConditionalDiT(config)
-            if trunk is not None:
-                backbone.load_state_dict(trunk.backbone.state_dict())
-            exits = None if self.exits is None else Exits(backbone, self.exits)
-        backbone.gradient_checkpointing = self.fit.gradient_checkpointing
-        model = DynamicDepth(backbone, exits, pixel_space=not isinstance(data, LatentPictures))
-        task = _Denoising(model, self.schedule, self.exit_weight, preview)
-        identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
-        if trunk is not None:
-            identity += f" on from {trunk.trunk_hash()}"
-        result = fit(task, data, self.fit, out, identity=identity)
-        task.trainable.load_state_dict(result.ema)
-        return model.eval(), result
-
-
-class _Denoising:
-    """The task of training the trunk, with exits where the model has some."""
-
-    def __init__(self, model: DynamicDepth, schedule: Schedule, exit_weight: float, preview: Preview | None) -> None:
-        self.model, self.trainable = model, _trained_from_scratch(model)
-        self.schedule, self.exit_weight, self._preview = schedule, exit_weight, preview
-
-    def loss(
-        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
-        t = torch.randint(self.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
-        eps = torch.randn(x.shape, generator=generator).to(x.device)
-        y = self.model.backbone.y_embedder.drop(y, generator)
-        if self.model.exits is None:
-            return denoising_loss(module, self.schedule, x, t, eps, y)
-        return deep_supervision_loss(module, self.schedule, x, t, eps, y, self.exit_weight)
-
-    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
-        """Draw a sample grid with the averaged weights."""
-        if self._preview is None:
-            return
-        model = copy.deepcopy(self.model)
-        _trained_from_scratch(model).load_state_dict(ema)
-        self._preview(model.eval(), out, step)
-
-
-def _is_shaped_as(backbone: Backbone, config: DiTConfig) -> bool:
-    return isinstance(backbone, ClassConditionalDiT) and backbone.config() == asdict(config)
-
-
-def _trained_from_scratch(model: DynamicDepth) -> nn.Module:
-    """The module whose call gives what `_Denoising` judges."""
-    return model.backbone if model.exits is None else _EveryDepth(model)
-
-
-class _EveryDepth(nn.Module):
-    """A trunk and its exits; a call gives the predictions of all depths, rising."""
-
-    def __init__(self, dynamic: DynamicDepth) -> None:
-        super().__init__()
-        self.dynamic = dynamic
-
-    def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> tuple[Tensor, ...]:
-        """-> E + 1 times (B, C_out, H, W)."""
-        return tuple(self.dynamic.every_exit(x_t, t, y).values())
-
-
-_TRAJECTORIES_SEED = 2_000_003
-"""Of the states to distil on; apart from those of calibration and of scoring."""
 _NUM_FORECAST = 128
 """Trajectories that corrections of forecasts are learned on: eight numbers for each exit."""
+
 
 _DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
@@ -295,7 +164,7 @@ class Distill:
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Corrections of forecasts, learned on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
-        regression, seed = GapRegression(dynamic.exits.layers), _TRAJECTORIES_SEED + 1 + self.fit.seed
+        regression, seed = GapRegression(dynamic.exits.layers), TRAJECTORIES_SEED + 1 + self.fit.seed
         full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
         device = next(dynamic.parameters()).device
         for low in range(0, _NUM_FORECAST, self.fit.batch_size):
@@ -311,7 +180,7 @@ class Distill:
 
     def _trajectories(self, model: DynamicDepth, out: Path) -> RecordedCalls:
         """The states that the full model's sampler meets; drawn into `out`, once."""
-        seed = _TRAJECTORIES_SEED + self.fit.seed
+        seed = TRAJECTORIES_SEED + self.fit.seed
         name = f"states-{self.solver}-{self.num_steps}-{self.num_trajectories}-g{self.cfg_scale:g}-s{seed}"
         labels = balanced_labels(self.num_trajectories, model.backbone.num_classes)
         options = {"solver": self.solver, "num_steps": self.num_steps, "cfg_scale": self.cfg_scale, "seed": seed}
@@ -322,61 +191,7 @@ class Distill:
         """How to make states of this data."""
         if isinstance(data, RecordedCalls):
             return lambda x, rows, _: data.inputs(x, rows)
-        return partial(_noised, self.schedule, self.null_share, backbone.null_class)
-
-
-def distill_exits(
-    target: Target, calls: RecordedCalls | str | Path, recipe: Distill | None = None, out: str | Path = "exits"
-) -> Exits:
-    """Train exits for a transformer of diffusers, in place, on calls that `record_calls` recorded.
-
-    target: the pipeline or its transformer, which is only borrowed. out: the folder for checkpoints and the log, where
-    a run that was stopped goes on; at the end it holds `exits.safetensors`, bound to the trunk.
-
-    Raises:
-        InputError: no adapter serves the transformer, or the calls are not its own.
-    """
-    model = DynamicDepth(adapt(transformer_of(target)), pixel_space=False)
-    calls = calls if isinstance(calls, RecordedCalls) else RecordedCalls(calls)
-    dynamic, _ = (recipe or Distill()).run(model, calls, Path(out))
-    if PartialState().is_main_process:
-        checkpoints.save_exits(dynamic.exits, Path(out) / checkpoints.EXITS, model.trunk_hash())
-    return dynamic.exits
-
-
-@contextmanager
-def borrowed(trunk: nn.Module) -> Iterator[None]:
-    """Freeze a trunk, in eval mode; give it back with the flags, the modes and on the device that it came with.
-
-    Raises:
-        InputError: it lies on several devices.
-    """
-    devices = {tensor.device for tensor in (*trunk.parameters(), *trunk.buffers())}
-    if len(devices) > 1:
-        raise InputError(f"trunk: lies on {', '.join(sorted(map(str, devices)))}; expected one device")
-    flags = {parameter: parameter.requires_grad for parameter in trunk.parameters()}
-    modes = {module: module.training for module in trunk.modules()}
-    trunk.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        trunk.to(*devices)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _noised(
-    schedule: Schedule, null_share: float, null_class: int | None, x: Tensor, y: Tensor, generator: torch.Generator
-) -> Inputs:
-    """Pictures at random timesteps, some of their labels replaced by the null label.  x: (B, C, H, W), y: (B,)."""
-    t = torch.randint(schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
-    eps = torch.randn(x.shape, generator=generator).to(x.device)
-    lost = torch.rand(len(y), generator=generator) < null_share
-    if null_class is not None:
-        y = torch.where(lost.to(y.device), null_class, y)
-    return Inputs(schedule.add_noise(x, eps, t), t, y)
+        return partial(noised, self.schedule, self.null_share, backbone.null_class)
 
 
 class _Distillation:
@@ -419,7 +234,7 @@ class _FrozenTrunk(nn.Module):
         dynamic = self.dynamic[0]
         dynamic.backbone.to(x_t.device)
         # Exits are trained in single precision, whatever their trunk's: autocast meets in the trunk's.
-        with _precision_of(dynamic.backbone):
+        with precision_of(dynamic.backbone):
             return torch.stack(list(exit_errors(dynamic, x_t, t, y).values()))
 
 
@@ -434,99 +249,6 @@ class _TaughtTrunk(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
         """-> (E + 1, B, 2) squared errors of E exits and of full depth against the teacher, see `depth_errors`."""
         teacher, x_t = self.teacher[0].to(x_t.device), x_t.float()
-        with torch.no_grad(), _precision_of(teacher):
+        with torch.no_grad(), precision_of(teacher):
             target = teacher(x_t, t, y)
         return torch.stack(list(depth_errors(self.dynamic[0], target, x_t, t, y).values()))
-
-
-def _precision_of(trunk: nn.Module) -> AbstractContextManager:
-    """Autocast to a trunk's precision, where that is half."""
-    parameter = next(trunk.parameters())
-    halved = parameter.dtype in (torch.float16, torch.bfloat16)
-    return torch.autocast(parameter.device.type, parameter.dtype) if halved else nullcontext()
-
-
-@dataclass(frozen=True)
-class Match:
-    """Train a student trunk on a frozen full model's predictions: what `Distill` does to exits, to a whole model."""
-
-    fit: FitConfig = _DISTILLING
-    variance_weight: float = 0.1
-    null_share: float = 0.3
-    schedule: Schedule = field(default_factory=Schedule)
-
-    def run(self, model: DynamicDepth, student: Backbone, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
-        """Return the student with its averaged weights, in eval mode, and the loop's record. It is trained in place.
-
-        Raises:
-            InputError: the data do not fit the model.
-        """
-        Distill(fit=self.fit).check(model, data)
-        backbone, kept = model.backbone, tensors_hash(student.state_dict())
-        with borrowed(backbone):
-            states = partial(_noised, self.schedule, self.null_share, backbone.null_class)
-            task = _Matching(student, backbone, self.variance_weight, states)
-            identity = f"{model.trunk_hash()} {kept} {self.variance_weight} {self.null_share}"
-            result = fit(task, data, self.fit, Path(out), identity=identity)
-        student.load_state_dict(result.ema)
-        student.to(next(backbone.parameters()).device)
-        return DynamicDepth(student, pixel_space=model.pixel_space).eval(), result
-
-
-class _Matching:
-    """The task of training a student on its teacher's predictions."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, variance_weight: float, states: States) -> None:
-        self.trainable, self.teacher, self.variance_weight, self.states = student, teacher, variance_weight, states
-
-    def loss(
-        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error on noise and variance outputs.  x: (B, C, H, W), y: (B,)."""
-        inputs = self.states(x, y, generator)
-        with torch.no_grad():
-            target = self.teacher.to(x.device)(inputs.x, inputs.t, inputs.y)
-        noise, variance = halves(module(inputs.x, inputs.t, inputs.y) - target, x.shape[1]).mean(dim=0)
-        return noise + self.variance_weight * variance, {"noise": noise.detach(), "variance": variance.detach()}
-
-    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
-        """A student has no preview."""
-
-
-@torch.no_grad()
-def exit_error_table(
-    model: DynamicDepth, data: Pictures, *, num_pictures: int = 512, num_bands: int = 10, seed: int = 0
-) -> pd.DataFrame:
-    """Each exit's error against the full model, per band of log-SNR.
-
-    Bands are equal in timesteps. Columns: depth, band, log_snr_low, log_snr_high, noise_error (mean square on
-    the noise channels), variance_error. A diagnostic: README says why plans are not chosen on it.
-    Measured on the device that `Distill` trains on.
-    """
-    schedule, generator = Schedule(), torch.Generator().manual_seed(seed)
-    device = PartialState().device
-    pick = torch.randperm(len(data), generator=generator)[:num_pictures].tolist()
-    items = [data[i] for i in pick]
-    x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
-    edges = torch.linspace(0, schedule.num_timesteps, num_bands + 1).long()
-    rows = []
-    home = next(model.parameters()).device
-    model.to(device)
-    for band, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        t = torch.randint(low, high, (len(x_0),), generator=generator)
-        eps = torch.randn(x_0.shape, generator=generator)
-        errors = exit_errors(model, schedule.add_noise(x_0, eps, t).to(device), t.to(device), y.to(device))
-        snr = schedule.log_snr(torch.tensor([high - 1, low])).tolist()
-        rows += [
-            {
-                "depth": depth,
-                "band": band,
-                "log_snr_low": snr[0],
-                "log_snr_high": snr[1],
-                "noise_error": error[:, 0].mean().item(),
-                "variance_error": error[:, 1].mean().item(),
-            }
-            for depth, error in errors.items()
-        ]
-    model.to(home)
-    return pd.DataFrame(rows)

@@ -11,8 +11,8 @@ from typing import ClassVar, Self
 
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
+from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
-from dyndit.training.fit import FitConfig
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ from dyndit.manifest import write_json
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan
-from dyndit.sampling.sample import AnySolver, Batch, Guidance, advance, full_plan, start
+from dyndit.sampling.guidance import Guidance
+from dyndit.sampling.loop import Batch, advance, full_plan, start
+from dyndit.sampling.solvers import AnySolver
 
 FORMAT = "dyndit-thresholds"
 VERSION = 1

@@ -21,7 +21,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.process import Schedule
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
-from dyndit.training.distill import Match
+from dyndit.training.match import Match
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import DepthPlan
 from dyndit.storage import load as checkpoints
-from dyndit.training.distill import Train
+from dyndit.training.train import Train
 
 
 @dataclass(frozen=True)

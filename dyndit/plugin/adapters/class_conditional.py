@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from dyndit.errors import CheckpointError
 from dyndit.models.base import Inputs, State
-from dyndit.models.dit import FinalLayer
+from dyndit.models.layers import FinalLayer
 from dyndit.plugin.adapters.base import Adapter, join_patches
 from dyndit.storage.names import FREQUENCY_SHIFT, frequency_shift_of, to_native
 

@@ -1,0 +1,113 @@
+"""Layers of Diffusion Transformers: functions hold the maths, modules the parameters."""
+
+import math
+from functools import partial
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+
+def timestep_features(t: Tensor, size: int, shift: int = 0) -> Tensor:
+    """Sinusoidal features, cosines first.  t: (B,) -> (B, size)."""
+    half = size // 2
+    # In this order of operations the bits are those of the published code (shift 0) and of diffusers (shift 1).
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angles = t[:, None].float() * torch.exp(exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_features(side: int, width: int) -> Tensor:
+    """Fixed 2-D sin-cos positions: half the width encodes the column, half the row.  -> (side * side, width)."""
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x: (B, N, D), shift and scale: (B, D) -> (B, N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t: (B,) -> (B, D): 256 sinusoidal features through a two-layer MLP."""
+
+    num_features = 256
+
+    def __init__(self, width: int, frequency_shift: int) -> None:
+        super().__init__()
+        self.frequency_shift = frequency_shift
+        self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: (B,) -> (B, D)."""
+        features = timestep_features(t, self.num_features, self.frequency_shift)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """y: (B,) -> (B, D). The row after the last class is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.null_class, self.dropout = num_classes, dropout
+        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
+
+    def drop(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Replace each label by the null label with probability `dropout`.
+
+        The training loop calls this with its own generator, so that a step is a function of the seed alone.
+        """
+        lost = torch.rand(len(y), generator=generator) < self.dropout
+        return torch.where(lost.to(y.device), self.null_class, y)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y: (B,) -> (B, D)."""
+        return self.embedding_table(y)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float, mlp_norm_eps: float | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
+        self.attn = Attention(width, num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps or norm_eps, elementwise_affine=False)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x: (B, N, D), c: (B, D) -> (B, N, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+    def reset(self) -> None:
+        """Zero the modulation: the block starts as the identity."""
+        zero_linear(self.adaLN_modulation[-1])
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear map to patches; also the shape of an exit head."""
+
+    def __init__(self, width: int, num_outputs: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
+        self.linear = nn.Linear(width, num_outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x: (B, N, D), c: (B, D) -> (B, N, patch * patch * C_out)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def zero_linear(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)

@@ -1,0 +1,192 @@
+"""The shift table: what each choice does to the distribution of pictures, measured band by band."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dyndit.analysis.metrics.fidelity import Moments
+from dyndit.errors import CheckpointError
+from dyndit.plans.cost import CostModel
+
+FORMAT = "dyndit-shift-table"
+
+
+VERSION = 1
+
+
+FILE = "shift-table.safetensors"
+"""Its name in a model's folder."""
+"""What the names of their tensors begin with."""
+
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ShiftTable:
+    """Measured distribution shifts of a model, and what they were measured with.
+
+    edges: bands + 1 timesteps, falling; band b covers (edges[b + 1], edges[b]]. pairs: P (conditional,
+    unconditional) depths without the full pair, whose shift is zero. mean: (bands, P, F), second:
+    (bands, P, F, F), float64, of F features; base and reference: moments of full depth's and of real pictures.
+    """
+
+    edges: tuple[float, ...]
+    pairs: tuple[Pair, ...]
+    mean: Tensor
+    second: Tensor
+    base: Moments
+    reference: Moments
+    cost: CostModel
+    num_blocks: int
+    solver: str
+    num_steps: int
+    cfg_scale: float
+    seed: int
+    num_pictures: int
+    extractor: str
+    extractor_fingerprint: str
+    trunk: str = ""
+    exits: str = ""
+    projection: Tensor | None = None
+    """Directions the extractor's features were reduced to, where they were."""
+    ages: tuple[int, ...] = ()
+    """Of each pair, where some forecast: how many steps ago full depth was, 0 for those that do not."""
+    bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
+    """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
+
+    @property
+    def full_pair(self) -> Pair:
+        """The depths of the original model."""
+        return (self.num_blocks, self.num_blocks if self.cfg_scale != 1 else 0)
+
+    @property
+    def extractor_name(self) -> str:
+        """The extractor's own name, where its features were reduced too."""
+        return self.extractor if self.projection is None else self.extractor.rsplit("-pca", 1)[0]
+
+    @property
+    def num_bands(self) -> int:
+        """Number of bands."""
+        return len(self.edges) - 1
+
+    @property
+    def least_share(self) -> float:
+        """Predicted time of the cheapest plan, as a share of full depth's: no budget can be smaller."""
+        seconds = [self.cost.step_seconds(*pair) for pair in (*self.pairs, self.full_pair)]
+        return min(seconds) / seconds[-1]
+
+    def base_at(self, solver: str, num_steps: int) -> Moments | None:
+        """Moments of full depth at these very steps, where they were measured."""
+        own = (solver, num_steps) == (self.solver, self.num_steps)
+        return self.base if own else self.bases.get((solver, num_steps))
+
+    def step_counts(self, solver: str) -> tuple[int, ...]:
+        """The step counts of a solver at which full depth was measured, fewest first."""
+        measured = {(self.solver, self.num_steps), *self.bases}
+        return tuple(sorted(steps for name, steps in measured if name == solver))
+
+    def part(self, pairs: Sequence[Pair], ages: Sequence[int] = ()) -> Self | None:
+        """The table of these pairs alone, each at its age where some forecast; None where it lacks one of them.
+
+        That is what would have been measured of them, bit for bit: an entry does not depend on the others.
+        """
+        where = {key: i for i, key in enumerate(zip(self.pairs, self.ages or (0,) * len(self.pairs), strict=True))}
+        picks = [where.get(key) for key in zip(pairs, ages or (0,) * len(pairs), strict=True)]
+        if None in picks:
+            return None
+        shifts = {"mean": self.mean[:, picks], "second": self.second[:, picks]}
+        return replace(self, pairs=tuple(pairs), ages=tuple(ages), **shifts)
+
+    def weights(self, timesteps: Sequence[int]) -> Tensor:
+        """(K, bands): which share of each band every step covers.
+
+        Step k covers the timesteps from its own down to the next step's, the last one down to 0. With these weights
+        one table serves other step counts and solvers.
+        """
+        tops = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
+        bottoms = torch.cat([tops[1:], tops.new_zeros(1)])
+        edges = torch.tensor(self.edges, dtype=torch.float64)
+        high, low = edges[:-1], edges[1:]
+        overlap = torch.minimum(tops[:, None], high) - torch.maximum(bottoms[:, None], low)
+        # A band that ends where it begins (a last step at t = 0) belongs whole to the step that stands there.
+        own = (tops[:, None] == high).double()
+        return torch.where(high > low, overlap.clamp(min=0) / (high - low).clamp(min=1e-9), own)
+
+    def save(self, path: Path) -> None:
+        """Write safetensors: shifts in float32, moments in float64, the rest as JSON in the metadata."""
+        tensors = {
+            "mean": self.mean,
+            "second": self.second,
+            "base.mean": self.base.mean,
+            "base.second": self.base.second,
+            "reference.mean": self.reference.mean,
+            "reference.second": self.reference.second,
+        }
+        plain = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases")
+            and (name != "ages" or self.ages)
+        }
+        plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
+        metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
+        if self.projection is not None:
+            tensors["projection"] = self.projection
+        if self.bases:  # apart from "table", so that readers that do not know them pass over them
+            metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
+            for (solver, steps), of in self.bases.items():
+                tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
+        shifts = {name: tensors[name].float().contiguous() for name in ("mean", "second")}
+        moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
+        save_file(shifts | moments, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a table.
+
+        Raises:
+            CheckpointError: missing, damaged, or no shift table of this version.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+                    raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
+                t = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+            plain = json.loads(metadata["table"])
+            nums, cost = plain.pop("nums"), CostModel.from_description(plain.pop("cost"))
+            plain |= {"pairs": tuple(map(tuple, plain["pairs"])), "edges": tuple(plain["edges"])}
+            plain["ages"] = tuple(plain.get("ages", ()))
+            base = Moments(t["base.mean"], t["base.second"], nums[0])
+            reference = Moments(t["reference.mean"], t["reference.second"], nums[1])
+            bases = {
+                (solver, steps): Moments(t[f"base.{solver}.{steps}.mean"], t[f"base.{solver}.{steps}.second"], num)
+                for solver, steps, num in json.loads(metadata.get("bases", "[]"))
+            }
+            shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
+            return cls(base=base, reference=reference, cost=cost, bases=bases, **shifts, **plain)
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: no readable shift table ({error})") from error
+
+    def save_pretrained(self, save_directory: str | Path, **ignored: object) -> None:
+        """Write the folder of a pipeline's component: the table, under its usual name."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **ignored: object) -> Self:
+        """Read the table in a folder: a pipeline's component, or a model's.
+
+        Raises:
+            CheckpointError: missing, damaged, or no shift table of this version.
+        """
+        return cls.load(Path(folder) / FILE)

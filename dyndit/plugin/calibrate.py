@@ -1,0 +1,223 @@
+"""Calibrate a user's pipeline with the plug-in on it."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from dyndit.analysis.metrics.extractors import Extractor
+from dyndit.analysis.metrics.fidelity import Moments
+from dyndit.calibration.calibrate import planned, to_measure_with
+from dyndit.calibration.drawing import batches_of, replaced_plan
+from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_table, measure_table_into
+from dyndit.errors import InputError
+from dyndit.models import Inputs
+from dyndit.plans.cost import CostModel
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.table import FILE, Pair, ShiftTable
+from dyndit.plugin.apply import DynDiTHandle
+from dyndit.plugin.hooks import watching
+from dyndit.sampling.loop import device_clock
+from dyndit.sampling.solvers import solver_name
+from dyndit.sampling.timing import measure_parts
+
+HOOK = "dyndit_calibration"
+
+
+Call = Callable[[Sequence[int]], Tensor]
+"""The user's own way to run a pipeline: B picture numbers -> (B, 3, H, W) uint8, one picture for each.
+
+Picture i must be a function of i alone: its own generator, its own prompt, the same at every call. Of a video, return
+the frame to be judged. Numbers run from 0 to 2 * num_pictures - 1; the second half are fresh ones, to measure a plan.
+
+    def call(indices):
+        generators = [dyndit.picture_generator(0, i) for i in indices]
+        made = pipe([prompts[i] for i in indices], num_inference_steps=20, generator=generators, output_type="pt")
+        return (255 * made.images + 0.5).to(torch.uint8).cpu()
+"""
+
+
+class PipelineDrawing:
+    """A user's unmodified pipeline, with the plug-in on it; its plan is switched between calls.
+
+    A pipeline cannot be forked, so every replaced band is a whole run.
+    """
+
+    seed = 0
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        handle: DynDiTHandle,
+        call: Call,
+        *,
+        cfg_scale: float = 1.0,
+        batch_size: int = 8,
+        rounds: int = 3,
+    ) -> None:
+        """Run the pipeline once, for picture 0 at full depth: then its scheduler knows the timesteps.
+
+        cfg_scale: the guidance scale that `call` runs with; 1 where there is no second branch, also of a model with
+        distilled guidance. rounds: whole runs that `cost` takes its medians over.
+
+        Raises:
+            InputError: `call` returned other things than a picture for each number, or is not guided as said.
+        """
+        self._handle, self._call, self._batch_size, self._rounds = handle, call, batch_size, rounds
+        self._cfg_scale, self._guided = cfg_scale, cfg_scale != 1
+        self._separate = self._guided and handle.adapter.guidance == "calls"
+        self.depths = handle.model.depths
+        self.trunk, self.exits = handle.identities
+        handle.plan = None
+        calls: list[Inputs] = []
+        with self._watching(calls):
+            pictures = self._pictures((0,))
+        self.setting = hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()
+        self.device = calls[0].x.device.type
+        # Only the last ones are run where a pipeline starts from a picture (`strength` below 1).
+        timesteps = pipe.scheduler.timesteps.tolist()[-self._num_steps(calls) :]
+        solver = solver_name(pipe.scheduler)
+        self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
+
+    def _watching(self, calls: list[Inputs]) -> object:
+        """Collect what the transformer is called with."""
+        adapter = self._handle.adapter
+        return watching(adapter.transformer, HOOK, lambda *args, **kwargs: calls.append(adapter.read(*args, **kwargs)))
+
+    def _num_steps(self, calls: list[Inputs]) -> int:
+        """Steps of one run, from its calls; two calls a step where the branches are apart.
+
+        Raises:
+            InputError: the calls are not guided as was said.
+        """
+        times = [inputs.t[0].item() for inputs in calls]
+        found = ((2 if len(times) > 1 and times[0] == times[1] else 1), len(calls[0]))
+        expected = (2, 1) if self._separate else (1, 2) if self._guided else (1, 1)
+        if found != expected:
+            (a, b), (c, d) = found, expected
+            raise InputError(
+                f"call: each step of picture 0 made {a} calls of {b} rows; expected {c} of {d} at cfg_scale "
+                f"{self._cfg_scale:g}"
+            )
+        return len(times) // found[0]
+
+    def _pictures(self, indices: Sequence[int]) -> Tensor:
+        pictures = self._call(tuple(indices))
+        shape = tuple(pictures.shape)
+        n = len(indices)
+        if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[0] != n or shape[1] not in (1, 3):
+            found = f"{str(pictures.dtype).removeprefix('torch.')} {shape}"
+            raise InputError(f"call: returned {found} for {n} numbers; expected uint8 ({n}, 3, H, W)")
+        return pictures.cpu()
+
+    def _under(self, plan: DepthPlan, indices: Sequence[int]) -> Tensor:
+        self._handle.plan = plan
+        return self._pictures(indices)
+
+    def replaced(
+        self,
+        indices: Sequence[int],
+        bands: Sequence[Sequence[int]],
+        pairs: Sequence[Pair],
+        ages: Sequence[int] = (),
+    ) -> Iterator[Tensor]:
+        """As of `Drawing`."""
+        if ages:
+            raise InputError("forecasts: a pipeline's own loop keeps nothing between steps; expected none")
+        yield self._under(self.full, indices)
+        for band in bands:
+            for pair in pairs:
+                yield self._under(replaced_plan(self.full, band, pair), indices)
+
+    def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
+        """As of `Drawing`: fresh pictures have the numbers after the table's."""
+        numbers = range(num_pictures, 2 * num_pictures) if fresh else range(num_pictures)
+        return torch.cat([self._under(plan, batch) for batch in batches_of(numbers, self._batch_size)])
+
+    def cost(self, batch_size: int) -> CostModel:
+        """As of `Drawing`: parts on a captured call of the pipeline, the rest from the time between its calls.
+
+        Raises:
+            InputError: the weights are not where the call is (offloaded ones).
+        """
+        handle, calls = self._handle, []
+        numbers = range(batch_size)
+        with self._watching(calls):
+            self._under(self.full, numbers)
+        seen = calls[len(calls) // 2]
+        home, there = next(handle.adapter.parameters()).device, seen.x.device
+        if home != there:
+            raise InputError(f"transformer: on {home}, called on {there}; expected a pipeline without offload to time")
+        stacked = self._guided and not self._separate
+        one = seen.rows(0, len(seen) // 2) if stacked else seen
+        draw = functools.partial(
+            _between,
+            handle.adapter.transformer,
+            device_clock(seen.x),
+            2 if self._separate else 1,
+            lambda: self._under(self.full, numbers),
+        )
+        return measure_parts(handle.model, one, seen if stacked else None, draw, rounds=self._rounds)
+
+
+def _between(
+    transformer: nn.Module, clock: Callable[[], float], calls_per_step: int, run: Callable[[], object]
+) -> list[float]:
+    """Seconds between the transformer's calls during a run, by step: the solver, guidance, callbacks."""
+    entered: list[float] = []
+    left: list[float] = []
+    with watching(transformer, HOOK, lambda *_, **__: entered.append(clock()), lambda: left.append(clock())):
+        run()
+    gaps = [later - earlier for earlier, later in zip(left, entered[1:], strict=False)]
+    whole = len(gaps) // calls_per_step * calls_per_step
+    return [sum(gaps[low : low + calls_per_step]) for low in range(0, whole, calls_per_step)]
+
+
+def calibrate_pipeline(
+    pipe: DiffusionPipeline,
+    handle: DynDiTHandle,
+    call: Call,
+    *,
+    budget: float,
+    extractor: Extractor | None = None,
+    reference: Moments | Tensor | None = None,
+    num_pictures: int = 256,
+    cfg_scale: float = 1.0,
+    num_bands: int = 5,
+    num_depths: int = 4,
+    pairs: tuple[Pair, ...] = (),
+    batch_size: int = 8,
+    table: ShiftTable | None = None,
+    out: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> DepthPlan:
+    """`calibrate`, for a user's pipeline with the plug-in on it: `handle.plan = calibrate_pipeline(pipe, handle, ...)`.
+
+    call: see `Call`. cfg_scale: the guidance scale that it runs with, 1 where it runs no second branch (as with the
+    distilled guidance of Flux). Without a table one is measured: num_bands times the number of pairs runs of the
+    pipeline for each picture, besides one at full depth; with `out` it is kept in that folder, where an interrupted
+    measurement goes on and a whole one is used again for other budgets and step counts. on_progress(done, all)
+    counts batches. The handle's plan is afterwards what it was.
+
+    Raises:
+        InputError: as `calibrate`; or `call` does not return a picture for each number, or is not guided as said.
+    """
+    before = handle.router or handle.plan
+    path = None if out is None else Path(out) / FILE
+    try:
+        drawing = PipelineDrawing(pipe, handle, call, cfg_scale=cfg_scale, batch_size=batch_size)
+        if table is None and path is not None and path.exists():
+            there, mine = ShiftTable.load(path), (drawing.trunk, drawing.exits, cfg_scale)
+            table = there if (there.trunk, there.exits, there.cfg_scale) == mine else None
+        if table is None:
+            extractor, reference = to_measure_with(extractor, reference)
+            settings = CalibrationSettings(num_pictures, num_bands, batch_size, pairs=pairs, num_depths=num_depths)
+            measure = measure_table if path is None else functools.partial(measure_table_into, path)
+            table = measure(drawing, extractor, reference, settings=settings, on_progress=on_progress)
+        return planned(drawing, table, budget, extractor)
+    finally:
+        handle.plan = before

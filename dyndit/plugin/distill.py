@@ -1,0 +1,32 @@
+"""Distil exits for a transformer of diffusers, in place."""
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import Exits
+from dyndit.plugin.adapters import adapt
+from dyndit.plugin.hooks import Target, transformer_of
+from dyndit.plugin.recording import RecordedCalls
+from dyndit.storage import load as checkpoints
+from dyndit.training.distill import Distill
+
+
+def distill_exits(
+    target: Target, calls: RecordedCalls | str | Path, recipe: Distill | None = None, out: str | Path = "exits"
+) -> Exits:
+    """Train exits for a transformer of diffusers, in place, on calls that `record_calls` recorded.
+
+    target: the pipeline or its transformer, which is only borrowed. out: the folder for checkpoints and the log, where
+    a run that was stopped goes on; at the end it holds `exits.safetensors`, bound to the trunk.
+
+    Raises:
+        InputError: no adapter serves the transformer, or the calls are not its own.
+    """
+    model = DynamicDepth(adapt(transformer_of(target)), pixel_space=False)
+    calls = calls if isinstance(calls, RecordedCalls) else RecordedCalls(calls)
+    dynamic, _ = (recipe or Distill()).run(model, calls, Path(out))
+    if PartialState().is_main_process:
+        checkpoints.save_exits(dynamic.exits, Path(out) / checkpoints.EXITS, model.trunk_hash())
+    return dynamic.exits

@@ -1,0 +1,108 @@
+"""Measure what the parts of a step cost on this machine."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.sampling.guidance import Guidance
+from dyndit.sampling.loop import Batch, advance, full_plan, start
+from dyndit.sampling.solvers import AnySolver
+
+
+def measure_cost(
+    model: DynamicDepth,
+    *,
+    batch_size: int = 64,
+    solver: AnySolver = "ddim",
+    cfg_scale: float = 1.5,
+    rounds: int = 7,
+) -> CostModel:
+    """Time the parts of a step of our own sampling on this machine: medians over `rounds`, the parts alternating."""
+    backbone, first = model.backbone, next(model.parameters())
+    device, dtype = first.device, first.dtype
+    size = (backbone.in_channels, backbone.image_size, backbone.image_size)
+
+    def some(rows: int) -> Inputs:
+        t = torch.full((rows,), 500, device=device)
+        return Inputs(torch.randn(rows, *size, device=device, dtype=dtype), t, torch.zeros_like(t))
+
+    plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
+    labels = torch.arange(batch_size, device=device) % backbone.num_classes
+    batch = Batch(labels, tuple(range(batch_size)), seed=0)
+    # The trajectory is prepared ahead: drawing the noise is not part of a step.
+    waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
+
+    def draw() -> list[float]:
+        rest: list[float] = []
+        on_step = lambda _, seconds, network: rest.append(seconds - network)  # noqa: E731
+        advance(model, batch, waiting.pop(), plan, guidance, on_step=on_step)
+        return rest
+
+    return measure_parts(model, some(batch_size), some(2 * batch_size), draw, rounds=rounds)
+
+
+@torch.no_grad()  # not inference mode: what a pipeline's modules keep from `draw` is to serve training as well
+def measure_parts(
+    model: DynamicDepth, one: Inputs, two: Inputs | None, draw: Callable[[], Sequence[float]], *, rounds: int
+) -> CostModel:
+    """Time the parts on given calls: medians over `rounds`, the parts and a whole sampling alternating within each.
+
+    one: a branch's B rows; two: both branches' 2B, or None where they run one after the other. draw: sample once
+    -> the seconds of every step besides the network.
+    """
+    backbone, device = model.backbone, one.x.device
+    first_alike = model.exits.alike() if model.exits is not None else {}
+    shallowest = model.depths[0]  # L where there are no exits
+    exits = sorted({shallowest, *first_alike.values()})
+    parts: dict[str, Callable[[], object]] = {}
+
+    def add(name: str, inputs: Inputs) -> None:
+        state = backbone.embed(inputs.x, inputs.t, inputs.y)
+
+        def blocks() -> None:
+            out = state
+            for index in range(model.num_blocks):
+                out = backbone.block(index, out)
+
+        parts[f"{name}.embed"] = lambda: backbone.embed(inputs.x, inputs.t, inputs.y)
+        parts[f"{name}.block"] = blocks
+        for depth in exits:
+            parts[f"{name}.exit.{depth}"] = lambda depth=depth: model.leave(state, depth)
+        parts[f"{name}.head"] = lambda: backbone.head(state)
+
+    add("one", one)
+    if two is not None:
+        add("two", two)
+    draws: list[Sequence[float]] = []
+    parts["steps"] = lambda: draws.append(draw())
+    seconds = _medians(parts, rounds, synchronise=device.type == "cuda")
+    rest = [step for measured in draws[1:] for step in measured]  # the first one warms up
+
+    def times(name: str, factor: int = 1) -> PartTimes:
+        embed, block, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "block", "head"))
+        leave = {depth: factor * seconds[f"{name}.exit.{depth}"] for depth in exits}
+        others = {depth: leave[first] for depth, first in first_alike.items() if first != shallowest}
+        return PartTimes(embed, block / model.num_blocks, leave[shallowest], head, others)
+
+    both = times("one", 2) if two is None else times("two")
+    # A pipeline of one step has nothing between its calls.
+    solver = statistics.median(rest) if rest else 0.0
+    return CostModel(len(one), model.num_blocks, times("one"), both, solver, device.type)
+
+
+def _medians(parts: dict[str, Callable[[], object]], rounds: int, synchronise: bool) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for measured in [False] + [True] * rounds:
+        for name, run in parts.items():
+            began = time.perf_counter()
+            run()
+            if synchronise:
+                torch.cuda.synchronize()
+            if measured:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,234 @@
+"""What a training run saves and goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dyndit.errors import CheckpointError, InputError
+from dyndit.training.config import BOOKKEEPING, FitConfig
+
+Weights = dict[str, Tensor]
+
+
+_STATE_KEYS = {"config", "data_fingerprint", "num_processes"}
+
+
+def to_cpu(weights: Weights) -> Weights:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+
+
+class Ema:
+    """Exponential moving average of the trained parameters (Polyak), one fused lerp per step.
+
+    Own lines in place of diffusers' EMAModel: that one keeps an anonymous list of tensors, while checkpoints
+    here name every tensor; and its step count is state of its own.
+    """
+
+    def __init__(self, trainable: nn.Module, decay: float):
+        self.trainable, self.decay = trainable, decay
+        named = {name: p for name, p in trainable.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(named), list(named.values())
+        self.averages = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+
+    def state_dict(self) -> Weights:
+        """Every entry of the module's state dict; buffers and frozen parameters as they are in the module."""
+        return {**self.trainable.state_dict(), **dict(zip(self.names, self.averages, strict=True))}
+
+    @torch.no_grad()
+    def load_state_dict(self, weights: Weights) -> None:
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(weights[name])
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training step changes."""
+
+    trainable: nn.Module
+    optimizer: torch.optim.AdamW
+    ema: Ema
+
+    def tensors(self) -> dict[str, Weights]:
+        """Contents of a checkpoint, by file name."""
+        moments = {}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            moments.update({f"{key}.{self.ema.names[index]}": value for key, value in state.items()})
+        return {"model": self.trainable.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments}
+
+    def load(self, tensors: dict[str, Weights]) -> None:
+        self.trainable.load_state_dict(tensors["model"])
+        self.ema.load_state_dict(tensors["ema"])
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state = {
+            index: {key: tensors["optimizer"][f"{key}.{name}"] for key in keys}
+            for index, name in enumerate(self.ema.names)
+            if f"step.{name}" in tensors["optimizer"]  # a parameter that never got a gradient has no moments
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run: folders step-NNNNNN of safetensors, with hashes, and a state.json.
+
+    A checkpoint is written beside its place and moved there when whole; only then is the oldest deleted. So
+    at every moment, also after a crash or on a full disk, the last complete one is there.
+    """
+
+    folder: Path
+    config: FitConfig
+    data_fingerprint: str
+    identity: str  # what else the run depends on
+    world: int  # number of processes
+
+    def save(self, run: Run, step: int) -> Path:
+        """Write the checkpoint of `step` and delete the oldest beyond `keep_checkpoints`."""
+        place = self.folder / f"step-{step:06d}"
+        draft = self.folder / f"writing-step-{step:06d}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        hashes = {}
+        for name, tensors in run.tensors().items():
+            path = draft / f"{name}.safetensors"
+            save_file(to_cpu(tensors), path)
+            hashes[path.name] = _sha256(path)
+        state = {
+            "step": step,
+            "config": asdict(self.config),
+            "data_fingerprint": self.data_fingerprint,
+            "identity": self.identity,
+            "num_processes": self.world,
+            "sha256": hashes,
+        }
+        (draft / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for path in [*draft.iterdir(), draft]:
+            _sync(path)
+        if place.exists():
+            shutil.rmtree(place)
+        draft.replace(place)
+        _sync(self.folder)
+        for old in self._all()[self.config.keep_checkpoints :]:
+            shutil.rmtree(old)
+        return place
+
+    def restore(self, run: Run, resume: bool = True, quiet: bool = False) -> int:
+        """Load the newest intact checkpoint into `run` and return its step; 0 if there is none at all."""
+        found = self._all()
+        if not found:
+            return 0
+        if not resume:
+            raise InputError(f"{self.folder.parent}: holds a run up to {found[0].name}; expected an empty folder")
+        for place in found:
+            try:
+                state, tensors = _read_checkpoint(place)
+            except CheckpointError as error:
+                if not quiet:
+                    print(f"{error}; trying the one before it", file=sys.stderr)
+                continue
+            self._check(place, state)
+            _check_shapes(place, tensors["model"], run.trainable.state_dict())
+            run.load(tensors)
+            if state["num_processes"] != self.world and not quiet:
+                print(
+                    f"{place}: written by {state['num_processes']} processes, going on with {self.world}: "
+                    "same pictures, other random numbers from here on",
+                    file=sys.stderr,
+                )
+            if not quiet:
+                # Out of the way of the numbering, so that no broken checkpoint counts as the newest to keep.
+                for broken in found[: found.index(place)]:
+                    shutil.rmtree(broken.with_name(f"damaged-{broken.name}"), ignore_errors=True)
+                    broken.replace(broken.with_name(f"damaged-{broken.name}"))
+            return int(state["step"])
+        raise CheckpointError(
+            f"{self.folder}: found {len(found)} checkpoints, none intact; delete the folder to start over"
+        )
+
+    def _all(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        found = [p for p in self.folder.glob("step-*") if p.name[5:].isdecimal()]
+        return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+    def _check(self, place: Path, state: dict) -> None:
+        if state["data_fingerprint"] != self.data_fingerprint:
+            raise InputError(
+                f"{place}: made with the data {state['data_fingerprint'][:12]}..., "
+                f"found {self.data_fingerprint[:12]}...; expected the same pictures, or another output folder"
+            )
+        if state.get("identity", "") != self.identity:
+            raise InputError(
+                f"{place}: made with the identity {state.get('identity', '')!r}, found {self.identity!r}; "
+                "expected the same frozen parts, or another output folder"
+            )
+        for field in fields(self.config):
+            if field.name in BOOKKEEPING:
+                continue
+            now = getattr(self.config, field.name)
+            then = state["config"].get(field.name)
+            then = tuple(then) if isinstance(then, list) else then  # JSON knows no tuples
+            if field.name == "steps" and self.config.schedule == "constant" and now >= state["step"]:
+                continue
+            if now != then:
+                raise InputError(
+                    f"{place}: made with {field.name} {then!r}, found {now!r}; "
+                    "expected the same, or another output folder"
+                )
+
+
+def _read_checkpoint(place: Path) -> tuple[dict, dict[str, Weights]]:
+    try:
+        state = json.loads((place / "state.json").read_text())
+        hashes = state["sha256"]
+        expected_name = f"step-{state['step']:06d}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{place / 'state.json'}: damaged or missing ({error})") from error
+    if place.name != expected_name or not state.keys() >= _STATE_KEYS:
+        raise CheckpointError(f"{place / 'state.json'}: not the state of {place.name}")
+    tensors = {}
+    for name in ("model", "ema", "optimizer"):
+        path = place / f"{name}.safetensors"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if _sha256(path) != hashes.get(path.name):
+            raise CheckpointError(f"{path}: damaged, its sha256 is not the one noted in state.json")
+        tensors[name] = load_file(path)
+    return state, tensors
+
+
+def _check_shapes(place: Path, found: Weights, expected: Weights) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        shapes = [tuple(w[name].shape) if name in w else "no such tensor" for w in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(f"{place}: {name}: found {shapes[0]}, the model to train has {shapes[1]}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk: a rename is no promise about the content before it."""
+    if os.name != "posix" and path.is_dir():  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

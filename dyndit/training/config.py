@@ -1,0 +1,70 @@
+"""How to train: the settings of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dyndit.errors import InputError
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train. A step is one update of the weights, whatever the accumulation and the processes."""
+
+    steps: int
+    batch_size: int  # pictures per step, over all micro-batches and all processes together
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 0  # learning rate rises linearly from 0
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    accumulation: int = 1  # micro-batches per step
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights, EMA and optimizer stay fp32
+    ema_decay: float = 0.9999  # reached by the warm-up min(decay, (1 + s) / (10 + s))
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    sample_every: int = 0  # 0: never
+    gradient_checkpointing: bool = False  # switched on in the module by who builds it; the loop cannot know how
+    flip: bool = True  # mirror half of the pictures, if the data allow it
+    num_workers: int = 0
+    compile: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        for name in ("warmup_steps", "sample_every", "num_workers", "grad_clip", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 0")
+        if self.schedule not in ("constant", "cosine"):
+            raise InputError(f"schedule: found {self.schedule!r}, expected 'constant' or 'cosine'")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"precision: found {self.precision!r}, expected 'fp32' or 'bf16'")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay: found {self.ema_decay}, expected at least 0 and below 1")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step s = 0, 1, ...: the schedule has no state."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + float(np.cos(np.pi * progress)))
+
+
+# Fields that change nothing in the weights a run ends with: they may differ when it is resumed.
+BOOKKEEPING = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "num_workers"}

@@ -1,0 +1,111 @@
+"""Losses of every step: to losses.csv, to TensorBoard, and to the terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dyndit.errors import InputError
+from dyndit.training.config import FitConfig
+
+
+class Log:
+    """Losses of every step: to losses.csv, TensorBoard, and a bar (a terminal) or plain lines (elsewhere).
+
+    Figures stay on the device until `flush`, so that a step does not wait for them.
+    """
+
+    def __init__(self, out: Path, first: int, config: FitConfig, accelerator: Accelerator, show: bool):
+        self.path, self.config, self.accelerator, self.show = out / "losses.csv", config, accelerator, show
+        self.rows: list[tuple[int, float, list[str], Tensor]] = []
+        self.last, self.last_time = first, time.monotonic()
+        if accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file():  # steps after the checkpoint are run, and noted, again
+                if first == 0:
+                    self.path.unlink()
+                else:
+                    kept = self.read()
+                    kept[kept["step"] <= first].to_csv(self.path.with_suffix(".tmp"), index=False)
+                    self.path.with_suffix(".tmp").replace(self.path)
+        self.console = Console()
+        self.bar: Progress | None = None
+        if show and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} steps/s "),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=config.steps, completed=first, loss=float("nan"), rate=0.0)
+
+    def __enter__(self) -> Log:
+        self.accelerator.init_trackers("tensorboard")
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        for tracker in self.accelerator.trackers:  # end_training() would also end the process group
+            tracker.finish()
+
+    def read(self) -> pd.DataFrame:
+        if not self.path.is_file():
+            return pd.DataFrame()
+        # Through Python's float: pandas 2 parses to within a bit, and a resumed run's losses are to be equal.
+        return pd.read_csv(self.path, dtype=str).astype(float).astype({"step": int})
+
+    def add(self, step: int, learning_rate: float, norm: Tensor, figures: list[dict[str, Tensor]]) -> None:
+        """Note one step from the figures of its micro-batches."""
+        names = list(figures[0])
+        means = torch.stack([torch.stack([f[name].float() for name in names]) for f in figures]).mean(0)
+        self.rows.append((step, learning_rate, ["grad_norm", *names], torch.cat([norm.float()[None], means])))
+        if self.bar:
+            self.bar.advance(self.task)
+
+    def flush(self) -> None:
+        """Write out what was noted. Raises InputError at the first step whose loss is not finite."""
+        if not self.rows:
+            return
+        names = self.rows[0][2]
+        values = self.accelerator.reduce(torch.stack([row[3] for row in self.rows]), "mean").double().cpu()
+        frame = pd.DataFrame(values.numpy(), columns=names)
+        frame.insert(0, "step", [row[0] for row in self.rows])
+        frame.insert(2, "learning_rate", [row[1] for row in self.rows])
+        frame = frame[["step", "loss", "learning_rate", "grad_norm", *names[2:]]]
+        self.rows.clear()
+        bad = frame[~np.isfinite(frame[["loss", "grad_norm"]]).all(axis=1)]
+        if len(bad):
+            row = bad.iloc[0]
+            raise InputError(
+                f"training: at step {int(row.step)} the loss is {row.loss:g} and its gradient's norm "
+                f"{row.grad_norm:g}, expected finite numbers; try a lower learning_rate or a longer warm-up"
+            )
+        if self.accelerator.is_main_process:
+            frame.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
+        step, now = int(frame["step"].iloc[-1]), time.monotonic()
+        means = frame.drop(columns="step").mean().to_dict()
+        rate = (step - self.last) / max(now - self.last_time, 1e-9)
+        self.last, self.last_time = step, now
+        self.accelerator.log({**means, "steps_per_second": rate}, step=step)
+        if self.bar:
+            self.bar.update(self.task, loss=means["loss"], rate=rate)
+        elif self.show:
+            left = (self.config.steps - step) / rate
+            print(
+                f"step {step}/{self.config.steps}  loss {means['loss']:.4f}  {rate:.2f} steps/s  "
+                f"{left / 60:.1f} min left",
+                flush=True,
+            )

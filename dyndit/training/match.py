@@ -1,0 +1,66 @@
+"""Train a student backbone on a full model's predictions."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dyndit.models import Backbone, tensors_hash
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.process import Schedule
+from dyndit.training.borrowed import borrowed
+from dyndit.training.config import FitConfig
+from dyndit.training.data import Pictures
+from dyndit.training.distill import _DISTILLING, Distill
+from dyndit.training.fit import FitResult, fit
+from dyndit.training.losses import halves
+from dyndit.training.states import States, noised
+
+
+@dataclass(frozen=True)
+class Match:
+    """Train a student trunk on a frozen full model's predictions: what `Distill` does to exits, to a whole model."""
+
+    fit: FitConfig = _DISTILLING
+    variance_weight: float = 0.1
+    null_share: float = 0.3
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def run(self, model: DynamicDepth, student: Backbone, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
+        """Return the student with its averaged weights, in eval mode, and the loop's record. It is trained in place.
+
+        Raises:
+            InputError: the data do not fit the model.
+        """
+        Distill(fit=self.fit).check(model, data)
+        backbone, kept = model.backbone, tensors_hash(student.state_dict())
+        with borrowed(backbone):
+            states = partial(noised, self.schedule, self.null_share, backbone.null_class)
+            task = _Matching(student, backbone, self.variance_weight, states)
+            identity = f"{model.trunk_hash()} {kept} {self.variance_weight} {self.null_share}"
+            result = fit(task, data, self.fit, Path(out), identity=identity)
+        student.load_state_dict(result.ema)
+        student.to(next(backbone.parameters()).device)
+        return DynamicDepth(student, pixel_space=model.pixel_space).eval(), result
+
+
+class _Matching:
+    """The task of training a student on its teacher's predictions."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, variance_weight: float, states: States) -> None:
+        self.trainable, self.teacher, self.variance_weight, self.states = student, teacher, variance_weight, states
+
+    def loss(
+        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error on noise and variance outputs.  x: (B, C, H, W), y: (B,)."""
+        inputs = self.states(x, y, generator)
+        with torch.no_grad():
+            target = self.teacher.to(x.device)(inputs.x, inputs.t, inputs.y)
+        noise, variance = halves(module(inputs.x, inputs.t, inputs.y) - target, x.shape[1]).mean(dim=0)
+        return noise + self.variance_weight * variance, {"noise": noise.detach(), "variance": variance.detach()}
+
+    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
+        """A student has no preview."""

@@ -1,0 +1,140 @@
+"""Train a backbone, alone or with its exits."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dyndit.errors import InputError
+from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
+from dyndit.process import Schedule
+from dyndit.training.config import FitConfig
+from dyndit.training.data import Pictures
+from dyndit.training.fit import FitResult, fit
+from dyndit.training.latents import LatentPictures
+from dyndit.training.losses import deep_supervision_loss, denoising_loss
+
+Preview = Callable[[DynamicDepth, Path, int], None]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a class-conditional DiT, from scratch or on from given weights; where asked for with exits from the first
+    step."""
+
+    backbone: DiTConfig
+    fit: FitConfig
+    data: str = ""
+    """"digits", or empty: the user names a picture folder."""
+    schedule: Schedule = field(default_factory=Schedule)
+    exits: ExitConfig | None = None
+    """Exits that train with the trunk, on the same loss as it (deep supervision). None: the trunk alone."""
+    exit_weight: float = 1.0
+    """Weight of the mean of the exits' losses, relative to that of full depth."""
+
+    def __post_init__(self) -> None:
+        if self.exit_weight <= 0:
+            raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
+
+    def check(self, data: Pictures) -> None:
+        """Refuse pictures that are not the backbone's.
+
+        Raises:
+            InputError: another size, number of channels or of classes; an exit where there is no layer; or the first
+                picture cannot be read.
+        """
+        config = self.backbone
+        if self.exits is not None:
+            self.exits.resolved(config.num_blocks)
+        for name, found, expected in (
+            ("picture size", data.image_size, config.image_size),
+            ("channels", data.channels, config.in_channels),
+            ("classes", data.num_classes, config.num_classes),
+        ):
+            if found != expected:
+                raise InputError(f"data: {name} {found}, but the recipe's backbone expects {expected}")
+        data[0]
+
+    def run(
+        self, data: Pictures, out: Path, *, trunk: DynamicDepth | None = None, preview: Preview | None = None
+    ) -> tuple[DynamicDepth, FitResult]:
+        """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
+
+        trunk: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
+
+        Raises:
+            InputError: as `check`; or the trunk is of another shape than the recipe's.
+        """
+        self.check(data)
+        config = self.backbone
+        if trunk is not None and not _is_shaped_as(trunk.backbone, config):
+            found = {name: value for name, value in trunk.backbone.config().items() if value != vars(config).get(name)}
+            raise InputError(f"--model: {type(trunk.backbone).__name__} with {found}; expected the recipe's {config}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.fit.seed)
+            backbone = ClassConditionalDiT(config)
+            if trunk is not None:
+                backbone.load_state_dict(trunk.backbone.state_dict())
+            exits = None if self.exits is None else Exits(backbone, self.exits)
+        backbone.gradient_checkpointing = self.fit.gradient_checkpointing
+        model = DynamicDepth(backbone, exits, pixel_space=not isinstance(data, LatentPictures))
+        task = _Denoising(model, self.schedule, self.exit_weight, preview)
+        identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
+        if trunk is not None:
+            identity += f" on from {trunk.trunk_hash()}"
+        result = fit(task, data, self.fit, out, identity=identity)
+        task.trainable.load_state_dict(result.ema)
+        return model.eval(), result
+
+
+class _Denoising:
+    """The task of training the trunk, with exits where the model has some."""
+
+    def __init__(self, model: DynamicDepth, schedule: Schedule, exit_weight: float, preview: Preview | None) -> None:
+        self.model, self.trainable = model, _trained_from_scratch(model)
+        self.schedule, self.exit_weight, self._preview = schedule, exit_weight, preview
+
+    def loss(
+        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
+        t = torch.randint(self.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
+        eps = torch.randn(x.shape, generator=generator).to(x.device)
+        y = self.model.backbone.y_embedder.drop(y, generator)
+        if self.model.exits is None:
+            return denoising_loss(module, self.schedule, x, t, eps, y)
+        return deep_supervision_loss(module, self.schedule, x, t, eps, y, self.exit_weight)
+
+    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
+        """Draw a sample grid with the averaged weights."""
+        if self._preview is None:
+            return
+        model = copy.deepcopy(self.model)
+        _trained_from_scratch(model).load_state_dict(ema)
+        self._preview(model.eval(), out, step)
+
+
+def _is_shaped_as(backbone: Backbone, config: DiTConfig) -> bool:
+    return isinstance(backbone, ClassConditionalDiT) and backbone.config() == asdict(config)
+
+
+def _trained_from_scratch(model: DynamicDepth) -> nn.Module:
+    """The module whose call gives what `_Denoising` judges."""
+    return model.backbone if model.exits is None else _EveryDepth(model)
+
+
+class _EveryDepth(nn.Module):
+    """A trunk and its exits; a call gives the predictions of all depths, rising."""
+
+    def __init__(self, dynamic: DynamicDepth) -> None:
+        super().__init__()
+        self.dynamic = dynamic
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> tuple[Tensor, ...]:
+        """-> E + 1 times (B, C_out, H, W)."""
+        return tuple(self.dynamic.every_exit(x_t, t, y).values())

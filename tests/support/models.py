@@ -1,0 +1,27 @@
+"""Tiny models, random all through, so that depth, labels and exits matter."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
+
+TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
+
+
+MakeBackbone = Callable[..., ClassConditionalDiT]
+
+
+MakeModel = Callable[..., DynamicDepth]
+
+
+def randomise(module: nn.Module, seed: int) -> None:
+    """Random values in every trained parameter, of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))

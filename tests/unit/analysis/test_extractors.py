@@ -1,0 +1,188 @@
+"""Extractors: sizes, weights, names, and that a picture's features do not depend on its batch mates."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from dyndit.analysis.metrics.extractors import ResNet20, as_rgb, load_extractor
+from dyndit.errors import CheckpointError, InputError
+from dyndit.recipes import digits_classifier
+
+SHARED = Path(__file__).resolve().parents[4] / "shared"
+
+
+def pictures(num: int, size: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture
+def resnet_weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    state = {k: v for k, v in ResNet20().state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "resnet.safetensors")
+    return tmp_path / "resnet.safetensors"
+
+
+@pytest.mark.parametrize("name", sorted(digits_classifier.CLASSIFIERS))
+def test_packaged_digits_weights_reach_the_stated_accuracy(name: str) -> None:
+    _, test_pictures, _, classes = digits_classifier.load_split(digits_classifier.CLASSIFIERS[name][1])
+    logits = load_extractor(name).outputs(test_pictures)["logits"]
+    accuracy = (logits.argmax(1) == classes).double().mean().item()
+    with safe_open(digits_classifier.OUT[name], "pt") as file:
+        stated = float(file.metadata()["accuracy"])
+    assert accuracy == pytest.approx(stated, abs=1e-3)
+    assert accuracy >= 0.97
+    assert f"{stated:.1%}" in digits_classifier.__doc__
+
+
+def test_packaged_digits_weights_are_small() -> None:
+    assert all(path.stat().st_size < 1_000_000 for path in digits_classifier.OUT.values())
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-lenet", "resnet20-cifar10"])
+def test_features_do_not_depend_on_the_batch(name: str, resnet_weights: Path) -> None:
+    extractor = load_extractor(name, None if name.startswith("digits") else resnet_weights)
+    x = pictures(13, extractor.network.size)
+    whole, single = extractor.features(x), extractor.features(x, batch_size=1)
+    flipped = extractor.features(x.flip(0), batch_size=5).flip(0)
+    assert whole.shape == (13, 64)
+    assert whole.dtype == torch.float64
+    assert torch.allclose(whole, single, atol=1e-5)
+    assert torch.allclose(whole, flipped, atol=1e-5)
+    assert (whole[0] - whole[1]).abs().max() > 1e-3  # pictures do differ, so the lines above prove something
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"), [("digits", 4 * 4 * 7), ("digits-lenet", 4 * 4 * 7), ("resnet20-cifar10", 8 * 8 * 7)]
+)
+def test_spatial_features_keep_places_apart(name: str, dims: int, resnet_weights: Path) -> None:
+    extractor = load_extractor(name, None if name.startswith("digits") else resnet_weights)
+    x = pictures(5, extractor.network.size)
+    whole = extractor.outputs(x, spatial=True)
+    assert whole["spatial"].shape == (5, dims)
+    assert whole["spatial"].dtype == torch.float64
+    assert torch.allclose(whole["spatial"], extractor.outputs(x, batch_size=2, spatial=True)["spatial"], atol=1e-5)
+    assert torch.equal(whole["features"], extractor.features(x))
+    assert "spatial" not in extractor.outputs(x)
+    corner = x.clone()
+    corner[..., :2, :2] = 255 - corner[..., :2, :2]
+    moved = (extractor.outputs(corner, spatial=True)["spatial"] - whole["spatial"]).abs().amax(0)
+    first, last = moved.view(-1, 7)[0], moved.view(-1, 7)[-1]  # (place, channel): the corner moved most where it lies
+    assert first.max() > 10 * last.max()
+
+
+def test_inception_spatial_features_are_those_of_adm(monkeypatch, tmp_path: Path) -> None:
+    """The first 7 channels of a 17x17 layer, in the order (row, column, channel)."""
+    torch.save({"none": torch.zeros(1)}, tmp_path / "inception.pth")
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)  # random weights will do
+    torch.manual_seed(0)
+    extractor = load_extractor("inception", tmp_path / "inception.pth")
+    seen = []
+    extractor.network.Mixed_6d.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    found = extractor.outputs(pictures(2, 16), spatial=True)["spatial"]
+    assert found.shape == (2, 17 * 17 * 7)
+    assert torch.equal(found.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1).double())
+    assert found.std() > 0
+
+
+def test_grey_pictures_count_as_repeated_colour() -> None:
+    extractor = load_extractor("digits")
+    grey = pictures(4, 8, channels=1)
+    assert torch.equal(extractor.features(grey), extractor.features(grey.repeat(1, 3, 1, 1)))
+    assert as_rgb(grey).shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8, dtype=torch.uint8), torch.zeros(8, 8)]
+)
+def test_pictures_must_be_uint8_with_one_or_three_channels(wrong: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=r"expected uint8 \(N, 1 or 3, H, W\)"):
+        as_rgb(wrong)
+
+
+def test_wrong_size_is_named() -> None:
+    with pytest.raises(InputError, match="extractor digits: pictures are 32x32, expected 8x8"):
+        load_extractor("digits").features(pictures(2, 32))
+
+
+def test_unknown_extractor_and_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--extractor: 'vgg', expected one of digits"):
+        load_extractor("vgg")
+    with pytest.raises(InputError, match="--extractor-weights: missing"):
+        load_extractor("resnet20-cifar10")
+    with pytest.raises(InputError, match="--extractor-weights: no file"):
+        load_extractor("resnet20-cifar10", tmp_path / "none.safetensors")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, resnet_weights: Path) -> None:
+    state = load_file(resnet_weights)
+    missing = {k: v for k, v in state.items() if k != "linear.bias"}
+    wide = state | {"conv1.weight": torch.zeros(16, 1, 3, 3)}
+    broken = state | {"linear.bias": torch.full((10,), torch.nan)}
+    for wrong, message in ((missing, "'linear.bias' missing"), (wide, "'conv1.weight'"), (broken, "not finite")):
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_extractor("resnet20-cifar10", tmp_path / "wrong.safetensors")
+        assert "\n" not in str(caught.value)
+    (tmp_path / "cut.safetensors").write_bytes(resnet_weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+        load_extractor("resnet20-cifar10", tmp_path / "cut.safetensors")
+
+
+def test_damaged_inception_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "inception.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"inception\.pth") as caught:
+        load_extractor("inception", tmp_path / "inception.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_follows_the_weights_not_the_file(tmp_path: Path, resnet_weights: Path) -> None:
+    state = load_file(resnet_weights)
+    save_file(state, tmp_path / "same.safetensors", {"note": "other bytes, same weights"})
+    save_file(state | {"linear.bias": state["linear.bias"] + 1}, tmp_path / "other.safetensors")
+    files = (resnet_weights, tmp_path / "same.safetensors", tmp_path / "other.safetensors")
+    first, same, other = (load_extractor("resnet20-cifar10", f).fingerprint for f in files)
+    assert first == same
+    assert first != other
+
+
+def test_only_inception_is_called_fid() -> None:
+    assert load_extractor("digits").metric_name == "FD-digits"
+
+
+def test_torch_fidelity_knows_the_extractor() -> None:
+    from torch.utils.data import TensorDataset
+    from torch_fidelity import calculate_metrics
+
+    from dyndit.analysis.metrics.quality import evaluate
+
+    class Pictures(TensorDataset):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return super().__getitem__(index)[0]
+
+    a, b = pictures(100, 8), pictures(100, 8, seed=1) // 2
+    theirs = calculate_metrics(
+        input1=Pictures(a), input2=Pictures(b), feature_extractor="digits", fid=True, cuda=False, verbose=False,
+        save_cpu_ram=True, cache=False,
+    )  # fmt: skip
+    ours = evaluate(a, b, load_extractor("digits"), ["fd"])
+    assert ours["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_resnet20_recognises_cifar10() -> None:
+    spec = importlib.util.spec_from_file_location("unpack", SHARED / "data" / "cifar10" / "unpack.py")
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    x, classes = unpack.load("test", limit=1000)
+    extractor = load_extractor("resnet20-cifar10", SHARED / "weights" / "resnet20-cifar10.safetensors")
+    logits = extractor.outputs(torch.from_numpy(x).permute(0, 3, 1, 2))["logits"]
+    accuracy = (logits.argmax(1) == torch.from_numpy(classes)).double().mean().item()
+    assert accuracy == pytest.approx(0.9173, abs=0.02)  # 91.73% on all 10,000

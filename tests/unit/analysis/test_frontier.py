@@ -1,0 +1,384 @@
+"""Frontier: reading and appending runs, interpolation in log time, paired verdicts."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dyndit.analysis.metrics.intervals import bootstrap_interval, paired_interval
+from dyndit.analysis.report.budgets import against_full, areas, budget_grid, winners
+from dyndit.analysis.report.frontier import (
+    COLUMNS,
+    LATER,
+    append_run,
+    fd_at_time,
+    measured,
+    read_runs,
+    summary,
+    time_at_fd,
+)
+from dyndit.errors import InputError
+from support.runs import frame, run_row
+
+# Full depth on a line in log time: FD = 16 at 4 steps, 4 less for each doubling of time.
+
+
+def searched(runs: pd.DataFrame) -> pd.Series:
+    table = summary(runs)
+    return table[table["arm"] == "searched"].iloc[0]
+
+
+def test_an_arm_on_the_frontier_saves_nothing() -> None:
+    row = searched(frame(ms=math.sqrt(32), fd=14.0))  # halfway between 4 and 8 ms in log time
+    assert row["time_saved_equal_fd"].mean == pytest.approx(0, abs=1e-12)
+    assert row["fd_diff_equal_time"].mean == pytest.approx(0, abs=1e-12)
+
+
+def test_savings_of_a_better_arm_are_exact() -> None:
+    row = searched(frame(ms=5.0, fd=12.0))
+    assert row["time_saved"] == pytest.approx(1 - 5 / 8)
+    assert row["time_saved_equal_fd"].mean == pytest.approx(1 - 5 / 8)
+    assert row["fd_diff"].mean == pytest.approx(0)
+    assert row["fd_diff_equal_time"].mean == pytest.approx(12 - (16 - 4 * math.log2(5 / 4)))
+    assert row["unchanged"] is True
+    assert row["better"]
+    assert not row["worse"]
+
+
+def test_differences_are_paired_by_block() -> None:
+    """The seeds move FD by 3 a block; the paired difference of 0.3 is seen all the same."""
+    row = searched(frame(ms=5.0, fd=12.3, noise=0.02))
+    assert row["fd"].half > 3
+    assert row["fd_diff"].half < 0.1
+    assert row["fd_diff"].excludes(0)
+    assert row["unchanged"]  # 0.3 is less than 5% of 18
+
+
+def test_unchanged_quality_depends_on_the_margin() -> None:
+    runs = frame(ms=5.0, fd=13.0, noise=0.02)
+    assert summary(runs, margin=0.10).iloc[-1]["unchanged"]
+    assert not summary(runs, margin=0.03).iloc[-1]["unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("ms", "fd", "note"),
+    [(5.0, 7.0, "FD below the best"), (5.0, 17.0, "FD above the fastest"), (3.0, 12.0, "time outside")],
+)
+def test_nothing_is_extrapolated(ms: float, fd: float, note: str) -> None:
+    row = searched(frame(ms=ms, fd=fd))
+    assert note in row["note"]
+    key = "fd_diff_equal_time" if "time" in note else "time_saved_equal_fd"
+    assert math.isnan(row[key].mean)
+
+
+def test_full_depth_is_not_compared_with_itself() -> None:
+    table = summary(frame(ms=5.0, fd=12.0))
+    full = table[table["family"] == "full"]
+    assert full["time_saved"].isna().all()
+    assert full["unchanged"].isna().all()
+
+
+def test_without_full_depth_there_is_no_verdict() -> None:
+    runs = frame(ms=5.0, fd=12.0)
+    row = searched(runs[runs["family"] != "full"])
+    assert row["unchanged"] is None
+    assert "fewer than two" in row["note"]
+
+
+def test_search_seeds_never_count() -> None:
+    runs = frame(ms=5.0, fd=12.0)
+    search = runs[runs["arm"] == "searched"].assign(fd=1.0, role="search")
+    assert searched(pd.concat([runs, search]))["fd"] == searched(runs)["fd"]
+
+
+def test_machines_are_kept_apart() -> None:
+    slow = frame(ms=5.0, fd=12.0)
+    fast = slow.assign(machine="gpu", ms_per_picture=slow["ms_per_picture"] / 10)
+    table = summary(pd.concat([slow, fast]))
+    assert len(table) == 8
+    arms = table[table["arm"] == "searched"].set_index("machine")
+    assert arms.loc["cpu", "ms"] == pytest.approx(10 * arms.loc["gpu", "ms"])
+    assert arms.loc["cpu", "time_saved"] == pytest.approx(arms.loc["gpu", "time_saved"])
+
+
+@given(weight=st.floats(0, 1), times=st.lists(st.floats(0.1, 100), min_size=2, max_size=6, unique=True))
+def test_time_and_fd_are_inverse_on_a_falling_frontier(weight: float, times: list[float]) -> None:
+    times = np.sort(np.array(times))
+    fds = 20.0 - 3.0 * np.arange(len(times))
+    fd = fds[-1] + weight * (fds[0] - fds[-1])
+    time = time_at_fd(times, fds, fd)
+    assert times[0] * (1 - 1e-9) <= time <= times[-1] * (1 + 1e-9)
+    assert fd_at_time(times, fds, min(max(time, times[0]), times[-1])) == pytest.approx(fd, abs=1e-4)
+
+
+def test_a_bump_gives_full_depth_the_benefit() -> None:
+    times, fds = np.array([1.0, 2.0, 4.0, 8.0]), np.array([10.0, 6.0, 8.0, 4.0])
+    assert time_at_fd(times, fds, 7.0) == pytest.approx(2**0.75)  # the first crossing, not the one after 4
+
+
+def test_appended_rows_come_back(tmp_path: Path) -> None:
+    file = tmp_path / "runs.csv"
+    assert measured(file) == set()
+    append_run(file, run_row(fd=8.123456789, budget=math.nan))
+    append_run(file, run_row(block=1, arm='odd, "arm"'))
+    append_run(file, run_row(block=7, role="search"))
+    runs = read_runs(tmp_path)
+    assert list(runs.columns) == list(COLUMNS)
+    assert runs["fd"].iloc[0] == 8.123456789
+    assert math.isnan(runs["budget"].iloc[0])
+    assert runs["plan"].iloc[0] == ""
+    assert measured(file) == {("full-10", 0), ('odd, "arm"', 1)}
+    assert measured(tmp_path, role="search") == {("full-10", 7)}
+    assert len(summary(runs)) == 2
+
+
+def test_append_refuses_a_row_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'colour' unknown"):
+        append_run(tmp_path / "runs.csv", run_row() | {"colour": 1})
+    row = run_row()
+    del row["fd"]
+    with pytest.raises(InputError, match="'fd'"):
+        append_run(tmp_path / "runs.csv", row)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
+    """A process that appends without end is killed; what it left is read without complaint."""
+    file = tmp_path / "runs.csv"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from support.runs import run_row\n"
+        "from dyndit.analysis.report.frontier import append_run\n"
+        "from pathlib import Path\n"
+        "for k in range(10**6): append_run(Path(sys.argv[1]), run_row(block=k))\n"
+    )
+    here = str(Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", code, str(file), here], env=os.environ)
+    try:
+        for _ in range(600):
+            if file.exists() and len(file.read_text().splitlines()) > 20:
+                break
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    blocks = sorted(block for _, block in measured(file))
+    assert len(blocks) >= 20
+    assert blocks == list(range(len(blocks)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text.replace("ms_per_picture", "ms"), "no column 'ms_per_picture'"),
+        (lambda text: text.replace("8.5", "eight"), "line 2: fd is 'eight'"),
+        (lambda text: text.replace("8.5", "inf"), "line 2: fd is 'inf'"),
+        (lambda text: text.splitlines()[0], "no rows"),
+        (lambda text: text + text.splitlines()[1] + "\n", "stands twice"),
+        (lambda text: "", "unreadable"),
+        (lambda text: text + '1,"2\n', "unreadable"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tmp_path: Path, spoil, message: str) -> None:
+    file = tmp_path / "runs.csv"
+    append_run(file, run_row(fd=8.5))
+    file.write_text(spoil(file.read_text()))
+    with pytest.raises(InputError, match=message) as caught:
+        read_runs(tmp_path)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"runs\.csv: no such file"):
+        read_runs(tmp_path)
+
+
+def test_a_quality_full_depth_never_reaches_saves_at_least_against_its_longest_time() -> None:
+    row = searched(frame(ms=4.0, fd=7.0))  # full depth's best is 8, at 16 ms
+    assert math.isnan(row["time_saved_equal_fd"].mean)
+    assert row["time_saved_at_least"] == pytest.approx(1 - 4 / 16)
+    assert math.isnan(searched(frame(ms=4.0, fd=17.0))["time_saved_at_least"])  # worse than its fastest
+    assert math.isnan(searched(frame(ms=4.0, fd=12.0))["time_saved_at_least"])  # reached: the interval says it
+
+
+# --- columns that came later -------------------------------------------------------------------------------------
+
+
+def old_file(path: Path) -> Path:
+    """A runs.csv as it was written before the columns of LATER."""
+    runs = pd.DataFrame([run_row(), run_row(block=1, fd=9.0)]).drop(columns=list(LATER))
+    runs.to_csv(path, index=False)
+    return path
+
+
+def test_older_files_read_with_empty_columns(tmp_path: Path) -> None:
+    runs = read_runs(old_file(tmp_path / "runs.csv"))
+    assert list(runs.columns) == list(COLUMNS)
+    assert runs["macs"].isna().all()
+    assert (runs["compiled"] == "").all()
+    assert len(summary(runs)) == 1
+
+
+def test_rows_with_the_new_columns_go_behind_old_ones(tmp_path: Path) -> None:
+    file = old_file(tmp_path / "runs.csv")
+    append_run(file, run_row(block=2, threads=2, compiled="eager", macs=1e9))
+    row = run_row(block=3)
+    for name in LATER:
+        del row[name]  # a writer that knows none of them
+    append_run(file, row)
+    runs = read_runs(file)
+    assert runs["threads"].tolist() == ["", "", "2", ""]
+    assert runs["macs"].tolist()[2] == 1e9
+    assert runs["fd"].tolist() == [8.0, 9.0, 8.0, 8.0]
+
+
+def test_precision_compilation_threads_and_batches_are_kept_apart() -> None:
+    runs = frame(ms=5.0, fd=12.0)
+    for name, value in (("compiled", "compiled"), ("dtype", "float16"), ("threads", 2), ("batch_size", 64)):
+        both = pd.concat([runs, runs.assign(**{name: value, "ms_per_picture": runs["ms_per_picture"] / 10})])
+        table = summary(both)
+        assert len(table) == 8
+        assert table.loc[table["arm"] == "searched", "time_saved"].tolist() == pytest.approx([0.375, 0.375])
+
+
+def test_a_share_of_blocks_may_be_unknown(tmp_path: Path) -> None:
+    append_run(tmp_path / "runs.csv", run_row(share_of_blocks=None))
+    assert math.isnan(summary(read_runs(tmp_path))["share_of_blocks"].iloc[0])
+
+
+def test_parquet_reads_as_csv_does_or_says_what_it_needs(tmp_path: Path) -> None:
+    runs = frame(ms=5.0, fd=12.0).assign(threads=2)
+    try:
+        runs.to_parquet(tmp_path / "runs.parquet")
+    except ImportError:
+        (tmp_path / "runs.parquet").write_bytes(b"PAR1")
+        with pytest.raises(InputError, match=r"runs\.parquet: needs pyarrow, which is not installed"):
+            read_runs(tmp_path)
+        return
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    pd.testing.assert_frame_equal(read_runs(tmp_path / "runs.parquet"), read_runs(tmp_path), check_dtype=False)
+
+
+# --- bootstrap, areas, budgets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 5, 8, 9])
+def test_the_bootstrap_of_a_mean_is_student_s_interval(num_blocks: int) -> None:
+    """Exactly where every resample is counted, and nearly where they are drawn."""
+    values = np.random.default_rng(0).normal(size=num_blocks)
+    found, known = bootstrap_interval(lambda w: w @ values, num_blocks), paired_interval(values)
+    close = {"rel": 1e-9} if num_blocks <= 8 else {"rel": 0.03}
+    assert found.mean == pytest.approx(known.mean)
+    assert found.half == pytest.approx(known.half, **close)
+
+
+def test_the_bootstrap_covers_a_curved_statistic() -> None:
+    """exp of the mean of five normal values: between 88 and 99% of 200 intervals hold the truth."""
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(200):
+        values = 0.3 * rng.normal(size=5)
+        found = bootstrap_interval(lambda w, v=values: np.exp(w @ v), 5)
+        covered += found.low <= 1 <= found.high
+    assert 176 <= covered <= 198
+
+
+def test_limits_beyond_what_was_measured_are_infinite() -> None:
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = bootstrap_interval(lambda w: np.where(w @ values > 4, np.inf, w @ values), 5)
+    assert found.mean == 3
+    assert 1 <= found.low < 2
+    assert found.high == math.inf
+
+
+def test_the_bootstrap_of_one_block_or_of_nothing_has_no_limits() -> None:
+    assert math.isnan(bootstrap_interval(lambda w: w @ np.ones(1), 1).low)
+    assert math.isnan(bootstrap_interval(lambda w: np.where(w[:, 0] > 0.5, np.nan, 1.0), 3).low)
+    same = bootstrap_interval(lambda w: w @ np.full(5, 2.0), 5)
+    assert (same.mean, same.low, same.high) == pytest.approx((2, 2, 2))
+
+
+def family(name: str, points: dict[float, float], noise: float = 0.0, num_blocks: int = 5) -> pd.DataFrame:
+    """Arms of a family, ms -> FD, on the blocks of `frame`."""
+    rng = np.random.default_rng(len(name))
+    rows = [
+        run_row(arm=f"{name}-{ms:g}", family=name, block=b, ms_per_picture=ms, fd=fd + 3.0 * b + noise * rng.normal())
+        for b in range(num_blocks)
+        for ms, fd in points.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def full_depth() -> pd.DataFrame:
+    runs = frame(ms=5.0, fd=12.0)
+    return runs[runs["family"] == "full"]
+
+
+def test_area_of_a_parallel_frontier_is_its_distance_times_the_log_time() -> None:
+    """Full depth less 1.5 FD, over 5.66 to 16 ms; a bad arm between is no part of the frontier."""
+    ours = {math.sqrt(32): 12.5, 8.0: 10.5, 10.0: 99.0, 16.0: 6.5}
+    row = areas(pd.concat([full_depth(), family("stale", ours)])).iloc[0]
+    assert row["family"] == "stale"
+    assert (row["from_ms"], row["to_ms"]) == pytest.approx((math.sqrt(32), 16.0))
+    assert row["fd_diff"].mean == pytest.approx(-1.5)
+    assert row["area"].mean == pytest.approx(-1.5 * math.log(16 / math.sqrt(32)))
+    assert row["area"].low == pytest.approx(row["area"].high)  # the blocks' shift is common to both
+
+
+def test_area_needs_a_common_range() -> None:
+    table = areas(pd.concat([full_depth(), family("switch", {5.0: 9.0}), family("far", {100.0: 1.0, 200.0: 0.5})]))
+    assert table["family"].tolist() == ["switch", "far"]
+    assert all(math.isnan(area.mean) for area in table["area"])
+
+
+def test_winners_take_the_best_arm_within_the_budget() -> None:
+    runs = [full_depth(), family("searched", {5.0: 12.0, 9.0: 9.0}, 0.05), family("stale", {5.0: 10.0}, 0.05)]
+    table = winners(pd.concat(runs)).set_index("budget_ms")
+    assert table.loc[4, "winner"] == "full"
+    assert table.loc[4, "best"] == {"full": ("full-4", pytest.approx(22.0))}
+    assert table.loc[5, "winner"] == table.loc[8, "winner"] == "stale"
+    assert table.loc[5, "clear"]
+    assert table.loc[5, "margin"].mean == pytest.approx(2.0, abs=0.2)
+    assert table.loc[5, "beats_searched"] == ["stale"]
+    assert table.loc[9, "winner"] == "searched"
+    assert table.loc[9, "arm"] == "searched-9"
+    assert table.loc[9, "beats_searched"] == []
+
+
+def test_choosing_among_many_equal_arms_is_no_advantage() -> None:
+    """Fifty arms of the same mean against one: the best of them looks better, cross-fitting says it is not."""
+    rng, rows = np.random.default_rng(3), []
+    for arm in range(51):
+        name = "many" if arm else "one"
+        noise = rng.normal(size=5) if arm else [0.1, -0.1, 0.0, 0.1, -0.1]
+        rows += [run_row(arm=f"{name}-{arm}", family=name, block=b, fd=10 + noise[b]) for b in range(5)]
+    row = winners(pd.DataFrame(rows)).iloc[0]
+    assert row["best"]["one"][1] - row["best"]["many"][1] > 0.7
+    assert row["winner"] == "many"
+    assert not row["clear"]
+
+
+def test_budgets_are_round_and_within_the_times() -> None:
+    assert budget_grid(3.9, 16) == [4, 5, 6, 7, 8, 9, 10, 12.5, 15]
+    assert budget_grid(0.95, 1.3) == [1, 1.25]
+
+
+def test_bootstrapped_savings_agree_with_the_blockwise_ones() -> None:
+    runs = frame(ms=5.0, fd=12.0, noise=0.1)
+    row, mine = against_full(runs).iloc[0], searched(runs)
+    assert row["time_saved"].mean == pytest.approx(mine["time_saved_equal_fd"].mean, abs=0.01)
+    assert row["fd_diff"].mean == pytest.approx(mine["fd_diff_equal_time"].mean)
+    assert 0.6 < row["fd_diff"].half / mine["fd_diff_equal_time"].half < 1.3
+    beyond = against_full(frame(ms=5.0, fd=7.0)).iloc[0]
+    assert beyond["time_saved"].mean == math.inf
+    assert beyond["saved_at_least"] == pytest.approx(1 - 5 / 16)
+    assert against_full(frame(ms=5.0, fd=17.0)).iloc[0]["time_saved"].mean == -math.inf
+    assert math.isnan(against_full(frame(ms=3.0, fd=12.0)).iloc[0]["fd_diff"].mean)

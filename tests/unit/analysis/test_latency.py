@@ -1,0 +1,211 @@
+"""Latency: order, pairing, warm-up, and intervals."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dyndit.analysis.metrics import latency
+from dyndit.analysis.metrics.intervals import Interval, non_inferior, paired_interval
+from dyndit.analysis.metrics.latency import (
+    Reading,
+    Repeats,
+    median_interval,
+    order_of,
+    paired_rounds,
+    paired_times,
+    relative_width,
+    summarise,
+)
+from dyndit.errors import InputError
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 5])
+def test_every_arm_stands_equally_often_in_every_place(num: int) -> None:
+    arms = [f"arm{k}" for k in range(num)]
+    places = Counter((name, place) for k in range(2 * num) for place, name in enumerate(order_of(arms, k)))
+    assert set(places.values()) == {2}
+    assert len(places) == num * num
+
+
+def test_rounds_warmup_and_synchronisation_are_counted() -> None:
+    calls = Counter()
+    arms = {name: lambda name=name: calls.update([name]) for name in "ab"}
+    times = paired_times(arms, rounds=4, warmup=3, synchronize=lambda: calls.update(["sync"]))
+    assert calls == {"a": 7, "b": 7, "sync": 16}
+    assert list(times.columns) == ["round", "arm", "seconds"]
+    assert len(times) == 8
+    assert [list(group["arm"]) for _, group in times.groupby("round")][:2] == [["a", "b"], ["b", "a"]]
+    assert (times["seconds"] >= 0).all()
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine slows down twofold on the way; "slow" takes three times as long as "a" in every round."""
+    clock = {"now": 0.0, "calls": 0}
+
+    def arm(cost: float) -> None:
+        clock["now"] += cost * (1 + clock["calls"] // 9 / 2)
+        clock["calls"] += 1
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock["now"])
+    arms = {"a": lambda: arm(1.0), "again": lambda: arm(1.0), "slow": lambda: arm(3.0)}
+    times = paired_times(arms, rounds=9, warmup=0)
+    result = summarise(times, "a")
+    assert times[times["arm"] == "a"]["seconds"].nunique() == 3  # the drift is in the times, not in the ratios
+    for name, ratio in (("a", 1), ("again", 1), ("slow", 3)):
+        interval = result.loc[name, "ratio"]
+        assert (interval.low, interval.mean, interval.high) == pytest.approx((ratio, ratio, ratio))
+    assert (result.loc["slow", "q25"], result.loc["slow", "median"]) == pytest.approx((3.0, 4.5))
+
+
+def test_interval_is_student_t_of_the_differences() -> None:
+    a, b = [3.0, 5.0, 4.0, 6.0], [1.0, 2.0, 3.0, 2.0]
+    interval = paired_interval(a, b)
+    half = 3.182446305 * np.std([2, 3, 1, 4], ddof=1) / 2  # t quantile .975 with 3 degrees of freedom
+    assert interval.mean == pytest.approx(2.5)
+    assert (interval.low, interval.high) == (pytest.approx(2.5 - half), pytest.approx(2.5 + half))
+    assert interval.excludes(0)
+    assert not interval.excludes(2)
+
+
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [not paired_interval(rng.normal(1, 2, 5)).excludes(1) for _ in range(2000)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+def test_pairing_cancels_what_the_seeds_do() -> None:
+    rng = np.random.default_rng(0)
+    seeds = rng.normal(0, 5, 6)
+    full, arm = seeds + rng.normal(0, 0.1, 6), seeds + 0.5 + rng.normal(0, 0.1, 6)
+    assert paired_interval(arm, full).excludes(0)
+    assert not paired_interval(arm - full.mean()).excludes(0)  # unpaired, the same difference drowns
+
+
+def test_one_block_has_no_limits_and_proves_nothing() -> None:
+    single = paired_interval([1.0])
+    assert single.mean == 1
+    assert math.isnan(single.low)
+    assert not single.excludes(0)
+    assert not non_inferior(single, 100, 0.05)
+    assert math.isnan(paired_interval([]).mean)
+
+
+def test_interval_text() -> None:
+    assert str(Interval(8.41, 8.19, 8.63)) == "8.41 ± 0.22"
+    assert f"{Interval(-0.5, -0.75, -0.25):+.1f}" == "-0.5 ± 0.2"
+    assert f"{Interval(1, math.nan, math.nan):.1f}" == "1.0"
+    assert str(Interval(math.nan, math.nan, math.nan)) == "–"
+
+
+def test_unchanged_quality_needs_the_whole_interval() -> None:
+    assert non_inferior(Interval(0.2, 0.0, 0.4), reference=10, margin=0.05)
+    assert not non_inferior(Interval(0.2, -0.2, 0.6), reference=10, margin=0.05)
+
+
+def test_median_interval_is_made_of_order_statistics() -> None:
+    values = [float(v) for v in range(1, 10)]
+    interval = median_interval(values[::-1])
+    assert (interval.mean, interval.low, interval.high) == (5, 2, 8)
+    interval = median_interval(list(range(1, 61)))
+    assert (interval.mean, interval.low, interval.high) == (30.5, 22, 39)
+    assert math.isnan(median_interval(values[:5]).low)  # 5 values hold the median in 94% of cases at most
+    assert median_interval(values[:6]).low == 1
+    assert math.isnan(median_interval([math.nan]).mean)
+
+
+@pytest.mark.parametrize("count", [6, 9, 20, 41])
+def test_median_interval_covers_the_median_of_a_skewed_distribution(count: int) -> None:
+    """Times are skewed: nothing is faster than the work, much is slower. The distribution's median is log 2."""
+    rng = np.random.default_rng(count)
+    covered = np.mean([not median_interval(rng.exponential(size=count)).excludes(math.log(2)) for _ in range(1500)])
+    assert 0.935 <= covered <= 0.985
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, costs) -> dict[str, object]:
+    """Arms whose calls take what costs(arm, count of calls so far) says, on a clock of their own."""
+    clock, calls = {"now": 0.0}, Counter()
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock["now"])
+
+    def run(name: str) -> None:
+        clock["now"] += costs(name, sum(calls.values()))
+        calls.update([name])
+
+    return {name: (lambda name=name: run(name)) for name in ("full", "full again", "plan")}
+
+
+def test_one_slow_round_moves_the_median_ratio_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost(name: str, calls: int) -> float:
+        return (0.5 if name == "plan" else 1.0) * (100.0 if calls == 10 else 1.0)
+
+    arms = clocked(monkeypatch, cost)
+    result = summarise(paired_times(arms, rounds=9, warmup=0), "full")
+    hit = max(result["ratio"], key=lambda ratio: abs(math.log(ratio.mean)))
+    assert hit.mean > 5  # the mean of the ratios is carried away ...
+    for arm, ratio in (("full again", 1.0), ("plan", 0.5)):
+        interval = result.loc[arm, "median_ratio"]
+        assert (interval.mean, interval.low, interval.high) == pytest.approx((ratio, ratio, ratio))  # ... this is not
+
+
+def noisy(spread: float, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return lambda name, _: (0.5 if name == "plan" else 1.0) * math.exp(rng.normal(0, spread))
+
+
+def test_rounds_go_on_until_every_ratio_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = {}
+    for spread in (0.0, 0.02, 0.04):
+        arms = clocked(monkeypatch, noisy(spread))
+        times = paired_times(arms, rounds=7, warmup=0, until=0.02, max_rounds=600)
+        rounds[spread] = times["round"].nunique()
+        table = summarise(times, "full")
+        assert max(relative_width(table.loc[arm, "median_ratio"]) for arm in ("full again", "plan")) <= 0.02
+        assert rounds[spread] % 6 == 0  # every order of three arms equally often
+    assert 12 == rounds[0.0] < rounds[0.02] < rounds[0.04] < 600
+
+
+def test_rounds_end_where_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = paired_times(clocked(monkeypatch, noisy(1.0)), rounds=3, warmup=0, until=0.02, max_rounds=20)
+    assert times["round"].nunique() == 20
+    assert relative_width(summarise(times, "full").loc["plan", "median_ratio"]) > 0.02
+    assert paired_times(clocked(monkeypatch, noisy(1.0)), rounds=3, warmup=0)["round"].nunique() == 3
+
+
+def test_stopping_on_width_leaves_the_estimate_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A/A null stopped as soon as it is narrow is off by nothing on average, and covered as often as it says."""
+    found = []
+    for seed in range(60):
+        times = paired_times(clocked(monkeypatch, noisy(0.03, seed)), rounds=7, warmup=0, until=0.04, max_rounds=60)
+        found.append(summarise(times, "full").loc["full again", "median_ratio"])
+    assert np.mean([ratio.mean for ratio in found]) == pytest.approx(1, abs=0.004)
+    assert np.mean([ratio.excludes(1) for ratio in found]) <= 0.15
+
+
+def test_scopes_are_kept_apart_and_an_arm_may_lack_one() -> None:
+    arms = {
+        "full": lambda: [Reading("whole", 2.0, 5.0), Reading("part", 1.0)],
+        "bare": lambda: [Reading("whole", 4.0)],
+    }
+    times = paired_rounds(arms, Repeats(rounds=8, until=0.1, warmup=0))
+    assert list(times.columns) == ["round", "arm", "scope", "seconds", "joules"]
+    assert times.groupby(["arm", "scope"]).size().to_dict() == {
+        ("bare", "whole"): 8,
+        ("full", "part"): 8,
+        ("full", "whole"): 8,
+    }
+    assert times["joules"].notna().sum() == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "--rounds 0"),
+        ({"until": 1.0}, "--until 1"),
+        ({"until": -0.1}, "--until -0.1"),
+        ({"rounds": 9, "most": 8, "until": 0.02}, "--max-rounds 8"),
+    ],
+)
+def test_impossible_repeats_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Repeats(**settings)

@@ -1,0 +1,43 @@
+"""Every command that the documents and the recipes show is one that the command line takes."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dyndit.cli import VERBS, main
+
+ROOT = Path(__file__).parents[3]
+SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("recipes/*.py")]
+LINE = re.compile(r"^ *(dyndit (?:.*\\\n)*.*)$", re.M)
+
+
+def commands() -> list[tuple[str, str]]:
+    """(where, command) of every line that begins with "dyndit", with the lines it goes on in."""
+    found = []
+    for source in SOURCES:
+        text = source.read_text().replace("\\\\\n", "\\\n")  # in a docstring the backslash is written twice
+        for match in LINE.finditer(text):
+            command = re.sub(r"\\\n *", "", match[1])
+            if command.split()[1] in VERBS and "..." not in command:
+                found.append((str(source.relative_to(ROOT)), command))
+    return found
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(commands()) > 40
+    assert {command.split()[1] for _, command in commands()} == VERBS.keys()
+
+
+@pytest.mark.parametrize(("where", "command"), commands())
+def test_the_command_line_takes_it(where: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for name, verb in VERBS.items():
+        monkeypatch.setitem(VERBS, name, functools.wraps(verb)(lambda *_, name=name, **__: taken.append(name)))
+    main(shlex.split(command, comments=True)[1:])
+    verb, first = command.split()[1:3]
+    assert taken == [verb]
+    if verb in ("train", "distill", "compare"):
+        assert (ROOT / "recipes" / f"{first}.py").is_file()

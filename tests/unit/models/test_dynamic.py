@@ -1,0 +1,184 @@
+"""One loop, any depth: full depth is the original model, branches and batch mates do not touch each other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dyndit.errors import InputError
+from dyndit.models import FAMILIES, Backbone
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import HEADS, ExitConfig, Exits
+from support.models import TINY, randomise
+
+# A tiny config of every backbone family. The contract test fails where one is missing.
+TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY)}
+
+pytestmark = pytest.mark.usefixtures("_no_grad")
+
+
+@pytest.fixture
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def by_hand(model: DynamicDepth, x, t, y, depth: int) -> torch.Tensor:
+    """Run `depth` blocks one after the other, then the head that stands there."""
+    state = model.backbone.embed(x, t, y)
+    for index in range(depth):
+        state = model.backbone.block(index, state)
+    if depth == model.num_blocks:
+        return model.backbone.head(state)
+    return model.backbone.unpatchify(model.exits.heads[str(depth)](state.tokens, state.cond), state)
+
+
+def test_full_depth_is_the_backbone_bit_for_bit(model: DynamicDepth, make_inputs) -> None:
+    x, t, y = make_inputs(model.backbone)
+    expected = model.backbone(x, t, y)
+    assert expected.std() > 0.1
+    assert torch.equal(model(x, t, y), expected)
+    assert torch.equal(model(x, t, y, depth=model.num_blocks), expected)
+    assert torch.equal(DynamicDepth(model.backbone)(x, t, y), expected)
+
+
+def test_every_depth_is_its_blocks_and_its_head(model: DynamicDepth, make_inputs) -> None:
+    x, t, y = make_inputs(model.backbone)
+    predictions = model.every_exit(x, t, y)
+    assert tuple(predictions) == model.depths == (1, 2, 3, 4, 5, 6)
+    for depth in model.depths:
+        expected = by_hand(model, x, t, y, depth)
+        assert torch.equal(model(x, t, y, depth=depth), expected)
+        assert torch.equal(predictions[depth], expected)
+    flat = torch.stack(list(predictions.values())).flatten(1)
+    assert torch.pdist(flat).min() > 0.1  # depths differ, or the equalities above prove nothing
+
+
+def test_a_depth_runs_that_many_blocks(model: DynamicDepth, make_inputs) -> None:
+    calls = []
+    for index, block in enumerate(model.backbone.blocks):
+        block.register_forward_hook(lambda _, inputs, __, index=index: calls.append((index, len(inputs[0]))))
+    x, t, y = make_inputs(model.backbone)
+    for depth in model.depths:
+        calls.clear()
+        model(x, t, y, depth=depth)
+        assert calls == [(index, 3) for index in range(depth)]
+    calls.clear()
+    model.branches(x, t, [y, y], [5, 2])
+    assert calls == [(0, 6), (1, 6), (2, 3), (3, 3), (4, 3)]  # one batch as deep as both go
+    calls.clear()
+    model.every_exit(x, t, y)
+    assert calls == [(index, 3) for index in range(6)]
+
+
+@given(depths=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+@settings(max_examples=30)
+def test_branches_equal_separate_calls(make_model, make_inputs, depths: list[int]) -> None:
+    model = make_model()
+    x, t, y = make_inputs(model.backbone)
+    labels = [(y + branch) % (model.backbone.num_classes + 1) for branch in range(len(depths))]
+    with torch.no_grad():
+        together = model.branches(x, t, labels, depths)
+        for found, mine, depth in zip(together, labels, depths, strict=True):
+            torch.testing.assert_close(found, model(x, t, mine, depth=depth), atol=1e-5, rtol=1e-5)
+
+
+def test_equal_branches_are_one_batch_bit_for_bit(model: DynamicDepth, make_inputs) -> None:
+    x, t, y = make_inputs(model.backbone)
+    null = torch.full_like(y, model.backbone.null_class)
+    double = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+    for depth in model.depths:
+        cond, uncond = model.branches(x, t, [y, null], [depth, depth])
+        assert torch.equal(torch.cat([cond, uncond]), model(*double, depth=depth))
+        assert not torch.allclose(cond, uncond, atol=1e-3)
+
+
+def test_rows_do_not_depend_on_their_batch_mates(model: DynamicDepth, make_inputs) -> None:
+    x, t, y = make_inputs(model.backbone, batch=4)
+    others = make_inputs(model.backbone, batch=4, seed=9)
+    mixed = [torch.cat([a[:1], b[1:]]) for a, b in zip((x, t, y), others, strict=True)]
+    for depth in model.depths:
+        whole = model(x, t, y, depth=depth)
+        assert torch.equal(whole[:1], model(*mixed, depth=depth)[:1])
+        torch.testing.assert_close(whole[:1], model(x[:1], t[:1], y[:1], depth=depth), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(whole[1:], model(*mixed)[1:], atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", [0, -1, 3, 7])
+def test_an_unknown_depth_is_refused(depth: int, make_model, make_inputs) -> None:
+    model = make_model(layers=(2, 4))
+    with pytest.raises(InputError, match=rf"depth {depth}: expected one of \[2, 4, 6\]"):
+        model(*make_inputs(model.backbone), depth=depth)
+
+
+def test_a_model_without_exits_has_one_depth(make_backbone, make_inputs) -> None:
+    model = DynamicDepth(make_backbone())
+    assert model.depths == (6,)
+    assert model.exits_hash() == ""
+    assert list(model.every_exit(*make_inputs(model.backbone))) == [6]
+    with pytest.raises(InputError, match="depth 3"):
+        model(*make_inputs(model.backbone), depth=3)
+
+
+def test_hashes_bind_trunk_and_exits(make_model) -> None:
+    model, same, other = make_model(), make_model(), make_model(seed=1)
+    assert (model.trunk_hash(), model.exits_hash()) == (same.trunk_hash(), same.exits_hash())
+    assert model.trunk_hash() != other.trunk_hash()
+    assert model.exits_hash() != other.exits_hash()
+    trunk = model.trunk_hash()
+    next(model.exits.parameters()).data[0] += 1
+    assert model.trunk_hash() == trunk
+    assert model.exits_hash() != same.exits_hash()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contract(family: str, head: str, make_inputs) -> None:
+    """What every family and every head must do; both are found by their registries."""
+    assert family in TINY_CONFIGS, f"add a tiny config of {family} to TINY_CONFIGS"
+    backbone: Backbone = FAMILIES[family].from_config(TINY_CONFIGS[family]).eval()
+    randomise(backbone, seed=0)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    x, t, y = make_inputs(backbone)
+    expected = backbone(x, t, y)
+    assert expected.shape == (len(x), backbone.out_channels, *x.shape[2:])
+    assert expected.std() > 0.1
+
+    model = DynamicDepth(backbone, Exits(backbone, ExitConfig(head=head))).eval()
+    after = backbone.state_dict()
+    assert after.keys() == before.keys()  # exits are beside the trunk, not in it
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not {p.data_ptr() for p in backbone.parameters()} & {p.data_ptr() for p in model.exits.parameters()}
+    assert torch.equal(model(x, t, y), expected)
+
+    state = backbone.embed(x, t, y)
+    assert len(state.tokens) == len(state.cond) == len(x)
+    for index in range(backbone.num_blocks - 1):
+        state = backbone.block(index, state)
+        own = backbone.head(state)  # fresh exits are the model's own final layer
+        assert torch.equal(model(x, t, y, depth=index + 1), own)
+    randomise(model.exits, seed=1)
+    for depth, prediction in model.every_exit(x, t, y).items():
+        assert prediction.shape == expected.shape
+        assert depth == backbone.num_blocks or not torch.allclose(prediction, by_hand_head(model, x, t, y, depth))
+
+    twin = FAMILIES[family].from_config(backbone.config()).eval()
+    twin.load_state_dict(before)
+    assert torch.equal(twin(x, t, y), expected)
+
+
+def by_hand_head(model: DynamicDepth, x, t, y, depth: int) -> torch.Tensor:
+    """The model's own head after `depth` blocks."""
+    state = model.backbone.embed(x, t, y)
+    for index in range(depth):
+        state = model.backbone.block(index, state)
+    return model.backbone.head(state)
+
+
+def test_backbone_says_what_is_missing() -> None:
+    bare = Backbone()
+    assert isinstance(bare, nn.Module)
+    for call in (bare.config, bare.new_exit_head, bare.new_exit_block, lambda: Backbone.from_config({})):
+        with pytest.raises(NotImplementedError):
+            call()

@@ -1,0 +1,72 @@
+"""What a plan costs by measured parts: heads by depth, and descriptions that were stored before there were such."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dyndit.models.exits import HEADS
+from dyndit.plans import cost
+from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.plans.plan import REUSED
+from dyndit.sampling.timing import measure_cost
+
+ONE = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125, exits={2: 4.0, 3: 2.0})
+COST = CostModel(8, num_blocks=4, one=ONE, two=replace(ONE, block=2.0, exit=1.0, exits={2: 8.0}), solver=16.0)
+
+
+@pytest.mark.parametrize(
+    ("pair", "seconds"),
+    [
+        ((1, 0), 16.25 + 1 + 0.5),
+        ((2, REUSED), 16.25 + 2 + 4),
+        ((3, 0), 16.25 + 3 + 2),
+        ((4, 0), 16.25 + 4 + 0.125),
+        ((1, 1), 16.25 + 2 + 1),  # two branches as one batch of twice the rows
+        ((2, 2), 16.25 + 4 + 8),
+        ((3, 2), 16.25 + 4 + 4 + 1 + 2),  # one leaves at 2, then the other goes on alone
+        ((2, 4), 16.25 + 4 + 4 + 2 + 0.125),
+    ],
+)
+def test_a_step_costs_its_own_heads(pair: tuple[int, int], seconds: float) -> None:
+    assert COST.step_seconds(*pair) == seconds
+
+
+def test_description_keeps_the_depths_through_json() -> None:
+    assert CostModel.from_description(json.loads(json.dumps(COST.describe()))) == COST
+
+
+def test_a_description_with_one_time_for_all_exits_is_read() -> None:
+    parts = {"embed": 0.25, "block": 1.0, "exit": 0.5, "head": 0.125}
+    stored = {"batch_size": 8, "num_blocks": 4, "one": parts, "two": parts, "solver": 16.0, "device": "cpu"}
+    found = CostModel.from_description(json.loads(json.dumps(stored)))
+    assert found == CostModel(8, 4, PartTimes(**parts), PartTimes(**parts), 16.0)
+    assert [found.step_seconds(depth, 0) for depth in (1, 2, 3, 4)] == [17.75, 18.75, 19.75, 20.375]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_are_timed_by_their_shapes_and_equal_ones_once(head: str, make_model, monkeypatch) -> None:
+    """On a clock that only exits move: 2^depth seconds each."""
+    model, now, called = make_model((), head), [0.0], set()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+
+    def pass_time(depth: int) -> None:
+        now[0] += 2**depth
+        called.add(depth)
+
+    for depth in model.exits.layers:
+        model.exits.heads[str(depth)].register_forward_hook(lambda *_, depth=depth: pass_time(depth))
+    found = measure_cost(model, batch_size=2, rounds=1)
+    assert (found.one.embed, found.one.block, found.one.head) == (0, 0, 0)
+    for parts in (found.one, found.two):
+        assert parts.exit == 2
+        assert parts.exits == ({3: 8, 4: 8, 5: 32} if head == "wide" else {})
+    assert called == ({1, 3, 5} if head == "wide" else {1})
+
+
+def test_a_model_without_exits_is_timed(make_model) -> None:
+    model = make_model()
+    model.exits = None
+    found = measure_cost(model, batch_size=2, rounds=1)
+    assert found.one.exits == {}
+    assert found.one.exit > 0

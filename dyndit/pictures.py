@@ -1,8 +1,24 @@
-"""Pictures for the eye."""
+"""Pictures as bytes: colour for the networks that judge them, a grid for the eye."""
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dyndit.errors import InputError
+
+
+def as_rgb(pictures: Tensor) -> Tensor:
+    """Repeat grey as colour.  pictures: (N, 1 or 3, H, W) uint8 -> (N, 3, H, W) uint8.
+
+    Raises:
+        InputError: pictures of another type or shape.
+    """
+    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        raise InputError(
+            f"pictures: {str(pictures.dtype).removeprefix('torch.')} of shape {tuple(pictures.shape)}, "
+            "expected uint8 (N, 1 or 3, H, W)"
+        )
+    return pictures.expand(-1, 3, -1, -1)
 
 
 def grid(pictures: Tensor, columns: int = 10, pad: int = 2, least: int = 320) -> Image.Image:

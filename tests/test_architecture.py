@@ -32,20 +32,8 @@ ENTRIES = ("", "__main__")
 
 ALLOWED: dict[str, set[str]] = {
     "analysis.compare.peers.switch": {"cli.recipes"},
-    "calibration.calibrate": {
-        "analysis.metrics.extractors",
-        "analysis.metrics.fidelity",
-        "analysis.metrics.intervals",
-        "analysis.metrics.latency",
-    },
-    "calibration.measure": {"analysis.metrics.extractors", "analysis.metrics.fidelity"},
     "models.dynamic": {"storage.card", "storage.load"},
-    "plans.predictor": {"analysis.metrics.fidelity"},
-    "plans.refined": {"analysis.metrics.fidelity"},
-    "plans.search": {"analysis.metrics.fidelity"},
     "plans.step_counts": {"sampling.solvers"},
-    "plans.table": {"analysis.metrics.fidelity"},
-    "plugin.calibrate": {"analysis.metrics.extractors", "analysis.metrics.fidelity"},
     "runtime": {"models.dynamic"},
     "storage.card": {"analysis", "analysis.report.figures", "analysis.report.frontier", "analysis.report.tables"},
     "training.distill": {"plugin.recording"},

@@ -17,7 +17,6 @@ from dyndit.analysis.compare.peers.confidence import ConfidentDepth, Decisions, 
 from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
-from dyndit.analysis.metrics.fidelity import Moments
 from dyndit.calibration.calibrate import measure_bases, measure_moments
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import measure_shifts, part_of
@@ -33,6 +32,7 @@ from dyndit.plans.table import ShiftTable
 from dyndit.progress import progress_bar
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import unguided
+from dyndit.stats import Moments
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.exit_errors import exit_error_table

@@ -14,11 +14,9 @@ from diffusers import AutoencoderKL, DiTPipeline
 
 from dyndit import manifest
 from dyndit.analysis.metrics.energy import EnergyMeter, energy_meter
-from dyndit.analysis.metrics.intervals import Interval
-from dyndit.analysis.metrics.latency import Reading, Repeats, paired_rounds, paired_times, relative_width
-from dyndit.analysis.metrics.latency import summarise as summarise_times
 from dyndit.analysis.metrics.macs import flops, model_macs
 from dyndit.analysis.metrics.memory import MEANING, peak_memory
+from dyndit.clock import Clock
 from dyndit.errors import InputError
 from dyndit.models import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
@@ -32,6 +30,8 @@ from dyndit.sampling.loop import picture_generator
 from dyndit.sampling.sample import Samples, balanced_labels, sample
 from dyndit.sampling.solvers import make_scheduler
 from dyndit.sampling.timing import measure_cost
+from dyndit.stats import Interval, Reading, Repeats, paired_rounds, paired_times, relative_width
+from dyndit.stats import summarise as summarise_times
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.training.latents import decode_latents, load_autoencoder
 
@@ -261,7 +261,7 @@ class Work:
     two: Callable[[], object]
     wait: Callable[[], object]
     wait_seconds: float
-    synchronize: Callable[[], object] | None = None
+    clock: Clock = field(default_factory=Clock)
 
 
 def known_work(device: str = "cpu") -> Work:
@@ -277,8 +277,7 @@ def known_work(device: str = "cpu") -> Work:
         product()
         product()
 
-    wait = torch.cuda.synchronize if device.startswith("cuda") else None
-    return Work(product, two, lambda: time.sleep(seconds), seconds, wait)
+    return Work(product, two, lambda: time.sleep(seconds), seconds, Clock(device))
 
 
 def self_check(work: Work, rounds: int = 60) -> list[Check]:
@@ -287,7 +286,7 @@ def self_check(work: Work, rounds: int = 60) -> list[Check]:
     The null's interval is at 95%: one in twenty misses 1 on the quietest machine.
     """
     arms = {"one": work.one, "again": work.one, "two": work.two}
-    times = paired_times(arms, rounds=rounds, warmup=3, synchronize=work.synchronize)
+    times = paired_times(arms, rounds=rounds, warmup=3, clock=work.clock)
     table = summarise_times(times, "one")
     null, double = table.loc["again", "median_ratio"], table.loc["two", "median_ratio"]
     waits = paired_times({"wait": work.wait}, rounds=max(rounds // 3, 6), warmup=1)
@@ -353,12 +352,12 @@ def _in_pipeline(
     decoder.to(weights.device, weights.dtype)
     pipe.set_progress_bar_config(disable=True)
     labels = balanced_labels(size, classes)
-    wait = torch.cuda.synchronize if weights.is_cuda else float
+    clock = Clock(weights.device)
 
     def whole() -> Reading:
         generators = [picture_generator(0, index) for index in range(size)]
-        wait()
-        spent, began = _metered(meter), time.perf_counter()
+        clock.wait()
+        spent, began = _metered(meter), clock()
         pipe(
             class_labels=labels,
             guidance_scale=some.cfg_scale,
@@ -366,8 +365,7 @@ def _in_pipeline(
             generator=generators,
             output_type="pt",
         )
-        wait()
-        return Reading(PIPELINE, time.perf_counter() - began, spent())
+        return Reading(PIPELINE, clock() - began, spent())
 
     def plugged(plan: DepthPlan) -> list[Reading]:
         handle = apply_dyndit(pipe, model.exits, plan, check_trunk=False)

@@ -24,6 +24,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from dyndit.errors import CheckpointError, InputError
+from dyndit.pictures import as_rgb
 
 PACKAGED_WEIGHTS = {
     "digits": "digits-classifier.safetensors",
@@ -286,16 +287,6 @@ def check_size(name: str, pictures: Tensor, size: int) -> None:
 def first_line(error: Exception) -> str:
     """Return an error's first line, for messages of one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def as_rgb(pictures: Tensor) -> Tensor:
-    """Pictures: uint8 (N, 1 or 3, H, W) -> (N, 3, H, W); grey is repeated. Raises InputError."""
-    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
-        raise InputError(
-            f"pictures: {str(pictures.dtype).removeprefix('torch.')} of shape {tuple(pictures.shape)}, "
-            "expected uint8 (N, 1 or 3, H, W)"
-        )
-    return pictures.expand(-1, 3, -1, -1)
 
 
 def state_hash(module: nn.Module) -> str:

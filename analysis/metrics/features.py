@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.analysis.metrics.extractors import Extractor, as_rgb
-from dyndit.analysis.metrics.fidelity import Moments, moments
+from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.sets import PictureSet, Statistics
 from dyndit.errors import InputError
+from dyndit.pictures import as_rgb
+from dyndit.stats import Moments, moments
 
 LAYOUT = 1  # raise it when what is computed from pictures changes
 MAIN, SPATIAL = ("features", "logits"), ("spatial",)

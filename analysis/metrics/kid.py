@@ -8,8 +8,8 @@ test), whether the distributions differ or not. `recipes/kid_coverage.py` measur
 
 from torch import Tensor
 
-from dyndit.analysis.metrics.intervals import Interval, paired_interval
 from dyndit.errors import InputError
+from dyndit.stats import Interval, paired_interval
 
 MIN_BLOCKS = 10  # fewer widen Student's interval
 MAX_BLOCK_SIZE = 1000  # KID's usual subset: bounds memory and time

@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dyndit.analysis.metrics.intervals import Interval
 from dyndit.errors import InputError
+from dyndit.stats import Interval
 
 QUANTILE = 0.01
 MIN_HELD_OUT = 100  # fewer have no 1st percentile

@@ -1,7 +1,7 @@
 """`evaluate`: two sets of pictures in, named numbers out. A metric is one function of a Comparison.
 
 torch-fidelity computes what it does well, Inception score, precision and recall, from features that are computed here
-once per set; distances and intervals are this package's (fidelity.py, kid.py, memorisation.py, paired.py).
+once per set; distances and intervals are this package's (dyndit.stats, infinity.py, kid.py, memorisation.py, paired.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
-from dyndit.analysis.metrics.fidelity import NUM_SIZES, distance_at_infinity, frechet_distance
+from dyndit.analysis.metrics.infinity import NUM_SIZES, distance_at_infinity
 from dyndit.analysis.metrics.kid import kernel_distance
 from dyndit.analysis.metrics.memorisation import check_memorisation
 from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_distances
 from dyndit.analysis.metrics.sets import PictureSet, Statistics, read_set
 from dyndit.errors import InputError
+from dyndit.stats import frechet_distance
 
 Figures = dict[str, float | int | str | bool | None]
 DEFAULT_METRICS = ("fd", "kid", "is", "prc")

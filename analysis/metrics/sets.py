@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dyndit.analysis.metrics.fidelity import Moments
 from dyndit.errors import InputError
+from dyndit.stats import Moments
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 OVERVIEWS = {"grid.png", "samples.png"}  # what `dyndit sample` and the reports lay beside single pictures

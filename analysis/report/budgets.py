@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dyndit.analysis.metrics.intervals import Interval, bootstrap_interval, paired_interval
 from dyndit.analysis.report.frontier import GROUP, scored_rows
+from dyndit.stats import Interval, bootstrap_interval, paired_interval
 
 MISSING = Interval(math.nan, math.nan, math.nan)
 BASES = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from dyndit.analysis.metrics.intervals import paired_interval
 from dyndit.plans.plan import REUSED, guide_of, written, written_cond
+from dyndit.stats import paired_interval
 
 INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.

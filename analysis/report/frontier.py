@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dyndit.analysis.metrics.intervals import Interval, non_inferior, paired_interval
 from dyndit.errors import InputError
+from dyndit.stats import Interval, non_inferior, paired_interval
 
 RUNS, PARQUET = "runs.csv", "runs.parquet"
 

@@ -13,9 +13,9 @@ import pandas as pd
 from rich import box
 from rich.table import Table as TerminalTable
 
-from dyndit.analysis.metrics.intervals import Interval
 from dyndit.analysis.report import budgets
 from dyndit.analysis.report.frontier import QUALITY, against_controls
+from dyndit.stats import Interval
 
 
 @dataclass(frozen=True)

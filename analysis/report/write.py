@@ -71,7 +71,7 @@ def write_report(
 
     run_dirs: folders with runs.csv (or runs.parquet) and, where there are any, manifest.json, the plans,
     exit-errors.csv and the figures of CAPTIONS; or the runs files themselves. margin: what counts as unchanged, see
-    `intervals.non_inferior`. report.html needs no other file and no network. Beside each figure stands a
+    `dyndit.stats.non_inferior`. report.html needs no other file and no network. Beside each figure stands a
     <figure>.manifest.json. Raises InputError: runs missing or damaged, manifest.json unreadable.
     """
     paths = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]

@@ -6,11 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dyndit.analysis.metrics.extractors import Extractor, as_rgb
-from dyndit.analysis.metrics.fidelity import Moments, frechet_distance, moments
-from dyndit.analysis.metrics.intervals import Interval
-from dyndit.analysis.metrics.latency import paired_times, summarise
 from dyndit.calibration.drawing import Drawing, NativeDrawing, ToPictures
+from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import (
     CalibrationSettings,
     OnProgress,
@@ -20,6 +17,7 @@ from dyndit.calibration.measure import (
 )
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.pictures import as_rgb
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.refined import refined
 from dyndit.plans.search import search
@@ -28,6 +26,7 @@ from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan, to_uint8
 from dyndit.sampling.sample import balanced_labels, sample
 from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name
+from dyndit.stats import Interval, Moments, frechet_distance, moments, paired_times, summarise
 
 STEP_GRID = (5, 7, 10, 14, 20)
 """Step counts worth choosing among: neighbours differ by about 1.4 in time."""
@@ -36,7 +35,7 @@ STEP_GRID = (5, 7, 10, 14, 20)
 def measure_bases(
     model: DynamicDepth,
     table: ShiftTable,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     *,
     solver: AnySolver = "ddim",
     step_grid: Sequence[int] = STEP_GRID,
@@ -85,7 +84,7 @@ def check_step_grid(step_grid: Sequence[int]) -> None:
 
 def measure_moments(
     model: DynamicDepth,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     plan: DepthPlan,
     *,
     num_pictures: int,
@@ -101,7 +100,9 @@ def measure_moments(
     return _moments(drawing, extractor, plan, num_pictures, fresh=False)
 
 
-def _moments(drawing: Drawing, extractor: Extractor, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Moments:
+def _moments(
+    drawing: Drawing, extractor: FeatureExtractor, plan: DepthPlan, num_pictures: int, *, fresh: bool
+) -> Moments:
     return moments(extractor.features(as_rgb(drawing.drawn(plan, num_pictures, fresh=fresh))))
 
 
@@ -159,7 +160,7 @@ def _check_identity(drawing: Drawing, table: ShiftTable) -> None:
             raise InputError(f"shift table: measured on {name} {mine}, but the model's are {theirs or 'absent'}")
 
 
-def _judge_of(table: ShiftTable, extractor: Extractor) -> Extractor:
+def _judge_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtractor:
     """The extractor as the table was measured with it, its features reduced where they were."""
     if table.projection is not None and extractor.projection is None:
         extractor = extractor.projected(table.projection)
@@ -172,7 +173,7 @@ def _judge_of(table: ShiftTable, extractor: Extractor) -> Extractor:
 
 
 def planned(
-    drawing: Drawing, table: ShiftTable, budget: float, extractor: Extractor | None, refinements: int = 0
+    drawing: Drawing, table: ShiftTable, budget: float, extractor: FeatureExtractor | None, refinements: int = 0
 ) -> DepthPlan:
     """Search a plan on the table and, with an extractor, measure it; first to correct it, where that is asked for."""
     full = drawing.full
@@ -194,7 +195,7 @@ def planned(
     return _measured(drawing, table, plan, extractor)
 
 
-def _measured(drawing: Drawing, table: ShiftTable, plan: DepthPlan, extractor: Extractor) -> DepthPlan:
+def _measured(drawing: Drawing, table: ShiftTable, plan: DepthPlan, extractor: FeatureExtractor) -> DepthPlan:
     """The plan with its distance and full depth's, on fresh pictures, among its figures."""
 
     def distance(wanted: DepthPlan) -> float:
@@ -216,7 +217,7 @@ def calibrate(
     num_steps: int = 20,
     cfg_scale: float = 1.5,
     table: ShiftTable | None = None,
-    extractor: Extractor | None = None,
+    extractor: FeatureExtractor | None = None,
     reference: Moments | Tensor | None = None,
     settings: CalibrationSettings | None = None,
     guided_channels: int | None = None,
@@ -260,7 +261,7 @@ def calibrate_steps(
     *,
     table: ShiftTable,
     solver: AnySolver = "ddim",
-    extractor: Extractor | None = None,
+    extractor: FeatureExtractor | None = None,
     guided_channels: int | None = None,
     to_pictures: ToPictures = to_uint8,
     batch_size: int = 128,
@@ -312,7 +313,9 @@ def _share_of_time(
     return summarise(times, "reference").loc["plan", "median_ratio"]
 
 
-def to_measure_with(extractor: Extractor | None, reference: Moments | Tensor | None) -> tuple[Extractor, Moments]:
+def to_measure_with(
+    extractor: FeatureExtractor | None, reference: Moments | Tensor | None
+) -> tuple[FeatureExtractor, Moments]:
     """What a table is measured with.
 
     Raises:

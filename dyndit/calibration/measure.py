@@ -11,16 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dyndit.analysis.metrics.extractors import Extractor, as_rgb
-from dyndit.analysis.metrics.fidelity import Moments, moments
 from dyndit.calibration.drawing import CALIBRATION_SEED, Drawing, NativeDrawing, ToPictures, batches_of
+from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.pictures import as_rgb
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
 from dyndit.plans.table import Pair, ShiftTable
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.solvers import AnySolver
+from dyndit.stats import Moments, moments
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
 
@@ -91,7 +92,7 @@ def _thinned(depths: Sequence[int], num: int) -> list[int]:
 
 def measure_table(
     drawing: Drawing,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     reference: Moments,
     *,
     settings: CalibrationSettings | None = None,
@@ -214,7 +215,7 @@ def _entries(drawing: Drawing, settings: CalibrationSettings) -> tuple[tuple[Pai
 
 
 def measure_table_into(
-    path: Path, drawing: Drawing, extractor: Extractor, reference: Moments, **options: object
+    path: Path, drawing: Drawing, extractor: FeatureExtractor, reference: Moments, **options: object
 ) -> ShiftTable:
     """`measure_table`, resumable, with its table in the file `path` at the end."""
     partial = path.with_suffix(".partial")
@@ -233,7 +234,7 @@ def save_whole(table: ShiftTable, path: Path) -> None:
 
 def measure_shifts(
     model: DynamicDepth,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     reference: Moments,
     *,
     solver: AnySolver = "ddim",
@@ -257,7 +258,7 @@ def measure_shifts(
     return measure(drawing, extractor, reference, settings=settings, **options)
 
 
-def reduced(extractor: Extractor, pictures: Tensor) -> tuple[Extractor, Moments]:
+def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtractor, Moments]:
     """An extractor that a table can be measured with, and the moments of these real pictures (N, C, H, W) uint8.
 
     Of more than `MAX_FEATURES` features the `NUM_COMPONENTS` leading principal components of the pictures' are kept:

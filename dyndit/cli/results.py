@@ -156,10 +156,10 @@ def bench(
     import torch
 
     from dyndit.analysis.compare import bench as benchmark
-    from dyndit.analysis.metrics.latency import Repeats
     from dyndit.manifest import check_device
     from dyndit.sampling.loop import full_plan
     from dyndit.sampling.sample import resolve_plan
+    from dyndit.stats import Repeats
     from dyndit.storage import load as checkpoints
 
     check_device(device)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyndit.analysis.metrics.fidelity import FrechetTo, Moments
 from dyndit.plans.ages import AgedEntries
 from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.table import Pair, ShiftTable
+from dyndit.stats import FrechetTo, Moments
 
 
 class Predictor:

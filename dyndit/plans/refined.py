@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dyndit.analysis.metrics.fidelity import Moments, frechet_distance
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.search import search
 from dyndit.plans.table import ShiftTable
+from dyndit.stats import Moments, frechet_distance
 
 Measure = Callable[[DepthPlan], Moments]
 """Moments of the features of pictures drawn under a plan, on the table's own seeds."""

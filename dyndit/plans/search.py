@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyndit.analysis.metrics.fidelity import Moments
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.schedules import ramp
 from dyndit.plans.table import ShiftTable
+from dyndit.stats import Moments
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.analysis.metrics.fidelity import Moments
 from dyndit.errors import CheckpointError
 from dyndit.plans.cost import CostModel
+from dyndit.stats import Moments
 
 FORMAT = "dyndit-shift-table"
 

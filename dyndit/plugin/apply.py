@@ -12,11 +12,10 @@ place with memory, and it starts anew with every pipeline call.
 """
 
 import copy
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +24,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from dyndit.clock import Clock
 from dyndit.errors import InputError, PlanError
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
@@ -201,10 +201,12 @@ class DynDiTHandle:
             branches = {"cond": (c, cond), "uncond": (u, uncond)}
         else:
             branches = {"both" if guided else "cond": (inputs, cond)}
-        clock = _Clock(inputs.x)
+        clock = Clock(inputs.x.device)
+        began = clock.mark()
         prediction = self._run(branches, guide_of(uncond) if guided else 0)
         did = tuple((name, len(rows), max(depth, 0)) for name, (rows, depth) in branches.items())
-        self._call.enter(_Record(step, timestep, did, clock.stop()), found, inputs.x, prediction)
+        seconds = partial(clock.between, began, clock.mark())  # read later: nothing waits for the device here
+        self._call.enter(_Record(step, timestep, did, seconds), found, inputs.x, prediction)
         return prediction
 
     def _run(self, branches: dict[str, tuple[Inputs, int]], guide: int) -> Tensor:
@@ -385,33 +387,6 @@ class _Call:
         self.records.append(record)
         self.step, self.timestep = record.step, timestep
         self.prediction, self._latents = prediction, weakref.ref(x)
-
-
-class _Clock:
-    """Seconds on the device of `like`, read later: nothing waits for the device in between."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._cuda = like.is_cuda
-        self._began = self._mark()
-
-    def _mark(self) -> object:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self) -> Callable[[], float]:
-        """-> a function that gives the seconds since the clock was made."""
-        began, ended = self._began, self._mark()
-
-        def seconds() -> float:
-            if not self._cuda:
-                return ended - began
-            ended.synchronize()
-            return 1e-3 * began.elapsed_time(ended)
-
-        return seconds
 
 
 def _check_hookable(transformer: nn.Module) -> None:

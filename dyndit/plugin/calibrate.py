@@ -9,11 +9,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dyndit.analysis.metrics.extractors import Extractor
-from dyndit.analysis.metrics.fidelity import Moments
 from dyndit.calibration.calibrate import planned, to_measure_with
 from dyndit.calibration.drawing import batches_of, replaced_plan
+from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_table, measure_table_into
+from dyndit.clock import Clock
 from dyndit.errors import InputError
 from dyndit.models import Inputs
 from dyndit.plans.cost import CostModel
@@ -21,9 +21,9 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.table import FILE, Pair, ShiftTable
 from dyndit.plugin.apply import DynDiTHandle
 from dyndit.plugin.hooks import watching
-from dyndit.sampling.loop import device_clock
 from dyndit.sampling.solvers import solver_name
 from dyndit.sampling.timing import measure_parts
+from dyndit.stats import Moments
 
 HOOK = "dyndit_calibration"
 
@@ -157,7 +157,7 @@ class PipelineDrawing:
         draw = functools.partial(
             _between,
             handle.adapter.transformer,
-            device_clock(seen.x),
+            Clock(seen.x.device),
             2 if self._separate else 1,
             lambda: self._under(self.full, numbers),
         )
@@ -183,7 +183,7 @@ def calibrate_pipeline(
     call: Call,
     *,
     budget: float,
-    extractor: Extractor | None = None,
+    extractor: FeatureExtractor | None = None,
     reference: Moments | Tensor | None = None,
     num_pictures: int = 256,
     cfg_scale: float = 1.0,

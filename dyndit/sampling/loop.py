@@ -5,7 +5,6 @@ of a stochastic solver's step k from one seeded with (seed, index, k).
 """
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from dyndit.clock import Clock
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, Step
 from dyndit.plans.plan import REUSED, DepthPlan, guide_of
@@ -169,7 +169,7 @@ def advance(
     with_variance, stochastic = takes_variance(scheduler), draws_noise(scheduler)
     null = None if guidance.scale == 1 else torch.full_like(batch.labels, model.backbone.null_class)
     channels, kept = model.backbone.in_channels, plan.kept
-    clock = device_clock(x) if on_step is not None else float
+    clock = Clock(x.device) if on_step is not None else float
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
         t, timestep = scheduler.timesteps[k], plan.timesteps[k]
@@ -204,17 +204,6 @@ def advance(
             x = changed
     trajectory.x = x
     return trajectory
-
-
-def device_clock(x: Tensor) -> Callable[[], float]:
-    """A clock that reads seconds once the device of `x` has done what it was given."""
-
-    def now() -> float:
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return now
 
 
 def _clamp_x_0(prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:

@@ -1,11 +1,11 @@
 """Measure what the parts of a step cost on this machine."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from dyndit.clock import Clock
 from dyndit.models import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.cost import CostModel, PartTimes
@@ -80,7 +80,7 @@ def measure_parts(
         add("two", two)
     draws: list[Sequence[float]] = []
     parts["steps"] = lambda: draws.append(draw())
-    seconds = _medians(parts, rounds, synchronise=device.type == "cuda")
+    seconds = _medians(parts, rounds, Clock(device))
     rest = [step for measured in draws[1:] for step in measured]  # the first one warms up
 
     def times(name: str, factor: int = 1) -> PartTimes:
@@ -95,14 +95,14 @@ def measure_parts(
     return CostModel(len(one), model.num_blocks, times("one"), both, solver, device.type)
 
 
-def _medians(parts: dict[str, Callable[[], object]], rounds: int, synchronise: bool) -> dict[str, float]:
+def _medians(parts: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
+    """Run the parts in turn, once to warm up and then `rounds` times -> each part's median seconds."""
     times: dict[str, list[float]] = {name: [] for name in parts}
     for measured in [False] + [True] * rounds:
         for name, run in parts.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            if synchronise:
-                torch.cuda.synchronize()
+            seconds = clock() - began
             if measured:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}

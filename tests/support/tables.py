@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from dyndit.analysis.metrics.fidelity import moments
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.table import ShiftTable
+from dyndit.stats import moments
 
 PARTS = PartTimes(embed=0.1, block=1.0, exit=0.1, head=0.1)
 

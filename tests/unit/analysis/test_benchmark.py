@@ -1,6 +1,7 @@
 """The benchmark: what it times, records and says. Nothing here depends on how fast anything is."""
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from dyndit import stats
 from dyndit.analysis.compare import bench as benchmark
 from dyndit.analysis.compare.bench import (
     AGAIN,
@@ -21,13 +23,12 @@ from dyndit.analysis.compare.bench import (
     self_check,
     verdict,
 )
-from dyndit.analysis.metrics import latency
 from dyndit.analysis.metrics.energy import Counter, EnergyMeter
-from dyndit.analysis.metrics.latency import Repeats
 from dyndit.analysis.metrics.macs import plan_macs
 from dyndit.errors import InputError
 from dyndit.plans.schedules import ramp
 from dyndit.sampling.loop import full_plan
+from dyndit.stats import Repeats
 
 THREE = Repeats(rounds=3)
 
@@ -168,7 +169,7 @@ def test_a_meter_is_read_around_the_whole_call(model, monkeypatch: pytest.Monkey
 
 def fake_work(monkeypatch: pytest.MonkeyPatch, *, one: float, two: float, wait: float, drift: float = 0.0) -> Work:
     clock = {"now": 0.0, "calls": 0}
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
 
     def spend(seconds: float) -> None:
         clock["calls"] += 1
@@ -193,7 +194,7 @@ def test_the_self_check_knows_right_from_wrong(monkeypatch, costs: dict[str, flo
 def test_the_self_check_sees_a_biased_null(monkeypatch) -> None:
     """A call that is slower the second time it runs in a round."""
     work = fake_work(monkeypatch, one=0.01, two=0.02, wait=0.05)
-    monkeypatch.setattr(latency, "order_of", lambda arms, k: arms)  # no rotation: "again" always follows "one"
+    monkeypatch.setattr(stats, "order_of", lambda arms, k: arms)  # no rotation: "again" always follows "one"
     state = {"last": ""}
 
     def one() -> None:

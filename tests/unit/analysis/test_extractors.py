@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from dyndit.analysis.metrics.extractors import ResNet20, as_rgb, load_extractor
+from dyndit.analysis.metrics.extractors import ResNet20, load_extractor
 from dyndit.errors import CheckpointError, InputError
+from dyndit.pictures import as_rgb
 from dyndit.recipes import digits_classifier
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"

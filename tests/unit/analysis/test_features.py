@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import Extractor, load_extractor
 from dyndit.analysis.metrics.features import Measured, cache_folder
-from dyndit.analysis.metrics.fidelity import moments
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import InputError
+from dyndit.stats import moments
 
 
 class Counting(torch.nn.Module):

@@ -12,11 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.analysis.metrics.intervals import bootstrap_interval, paired_interval
 from dyndit.analysis.report.budgets import against_full, areas, budget_grid, winners
 from dyndit.analysis.report.frontier import (
     COLUMNS,
-    LATER,
     append_run,
     fd_at_time,
     measured,
@@ -213,34 +211,6 @@ def test_a_quality_full_depth_never_reaches_saves_at_least_against_its_longest_t
 # --- columns that came later -------------------------------------------------------------------------------------
 
 
-def old_file(path: Path) -> Path:
-    """A runs.csv as it was written before the columns of LATER."""
-    runs = pd.DataFrame([run_row(), run_row(block=1, fd=9.0)]).drop(columns=list(LATER))
-    runs.to_csv(path, index=False)
-    return path
-
-
-def test_older_files_read_with_empty_columns(tmp_path: Path) -> None:
-    runs = read_runs(old_file(tmp_path / "runs.csv"))
-    assert list(runs.columns) == list(COLUMNS)
-    assert runs["macs"].isna().all()
-    assert (runs["compiled"] == "").all()
-    assert len(summary(runs)) == 1
-
-
-def test_rows_with_the_new_columns_go_behind_old_ones(tmp_path: Path) -> None:
-    file = old_file(tmp_path / "runs.csv")
-    append_run(file, run_row(block=2, threads=2, compiled="eager", macs=1e9))
-    row = run_row(block=3)
-    for name in LATER:
-        del row[name]  # a writer that knows none of them
-    append_run(file, row)
-    runs = read_runs(file)
-    assert runs["threads"].tolist() == ["", "", "2", ""]
-    assert runs["macs"].tolist()[2] == 1e9
-    assert runs["fd"].tolist() == [8.0, 9.0, 8.0, 8.0]
-
-
 def test_precision_compilation_threads_and_batches_are_kept_apart() -> None:
     runs = frame(ms=5.0, fd=12.0)
     for name, value in (("compiled", "compiled"), ("dtype", "float16"), ("threads", 2), ("batch_size", 64)):
@@ -268,42 +238,7 @@ def test_parquet_reads_as_csv_does_or_says_what_it_needs(tmp_path: Path) -> None
     pd.testing.assert_frame_equal(read_runs(tmp_path / "runs.parquet"), read_runs(tmp_path), check_dtype=False)
 
 
-# --- bootstrap, areas, budgets -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_blocks", [2, 3, 5, 8, 9])
-def test_the_bootstrap_of_a_mean_is_student_s_interval(num_blocks: int) -> None:
-    """Exactly where every resample is counted, and nearly where they are drawn."""
-    values = np.random.default_rng(0).normal(size=num_blocks)
-    found, known = bootstrap_interval(lambda w: w @ values, num_blocks), paired_interval(values)
-    close = {"rel": 1e-9} if num_blocks <= 8 else {"rel": 0.03}
-    assert found.mean == pytest.approx(known.mean)
-    assert found.half == pytest.approx(known.half, **close)
-
-
-def test_the_bootstrap_covers_a_curved_statistic() -> None:
-    """exp of the mean of five normal values: between 88 and 99% of 200 intervals hold the truth."""
-    rng, covered = np.random.default_rng(1), 0
-    for _ in range(200):
-        values = 0.3 * rng.normal(size=5)
-        found = bootstrap_interval(lambda w, v=values: np.exp(w @ v), 5)
-        covered += found.low <= 1 <= found.high
-    assert 176 <= covered <= 198
-
-
-def test_limits_beyond_what_was_measured_are_infinite() -> None:
-    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    found = bootstrap_interval(lambda w: np.where(w @ values > 4, np.inf, w @ values), 5)
-    assert found.mean == 3
-    assert 1 <= found.low < 2
-    assert found.high == math.inf
-
-
-def test_the_bootstrap_of_one_block_or_of_nothing_has_no_limits() -> None:
-    assert math.isnan(bootstrap_interval(lambda w: w @ np.ones(1), 1).low)
-    assert math.isnan(bootstrap_interval(lambda w: np.where(w[:, 0] > 0.5, np.nan, 1.0), 3).low)
-    same = bootstrap_interval(lambda w: w @ np.full(5, 2.0), 5)
-    assert (same.mean, same.low, same.high) == pytest.approx((2, 2, 2))
+# --- areas, budgets ----------- -----------------------------------------------------------------------------------
 
 
 def family(name: str, points: dict[float, float], noise: float = 0.0, num_blocks: int = 5) -> pd.DataFrame:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dyndit.analysis.metrics.fidelity import moments
 from dyndit.analysis.metrics.sets import Statistics, read_pictures, read_set, save_statistics
 from dyndit.errors import InputError
+from dyndit.stats import moments
 
 
 def save_pictures(folder: Path, num: int = 3, size: int = 8, mode: str = "RGB") -> np.ndarray:

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dyndit.analysis.metrics.extractors import as_rgb, load_extractor
-from dyndit.analysis.metrics.fidelity import frechet_distance, moments
+from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bases, measure_moments, plan_on_table
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, default_pairs, measure_shifts, part_of
 from dyndit.errors import InputError
+from dyndit.pictures import as_rgb
 from dyndit.plans.plan import REUSED, guide_of
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.step_counts import LatencyBudget
@@ -18,6 +18,7 @@ from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import balanced_labels, sample
 from dyndit.sampling.timing import measure_cost
+from dyndit.stats import frechet_distance, moments
 from dyndit.training.data import load_digits
 
 SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))

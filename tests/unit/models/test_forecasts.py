@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndit.analysis.metrics.fidelity import Moments, moments
 from dyndit.analysis.metrics.macs import plan_macs, sampling_macs
 from dyndit.analysis.report.figures import plan_figure, plan_map_figure
 from dyndit.calibration.drawing import NativeDrawing
@@ -25,6 +24,7 @@ from dyndit.process import Schedule
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.sample import sample
+from dyndit.stats import Moments, moments
 from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
 from support.tables import COST, NUM_BLOCKS, random_table

@@ -1,12 +1,12 @@
 """What a plan costs by measured parts: heads by depth, and descriptions that were stored before there were such."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 
 from dyndit.models.exits import HEADS
-from dyndit.plans import cost
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import REUSED
 from dyndit.sampling.timing import measure_cost
@@ -48,7 +48,7 @@ def test_a_description_with_one_time_for_all_exits_is_read() -> None:
 def test_heads_are_timed_by_their_shapes_and_equal_ones_once(head: str, make_model, monkeypatch) -> None:
     """On a clock that only exits move: 2^depth seconds each."""
     model, now, called = make_model((), head), [0.0], set()
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def pass_time(depth: int) -> None:
         now[0] += 2**depth

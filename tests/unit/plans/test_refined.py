@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndit.analysis.metrics.fidelity import Moments, frechet_distance
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.refined import refined
 from dyndit.plans.search import search
 from dyndit.plans.table import ShiftTable
+from dyndit.stats import Moments, frechet_distance
 from support.tables import full_plan, random_table
 
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndit.analysis.metrics.fidelity import frechet_distance, moments
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plans.plan import REUSED, DepthPlan, own_exit
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.search import SearchSettings, search
 from dyndit.plans.table import ShiftTable
+from dyndit.stats import frechet_distance, moments
 from support.tables import COST, NUM_BLOCKS, full_plan, random_table, table_from
 
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from dyndit.analysis.metrics.fidelity import Moments, moments
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
@@ -17,6 +16,7 @@ from dyndit.plans.search import search
 from dyndit.plans.step_counts import LatencyBudget, TargetFD, frontier
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.solvers import timesteps_of
+from dyndit.stats import Moments, moments
 from support.tables import NUM_BLOCKS, random_table
 
 COUNTS, REFERENCE = (2, 3, 4), 4

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import dyndit
 from dyndit.analysis.metrics.extractors import Extractor, load_extractor
-from dyndit.analysis.metrics.fidelity import Moments, frechet_distance, moments
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, measure_shifts, measure_table
 from dyndit.errors import InputError, PlanError
@@ -27,6 +26,7 @@ from dyndit.plugin.apply import DynDiTHandle, apply_dyndit
 from dyndit.plugin.calibrate import PipelineDrawing, calibrate_pipeline
 from dyndit.sampling.loop import picture_generator, to_uint8
 from dyndit.sampling.solvers import make_scheduler
+from dyndit.stats import Moments, frechet_distance, moments
 from dyndit.storage import load as checkpoints
 from dyndit.storage.names import to_native
 from dyndit.training.data import load_digits

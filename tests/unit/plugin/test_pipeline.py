@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 import dyndit
-from dyndit.analysis.metrics.fidelity import moments
 from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
@@ -27,6 +26,7 @@ from dyndit.plugin.pipeline import DynDiTPipeline
 from dyndit.sampling.loop import full_plan, noise, state_shape
 from dyndit.sampling.sample import sample, unguided
 from dyndit.sampling.solvers import SOLVERS, make_scheduler
+from dyndit.stats import moments
 from dyndit.storage.load import TABLE
 from dyndit.training.latents import decode_latents
 from support.models import randomise

@@ -1,4 +1,6 @@
-"""The Fréchet distance against closed forms and torch-fidelity, and extrapolated to infinitely many samples."""
+"""The Fréchet distance against closed forms and torch-fidelity; intervals, and how often they hold the truth."""
+
+import math
 
 import numpy as np
 import pytest
@@ -8,25 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from dyndit.analysis.metrics.fidelity import FrechetTo, Moments, distance_at_infinity, frechet_distance, moments
-from dyndit.errors import InputError
-
-
-def features(num: int, dim: int, seed: int, rank: int | None = None) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(rank or dim, dim, generator=g, dtype=torch.float64)
-    centre = torch.randn(dim, generator=g, dtype=torch.float64)
-    return torch.randn(num, rank or dim, generator=g, dtype=torch.float64) @ mix + centre
-
-
-def gaussian(mean: Tensor, covariance: Tensor, num: int = 1000) -> Moments:
-    """Moments whose unbiased covariance is exactly this one."""
-    return Moments.of_covariance(mean, covariance, num)
-
-
-def random_covariance(dim: int, seed: int) -> Tensor:
-    f = features(dim + 2, dim, seed)
-    return f.T @ f / dim
+from dyndit.stats import (
+    FrechetTo,
+    Interval,
+    bootstrap_interval,
+    frechet_distance,
+    median_interval,
+    moments,
+    non_inferior,
+    paired_interval,
+)
+from support.gaussians import features, gaussian, random_covariance
 
 
 def torch_fidelity_fd(a: Tensor, b: Tensor) -> float:
@@ -131,50 +125,100 @@ def test_gradient_is_finite_without_full_rank() -> None:
     assert all(slope.isfinite().all() for slope in slopes)
 
 
-NUM_REPEATS = {1_000: 24, 5_000: 8, 20_000: 3}  # of the fits below; larger sets have less noise
+def test_interval_is_student_t_of_the_differences() -> None:
+    a, b = [3.0, 5.0, 4.0, 6.0], [1.0, 2.0, 3.0, 2.0]
+    interval = paired_interval(a, b)
+    half = 3.182446305 * np.std([2, 3, 1, 4], ddof=1) / 2  # t quantile .975 with 3 degrees of freedom
+    assert interval.mean == pytest.approx(2.5)
+    assert (interval.low, interval.high) == (pytest.approx(2.5 - half), pytest.approx(2.5 + half))
+    assert interval.excludes(0)
+    assert not interval.excludes(2)
 
 
-@pytest.mark.parametrize("num", NUM_REPEATS)
-def test_extrapolation_removes_the_bias_between_equal_gaussians(num: int) -> None:
-    covariance = random_covariance(64, seed=1) / 64 + torch.eye(64, dtype=torch.float64)
-    reference = gaussian(torch.zeros(64, dtype=torch.float64), covariance)
-    root = torch.linalg.cholesky(covariance)
-    biases, rests = [], []
-    for seed in range(NUM_REPEATS[num]):
-        g = torch.Generator().manual_seed(seed)
-        f = torch.randn(num, 64, generator=g, dtype=torch.float64) @ root.T
-        biases.append(frechet_distance(moments(f), reference))
-        rests.append(distance_at_infinity(f, reference))
-    assert np.mean(biases) > 0.1 * 1_000 / num  # there was a bias to remove
-    assert abs(np.mean(rests)) <= 0.1 * np.mean(biases)
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [not paired_interval(rng.normal(1, 2, 5)).excludes(1) for _ in range(2000)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 
 
-def test_extrapolation_removes_the_bias_of_a_true_distance() -> None:
-    """Between Gaussians that differ; the closed form is that of commuting covariances."""
-    scale = torch.linspace(0.8, 1.3, 48, dtype=torch.float64)
-    reference = gaussian(torch.zeros(48, dtype=torch.float64), torch.eye(48, dtype=torch.float64))
-    truth = (scale - 1).square().sum().item() + 0.1
-    plain, extrapolated = [], []
-    for seed in range(60):
-        g = torch.Generator().manual_seed(seed)
-        f = torch.randn(1_000, 48, generator=g, dtype=torch.float64) * scale
-        f[:, 0] += 0.1**0.5
-        plain.append(frechet_distance(moments(f), reference))
-        extrapolated.append(distance_at_infinity(f, reference))
-    bias = np.mean(plain) - truth
-    assert bias > 0.3
-    assert abs(np.mean(extrapolated) - truth) <= 0.1 * bias
+def test_pairing_cancels_what_the_seeds_do() -> None:
+    rng = np.random.default_rng(0)
+    seeds = rng.normal(0, 5, 6)
+    full, arm = seeds + rng.normal(0, 0.1, 6), seeds + 0.5 + rng.normal(0, 0.1, 6)
+    assert paired_interval(arm, full).excludes(0)
+    assert not paired_interval(arm - full.mean()).excludes(0)  # unpaired, the same difference drowns
 
 
-def test_extrapolation_is_the_line_through_the_five_sizes() -> None:
-    """Against np.polyfit, whose weights multiply residuals before they are squared."""
-    f, reference = features(203, 5, seed=4), gaussian(torch.zeros(5, dtype=torch.float64), random_covariance(5, 7))
-    sizes = [np.array_split(f.numpy(), k) for k in range(1, 6)]
-    means = [np.mean([frechet_distance(moments(torch.tensor(p)), reference) for p in parts]) for parts in sizes]
-    line = np.polyfit(np.arange(1, 6) / 203, means, 1, w=np.arange(1, 6) ** -0.5)
-    assert distance_at_infinity(f, reference) == pytest.approx(line[1], rel=1e-9)
+def test_one_block_has_no_limits_and_proves_nothing() -> None:
+    single = paired_interval([1.0])
+    assert single.mean == 1
+    assert math.isnan(single.low)
+    assert not single.excludes(0)
+    assert not non_inferior(single, 100, 0.05)
+    assert math.isnan(paired_interval([]).mean)
 
 
-def test_extrapolation_needs_ten_pictures() -> None:
-    with pytest.raises(InputError, match="9 pictures, expected at least 10"):
-        distance_at_infinity(features(9, 2, seed=0), moments(features(9, 2, seed=1)))
+def test_interval_text() -> None:
+    assert str(Interval(8.41, 8.19, 8.63)) == "8.41 ± 0.22"
+    assert f"{Interval(-0.5, -0.75, -0.25):+.1f}" == "-0.5 ± 0.2"
+    assert f"{Interval(1, math.nan, math.nan):.1f}" == "1.0"
+    assert str(Interval(math.nan, math.nan, math.nan)) == "–"
+
+
+def test_unchanged_quality_needs_the_whole_interval() -> None:
+    assert non_inferior(Interval(0.2, 0.0, 0.4), reference=10, margin=0.05)
+    assert not non_inferior(Interval(0.2, -0.2, 0.6), reference=10, margin=0.05)
+
+
+def test_median_interval_is_made_of_order_statistics() -> None:
+    values = [float(v) for v in range(1, 10)]
+    interval = median_interval(values[::-1])
+    assert (interval.mean, interval.low, interval.high) == (5, 2, 8)
+    interval = median_interval(list(range(1, 61)))
+    assert (interval.mean, interval.low, interval.high) == (30.5, 22, 39)
+    assert math.isnan(median_interval(values[:5]).low)  # 5 values hold the median in 94% of cases at most
+    assert median_interval(values[:6]).low == 1
+    assert math.isnan(median_interval([math.nan]).mean)
+
+
+@pytest.mark.parametrize("count", [6, 9, 20, 41])
+def test_median_interval_covers_the_median_of_a_skewed_distribution(count: int) -> None:
+    """Times are skewed: nothing is faster than the work, much is slower. The distribution's median is log 2."""
+    rng = np.random.default_rng(count)
+    covered = np.mean([not median_interval(rng.exponential(size=count)).excludes(math.log(2)) for _ in range(1500)])
+    assert 0.935 <= covered <= 0.985
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 5, 8, 9])
+def test_the_bootstrap_of_a_mean_is_student_s_interval(num_blocks: int) -> None:
+    """Exactly where every resample is counted, and nearly where they are drawn."""
+    values = np.random.default_rng(0).normal(size=num_blocks)
+    found, known = bootstrap_interval(lambda w: w @ values, num_blocks), paired_interval(values)
+    close = {"rel": 1e-9} if num_blocks <= 8 else {"rel": 0.03}
+    assert found.mean == pytest.approx(known.mean)
+    assert found.half == pytest.approx(known.half, **close)
+
+
+def test_the_bootstrap_covers_a_curved_statistic() -> None:
+    """exp of the mean of five normal values: between 88 and 99% of 200 intervals hold the truth."""
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(200):
+        values = 0.3 * rng.normal(size=5)
+        found = bootstrap_interval(lambda w, v=values: np.exp(w @ v), 5)
+        covered += found.low <= 1 <= found.high
+    assert 176 <= covered <= 198
+
+
+def test_limits_beyond_what_was_measured_are_infinite() -> None:
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = bootstrap_interval(lambda w: np.where(w @ values > 4, np.inf, w @ values), 5)
+    assert found.mean == 3
+    assert 1 <= found.low < 2
+    assert found.high == math.inf
+
+
+def test_the_bootstrap_of_one_block_or_of_nothing_has_no_limits() -> None:
+    assert math.isnan(bootstrap_interval(lambda w: w @ np.ones(1), 1).low)
+    assert math.isnan(bootstrap_interval(lambda w: np.where(w[:, 0] > 0.5, np.nan, 1.0), 3).low)
+    same = bootstrap_interval(lambda w: w @ np.full(5, 2.0), 5)
+    assert (same.mean, same.low, same.high) == pytest.approx((2, 2, 2))

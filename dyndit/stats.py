@@ -1,0 +1,369 @@
+"""Statistics: moments and the Fréchet distance, confidence intervals, and times of arms that take turns.
+
+**Fréchet distance** between Gaussians N(m, S) and N(μ, Σ) (Heusel et al. 2017, after Fréchet 1957):
+
+    FD = |m - μ|² + tr S + tr Σ - 2 tr (Σ^½ S Σ^½)^½
+
+Its bias falls as 1/N: compare only sets of equal size, scored against the same reference pictures.
+
+**Intervals** are over seed blocks. Arms that are compared share their seeds block by block, so differences are taken
+within a block: what the seeds do to both arms cancels.
+
+**Times**: two processes on few cores slow each other far more than twofold, and a machine drifts while it is measured.
+So every round runs each arm once, the order changes from round to round, and ratios are taken within a round. The
+result is the median of those ratios with a distribution-free interval: one slow round moves neither. To see what the
+method itself adds, pass the same callable twice: the ratio must be 1 (an A/A null).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+from torch import Tensor
+
+from dyndit.clock import Clock
+from dyndit.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """First two moments of `num` features, float64.  mean: (D,), second: (D, D), raw E[f fᵀ]."""
+
+    mean: Tensor
+    second: Tensor
+    num: int
+
+    @property
+    def covariance(self) -> Tensor:
+        """Return the unbiased covariance (D, D), as np.cov gives it."""
+        return (self.second - torch.outer(self.mean, self.mean)) * (self.num / (self.num - 1))
+
+    @classmethod
+    def of_covariance(cls, mean: Tensor, covariance: Tensor, num: int = 2**31) -> "Moments":
+        """Make moments of this unbiased covariance.  mean: (D,), covariance: (D, D)."""
+        mean, covariance = mean.double(), covariance.double()
+        return cls(mean, covariance * ((num - 1) / num) + torch.outer(mean, mean), num)
+
+
+def moments(features: Tensor) -> Moments:
+    """Compute moments in float64.  features: (N, D), N ≥ 2."""
+    features = features.double()
+    return Moments(features.mean(0), features.T @ features / len(features), len(features))
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """Return R (D, D) with R Rᵀ = covariance (D, D, symmetric). Negative eigenvalues count as 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Return the Fréchet distance between the Gaussians with these moments.
+
+    The last trace is the sum of the singular values of A^½ B^½: unlike the square roots of eigenvalues of A B
+    these keep full precision where the covariances have no full rank.
+    """
+    root = square_root(a.covariance).T @ square_root(b.covariance)
+    traces = a.covariance.trace() + b.covariance.trace()
+    distance = (a.mean - b.mean).square().sum() + traces - 2 * torch.linalg.svdvals(root).sum()
+    return distance.item()
+
+
+class FrechetTo:
+    """The Fréchet distance to one fixed reference, for many Gaussians at once: the search's inner loop.
+
+    A prediction may have directions of negative variance, which no pictures have. Clipped to 0 they would still lower
+    the trace, and the worst plan would look best. So the square root is continued oddly: √(-x) = -√x counts against it.
+    """
+
+    def __init__(self, reference: Moments) -> None:
+        self.mean = reference.mean
+        self.trace = reference.covariance.trace()
+        self.root = square_root(reference.covariance)
+
+    def __call__(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """mean: (..., D), covariance: (..., D, D), float64 -> (...,)."""
+        values = torch.linalg.eigvalsh(self._product(covariance))
+        roots = values.sign() * values.abs().sqrt()
+        traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + self.trace
+        return (mean - self.mean).square().sum(-1) + traces - 2 * roots.sum(-1)
+
+    def gradient(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """mean: (..., D), covariance: (..., D, D) -> (dFD/dmean (..., D), dFD/dcovariance (..., D, D)).
+
+        With R Rᵀ = Σ and M = Rᵀ S R: dFD/dm = 2 (m - μ), dFD/dS = 1 - R |M|^-½ Rᵀ. Directions in which M
+        vanishes have no finite slope; they count as flat (pseudo-inverse).
+        """
+        values, vectors = torch.linalg.eigh(self._product(covariance))
+        sizes = values.abs()
+        floor = sizes.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
+        inverse = torch.where(sizes > floor, sizes.clamp(min=1e-300).rsqrt(), 0.0)
+        side = self.root @ vectors
+        slope = torch.eye(mean.shape[-1], dtype=mean.dtype) - (side * inverse[..., None, :]) @ side.mT
+        return 2 * (mean - self.mean), slope
+
+    def _product(self, covariance: Tensor) -> Tensor:
+        """Rᵀ S R, made exactly symmetric: it has the eigenvalues of Σ^½ S Σ^½."""
+        product = self.root.T @ covariance @ self.root
+        return (product + product.mT) / 2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence limits; NaN limits where there was only one block."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        """Return half the width."""
+        return (self.high - self.low) / 2
+
+    def excludes(self, value: float) -> bool:
+        """Return whether the value lies outside the limits. False without limits."""
+        return self.low > value or self.high < value
+
+    def __format__(self, spec: str) -> str:
+        """Write `8.41 ± 0.22`. The spec formats both numbers, with two decimals by default."""
+        if math.isnan(self.mean):
+            return "–"
+        spec = spec or ".2f"
+        if math.isnan(self.low):
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} ± {format(self.half, spec.lstrip('+'))}"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+
+def paired_interval(a: Sequence[float], b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
+    """Compute Student's t interval of the mean of a, or of a - b paired by position.
+
+    a, b: one number per seed block, in the same order of blocks. Blocks with a NaN drop out. One block gives its mean
+    with NaN limits; no block gives NaN.
+    """
+    values = np.asarray(a, float) - (0.0 if b is None else np.asarray(b, float))
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return Interval(float(values[0]) if len(values) else math.nan, math.nan, math.nan)
+    mean = float(values.mean())
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return Interval(mean, mean - half, mean + half)
+
+
+def non_inferior(difference: Interval, reference: float, margin: float) -> bool:
+    """Return whether quality is unchanged: upper bound of FD(arm) - FD(full) ≤ margin · FD(full).
+
+    reference: FD(full), margin: a fraction (0.05 on digits, 0.03 on CIFAR-10). False without limits.
+    """
+    return difference.high <= margin * reference
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], np.ndarray], num_blocks: int, confidence: float = 0.95
+) -> Interval:
+    """Bootstrap a statistic of the seed blocks that is no plain mean over them, resampling whole blocks.
+
+    statistic: weights of the blocks, (R, num_blocks), each row summing to 1 -> (R,) values. ±inf says that a value
+    lies beyond what was measured. Up to 8 blocks every resample is counted exactly; beyond that 10,000 are drawn with
+    a fixed seed. Limits: Student's t times the bootstrap's standard error, corrected by √(n / (n - 1)). For a mean
+    this is Student's interval itself; plain percentiles of five blocks cover far less than they say. If some resample
+    is infinite: percentiles, widened for few blocks. Both after Hesterberg, "What Teachers Should Know About the
+    Bootstrap" (2015). One block gives NaN limits, and so does a statistic that some resample leaves undefined.
+    """
+    mean = float(statistic(np.full((1, num_blocks), 1 / num_blocks))[0])
+    if num_blocks < 2 or math.isnan(mean):
+        return Interval(mean, math.nan, math.nan)
+    counts, chances = _resamples(num_blocks)
+    values = statistic(counts / num_blocks)
+    if np.isnan(values).any():
+        return Interval(mean, math.nan, math.nan)
+    quantile = float(scipy.stats.t.ppf((1 + confidence) / 2, num_blocks - 1)) * math.sqrt(num_blocks / (num_blocks - 1))
+    if np.isfinite(values).all():
+        half = quantile * math.sqrt(chances @ (values - chances @ values) ** 2)
+        return Interval(mean, mean - half, mean + half)
+    tail = float(scipy.stats.norm.sf(quantile))
+    order = np.argsort(values)
+    below = np.cumsum(chances[order])
+    low = values[order][np.searchsorted(below, tail)]
+    high = values[order][min(np.searchsorted(below, 1 - tail), len(values) - 1)]
+    return Interval(mean, float(low), float(high))
+
+
+@cache
+def _resamples(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Count how often each block is drawn in a resample (R, num_blocks); with the chance of each resample (R,)."""
+    if num_blocks > 8:
+        counts = np.random.default_rng(0).multinomial(num_blocks, [1 / num_blocks] * num_blocks, size=10_000)
+        return counts, np.full(len(counts), 1 / len(counts))
+    draws = combinations_with_replacement(range(num_blocks), num_blocks)
+    counts = np.array([np.bincount(draw, minlength=num_blocks) for draw in draws])
+    return counts, scipy.stats.multinomial.pmf(counts, num_blocks, [1 / num_blocks] * num_blocks)
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the median between two order statistics that hold the distribution's median at this confidence or more.
+
+    Distribution-free (the count below the median is binomial): of 9 values the 2nd and the 8th, of 60 the 22nd and the
+    39th. NaN limits for fewer than 6 values at 95%. Values that are NaN drop out. `Interval.mean` is the median.
+    """
+    ordered = np.sort(np.asarray(values, float))
+    ordered = ordered[np.isfinite(ordered)]
+    count = len(ordered)
+    if not count:
+        return Interval(math.nan, math.nan, math.nan)
+    middle, rank = float(np.median(ordered)), int(scipy.stats.binom.ppf((1 - confidence) / 2, count, 0.5))
+    if rank < 1:
+        return Interval(middle, math.nan, math.nan)
+    return Interval(middle, float(ordered[rank - 1]), float(ordered[count - rank]))
+
+
+def relative_width(interval: Interval) -> float:
+    """Return the width of an interval (high - low) as a share of its middle. Infinite without limits."""
+    width = (interval.high - interval.low) / abs(interval.mean) if interval.mean else math.inf
+    return math.inf if math.isnan(width) else width
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One timed call, or a part of it. joules: NaN unless a meter was read."""
+
+    scope: str
+    seconds: float
+    joules: float = math.nan
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Time arms for `rounds`, then go on until every ratio's interval is narrow or `most` rounds are done.
+
+    until: width of the 95% interval (high - low) as a share of the ratio; 0: time exactly `rounds`. Looking again and
+    again is harmless here: it stops on how wide the interval is, not on where it lies.
+    """
+
+    rounds: int = 9
+    until: float = 0.0
+    most: int = 60
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise InputError(f"--rounds {self.rounds}: expected at least 1")
+        if not 0 <= self.until < 1:
+            raise InputError(f"--until {self.until:g}: expected 0 (exactly --rounds) or a share below 1")
+        if self.until and self.most < self.rounds:
+            raise InputError(f"--max-rounds {self.most}: expected at least --rounds, which is {self.rounds}")
+
+    def enough(self, done: int, num_arms: int, narrow: Callable[[], bool]) -> bool:
+        """Return whether to stop after `done` rounds. Past `rounds`: only when all orders came equally often."""
+        if done < self.rounds or not self.until:
+            return done >= self.rounds
+        return done >= self.most or (done % (2 * num_arms) == 0 and narrow())
+
+
+def order_of(arms: list[str], round_index: int) -> list[str]:
+    """Return the arms in this round's order: rotated by one each round, every second round reversed.
+
+    Over 2 · len(arms) rounds each arm stands equally often in each place, before and after each neighbour.
+    """
+    shift = (round_index // 2) % len(arms)
+    order = arms[shift:] + arms[:shift]
+    return order[::-1] if round_index % 2 else order
+
+
+def paired_rounds(
+    arms: Mapping[str, Callable[[], Sequence[Reading]]], repeats: Repeats, baseline: str | None = None
+) -> pd.DataFrame:
+    """Let the arms take turns; each call times itself. -> columns round, arm, scope, seconds, joules.
+
+    baseline: the arm whose ratios have to become narrow (default: the first).
+    """
+    names: list[str] = list(arms)
+    rows: list[dict[str, object]] = []
+    baseline = baseline or names[0]
+    for name in names * repeats.warmup:
+        arms[name]()
+
+    def narrow() -> bool:
+        return widest_ratio(_frame(rows), baseline) <= repeats.until
+
+    done = 0
+    while not repeats.enough(done, len(names), narrow):
+        for name in order_of(names, done):
+            rows += [{"round": done, "arm": name, **asdict(reading)} for reading in arms[name]()]
+        done += 1
+    return _frame(rows)
+
+
+def paired_times(
+    arms: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    clock: Callable[[], float] | None = None,
+    until: float = 0.0,
+    max_rounds: int = 60,
+    baseline: str | None = None,
+) -> pd.DataFrame:
+    """Time the arms: one row per round and arm, columns round, arm, seconds.
+
+    warmup: calls of each arm before the first round, not timed. clock: read before and after each timed call
+    (default: the CPU's); pass the `Clock` of a GPU, where calls return before their work is done.
+    until, max_rounds, baseline: as in `Repeats` and `paired_rounds`.
+    """
+    clock = clock or Clock()
+
+    def timed(run: Callable[[], object]) -> list[Reading]:
+        began = clock()
+        run()
+        return [Reading("", clock() - began)]
+
+    for name in list(arms) * warmup:
+        arms[name]()
+    calls = {name: (lambda run=run: timed(run)) for name, run in arms.items()}
+    repeats = Repeats(rounds, until, max_rounds, warmup=0)
+    return paired_rounds(calls, repeats, baseline)[["round", "arm", "seconds"]]
+
+
+def widest_ratio(times: pd.DataFrame, baseline: str) -> float:
+    """Return the widest relative interval of any arm's median ratio to the baseline, over scopes with the baseline."""
+    widths = [0.0]
+    for _, part in times.groupby("scope"):
+        table = part.pivot(index="round", columns="arm", values="seconds")
+        if baseline in table:
+            others = table.columns.drop(baseline)
+            widths += [relative_width(median_interval(table[arm] / table[baseline])) for arm in others]
+    return max(widths)
+
+
+def summarise(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Summarise times: a row per arm with median, q25, q75 (seconds), ratio, median_ratio (Intervals), rounds.
+
+    times: as of `paired_times`. ratio: time over the baseline's in the same round, mean with its 95% interval.
+    median_ratio: median of the same ratios (`median_interval`), which one slow round does not move.
+    """
+    table = times.pivot(index="round", columns="arm", values="seconds")
+    rows = {
+        arm: {
+            "median": table[arm].median(),
+            "q25": table[arm].quantile(0.25),
+            "q75": table[arm].quantile(0.75),
+            "ratio": paired_interval(table[arm] / table[baseline]),
+            "median_ratio": median_interval(table[arm] / table[baseline]),
+            "rounds": len(table),
+        }
+        for arm in times["arm"].unique()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+
+
+def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["round", "arm", "scope", "seconds", "joules"])

@@ -1,5 +1,6 @@
 """Figures: drawn off screen, in colours that stay apart for colour-blind readers, legible at README width."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ STYLE = {
     "legend.fontsize": 8,
     "svg.hashsalt": "dyndit",
 }
+SAVED = {"dpi": 150, "facecolor": "white"}
 
 
 # Families that are swept over steps, and drawn as lines labelled with them.
@@ -60,8 +62,15 @@ def save(figure: Figure, path: Path) -> None:
     path = Path(path)
     partial, is_svg = path.with_name(f".{path.stem}.partial{path.suffix}"), path.suffix == ".svg"
     with matplotlib.rc_context({"svg.hashsalt": "dyndit"}):  # the same figure is the same file
-        figure.savefig(partial, dpi=150, facecolor="white", **({"metadata": {"Date": None}} if is_svg else {}))
+        figure.savefig(partial, **SAVED, **({"metadata": {"Date": None}} if is_svg else {}))
     partial.replace(path)
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG, the bytes that `save` writes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **SAVED)
+    return buffer.getvalue()
 
 
 def _panels(num: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, list[Axes]]:

@@ -153,9 +153,10 @@ def convert(
         num_heads: Attention heads of a .pt whose width does not tell them.
         revision: Branch, tag or commit of a hub id.
     """
+    from dyndit.analysis.report.card import card_extras
     from dyndit.storage.convert import convert as convert_model
 
-    for note in convert_model(source, target, to, num_heads=num_heads, revision=revision):
+    for note in convert_model(source, target, to, num_heads=num_heads, revision=revision, card_extras=card_extras):
         print(note)
     print(f"model: {target}")
 

@@ -1,21 +1,34 @@
-"""The model card of a native folder: README.md, written from what lies in the folder and nothing else."""
+"""Write the model card of a native folder: README.md, made of what lies in the folder.
+
+What takes the analysis suite to make, a picture of the plans and the table of measured runs, is handed in.
+"""
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from dyndit.errors import InputError
 from dyndit.models import tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
+from dyndit.plans.table import ShiftTable
 from dyndit.storage.native import TABLE, plans_in
 
-CARD, PICTURE, RUNS = "README.md", "plans.png", "runs.csv"
+CARD, PICTURE = "README.md", "plans.png"
 MARK = "<!-- Written by dyndit from the files beside it. Without this line dyndit leaves the card alone. -->"
 TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit", "class-conditional-image-generation")
-_MOST_PLANS = 12
-"""Panels of the picture."""
+
+
+@dataclass(frozen=True)
+class CardExtras:
+    """What a card shows beyond the folder's own words; `dyndit.analysis.report.card` makes it.
+
+    picture: a PNG of the plans; without one the plans are printed. measured: Markdown, the table of measured runs.
+    """
+
+    picture: bytes | None = None
+    measured: str = ""
 
 
 def is_foreign(folder: Path) -> bool:
@@ -33,13 +46,13 @@ def license_of(folder: Path) -> str | None:
     return found[1] if found else None
 
 
-def write(model: DynamicDepth, folder: Path, *, license: str | None = None) -> None:
-    """Write the card, and the picture of the plans in the folder. A card that dyndit did not write is left alone.
+def write(model: DynamicDepth, folder: Path, *, license: str | None = None, extras: CardExtras | None = None) -> None:
+    """Write the card, and beside it the picture of the plans. A card that dyndit did not write is left alone.
 
-    license: for the front matter (default: what the card there names).
+    license: for the front matter (default: what the card there names). extras: the picture and the measured table.
 
     Raises:
-        InputError: the licence is no identifier, or runs.csv is damaged.
+        InputError: the licence is no identifier.
         CheckpointError: a plan cannot be read.
     """
     if is_foreign(folder):
@@ -48,19 +61,22 @@ def write(model: DynamicDepth, folder: Path, *, license: str | None = None) -> N
     if license is not None and not re.fullmatch(r"[\w.+-]+", license):
         raise InputError(f"license {license!r:.40}: expected an identifier such as apache-2.0")
     plans = {path.name: plan for path, plan in plans_in(folder).items()}
-    if plans:
-        from dyndit.analysis.report.figures import plan_figure, save  # matplotlib
-
-        few = dict(list(plans.items())[:_MOST_PLANS])
-        titles = {name.removeprefix("plan-").removesuffix(".json"): asdict(plan) for name, plan in few.items()}
-        save(plan_figure(titles), folder / PICTURE)
-    partial = folder / f"{CARD}.tmp"
-    partial.write_text(card(model, folder, plans, license), encoding="utf-8")
-    partial.replace(folder / CARD)
+    extras = extras or CardExtras()
+    if extras.picture is not None:
+        _write_whole(folder / PICTURE, extras.picture)
+    _write_whole(folder / CARD, card(model, folder, plans, license, extras).encode())
 
 
-def card(model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None) -> str:
-    """The card's text. plans: by file name."""
+def _write_whole(path: Path, contents: bytes) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_bytes(contents)
+    partial.replace(path)
+
+
+def card(
+    model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None, extras: CardExtras
+) -> str:
+    """Return the card's text.  plans: by file name."""
     tags = "\n".join(f"- {tag}" for tag in TAGS)
     named = f"license: {license}\n" if license else ""
     parts = [
@@ -69,8 +85,8 @@ def card(model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], lice
         "# A Diffusion Transformer that stops early",
         _trunk(model),
         _exits(model),
-        _plans(plans, folder) if plans else "",
-        _measured(folder),
+        _plans(plans, folder, extras) if plans else "",
+        f"## Measured\n\n{extras.measured}" if extras.measured else "",
         _loading(model, plans),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -98,8 +114,8 @@ def _exits(model: DynamicDepth) -> str:
     )
 
 
-def _plans(plans: Mapping[str, DepthPlan], folder: Path) -> str:
-    """The plans and what their files say of them: predicted on the table's seeds, measured on fresh ones."""
+def _plans(plans: Mapping[str, DepthPlan], folder: Path, extras: CardExtras) -> str:
+    """Show the plans and the figures in their files: predicted on the table's seeds, measured on fresh ones."""
     columns = {
         "predicted_share_of_time": "share of full depth's time, predicted",
         "predicted_fd": "distance, predicted",
@@ -115,39 +131,18 @@ def _plans(plans: Mapping[str, DepthPlan], folder: Path) -> str:
         lines.append([*named, f"{plan.share_of_blocks:.0%}", *figures])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     what = f"Distances are Fréchet distances{_features(folder)}; lower is better."
-    return f"## Plans\n\n![Depth over the sampling steps]({PICTURE})\n\n{table}\n\n{what}"
+    printed = "\n\n".join(f"{name}: {plan}" for name, plan in plans.items())
+    shown = f"```text\n{printed}\n```" if extras.picture is None else f"![Depth over the sampling steps]({PICTURE})"
+    return f"## Plans\n\n{shown}\n\n{table}\n\n{what}"
 
 
 def _features(folder: Path) -> str:
     if not (folder / TABLE).exists():
         return ""
-    from dyndit.plans.table import ShiftTable
-
     table = ShiftTable.load(folder / TABLE)
     return (
         f" on the features of `{table.extractor}`, predicted from {table.num_pictures} pictures per entry of the table"
     )
-
-
-def _measured(folder: Path) -> str:
-    """The table of the runs.csv that lies there, a part per machine, metric and setting."""
-    if not (folder / RUNS).is_file():
-        return ""
-    from dyndit.analysis import read_runs, summary
-    from dyndit.analysis.report.frontier import GROUP
-    from dyndit.analysis.report.tables import markdown_table
-
-    parts = ["## Measured"]
-    for _, runs in read_runs(folder / RUNS).groupby(GROUP, sort=False):
-        scored = runs[runs["role"] == "score"]
-        if len(scored):
-            first = scored.iloc[0]
-            parts.append(
-                f"{first['machine']}; {first['metric']}, guidance {first['cfg_scale']:g}, {scored['block'].nunique()} "
-                f"seed blocks of {first['num_images']:g} pictures; ± is a 95% interval over seed blocks."
-            )
-            parts.append(markdown_table(summary(runs)).rstrip())
-    return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:

@@ -54,11 +54,19 @@ def drift(reference: Tensor, other: Tensor) -> Drift:
 
 
 def convert(
-    source: str | Path, target: Path, to: Format, *, num_heads: int | None = None, revision: str | None = None
+    source: str | Path,
+    target: Path,
+    to: Format,
+    *,
+    num_heads: int | None = None,
+    revision: str | None = None,
+    card_extras: Callable[[Path], model_card.CardExtras] | None = None,
 ) -> tuple[str, ...]:
-    """Read a model and write it in another format, whole or not at all -> what is to be known about it, a line each.
+    """Read a model and write it in another format, whole or not at all -> notes about it, a line each.
 
-    Exits, plans and the shift table go along into folders; an official `.pt` has no place for them.
+    Exits, plans and the shift table go along into folders; an official `.pt` has no place for them. card_extras: makes
+    what a native folder's card shows beyond its files' own words, from that folder
+    (`dyndit.analysis.report.card.card_extras`).
 
     Raises:
         InputError: the target is there already, or the format cannot express the model.
@@ -81,7 +89,9 @@ def convert(
         if to == "native":
             settings = {"verb": "convert", "source": str(source), "model": model.trunk_hash()}
             manifest.write_json(partial / "manifest.json", manifest.describe(settings))
-            model_card.write(model, partial, license=None if folder is None else model_card.license_of(folder))
+            license = None if folder is None else model_card.license_of(folder)
+            wanted = card_extras is not None and not model_card.is_foreign(partial)
+            model_card.write(model, partial, license=license, extras=card_extras(partial) if wanted else None)
     if model.exits is not None:
         carried = (checkpoints.EXITS, *carried)
     return (*loaded.notes, *((f"beside the trunk: {', '.join(carried)}",) if carried else ()), *notes)

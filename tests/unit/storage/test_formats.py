@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dyndit
+from dyndit.analysis.report.card import card_extras
 from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models import ClassConditionalDiT, DiTConfig
@@ -867,7 +868,7 @@ def test_companions_of_another_model_do_not_travel(what: str, furnished: Path, t
 
 
 def test_the_card_says_what_the_files_say(furnished: Path, tmp_path: Path) -> None:
-    convert(furnished, tmp_path / "out", "native")
+    convert(furnished, tmp_path / "out", "native", card_extras=card_extras)
     text = (tmp_path / "out" / model_card.CARD).read_text()
     front = text.split("---\n")[1]
     assert "library_name: dyndit\n" in front
@@ -907,16 +908,38 @@ def test_the_card_has_the_measured_table(furnished: Path, tmp_path: Path) -> Non
             row = common | {"arm": f"{arm}-ddim-2", "family": arm, "block": block, "seed": block}
             row |= {"share_of_blocks": share, "ms_per_picture": ms + block, "fd": fd + 0.1 * block}
             append_run(furnished / "runs.csv", row | dict.fromkeys(("budget", "predicted_fd"), None))
-    convert(furnished, tmp_path / "out", "native")
+    convert(furnished, tmp_path / "out", "native", card_extras=card_extras)
     text = (tmp_path / "out" / model_card.CARD).read_text()
     assert "a machine; FD-toy, guidance 1.5, 2 seed blocks of 50 pictures" in text
     assert "| searched-ddim-2 | ddim | 2 | 40% | 8.50 | 1.55" in text
     assert "| 59% |" in text  # time saved against full depth
 
 
+def test_a_card_without_extras_prints_the_plans(furnished: Path, tmp_path: Path) -> None:
+    (furnished / "runs.csv").write_text("not read")
+    convert(furnished, tmp_path / "out", "native")
+    text = (tmp_path / "out" / model_card.CARD).read_text()
+    for name in COMPANIONS[:2]:
+        assert f"{name}: {dyndit.DepthPlan.load(furnished / name)}" in text.split("```text\n")[1].split("```")[0]
+    assert "| `plan-ramp.json` | ramp |" in text
+    assert "Measured" not in text
+    assert model_card.PICTURE not in text
+    assert not (tmp_path / "out" / model_card.PICTURE).exists()
+
+
+def test_the_verb_draws_and_tabulates_for_the_card(furnished: Path, tmp_path: Path) -> None:
+
+    main(["convert", str(furnished), str(tmp_path / "out")])
+    text = (tmp_path / "out" / model_card.CARD).read_text()
+    assert f"]({model_card.PICTURE})" in text
+    assert (tmp_path / "out" / model_card.PICTURE).read_bytes() == card_extras(furnished).picture
+
+
 def test_a_card_of_ones_own_is_left_alone(furnished: Path, model: DynamicDepth, tmp_path: Path) -> None:
     (furnished / model_card.CARD).write_text("mine")
-    convert(furnished, tmp_path / "out", "native")
+    (furnished / "runs.csv").write_text("not read")
+    convert(furnished, tmp_path / "out", "native", card_extras=card_extras)
+    assert not (tmp_path / "out" / model_card.PICTURE).exists()
     assert (tmp_path / "out" / model_card.CARD).read_text() == "mine"
     dyndit.load(furnished).save_pretrained(furnished)
     assert (furnished / model_card.CARD).read_text() == "mine"

@@ -241,7 +241,8 @@ def test_plans_go_along_and_other_files_do_not(api: Hub, model: DynamicDepth, ma
     ):
         api.files.clear()
         push()
-        assert {"plan-full.json", "plans.png", checkpoints.TRUNK, model_card.CARD} <= set(api.files)
+        assert {"plan-full.json", checkpoints.TRUNK, model_card.CARD} <= set(api.files)
+        assert b"plan-full.json: full, ddim, 2 steps" in api.files[model_card.CARD]
         assert "secrets.txt" not in api.files
     assert api.calls[-1][1]["repo_id"] == "me/mine"
     plan = dyndit.DepthPlan.load(folder / "plan-full.json")

@@ -1,0 +1,46 @@
+"""What a model card shows that takes this suite to make: the picture of the plans, the table of measured runs."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from dyndit.analysis.report.figures import plan_figure, png
+from dyndit.analysis.report.frontier import GROUP, RUNS, read_runs, summary
+from dyndit.analysis.report.tables import markdown_table
+from dyndit.storage.card import CardExtras
+from dyndit.storage.native import plans_in
+
+MOST_PLANS = 12
+"""Panels of the picture."""
+
+
+def card_extras(folder: Path) -> CardExtras:
+    """Draw the plans that lie in a native folder, and set its runs.csv as tables.
+
+    Raises:
+        InputError: runs.csv is damaged.
+        CheckpointError: a plan cannot be read.
+    """
+    return CardExtras(_picture(folder), _measured(folder))
+
+
+def _picture(folder: Path) -> bytes | None:
+    few = list(plans_in(folder).items())[:MOST_PLANS]
+    titles = {path.name.removeprefix("plan-").removesuffix(".json"): asdict(plan) for path, plan in few}
+    return png(plan_figure(titles)) if titles else None
+
+
+def _measured(folder: Path) -> str:
+    """Set the runs as Markdown, a table per machine, metric and setting."""
+    if not (folder / RUNS).is_file():
+        return ""
+    parts = []
+    for _, runs in read_runs(folder / RUNS).groupby(GROUP, sort=False):
+        scored = runs[runs["role"] == "score"]
+        if len(scored):
+            first = scored.iloc[0]
+            parts.append(
+                f"{first['machine']}; {first['metric']}, guidance {first['cfg_scale']:g}, {scored['block'].nunique()} "
+                f"seed blocks of {first['num_images']:g} pictures; ± is a 95% interval over seed blocks."
+            )
+            parts.append(markdown_table(summary(runs)).rstrip())
+    return "\n\n".join(parts)

@@ -1,11 +1,11 @@
 """Time plans against each other: paired, alternating, warmed up, in one process; in our sampler or in a pipeline.
 
-`measure` gives a row per timed call (`COLUMNS`), `verdict` a row per arm made of those rows alone, `lines` its text.
+`measure` gives a row per timed call (`COLUMNS`); `bench_verdict` sums them up, `bench_check` tests the timing itself.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiTPipeline
 
 from dyndit import manifest
 from dyndit.analysis.metrics.energy import EnergyMeter, energy_meter
-from dyndit.analysis.metrics.macs import flops, model_macs
+from dyndit.analysis.metrics.macs import model_macs
 from dyndit.analysis.metrics.memory import MEANING, peak_memory
 from dyndit.clock import Clock
 from dyndit.errors import InputError
@@ -30,8 +30,7 @@ from dyndit.sampling.loop import picture_generator
 from dyndit.sampling.sample import Samples, balanced_labels, sample
 from dyndit.sampling.solvers import make_scheduler
 from dyndit.sampling.timing import measure_cost
-from dyndit.stats import Interval, Reading, Repeats, paired_rounds, paired_times, relative_width
-from dyndit.stats import summarise as summarise_times
+from dyndit.stats import Reading, Repeats, paired_rounds
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.training.latents import decode_latents, load_autoencoder
 
@@ -184,125 +183,6 @@ def measure(
     )[list(COLUMNS)]
 
 
-def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:
-    """A row per batch size, scope and arm, from `measure`'s rows alone.
-
-    Columns: batch_size, scope, arm, rounds; ms, q25, q75 (median and quartiles, of the batch), ms_per_picture; ratio
-    (Interval of the median ratio to the baseline), width (of that interval, as a share of the ratio);
-    predicted_ms, promised (predicted share of the baseline's time), kept (time saved, as a share of what was promised;
-    from the median ratio); macs, flops, peak_memory_mib, joules_per_picture.
-    """
-    rows = []
-    for (size, scope), part in times.groupby(["batch_size", "scope"], sort=False):
-        firsts, table = part.groupby("arm").first(), summarise_times(part, _baseline_of(part, baseline))
-        joules = part.groupby("arm")["joules"].mean()
-        for arm, row in table.iterrows():
-            facts, ratio = firsts.loc[arm], row["median_ratio"]
-            promised = facts["predicted_seconds"] / firsts.loc[_baseline_of(part, baseline), "predicted_seconds"]
-            rows.append(
-                {
-                    "batch_size": int(size),
-                    "scope": scope,
-                    "arm": arm,
-                    "rounds": int(row["rounds"]),
-                    "ms": 1e3 * row["median"],
-                    "q25": 1e3 * row["q25"],
-                    "q75": 1e3 * row["q75"],
-                    "ms_per_picture": 1e3 * row["median"] / size,
-                    "ratio": ratio,
-                    "width": 0.0 if arm == baseline else relative_width(ratio),
-                    "predicted_ms": 1e3 * facts["predicted_seconds"],
-                    "promised": promised,
-                    "kept": math.nan if promised == 1 else (1 - ratio.mean) / (1 - promised),
-                    "macs": int(facts["macs"]),
-                    "flops": flops(int(facts["macs"])),
-                    "peak_memory_mib": facts["peak_memory_mib"],
-                    "joules_per_picture": joules[arm] / size,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def lines(times: pd.DataFrame, until: float = 0.0, baseline: str = FULL) -> list[str]:
-    """The report of a benchmark as text. until: the width of interval asked for, to say where it was missed."""
-    table, facts = verdict(times, baseline), times.iloc[0]
-    text = [
-        f"{facts['machine']}; {facts['dtype']}, {facts['threads']} CPU threads, {facts['compiled']}; "
-        f"{facts['steps']} steps of {facts['solver']}, guidance {facts['cfg_scale']:g}"
-    ]
-    text += [
-        f"  {arm:>12}  {of['macs'] / 1e9:.4g} GMACs ({of['flops'] / 1e9:.4g} GFLOPs) of the denoiser, one picture"
-        for arm, of in table.groupby("arm", sort=False).first().iterrows()
-    ]
-    for (size, scope), part in table.groupby(["batch_size", "scope"], sort=False):
-        text.append(f"{scope}, batch of {size}, {part['rounds'].max()} rounds:")
-        text += [_line(row, baseline) for _, row in part.iterrows()]
-        text += _remarks(part, until)
-    for size, part in table.groupby("batch_size", sort=False):
-        text += _resources(part.groupby("arm", sort=False).last(), size, str(facts["device"]), facts["energy_source"])
-    return text
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing the timing itself has to get right."""
-
-    name: str
-    found: str
-    expected: str
-    passed: bool
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the self-check times: something, twice that in one call, and a wait of known length."""
-
-    one: Callable[[], object]
-    two: Callable[[], object]
-    wait: Callable[[], object]
-    wait_seconds: float
-    clock: Clock = field(default_factory=Clock)
-
-
-def known_work(device: str = "cpu") -> Work:
-    """A product of two matrices, two such products, and a sleep of 50 ms."""
-    side = 4096 if device.startswith("cuda") else 1024
-    a, b, out = (torch.full((side, side), 0.5, device=device) for _ in range(3))
-    seconds = 0.05
-
-    def product() -> None:
-        torch.mm(a, b, out=out)
-
-    def two() -> None:
-        product()
-        product()
-
-    return Work(product, two, lambda: time.sleep(seconds), seconds, Clock(device))
-
-
-def self_check(work: Work, rounds: int = 60) -> list[Check]:
-    """Does the timing get right what is known? An A/A null, a sleep, and twice the work, on a machine left alone.
-
-    The null's interval is at 95%: one in twenty misses 1 on the quietest machine.
-    """
-    arms = {"one": work.one, "again": work.one, "two": work.two}
-    times = paired_times(arms, rounds=rounds, warmup=3, clock=work.clock)
-    table = summarise_times(times, "one")
-    null, double = table.loc["again", "median_ratio"], table.loc["two", "median_ratio"]
-    waits = paired_times({"wait": work.wait}, rounds=max(rounds // 3, 6), warmup=1)
-    waited = float(waits["seconds"].median())
-    return [
-        Check("the same twice (A/A)", _span(null), "covers 1, off by at most 0.01", _is_null(null)),
-        Check(
-            f"a sleep of {1e3 * work.wait_seconds:g} ms",
-            f"{1e3 * waited:.3f} ms",
-            "within 2%",
-            abs(waited - work.wait_seconds) <= 0.02 * work.wait_seconds,
-        ),
-        Check("two matrix products to one", _span(double), "2.00 ± 0.04", abs(double.mean - 2) <= 0.04),
-    ]
-
-
 def _in_sampler(
     model: DynamicDepth, plans: Mapping[str, DepthPlan], size: int, settings: Bench, meter: EnergyMeter | None
 ) -> dict[str, Callable[[], list[Reading]]]:
@@ -389,58 +269,6 @@ def _predicted(table: pd.DataFrame, plans: Mapping[str, DepthPlan], cost: CostMo
     network = table["arm"].map({arm: cost.network_seconds(plan) for arm, plan in plans.items()})
     seconds = whole + decoding * (table["scope"] == TO_UINT8)
     return seconds.mask(table["scope"] == DENOISER, network).mask(table["scope"] == DECODER)
-
-
-def _baseline_of(part: pd.DataFrame, baseline: str) -> str:
-    arms = list(part["arm"].unique())
-    return baseline if baseline in arms else arms[0]
-
-
-def _is_null(ratio: Interval) -> bool:
-    """Whether an A/A ratio shows nothing: its interval covers 1 and it is off by at most 1%."""
-    return not ratio.excludes(1) and abs(ratio.mean - 1) <= 0.01
-
-
-def _span(ratio: Interval) -> str:
-    limits = "" if math.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
-    return f"{ratio.mean:.3f}{limits}"
-
-
-def _line(row: pd.Series, baseline: str) -> str:
-    text = f"  {row['arm']:>12}  median {row['ms']:.1f} ms, quartiles {row['q25']:.1f} to {row['q75']:.1f}"
-    if not math.isnan(row["predicted_ms"]):
-        text += f", predicted {row['predicted_ms']:.1f}"
-    if row["arm"] != baseline:
-        text += f"; of full depth {_span(row['ratio'])}"
-    if not math.isnan(row["kept"]):
-        text += f", predicted {row['promised']:.3f}; saved {row['kept']:.2f} of what was promised"
-    return text
-
-
-def _remarks(part: pd.DataFrame, until: float) -> Iterable[str]:
-    """What the null shows, and which interval stayed wider than was asked for."""
-    for row in part[part["arm"] == AGAIN].itertuples():
-        says = "shows nothing, as it must" if _is_null(row.ratio) else "FAILED: this timing is not to be trusted to 1%"
-        if math.isnan(row.ratio.low):
-            says = "too few rounds to tell (6 at least)"
-        yield f"  null (the same twice): {_span(row.ratio)}: {says}"
-    wide = part[part["width"] > until] if until else part[:0]
-    for row in wide.itertuples():
-        width = "unknown" if math.isinf(row.width) else f"{row.width:.1%} wide"
-        yield f"  {row.arm}: interval still {width} after {row.rounds} rounds; {until:.1%} was asked for"
-
-
-def _resources(arms: pd.DataFrame, size: int, device: str, source: str) -> list[str]:
-    """Peak memory, and energy where there is a meter."""
-    text = []
-    if arms["peak_memory_mib"].notna().any():
-        peaks = ", ".join(f"{arm} {value:.1f}" for arm, value in arms["peak_memory_mib"].items())
-        text = [f"peak memory, batch of {size}, MiB: {peaks}", f"  {MEANING[device]}"]
-    joules = arms["joules_per_picture"].dropna()
-    if len(joules):
-        each = ", ".join(f"{arm} {value:.4g}" for arm, value in joules.items())
-        text.append(f"joules a picture, batch of {size} ({source}): {each}")
-    return text
 
 
 def _random_autoencoder(channels: int, *, widths: tuple[int, ...], layers_per_block: int) -> AutoencoderKL:

@@ -156,6 +156,7 @@ def bench(
     import torch
 
     from dyndit.analysis.compare import bench as benchmark
+    from dyndit.analysis.compare.bench_verdict import lines, verdict
     from dyndit.manifest import check_device
     from dyndit.sampling.loop import full_plan
     from dyndit.sampling.sample import resolve_plan
@@ -188,12 +189,12 @@ def bench(
         settings = replace(settings, decoder=benchmark.open_decoder(vae, dynamic))
     plans = {benchmark.FULL: full, benchmark.AGAIN: full} | ({plan.router: plan} if plan is not None else {})
     times = benchmark.measure(dynamic, plans, settings, name=name)
-    print("\n".join(benchmark.lines(times, until)))
+    print("\n".join(lines(times, until)))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         times.to_csv(out, index=False)
     if json_:
-        table = benchmark.verdict(times)
+        table = verdict(times)
         rows = table.drop(columns=["ratio", "width"])
         rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
         shared = ("machine", "device", "dtype", "threads", "compiled")
@@ -203,9 +204,9 @@ def bench(
 
 def _self_check(device: str, json_: bool) -> None:
     """Print what the timing finds of what is known; exit status 1 where it is wrong."""
-    from dyndit.analysis.compare.bench import known_work, self_check
+    from dyndit.analysis.compare import bench_check
 
-    checks = self_check(known_work(device))
+    checks = bench_check.self_check(bench_check.known_work(device))
     for check in checks:
         print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
     if json_:

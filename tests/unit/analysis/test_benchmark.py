@@ -11,18 +11,10 @@ import torch
 
 from dyndit import stats
 from dyndit.analysis.compare import bench as benchmark
-from dyndit.analysis.compare.bench import (
-    AGAIN,
-    COLUMNS,
-    FULL,
-    NO_PLUGIN,
-    Bench,
-    Work,
-    lines,
-    measure,
-    self_check,
-    verdict,
-)
+from dyndit.analysis.compare import bench_check
+from dyndit.analysis.compare.bench import AGAIN, COLUMNS, FULL, NO_PLUGIN, Bench, measure
+from dyndit.analysis.compare.bench_check import Work, self_check
+from dyndit.analysis.compare.bench_verdict import lines, verdict
 from dyndit.analysis.metrics.energy import Counter, EnergyMeter
 from dyndit.analysis.metrics.macs import plan_macs
 from dyndit.errors import InputError
@@ -215,13 +207,13 @@ def test_the_command_fails_where_a_check_fails(monkeypatch, capsys) -> None:
     from dyndit.cli import main
 
     work = fake_work(monkeypatch, one=0.01, two=0.02, wait=0.06)
-    monkeypatch.setattr(benchmark, "known_work", lambda device: work)
+    monkeypatch.setattr(bench_check, "known_work", lambda device: work)
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--self-check"])
     assert stop.value.code == 1
     text = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in text] == ["pass", "FAIL", "pass"]
-    monkeypatch.setattr(benchmark, "known_work", lambda device: fake_work(monkeypatch, one=1.0, two=2.0, wait=0.05))
+    monkeypatch.setattr(bench_check, "known_work", lambda device: fake_work(monkeypatch, one=1.0, two=2.0, wait=0.05))
     main(["bench", "--self-check", "--json"])  # returns: status 0
 
 

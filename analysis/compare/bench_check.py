@@ -1,0 +1,71 @@
+"""Check the timing itself on what is known: the same work twice, a sleep, and twice the work."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from dyndit.analysis.compare.bench_verdict import is_null, span
+from dyndit.clock import Clock
+from dyndit.stats import paired_times, summarise
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that the timing itself has to get right."""
+
+    name: str
+    found: str
+    expected: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work for the self-check: `one` call, `two` times the same work in one call, a `wait` of known length."""
+
+    one: Callable[[], object]
+    two: Callable[[], object]
+    wait: Callable[[], object]
+    wait_seconds: float
+    clock: Clock = field(default_factory=Clock)
+
+
+def known_work(device: str = "cpu") -> Work:
+    """Multiply two matrices, do so twice, sleep for 50 ms."""
+    side = 4096 if device.startswith("cuda") else 1024
+    a, b, out = (torch.full((side, side), 0.5, device=device) for _ in range(3))
+    seconds = 0.05
+
+    def product() -> None:
+        torch.mm(a, b, out=out)
+
+    def two() -> None:
+        product()
+        product()
+
+    return Work(product, two, lambda: time.sleep(seconds), seconds, Clock(device))
+
+
+def self_check(work: Work, rounds: int = 60) -> list[Check]:
+    """Check that the timing gets right what is known: an A/A null, a sleep, and twice the work.
+
+    Leave the machine alone meanwhile. The null's interval is at 95%: one in twenty misses 1 on the quietest machine.
+    """
+    arms = {"one": work.one, "again": work.one, "two": work.two}
+    times = paired_times(arms, rounds=rounds, warmup=3, clock=work.clock)
+    table = summarise(times, "one")
+    null, double = table.loc["again", "median_ratio"], table.loc["two", "median_ratio"]
+    waits = paired_times({"wait": work.wait}, rounds=max(rounds // 3, 6), warmup=1)
+    waited = float(waits["seconds"].median())
+    return [
+        Check("the same twice (A/A)", span(null), "covers 1, off by at most 0.01", is_null(null)),
+        Check(
+            f"a sleep of {1e3 * work.wait_seconds:g} ms",
+            f"{1e3 * waited:.3f} ms",
+            "within 2%",
+            abs(waited - work.wait_seconds) <= 0.02 * work.wait_seconds,
+        ),
+        Check("two matrix products to one", span(double), "2.00 ± 0.04", abs(double.mean - 2) <= 0.04),
+    ]

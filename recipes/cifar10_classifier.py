@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dyndit.analysis.metrics.extractors import PACKAGED_WEIGHTS, CifarVGG
+from dyndit.analysis.metrics.extractors.cifar10 import CifarVGG, CifarVGGExtractor
 from dyndit.errors import InputError
 from dyndit.runtime import keep_freed_memory
 from dyndit.training.data import PictureFolder
@@ -26,7 +26,7 @@ NUM_STEPS = 2_500
 BATCH_SIZE = 128
 LEARNING_RATE = 4e-3
 SHIFT = 4
-OUT = Path(str(files("dyndit.assets") / PACKAGED_WEIGHTS["vgg-cifar10"]))
+OUT = Path(str(files("dyndit.assets") / CifarVGGExtractor.packaged))
 
 
 def load(folder: str | Path) -> tuple[Tensor, Tensor]:

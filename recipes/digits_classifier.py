@@ -23,13 +23,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from dyndit.analysis.metrics.extractors import PACKAGED_WEIGHTS, DigitsClassifier, DigitsLeNet
+from dyndit.analysis.metrics.extractors.digits import DigitsExtractor, DigitsLeNetExtractor
 
-CLASSIFIERS = {"digits": (DigitsClassifier, 0), "digits-lenet": (DigitsLeNet, 1)}  # and the seed
+CLASSIFIERS = {"digits": (DigitsExtractor, 0), "digits-lenet": (DigitsLeNetExtractor, 1)}  # and the seed
 NUM_STEPS = 2_000
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
-OUT = {name: Path(str(files("dyndit.assets") / PACKAGED_WEIGHTS[name])) for name in CLASSIFIERS}
+OUT = {name: Path(str(files("dyndit.assets") / extractor.packaged)) for name, (extractor, _) in CLASSIFIERS.items()}
 
 
 def load_split(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,12 +52,12 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def train(name: str = "digits") -> tuple[nn.Module, float]:
     """Return the trained classifier and its accuracy on the test pictures, in [0, 1]."""
-    classifier_type, seed = CLASSIFIERS[name]
+    extractor, seed = CLASSIFIERS[name]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     train_pictures, test_pictures, train_classes, test_classes = load_split(seed)
     x_train, x_test = train_pictures / 255, test_pictures / 255
-    model = classifier_type().train()
+    model = extractor.classifier_type().train()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
     for _ in track(range(NUM_STEPS), name):

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dyndit.analysis.metrics.extractors import first_line
 from dyndit.errors import CheckpointError, InputError
 from dyndit.pictures import as_rgb
+from dyndit.storage.reading import first_line
 
 MAX_PSNR = 100.0  # dB; equal pictures have no finite one
 MIN_LPIPS_SIZE = 16  # VGG halves pictures four times

@@ -1,7 +1,8 @@
 """`evaluate`: two sets of pictures in, named numbers out. A metric is one function of a Comparison.
 
 torch-fidelity computes what it does well, Inception score, precision and recall, from features that are computed here
-once per set; distances and intervals are this package's (dyndit.stats, infinity.py, kid.py, memorisation.py, paired.py).
+once per set. Distances and intervals are this package's (`dyndit.stats`, infinity.py, kid.py, memorisation.py,
+paired.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from dyndit.analysis.metrics.extractors import ResNet20, load_extractor
+from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
 from dyndit.errors import CheckpointError, InputError
 from dyndit.pictures import as_rgb
 from dyndit.recipes import digits_classifier

@@ -1,0 +1,39 @@
+"""Pictures to features: the networks in whose features quality is measured.
+
+A Fréchet distance on other features than Inception's is called FD-<extractor>, never FID, and compares with no
+published FID. A new extractor: one file here that registers its network, found by itself. Every extractor takes uint8
+pictures. The classifiers are registered with torch-fidelity as well, so its own command line and `calculate_metrics`
+know the names `digits`, `digits-lenet`, `resnet20-cifar10` and `vgg-cifar10` once this package is imported.
+"""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
+from dyndit.analysis.metrics.extractors.registry import REGISTRY
+from dyndit.errors import InputError
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+EXTRACTORS = tuple(sorted(REGISTRY))
+"""Names that `load_extractor` takes."""
+
+__all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
+
+
+def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
+    """Return the extractor of that name, frozen, on the device.
+
+    weights: a file; optional where they are in the package (all but `resnet20-cifar10`) and for `inception`, whose
+    torch-fidelity downloads.
+    Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
+    """
+    if name not in EXTRACTORS:
+        raise InputError(f"--extractor: '{name}', expected one of {', '.join(EXTRACTORS)}")
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"--extractor-weights: no file {weights}, expected the weights of {name}")
+    entry = REGISTRY[name]
+    network = entry.build(weights)
+    return Extractor(name, network.to(device), state_hash(network), device, entry.spatial_layer)

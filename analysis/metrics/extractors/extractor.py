@@ -1,0 +1,99 @@
+"""Run an extractor's network on pictures, batch by batch."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+from dyndit.errors import InputError
+from dyndit.pictures import as_rgb
+
+SPATIAL_CHANNELS = 7  # of the spatial layer, as in ADM's sFID (Nash et al. 2021)
+
+
+def state_hash(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, so the file format does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """A network ready to measure with. `fingerprint`: SHA-256 of its weights, for manifests."""
+
+    name: str
+    network: FeatureExtractorBase = field(repr=False)
+    fingerprint: str
+    device: str = "cpu"
+    spatial_layer: str = ""
+    """Module of the network whose output, (B, C, H', W'), sFID reads."""
+    projection: Tensor | None = field(default=None, repr=False)
+    """(D, d), where features are reduced to d directions."""
+
+    def projected(self, projection: Tensor) -> "Extractor":
+        """The same network with features @ projection, float64 (D, d), under a name of its own."""
+        digest = hashlib.sha256(self.fingerprint.encode() + projection.double().contiguous().numpy().tobytes())
+        name = f"{self.name}-pca{projection.shape[1]}"
+        return replace(self, name=name, projection=projection.double(), fingerprint=digest.hexdigest())
+
+    @property
+    def metric_name(self) -> str:
+        """What a Fréchet distance on these features is called."""
+        return "FID" if self.name == "inception" else f"FD-{self.name}"
+
+    def _batches(self, pictures: Tensor, batch_size: int, spatial: bool) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the network's outputs on the host, batch by batch, as float64."""
+        for batch in as_rgb(pictures).split(batch_size):
+            layer = self.network.get_submodule(self.spatial_layer) if spatial else None
+            # In single precision whatever precision the pictures were drawn in: features must not differ by it.
+            with _seen_at(layer) as seen, torch.autocast(torch.device(self.device).type, enabled=False):
+                outputs = self.network(batch.contiguous().to(self.device))
+            outputs += tuple(_first_channels(activation) for activation in seen)
+            yield tuple(out.double().cpu() for out in outputs)
+
+    @torch.inference_mode()
+    def outputs(self, pictures: Tensor, batch_size: int = 256, spatial: bool = False) -> dict[str, Tensor]:
+        """Pictures: uint8 (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
+
+        spatial: also "spatial" (N, H' W' 7), the first seven channels of the spatial layer, for sFID. Raises InputError
+        for pictures of a wrong size or type.
+        """
+        if len(pictures) == 0:
+            raise InputError("pictures: none, expected at least one")
+        names = ("features", "logits", "spatial")[: 3 if spatial else 2]
+        parts = zip(*self._batches(pictures, batch_size, spatial), strict=True)
+        outputs = {name: torch.cat(part) for name, part in zip(names, parts, strict=True)}
+        if self.projection is not None:
+            outputs["features"] = outputs["features"] @ self.projection
+        return outputs
+
+    def features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
+        """Pictures: uint8 (N, 1 or 3, H, W) -> float64 (N, D) on the host. Raises InputError."""
+        return self.outputs(pictures, batch_size)["features"]
+
+
+def _first_channels(activation: Tensor) -> Tensor:
+    """activation: (B, C, H, W) -> (B, H W 7). ADM's order, so that its statistics can serve as reference."""
+    return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+@contextmanager
+def _seen_at(layer: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collect what a layer puts out; nothing without a layer."""
+    seen: list[Tensor] = []
+    if layer is None:
+        yield seen
+        return
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()

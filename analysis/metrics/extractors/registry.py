@@ -1,0 +1,144 @@
+"""The registry of extractors, and what the classifiers among them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+from dyndit.errors import CheckpointError, InputError
+from dyndit.storage.reading import first_line
+
+Build = Callable[[Path | None], FeatureExtractorBase]
+"""Makes a network from a file of weights, or from those packaged or downloaded. Its outputs: features, logits."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An extractor that can be loaded by name. spatial_layer: module of the network whose output sFID reads."""
+
+    build: Build
+    spatial_layer: str
+
+
+REGISTRY: dict[str, Entry] = {}
+
+
+def register(name: str, *, spatial_layer: str) -> Callable[[Build], Build]:
+    """Enter a function that makes a network into the registry."""
+
+    def enter(build: Build) -> Build:
+        REGISTRY[name] = Entry(build, spatial_layer)
+        return build
+
+    return enter
+
+
+def register_classifier(name: str) -> Callable[[type["ClassifierExtractor"]], type["ClassifierExtractor"]]:
+    """Enter a classifier into this registry and into torch-fidelity's."""
+
+    def enter(classifier: type[ClassifierExtractor]) -> type[ClassifierExtractor]:
+        if name not in FEATURE_EXTRACTORS_REGISTRY:  # survives importlib.reload in a notebook
+            register_feature_extractor(name, classifier)
+
+        @register(name, spatial_layer=classifier.spatial_layer)
+        def build(weights: Path | None) -> FeatureExtractorBase:
+            path = None if weights is None else str(weights)
+            return classifier(name, ["64", "logits"], feature_extractor_weights_path=path)
+
+        return classifier
+
+    return enter
+
+
+class ClassifierExtractor(FeatureExtractorBase):
+    """A classifier as torch-fidelity sees it: "64" are its features, "logits" its scores for ten classes.
+
+    A subclass says which classifier it runs and how it scales a picture.
+    """
+
+    size: int
+    """Height and width of the pictures that it reads."""
+    classifier_type: type[nn.Module]
+    packaged: str = ""
+    """File of the weights in `dyndit.assets`; "": they are given by path alone."""
+    spatial_layer: str
+    """Module whose first channels sFID reads."""
+
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs
+    ) -> None:
+        super().__init__(name, features_list)
+        self.classifier = self.build(Path(feature_extractor_weights_path) if feature_extractor_weights_path else None)
+        self.requires_grad_(False)
+        self.eval()
+
+    def build(self, weights: Path | None) -> nn.Module:
+        """Return the classifier with the weights in the file, or those packaged. Raises InputError, CheckpointError."""
+        if weights is not None:
+            return load_strict(self.classifier_type(), weights)
+        if not self.packaged:
+            raise InputError(f"--extractor-weights: missing, expected the .safetensors file of {self.name}")
+        with as_file(files("dyndit.assets") / self.packaged) as path:
+            return load_strict(self.classifier_type(), path)
+
+    def scale(self, pictures: Tensor) -> Tensor:
+        """Pictures: uint8 (B, 3, H, W) -> float32 (B, C, H, W) as the classifier was trained on."""
+        raise NotImplementedError
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Pictures: uint8 (B, 3, size, size) -> one tensor for each requested feature. Raises InputError."""
+        check_size(self.name, pictures, self.size)
+        features = self.classifier.features(self.scale(pictures))
+        outputs = {"64": features, "logits": self.classifier.linear(features)}
+        return tuple(outputs[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the outputs."""
+        return "64", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Return which output a metric of torch-fidelity reads."""
+        return {"isc": "logits", "fid": "64", "kid": "64", "prc": "64"}[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Say no: the size check is Python, and these networks are small."""
+        return False
+
+
+def load_strict(model: nn.Module, path: Path) -> nn.Module:
+    """Load a .safetensors file whose names, shapes and values all must fit. Raises CheckpointError."""
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}; expected a readable .safetensors file") from error
+    # A counter that BatchNorm keeps for training; files made for inference leave it out.
+    expected = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    kind = type(model).__name__
+    if odd := sorted(expected.keys() ^ state.keys()):
+        found = "found" if odd[0] in state else "missing"
+        raise CheckpointError(f"{path}: tensor '{odd[0]}' {found}, expected the {len(expected)} tensors of {kind}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise CheckpointError(f"{path}: tensor '{name}' is {found}, expected {wanted} ({kind})")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: tensor '{name}' holds values that are not finite, expected numbers")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def check_size(name: str, pictures: Tensor, size: int) -> None:
+    """Raise InputError unless the pictures are size x size."""
+    if pictures.shape[-2:] != (size, size):
+        height, width = pictures.shape[-2:]
+        raise InputError(f"extractor {name}: pictures are {height}x{width}, expected {size}x{size}")

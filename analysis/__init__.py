@@ -1,10 +1,14 @@
 """The analysis suite: reads what a run left on disk, and never reaches into training.
 
-`quality` compares two sets of pictures: `sets` and `features` read and measure them, `extractors` are the
-networks, `fidelity`, `kid`, `memorisation` and `paired` the metrics. `latency` measures speed, `macs`, `energy` and
-`memory` cost, `intervals` what is certain; `frontier` sets one against the other, `budgets` says who wins, `tables`,
-`findings`, `figures`, `page` and `report` show it, and `verify` checks a report against the raw rows. Names load on
-first use: torch-fidelity and matplotlib are slow to import.
+- `metrics` measure. `sets` and `features` read pictures, `extractors` turn them into features; `infinity`, `kid`,
+  `memorisation` and `paired` compare them; `quality` gathers it all. `macs`, `energy` and `memory` measure cost.
+- `report` shows. `runs` holds the rows, `frontier` sets quality against time, `budgets` says who wins. `write` makes
+  a report of `tables`, `findings`, `figures` and `plan_figures` on a `page`; `verify` checks one against the rows.
+- `compare` runs. `run` measures the `arms` of an `experiment`, `peers` are what a user might pick instead, `bench`
+  times plans.
+
+Distances, intervals and times of arms that take turns lie in `dyndit.stats`. Names load on first use: torch-fidelity
+and matplotlib are slow to import.
 """
 
 from importlib import import_module
@@ -20,9 +24,9 @@ _HOME = {
     "read_pictures": "metrics.sets",
     "read_set": "metrics.sets",
     "save_statistics": "metrics.sets",
-    "append_run": "report.frontier",
-    "measured": "report.frontier",
-    "read_runs": "report.frontier",
+    "append_run": "report.runs",
+    "measured": "report.runs",
+    "read_runs": "report.runs",
     "summary": "report.frontier",
     "full_macs": "metrics.macs",
     "plan_macs": "metrics.macs",

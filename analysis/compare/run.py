@@ -24,7 +24,7 @@ from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
-from dyndit.analysis.report.frontier import COLUMNS, RUNS, append_run, measured
+from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.progress import progress_bar
@@ -136,15 +136,15 @@ class Comparison:
 
     def report(self, arms: list[Arm]) -> None:
         """Figures and pages from what lies in `out`."""
-        from dyndit.analysis.report import figures
+        from dyndit.analysis.report import figures, plan_figures, style
         from dyndit.analysis.report.write import write_report
 
         searched = [arm for arm in arms if arm.family == "searched"]
-        figures.save(figures.plan_figure({arm.name: asdict(arm.plan) for arm in searched}), self.out / "plan.png")
+        style.save(plan_figures.plan_figure({arm.name: asdict(arm.plan) for arm in searched}), self.out / "plan.png")
         if (self.out / "exit-errors.csv").exists():
             errors = pd.read_csv(self.out / "exit-errors.csv")
             table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error").sort_index(axis=1)
-            figures.save(figures.error_figure(table, "mean squared error on the noise"), self.out / "errors.png")
+            style.save(figures.error_figure(table, "mean squared error on the noise"), self.out / "errors.png")
         rows, first = {}, dict(reversed(self.experiment.dynamic_points))
         for solver, steps in first.items():
             chosen = [arm for arm in arms if (arm.plan.solver, arm.plan.num_steps) == (solver, steps)]
@@ -152,7 +152,7 @@ class Comparison:
             dynamic = sorted((arm for arm in chosen if arm in searched), key=lambda arm: -arm.budget)
             peers = list({arm.family: arm for arm in reversed(chosen) if arm.peer is not None}.values())
             rows |= {arm.name: self._draw(arm, seed=0, num=10).pictures for arm in full + dynamic + peers}
-        figures.save(figures.samples_figure(rows), self.out / "samples.png")
+        style.save(figures.samples_figure(rows), self.out / "samples.png")
         write_report(self.out, self.out, margin=self.experiment.margin)
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:

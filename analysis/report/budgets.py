@@ -1,7 +1,7 @@
 """Families of arms against each other: areas between frontiers, and who wins at each budget of time.
 
 Families are taken as they come in runs.csv; `full` is full depth over its step counts, `searched` this project's plans.
-Everything here works on one group of comparable rows (`frontier.GROUP`), with the seed blocks that all arms share.
+Everything here works on one group of comparable rows (`runs.GROUP`), with the seed blocks that all arms share.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dyndit.analysis.report.frontier import GROUP, scored_rows
+from dyndit.analysis.report.runs import GROUP, scored_rows
 from dyndit.stats import Interval, bootstrap_interval, paired_interval
 
 MISSING = Interval(math.nan, math.nan, math.nan)

@@ -3,8 +3,10 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from dyndit.analysis.report.figures import plan_figure, png
-from dyndit.analysis.report.frontier import GROUP, RUNS, read_runs, summary
+from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.plan_figures import plan_figure
+from dyndit.analysis.report.runs import GROUP, RUNS, read_runs
+from dyndit.analysis.report.style import png
 from dyndit.analysis.report.tables import markdown_table
 from dyndit.storage.card import CardExtras
 from dyndit.storage.native import plans_in

@@ -1,87 +1,32 @@
-"""Figures: drawn off screen, in colours that stay apart for colour-blind readers, legible at README width."""
+"""Figures of a run: quality over time, time, spread over seeds, predictions, samples, errors of the exits."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from dyndit.plans.plan import REUSED, guide_of, written, written_cond
+from dyndit.analysis.report.style import COLOURS, FAINT, INK, STYLE, number_log, panels
 from dyndit.stats import paired_interval
 
-INK, FAINT = "#222222", "#bbbbbb"
-# Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MOST_WORDS = 40
-"""Sampling steps up to which a plan's map has words in it."""
-MAP_WORDS = {"+": "4+: exit at 4, the rest forecast", "e": "e4: guided by its own exit at 4", "r": "r: guidance reused"}
-"""What stands in the cells of a plan's map, by a letter of it."""
 MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
 OTHER_MARKERS = "P", "X", "*", "p", "h", "<", ">", "d", "8", "H"
 # Beyond four families of plans and peers, colours tell families apart instead of step counts.
 FAMILY_COLOURS = (*COLOURS, "#8B4513", "#7B68EE", "#556B2F", "#B22222", "#008B8B", "#C0A000")
 MOST_FAMILIES_BY_STEPS = 4
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e8e8e8",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.hashsalt": "dyndit",
-}
-SAVED = {"dpi": 150, "facecolor": "white"}
-
 
 # Families that are swept over steps, and drawn as lines labelled with them.
 SWEEPS = {
     "full": {"color": INK, "ls": "-", "label": "full depth (label: steps)"},
     "unguided": {"color": "#8a8a8a", "ls": "--", "label": "full depth, no guidance"},
 }
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
-    path = Path(path)
-    partial, is_svg = path.with_name(f".{path.stem}.partial{path.suffix}"), path.suffix == ".svg"
-    with matplotlib.rc_context({"svg.hashsalt": "dyndit"}):  # the same figure is the same file
-        figure.savefig(partial, **SAVED, **({"metadata": {"Date": None}} if is_svg else {}))
-    partial.replace(path)
-
-
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG, the bytes that `save` writes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", **SAVED)
-    return buffer.getvalue()
-
-
-def _panels(num: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
-    """Return a figure without pyplot's global state, and `num` axes, `columns` to a row."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height * -(-num // columns)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(-(-num // columns), columns, squeeze=False, **kwargs).ravel()
-        for spare in axes[num:]:
-            spare.set_visible(False)
-    return figure, list(axes[:num])
 
 
 def _arms(runs: pd.DataFrame) -> pd.DataFrame:
@@ -147,7 +92,7 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
     solvers = list(dict.fromkeys(arms["solver"]))
     width = 8.0 if len(solvers) > 1 else 6.5
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(solvers), min(2, len(solvers)), width, 3.7, sharey=True)
+        figure, axes = panels(len(solvers), min(2, len(solvers)), width, 3.7, sharey=True)
         main = arms[arms["family"].isin(["full", "searched"])]
         main = arms if main.empty else main
         low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
@@ -199,133 +144,7 @@ def _log_time(axis: Axes) -> None:
     axis.autoscale_view()
     left, right = axis.get_xlim()
     subs = (1, 2, 3, 5, 7) if right / left < 12 else (1, 2, 5)
-    axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def plan_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
-    """Depth over the sampling steps, a panel per plan; keys are titles, values the content of plan files.
-
-    Solid: conditional branch, dashed: unconditional branch (0: no unconditional pass at this step), dots: the exit of
-    the conditional branch that guides it in the other's place, crosses: the rest is forecast.
-    """
-    columns = min(3, len(plans))
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(plans), columns, 2.9 * columns + 0.6, 2.5)
-        for axis, (title, plan) in zip(axes, plans.items(), strict=True):
-            _draw_plan(axis, plan)
-            axis.set_title(title, fontsize=9)
-        for axis in axes[::columns]:
-            axis.set_ylabel("depth (blocks run)")
-        key = [
-            Line2D([], [], color=COLOURS[1], lw=2, label="conditional"),
-            Line2D([], [], color=COLOURS[0], lw=1.6, ls=(0, (3, 1.5)), label="unconditional"),
-            Line2D([], [], color=FAINT, lw=1, label="full depth"),
-        ]
-        if any(map(_guides, plans.values())):
-            key.insert(2, Line2D([], [], color=COLOURS[0], lw=0, marker=".", label="guide: own exit"))
-        if any(map(_forecasts, plans.values())):
-            key.insert(1, Line2D([], [], color="black", lw=0, marker="+", ms=9, mew=2, label="the rest forecast"))
-        if not any(_guided(plan) for plan in plans.values()):
-            del key[1]
-        figure.legend(handles=key, loc="outside lower center", ncols=4)
-    return figure
-
-
-def _guided(plan: Mapping[str, object]) -> bool:
-    return any(depth > 0 for depth in plan["uncond"])
-
-
-def _guides(plan: Mapping[str, object]) -> dict[int, int]:
-    """The steps, counted from 1, that an own exit guides, and its depth."""
-    return {step: guide_of(depth) for step, depth in enumerate(plan["uncond"], 1) if guide_of(depth)}
-
-
-def _forecasts(plan: Mapping[str, object]) -> dict[int, int]:
-    """The steps, counted from 1, that forecast what lies beyond their exit, and its depth."""
-    return {step: -depth for step, depth in enumerate(plan["cond"], 1) if depth < 0}
-
-
-def _draw_plan(axis: Axes, plan: Mapping[str, object]) -> None:
-    timesteps, cond, uncond = plan["timesteps"], list(map(abs, plan["cond"])), plan["uncond"]
-    num = len(timesteps)
-    edges = np.arange(num + 1) + 0.5  # step k, counted from 1, is as wide as a bar
-    axis.axhline(plan["num_blocks"], color=FAINT, lw=1)
-    axis.stairs(cond, edges, color=COLOURS[1], alpha=0.15, fill=True)
-    axis.stairs(cond, edges, color=COLOURS[1], lw=2, baseline=None)
-    if _guided(plan):
-        # A gap where there is guidance without a pass.
-        axis.stairs(
-            np.where(np.array(uncond) < 0, np.nan, uncond),
-            edges,
-            color=COLOURS[0],
-            lw=1.6,
-            ls=(0, (3, 1.5)),
-            baseline=None,
-        )
-    if guides := _guides(plan):
-        axis.plot(list(guides), list(guides.values()), ".", color=COLOURS[0])
-    if forecasts := _forecasts(plan):
-        axis.plot(list(forecasts), list(forecasts.values()), "+", ms=9, mew=2, color="black")
-    ticks = range(1, num + 1, -(-num // 6))
-    axis.set_xticks(ticks, [f"{k}\n{int(timesteps[k - 1])}" for k in ticks])
-    axis.set_xlabel("step, and its timestep below")
-    axis.set_xlim(0.4, num + 0.6)
-    axis.set_ylim(0, plan["num_blocks"] * 1.06)
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axis.grid(visible=False, axis="x")
-
-
-def plan_map_figure(plans: Mapping[str, Mapping[str, object]]) -> Figure:
-    """Heat map of plans: a row per plan, a column per step, colour: blocks run. Panels: branches, by number of steps.
-
-    plans: label -> content of a plan file; 0 blocks: the branch is not run at that step; white: nor is it, but an own
-    exit guides (e4: the one at 4) or guidance is reused (r); 4+: the exit at 4, and the rest forecast. Written out up
-    to MOST_WORDS steps, with a key below of what is there.
-    """
-    counts = sorted({len(plan["cond"]) for plan in plans.values()})
-    guided = any(_guided(plan) for plan in plans.values())
-    branches = {"cond": "conditional", "uncond": "unconditional"} if guided else {"cond": "depth"}
-    most = max(plan["num_blocks"] for plan in plans.values())
-    groups = [{name: plan for name, plan in plans.items() if len(plan["cond"]) == count} for count in counts]
-    heights = [len(group) * 0.19 + 0.75 for group in groups]
-    words: set[str] = set()
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, sum(heights) + 0.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(len(groups), len(branches), squeeze=False, height_ratios=heights, sharey="row")
-        for line, group, count in zip(axes, groups, counts, strict=True):
-            for axis, (branch, title) in zip(line, branches.items(), strict=True):
-                table = np.array([plan[branch] for plan in group.values()], dtype=float)
-                worded = table < 0
-                table[worded] = -table[worded] if branch == "cond" else np.nan
-                image = axis.pcolormesh(table, vmin=0, vmax=most, cmap="cividis", edgecolors="white", linewidth=0.3)
-                axis.set_title(f"{title}, {table.shape[1]} steps", fontsize=9)
-                write, colour = (written_cond, "white") if branch == "cond" else (_short_uncond, "black")
-                for row, column in zip(*np.nonzero(worded), strict=True) if count <= MOST_WORDS else ():
-                    word = write(list(group.values())[row][branch][column])
-                    place = {"ha": "center", "va": "center"}
-                    axis.text(column + 0.5, row + 0.5, word, fontsize=5.5, color=colour, **place)
-                    words.add(word)
-                ticks = np.arange(0, table.shape[1], -(-table.shape[1] // 10))
-                axis.set_xticks(ticks + 0.5, ticks + 1)
-                axis.grid(visible=False)
-                axis.tick_params(length=0, labelsize=7)
-                axis.spines[:].set_visible(False)
-            line[0].set_yticks(np.arange(len(group)) + 0.5, list(group))
-            line[0].invert_yaxis()
-        for axis in axes[-1]:
-            axis.set_xlabel("sampling step, noise to picture", fontsize=8)
-        figure.colorbar(image, ax=axes.ravel().tolist(), label="blocks run", shrink=0.8)
-        if key := [meaning for mark, meaning in MAP_WORDS.items() if any(mark in word for word in words)]:
-            figure.supxlabel("     ".join(key), fontsize=8, color=INK)
-    return figure
-
-
-def _short_uncond(uncond: int) -> str:
-    """An unconditional depth as short as a cell of a plan's map is wide."""
-    return "r" if uncond == REUSED else written(uncond)
+    number_log(axis.xaxis, subs)
 
 
 def time_figure(runs: pd.DataFrame) -> Figure | None:
@@ -341,7 +160,7 @@ def time_figure(runs: pd.DataFrame) -> Figure | None:
     known = arms["ms_denoiser"].notna()
     places = np.arange(len(arms))
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
+        figure, (axis,) = panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
         axis.barh(places, denoiser, 0.72, color=COLOURS[1], label="denoiser")
         rest = arms["ms_per_picture"] - denoiser
         axis.barh(places[known], rest[known], 0.72, left=denoiser[known], color=COLOURS[4], label="rest")
@@ -358,7 +177,7 @@ def spread_figure(runs: pd.DataFrame) -> Figure:
     scored = runs[runs["role"] == "score"]
     arms = list(dict.fromkeys(scored["arm"]))
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
+        figure, (axis,) = panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
         for k, (block, rows) in enumerate(scored.groupby("block")):
             places = [arms.index(arm) for arm in rows["arm"]]
             colour = FAMILY_COLOURS[k % len(FAMILY_COLOURS)]
@@ -366,9 +185,7 @@ def spread_figure(runs: pd.DataFrame) -> Figure:
         _one_line_per_arm(axis, arms)
         if scored["fd"].min() > 0 and scored["fd"].max() > 4 * scored["fd"].min():
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=20))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            number_log(axis.xaxis)
         axis.set_xlabel(f"{scored['metric'].iloc[0]} (lower is better)")
         if scored["block"].nunique() <= 12:
             axis.legend(title="seed block", loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -394,7 +211,7 @@ def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
     labels = max(len(label) for label in rows) * 0.065 + 0.15  # inches
     with matplotlib.rc_context(STYLE):
         tall = (8 - labels) * height / width * len(rows) + 0.1
-        figure, (axis,) = _panels(1, 1, 8, tall)
+        figure, (axis,) = panels(1, 1, 8, tall)
         figure.set_layout_engine("none")
         axis.set_position((labels / 8, 0.0, 1 - labels / 8, 1.0))
         axis.imshow(np.concatenate(strips), interpolation="nearest")
@@ -415,7 +232,7 @@ def predicted_figure(runs: pd.DataFrame) -> Figure:
     arms = arms[arms["predicted"].notna()]
     look = _Look.of(arms)
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _panels(1, 1, 5.6, 4.0)
+        figure, (axis,) = panels(1, 1, 5.6, 4.0)
         for (family, steps), group in arms.groupby(["family", "steps"], sort=False):
             marker, colour = look.marker(family), look.colour(family, steps)
             points = {"ls": "", "marker": marker, "ms": 4.5, "elinewidth": 0.8, "capsize": 1.5}
@@ -427,9 +244,7 @@ def predicted_figure(runs: pd.DataFrame) -> Figure:
             if both.max() > 4 * both.min() > 0:
                 axis.set(xscale="log", yscale="log")
                 for side in (axis.xaxis, axis.yaxis):
-                    side.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=20))
-                    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                    side.set_minor_formatter(NullFormatter())
+                    number_log(side)
             axis.set_aspect("equal", adjustable="datalim")
         if len(arms) > 2:
             rank = arms["predicted"].corr(arms["fd"], method="spearman")
@@ -446,7 +261,7 @@ def error_figure(
     """Heat map of the exits' errors.  frame: index layers, columns bands (log-SNR, timesteps), noisiest first."""
     values = frame.to_numpy(float)
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _panels(1, 1, 6.5, 3.4)
+        figure, (axis,) = panels(1, 1, 6.5, 3.4)
         positive = values[values > 0]
         norm = LogNorm(positive.min(), positive.max()) if positive.size else None
         image = axis.pcolormesh(np.where(values > 0, values, np.nan), norm=norm, cmap="viridis")

@@ -14,7 +14,8 @@ from rich import box
 from rich.table import Table as TerminalTable
 
 from dyndit.analysis.report import budgets
-from dyndit.analysis.report.frontier import QUALITY, against_controls
+from dyndit.analysis.report.frontier import against_controls
+from dyndit.analysis.report.runs import QUALITY
 from dyndit.stats import Interval
 
 

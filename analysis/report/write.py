@@ -16,9 +16,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dyndit import manifest
-from dyndit.analysis.report import figures, page
+from dyndit.analysis.report import figures, page, plan_figures, style
 from dyndit.analysis.report.findings import findings_of, read_plan
-from dyndit.analysis.report.frontier import GROUP, read_runs, runs_file, scored_rows, summary
+from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.runs import GROUP, read_runs, runs_file, scored_rows
 from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
 from dyndit.errors import InputError
 
@@ -136,7 +137,7 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
     for name, drawn in _drawn(content).items():
         files = [out / f"{name}{suffix}.png", out / f"{name}{suffix}.svg"]
         for file in files:
-            figures.save(drawn, file)
+            style.save(drawn, file)
         facts = source | {"figure": name, "files": {file.name: digest(file) for file in files}}
         _write_manifest(out / f"{name}{suffix}.manifest.json", content, facts, made)
         found.append(Picture(files[0], DRAWN[name]))
@@ -159,7 +160,7 @@ def _drawn(content: Content) -> dict[str, Figure]:
     named = scored[scored["plan"] != ""].drop_duplicates("arm")
     plans = {row["arm"]: read_plan(content.source.parent, row["plan"]) for _, row in named.iterrows()}
     if plans := {arm: plan for arm, plan in plans.items() if plan}:
-        drawn["plan-map"] = figures.plan_map_figure(plans)
+        drawn["plan-map"] = plan_figures.plan_map_figure(plans)
     if (errors := content.source.parent / "exit-errors.csv").is_file():
         drawn["exit-errors"] = _errors_figure(errors)
     if (times := figures.time_figure(scored)) is not None:

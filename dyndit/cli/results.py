@@ -62,7 +62,7 @@ def evaluate(
     from dyndit.analysis.metrics.features import cache_folder
     from dyndit.analysis.metrics.quality import evaluate as compare
     from dyndit.analysis.metrics.quality import reference_statistics
-    from dyndit.analysis.report.frontier import RUNS, row_of_samples
+    from dyndit.analysis.report.runs import RUNS, row_of_samples
     from dyndit.manifest import check_device
     from dyndit.training.data import open_data
 
@@ -234,7 +234,7 @@ def report(
     from rich.console import Console
 
     from dyndit.analysis import read_runs, summary, terminal_table, write_report
-    from dyndit.analysis.report.frontier import GROUP
+    from dyndit.analysis.report.runs import GROUP
     from dyndit.analysis.report.verify import verify as mismatches
 
     if verify is not None:

@@ -3,9 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from dyndit.analysis.report.frontier import (
-    COLUMNS,
-)
+from dyndit.analysis.report.runs import COLUMNS
 
 FULL = {4: (4.0, 16.0), 8: (8.0, 12.0), 16: (16.0, 8.0)}
 

@@ -1,9 +1,6 @@
-"""Frontier: reading and appending runs, interpolation in log time, paired verdicts."""
+"""Frontier: interpolation in log time, paired verdicts; areas and budgets."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyndit.analysis.report.budgets import against_full, areas, budget_grid, winners
-from dyndit.analysis.report.frontier import (
-    COLUMNS,
-    append_run,
-    fd_at_time,
-    measured,
-    read_runs,
-    summary,
-    time_at_fd,
-)
-from dyndit.errors import InputError
+from dyndit.analysis.report.frontier import fd_at_time, summary, time_at_fd
+from dyndit.analysis.report.runs import append_run, read_runs
 from support.runs import frame, run_row
 
 # Full depth on a line in log time: FD = 16 at 4 steps, 4 less for each doubling of time.
@@ -121,94 +110,12 @@ def test_a_bump_gives_full_depth_the_benefit() -> None:
     assert time_at_fd(times, fds, 7.0) == pytest.approx(2**0.75)  # the first crossing, not the one after 4
 
 
-def test_appended_rows_come_back(tmp_path: Path) -> None:
-    file = tmp_path / "runs.csv"
-    assert measured(file) == set()
-    append_run(file, run_row(fd=8.123456789, budget=math.nan))
-    append_run(file, run_row(block=1, arm='odd, "arm"'))
-    append_run(file, run_row(block=7, role="search"))
-    runs = read_runs(tmp_path)
-    assert list(runs.columns) == list(COLUMNS)
-    assert runs["fd"].iloc[0] == 8.123456789
-    assert math.isnan(runs["budget"].iloc[0])
-    assert runs["plan"].iloc[0] == ""
-    assert measured(file) == {("full-10", 0), ('odd, "arm"', 1)}
-    assert measured(tmp_path, role="search") == {("full-10", 7)}
-    assert len(summary(runs)) == 2
-
-
-def test_append_refuses_a_row_that_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'colour' unknown"):
-        append_run(tmp_path / "runs.csv", run_row() | {"colour": 1})
-    row = run_row()
-    del row["fd"]
-    with pytest.raises(InputError, match="'fd'"):
-        append_run(tmp_path / "runs.csv", row)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
-    """A process that appends without end is killed; what it left is read without complaint."""
-    file = tmp_path / "runs.csv"
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from support.runs import run_row\n"
-        "from dyndit.analysis.report.frontier import append_run\n"
-        "from pathlib import Path\n"
-        "for k in range(10**6): append_run(Path(sys.argv[1]), run_row(block=k))\n"
-    )
-    here = str(Path(__file__).parents[2])
-    process = subprocess.Popen([sys.executable, "-c", code, str(file), here], env=os.environ)
-    try:
-        for _ in range(600):
-            if file.exists() and len(file.read_text().splitlines()) > 20:
-                break
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.05)
-    finally:
-        process.kill()
-        process.wait()
-    blocks = sorted(block for _, block in measured(file))
-    assert len(blocks) >= 20
-    assert blocks == list(range(len(blocks)))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda text: text.replace("ms_per_picture", "ms"), "no column 'ms_per_picture'"),
-        (lambda text: text.replace("8.5", "eight"), "line 2: fd is 'eight'"),
-        (lambda text: text.replace("8.5", "inf"), "line 2: fd is 'inf'"),
-        (lambda text: text.splitlines()[0], "no rows"),
-        (lambda text: text + text.splitlines()[1] + "\n", "stands twice"),
-        (lambda text: "", "unreadable"),
-        (lambda text: text + '1,"2\n', "unreadable"),
-    ],
-)
-def test_bad_files_are_named_in_one_line(tmp_path: Path, spoil, message: str) -> None:
-    file = tmp_path / "runs.csv"
-    append_run(file, run_row(fd=8.5))
-    file.write_text(spoil(file.read_text()))
-    with pytest.raises(InputError, match=message) as caught:
-        read_runs(tmp_path)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"runs\.csv: no such file"):
-        read_runs(tmp_path)
-
-
 def test_a_quality_full_depth_never_reaches_saves_at_least_against_its_longest_time() -> None:
     row = searched(frame(ms=4.0, fd=7.0))  # full depth's best is 8, at 16 ms
     assert math.isnan(row["time_saved_equal_fd"].mean)
     assert row["time_saved_at_least"] == pytest.approx(1 - 4 / 16)
     assert math.isnan(searched(frame(ms=4.0, fd=17.0))["time_saved_at_least"])  # worse than its fastest
     assert math.isnan(searched(frame(ms=4.0, fd=12.0))["time_saved_at_least"])  # reached: the interval says it
-
-
-# --- columns that came later -------------------------------------------------------------------------------------
 
 
 def test_precision_compilation_threads_and_batches_are_kept_apart() -> None:
@@ -223,19 +130,6 @@ def test_precision_compilation_threads_and_batches_are_kept_apart() -> None:
 def test_a_share_of_blocks_may_be_unknown(tmp_path: Path) -> None:
     append_run(tmp_path / "runs.csv", run_row(share_of_blocks=None))
     assert math.isnan(summary(read_runs(tmp_path))["share_of_blocks"].iloc[0])
-
-
-def test_parquet_reads_as_csv_does_or_says_what_it_needs(tmp_path: Path) -> None:
-    runs = frame(ms=5.0, fd=12.0).assign(threads=2)
-    try:
-        runs.to_parquet(tmp_path / "runs.parquet")
-    except ImportError:
-        (tmp_path / "runs.parquet").write_bytes(b"PAR1")
-        with pytest.raises(InputError, match=r"runs\.parquet: needs pyarrow, which is not installed"):
-            read_runs(tmp_path)
-        return
-    runs.to_csv(tmp_path / "runs.csv", index=False)
-    pd.testing.assert_frame_equal(read_runs(tmp_path / "runs.parquet"), read_runs(tmp_path), check_dtype=False)
 
 
 # --- areas, budgets ----------- -----------------------------------------------------------------------------------

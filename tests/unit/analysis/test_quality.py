@@ -14,7 +14,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.quality import METRICS, evaluate, reference_statistics
 from dyndit.analysis.metrics.sets import save_statistics
-from dyndit.analysis.report.frontier import read_runs
+from dyndit.analysis.report.runs import read_runs
 from dyndit.cli import main
 from dyndit.errors import InputError
 from dyndit.training.data import load_digits

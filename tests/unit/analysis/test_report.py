@@ -16,11 +16,8 @@ from dyndit import cli
 from dyndit.analysis.report.figures import (
     error_figure,
     frontier_figure,
-    plan_figure,
-    plan_map_figure,
     predicted_figure,
     samples_figure,
-    save,
     spread_figure,
     time_figure,
 )
@@ -32,6 +29,8 @@ from dyndit.analysis.report.findings import (
     plan_findings,
 )
 from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.plan_figures import plan_figure, plan_map_figure
+from dyndit.analysis.report.style import save
 from dyndit.analysis.report.tables import markdown_table, tables_of, terminal_table
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import digest, write_report
@@ -392,7 +391,7 @@ def test_what_is_no_report_is_refused_in_one_line(run_dir: Path, tmp_path: Path)
         cli.report((run_dir,))
 
 
-def test_published_runs_without_the_later_columns_make_a_report(tmp_path: Path) -> None:
+def test_published_runs_without_optional_figures_make_a_report(tmp_path: Path) -> None:
     digits = Path(__file__).parents[3] / "docs" / "results" / "digits"
     write_report(digits, tmp_path / "out")
     assert verify(tmp_path / "out") == []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndit.analysis.metrics.macs import plan_macs, sampling_macs
-from dyndit.analysis.report.figures import plan_figure, plan_map_figure
+from dyndit.analysis.report.plan_figures import plan_figure, plan_map_figure
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, forecast_pairs, measure_shifts
 from dyndit.errors import InputError, PlanError

@@ -899,7 +899,7 @@ def test_the_card_says_what_the_files_say(furnished: Path, tmp_path: Path) -> No
 
 
 def test_the_card_has_the_measured_table(furnished: Path, tmp_path: Path) -> None:
-    from dyndit.analysis.report.frontier import COLUMNS, append_run
+    from dyndit.analysis.report.runs import COLUMNS, append_run
 
     common = dict.fromkeys(COLUMNS, "") | {"run": "r", "machine": "a machine", "extractor": "toy", "metric": "FD-toy"}
     common |= {"model": "m", "solver": "ddim", "steps": 2, "cfg_scale": 1.5, "num_images": 50, "role": "score"}

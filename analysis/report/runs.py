@@ -1,0 +1,230 @@
+"""What a run measured: runs.csv, a row per measured arm and seed block, raw numbers only (`COLUMNS`)."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dyndit.errors import InputError
+
+RUNS, PARQUET = "runs.csv", "runs.parquet"
+
+COLUMNS: dict[str, str] = {
+    "run": "name of the run",
+    "machine": "machine the time was taken on; figures are never averaged across machines",
+    "extractor": "extractor of the features",
+    "metric": "what fd is called: FID, or FD-<extractor>",
+    "model": "name of the model",
+    "arm": "unique label of the arm, such as full-ddim-10 or searched-ddim-10-b0.60",
+    "family": "full, searched, ramp, constant, reversed, ...",
+    "solver": "ddpm, ddim, dpmpp, unipc, euler",
+    "steps": "sampling steps",
+    "budget": "asked share of the full model's time; empty for full depth",
+    "cfg_scale": "guidance scale",
+    "block": "index of the seed block; arms share the noise of a block",
+    "seed": "seed of the block",
+    "num_images": "pictures in the block",
+    "share_of_blocks": "transformer blocks run, over full depth's at the same steps; empty where the data decide",
+    "mean_depth_cond": "mean depth of the conditional branch, in blocks",
+    "mean_depth_uncond": "mean depth of the unconditional branch, in blocks",
+    "ms_per_picture": "milliseconds from noise to uint8, per picture",
+    "ms_denoiser": "of those, in the denoiser",
+    "fd": "Fréchet distance to the reference pictures",
+    "predicted_fd": "Fréchet distance predicted from the calibration table; empty where there is none",
+    "role": "score: fresh seeds, counted in results; search: seeds that chose the plan",
+    "plan": "file of the plan; empty for full depth",
+    "macs": "multiply-accumulates of the denoiser per picture, over the whole sampling",
+    "predicted_ms": "milliseconds per picture predicted by the cost model",
+    "peak_memory_mib": "peak memory while sampling, in MiB",
+    "compiled": "eager or compiled",
+    "dtype": "dtype of the denoiser, such as float32",
+    "threads": "CPU threads of the run",
+    "batch_size": "pictures sampled at once",
+    "kid": "kernel distance to the reference pictures",
+    "is": "Inception score, or the same on the extractor's classes",
+    "precision": "share of the pictures inside the reference's manifold (k = 3)",
+    "recall": "share of the reference inside the pictures' manifold (k = 3)",
+}
+QUALITY = ("kid", "is", "precision", "recall")  # measured beside fd, where they are
+# `threads` and `batch_size` tell settings apart and are never computed with, so they are labels.
+TEXT = (
+    "run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan", "compiled", "dtype",
+    "threads", "batch_size",
+)  # fmt: skip
+# May be empty in a row; labels (TEXT) may be too.
+OPTIONAL = (
+    "budget", "share_of_blocks", "mean_depth_cond", "mean_depth_uncond", "ms_denoiser", "predicted_fd", "macs",
+    "predicted_ms", "peak_memory_mib", "kid", "is", "precision", "recall",
+)  # fmt: skip
+# Arms are never compared, and figures never averaged, across these.
+GROUP = [
+    "run", "machine", "model", "extractor", "metric", "cfg_scale", "num_images", "compiled", "dtype", "threads",
+    "batch_size",
+]  # fmt: skip
+
+
+def read_runs(path: Path) -> pd.DataFrame:
+    """Return the runs of a CSV or Parquet file, or of the folder that holds runs.csv or runs.parquet.
+
+    Columns as in COLUMNS, then any others the file has. Parquet needs pyarrow.
+
+    Raises:
+        InputError: no such file, a column missing, a value that is no number, or an arm measured twice.
+    """
+    file = runs_file(path)
+    runs = _read_table(file)
+    if missing := [name for name in COLUMNS if name not in runs]:
+        raise InputError(f"{file}: no column '{missing[0]}', expected {', '.join(COLUMNS)}")
+    if runs.empty:
+        raise InputError(f"{file}: no rows, expected one per arm and seed block")
+    for name in COLUMNS:
+        if name in TEXT:
+            runs[name] = runs[name].map(_label)
+        else:
+            _require_numbers(file, runs[name], required=name not in OPTIONAL)
+    twice = runs.duplicated([*GROUP, "arm", "block", "role"])
+    if twice.any():
+        row = runs[twice].iloc[0]
+        raise InputError(f"{file}: arm {row['arm']}, block {row['block']} stands twice, expected once")
+    return runs[[*COLUMNS, *(name for name in runs if name not in COLUMNS)]]
+
+
+def runs_file(path: Path) -> Path:
+    """Return the file that holds the runs: `path` itself, or runs.csv, or runs.parquet in it. Raises InputError."""
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        file = path / (PARQUET if (path / PARQUET).is_file() and not (path / RUNS).is_file() else RUNS)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file, expected the {RUNS} of a run")
+    return file
+
+
+def _read_table(file: Path) -> pd.DataFrame:
+    try:
+        if file.suffix == ".parquet":
+            return pd.read_parquet(file)
+        return pd.read_csv(file, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=["", "nan"])
+    except ImportError as error:
+        raise InputError(f"{file}: needs pyarrow, which is not installed; expected it, or a {RUNS}") from error
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
+        kind = "Parquet" if file.suffix == ".parquet" else "CSV"
+        raise InputError(f"{file}: unreadable ({str(error).splitlines()[0]}), expected a {kind} file") from error
+
+
+def _label(value: object) -> str:
+    """Write a label as text: "" if it is missing, `2` for the 2.0 that a column of floats makes of 2."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def scored_rows(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that count in results, with every label of GROUP a text, so that none drops out of a group."""
+    scored = runs[runs["role"] == "score"].copy()
+    for name in set(GROUP) & set(TEXT):
+        scored[name] = scored[name].map(_label)
+    return scored
+
+
+def _require_numbers(file: Path, column: pd.Series, required: bool) -> None:
+    numbers = pd.to_numeric(column, errors="coerce")
+    wrong = ~np.isfinite(numbers) if required else numbers.isna() & column.notna()
+    if wrong.any():
+        line = int(np.flatnonzero(wrong)[0]) + 2
+        found = column[wrong].iloc[0]
+        raise InputError(f"{file}, line {line}: {column.name} is '{found}', expected a finite number")
+
+
+def append_run(path: Path, *rows: Mapping[str, object]) -> None:
+    """Add rows to a runs.csv, made if need be. A kill at any moment leaves the old file or the new one.
+
+    rows: each with a value for each of COLUMNS; None and NaN are written as empty.
+
+    Raises:
+        InputError: a row or the file has an unknown column, or lacks one.
+    """
+    path = Path(path)
+    for row in rows:
+        if odd := sorted(row.keys() ^ COLUMNS.keys()):
+            raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    if path.exists():
+        old = path.read_text(encoding="utf-8")
+        if (found := next(csv.reader([old.partition("\n")[0]]), [])) != list(COLUMNS):
+            raise InputError(f"{path}: columns {', '.join(found)}; expected {', '.join(COLUMNS)}")
+        text.write(old)
+    else:
+        writer.writeheader()
+    for row in rows:
+        empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
+        writer.writerow({**row, **empty})
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> dict[str, object]:
+    """Make a row of runs.csv from a folder that `dyndit sample` wrote and the figures of `evaluate`.
+
+    Raises:
+        InputError: the folder has no such manifest, or no Fréchet distance was computed.
+    """
+    path = Path(samples) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        settings, plan = manifest["settings"], manifest["plan"]
+        full = plan["router"] == "full"
+        name = f"{plan['router']}-{settings['solver']}-{settings['steps']}"
+        return dict.fromkeys(COLUMNS) | {
+            "run": run,
+            "machine": manifest["machine"],
+            "extractor": figures["extractor"],
+            "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # told apart, and seen
+            "model": settings["model"],
+            "arm": name if plan["budget"] is None else f"{name}-b{plan['budget']:g}",
+            "family": plan["router"].split("-")[0],
+            "solver": settings["solver"],
+            "steps": settings["steps"],
+            "budget": None if full else plan["budget"],
+            "cfg_scale": settings["cfg_scale"],
+            "block": settings["seed"],
+            "seed": settings["seed"],
+            "num_images": settings["num_images"],
+            "share_of_blocks": plan["share_of_blocks"],
+            "mean_depth_cond": plan["mean_depth"][0],
+            "mean_depth_uncond": plan["mean_depth"][1],
+            "ms_per_picture": manifest["ms_per_picture"],
+            "ms_denoiser": manifest["ms_denoiser"],
+            "fd": figures["fd"],
+            "predicted_fd": plan["predicted_fd"],
+            "role": "score",
+            "plan": "",
+            **{name: figures.get(name) for name in QUALITY},
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--out {run}: {path} and the metrics lack {error}; expected samples of `dyndit sample`, and fd among "
+            "the metrics"
+        ) from error
+
+
+def measured(path: Path, role: str = "score") -> set[tuple[str, int]]:
+    """Return which (arm, block) a runs.csv already holds, so that a run can go on; empty without a file."""
+    path = Path(path)
+    file = path / RUNS if path.is_dir() else path
+    if not file.exists():
+        return set()
+    runs = read_runs(file)
+    runs = runs[runs["role"] == role]
+    return {(arm, int(block)) for arm, block in zip(runs["arm"], runs["block"], strict=True)}

@@ -1,0 +1,68 @@
+"""Style of all figures: drawn off screen, in colours that stay apart for colour-blind readers.
+
+They are legible at the width of a README.
+"""
+
+import io
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+INK, FAINT = "#222222", "#bbbbbb"
+# Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.hashsalt": "dyndit",
+}
+SAVED = {"dpi": 150, "facecolor": "white"}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
+    path = Path(path)
+    partial, is_svg = path.with_name(f".{path.stem}.partial{path.suffix}"), path.suffix == ".svg"
+    with matplotlib.rc_context({"svg.hashsalt": "dyndit"}):  # the same figure is the same file
+        figure.savefig(partial, **SAVED, **({"metadata": {"Date": None}} if is_svg else {}))
+    partial.replace(path)
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG, the bytes that `save` writes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **SAVED)
+    return buffer.getvalue()
+
+
+def panels(num: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
+    """Return a figure without pyplot's global state, and `num` axes, `columns` to a row."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height * -(-num // columns)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(-(-num // columns), columns, squeeze=False, **kwargs).ravel()
+        for spare in axes[num:]:
+            spare.set_visible(False)
+    return figure, list(axes[:num])
+
+
+def number_log(axis: Axis, subs: tuple[float, ...] = (1, 2, 3, 5, 7)) -> None:
+    """Label an axis of log scale with plain numbers: 1, 2, 3, 5, 7, 10, 20, ..."""
+    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

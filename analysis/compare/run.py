@@ -7,7 +7,7 @@ from the same fresh seeds -> report. Every stage leaves its result on disk; what
 import random
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -50,8 +50,8 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         raise InputError(f"--model {inputs.model}: makes latents; expected a model of pixels")
     extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.witnesses)]
     identity = {
-        "trunk": "" if trunk is None else trunk.trunk_hash(),
-        "exits": "" if trunk is None else trunk.exits_hash(),
+        "trunk": "" if trunk is None else trunk.identity.backbone,
+        "exits": "" if trunk is None else trunk.identity.exits,
         "extractor": extractor.fingerprint,
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
@@ -157,8 +157,7 @@ class Comparison:
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
         """Pictures `first` to `first + num - 1` of an arm; every class in turn."""
-        # The plan was checked against the weights when it was made; hashing them for every batch takes longer than it.
-        plan = replace(arm.plan, trunk="", exits="")
+        plan = arm.plan
         return sample(
             arm.model or self.model,
             balanced_labels(first + num, self.model.backbone.num_classes)[first:],
@@ -185,7 +184,7 @@ class Comparison:
         figures = {
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
-            "model": self.model.trunk_hash(),
+            "model": self.model.identity.backbone,
             "arm": arm.name,
             "family": arm.family,
             "solver": plan.solver,

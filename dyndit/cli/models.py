@@ -51,7 +51,7 @@ def train(
     trunk = checkpoints.load(model) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     if trunk is not None:
-        settings["from"] = trunk.trunk_hash()
+        settings["from"] = trunk.identity.backbone
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
@@ -61,7 +61,7 @@ def train(
     if not PartialState().is_main_process:
         return
     checkpoints.save(model, out)
-    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.trunk_hash()}
+    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
     manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
@@ -113,7 +113,12 @@ def distill(
     with PartialState().main_process_first():
         pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
     chosen.check(loaded.model, pictures)
-    settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": loaded.model.trunk_hash()}
+    settings = {
+        "verb": "distill",
+        "recipe": recipe,
+        "data": pictures.fingerprint,
+        "model": loaded.model.identity.backbone,
+    }
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size}
@@ -124,9 +129,14 @@ def distill(
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     errors.to_csv(out / "exit-errors.csv", index=False)
-    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": dynamic.exits_hash(), "trunk": dynamic.trunk_hash()}
+    facts = {
+        "fit": vars(fit),
+        "seconds": result.seconds,
+        "exits": dynamic.identity.exits,
+        "trunk": dynamic.identity.backbone,
+    }
     manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
-    if dynamic.trunk_hash() != loaded.model.trunk_hash():
+    if dynamic.identity.backbone != loaded.model.identity.backbone:
         moved = result.losses["full"].iloc[-20:].mean()
         print(f"trunk: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
     print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")

@@ -7,7 +7,6 @@ Shape legend, used in every docstring of the package:
     D  width of the trunk           L      number of blocks
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +14,8 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from dyndit.models.identity import identity_of, tensors_hash
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,18 @@ class Backbone(nn.Module):
         return {}
 
     def identity(self, tensors: Mapping[str, Tensor] | None = None) -> str:
-        """A hash that tells this trunk from any other; exits, plans and tables are bound to it.
+        """The name of this backbone's weights; exits, plans and tables are bound to it.
 
-        tensors: as `tensors()`, where they are other than the module's (rounded to half precision, say).
+        tensors: in place of `tensors()`, where the weights are on their way to a file.
         """
-        return tensors_hash(self.tensors() if tensors is None else tensors, json.dumps(self.unseen(), sort_keys=True))
+        return identity_of(self.tensors() if tensors is None else tensors, self._unseen_text())
+
+    def checksum(self, tensors: Mapping[str, Tensor] | None = None) -> str:
+        """An exact checksum of the weights, for files."""
+        return tensors_hash(self.tensors() if tensors is None else tensors, self._unseen_text())
+
+    def _unseen_text(self) -> str:
+        return json.dumps(self.unseen(), sort_keys=True)
 
     def config(self) -> dict[str, object]:
         """Plain data from which `from_config` builds the same architecture."""
@@ -171,16 +179,3 @@ class Backbone(nn.Module):
         for index in range(self.num_blocks):
             state = self.block(index, state)
         return self.head(state)
-
-
-def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
-    """SHA-256 over names, shapes and values, and `more`: a flipped bit or a foreign file is told apart.
-
-    Values are hashed as float32: a trunk saved in half precision and loaded in single keeps its hash.
-    """
-    digest = hashlib.sha256(more.encode())
-    for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name}{tuple(values.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -109,5 +109,6 @@ class FinalLayer(nn.Module):
 
 
 def zero_linear(linear: nn.Linear) -> None:
+    """Set weight and bias to zero."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -15,7 +15,6 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -120,7 +119,6 @@ class DynDiTPipeline(DiffusionPipeline):
             channels = vae.config.latent_channels
             raise InputError(f"vae: {channels} latent channels; the transformer's have {backbone.in_channels}")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, router=router)
-        self._checked: WeakKeyDictionary[DynamicDepth, set[tuple[str, str, int]]] = WeakKeyDictionary()
 
     @classmethod
     def from_model(
@@ -260,33 +258,14 @@ class DynDiTPipeline(DiffusionPipeline):
         default_scale = CFG_SCALE if self.transformer.backbone.null_class is not None else 1.0
         steps, scale = (NUM_STEPS, default_scale) if plan is None else (plan.num_steps, plan.cfg_scale)
         steps = steps if num_inference_steps is None else num_inference_steps
-        bound = self.router if budget is not None else plan
-        check = bound is not None and self._is_to_be_checked(bound)
         if budget is None:
             scale = scale if guidance_scale is None else guidance_scale
-            chosen = resolve_plan(self.transformer, plan, self.scheduler, steps, scale, check_trunk=check)
-            chosen = replace(chosen, cfg_scale=scale)
-        else:
-            measured = self.router.cfg_scale
-            if guidance_scale not in (None, measured):
-                raise InputError(f"guidance_scale {guidance_scale:g}: the router's table was measured at {measured:g}")
-            options = {"budget": budget, "solver": self.scheduler, "num_steps": steps, "check_trunk": check}
-            chosen = plan_on_table(self.transformer, self.router, **options)
-        if check:
-            self._checked.setdefault(self.transformer, set()).add(self._identity(bound))
-        return chosen
-
-    def _is_to_be_checked(self, bound: DepthPlan | ShiftTable) -> bool:
-        """Whether the trunk and exits that these were made for are to be compared with the transformer's.
-
-        Once is enough while its weights stay. In half precision they are not the ones that were hashed.
-        """
-        known = self._checked.get(self.transformer, set())
-        return self.transformer.dtype == torch.float32 and self._identity(bound) not in known
-
-    def _identity(self, bound: DepthPlan | ShiftTable) -> tuple[str, str, int]:
-        writes = sum(parameter._version for parameter in self.transformer.parameters())
-        return bound.trunk, bound.exits, writes
+            chosen = resolve_plan(self.transformer, plan, self.scheduler, steps, scale)
+            return chosen if chosen.cfg_scale == scale else replace(chosen, cfg_scale=scale)
+        measured = self.router.cfg_scale
+        if guidance_scale not in (None, measured):
+            raise InputError(f"guidance_scale {guidance_scale:g}: the router's table was measured at {measured:g}")
+        return plan_on_table(self.transformer, self.router, budget=budget, solver=self.scheduler, num_steps=steps)
 
     def _on_step_end(
         self, callback: StepEndCallback | PipelineCallback | MultiPipelineCallbacks | None, names: Sequence[str]

@@ -16,8 +16,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plans.plan import REUSED, DepthPlan, guide_of
+from dyndit.models.base import Inputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.solvers import (
     SCHEDULE,
@@ -79,19 +80,16 @@ def _per_row(seed: int | Sequence[int], rows: int) -> Sequence[int]:
 class Trajectory:
     """Where a sampling stands: the state, and the solver's memory. `fork` makes an independent continuation.
 
-    memory: the model's, which its last step left for the next (`DynamicDepth.predict`); None where there is none.
-    guided: the predictions of the last step that ran both branches, conditional first; None where there is none.
+    memory: what the model's last step left for the next (`DynamicDepth.predict`); None at the start.
     """
 
     x: Tensor
     scheduler: object
     memory: object = None
-    guided: list[Tensor] | None = None
 
     def fork(self) -> "Trajectory":
         """A copy that can be continued another way."""
-        # What is kept of the branches is read, never written to: it can be shared.
-        return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory), self.guided)
+        return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory))
 
 
 @dataclass(frozen=True)
@@ -168,30 +166,25 @@ def advance(
     scheduler, x, dtype = trajectory.scheduler, trajectory.x, next(model.parameters()).dtype
     with_variance, stochastic = takes_variance(scheduler), draws_noise(scheduler)
     null = None if guidance.scale == 1 else torch.full_like(batch.labels, model.backbone.null_class)
-    channels, kept = model.backbone.in_channels, plan.kept
+    channels = model.backbone.in_channels
     clock = device_clock(x) if on_step is not None else float
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
-        t, timestep = scheduler.timesteps[k], plan.timesteps[k]
+        t, timestep, work = scheduler.timesteps[k], plan.timesteps[k], plan.works[k]
         x_t = scheduler.scale_model_input(x, t)
         times = torch.full_like(batch.labels, timestep, dtype=torch.long if isinstance(timestep, int) else x.dtype)
-        cond, uncond = plan.pairs[k]
+        if also_keep and work.depths[0] == plan.num_blocks:
+            work = work.keeping(tuple(also_keep))
         entered = clock()
-        both, guide = (uncond > 0, guide_of(uncond)) if guidance.scale != 1 else (False, 0)
-        labels, depths = ((batch.labels, null), (cond, uncond)) if both else ((batch.labels,), (abs(cond),))
-        keep = {*kept[k], *(also_keep if cond == plan.num_blocks else ())}
-        step = Step(k, x_t.to(dtype), times, labels, depths, plan.timesteps, guide, cond < 0, tuple(sorted(keep)))
+        asked = x_t.to(dtype)
+        branches = tuple(Inputs(asked, times, y) for y in (batch.labels, null)[: len(work.depths)])
+        step = StepInputs(k, branches, work, plan.timesteps)
         predictions, trajectory.memory = model.predict(step, trajectory.memory)
         predictions = [p.to(x.dtype) for p in predictions]
         left = clock()
         prediction = predictions[0]
-        if both:
-            trajectory.guided = predictions
-        if both or guide:
+        if len(predictions) == 2:
             prediction = guidance.combine(*predictions, channels)
-        elif uncond == REUSED and trajectory.guided is not None:
-            with_then, without_then = trajectory.guided
-            prediction = guidance.combine(prediction, prediction - (with_then - without_then), channels)
         if model.pixel_space:
             prediction = _clamp_x_0(prediction, x_t, timestep, channels)
         if not with_variance:

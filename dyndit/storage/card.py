@@ -82,7 +82,7 @@ def _trunk(model: DynamicDepth) -> str:
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
         f"| makes | {'pixels in [-1, 1]' if model.pixel_space else 'latents'} |",
-        f"| hash | `{model.trunk_hash()}` |",
+        f"| hash | `{model.identity.backbone}` |",
     ]
     return "\n".join(["## Trunk", "", "| | |", "|---|---|", *rows])
 

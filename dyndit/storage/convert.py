@@ -79,7 +79,7 @@ def convert(
             diffusers_folder.write(model, partial)
         carried = () if folder is None else checkpoints.copy_companions(folder, model, partial)
         if to == "native":
-            settings = {"verb": "convert", "source": str(source), "model": model.trunk_hash()}
+            settings = {"verb": "convert", "source": str(source), "model": model.identity.backbone}
             manifest.write_json(partial / "manifest.json", manifest.describe(settings))
             model_card.write(model, partial, license=None if folder is None else model_card.license_of(folder))
     if model.exits is not None:

@@ -146,7 +146,7 @@ class Distill:
             dynamic = DynamicDepth(trunk, exits, pixel_space=model.pixel_space)
             trained = _FrozenTrunk(dynamic) if trunk is backbone else _TaughtTrunk(dynamic, backbone)
             task = _Distillation(trained, self, self._states(backbone, data))
-            identity = f"{model.trunk_hash()} {exits.config} {self._choices()}"
+            identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
             result = fit(task, data, self.fit, Path(out), identity=identity, rates={"trunk.": self.trunk_rate})
             trained.load_state_dict(result.ema)
             if adapters is not None:
@@ -174,7 +174,7 @@ class Distill:
             trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
             for k in range(self.num_steps):
                 step = {"first": k, "stop": k + 1, "also_keep": dynamic.exits.layers}
-                gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory[-1])
+                gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory.gaps[-1])
             regression.add(gaps)
         return regression.gains().to(device)
 

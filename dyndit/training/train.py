@@ -86,7 +86,7 @@ class Train:
         task = _Denoising(model, self.schedule, self.exit_weight, preview)
         identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
         if trunk is not None:
-            identity += f" on from {trunk.trunk_hash()}"
+            identity += f" on from {trunk.identity.backbone}"
         result = fit(task, data, self.fit, out, identity=identity)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result

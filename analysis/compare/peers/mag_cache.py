@@ -18,7 +18,7 @@ from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.diffusers_full import DiffusersFull
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.sampling.sample import balanced_labels, sample
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class MagCachePeer(DiffusersPeer):
             self._ratios[wanted] = magnitude_ratios(DynamicDepth(self.backbone, pixel_space=self.pixel_space), *wanted)
         return self._ratios[wanted]
 
-    def ready(self, step: Step) -> None:
+    def ready(self, step: StepInputs) -> None:
         """Hook the cache in for this many steps, in place of what was hooked in for others."""
         wanted = (len(step.timesteps), len(step.labels) > 1)
         if wanted == self._attached:

@@ -56,7 +56,9 @@ class Pruned(PeerSettings):
             return DynamicDepth(model.backbone, pixel_space=model.pixel_space).eval()
         if workshop is None:
             raise InputError(f"peer {self.name}: needs a workshop to fine-tune in")
-        key = hashlib.sha256(f"{model.trunk_hash()} {workshop.fit} {workshop.data.fingerprint}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{model.identity.backbone} {workshop.fit} {workshop.data.fingerprint}".encode()
+        ).hexdigest()
         folder = workshop.out / f"{self.name}-{self.label}-{key[:8]}"
         device = next(model.parameters()).device
         if not (folder / checkpoints.CONFIG).exists():

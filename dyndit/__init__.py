@@ -45,7 +45,7 @@ _HOME = {
     "open_data": "training.data",
     "load_extractor": "analysis",
     "DynDiTPipeline": "plugin.pipeline",
-    "DynamicDepth": "models.dynamic",
+    "DynamicDepth": "storage.pretrained",
     "ShiftTable": "plans.table",
     "ConfidentDepth": "analysis.compare.peers.confidence",
     "InputError": "errors",

@@ -1,10 +1,12 @@
 """DynamicDepth: a backbone, its exits, and the one loop that runs a plan."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from diffusers import ModelMixin
@@ -79,12 +81,30 @@ _OPTIONS_OF_DIFFUSERS = {
 """What `DiffusionPipeline.from_pretrained` passes on to its components, whatever they are."""
 
 
+class Storage(Protocol):
+    """How models are stored: `dyndit.storage.pretrained` is the implementation, and sets `DynamicDepth.storage`.
+
+    The model knows no format, so that formats can know the model.
+    """
+
+    def save(self, model: DynamicDepth, folder: Path, **options: object) -> None:
+        """As `DynamicDepth.save_pretrained`."""
+
+    def load(self, path_or_hub_id: str | Path, **options: object) -> DynamicDepth:
+        """As `DynamicDepth.from_pretrained`."""
+
+    def push(self, model: DynamicDepth, repo_id: str, **options: object) -> str:
+        """As `DynamicDepth.push_to_hub`."""
+
+
 class DynamicDepth(ModelMixin):
     """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
 
     A `ModelMixin`, so that pipelines of diffusers save and load it among their components; how it is stored is
     `dyndit.storage.load`' native folder.
     """
+
+    storage: ClassVar[Storage | None] = None
 
     def __init__(self, backbone: Backbone, exits: Exits | None = None, *, pixel_space: bool = True) -> None:
         super().__init__()
@@ -241,17 +261,11 @@ class DynamicDepth(ModelMixin):
         repo_id: "org/name" (default: the folder's name). license: for the card. hub: as in `push_to_hub`.
 
         Raises:
-            InputError: the trunk is an adapter's: its own library saves it.
+            InputError: the backbone is an adapter's: its own library saves it.
             CheckpointError: the hub refuses.
         """
-        from dyndit.storage import card as model_card
-        from dyndit.storage import load as checkpoints
-
-        folder = Path(save_directory)
-        checkpoints.save(self, folder)
-        model_card.write(self, folder, license=license)
-        if push_to_hub:
-            checkpoints.push(folder, repo_id or folder.name, **hub)
+        options = {"push_to_hub": push_to_hub, "repo_id": repo_id, "license": license, **hub}
+        self._stored().save(self, Path(save_directory), **options)
 
     @classmethod
     def from_pretrained(
@@ -267,17 +281,15 @@ class DynamicDepth(ModelMixin):
         """Load whatever `dyndit.load` recognises, in eval mode.
 
         of_diffusers: what it passes to each component of a pipeline about its own file formats (`variant`,
-        `low_cpu_mem_usage`, ...); means nothing here.
+        `low_cpu_mem_usage`, ...); ignored.
 
         Raises:
             CheckpointError: missing, damaged or foreign.
             InputError: an option that is neither ours nor diffusers'.
         """
-        from dyndit.storage import load as checkpoints
-
         if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
             raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
-        model = checkpoints.load(path_or_hub_id, num_heads=num_heads, revision=revision)
+        model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision)
         if wanted := dtype or torch_dtype:
             for part in model.children():  # `ModelMixin.to` warns of any dtype, whether it matters or not
                 part.to(wanted)
@@ -292,6 +304,10 @@ class DynamicDepth(ModelMixin):
         Raises:
             CheckpointError: the folder is of another model, or the hub refuses.
         """
-        from dyndit.storage import load as checkpoints
+        return self._stored().push(self, repo_id, folder=folder, **hub)
 
-        return checkpoints.push_model(self, repo_id, folder=folder, **hub)
+    @classmethod
+    def _stored(cls) -> Storage:
+        if cls.storage is None:
+            raise InputError("DynamicDepth: nothing stores it yet; expected `import dyndit.storage.pretrained` before")
+        return cls.storage

@@ -26,8 +26,8 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
+from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
 from dyndit.plans.table import FILE, ShiftTable
@@ -35,6 +35,8 @@ from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, start, state_shape, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
 from dyndit.sampling.solvers import SOLVERS
+from dyndit.storage import load as checkpoints
+from dyndit.storage.pretrained import DynamicDepth
 from dyndit.training.latents import decode_batch, load_autoencoder
 
 # The table in which diffusers looks up how components that are none of its own models are saved and loaded.
@@ -135,8 +137,6 @@ class DynDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
         """
-        from dyndit.storage import load as checkpoints
-
         if solver not in SOLVERS:
             raise InputError(f"solver {solver}: expected one of {', '.join(SOLVERS)}")
         if isinstance(model_or_folder, DynamicDepth):
@@ -246,8 +246,6 @@ class DynDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: plan and budget are both given, there is no router, or a plan does not fit (PlanError).
         """
-        from dyndit.calibration.calibrate import plan_on_table
-
         if plan is not None and budget is not None:
             raise InputError("plan and budget are both given; expected one of them")
         if budget is not None and self.router is None:

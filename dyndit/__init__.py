@@ -60,4 +60,5 @@ def __getattr__(name: str) -> object:
     """Import a public name from the module it lives in."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.storage.pretrained")  # whatever makes a model, it can be saved
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -20,7 +20,7 @@ from dyndit.analysis.metrics.latency import summarise as summarise_times
 from dyndit.analysis.metrics.macs import flops, model_macs
 from dyndit.analysis.metrics.memory import MEANING, peak_memory
 from dyndit.errors import InputError
-from dyndit.models import CARDS, ClassConditionalDiT
+from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel

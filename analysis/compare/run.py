@@ -28,7 +28,7 @@ from dyndit.analysis.report.frontier import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.progress import progress_bar
-from dyndit.sampling.sample import Samples, balanced_labels, sample
+from dyndit.sampling.sample import Samples, sample
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import open_data
 
@@ -160,7 +160,7 @@ class Comparison:
         plan = arm.plan
         return sample(
             arm.model or self.model,
-            balanced_labels(first + num, self.model.backbone.num_classes)[first:],
+            self.model.backbone.condition.in_turn(num, first),
             plan=plan,
             solver=plan.solver,
             num_steps=plan.num_steps,

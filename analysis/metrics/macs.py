@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndit.errors import InputError
-from dyndit.models import Condition, Conditioning, Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.conditions import Condition, Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan
@@ -116,11 +117,8 @@ def full_macs(model: DynamicDepth) -> int:
 
 
 def _one_row(model: DynamicDepth) -> Inputs:
-    """A made-up call of one picture in a class-conditional model, inside the fake mode."""
-    backbone, some = model.backbone, next(model.parameters())
-    size = (1, backbone.in_channels, backbone.image_size, backbone.image_size)
-    t = torch.zeros(1, device=some.device, dtype=torch.long)
-    return Inputs(torch.empty(size, device=some.device, dtype=some.dtype), t, torch.zeros_like(t))
+    """An example call of one row, inside the fake mode."""
+    return model.backbone.example(1).to(next(model.parameters()))
 
 
 def _faked(inputs: Inputs, fake: FakeTensorMode) -> Inputs:

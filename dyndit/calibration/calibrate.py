@@ -27,7 +27,7 @@ from dyndit.plans.search import search
 from dyndit.plans.step_counts import Goal
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan, to_uint8
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name, timesteps_of
 
 STEP_GRID = (5, 7, 10, 14, 20)
@@ -290,7 +290,7 @@ def _share_of_time(
     model: DynamicDepth, plan: DepthPlan, reference: DepthPlan, solver: AnySolver, batch_size: int, rounds: int
 ) -> Interval:
     """Measured time of one batch under a plan as a share of that under another."""
-    labels = balanced_labels(batch_size, model.backbone.num_classes)
+    labels = model.backbone.condition.in_turn(batch_size)
 
     def drawing(of: DepthPlan) -> Callable[[], object]:
         options = {"num_steps": of.num_steps, "cfg_scale": of.cfg_scale, "batch_size": batch_size}

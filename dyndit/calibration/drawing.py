@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dyndit.models.dynamic import DynamicDepth
@@ -15,8 +14,8 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Step
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, full_plan, start, to_uint8
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start, to_uint8
+from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import AnySolver
 from dyndit.sampling.timing import measure_cost
 
@@ -124,8 +123,7 @@ class NativeDrawing:
     ) -> Iterator[Tensor]:
         """As of `Drawing`. Classes come in turn."""
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)
-        labels = [i % model.backbone.num_classes for i in indices]
-        batch = Batch(torch.tensor(labels, device=next(model.parameters()).device), tuple(indices), self.seed)
+        batch = batch_in_turn(model, indices, self.seed)
         kept = sorted({choice.depth for choice in choices if choice.forecast})
         # What a trajectory hands on stands before each step: forks share it, nobody writes to it.
         before, trajectory = [], start(model, batch, self.solver, self.num_steps)
@@ -148,7 +146,7 @@ class NativeDrawing:
         """As of `Drawing`: fresh pictures are those of the seed after the table's."""
         result = sample(
             self.model,
-            balanced_labels(num_pictures, self.model.backbone.num_classes),
+            self.model.backbone.condition.in_turn(num_pictures),
             plan=plan,
             solver=self.solver,
             num_steps=self.num_steps,

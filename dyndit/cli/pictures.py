@@ -93,8 +93,9 @@ def sample(
         table = table_for(dynamic, stored_table(folder), solver)
         plan = goal.choose(table, solver, partial(timesteps_of, solver))
         steps = plan.num_steps
-    classes = class_labels or tuple(range(dynamic.backbone.num_classes))
-    labels = [classes[i % len(classes)] for i in range(num_images)]
+    labels = dynamic.backbone.condition.in_turn(num_images)
+    if class_labels:
+        labels = [class_labels[i % len(class_labels)] for i in range(num_images)]
     resolved = sampling.resolve_plan(dynamic, plan, solver, steps, cfg_scale)
     settings = {
         "verb": "sample",
@@ -104,7 +105,7 @@ def sample(
         "steps": steps,
         "cfg_scale": cfg_scale,
         "guided_channels": guided_channels,
-        "labels": classes,
+        "labels": class_labels or "in turn",
         "num_images": num_images,
         "seed": seed,
         "plan_steps": list(map(str, resolved.steps)),

@@ -219,20 +219,21 @@ def _extractor(measuring: Measuring, dynamic: "DynamicDepth", table: "ShiftTable
     """What the flags ask for, else what the table was measured with, else what suits the pictures' size."""
     from dyndit.analysis import load_extractor
 
-    usual = "digits" if dynamic.backbone.image_size == 8 else "inception"
+    usual = "digits" if dynamic.backbone.sample_shape[1:] == (8, 8) else "inception"
     name = measuring.extractor or (usual if table is None else table.extractor_name)
     return load_extractor(name, measuring.extractor_weights, device)
 
 
-def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[int, int]:
-    """Pixels across, and channels, of the pictures that a model's sampling ends in."""
-    size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
+def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
+    """(height, width) and channels of the pictures that a model's sampling ends in."""
+    channels, *size = dynamic.backbone.sample_shape
     if decoder is None:
-        return size, channels
-    return size * 2 ** (len(decoder.config.block_out_channels) - 1), decoder.config.out_channels
+        return tuple(size), channels
+    factor = 2 ** (len(decoder.config.block_out_channels) - 1)
+    return tuple(side * factor for side in size), decoder.config.out_channels
 
 
-def _real_pictures(measuring: Measuring, extractor: "Extractor", size: int, channels: int) -> "Tensor":
+def _real_pictures(measuring: Measuring, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
     """At most 5,000 pictures of the reference, as uint8."""
     from dyndit.training.data import open_data
 

@@ -9,33 +9,14 @@ Shape legend, used in every docstring of the package:
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from dyndit.models.conditions import Condition, Conditioning, ConditionType
 from dyndit.models.identity import identity_of, tensors_hash
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a family that takes more than labels is conditioned on, by the names of its own `forward`.
-
-    rows: tensors with the batch first (prompt embeddings, their masks); shared: what serves every row alike
-    (positions, flags). None is no entry.
-    """
-
-    rows: Mapping[str, Tensor]
-    shared: Mapping[str, object] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> object:
-        """The entry of that name, of either kind; None where there is none."""
-        return self.rows[name] if name in self.rows else self.shared.get(name)
-
-
-Condition = Tensor | Conditioning
-"""Labels (B,), or a `Conditioning`."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +32,21 @@ class Inputs:
 
     def rows(self, start: int, stop: int | None) -> Self:
         """Return rows `start:stop` of the batch."""
-        y = self.y
-        if isinstance(y, Conditioning):
-            y = replace(y, rows={name: value[start:stop] for name, value in y.rows.items()})
-        else:
-            y = y[start:stop]
-        return replace(self, x=self.x[start:stop], t=self.t[start:stop], y=y)
+        rows = slice(start, stop)
+        y = self.y.select(rows) if isinstance(self.y, Conditioning) else self.y[rows]
+        return replace(self, x=self.x[rows], t=self.t[rows], y=y)
+
+    def to(self, like: Tensor) -> Self:
+        """The same call on the device of `like`, x in its precision."""
+        return replace(self, x=self.x.to(like), t=self.t.to(like.device), y=self.y.to(like.device))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """One batch of several; what is shared is the first's."""
         if len(parts) == 1:
             return parts[0]
-        first = parts[0].y
-        if isinstance(first, Conditioning):
-            rows = {name: torch.cat([part.y.rows[name] for part in parts]) for name in first.rows}
-            y: Condition = replace(first, rows=rows)
-        else:
-            y = torch.cat([part.y for part in parts])
+        conditions = [part.y for part in parts]
+        y = Conditioning.joined(conditions) if isinstance(conditions[0], Conditioning) else torch.cat(conditions)
         return cls(torch.cat([part.x for part in parts]), torch.cat([part.t for part in parts]), y)
 
 
@@ -98,25 +76,39 @@ class State:
         return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})
 
 
+class BackboneConfig(Protocol):
+    """The architecture of a backbone as plain data: a dataclass that can build it."""
+
+    num_blocks: int
+
+    def build(self) -> "Backbone":
+        """A freshly initialised backbone."""
+
+
 class Backbone(nn.Module):
-    """A trunk that can be run block by block.
+    """A transformer that can be run block by block.
 
     A family defines `embed`, `block`, `head` and `new_exit_head`; nothing else in the package knows its inside.
     `head(block(L - 1, ... block(0, embed(x, t, y))))` is the model's prediction, bit for bit.
     """
 
     family: ClassVar[str]
-    """Name under which `config.json` records the class."""
+    """Name under which `config.json` records the class; families in this package are found by it."""
 
     num_blocks: int
     width: int
     """D, the width of `State.cond` and `State.tokens`."""
-    num_classes: int
-    null_class: int | None
-    """The label of the unconditional branch; None where the model was trained without one."""
-    in_channels: int
+    sample_shape: tuple[int, ...]
+    """Shape of one picture or latent, (C, H, W), or of one video, (C, T, H, W)."""
     out_channels: int
-    image_size: int
+    """C_out: C, or 2C with a learned variance."""
+    condition: ConditionType
+    """What the model is conditioned on."""
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return self.sample_shape[0]
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
         """x: (B, C, H, W), t: (B,), y: (B,) or a `Conditioning` -> the state before block 0."""
@@ -172,6 +164,12 @@ class Backbone(nn.Module):
     def from_config(cls, config: dict[str, object]) -> Self:
         """Build from what `config()` returned."""
         raise NotImplementedError
+
+    def example(self, rows: int, generator: torch.Generator | None = None) -> Inputs:
+        """A random call of so many rows, on the CPU in single precision: for tests and for timing."""
+        x = torch.randn((rows, *self.sample_shape), generator=generator)
+        t = torch.randint(1000, (rows,), generator=generator)
+        return Inputs(x, t, self.condition.example(rows, generator))
 
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
         """x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""

@@ -13,7 +13,8 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.models.base import Backbone, Condition, Inputs, State
+from dyndit.models.base import Backbone, Inputs, State
+from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import Gaps, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, Identity, check, identity_of, sketch, tensors_hash
@@ -24,9 +25,9 @@ from dyndit.models.work import Work
 class StepInputs:
     """What the sampling loop asks of a model at one step.
 
-    k: the step, from 0. branches: the inputs of each branch, the conditional one first; x is scaled as the network takes
-    it, in the precision of its weights. work: what runs, with one depth per branch. timesteps: of the whole sampling, on
-    the host, falling. uncond_first: where both branches are equally deep, stack the unconditional rows first.
+    k: the step, from 0. branches: the inputs of each branch, the conditional one first; x is scaled as the network
+    takes it, in the precision of its weights. work: what runs, with one depth per branch. timesteps: of the whole
+    sampling, on the host, falling. uncond_first: stack the unconditional rows first if both branches are equally deep.
     """
 
     k: int

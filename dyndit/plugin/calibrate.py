@@ -15,7 +15,7 @@ from dyndit.calibration.calibrate import planned, to_measure_with
 from dyndit.calibration.drawing import batches_of, replaced_plan
 from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_table, measure_table_into
 from dyndit.errors import InputError
-from dyndit.models import Inputs
+from dyndit.models.base import Inputs
 from dyndit.models.identity import same
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan

@@ -7,7 +7,7 @@
     diffusers.DiffusionPipeline.from_pretrained("pipe")        # once `from dyndit import DynDiTPipeline` was run
     DynDiTPipeline.from_pretrained("org/name")                 # from the hub
 
-Its sampling is `dyndit.sampling.sample`'s loop, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
+Its sampling is `dyndit.sampling.loop`, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
 class: the base class would fetch neither exits nor shift table, and refuses.
 """
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import InputError
+from dyndit.models.conditions import ClassLabels
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
 from dyndit.plans.table import FILE, ShiftTable
@@ -89,9 +90,8 @@ class _Noise:
 class DynDiTPipeline(DiffusionPipeline):
     """Class labels to pictures, at the depths of a plan.
 
-    transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any
-    noise-predicting scheduler on the training schedule (`dyndit.sampling.sample.check_scheduler`); one of learned variance
-    gets the variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
+    transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any scheduler
+    that steps the model's process (`dyndit.sampling.solvers.check_scheduler`); one of learned variance gets the variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
     router: the shift table that `budget=` searches.
 
     Raises:
@@ -113,7 +113,7 @@ class DynDiTPipeline(DiffusionPipeline):
         if not isinstance(transformer, DynamicDepth):
             raise InputError(f"transformer: {type(transformer).__name__}; expected a dyndit.DynamicDepth")
         backbone = transformer.backbone
-        if backbone.num_classes < 1:
+        if not isinstance(backbone.condition, ClassLabels):
             raise InputError(f"transformer: a {backbone.family} backbone has no classes; expected a class-conditional")
         if vae is not None and transformer.pixel_space:
             raise InputError("vae: this transformer makes pixels; expected none")
@@ -253,7 +253,7 @@ class DynDiTPipeline(DiffusionPipeline):
                 f"budget {budget:g}: this pipeline has no router; expected one with a shift table, or plan="
             )
         plan = DepthPlan.load(plan) if isinstance(plan, str | Path) else plan
-        default_scale = CFG_SCALE if self.transformer.backbone.null_class is not None else 1.0
+        default_scale = CFG_SCALE if self.transformer.backbone.condition.guided else 1.0
         steps, scale = (NUM_STEPS, default_scale) if plan is None else (plan.num_steps, plan.cfg_scale)
         steps = steps if num_inference_steps is None else num_inference_steps
         if budget is None:

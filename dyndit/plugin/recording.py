@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, Condition, Conditioning, Inputs, State
+from dyndit.models.base import Backbone, Inputs, State
+from dyndit.models.conditions import Condition, Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same, tensors_hash
 from dyndit.plugin.adapters import Adapter, adapt
@@ -310,8 +311,8 @@ class _Watched(Backbone):
         super().__init__()
         self.trunk, self.recording = trunk, recording
         self.num_blocks, self.width = trunk.num_blocks, trunk.width
-        self.num_classes, self.null_class = trunk.num_classes, trunk.null_class
-        self.in_channels, self.out_channels, self.image_size = trunk.in_channels, trunk.out_channels, trunk.image_size
+        self.sample_shape, self.out_channels = trunk.sample_shape, trunk.out_channels
+        self.condition = trunk.condition
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
         """Record the call, then the trunk's."""

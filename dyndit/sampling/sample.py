@@ -68,8 +68,7 @@ def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, s
     Raises:
         InputError: naming the flag.
     """
-    if bad := [label for label in labels if not 0 <= label < model.backbone.num_classes]:
-        raise InputError(f"--class-labels {bad[0]}: expected 0 to {model.backbone.num_classes - 1}")
+    model.backbone.condition.of(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
     if batch_size < 1:
@@ -121,7 +120,7 @@ def sample(
         if strict:
             mine += [mine[-1]] * (batch_size - kept)
             indices += [indices[-1]] * (batch_size - kept)
-        batch = Batch(torch.tensor(mine, device=device), tuple(indices), seed)
+        batch = Batch(model.backbone.condition.of(mine, device), tuple(indices), seed)
         began = time.perf_counter()
         x = advance(
             model,

@@ -151,7 +151,7 @@ def _measured(folder: Path) -> str:
 
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
-    guided = model.backbone.null_class is not None
+    guided = model.backbone.condition.guided
     drawn = "num_steps=20, cfg_scale=1.5" if guided else "num_steps=20, cfg_scale=1"
     if plans:
         name, plan = next(iter(plans.items()))

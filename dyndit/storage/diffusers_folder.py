@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
 from dyndit.manifest import write_json
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.names import (
     FREQUENCY_SHIFT,

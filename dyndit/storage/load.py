@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import CARDS, Backbone, ClassConditionalDiT
+from dyndit.models.base import Backbone
+from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.storage import card as model_card

@@ -9,10 +9,11 @@ import torch
 
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.manifest import write_json
-from dyndit.models import FAMILIES, Backbone, tensors_hash
+from dyndit.models import families
+from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.models.identity import same
+from dyndit.models.identity import same, tensors_hash
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.table import ShiftTable
 from dyndit.storage.reading import (
@@ -37,7 +38,7 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     Raises:
         InputError: the trunk belongs to another library.
     """
-    if type(model.backbone) not in FAMILIES.values():
+    if type(model.backbone) not in families().values():
         name = type(model.backbone).__name__
         raise InputError(f"{folder}: a {name} is saved by the library its transformer is from; expected a native trunk")
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def read(folder: Path) -> Loaded:
     path = folder / CONFIG
     config = read_json(path)
     try:
-        family, arguments = FAMILIES[config["family"]], config["backbone"]
+        family, arguments = families()[config["family"]], config["backbone"]
         known = (config["format"], config["version"]) == (MODEL_FORMAT, VERSION)
         checksum, pixel_space = config["trunk"], config["pixel_space"]
     except (KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.reading import Loaded, built, first_line, load_strictly, read_pickled, written_whole
 

@@ -1,4 +1,4 @@
-"""How `DynamicDepth.save_pretrained`, `from_pretrained` and `push_to_hub` store a model: native folders, and the hub."""
+"""Store models as `DynamicDepth.save_pretrained` and its kin do: in native folders, and on the hub."""
 
 from pathlib import Path
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from dyndit.calibration.drawing import CALIBRATION_SEED, batches_of
 from dyndit.errors import CheckpointError, InputError
 from dyndit.manifest import write_json
-from dyndit.models import Inputs
+from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, full_plan, start
+from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.sampling.solvers import AnySolver
 
 FORMAT = "dyndit-thresholds"
@@ -295,10 +295,9 @@ def _memories(
     model: DynamicDepth, plan: DepthPlan, solver: AnySolver, num: int, seed: int, batch_size: int
 ) -> list[tuple]:
     """Sample `num` pictures, classes in turn -> the memory at the end of every batch."""
-    device, found = next(model.parameters()).device, []
+    _device, found = next(model.parameters()).device, []
     for indices in batches_of(range(num), batch_size):
-        labels = torch.tensor([i % model.backbone.num_classes for i in indices], device=device)
-        batch = Batch(labels, tuple(indices), seed)
+        batch = batch_in_turn(model, indices, seed)
         begun = start(model, batch, solver, plan.num_steps)
         found.append(advance(model, batch, begun, plan, Guidance(plan.cfg_scale)).memory)
     return found

@@ -15,7 +15,8 @@ import torch
 
 from dyndit.analysis.compare.peers.base import PeerSettings, Workshop, grid
 from dyndit.errors import InputError
-from dyndit.models import ClassConditionalDiT, Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.process import Schedule

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
-from dyndit.models import Inputs
+from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan, full_step
 

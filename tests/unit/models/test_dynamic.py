@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dyndit.errors import InputError
-from dyndit.models import FAMILIES, Backbone
+from dyndit.models import FAMILIES
+from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from support.models import TINY, randomise

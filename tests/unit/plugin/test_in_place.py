@@ -15,7 +15,7 @@ from dyndit.analysis.metrics.fidelity import Moments, frechet_distance, moments
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, measure_shifts, measure_table
 from dyndit.errors import InputError, PlanError
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel, PartTimes

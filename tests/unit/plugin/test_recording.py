@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import dyndit
 from dyndit.errors import InputError
-from dyndit.models import Conditioning, Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.conditions import Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plugin.adapters import adapt

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dyndit
 from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plugin.adapters import adapt
 from dyndit.storage import card as model_card
@@ -44,7 +44,11 @@ CONFIGS = [
 def same_model(a: DynamicDepth, b: DynamicDepth) -> bool:
     """Tensors, whatever no tensor shows, exits and the kind of picture."""
     alike = same(a.state_dict(), b.state_dict()) and a.backbone.config() == b.backbone.config()
-    return alike and (a.identity.backbone, a.identity.exits, a.pixel_space) == (b.identity.backbone, b.identity.exits, b.pixel_space)
+    return alike and (a.identity.backbone, a.identity.exits, a.pixel_space) == (
+        b.identity.backbone,
+        b.identity.exits,
+        b.pixel_space,
+    )
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -62,7 +62,9 @@ def test_a_revision_is_what_is_loaded(revision: str, repository: None, model: Dy
     assert same(by_name.model.state_dict(), by_flag.model.state_dict())
     assert not same(by_name.model.state_dict(), model.state_dict())
     assert by_name.notes == by_flag.notes[:0] if revision == OLD else OLD in by_name.notes[0]
-    assert DynamicDepth.from_pretrained("org/name", revision=revision).identity.backbone == by_name.model.identity.backbone
+    assert (
+        DynamicDepth.from_pretrained("org/name", revision=revision).identity.backbone == by_name.model.identity.backbone
+    )
 
 
 def test_pipelines_and_foreign_folders_on_the_hub(cache: Path, model: DynamicDepth) -> None:

@@ -60,7 +60,9 @@ def test_a_trunk_in_half_precision_keeps_its_hash(model: DynamicDepth, make_inpu
     once = dyndit.load(tmp_path / "half")
     assert {p.dtype for p in once.parameters()} == {torch.float32}
     assert once.identity.backbone == json.loads((tmp_path / "half" / CONFIG).read_text())["trunk"]
-    assert once.identity.backbone != model.identity.backbone  # rounding changed the weights, and the exits are bound to these
+    assert (
+        once.identity.backbone != model.identity.backbone
+    )  # rounding changed the weights, and the exits are bound to these
     assert same(once.exits.state_dict(), model.exits.state_dict())
     inputs = make_inputs(model.backbone)
     torch.testing.assert_close(once(*inputs), model(*inputs), atol=0.05, rtol=0)

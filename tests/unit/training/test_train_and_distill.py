@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, Inputs
+from dyndit.models.base import Backbone, Inputs
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.models.layers import position_features

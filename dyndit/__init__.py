@@ -10,54 +10,97 @@ Names load on first use, so that `import dyndit` is quick.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dyndit.analysis.metrics.extractors import load_extractor
+    from dyndit.calibration.calibrate import calibrate
+    from dyndit.calibration.measure import CalibrationSettings
+    from dyndit.errors import InputError
+    from dyndit.models.base import Backbone, State
+    from dyndit.models.conditions import ClassLabels
+    from dyndit.models.exits import ExitConfig
+    from dyndit.plans.plan import DepthPlan
+    from dyndit.plans.schedules import ramp
+    from dyndit.plans.step import Step
+    from dyndit.plugin.apply import apply_dyndit, remove_dyndit
+    from dyndit.plugin.calibrate import calibrate_pipeline
+    from dyndit.plugin.distill import distill_exits
+    from dyndit.plugin.pipeline import DynDiTPipeline
+    from dyndit.plugin.recording import record_calls
+    from dyndit.sampling.sample import sample
+    from dyndit.storage.load import load
+    from dyndit.storage.pretrained import DynamicDepth
+    from dyndit.training.config import FitConfig
+    from dyndit.training.data import open_data
+    from dyndit.training.distill import Distill
+    from dyndit.training.train import Train
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "load": "storage.load",
-    "save": "storage.load",
-    "sample": "sampling.sample",
-    "calibrate": "calibration.calibrate",
-    "CalibrationSettings": "calibration.measure",
-    "calibrate_pipeline": "plugin.calibrate",
-    "calibrate_steps": "calibration.calibrate",
-    "measure_bases": "calibration.calibrate",
-    "measure_shifts": "calibration.measure",
-    "record_calls": "plugin.recording",
-    "record_sampling": "plugin.recording",
-    "RecordedCalls": "plugin.recording",
-    "Distill": "training.distill",
-    "distill_exits": "plugin.distill",
-    "picture_generator": "sampling.loop",
-    "match_frequencies": "storage.names",
-    "apply_dyndit": "plugin.apply",
-    "collect_exits": "plugin.adapters",
-    "remove_dyndit": "plugin.apply",
-    "DepthPlan": "plans.plan",
-    "Backbone": "models",
-    "State": "models",
-    "ExitConfig": "models.exits",
-    "Exits": "models.exits",
-    "FitConfig": "training.config",
-    "ramp": "plans.schedules",
-    "LatencyBudget": "plans.step_counts",
-    "TargetFD": "plans.step_counts",
-    "open_data": "training.data",
-    "load_extractor": "analysis",
-    "DynDiTPipeline": "plugin.pipeline",
-    "DynamicDepth": "models.dynamic",
-    "ShiftTable": "plans.table",
-    "ConfidentDepth": "analysis.compare.peers.confidence",
-    "InputError": "errors",
-    "CheckpointError": "errors",
-    "PlanError": "errors",
-}
+__all__ = [
+    "Backbone",
+    "CalibrationSettings",
+    "ClassLabels",
+    "DepthPlan",
+    "Distill",
+    "DynDiTPipeline",
+    "DynamicDepth",
+    "ExitConfig",
+    "FitConfig",
+    "InputError",
+    "State",
+    "Step",
+    "Train",
+    "apply_dyndit",
+    "calibrate",
+    "calibrate_pipeline",
+    "distill_exits",
+    "load",
+    "load_extractor",
+    "open_data",
+    "ramp",
+    "record_calls",
+    "remove_dyndit",
+    "sample",
+]
 
-__all__ = sorted(_HOME)
+_HOME = {
+    "Backbone": "models.base",
+    "CalibrationSettings": "calibration.measure",
+    "ClassLabels": "models.conditions",
+    "DepthPlan": "plans.plan",
+    "Distill": "training.distill",
+    "DynDiTPipeline": "plugin.pipeline",
+    "DynamicDepth": "storage.pretrained",
+    "ExitConfig": "models.exits",
+    "FitConfig": "training.config",
+    "InputError": "errors",
+    "State": "models.base",
+    "Step": "plans.step",
+    "Train": "training.train",
+    "apply_dyndit": "plugin.apply",
+    "calibrate": "calibration.calibrate",
+    "calibrate_pipeline": "plugin.calibrate",
+    "distill_exits": "plugin.distill",
+    "load": "storage.load",
+    "load_extractor": "analysis.metrics.extractors",
+    "open_data": "training.data",
+    "ramp": "plans.schedules",
+    "record_calls": "plugin.recording",
+    "remove_dyndit": "plugin.apply",
+    "sample": "sampling.sample",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import a public name from the module it lives in."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.storage.pretrained")  # whatever makes a model, it can be saved
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, whether they were loaded or not."""
+    return sorted([*globals(), *__all__])

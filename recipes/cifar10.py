@@ -8,7 +8,7 @@ DIR holds a subfolder of pictures per class. Measured so far: the first 200 step
 work, 2026-11-23. The whole training, and so any quality: not yet measured.
 """
 
-from dyndit.models import CARDS
+from dyndit.models.dit import CARDS
 from dyndit.recipes.finetune_exits import distill
 from dyndit.training.config import FitConfig
 from dyndit.training.train import Train

@@ -10,7 +10,7 @@
 
 from dyndit.analysis.compare.experiment import Experiment
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.models import CARDS
+from dyndit.models.dit import CARDS
 from dyndit.models.exits import ExitConfig
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill

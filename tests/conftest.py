@@ -9,7 +9,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from dyndit.models import Backbone, ClassConditionalDiT
+from dyndit.models.base import Backbone
+from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from support.models import TINY, MakeBackbone, MakeModel, randomise

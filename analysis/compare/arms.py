@@ -22,7 +22,8 @@ from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import measure_shifts, part_of
 from dyndit.errors import CheckpointError
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plans.plan import DepthPlan
+from dyndit.models.identity import Identity
+from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.refined import refined
 from dyndit.plans.schedules import constant, ramp, reversed_plan
@@ -32,6 +33,7 @@ from dyndit.plans.table import ShiftTable
 from dyndit.progress import progress_bar
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import unguided
+from dyndit.sampling.solvers import timesteps_of
 from dyndit.stats import Moments
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
@@ -119,7 +121,7 @@ class Preparation:
             except CheckpointError as error:
                 self.console.print(f"{error}: measured again")
             else:
-                if (table.trunk, table.exits) != (self.model.trunk_hash(), self.model.exits_hash()):
+                if Identity(table.backbone, table.exits) != self.model.identity:
                     self.console.print(f"{path}: of another model; measured again")
                 elif table.extractor_fingerprint != self.extractor.fingerprint:
                     # One that came with the model: a search on it would be for a judge that nobody asked for.
@@ -193,7 +195,8 @@ class Preparation:
                 plan = self._read(path)
             else:
                 table = self._with_bases(table, solver)
-                plan = LatencyBudget(share, experiment.latency_reference_steps).choose(table, solver)
+                budget = LatencyBudget(share, experiment.latency_reference_steps)
+                plan = budget.choose(table, solver, partial(timesteps_of, solver))
                 plan.save(path)
             arms.append(Arm(name, "chosen", plan, share, plan.figures["predicted_fd"]))
         return arms
@@ -206,7 +209,7 @@ class Preparation:
             model = peer.model(self.model, workshop).eval()
             for solver, steps in experiment.peer_points:
                 plan = peer.plan(full_plan(model, solver, steps, experiment.cfg_scale), model.depths)
-                plan.check(depths=model.depths)
+                bind(plan, model)
                 name = f"{peer.name}-{solver}-{steps}-{peer.label}"
                 arms.append(Arm(name, peer.name, plan, model=model, peer=peer))
         return arms
@@ -231,7 +234,7 @@ class Preparation:
     def _arms_of(self, variant: Variant, own: "Preparation", table: ShiftTable) -> list[Arm]:
         """A variant's arms: its searched plans, and where its trunk is another one, that at full depth."""
         arms, family, model = [], f"searched-{variant.name}", own.model
-        another_trunk = model.trunk_hash() != self.model.trunk_hash()
+        another_trunk = model.identity.backbone != self.model.identity.backbone
         for solver, steps in own.experiment.dynamic_points:
             if another_trunk:
                 full = f"full-{variant.name}"
@@ -313,9 +316,7 @@ class Preparation:
         Raises:
             PlanError: it is another model's.
         """
-        plan, model = DepthPlan.load(path), self.model
-        plan.check(depths=model.depths, trunk=model.trunk_hash(), exits=model.exits_hash(), origin=str(path))
-        return plan
+        return bind(DepthPlan.load(path), self.model, origin=str(path))
 
     def _with_bases(self, table: ShiftTable, solver: str) -> ShiftTable:
         """The table with full depth's moments at `latency_steps`; in its file too."""
@@ -348,7 +349,7 @@ class Preparation:
         )
 
     def _control_depths(self, table: ShiftTable) -> tuple[int, ...]:
-        return tuple(sorted({c for c, _ in table.pairs if c > 0} | {self.model.num_blocks}))
+        return tuple(sorted({c.depth for c in table.choices if not c.forecast} | {self.model.num_blocks}))
 
     def _control_budgets(self, table: ShiftTable) -> dict[int, float]:
         """Each control's constant depth, and the share of full depth's time it takes."""
@@ -390,6 +391,6 @@ def _ramps_within(
     for low, high, power in product(depths, depths, (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)):
         if low < high:
             plan = ramp(full, depths, low, high, power)
-            family.setdefault(plan.pairs, plan)
+            family.setdefault(plan.steps, plan)
     within = [p for p in family.values() if table.cost.share_of_time(p) <= budget * (1 + 1e-9)]
     return sorted(within, key=table.cost.share_of_time, reverse=True)[:num]

@@ -6,7 +6,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -18,7 +18,7 @@ from dyndit.analysis.metrics.macs import model_macs
 from dyndit.analysis.metrics.memory import MEANING, peak_memory
 from dyndit.clock import Clock
 from dyndit.errors import InputError
-from dyndit.models import CARDS, ClassConditionalDiT
+from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel
@@ -27,7 +27,7 @@ from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import apply_dyndit, remove_dyndit
 from dyndit.runtime import compile_parts
 from dyndit.sampling.loop import picture_generator
-from dyndit.sampling.sample import Samples, balanced_labels, sample
+from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import make_scheduler
 from dyndit.sampling.timing import measure_cost
 from dyndit.stats import Reading, Repeats, paired_rounds
@@ -145,7 +145,6 @@ def measure(
         InputError: a pipeline for a guided model of other than 1,000 classes, whose null label it does not know.
     """
     settings, first = settings or Bench(), next(iter(plans.values()))
-    plans = {arm: replace(plan, trunk="", exits="") for arm, plan in plans.items()}  # weights are not hashed per call
     weights = next(model.parameters())
     device = weights.device.type
     macs, meter = model_macs(model), energy_meter(device)
@@ -187,7 +186,7 @@ def _in_sampler(
     model: DynamicDepth, plans: Mapping[str, DepthPlan], size: int, settings: Bench, meter: EnergyMeter | None
 ) -> dict[str, Callable[[], list[Reading]]]:
     """A call per plan: one batch drawn whole, and again with the network timed, as that makes a GPU wait between."""
-    labels, decoder = balanced_labels(size, model.backbone.num_classes), settings.decoder
+    labels, decoder = model.backbone.condition.in_turn(size), settings.decoder
     whole = TO_UINT8 if model.pixel_space or decoder is not None else TO_LATENTS
 
     def draw(plan: DepthPlan, stats: bool) -> Samples:
@@ -217,7 +216,7 @@ def _in_pipeline(
     Without a decoder of the user's, decoding is by the smallest of autoencoders: a call is sampling and little else.
     """
     some = next(iter(plans.values()))
-    classes = model.backbone.num_classes
+    classes = model.backbone.condition.num_classes
     if some.cfg_scale != 1 and classes != PIPELINE_CLASSES:
         raise InputError(
             f"--cfg-scale {some.cfg_scale:g}: DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one "
@@ -231,7 +230,7 @@ def _in_pipeline(
     pipe = DiTPipeline(transformer, decoder, make_scheduler(some.solver, some.num_steps))
     decoder.to(weights.device, weights.dtype)
     pipe.set_progress_bar_config(disable=True)
-    labels = balanced_labels(size, classes)
+    labels = model.backbone.condition.in_turn(size)
     clock = Clock(weights.device)
 
     def whole() -> Reading:
@@ -248,7 +247,7 @@ def _in_pipeline(
         return Reading(PIPELINE, clock() - began, spent())
 
     def plugged(plan: DepthPlan) -> list[Reading]:
-        handle = apply_dyndit(pipe, model.exits, plan, check_trunk=False)
+        handle = apply_dyndit(pipe, model.exits, plan, check_identity=False)
         try:
             return [whole(), Reading(DENOISER, float(handle.stats()["seconds"].sum()))]
         finally:

@@ -148,5 +148,8 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
     for recipe in recipes:
         if recipe:
             recipe.pop("schedule")
+    for chosen, owner in ((experiment, choices), *zip(experiment.variants, choices["variants"], strict=True)):
+        if chosen.calibration is not None:  # a step as its text: its fields alone do not tell the kind of guide
+            owner["calibration"]["choices"] = list(map(str, chosen.calibration.choices))
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}

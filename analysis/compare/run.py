@@ -7,7 +7,7 @@ from the same fresh seeds -> report. Every stage leaves its result on disk; what
 import random
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +28,7 @@ from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.progress import progress_bar
-from dyndit.sampling.sample import Samples, balanced_labels, sample
+from dyndit.sampling.sample import Samples, sample
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import open_data
 
@@ -50,8 +50,8 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         raise InputError(f"--model {inputs.model}: makes latents; expected a model of pixels")
     extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.witnesses)]
     identity = {
-        "trunk": "" if trunk is None else trunk.trunk_hash(),
-        "exits": "" if trunk is None else trunk.exits_hash(),
+        "trunk": "" if trunk is None else trunk.identity.backbone,
+        "exits": "" if trunk is None else trunk.identity.exits,
         "extractor": extractor.fingerprint,
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
@@ -140,7 +140,7 @@ class Comparison:
         from dyndit.analysis.report.write import write_report
 
         searched = [arm for arm in arms if arm.family == "searched"]
-        style.save(plan_figures.plan_figure({arm.name: asdict(arm.plan) for arm in searched}), self.out / "plan.png")
+        style.save(plan_figures.plan_figure({arm.name: arm.plan for arm in searched}), self.out / "plan.png")
         if (self.out / "exit-errors.csv").exists():
             errors = pd.read_csv(self.out / "exit-errors.csv")
             table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error").sort_index(axis=1)
@@ -157,11 +157,10 @@ class Comparison:
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
         """Pictures `first` to `first + num - 1` of an arm; every class in turn."""
-        # The plan was checked against the weights when it was made; hashing them for every batch takes longer than it.
-        plan = replace(arm.plan, trunk="", exits="")
+        plan = arm.plan
         return sample(
             arm.model or self.model,
-            balanced_labels(first + num, self.model.backbone.num_classes)[first:],
+            self.model.backbone.condition.in_turn(num, first),
             plan=plan,
             solver=plan.solver,
             num_steps=plan.num_steps,
@@ -185,7 +184,7 @@ class Comparison:
         figures = {
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
-            "model": self.model.trunk_hash(),
+            "model": self.model.identity.backbone,
             "arm": arm.name,
             "family": arm.family,
             "solver": plan.solver,

@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndit.errors import InputError
-from dyndit.models import Condition, Conditioning, Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.conditions import Condition, Conditioning
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.sample import sample
 
@@ -45,8 +47,8 @@ class Macs:
     """By depth: the exit head, or at full depth the model's own head."""
 
     def branch(self, depth: int) -> int:
-        """One branch of one picture down to `depth`; 0 where that is no pass (depth 0, or reused guidance)."""
-        return self.embed + sum(self.blocks[:depth]) + self.leave[depth] if depth > 0 else 0
+        """One branch of one picture down to `depth`."""
+        return self.embed + sum(self.blocks[:depth]) + self.leave[depth]
 
     @property
     def full(self) -> int:
@@ -60,12 +62,13 @@ class Macs:
         Raises:
             InputError: the plan leaves where this model has no exit.
         """
-        if missing := [d for d in (*plan.run_depths, *plan.uncond, *plan.guides) if d > 0 and d not in self.leave]:
+        if missing := [depth for step in plan.steps for depth in step.exits if depth not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
-        macs = sum(map(self.branch, plan.run_depths)) + sum(self.leave[depth] for kept in plan.kept for depth in kept)
-        if plan.cfg_scale == 1:
-            return macs
-        return macs + sum(map(self.branch, plan.uncond)) + sum(self.leave[guide] for guide in plan.guides if guide)
+        return sum(map(self.work, plan.works))
+
+    def work(self, work: Work) -> int:
+        """One step of one picture: its branches, and the exit heads that run on the way."""
+        return sum(map(self.branch, work.depths)) + sum(self.leave[depth] for depth in work.heads_on_the_way)
 
 
 def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
@@ -114,11 +117,8 @@ def full_macs(model: DynamicDepth) -> int:
 
 
 def _one_row(model: DynamicDepth) -> Inputs:
-    """A made-up call of one picture in a class-conditional model, inside the fake mode."""
-    backbone, some = model.backbone, next(model.parameters())
-    size = (1, backbone.in_channels, backbone.image_size, backbone.image_size)
-    t = torch.zeros(1, device=some.device, dtype=torch.long)
-    return Inputs(torch.empty(size, device=some.device, dtype=some.dtype), t, torch.zeros_like(t))
+    """An example call of one row, inside the fake mode."""
+    return model.backbone.example(1).to(next(model.parameters()))
 
 
 def _faked(inputs: Inputs, fake: FakeTensorMode) -> Inputs:

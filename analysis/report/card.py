@@ -1,6 +1,5 @@
 """What a model card shows that takes this suite to make: the picture of the plans, the table of measured runs."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from dyndit.analysis.report.frontier import summary
@@ -27,7 +26,7 @@ def card_extras(folder: Path) -> CardExtras:
 
 def _picture(folder: Path) -> bytes | None:
     few = list(plans_in(folder).items())[:MOST_PLANS]
-    titles = {path.name.removeprefix("plan-").removesuffix(".json"): asdict(plan) for path, plan in few}
+    titles = {path.name.removeprefix("plan-").removesuffix(".json"): plan for path, plan in few}
     return png(plan_figure(titles)) if titles else None
 
 

@@ -1,6 +1,5 @@
 """What a report says in words: a sentence per finding, each from the tables' own frames."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pandas as pd
 from dyndit.analysis.report.budgets import winners
 from dyndit.analysis.report.frontier import against_controls, against_unguided
 from dyndit.analysis.report.tables import percent
+from dyndit.plans.plan import DepthPlan
 
 
 def findings_of(frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float) -> list[str]:
@@ -113,7 +113,7 @@ def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
     scored = runs[(runs["role"] == "score") & (runs["plan"].fillna("") != "")]
     found = []
     for (solver, steps), group in scored.groupby(["solver", "steps"], sort=False):
-        plans = [plan["cond"] for name in group["plan"].unique() if (plan := read_plan(folder, name))]
+        plans = [plan.depths for name in group["plan"].unique() if (plan := read_plan(folder, name))]
         if plans and steps >= 3:
             thirds = [np.mean([np.mean(part) for part in parts]) for parts in zip(*map(_thirds, plans), strict=True)]
             depths = ", ".join(f"{depth:.1f}" for depth in thirds)
@@ -149,11 +149,11 @@ def budget_findings(runs: pd.DataFrame) -> list[str]:
     return found
 
 
-def read_plan(folder: Path, name: str) -> dict[str, object] | None:
+def read_plan(folder: Path, name: str) -> DepthPlan | None:
     """Return a plan file of a run, from its folder or the `plans` in it; None where it is not there."""
     for path in (folder / name, folder / "plans" / name):
         if name and path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return DepthPlan.load(path)
     return None
 
 

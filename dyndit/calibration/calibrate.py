@@ -1,5 +1,6 @@
 """Search a plan on a table, and measure it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,8 @@ from dyndit.plans.search import search
 from dyndit.plans.step_counts import Goal
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan, to_uint8
-from dyndit.sampling.sample import balanced_labels, sample
-from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name
+from dyndit.sampling.sample import sample
+from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name, timesteps_of
 from dyndit.stats import Interval, Moments, frechet_distance, moments, paired_times, summarise
 
 STEP_GRID = (5, 7, 10, 14, 20)
@@ -56,7 +57,7 @@ def measure_bases(
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
     drawing = NativeDrawing(model, solver, table.num_steps, table.cfg_scale)
-    _check_identity(drawing, table)
+    drawing.bind(table)
     extractor, name = _judge_of(table, extractor), solver_name(solver)
     missing = [steps for steps in full if table.base_at(name, steps) is None]
     for number, steps in enumerate(missing):
@@ -114,25 +115,21 @@ def plan_on_table(
     solver: AnySolver,
     num_steps: int,
     base: Moments | None = None,
-    check_trunk: bool = True,
 ) -> DepthPlan:
     """Search a plan on a stored table, without running the model (but to time it on a device new to the table).
 
-    base: moments of full depth at these very steps, where they were measured. check_trunk: refuse the table of
-    another model; it hashes the weights, some seconds of a large model's.
+    base: moments of full depth at these very steps, where they were measured.
 
     Raises:
         InputError: the budget is out of range, or the table is another model's.
     """
     drawing = NativeDrawing(model, solver, num_steps, table.cfg_scale)
-    return _searched(drawing, table, budget, base, check_trunk=check_trunk)
+    return _searched(drawing, table, budget, base)
 
 
-def _searched(
-    drawing: Drawing, table: ShiftTable, budget: float, base: Moments | None = None, *, check_trunk: bool = True
-) -> DepthPlan:
+def _searched(drawing: Drawing, table: ShiftTable, budget: float, base: Moments | None = None) -> DepthPlan:
     """`plan_on_table`, of any drawing."""
-    table = _fitting(drawing, table, check_trunk=check_trunk)
+    table = _fitting(drawing, table)
     return search(table, drawing.full, budget, base=base)
 
 
@@ -145,19 +142,12 @@ def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim"
     return _fitting(NativeDrawing(model, solver, table.num_steps, table.cfg_scale), table)
 
 
-def _fitting(drawing: Drawing, table: ShiftTable, *, check_trunk: bool = True) -> ShiftTable:
+def _fitting(drawing: Drawing, table: ShiftTable) -> ShiftTable:
     """`table_for`, of any drawing."""
-    if check_trunk:
-        _check_identity(drawing, table)
+    drawing.bind(table)
     if table.cost.device != drawing.device:  # the shifts hold anywhere, the times do not
         table = replace(table, cost=drawing.cost(table.cost.batch_size))
     return table
-
-
-def _check_identity(drawing: Drawing, table: ShiftTable) -> None:
-    for name, mine in (("trunk", table.trunk), ("exits", table.exits)):
-        if mine != (theirs := getattr(drawing, name)):
-            raise InputError(f"shift table: measured on {name} {mine}, but the model's are {theirs or 'absent'}")
 
 
 def _judge_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtractor:
@@ -279,7 +269,7 @@ def calibrate_steps(
         InputError: the table is another model's or has no moments to choose by, or the goal is out of reach.
     """
     table = table_for(model, table, solver)
-    plan = goal.choose(table, solver)
+    plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver))
     if extractor is None:
         return plan
     extractor = _judge_of(table, extractor)
@@ -301,12 +291,11 @@ def _share_of_time(
     model: DynamicDepth, plan: DepthPlan, reference: DepthPlan, solver: AnySolver, batch_size: int, rounds: int
 ) -> Interval:
     """Measured time of one batch under a plan as a share of that under another."""
-    labels = balanced_labels(batch_size, model.backbone.num_classes)
+    labels = model.backbone.condition.in_turn(batch_size)
 
     def drawing(of: DepthPlan) -> Callable[[], object]:
-        unbound = replace(of, trunk="", exits="")  # weights are not hashed per call
         options = {"num_steps": of.num_steps, "cfg_scale": of.cfg_scale, "batch_size": batch_size}
-        return lambda: sample(model, labels, plan=unbound, solver=solver, **options)
+        return lambda: sample(model, labels, plan=of, solver=solver, **options)
 
     arms = {"reference": drawing(reference), "plan": drawing(plan)}
     times = paired_times(arms, rounds=rounds, warmup=1)  # pictures end on the host: nothing is under way after a call

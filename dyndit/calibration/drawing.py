@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import Identity
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.table import Pair
+from dyndit.plans.step import Step
+from dyndit.plans.table import ShiftTable
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, full_plan, start, to_uint8
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start, to_uint8
+from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import AnySolver
 from dyndit.sampling.timing import measure_cost
 
@@ -32,8 +33,8 @@ class Drawing(Protocol):
     full: DepthPlan
     """Full depth at every step: the timesteps, the solver and the guidance scale that are calibrated."""
     depths: tuple[int, ...]
-    trunk: str
-    exits: str
+    identity: Identity
+    """Of the model: what tables are bound to."""
     seed: int
     device: str
     setting: object
@@ -43,15 +44,15 @@ class Drawing(Protocol):
         self,
         indices: Sequence[int],
         bands: Sequence[Sequence[int]],
-        pairs: Sequence[Pair],
+        choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
-        """The pictures of full depth, then for each band and each pair those with that band's steps at that pair.
+        """Draw the pictures of full depth; then, for each band and each choice, those with that band's steps replaced.
 
-        A band is a run of neighbouring steps; bands may overlap, and come in any order.
-        indices: B -> (B, 1 or 3, H, W) uint8, 1 + bands * pairs times. ages: for each pair that forecasts, how many
-        steps before the band's first the last one at full depth was (earlier than the first step: that one; none at
-        all: nothing is forecast); for others 0; empty where no pair forecasts.
+        A band is a run of neighbouring steps; bands may overlap, and come in any order. indices: B picture numbers ->
+        (B, 1 or 3, H, W) uint8, 1 + bands * choices times. ages: `ages[i]`: steps since full depth for choice i; 0 if
+        it does not forecast. Clipped to the first step; with no step before the band nothing is forecast. Empty where
+        no choice forecasts.
 
         Raises:
             InputError: ages are given, and this drawing cannot forecast.
@@ -62,6 +63,13 @@ class Drawing(Protocol):
 
     def cost(self, batch_size: int) -> CostModel:
         """Seconds of the parts of a step, of `batch_size` pictures at a time."""
+
+    def bind(self, table: ShiftTable) -> None:
+        """Refuse a table of another model.
+
+        Raises:
+            InputError: naming both identities.
+        """
 
 
 @dataclass(frozen=True)
@@ -87,15 +95,14 @@ class NativeDrawing:
         """As of `Drawing`."""
         return self.model.depths
 
-    @cached_property
-    def trunk(self) -> str:
+    @property
+    def identity(self) -> Identity:
         """As of `Drawing`."""
-        return self.model.trunk_hash()
+        return self.model.identity
 
-    @cached_property
-    def exits(self) -> str:
+    def bind(self, table: ShiftTable) -> None:
         """As of `Drawing`."""
-        return self.model.exits_hash()
+        self.model.check_identity(table.backbone, table.exits, origin="shift table")
 
     @property
     def device(self) -> str:
@@ -111,14 +118,13 @@ class NativeDrawing:
         self,
         indices: Sequence[int],
         bands: Sequence[Sequence[int]],
-        pairs: Sequence[Pair],
+        choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
         """As of `Drawing`. Classes come in turn."""
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)
-        labels = [i % model.backbone.num_classes for i in indices]
-        batch = Batch(torch.tensor(labels, device=next(model.parameters()).device), tuple(indices), self.seed)
-        kept = sorted({-cond for cond, _ in pairs if cond < 0})
+        batch = batch_in_turn(model, indices, self.seed)
+        kept = sorted({choice.depth for choice in choices if choice.forecast})
         # What a trajectory hands on stands before each step: forks share it, nobody writes to it.
         before, trajectory = [], start(model, batch, self.solver, self.num_steps)
         firsts = {band[0] for band in bands}
@@ -127,20 +133,20 @@ class NativeDrawing:
             advance(model, batch, trajectory, full, guidance, first=k, stop=k + 1, also_keep=kept)
         yield self.to_pictures(trajectory.x).cpu()
         for band in bands:
-            for pair, age in zip(pairs, ages or [0] * len(pairs), strict=True):
+            for choice, age in zip(choices, ages or [0] * len(choices), strict=True):
                 fork = before[band[0]].fork()
-                if pair[0] < 0:
-                    since = before[max(1, band[0] + 1 - age)] if band[0] else fork
-                    fork.memory, fork.guided = since.memory, since.guided
-                    pair = pair if band[0] else (-pair[0], pair[1])
-                end = advance(model, batch, fork, replaced_plan(full, band, pair), guidance, first=band[0])
+                if choice.forecast and band[0]:
+                    fork.memory = before[max(1, band[0] + 1 - age)].memory
+                elif choice.forecast:
+                    choice = replace(choice, forecast=False)
+                end = advance(model, batch, fork, replaced_plan(full, band, choice), guidance, first=band[0])
                 yield self.to_pictures(end.x).cpu()
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
         """As of `Drawing`: fresh pictures are those of the seed after the table's."""
         result = sample(
             self.model,
-            balanced_labels(num_pictures, self.model.backbone.num_classes),
+            self.model.backbone.condition.in_turn(num_pictures),
             plan=plan,
             solver=self.solver,
             num_steps=self.num_steps,
@@ -156,9 +162,9 @@ class NativeDrawing:
         return measure_cost(self.model, batch_size=batch_size, solver=self.solver, cfg_scale=self.cfg_scale)
 
 
-def replaced_plan(full: DepthPlan, band: Sequence[int], pair: Pair) -> DepthPlan:
+def replaced_plan(full: DepthPlan, band: Sequence[int], choice: Step) -> DepthPlan:
     """Full depth, but for the steps of a band."""
-    return full.with_pairs([pair if k in band else p for k, p in enumerate(full.pairs)])
+    return full.with_steps([choice if k in band else step for k, step in enumerate(full.steps)])
 
 
 def batches_of(numbers: range, size: int) -> list[range]:

@@ -15,10 +15,12 @@ from dyndit.calibration.drawing import CALIBRATION_SEED, Drawing, NativeDrawing,
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import Identity
 from dyndit.pictures import as_rgb
 from dyndit.plans.cost import CostModel
-from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
-from dyndit.plans.table import Pair, ShiftTable
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import Guide, Held, NoGuide, OwnExit, Step, Unconditional
+from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.solvers import AnySolver
 from dyndit.stats import Moments, moments
@@ -33,53 +35,60 @@ OnProgress = Callable[[int, int], None]
 class CalibrationSettings:
     """What the table is measured on.
 
-    num_bands: bands of steps that are replaced together; each costs one continuation at full depth per pair.
-    pairs: (conditional, unconditional) depths to measure; empty means `default_pairs` on `num_depths` depths.
-    reuse: whether those have pairs that reuse the guidance of earlier steps (`plan.REUSED`).
-    own_guides: whether those have pairs that are guided by the branch's own exits (`plan.own_exit`).
-    forecast_ages: how many steps ago full depth may have been where an exit's gap to it is forecast (`plan.forecast`);
-    those pairs are measured at each age from 1 on, and want a band for each step. 0: no forecasts.
-    seed: of our own sampling; a pipeline's noise is the business of who calls it.
+    num_bands: bands of steps that are replaced together. Each costs one continuation at full depth per choice.
+    choices: the steps to measure, as `Step`s or their text ("8|e4"). Empty: `default_choices` on `num_depths` depths.
+    held: whether the default choices hold the guidance of earlier steps ("8|held").
+    own_guides: whether the default choices are guided by the branch's own exits ("8|e4").
+    forecast_ages: the most steps since full depth at which a forecast ("4+") is measured; it is measured at each age
+    from 1 on, and needs a band for each step. 0: no forecasts.
+    seed: of our own sampling. In a pipeline the caller's function draws the noise.
     """
 
     num_pictures: int = 512
     num_bands: int = 10
     batch_size: int = 128
     seed: int = CALIBRATION_SEED
-    pairs: tuple[Pair, ...] = ()
+    choices: tuple[Step | str, ...] = ()
     num_depths: int = 8
-    reuse: bool = False
+    held: bool = False
     own_guides: bool = False
     forecast_ages: int = 0
 
+    def __post_init__(self) -> None:
+        parsed = tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
+        object.__setattr__(self, "choices", parsed)
 
-def default_pairs(
-    depths: Sequence[int], guided: bool, num_depths: int = 8, *, reuse: bool = False, own_guides: bool = False
-) -> tuple[Pair, ...]:
-    """Pairs worth measuring: a thinned grid of conditional depths; unconditional ones equal, about half, or none.
 
-    reuse: for each conditional depth also guidance reused from earlier steps. own_guides: also guidance by its own exit
-    at about three quarters and half of it: the shallower the guide, the stronger it guides.
+def default_choices(
+    depths: Sequence[int], guided: bool, num_depths: int = 8, *, held: bool = False, own_guides: bool = False
+) -> tuple[Step, ...]:
+    """Choices worth measuring: conditional depths on a thinned grid, each with several guides.
+
+    Guides are an unconditional pass at the same depth, one at about half of it, and none. held: also the guidance of
+    earlier steps. own_guides: also its own exits at about three quarters and half of it; a shallower exit guides more
+    strongly. The full step is left out.
     """
     full = depths[-1]
     grid = _thinned(depths, num_depths)
     if not guided:
-        return tuple((d, 0) for d in grid if d != full)
-    pairs: list[Pair] = []
+        return tuple(Step(depth) for depth in grid if depth != full)
+    choices: list[Step] = []
     for depth in grid:
         half = max((d for d in grid if 2 * d <= depth), default=0)
-        others = [REUSED] if reuse else []
+        guides: list[Guide] = [Unconditional(depth), Unconditional(half) if half else NoGuide(), NoGuide()]
+        guides += [Held()] if held else []
         if own_guides:
             below = [max((d for d in depths if d <= share * depth), default=0) for share in (0.75, 0.5)]
-            others += [own_exit(guide) for guide in below if 0 < guide < depth]
-        pairs += [(depth, uncond) for uncond in dict.fromkeys((depth, half, 0, *others))]
-    return tuple(pair for pair in pairs if pair != (full, full))
+            guides += [OwnExit(guide) for guide in below if 0 < guide < depth]
+        choices += [Step(depth, guide) for guide in dict.fromkeys(guides)]
+    return tuple(choice for choice in choices if choice != Step(full, Unconditional(full)))
 
 
-def forecast_pairs(depths: Sequence[int], guided: bool, num_depths: int = 8) -> tuple[Pair, ...]:
-    """Pairs worth measuring that forecast: exits up to half of L, without guidance and with that of earlier steps."""
+def forecast_choices(depths: Sequence[int], guided: bool, num_depths: int = 8) -> tuple[Step, ...]:
+    """Forecasts worth measuring: from exits up to half of L, without guidance and with that of earlier steps."""
     shallow = [d for d in _thinned(depths, num_depths) if 2 * d <= depths[-1]]
-    return tuple((forecast(d), uncond) for d in shallow for uncond in ((0, REUSED) if guided else (0,)))
+    guides = (NoGuide(), Held()) if guided else (NoGuide(),)
+    return tuple(Step(depth, guide, forecast=True) for depth in shallow for guide in guides)
 
 
 def _thinned(depths: Sequence[int], num: int) -> list[int]:
@@ -100,7 +109,7 @@ def measure_table(
     partial: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> ShiftTable:
-    """Measure the paired-seed distribution shifts of every (band, pair) of a drawing.
+    """Measure the paired-seed distribution shifts of every (band, choice) of a drawing.
 
     Sums over batches are kept in `partial`, from which an interrupted measurement goes on. on_progress(done, all)
     counts batches of pictures with a band replaced.
@@ -115,25 +124,26 @@ def measure_table(
             f"more pictures than features, and at most {MAX_FEATURES} features (see `reduced`)"
         )
     full, n = drawing.full, settings.num_pictures
-    pairs, ages = _entries(drawing, settings)
+    choices, ages = _entries(drawing, settings)
     bands = _bands(full, settings)
     batches = batches_of(range(n), settings.batch_size)
     sizes = [settings.batch_size, drawing.seed, n]
-    key = json.dumps([full.solver, full.timesteps, pairs, bands, full.cfg_scale, drawing.setting, *sizes])
-    key += drawing.trunk + drawing.exits + extractor.fingerprint + (json.dumps(ages) if ages else "")
+    of_plan = [full.solver, full.timesteps, list(map(str, choices)), ages, bands, full.cfg_scale]
+    made_with = [drawing.identity.backbone, drawing.identity.exits, extractor.fingerprint]
+    key = json.dumps([*of_plan, drawing.setting, *sizes, *made_with])
     sums, done = _restore(partial, key)
-    total = len(batches) * len(bands) * len(pairs)
+    total = len(batches) * len(bands) * len(choices)
     for number, indices in enumerate(batches):
         if number < done:
             continue
-        drawn = drawing.replaced(indices, bands, pairs, ages)
+        drawn = drawing.replaced(indices, bands, choices, ages)
         features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
         base = next(features)
         changes = []
         for f in features:
             changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
             if on_progress is not None:
-                on_progress(number * len(bands) * len(pairs) + len(changes), total)
+                on_progress(number * len(bands) * len(choices) + len(changes), total)
         fresh = {
             "base.mean": base.sum(0),
             "base.second": base.T @ base,
@@ -143,10 +153,10 @@ def measure_table(
         sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
         if partial is not None:
             save_file(sums, partial, metadata={"key": key, "done": str(number + 1)})
-    mean, second = (sums[name].unflatten(0, (len(bands), len(pairs))) / n for name in ("mean", "second"))
+    mean, second = (sums[name].unflatten(0, (len(bands), len(choices))) / n for name in ("mean", "second"))
     return ShiftTable(
         edges=_edges(full, bands),
-        pairs=pairs,
+        choices=choices,
         ages=ages,
         mean=mean,
         second=second,
@@ -161,8 +171,8 @@ def measure_table(
         num_pictures=n,
         extractor=extractor.name,
         extractor_fingerprint=extractor.fingerprint,
-        trunk=drawing.trunk,
-        exits=drawing.exits,
+        backbone=drawing.identity.backbone,
+        exits=drawing.identity.exits,
         projection=extractor.projection,
     )
 
@@ -170,9 +180,10 @@ def measure_table(
 def part_of(table: ShiftTable, drawing: Drawing, settings: CalibrationSettings) -> ShiftTable | None:
     """What `measure_table` would measure, taken from a table that holds it already; None where this one does not."""
     full = drawing.full
-    mine = (full.solver, full.num_steps, full.cfg_scale, drawing.trunk, drawing.exits, drawing.seed)
+    mine = (full.solver, full.num_steps, full.cfg_scale, drawing.identity, drawing.seed)
     mine += (settings.num_pictures, _edges(full, _bands(full, settings)))
-    theirs = (table.solver, table.num_steps, table.cfg_scale, table.trunk, table.exits, table.seed)
+    of_model = Identity(table.backbone, table.exits)
+    theirs = (table.solver, table.num_steps, table.cfg_scale, of_model, table.seed)
     theirs += (table.num_pictures, table.edges)
     return table.part(*_entries(drawing, settings)) if mine == theirs else None
 
@@ -189,29 +200,26 @@ def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:
     return (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
 
 
-def _entries(drawing: Drawing, settings: CalibrationSettings) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
-    """The pairs to measure, those that forecast at every age, and the ages; none where nothing is forecast."""
-    pairs = settings.pairs or default_pairs(
-        drawing.depths,
-        drawing.full.cfg_scale != 1,
-        settings.num_depths,
-        reuse=settings.reuse,
-        own_guides=settings.own_guides,
+def _entries(drawing: Drawing, settings: CalibrationSettings) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+    """The choices to measure, those that forecast once per age; and the ages, empty where nothing is forecast."""
+    guided = drawing.full.cfg_scale != 1
+    choices = settings.choices or default_choices(
+        drawing.depths, guided, settings.num_depths, held=settings.held, own_guides=settings.own_guides
     )
     if not settings.forecast_ages:
-        if bad := [pair for pair in pairs if pair[0] < 0]:
-            raise InputError(f"pairs: {bad[0]} forecasts; expected forecast_ages of at least 1")
-        return pairs, ()
+        if bad := [choice for choice in choices if choice.forecast]:
+            raise InputError(f"choices: {bad[0]} forecasts; expected forecast_ages of at least 1")
+        return choices, ()
     if settings.num_bands < drawing.full.num_steps:
         raise InputError(
             f"--num-bands {settings.num_bands}: forecasts are measured step by step; expected at least the "
             f"{drawing.full.num_steps} steps"
         )
-    given = tuple(pair for pair in pairs if pair[0] < 0)
-    forecasts = given or forecast_pairs(drawing.depths, drawing.full.cfg_scale != 1, settings.num_depths)
-    plain = tuple(pair for pair in pairs if pair[0] > 0)
-    aged = [(pair, age) for pair in forecasts for age in range(1, settings.forecast_ages + 1)]
-    return plain + tuple(pair for pair, _ in aged), (0,) * len(plain) + tuple(age for _, age in aged)
+    given = tuple(choice for choice in choices if choice.forecast)
+    forecasts = given or forecast_choices(drawing.depths, guided, settings.num_depths)
+    plain = tuple(choice for choice in choices if not choice.forecast)
+    aged = [(choice, age) for choice in forecasts for age in range(1, settings.forecast_ages + 1)]
+    return plain + tuple(choice for choice, _ in aged), (0,) * len(plain) + tuple(age for _, age in aged)
 
 
 def measure_table_into(
@@ -248,8 +256,8 @@ def measure_shifts(
 ) -> ShiftTable:
     """`measure_table` of our own sampling.
 
-    For each batch of seeds the full trajectory is run once; at each band's first step it forks, the band is run at
-    the pair's depths, the rest at full depth. into: a file for the table, beside which an interrupted measurement goes
+    For each batch of seeds the full trajectory is run once; at each band's first step it forks, the band is run as
+    the choice says, the rest at full depth. into: a file for the table, beside which an interrupted measurement goes
     on. options: as of `measure_table`.
     """
     settings = settings or CalibrationSettings()

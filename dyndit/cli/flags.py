@@ -59,10 +59,9 @@ def chosen_plan(
 ) -> "DepthPlan | None":
     """The plan the flags ask for; None is the full model."""
     from dyndit.calibration.calibrate import plan_on_table
-    from dyndit.plans.plan import DepthPlan
+    from dyndit.plans.plan import DepthPlan, bind
     from dyndit.plans.schedules import ramp
     from dyndit.sampling.loop import full_plan
-    from dyndit.sampling.solvers import timesteps_of
 
     given = [flag for flag in ("plan", "budget", "ramp") if getattr(depth, flag) is not None]
     if len(given) > 1:
@@ -72,18 +71,8 @@ def chosen_plan(
             raise InputError(f"--ramp {depth.ramp}: expected 1 to {dynamic.num_blocks}")
         return ramp(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths, depth.ramp)
     if depth.plan is not None:
-        plan = DepthPlan.load(depth.plan)
-        bound = (dynamic.trunk_hash(), dynamic.exits_hash()) if plan.trunk else (None, None)
-        timesteps = timesteps_of(solver, steps)
-        plan.check(
-            depths=dynamic.depths,
-            trunk=bound[0],
-            exits=bound[1],
-            timesteps=timesteps,
-            solver=solver,
-            origin=str(depth.plan),
-        )
-        return plan
+        full = full_plan(dynamic, solver, steps, cfg_scale)
+        return bind(DepthPlan.load(depth.plan), dynamic, full=full, cfg_scale=cfg_scale, origin=str(depth.plan))
     if depth.budget is None and not depth.dynamic:
         return None
     budget = 0.6 if depth.budget is None else depth.budget

@@ -45,13 +45,12 @@ def train(
 
     chosen = find(recipe, "train", Train)
     with PartialState().main_process_first():  # latents are encoded once
-        backbone = chosen.backbone
-        pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
+        pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
     trunk = checkpoints.load(model) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     if trunk is not None:
-        settings["from"] = trunk.trunk_hash()
+        settings["from"] = trunk.identity.backbone
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
@@ -61,7 +60,7 @@ def train(
     if not PartialState().is_main_process:
         return
     checkpoints.save(model, out)
-    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.trunk_hash()}
+    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
     manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
@@ -109,11 +108,15 @@ def distill(
     loaded = checkpoints.inspect(model, num_heads=num_heads)
     for note in loaded.notes:
         print(note)
-    backbone = loaded.model.backbone
     with PartialState().main_process_first():
-        pictures = _training_data(data or chosen.data, backbone.image_size, backbone.in_channels, vae, out)
+        pictures = _training_data(data or chosen.data, loaded.model.backbone.sample_shape, vae, out)
     chosen.check(loaded.model, pictures)
-    settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": loaded.model.trunk_hash()}
+    settings = {
+        "verb": "distill",
+        "recipe": recipe,
+        "data": pictures.fingerprint,
+        "model": loaded.model.identity.backbone,
+    }
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size}
@@ -124,9 +127,14 @@ def distill(
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     errors.to_csv(out / "exit-errors.csv", index=False)
-    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": dynamic.exits_hash(), "trunk": dynamic.trunk_hash()}
+    facts = {
+        "fit": vars(fit),
+        "seconds": result.seconds,
+        "exits": dynamic.identity.exits,
+        "trunk": dynamic.identity.backbone,
+    }
     manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
-    if dynamic.trunk_hash() != loaded.model.trunk_hash():
+    if dynamic.identity.backbone != loaded.model.identity.backbone:
         moved = result.losses["full"].iloc[-20:].mean()
         print(f"trunk: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
     print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")
@@ -161,33 +169,35 @@ def convert(
     print(f"model: {target}")
 
 
-def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, out: Path) -> object:
+def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:
     from dyndit.training.data import open_data
 
     if not spec:
         raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
+    channels, *size = shape
     if vae is None and channels not in (1, 3):
         raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
     if vae is None:
-        return open_data(spec, None if spec == "digits" else image_size, channels)
+        return open_data(spec, None if spec == "digits" else tuple(size), channels)
     from dyndit.training.latents import encode_latents, load_autoencoder
 
     encoder = load_autoencoder(vae)
     factor = 2 ** (len(encoder.config.block_out_channels) - 1)
-    return encode_latents(open_data(spec, image_size * factor, encoder.config.in_channels), vae, out / "latents", 16)
+    return encode_latents(
+        open_data(spec, tuple(side * factor for side in size), encoder.config.in_channels), vae, out / "latents", 16
+    )
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
     """A sample grid on the way: DDIM, 20 steps, every class."""
     from dyndit.pictures import grid
-    from dyndit.sampling.sample import balanced_labels
     from dyndit.sampling.sample import sample as draw
 
     if model.pixel_space:
-        labels = balanced_labels(40, model.backbone.num_classes)
+        labels = model.backbone.condition.in_turn(40)
         folder = out / "previews"
         folder.mkdir(exist_ok=True)
-        scale = 1.5 if model.backbone.null_class is not None else 1.0
+        scale = 1.5 if model.backbone.condition.guided else 1.0
         grid(draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures).save(
             folder / f"step-{step:06d}.png"
         )

@@ -1,6 +1,7 @@
 """The verb that draws pictures: sample."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,9 +73,10 @@ def sample(
 
     from dyndit import manifest
     from dyndit.calibration.calibrate import table_for
-    from dyndit.models import tensors_hash
+    from dyndit.models.identity import tensors_hash
     from dyndit.progress import progress_bar
     from dyndit.sampling import sample as sampling
+    from dyndit.sampling.solvers import timesteps_of
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
@@ -88,23 +90,25 @@ def sample(
         steps = 20 if steps is None else steps
         plan = chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
     else:
-        plan = goal.choose(table_for(dynamic, stored_table(folder), solver), solver)
+        table = table_for(dynamic, stored_table(folder), solver)
+        plan = goal.choose(table, solver, partial(timesteps_of, solver))
         steps = plan.num_steps
-    classes = class_labels or tuple(range(dynamic.backbone.num_classes))
-    labels = [classes[i % len(classes)] for i in range(num_images)]
+    labels = dynamic.backbone.condition.in_turn(num_images)
+    if class_labels:
+        labels = [class_labels[i % len(class_labels)] for i in range(num_images)]
     resolved = sampling.resolve_plan(dynamic, plan, solver, steps, cfg_scale)
     settings = {
         "verb": "sample",
-        "model": dynamic.trunk_hash(),
-        "exits": dynamic.exits_hash(),
+        "model": dynamic.identity.backbone,
+        "exits": dynamic.identity.exits,
         "solver": solver,
         "steps": steps,
         "cfg_scale": cfg_scale,
         "guided_channels": guided_channels,
-        "labels": classes,
+        "labels": class_labels or "in turn",
         "num_images": num_images,
         "seed": seed,
-        "pairs": resolved.pairs,
+        "plan_steps": list(map(str, resolved.steps)),
         "autoencoder": "" if decoder is None else tensors_hash(decoder.state_dict()),
     }
     sampling.check_request(dynamic, labels, batch_size, seed)
@@ -186,9 +190,7 @@ def _print_chosen(plan: "DepthPlan") -> None:
 
 
 def _print_stats(result: object) -> None:
-    from dyndit.plans.plan import written, written_cond
-
     plan = result.plan
-    print("  step     t   cond uncond     ms")
-    for k, ((cond, uncond), seconds) in enumerate(zip(plan.pairs, result.step_seconds, strict=True)):
-        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {written_cond(cond):>4} {written(uncond):>6}  {1e3 * seconds:7.2f}")
+    print("  step     t       runs       ms")
+    for k, (step, seconds) in enumerate(zip(plan.steps, result.step_seconds, strict=True)):
+        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {step!s:>8}  {1e3 * seconds:7.2f}")

@@ -1,6 +1,7 @@
 """The verb that makes plans: calibrate."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,16 +173,17 @@ def calibrate(
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
     """The table beside the model, where it is this model's at this guidance scale; says which it is."""
-    from dyndit.plans.plan import REUSED
+    from dyndit.models.identity import same
+    from dyndit.plans.step import OwnExit
     from dyndit.plans.table import ShiftTable
 
     if not path.exists():
         return None
     table = ShiftTable.load(path)
-    if table.cfg_scale != cfg_scale or table.exits != dynamic.exits_hash():
+    if table.cfg_scale != cfg_scale or not same(table.exits, dynamic.identity.exits):
         print(f"{path}: measured at another guidance scale or on other exits; measured again")
         return None
-    terms = ", own guides" if any(uncond < REUSED for _, uncond in table.pairs) else ""
+    terms = ", own guides" if any(isinstance(choice.guide, OwnExit) for choice in table.choices) else ""
     terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
     held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
     print(f"{path}: searched as it is ({held}); --fresh measures anew")
@@ -217,20 +219,21 @@ def _extractor(measuring: Measuring, dynamic: "DynamicDepth", table: "ShiftTable
     """What the flags ask for, else what the table was measured with, else what suits the pictures' size."""
     from dyndit.analysis import load_extractor
 
-    usual = "digits" if dynamic.backbone.image_size == 8 else "inception"
+    usual = "digits" if dynamic.backbone.sample_shape[1:] == (8, 8) else "inception"
     name = measuring.extractor or (usual if table is None else table.extractor_name)
     return load_extractor(name, measuring.extractor_weights, device)
 
 
-def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[int, int]:
-    """Pixels across, and channels, of the pictures that a model's sampling ends in."""
-    size, channels = dynamic.backbone.image_size, dynamic.backbone.in_channels
+def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
+    """(height, width) and channels of the pictures that a model's sampling ends in."""
+    channels, *size = dynamic.backbone.sample_shape
     if decoder is None:
-        return size, channels
-    return size * 2 ** (len(decoder.config.block_out_channels) - 1), decoder.config.out_channels
+        return tuple(size), channels
+    factor = 2 ** (len(decoder.config.block_out_channels) - 1)
+    return tuple(side * factor for side in size), decoder.config.out_channels
 
 
-def _real_pictures(measuring: Measuring, extractor: "Extractor", size: int, channels: int) -> "Tensor":
+def _real_pictures(measuring: Measuring, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
     """At most 5,000 pictures of the reference, as uint8."""
     from dyndit.training.data import open_data
 
@@ -249,9 +252,11 @@ def _spread(pictures: "Pictures", most: int) -> "Tensor":
 def _print_step_counts(table: "ShiftTable", plan: "DepthPlan") -> None:
     """What every step count could do in the chosen plan's time."""
     from dyndit.plans.step_counts import frontier
+    from dyndit.sampling.solvers import timesteps_of
 
     f = plan.figures
     share = f.get("latency_budget", f["predicted_share_of_reference"])
-    rows = frontier(table, plan.solver, (share,), int(f["reference_steps"]))
+    timesteps_at = partial(timesteps_of, plan.solver)
+    rows = frontier(table, plan.solver, timesteps_at, (share,), int(f["reference_steps"]))
     print(f"within {share:.1%} of full depth's time at {f['reference_steps']:g} steps, by step count:")
     print(rows.drop(columns="latency_budget").to_string(index=False, float_format=lambda value: f"{value:.3f}"))

@@ -1,19 +1,16 @@
-"""Backbones by the name that `config.json` records. A new family: one file, one line here."""
+"""Backbones, exits and the model that runs them. A new family is one file here, found by itself."""
 
-from dyndit.models.base import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
-from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
+import importlib
+import pkgutil
+from functools import cache
 
-FAMILIES: dict[str, type[Backbone]] = {ClassConditionalDiT.family: ClassConditionalDiT}
+from dyndit.models.base import Backbone
 
-__all__ = [
-    "CARDS",
-    "FAMILIES",
-    "Backbone",
-    "ClassConditionalDiT",
-    "Condition",
-    "Conditioning",
-    "DiTConfig",
-    "Inputs",
-    "State",
-    "tensors_hash",
-]
+
+@cache
+def families() -> dict[str, type[Backbone]]:
+    """Every backbone of this package, by the name that `config.json` records."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    found = Backbone.__subclasses__()
+    return {kind.family: kind for kind in found if kind.__module__.startswith(f"{__name__}.")}

@@ -7,34 +7,16 @@ Shape legend, used in every docstring of the package:
     D  width of the trunk           L      number of blocks
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a family that takes more than labels is conditioned on, by the names of its own `forward`.
-
-    rows: tensors with the batch first (prompt embeddings, their masks); shared: what serves every row alike
-    (positions, flags). None is no entry.
-    """
-
-    rows: Mapping[str, Tensor]
-    shared: Mapping[str, object] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> object:
-        """The entry of that name, of either kind; None where there is none."""
-        return self.rows[name] if name in self.rows else self.shared.get(name)
-
-
-Condition = Tensor | Conditioning
-"""Labels (B,), or a `Conditioning`."""
+from dyndit.models.conditions import Condition, Conditioning, ConditionType
+from dyndit.models.identity import identity_of, tensors_hash
 
 
 @dataclass(frozen=True)
@@ -50,24 +32,21 @@ class Inputs:
 
     def rows(self, start: int, stop: int | None) -> Self:
         """Return rows `start:stop` of the batch."""
-        y = self.y
-        if isinstance(y, Conditioning):
-            y = replace(y, rows={name: value[start:stop] for name, value in y.rows.items()})
-        else:
-            y = y[start:stop]
-        return replace(self, x=self.x[start:stop], t=self.t[start:stop], y=y)
+        rows = slice(start, stop)
+        y = self.y.select(rows) if isinstance(self.y, Conditioning) else self.y[rows]
+        return replace(self, x=self.x[rows], t=self.t[rows], y=y)
+
+    def to(self, like: Tensor) -> Self:
+        """The same call on the device of `like`, x in its precision."""
+        return replace(self, x=self.x.to(like), t=self.t.to(like.device), y=self.y.to(like.device))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """One batch of several; what is shared is the first's."""
         if len(parts) == 1:
             return parts[0]
-        first = parts[0].y
-        if isinstance(first, Conditioning):
-            rows = {name: torch.cat([part.y.rows[name] for part in parts]) for name in first.rows}
-            y: Condition = replace(first, rows=rows)
-        else:
-            y = torch.cat([part.y for part in parts])
+        conditions = [part.y for part in parts]
+        y = Conditioning.joined(conditions) if isinstance(conditions[0], Conditioning) else torch.cat(conditions)
         return cls(torch.cat([part.x for part in parts]), torch.cat([part.t for part in parts]), y)
 
 
@@ -97,25 +76,39 @@ class State:
         return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})
 
 
+class BackboneConfig(Protocol):
+    """The architecture of a backbone as plain data: a dataclass that can build it."""
+
+    num_blocks: int
+
+    def build(self) -> "Backbone":
+        """A freshly initialised backbone."""
+
+
 class Backbone(nn.Module):
-    """A trunk that can be run block by block.
+    """A transformer that can be run block by block.
 
     A family defines `embed`, `block`, `head` and `new_exit_head`; nothing else in the package knows its inside.
     `head(block(L - 1, ... block(0, embed(x, t, y))))` is the model's prediction, bit for bit.
     """
 
     family: ClassVar[str]
-    """Name under which `config.json` records the class."""
+    """Name under which `config.json` records the class; families in this package are found by it."""
 
     num_blocks: int
     width: int
     """D, the width of `State.cond` and `State.tokens`."""
-    num_classes: int
-    null_class: int | None
-    """The label of the unconditional branch; None where the model was trained without one."""
-    in_channels: int
+    sample_shape: tuple[int, ...]
+    """Shape of one picture or latent, (C, H, W), or of one video, (C, T, H, W)."""
     out_channels: int
-    image_size: int
+    """C_out: C, or 2C with a learned variance."""
+    condition: ConditionType
+    """What the model is conditioned on."""
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return self.sample_shape[0]
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
         """x: (B, C, H, W), t: (B,), y: (B,) or a `Conditioning` -> the state before block 0."""
@@ -150,11 +143,18 @@ class Backbone(nn.Module):
         return {}
 
     def identity(self, tensors: Mapping[str, Tensor] | None = None) -> str:
-        """A hash that tells this trunk from any other; exits, plans and tables are bound to it.
+        """The name of this backbone's weights; exits, plans and tables are bound to it.
 
-        tensors: as `tensors()`, where they are other than the module's (rounded to half precision, say).
+        tensors: in place of `tensors()`, where the weights are on their way to a file.
         """
-        return tensors_hash(self.tensors() if tensors is None else tensors, json.dumps(self.unseen(), sort_keys=True))
+        return identity_of(self.tensors() if tensors is None else tensors, self._unseen_text())
+
+    def checksum(self, tensors: Mapping[str, Tensor] | None = None) -> str:
+        """An exact checksum of the weights, for files."""
+        return tensors_hash(self.tensors() if tensors is None else tensors, self._unseen_text())
+
+    def _unseen_text(self) -> str:
+        return json.dumps(self.unseen(), sort_keys=True)
 
     def config(self) -> dict[str, object]:
         """Plain data from which `from_config` builds the same architecture."""
@@ -165,22 +165,15 @@ class Backbone(nn.Module):
         """Build from what `config()` returned."""
         raise NotImplementedError
 
+    def example(self, rows: int, generator: torch.Generator | None = None) -> Inputs:
+        """A random call of so many rows, on the CPU in single precision: for tests and for timing."""
+        x = torch.randn((rows, *self.sample_shape), generator=generator)
+        t = torch.randint(1000, (rows,), generator=generator)
+        return Inputs(x, t, self.condition.example(rows, generator))
+
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
         """x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""
         state = self.embed(x, t, y)
         for index in range(self.num_blocks):
             state = self.block(index, state)
         return self.head(state)
-
-
-def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
-    """SHA-256 over names, shapes and values, and `more`: a flipped bit or a foreign file is told apart.
-
-    Values are hashed as float32: a trunk saved in half precision and loaded in single keeps its hash.
-    """
-    digest = hashlib.sha256(more.encode())
-    for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name}{tuple(values.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
+from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, position_features, zero_linear
 
 
@@ -19,7 +20,8 @@ from dyndit.models.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEm
 class DiTConfig:
     """The architecture of a class-conditional DiT. Sizes are in pixels (or latent pixels)."""
 
-    image_size: int = 32
+    image_size: int | tuple[int, int] = 32
+    """Side of a square picture, or (height, width)."""
     patch_size: int = 2
     in_channels: int = 4
     width: int = 1152
@@ -36,13 +38,33 @@ class DiTConfig:
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
+        if not isinstance(self.image_size, int):  # a list, through JSON
+            height, width = self.image_size
+            object.__setattr__(self, "image_size", height if height == width else (height, width))
+        for name in ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.image_size % self.patch_size:
-            raise InputError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        for size in self.size:
+            if size < 1:
+                raise InputError(f"image_size {size}: expected at least 1")
+            if size % self.patch_size:
+                raise InputError(f"image_size {size} is no multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads or self.width % 4:
             raise InputError(f"width {self.width} must be a multiple of 4 and of num_heads {self.num_heads}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.size[0] // self.patch_size, self.size[1] // self.patch_size
+
+    def build(self) -> "ClassConditionalDiT":
+        """A freshly initialised backbone."""
+        return ClassConditionalDiT(self)
 
 
 _UNSEEN = ("num_heads", "norm_eps", "mlp_norm_eps", "frequency_shift")
@@ -72,17 +94,15 @@ class ClassConditionalDiT(Backbone):
         super().__init__()
         c = self._config = config
         self.num_blocks, self.width = c.num_blocks, c.width
-        self.num_classes = c.num_classes
-        self.null_class = c.num_classes if c.label_dropout > 0 else None
-        self.in_channels, self.out_channels = c.in_channels, c.in_channels * (1 + c.learn_variance)
-        self.image_size = c.image_size
+        self.condition = ClassLabels(c.num_classes, c.label_dropout)
+        self.sample_shape = (c.in_channels, *c.size)
+        self.out_channels = c.in_channels * (1 + c.learn_variance)
         self.gradient_checkpointing = False
 
-        self.x_embedder = PatchEmbed(c.image_size, c.patch_size, c.in_channels, c.width, bias=True)
+        self.x_embedder = PatchEmbed(c.size, c.patch_size, c.in_channels, c.width, bias=True)
         self.t_embedder = TimestepEmbedder(c.width, c.frequency_shift)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width, c.label_dropout)
-        side = c.image_size // c.patch_size
-        self.pos_embed = nn.Parameter(position_features(side, c.width)[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(position_features(*c.grid, c.width)[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             DiTBlock(c.width, c.num_heads, c.mlp_ratio, c.norm_eps, c.mlp_norm_eps) for _ in range(c.num_blocks)
         )
@@ -150,6 +170,6 @@ class ClassConditionalDiT(Backbone):
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
-        p, side = self._config.patch_size, self.image_size // self._config.patch_size
-        grid = patches.reshape(len(patches), side, side, p, p, self.out_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), self.out_channels, side * p, side * p)
+        p, (rows, columns) = self._config.patch_size, self._config.grid
+        grid = patches.reshape(len(patches), rows, columns, p, p, self.out_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), self.out_channels, rows * p, columns * p)

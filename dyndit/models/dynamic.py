@@ -1,42 +1,77 @@
 """DynamicDepth: a backbone, its exits, and the one loop that runs a plan."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, Condition, Inputs, State, tensors_hash
+from dyndit.models.base import Backbone, Inputs, State
+from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
-from dyndit.models.forecasts import forecast_gap, remembered
+from dyndit.models.forecasts import Gaps, forecast_gap, remembered
+from dyndit.models.identity import VERSION_1, Identity, check, identity_of, sketch, tensors_hash
+from dyndit.models.work import Work
 
 
 @dataclass(frozen=True)
-class Step:
+class StepInputs:
     """What the sampling loop asks of a model at one step.
 
-    k: the step, from 0; x_t: (B, C, H, W), scaled as the network takes it, in the precision of its weights; times: (B,)
-    on its device; labels: (B,) per branch, the conditional one first and the unconditional one, where there is
-    guidance at this step, second; depths: of `DynamicDepth.depths`, one per branch; timesteps: of the whole sampling,
-    on the host, falling. guide: where it is not 0, there is one branch, and a second prediction is asked for: that of
-    its own exit at this depth. forecasts: what full depth adds to the conditional branch's exit is to be forecast, and
-    added. kept: the exits of a branch at full depth that later steps forecast from.
+    k: the step, from 0. branches: the inputs of each branch, the conditional one first; x is scaled as the network
+    takes it, in the precision of its weights. work: what runs, with one depth per branch. timesteps: of the whole
+    sampling, on the host, falling. uncond_first: stack the unconditional rows first if both branches are equally deep.
     """
 
     k: int
-    x_t: Tensor
-    times: Tensor
-    labels: tuple[Condition, ...]
-    depths: tuple[int, ...]
+    branches: tuple[Inputs, ...]
+    work: Work
     timesteps: tuple[float, ...]
-    guide: int = 0
-    forecasts: bool = False
-    kept: tuple[int, ...] = ()
+    uncond_first: bool = False
+
+    @property
+    def x_t(self) -> Tensor:
+        """The conditional branch's pictures, (B, C, H, W)."""
+        return self.branches[0].x
+
+    @property
+    def times(self) -> Tensor:
+        """Their timestep, (B,)."""
+        return self.branches[0].t
+
+    @property
+    def labels(self) -> tuple[Condition, ...]:
+        """The condition of each branch."""
+        return tuple(branch.y for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step leaves for later ones. Never written to, so trajectories that fork share it.
+
+    gaps: what full depth added to exits at the last two full steps. guided: the predictions of both branches at the
+    last step that ran both, the conditional one first; None before such a step.
+    """
+
+    gaps: tuple[Gaps, ...] = ()
+    guided: tuple[Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self
+
+    def guide_held(self, own: Tensor) -> Tensor | None:
+        """The prediction that guides `own` by the remembered difference, float32; None where nothing is remembered."""
+        if self.guided is None:
+            return None
+        conditional, unconditional = (prediction.float() for prediction in self.guided)
+        return own.float() - (conditional - unconditional)
 
 
 _OPTIONS_OF_DIFFUSERS = {
@@ -47,6 +82,22 @@ _OPTIONS_OF_DIFFUSERS = {
 """What `DiffusionPipeline.from_pretrained` passes on to its components, whatever they are."""
 
 
+class Storage(Protocol):
+    """How models are stored: `dyndit.storage.pretrained` is the implementation, and sets `DynamicDepth.storage`.
+
+    The model knows no format, so that formats can know the model.
+    """
+
+    def save(self, model: DynamicDepth, folder: Path, **options: object) -> None:
+        """As `DynamicDepth.save_pretrained`."""
+
+    def load(self, path_or_hub_id: str | Path, **options: object) -> DynamicDepth:
+        """As `DynamicDepth.from_pretrained`."""
+
+    def push(self, model: DynamicDepth, repo_id: str, **options: object) -> str:
+        """As `DynamicDepth.push_to_hub`."""
+
+
 class DynamicDepth(ModelMixin):
     """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
 
@@ -54,12 +105,15 @@ class DynamicDepth(ModelMixin):
     `dyndit.storage.load`' native folder.
     """
 
+    storage: ClassVar[Storage | None] = None
+
     def __init__(self, backbone: Backbone, exits: Exits | None = None, *, pixel_space: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
         self.exits = exits
         self.pixel_space = pixel_space
         """Whether pictures are pixels in [-1, 1] (predicted x0 is clamped there) or latents."""
+        self._identity: tuple[str, Identity] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -82,25 +136,33 @@ class DynamicDepth(ModelMixin):
             raise InputError(f"depth {depth}: expected one of {list(self.depths)}, where this model has exits")
         return self.branches(x, t, [y], [depth])[0]
 
-    def predict(self, step: Step, memory: object) -> tuple[list[Tensor], object]:
-        """What the sampling loop calls: a prediction per branch (B, C_out, H, W), or the branch's own and its guide's,
-        and the memory for the next step.
+    def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
+        """Run one sampling step: the one function that samplers and the plug-in call.
 
-        memory: None at a sampling's start, later what the step before returned. A plan remembers what its forecasts
-        need; a model that reuses earlier steps in another way overrides this, and keeps all it needs in the memory,
-        never in itself.
+        memory: None at a sampling's start, later what the step before returned. A model that reuses earlier steps in
+        another way overrides this, and keeps all it needs in the memory, never in itself.
+
+        -> the conditional prediction (B, C_out, H, W) and, where the step is guided, the prediction that it is guided
+        by; and the memory for the next step.
         """
-        passing = sorted({*step.kept, *((step.guide,) if step.guide else ())})
-        branches = [Inputs(step.x_t, step.times, labels) for labels in step.labels]
-        predictions = self.run(branches, step.depths, passing)
-        own, passed = predictions[: len(branches)], dict(zip(passing, predictions[len(branches) :], strict=True))
-        timestep = step.timesteps[step.k]
-        if step.forecasts:
-            gains = None if self.exits is None else self.exits.gains_of(step.depths[0])
-            own[0] = own[0] + forecast_gap(memory, step.depths[0], timestep, gains)
-        if step.kept:
-            memory = remembered(memory, timestep, {depth: own[0] - passed[depth] for depth in step.kept})
-        return ([*own, passed[step.guide]] if step.guide else own), memory
+        memory, work, timestep = memory or Memory(), step.work, step.timesteps[step.k]
+        passing = work.heads_on_the_way
+        predictions = self.run(step.branches, work.depths, passing, uncond_first=step.uncond_first)
+        num = len(step.branches)
+        own, passed = predictions[:num], dict(zip(passing, predictions[num:], strict=True))
+        if work.forecast:
+            gains = None if self.exits is None else self.exits.gains_of(work.depths[0])
+            own[0] = own[0] + forecast_gap(memory.gaps, work.depths[0], timestep, gains)
+        if work.kept:
+            gaps = {depth: own[0] - passed[depth] for depth in work.kept}
+            memory = replace(memory, gaps=remembered(memory.gaps, timestep, gaps))
+        if len(own) == 2:
+            memory = replace(memory, guided=(own[0], own[1]))
+        elif work.own_exit:
+            own.append(passed[work.own_exit])
+        elif work.held and (held := memory.guide_held(own[0])) is not None:
+            own.append(held)
+        return own, memory
 
     def branches(self, x: Tensor, t: Tensor, labels: Sequence[Condition], depths: Sequence[int]) -> list[Tensor]:
         """Predict the same pictures under several label sets, each at its own depth.
@@ -109,13 +171,21 @@ class DynamicDepth(ModelMixin):
         """
         return self.run([Inputs(x, t, y) for y in labels], depths)
 
-    def run(self, branches: Sequence[Inputs], depths: Sequence[int], passing: Sequence[int] = ()) -> list[Tensor]:
-        """Predict every branch at its own depth: one batch as deep as all go; those that leave are cut off.
+    def run(
+        self,
+        branches: Sequence[Inputs],
+        depths: Sequence[int],
+        passing: Sequence[int] = (),
+        *,
+        uncond_first: bool = False,
+    ) -> list[Tensor]:
+        """Run all branches as one batch. After each exit depth, remove the rows that leave there.
 
         depths: one of `self.depths` per branch -> a prediction per branch, in the order given, and after them those of
-        the first branch's exits at the depths `passing`, rising and below its own.
+        the first branch's exits at the depths `passing`, rising and below its own. uncond_first: stack equally deep
+        branches in reverse order.
         """
-        order = sorted(range(len(branches)), key=lambda i: depths[i])
+        order = sorted(range(len(branches)), key=lambda i: (depths[i], -i if uncond_first else i))
         joined = Inputs.joined([branches[i] for i in order])
         state, done = self.backbone.embed(joined.x, joined.t, joined.y), 0
         predictions: list[Tensor] = [joined.x] * len(branches)
@@ -155,13 +225,28 @@ class DynamicDepth(ModelMixin):
         """The prediction at every depth, in one pass.  -> {depth: (B, C_out, H, W)}."""
         return dict(zip(self.depths, self.along(x, t, y, self.depths), strict=True))
 
-    def trunk_hash(self) -> str:
-        """Hash of the trunk; exits, plans and tables are bound to it."""
-        return self.backbone.identity()
+    @property
+    def identity(self) -> Identity:
+        """Who this model is: exits, plans and tables are bound to it. Computed once, and again after weights change."""
+        seen = sketch(self.state_dict())
+        if self._identity is None or self._identity[0] != seen:
+            exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
+            self._identity = (seen, Identity(self.backbone.identity(), exits))
+        return self._identity[1]
 
-    def exits_hash(self) -> str:
-        """Hash of the exits' weights ("" without exits)."""
-        return tensors_hash(self.exits.state_dict()) if self.exits is not None else ""
+    def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:
+        """Refuse what was made for another backbone or other exits; an empty hash fits any.
+
+        Raises:
+            error: naming `origin`, the hash found and the model's.
+        """
+        if not (backbone or exits):
+            return
+        exact = None
+        if backbone.startswith(VERSION_1) or exits.startswith(VERSION_1):
+            sums = (self.backbone.checksum(), "" if self.exits is None else tensors_hash(self.exits.state_dict()))
+            exact = Identity(*sums)
+        check(self.identity, backbone, exits, origin=origin, exact=exact, error=error)
 
     def save_pretrained(
         self,
@@ -177,17 +262,11 @@ class DynamicDepth(ModelMixin):
         repo_id: "org/name" (default: the folder's name). license: for the card. hub: as in `push_to_hub`.
 
         Raises:
-            InputError: the trunk is an adapter's: its own library saves it.
+            InputError: the backbone is an adapter's: its own library saves it.
             CheckpointError: the hub refuses.
         """
-        from dyndit.storage import card as model_card
-        from dyndit.storage import load as checkpoints
-
-        folder = Path(save_directory)
-        checkpoints.save(self, folder)
-        model_card.write(self, folder, license=license)
-        if push_to_hub:
-            checkpoints.push(folder, repo_id or folder.name, **hub)
+        options = {"push_to_hub": push_to_hub, "repo_id": repo_id, "license": license, **hub}
+        self._stored().save(self, Path(save_directory), **options)
 
     @classmethod
     def from_pretrained(
@@ -203,17 +282,15 @@ class DynamicDepth(ModelMixin):
         """Load whatever `dyndit.load` recognises, in eval mode.
 
         of_diffusers: what it passes to each component of a pipeline about its own file formats (`variant`,
-        `low_cpu_mem_usage`, ...); means nothing here.
+        `low_cpu_mem_usage`, ...); ignored.
 
         Raises:
             CheckpointError: missing, damaged or foreign.
             InputError: an option that is neither ours nor diffusers'.
         """
-        from dyndit.storage import load as checkpoints
-
         if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
             raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
-        model = checkpoints.load(path_or_hub_id, num_heads=num_heads, revision=revision)
+        model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision)
         if wanted := dtype or torch_dtype:
             for part in model.children():  # `ModelMixin.to` warns of any dtype, whether it matters or not
                 part.to(wanted)
@@ -228,6 +305,10 @@ class DynamicDepth(ModelMixin):
         Raises:
             CheckpointError: the folder is of another model, or the hub refuses.
         """
-        from dyndit.storage import load as checkpoints
+        return self._stored().push(self, repo_id, folder=folder, **hub)
 
-        return checkpoints.push_model(self, repo_id, folder=folder, **hub)
+    @classmethod
+    def _stored(cls) -> Storage:
+        if cls.storage is None:
+            raise InputError("DynamicDepth: nothing stores it yet; expected `import dyndit.storage.pretrained` before")
+        return cls.storage

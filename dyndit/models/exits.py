@@ -10,7 +10,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, State
+from dyndit.models.base import Backbone, State
 from dyndit.models.layers import modulate
 
 HeadName = Literal["adaln-linear", "wide"]

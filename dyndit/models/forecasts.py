@@ -30,21 +30,17 @@ class Gaps:
     by_depth: Mapping[int, Tensor]
 
 
-Memory = tuple[Gaps, ...]
-"""The last two steps at full depth, the later one last. Never written to: trajectories that fork share it."""
+def remembered(earlier: Sequence[Gaps], timestep: float, gaps: Mapping[int, Tensor]) -> tuple[Gaps, ...]:
+    """The last two full steps, after one more: the later one last."""
+    return (*earlier[-1:], Gaps(timestep, gaps))
 
 
-def remembered(memory: Memory | None, timestep: float, gaps: Mapping[int, Tensor]) -> Memory:
-    """The memory after a step at full depth."""
-    return (*(memory or ())[-1:], Gaps(timestep, gaps))
-
-
-def forecast_gap(memory: Memory | None, depth: int, timestep: float, gains: Tensor | None = None) -> Tensor:
+def forecast_gap(earlier: Sequence[Gaps], depth: int, timestep: float, gains: Tensor | None = None) -> Tensor:
     """The gap of the exit at `depth`, at a later timestep.  -> (B, C_out, H, W).
 
     gains: (2, NUM_TERMS), the learned correction, or None. Of one remembered step the gap is taken as it was.
     """
-    known = [gaps for gaps in memory or () if depth in gaps.by_depth]
+    known = [gaps for gaps in earlier if depth in gaps.by_depth]
     level, slope = terms(known, depth, timestep)
     if gains is None:
         return level if slope is None else level + slope

@@ -18,13 +18,16 @@ def timestep_features(t: Tensor, size: int, shift: int = 0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def position_features(side: int, width: int) -> Tensor:
-    """Fixed 2-D sin-cos positions: half the width encodes the column, half the row.  -> (side * side, width)."""
+def position_features(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed 2-D sin-cos positions: half the width encodes the column, half the row.  -> (rows * columns, width)."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
-    return torch.cat([columns, rows], dim=1).float()
+
+    def axis(num: int) -> Tensor:
+        angles = torch.arange(num, dtype=torch.float64)[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    across, down = axis(columns).repeat(rows, 1), axis(rows).repeat_interleave(columns, dim=0)
+    return torch.cat([across, down], dim=1).float()
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -53,16 +56,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.null_class, self.dropout = num_classes, dropout
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
-
-    def drop(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Replace each label by the null label with probability `dropout`.
-
-        The training loop calls this with its own generator, so that a step is a function of the seed alone.
-        """
-        lost = torch.rand(len(y), generator=generator) < self.dropout
-        return torch.where(lost.to(y.device), self.null_class, y)
 
     def forward(self, y: Tensor) -> Tensor:
         """y: (B,) -> (B, D)."""
@@ -109,5 +103,6 @@ class FinalLayer(nn.Module):
 
 
 def zero_linear(linear: nn.Linear) -> None:
+    """Set weight and bias to zero."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

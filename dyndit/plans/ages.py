@@ -1,34 +1,37 @@
-"""How old a forecast is, and so which entry of a shift table it takes: the age follows from the steps before it."""
+"""Ages of forecasts: the number of steps since the last step at full depth, which decides the table entry of a step."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dyndit.plans.table import Pair, ShiftTable
+from dyndit.plans.step import Step
+from dyndit.plans.table import ShiftTable
 
 
 class AgedEntries:
-    """Which entry of a table a step takes: of a pair that forecasts, that of the age which the steps before it make."""
+    """The table entry of each step. A choice that forecasts has one entry per age.
+
+    The age follows from the steps before it, so a plan is read from its first step to its last.
+    """
 
     def __init__(
-        self, table: "ShiftTable", pairs: "tuple[Pair, ...]", nearest: "Callable[[Pair], int]", num_steps: int
+        self, table: ShiftTable, choices: tuple[Step, ...], nearest: Callable[[Step], int], num_steps: int
     ) -> None:
-        """nearest: of a pair that does not forecast, its index in `pairs` or the closest one's."""
-        self.oldest, self.full = max(table.ages), torch.tensor([cond == table.num_blocks for cond, _ in pairs])
+        """nearest: the index in `choices` of a step that does not forecast, or of the closest one."""
+        self.oldest, self.full = max(table.ages), torch.tensor([c.depth == table.num_blocks for c in choices])
         # Ages are steps of the table; between two steps of a longer sampling less changes.
         self.pace = table.num_steps / num_steps
-        where = {(pair, age): i for i, (pair, age) in enumerate(zip(table.pairs, table.ages, strict=True))}
-        where[table.full_pair, 0] = len(table.pairs)
-        plain = [i if cond > 0 else nearest((-cond, uncond)) for i, (cond, uncond) in enumerate(pairs)]
+        where = {(choice, age): i for i, (choice, age) in enumerate(zip(table.choices, table.ages, strict=True))}
+        where[table.full_step, 0] = len(table.choices)
+        plain = [nearest(replace(c, forecast=False)) if c.forecast else i for i, c in enumerate(choices)]
         self.plain = torch.tensor(plain)
-        """Of each pair, itself or, where it forecasts, the plain exit that it stands for without."""
-        alone = [where[pairs[i], 0] for i in plain]
+        """`plain[i]`: the index of choice i without its forecast."""
+        alone = [where[choices[i], 0] for i in plain]
         ages = range(self.oldest + 1)  # the first column: no age, so no forecast
-        self.entry = torch.tensor([[where.get((pair, age), alone[i]) for age in ages] for i, pair in enumerate(pairs)])
-        self.known = torch.tensor([[(pair, age) in where or pair[0] > 0 for age in ages] for pair in pairs])
+        self.entry = torch.tensor([[where.get((c, age), alone[i]) for age in ages] for i, c in enumerate(choices)])
+        self.known = torch.tensor([[(c, age) in where or not c.forecast for age in ages] for c in choices])
 
     def _columns(self, since: Tensor) -> Tensor:
         """Column of `entry` where full depth was `since` steps ago (0: never)."""
@@ -36,7 +39,10 @@ class AgedEntries:
         return torch.where(column > self.oldest, 0, column)
 
     def taken(self, choices: Tensor) -> tuple[Tensor, Tensor]:
-        """choices: (M, K) of pairs -> the same without forecasts that nothing allows, and the entries they take."""
+        """Replace forecasts that have no measured age by plain exits.
+
+        choices: (M, K) indices -> the settled indices (M, K), and the table entries they take (M, K).
+        """
         since, settled, entries = torch.zeros(len(choices), dtype=torch.long), [], []
         for choice in choices.unbind(1):
             column = self._columns(since)
@@ -47,7 +53,7 @@ class AgedEntries:
         return torch.stack(settled, 1), torch.stack(entries, 1)
 
     def at(self, choice: Tensor) -> Tensor:
-        """The entry that each pair would take at every step of a plan.  choice: (K,) -> (K, P)."""
+        """The entry that each choice would take at every step of a plan.  choice: (K,) -> (K, P)."""
         return self.entry[:, self._columns(self._since(choice))].T
 
     def _since(self, choice: Tensor) -> Tensor:
@@ -67,7 +73,7 @@ class AgedEntries:
         columns = self._columns(torch.arange(most))
         later, best = torch.zeros(most, dtype=torch.float64), []
         for step in reversed(range(num_steps)):
-            # (P, states): what a pair adds in each state, and what follows from the state after it.
+            # (P, states): what a choice adds in each state, and what follows from the state after it.
             state = torch.arange(most)
             after = torch.where(self.full[:, None], 1, torch.where(state > 0, (state + 1).clamp(max=most - 1), 0))
             total = values[step][self.entry[:, columns]] + price * costs[:, None] + later[after]
@@ -76,7 +82,7 @@ class AgedEntries:
             best.append(choice)
         now, plan = 0, []
         for choice in reversed(best):
-            pair = int(choice[now])
-            plan.append(pair)
-            now = 1 if self.full[pair] else now + 1 if now else 0
+            picked = int(choice[now])
+            plan.append(picked)
+            now = 1 if self.full[picked] else now + 1 if now else 0
         return torch.tensor(plan)

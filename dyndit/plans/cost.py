@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
-from dyndit.plans.plan import DepthPlan, guide_of
+from dyndit.plans.plan import DepthPlan, full_step
+from dyndit.plans.step import Step
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class PartTimes:
 
     @classmethod
     def from_description(cls, data: dict) -> Self:
-        """Build from what `asdict` gave, also through JSON, whose keys are text; of older tables, without `exits`."""
-        return cls(**{**data, "exits": {int(depth): seconds for depth, seconds in data.get("exits", {}).items()}})
+        """Build from what `asdict` gave, also through JSON, whose keys are text."""
+        return cls(**{**data, "exits": {int(depth): seconds for depth, seconds in data["exits"].items()}})
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,18 @@ class CostModel:
     """Per step, besides the network: scheduler, guidance, clamping."""
     device: str = "cpu"
 
-    def step_seconds(self, cond: int, uncond: int) -> float:
-        """Seconds of a step at these depths; without an unconditional pass a guide of its own exit costs its head.
+    def step_seconds(self, step: Step) -> float:
+        """Seconds of a step. A guide of its own exit costs that head.
 
-        A forecast costs its exit's head twice: the step at full depth that it builds on ran it too.
+        A forecast costs its exit's head twice: the step at full depth that it builds on ran the head too.
         """
-        if cond < 0:
-            return self.step_seconds(-cond, uncond) + self._leave(self.one, -cond)
-        if uncond <= 0:
-            guide = self._leave(self.one, guide_of(uncond)) if guide_of(uncond) else 0.0
-            return self.solver + self.one.embed + cond * self.one.block + self._leave(self.one, cond) + guide
-        shallow, deep = sorted((cond, uncond))
+        work = step.work()
+        heads = [*work.heads_on_the_way, *((step.depth,) if work.forecast else ())]
+        extra = sum(self._leave(self.one, depth) for depth in heads)
+        if len(work.depths) == 1:
+            (depth,) = work.depths
+            return self.solver + self.one.embed + depth * self.one.block + self._leave(self.one, depth) + extra
+        shallow, deep = sorted(work.depths)
         seconds = self.solver + self.two.embed + shallow * self.two.block
         if shallow == deep:
             return seconds + self._leave(self.two, deep)
@@ -55,7 +57,7 @@ class CostModel:
 
     def plan_seconds(self, plan: DepthPlan) -> float:
         """Predicted seconds from noise to picture for one batch."""
-        return sum(self.step_seconds(c, u) for c, u in plan.pairs)
+        return sum(map(self.step_seconds, plan.steps))
 
     def network_seconds(self, plan: DepthPlan) -> float:
         """Predicted seconds of those in the network: without the solver's."""
@@ -63,7 +65,7 @@ class CostModel:
 
     def share_of_time(self, plan: DepthPlan) -> float:
         """Predicted time as a share of full depth's at the same steps."""
-        full = self.step_seconds(plan.num_blocks, plan.num_blocks if plan.cfg_scale != 1 else 0)
+        full = self.step_seconds(full_step(plan.num_blocks, plan.cfg_scale))
         return self.plan_seconds(plan) / (full * plan.num_steps)
 
     def _leave(self, parts: PartTimes, depth: int) -> float:

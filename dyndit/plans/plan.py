@@ -1,71 +1,37 @@
-"""DepthPlan: for each sampling step and guidance branch, what to run. Plain data."""
+"""DepthPlan: a table of steps, what to run at each sampling step. Plain data, saved as JSON."""
 
 import itertools
 import json
-import operator
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from dyndit.errors import PlanError
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import VERSION_1
+from dyndit.models.work import Work
+from dyndit.plans.step import NoGuide, Step, Unconditional
 
 FORMAT = "dyndit-plan"
-VERSION = 1
-
-REUSED = -1
-"""An unconditional depth: no pass at this step, the difference between the branches is that of the last guided one."""
-
-
-def own_exit(depth: int) -> int:
-    """An unconditional depth: no pass at this step, the conditional branch is guided by its own exit at `depth`.
-
-    The exit is the weaker model that the prediction is pushed away from, as in autoguidance (Karras et al. 2024,
-    "Guiding a Diffusion Model with a Bad Version of Itself", arXiv:2406.02507), but of the same pass: it costs a head.
-    """
-    return REUSED - depth
-
-
-def guide_of(uncond: int) -> int:
-    """The depth of the conditional branch's own exit that guides it; 0 where the unconditional depth says otherwise."""
-    return REUSED - uncond if uncond < REUSED else 0
-
-
-def forecast(depth: int) -> int:
-    """A conditional depth: leave at `depth`, and add what full depth would add there, forecast from earlier steps.
-
-    `dyndit.models.forecasts` tells how. Features of earlier steps serve longer where they are extrapolated (TaylorSeer, Liu et
-    al. 2025, arXiv:2503.06923); here only what the exit lacks is.
-    """
-    return -depth
-
-
-def written(uncond: int) -> str:
-    """An unconditional depth as it is printed: "e4" is the own exit at 4."""
-    return f"e{guide_of(uncond)}" if uncond < REUSED else "reuse" if uncond == REUSED else str(uncond)
-
-
-def written_cond(cond: int) -> str:
-    """A conditional depth as it is printed: "4+" is the exit at 4 with the rest forecast."""
-    return str(cond) if cond > 0 else f"{-cond}+"
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """Depths of both guidance branches at every sampling step, from the noisiest step to the last.
+    """What runs at every sampling step, from the noisiest step to the last.
 
-    A depth of L (`num_blocks`) is the full model. An unconditional depth of 0 means no unconditional pass at that
-    step, hence no guidance there; REUSED means no pass either, but guidance by the difference that the branches had at
-    the last step that ran both (none, where there was no such step); `own_exit(d)` means guidance by the conditional
-    branch's own exit at depth d, below its depth at that step. A plan whose unconditional depths are all 0 is unguided.
-    A conditional depth of `forecast(d)` leaves at d and forecasts the rest from earlier steps at full depth; such a
-    step runs no unconditional pass.
+    A depth of L (`num_blocks`) is the full model. A plan of guidance scale 1 has no guides.
+
+    Raises:
+        PlanError: no steps, timesteps that do not fall, another number of steps than timesteps, a depth beyond L, a
+            forecast without an earlier step at full depth, or a guide at guidance scale 1.
     """
 
     timesteps: tuple[float, ...]
     """The solver's timesteps, falling from noise to picture; whole ones are kept as integers."""
-    cond: tuple[int, ...]
-    uncond: tuple[int, ...]
+    steps: tuple[Step, ...]
     num_blocks: int
     solver: str
     router: str = "full"
@@ -73,52 +39,41 @@ class DepthPlan:
     cfg_scale: float = 1.0
     budget: float | None = None
     """Share of the full plan's predicted time the plan was written for."""
-    trunk: str = ""
-    """Hash of the trunk it was calibrated on; "" for a schedule that fits any trunk of this depth."""
+    backbone: str = ""
+    """Identity of the backbone it was calibrated on; "" for a schedule that fits any backbone of this depth."""
     exits: str = ""
-    """Hash of the exits it was calibrated on, likewise."""
+    """Identity of the exits it was calibrated on, likewise."""
     figures: dict[str, float] = field(default_factory=dict, compare=False)
     """What the router predicted and measured: shares of time and blocks, Fréchet distances."""
 
     def __post_init__(self) -> None:
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in self.timesteps)
         object.__setattr__(self, "timesteps", timesteps)
-        for name in ("cond", "uncond"):
-            object.__setattr__(self, name, tuple(operator.index(v) for v in getattr(self, name)))
+        steps = tuple(Step.parse(step) if isinstance(step, str) else step for step in self.steps)
+        object.__setattr__(self, "steps", steps)
         if not self.timesteps:
             raise PlanError("plan: no steps")
         if any(a <= b for a, b in itertools.pairwise(self.timesteps)):
             raise PlanError("plan: timesteps must fall from noise to picture")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PlanError(f"plan: budget {self.budget:g}, expected above 0 and at most 1")
-        for name, least in (("cond", forecast(self.num_blocks - 1)), ("uncond", own_exit(self.num_blocks - 1))):
-            depths = getattr(self, name)
-            if len(depths) != len(self.timesteps):
-                raise PlanError(f"plan: {len(depths)} {name} depths for {len(self.timesteps)} timesteps")
-            if bad := [d for d in depths if not least <= d <= self.num_blocks or (name == "cond" and d == 0)]:
-                least = 1 if name == "cond" and bad[0] >= 0 else least
-                raise PlanError(f"plan: {name} depth {bad[0]} outside {least}..{self.num_blocks}")
-        for depth, guide in zip(self.run_depths, map(guide_of, self.uncond), strict=True):
-            if guide >= depth:
-                raise PlanError(f"plan: guided by its own exit at {guide}, expected one below its depth {depth}")
-        for step, (cond, uncond) in enumerate(self.pairs):
-            if cond < 0 and self.num_blocks not in self.cond[:step]:
-                raise PlanError(f"plan: step {step} forecasts, but no step before it is at full depth")
-            if cond < 0 < uncond:
-                raise PlanError(f"plan: step {step} forecasts beside an unconditional pass; expected none")
+        if len(self.steps) != len(self.timesteps):
+            raise PlanError(f"plan: {len(self.steps)} steps for {len(self.timesteps)} timesteps")
+        for k, step in enumerate(self.steps):
+            if max(step.exits) > self.num_blocks:
+                raise PlanError(f"plan: step {k} ({step}) goes beyond {self.num_blocks} blocks")
+            if step.forecast and not any(earlier.depth == self.num_blocks for earlier in self.steps[:k]):
+                raise PlanError(f"plan: step {k} forecasts, but no step before it is at full depth")
+            if step.forecast and step.depth == self.num_blocks:
+                raise PlanError(f"plan: step {k} ({step}) forecasts at full depth, which lacks nothing")
+            if self.cfg_scale == 1 and step.guide != NoGuide():
+                raise PlanError(f"plan: step {k} ({step}) is guided, but the guidance scale is 1")
 
     @classmethod
-    def full(cls, timesteps: tuple[float, ...], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
-        """The original model at every step; both branches where `cfg_scale` is not 1."""
-        depths = (num_blocks,) * len(timesteps)
-        return cls(
-            timesteps,
-            depths,
-            depths if cfg_scale != 1 else (0,) * len(timesteps),
-            num_blocks,
-            solver,
-            cfg_scale=cfg_scale,
-        )
+    def full(cls, timesteps: Sequence[float], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
+        """The original model at every step; both branches unless `cfg_scale` is 1."""
+        step = full_step(num_blocks, cfg_scale)
+        return cls(tuple(timesteps), (step,) * len(timesteps), num_blocks, solver, cfg_scale=cfg_scale)
 
     @property
     def num_steps(self) -> int:
@@ -126,118 +81,80 @@ class DepthPlan:
         return len(self.timesteps)
 
     @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(conditional, unconditional) depth of every step."""
-        return tuple(zip(self.cond, self.uncond, strict=True))
-
-    @property
     def guided(self) -> bool:
         """Whether any step runs the unconditional branch."""
-        return any(depth > 0 for depth in self.uncond)
+        return any(isinstance(step.guide, Unconditional) for step in self.steps)
 
     @property
-    def reuses(self) -> bool:
-        """Whether any step takes the difference between the branches from an earlier one."""
-        return REUSED in self.uncond
-
-    @property
-    def run_depths(self) -> tuple[int, ...]:
+    def depths(self) -> tuple[int, ...]:
         """Blocks that the conditional branch runs at every step."""
-        return tuple(map(abs, self.cond))
+        return tuple(step.depth for step in self.steps)
 
     @property
-    def forecasts(self) -> bool:
-        """Whether any step forecasts what lies beyond its exit."""
-        return min(self.cond) < 0
+    def uncond_depths(self) -> tuple[int, ...]:
+        """Blocks that the unconditional branch runs at every step; 0 without a pass."""
+        return tuple(sum(step.work().depths[1:]) for step in self.steps)
 
-    @property
-    def kept(self) -> tuple[tuple[int, ...], ...]:
-        """Per step, the exits whose gap to full depth a later step forecasts from: of the last two at full depth."""
-        kept: list[set[int]] = [set() for _ in self.cond]
+    @cached_property
+    def works(self) -> tuple[Work, ...]:
+        """What runs at every step: `step.work()`, and the gaps that later forecasts need remembered.
+
+        A forecast builds on the last two steps at full depth before it.
+        """
+        kept: list[set[int]] = [set() for _ in self.steps]
         full: list[int] = []
-        for step, depth in enumerate(self.cond):
-            if depth == self.num_blocks:
-                full.append(step)
-            elif depth < 0:
+        for k, step in enumerate(self.steps):
+            if step.depth == self.num_blocks:
+                full.append(k)
+            elif step.forecast:
                 for earlier in full[-2:]:
-                    kept[earlier].add(-depth)
-        return tuple(tuple(sorted(depths)) for depths in kept)
-
-    @property
-    def guides(self) -> tuple[int, ...]:
-        """Depth of the own exit that guides each step; 0 where none does."""
-        return tuple(map(guide_of, self.uncond))
+                    kept[earlier].add(step.depth)
+        return tuple(step.work().keeping(tuple(depths)) for step, depths in zip(self.steps, kept, strict=True))
 
     @property
     def share_of_blocks(self) -> float:
-        """Blocks run, as a share of the full plan's (of both branches where the plan is for guided sampling)."""
-        branches = 2 if self.cfg_scale != 1 else 1
-        run = sum(self.run_depths) + sum(max(depth, 0) for depth in self.uncond)
-        return run / (branches * self.num_blocks * self.num_steps)
+        """Blocks run, as a share of the full plan's (of both branches where the guidance scale is not 1)."""
+        full = full_step(self.num_blocks, self.cfg_scale).work().blocks
+        return sum(step.work().blocks for step in self.steps) / (full * self.num_steps)
 
     @property
     def mean_depth(self) -> tuple[float, float]:
         """Mean depth of the conditional and of the unconditional branch."""
-        return sum(self.run_depths) / self.num_steps, sum(max(depth, 0) for depth in self.uncond) / self.num_steps
+        return sum(self.depths) / self.num_steps, sum(self.uncond_depths) / self.num_steps
 
-    def with_pairs(self, pairs: list[tuple[int, int]] | tuple[tuple[int, int], ...], **changes: object) -> Self:
-        """The same steps with other depths."""
-        cond, uncond = zip(*pairs, strict=True)
-        return replace(self, cond=cond, uncond=uncond, **changes)
+    def with_steps(self, steps: Sequence[Step], **changes: object) -> Self:
+        """The same timesteps with other steps."""
+        return replace(self, steps=tuple(steps), **changes)
 
-    def difference(self, other: Self) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
-        """Steps at which two plans differ: (step, depths here, depths there).
+    def difference(self, other: Self) -> list[tuple[int, Step, Step]]:
+        """Steps at which two plans differ: (number, step here, step there).
 
         Raises:
             PlanError: the plans have different timesteps.
         """
         if self.timesteps != other.timesteps:
             raise PlanError(f"plans of {self.num_steps} and {other.num_steps} steps have different timesteps")
-        both = zip(self.pairs, other.pairs, strict=True)
-        return [(step, here, there) for step, (here, there) in enumerate(both) if here != there]
-
-    def check(
-        self,
-        *,
-        depths: tuple[int, ...],
-        trunk: str | None = None,
-        exits: str | None = None,
-        timesteps: tuple[int, ...] | None = None,
-        solver: str | None = None,
-        origin: str = "plan",
-    ) -> None:
-        """Refuse a plan that does not fit.
-
-        Raises:
-            PlanError: another depth, trunk, set of exits, solver or timesteps; `origin` names the file or flag.
-        """
-        if self.num_blocks != depths[-1]:
-            raise PlanError(f"{origin}: made for {self.num_blocks} blocks, but the model has {depths[-1]}")
-        if solver is not None and self.solver != solver:
-            raise PlanError(f"{origin}: made for solver {self.solver}, but {solver} is asked for")
-        if timesteps is not None and self.timesteps != timesteps:
-            found = f"{self.num_steps} steps" if self.num_steps != len(timesteps) else "other timesteps"
-            raise PlanError(f"{origin}: made for {found}, but {len(timesteps)} steps of {self.solver} are asked for")
-        for name, mine, theirs in (("trunk", self.trunk, trunk), ("set of exits", self.exits, exits)):
-            if mine and theirs is not None and mine != theirs:
-                raise PlanError(f"{origin}: made for {name} {mine}, but the model's is {theirs or 'absent'}")
-        if missing := sorted({d for d in (*self.run_depths, *self.uncond, *self.guides) if d > 0} - set(depths)):
-            raise PlanError(f"{origin}: depth {missing[0]} has no exit; the model has {list(depths)}")
+        both = zip(self.steps, other.steps, strict=True)
+        return [(k, here, there) for k, (here, there) in enumerate(both) if here != there]
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
         path, temporary = Path(path), Path(f"{path}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-        temporary.write_text(text + "\n")
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
         temporary.replace(path)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data; a step is the text that is printed: "12|6", "8|e4", "4+"."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"format": FORMAT, "version": VERSION, **plain, "steps": list(map(str, self.steps))}
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read JSON.
+        """Read JSON of this version or of version 1.
 
         Raises:
-            PlanError: the file is missing, no JSON, or no plan of this version.
+            PlanError: the file is missing, no JSON, or no plan.
         """
         try:
             data = json.loads(Path(path).read_text())
@@ -245,21 +162,80 @@ class DepthPlan:
             raise PlanError(f"{path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise PlanError(f"{path}: not JSON ({error})") from error
-        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
-            raise PlanError(f"{path}: expected a {FORMAT} file of version {VERSION}")
+        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") not in (1, VERSION):
+            raise PlanError(f"{path}: expected a {FORMAT} file of version 1 or {VERSION}")
         try:
-            return cls(**{k: v for k, v in data.items() if k not in ("format", "version")})
-        except (TypeError, ValueError) as error:
+            plain = {name: value for name, value in data.items() if name not in ("format", "version")}
+            return cls(**(_of_version_1(plain) if data["version"] == 1 else plain))
+        except (TypeError, ValueError, KeyError) as error:
             raise PlanError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
-        """A line per branch: the depths, from the noisiest step to the last."""
+        """A line of timesteps and a line of steps, from the noisiest step to the last."""
         head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
-        lines = [("t", self.timesteps), ("cond", tuple(map(written_cond, self.cond)))]
-        lines.append(("uncond", tuple(map(written, self.uncond))))
-        return "\n".join([head, *(f"  {name:>6}  " + " ".join(f"{v:>4}" for v in row) for name, row in lines)])
+        words = [str(step) for step in self.steps]
+        width = max(4, *map(len, words))
+        lines = [("t", self.timesteps), ("step", words)]
+        return "\n".join([head, *(f"  {name:>4}  " + " ".join(f"{v!s:>{width}}" for v in row) for name, row in lines)])
+
+
+def full_step(num_blocks: int, cfg_scale: float) -> Step:
+    """The original model: both branches unless the guidance scale is 1."""
+    return Step.equal(num_blocks, cfg_scale != 1)
+
+
+def _of_version_1(data: dict) -> dict[str, object]:
+    """The fields of a plan of version 1, whose depths were whole numbers that meant other things when negative."""
+    cond, uncond = data.pop("cond"), data.pop("uncond")
+    if len(cond) != len(uncond):
+        raise PlanError(f"plan: {len(cond)} cond depths for {len(uncond)} uncond depths")
+    if data.get("cfg_scale", 1.0) == 1:
+        uncond = [0] * len(uncond)  # it never ran
+    data["steps"] = [Step.of_version_1(c, u) for c, u in zip(cond, uncond, strict=True)]
+    for ours, theirs in (("backbone", "trunk"), ("exits", "exits")):
+        found = data.pop(theirs, "")
+        data[ours] = f"{VERSION_1}{found}" if found else ""
+    return data
+
+
+def bind(
+    plan: DepthPlan,
+    model: DynamicDepth,
+    *,
+    full: DepthPlan | None = None,
+    cfg_scale: float | None = None,
+    origin: str = "plan",
+    check_identity: bool = True,
+) -> DepthPlan:
+    """Check that a plan fits a model, and return it. This is the only check of a plan.
+
+    full: the full plan of the sampling that is asked for; the plan must have its solver and timesteps. cfg_scale: the
+    guidance scale that is asked for. origin: the file or flag that messages name. check_identity: False lets a plan of
+    another backbone or other exits through (the plug-in's opt-out).
+
+    Raises:
+        PlanError: another depth, backbone, set of exits, solver, guidance scale or timesteps, or a missing exit.
+    """
+    if plan.num_blocks != model.num_blocks:
+        raise PlanError(f"{origin}: made for {plan.num_blocks} blocks, but the model has {model.num_blocks}")
+    if full is not None and plan.solver != full.solver:
+        raise PlanError(f"{origin}: made for solver {plan.solver}, but {full.solver} is asked for")
+    if full is not None and plan.timesteps != full.timesteps:
+        found = f"{plan.num_steps} steps" if plan.num_steps != full.num_steps else "other timesteps"
+        raise PlanError(f"{origin}: made for {found}, but {full.num_steps} steps of {plan.solver} are asked for")
+    if check_identity:
+        model.check_identity(plan.backbone, plan.exits, origin=origin, error=PlanError)
+    if missing := sorted({depth for step in plan.steps for depth in step.exits} - set(model.depths)):
+        raise PlanError(f"{origin}: depth {missing[0]} has no exit; the model has {list(model.depths)}")
+    if cfg_scale not in (None, plan.cfg_scale) and (plan.backbone or 1 in (cfg_scale, plan.cfg_scale)):
+        raise PlanError(
+            f"{origin}: made for guidance scale {plan.cfg_scale:g}, but --cfg-scale {cfg_scale:g} is asked for"
+        )
+    return plan
 
 
 Router = Callable[[DepthPlan, tuple[int, ...]], DepthPlan]
-"""Writes a plan: (the full plan of a sampling, the depths there are) -> plan. `functools.partial(ramp, start=4)` is
-one, `ShiftTable.router(0.6)` another."""
+"""Writes a plan: (the full plan of a sampling, the depths there are) -> plan.
+
+Example: `functools.partial(ramp, start=4)`.
+"""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dyndit.plans.ages import AgedEntries
-from dyndit.plans.plan import DepthPlan, own_exit
-from dyndit.plans.table import Pair, ShiftTable
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import Held, OwnExit, Step, Unconditional
+from dyndit.plans.table import ShiftTable
 from dyndit.stats import FrechetTo, Moments
 
 
@@ -20,19 +21,19 @@ class Predictor:
         self.table = table
         self.base = table.base if base is None else base
         self.unbias = self.base.num / (self.base.num - 1)
-        self.pairs: tuple[Pair, ...] = (*dict.fromkeys(table.pairs), table.full_pair)
-        self.index = {pair: i for i, pair in enumerate(self.pairs)}
-        self.entries = AgedEntries(table, self.pairs, self.nearest, len(timesteps)) if table.ages else None
+        self.choices: tuple[Step, ...] = (*dict.fromkeys(table.choices), table.full_step)
+        self.index = {choice: i for i, choice in enumerate(self.choices)}
+        self.entries = AgedEntries(table, self.choices, self.nearest, len(timesteps)) if table.ages else None
         self.weights = table.weights(timesteps)
         bands, features = table.num_bands, table.mean.shape[-1]
         zero = table.mean.new_zeros
         self.mean = torch.cat([table.mean, zero(bands, 1, features)], dim=1)
         self.second = torch.cat([table.second, zero(bands, 1, features, features)], dim=1)
         self.frechet = FrechetTo(table.reference)
-        self.seconds = torch.tensor([table.cost.step_seconds(*p) for p in self.pairs], dtype=torch.float64)
+        self.seconds = torch.tensor([table.cost.step_seconds(c) for c in self.choices], dtype=torch.float64)
 
     def coverage(self, choices: Tensor) -> Tensor:
-        """A of the module's docstring.  choices: (M, K) indices into `pairs` -> (M, bands, P + 1) of the table's."""
+        """The share of each band that each table entry covers.  choices: (M, K) indices -> (M, bands, P + 1)."""
         taken = choices if self.entries is None else self.entries.taken(choices)[1]
         chosen = torch.nn.functional.one_hot(taken, self.mean.shape[1]).double()
         return torch.einsum("kb,mkp->mbp", self.weights, chosen)
@@ -61,7 +62,7 @@ class Predictor:
         return self.frechet(*self.moments(choices))
 
     def slopes(self, choice: Tensor) -> Tensor:
-        """First-order change of the distance per step and pair around a plan.  choice: (K,) -> (K, P + 1)."""
+        """First-order change of the distance per step and choice around a plan.  choice: (K,) -> (K, P + 1)."""
         by_entry = self.entry_slopes(choice)
         return by_entry if self.entries is None else by_entry.gather(1, self.entries.at(choice))
 
@@ -75,19 +76,14 @@ class Predictor:
         return self.weights @ per_band
 
     def choice(self, plan: DepthPlan) -> Tensor:
-        """(K,) indices of the plan's pairs; a pair the table lacks is replaced by the nearest measured one."""
-        return torch.tensor([self.nearest(pair) for pair in plan.pairs])
+        """(K,) indices of the plan's steps; a step that the table lacks is replaced by the nearest measured one."""
+        return torch.tensor([self.nearest(step) for step in plan.steps])
 
-    def nearest(self, pair: Pair) -> int:
-        """Index of the measured pair with the closest depths."""
-        if pair in self.index:
-            return self.index[pair]
-        (cond, uncond), kind = pair, _guidance(pair[1])
-        gaps = [
-            abs(abs(c) - abs(cond)) + abs(u - uncond) + 100 * abs(_guidance(u) - kind) + 1000 * ((c < 0) != (cond < 0))
-            for c, u in self.pairs
-        ]
-        return int(np.argmin(gaps))
+    def nearest(self, step: Step) -> int:
+        """Index of the measured choice that is closest: of the same kind of guide if there is one, then in depth."""
+        if step in self.index:
+            return self.index[step]
+        return int(np.argmin([_distance(choice, step) for choice in self.choices]))
 
     def settled(self, choices: Tensor) -> Tensor:
         """The choices (M, K) without forecasts from nothing, or from longer ago than was measured: plain exits."""
@@ -98,6 +94,20 @@ class Predictor:
         return self.distances(self.choice(plan)[None]).item()
 
 
-def _guidance(uncond: int) -> int:
-    """What an unconditional depth says: 1 a pass, 0 none, below that reused guidance and a guide of its own."""
-    return max(min(uncond, 1), own_exit(1))
+def _distance(one: Step, other: Step) -> int:
+    """How unlike two steps are. Forecasting or not weighs most, then the kind of guide, then depths."""
+    (kind, depth), (other_kind, other_depth) = _place(one), _place(other)
+    unlike = 100 * abs(kind - other_kind) + 1000 * (one.forecast != other.forecast)
+    return abs(one.depth - other.depth) + abs(depth - other_depth) + unlike
+
+
+def _place(step: Step) -> tuple[int, int]:
+    """Guides on a line, by kind and by depth: a pass (1, d), none (0, 0), held (-1, -1), an own exit (-2, -1 - d)."""
+    match step.guide:
+        case Unconditional(depth):
+            return 1, depth
+        case OwnExit(depth):
+            return -2, -1 - depth
+        case Held():
+            return -1, -1
+    return 0, 0

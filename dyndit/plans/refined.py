@@ -52,9 +52,9 @@ def refined(
     predicted_full = predictor.predict(full)
     for _ in range(rounds + 1):
         plan = search(table, full, budget, base=base, starts=smaller)
-        if plan.pairs in seen:
+        if plan.steps in seen:
             break
-        seen.add(plan.pairs)
+        seen.add(plan.steps)
         found = measure(plan)
         distance = frechet_distance(found, table.reference)
         if distance < least:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import NoGuide, Step, Unconditional
 from dyndit.process import Schedule
 
 SCHEDULE = Schedule()
@@ -15,7 +16,8 @@ SCHEDULE = Schedule()
 
 def _scheduled(full: DepthPlan, depths: tuple[int, ...], wanted: list[float], router: str) -> DepthPlan:
     chosen = [min(depths, key=lambda depth: (abs(depth - want), depth)) for want in wanted]
-    return full.with_pairs([(d, d if u else 0) for d, u in zip(chosen, full.uncond, strict=True)], router=router)
+    guided = [isinstance(step.guide, Unconditional) for step in full.steps]
+    return full.with_steps(list(map(Step.equal, chosen, guided)), router=router)
 
 
 def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPlan:
@@ -41,7 +43,7 @@ def switch(full: DepthPlan, depths: tuple[int, ...], depth: float, share: float)
 
 def reversed_plan(plan: DepthPlan) -> DepthPlan:
     """The same depths in the opposite order: deep when noisy. A control, of equal cost by construction."""
-    return replace(plan, cond=plan.cond[::-1], uncond=plan.uncond[::-1], router=f"reversed-{plan.router}", figures={})
+    return plan.with_steps(plan.steps[::-1], router=f"reversed-{plan.router}", figures={})
 
 
 def guidance_interval(plan: DepthPlan, low: float, high: float) -> DepthPlan:
@@ -57,7 +59,9 @@ def guidance_interval(plan: DepthPlan, low: float, high: float) -> DepthPlan:
     if not 0 <= low < high:
         raise InputError(f"guidance interval ({low:g}, {high:g}): expected noise levels 0 <= low < high")
     inside = [low < SCHEDULE.noise_level(t) <= high for t in plan.timesteps]
-    uncond = tuple(depth if guided else 0 for depth, guided in zip(plan.uncond, inside, strict=True))
-    if uncond == plan.uncond:
+    steps = [
+        step if guided else replace(step, guide=NoGuide()) for step, guided in zip(plan.steps, inside, strict=True)
+    ]
+    if tuple(steps) == plan.steps:
         return plan
-    return replace(plan, uncond=uncond, router=f"{plan.router}-guided-{low:g}-{high:g}", figures={})
+    return plan.with_steps(steps, router=f"{plan.router}-guided-{low:g}-{high:g}", figures={})

@@ -44,8 +44,8 @@ def search(
     base: moments of full depth at these very steps; by default those that the table holds, else its own steps'.
     starts: plans of the same steps to start from besides, where they are within the budget.
 
-    A local search from ramps, constants of every pair and the cheapest plan: every move changes one or two steps; moves
-    are ranked by their first-order effect, the best are evaluated exactly, the best of those is taken.
+    A local search from ramps, constants of every choice and the cheapest plan. Every move changes one or two steps.
+    Moves are ranked by their first-order effect; the best are evaluated exactly, and the best of those is taken.
 
     Raises:
         InputError: the budget is outside (0, 1], or below the cheapest plan.
@@ -70,11 +70,11 @@ def search(
         choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
         if value < best_value:
             best, best_value = choice, value
-    plan = full.with_pairs(
-        [predictor.pairs[i] for i in best.tolist()],
+    plan = full.with_steps(
+        [predictor.choices[i] for i in best.tolist()],
         router="searched",
         budget=budget,
-        trunk=table.trunk,
+        backbone=table.backbone,
         exits=table.exits,
     )
     figures = {
@@ -87,9 +87,10 @@ def search(
 
 
 def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> list[Tensor]:
-    """Ramps, and constants of every pair, within the budget, best predicted first, and the cheapest plan."""
-    depths = tuple(sorted({c for c, _ in predictor.pairs if c > 0}))
-    plans = [full.with_pairs([pair] * full.num_steps) for pair in predictor.pairs if pair[0] > 0] + [
+    """Ramps, and constants of every choice, within the budget, best predicted first, and the cheapest plan."""
+    plain = [choice for choice in predictor.choices if not choice.forecast]
+    depths = tuple(sorted({choice.depth for choice in plain}))
+    plans = [full.with_steps([choice] * full.num_steps) for choice in plain] + [
         ramp(full, depths, low, high, power)
         for low in depths
         for high in depths
@@ -109,20 +110,20 @@ def _periodic(predictor: Predictor, num_steps: int) -> list[Tensor]:
     """Full depth every other step, or every third, ..., as long as ages were measured; each forecast between."""
     if predictor.entries is None:
         return []
-    full, plans = len(predictor.pairs) - 1, []
-    for pair in (i for i, (cond, _) in enumerate(predictor.pairs) if cond < 0):
+    full, plans = len(predictor.choices) - 1, []
+    for index in (i for i, choice in enumerate(predictor.choices) if choice.forecast):
         for period in range(2, predictor.entries.oldest + 2):
             steps = torch.arange(num_steps)
-            plans.append(predictor.settled(torch.where(steps % period == 0, full, pair)[None])[0])
+            plans.append(predictor.settled(torch.where(steps % period == 0, full, index)[None])[0])
     return plans
 
 
 def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch.Generator) -> Tensor:
-    """A third of the steps moved to random pairs, then random steps made cheapest until the budget holds."""
+    """A third of the steps moved to random choices, then random steps made cheapest until the budget holds."""
     before, choice, steps = choice, choice.clone(), len(choice)
     order = torch.randperm(steps, generator=generator)
     moved = order[: max(1, steps // 3)]
-    choice[moved] = torch.randint(len(predictor.pairs), (len(moved),), generator=generator)
+    choice[moved] = torch.randint(len(predictor.choices), (len(moved),), generator=generator)
     for step in order.flip(0).tolist():
         if predictor.seconds[choice].sum() <= limit:
             break
@@ -133,7 +134,7 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
 
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
     """Local search from one plan.  choice: (K,) -> (K,), its predicted distance."""
-    num_steps, num_pairs = len(choice), len(predictor.pairs)
+    num_steps, num_choices = len(choice), len(predictor.choices)
     units = np.array_split(np.arange(num_steps), min(num_steps, settings.max_units))
     member = torch.zeros(len(units), num_steps, dtype=torch.float64)
     for i, unit in enumerate(units):
@@ -144,11 +145,11 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
         gain = member @ (slopes - slopes.gather(1, choice[:, None]))  # (U, P): first-order change
         cost = member @ (predictor.seconds[None, :] - predictor.seconds[choice][:, None])
         spare = limit - predictor.seconds[choice].sum().item()
-        moves = _ranked_moves(gain.flatten(), cost.flatten(), spare, num_pairs, settings.evaluations)
+        moves = _ranked_moves(gain.flatten(), cost.flatten(), spare, num_choices, settings.evaluations)
         candidates = choice.repeat(len(moves), 1)
         for row, move in enumerate(moves):
             for flat in move:
-                candidates[row, units[flat // num_pairs]] = flat % num_pairs
+                candidates[row, units[flat // num_choices]] = flat % num_choices
         if predictor.entries is not None:  # where a step leaves full depth, forecasts after it may be left with nothing
             candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
             candidates = candidates[predictor.seconds[candidates].sum(1) <= limit]
@@ -165,7 +166,7 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
 def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tensor]:
     """Plans that the dynamic program finds around one, within the budget.  choice: (K,) -> (1, K) each.
 
-    First-order changes hold near the plan they are taken at, so leaving its pairs costs a share of what the changes
+    First-order changes hold near the plan they are taken at, so leaving its choices costs a share of what the changes
     themselves are worth; the price of a second is found by bisection.
     """
     values, plans = predictor.entry_slopes(choice), []
@@ -187,10 +188,10 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
     return list({tuple(plan[0].tolist()): plan for plan in plans}.values())
 
 
-def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_pairs: int, num: int) -> list[tuple[int, ...]]:
+def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_choices: int, num: int) -> list[tuple[int, ...]]:
     """The most promising single and double moves within the spare time, by first-order change.
 
-    gain, cost: (U * P,), a move being unit * P + pair. Of a small table (up to 64 moves) all are returned.
+    gain, cost: (U * P,), a move being unit * P + choice. Of a small table (up to 64 moves) all are returned.
     """
     singles = torch.nonzero(cost <= spare).flatten()
     moves = [(gain[i].item(), (int(i),)) for i in singles[gain[singles].argsort()[:num]]]
@@ -200,13 +201,13 @@ def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_pairs: int, num:
     sell = (gain / cost.abs().clamp(min=1e-12)).masked_fill(cost >= 0, torch.inf).argsort()[:keep]
     other = torch.cat([buy, sell]).unique()
     fits = cost[buy][:, None] + cost[other][None, :] <= spare
-    apart = (buy // num_pairs)[:, None] != (other // num_pairs)[None, :]
+    apart = (buy // num_choices)[:, None] != (other // num_choices)[None, :]
     total = (gain[buy][:, None] + gain[other][None, :]).masked_fill(~(fits & apart), torch.inf).flatten()
     for flat in total.argsort()[: num if len(gain) > 64 else None].tolist():
         if total[flat] == torch.inf:
             break
-        pair = sorted((int(buy[flat // len(other)]), int(other[flat % len(other)])))
-        moves.append((total[flat].item(), tuple(pair)))
+        double = sorted((int(buy[flat // len(other)]), int(other[flat % len(other)])))
+        moves.append((total[flat].item(), tuple(double)))
     moves.sort(key=lambda move: move[0])
     if len(gain) > 64:
         # Singles must not be crowded out by doubles whose first-order sum looks better.

@@ -7,7 +7,7 @@ across step counts. So plans of every such step count are searched, and the best
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -16,9 +16,11 @@ from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import search
 from dyndit.plans.table import ShiftTable
-from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name, timesteps_of
 
 ROUTER = "chosen"
+
+TimestepsAt = Callable[[int], tuple[float, ...]]
+"""A number of steps -> the solver's timesteps: `functools.partial(timesteps_of, solver)`."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,17 @@ class LatencyBudget:
         """A short name, for files."""
         return f"b{self.share:g}" + ("" if self.reference_steps is None else f"-of{self.reference_steps}")
 
-    def choose(self, table: ShiftTable, solver: AnySolver) -> DepthPlan:
+    def choose(self, table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> DepthPlan:
         """The plan, at the step count that it is best at.
 
         Raises:
             InputError: the table holds no moments of full depth with this solver, or no plan is that quick.
         """
         limit = self.share * _reference(table, self.reference_steps)
-        found = [_best(table, full, limit) for full in _fulls(table, solver)]
+        found = [_best(table, full, limit) for full in _fulls(table, solver, timesteps_at)]
         plans = [plan for plan in found if plan is not None]
         if not plans:
-            least = min(table.step_counts(solver_name(solver)))
+            least = min(table.step_counts(solver))
             share = table.least_share * _seconds(table, least) / _reference(table, self.reference_steps)
             raise InputError(
                 f"--latency-budget {self.share:g}: the cheapest plan, at {least} steps, needs {share:.2g} of full "
@@ -83,14 +85,14 @@ class TargetFD:
         """A short name, for files."""
         return f"fd{self.value:g}"
 
-    def choose(self, table: ShiftTable, solver: AnySolver) -> DepthPlan:
+    def choose(self, table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> DepthPlan:
         """The plan, at the step count that it is cheapest at.
 
         Raises:
             InputError: the table holds no moments of full depth with this solver, or predicts no plan to be that good.
         """
         cheapest, limit, missed = None, math.inf, []
-        for full in _fulls(table, solver):
+        for full in _fulls(table, solver, timesteps_at):
             plan = _best(table, full, limit)  # what this step count can do in the time of the cheapest so far
             if plan is not None and plan.figures["predicted_fd"] <= self.value:
                 cheapest = self._cheapest(table, full, plan)
@@ -121,7 +123,11 @@ Goal = LatencyBudget | TargetFD
 
 
 def frontier(
-    table: ShiftTable, solver: AnySolver, shares: Sequence[float], reference_steps: int | None = None
+    table: ShiftTable,
+    solver: str,
+    timesteps_at: TimestepsAt,
+    shares: Sequence[float],
+    reference_steps: int | None = None,
 ) -> pd.DataFrame:
     """What each step count reaches within each share of the reference time: a row for each that has a plan that quick.
 
@@ -134,7 +140,7 @@ def frontier(
     rows = []
     for share in shares:
         limit = share * _reference(table, reference_steps)
-        for full in _fulls(table, solver):
+        for full in _fulls(table, solver, timesteps_at):
             plan = _best(table, full, limit)
             if plan is not None:
                 rows.append(
@@ -151,16 +157,15 @@ def frontier(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _fulls(table: ShiftTable, solver: AnySolver) -> list[DepthPlan]:
+def _fulls(table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> list[DepthPlan]:
     """Full depth at every step count that the table can predict from, fewest steps first."""
-    name = solver_name(solver)
-    counts = table.step_counts(name)
+    counts = table.step_counts(solver)
     if not counts:
         raise InputError(
-            f"--solver {name}: the shift table has no moments of full depth with it to choose a step count by; "
-            f"expected some, which `dyndit calibrate --solver {name} --step-grid` measures"
+            f"--solver {solver}: the shift table has no moments of full depth with it to choose a step count by; "
+            f"expected some, which `dyndit calibrate --solver {solver} --step-grid` measures"
         )
-    return [DepthPlan.full(timesteps_of(solver, steps), table.num_blocks, name, table.cfg_scale) for steps in counts]
+    return [DepthPlan.full(timesteps_at(steps), table.num_blocks, solver, table.cfg_scale) for steps in counts]
 
 
 def _best(table: ShiftTable, full: DepthPlan, seconds: float) -> DepthPlan | None:
@@ -176,7 +181,7 @@ def _best(table: ShiftTable, full: DepthPlan, seconds: float) -> DepthPlan | Non
             "predicted_share_of_time": 1.0,
             "share_of_blocks": 1.0,
         }
-        plan = replace(plan.with_pairs(full.pairs), figures=plan.figures | figures)
+        plan = replace(plan.with_steps(full.steps), figures=plan.figures | figures)
     return plan
 
 
@@ -191,8 +196,8 @@ def _described(plan: DepthPlan, table: ShiftTable, reference_steps: int | None, 
 
 
 def _check_reference(steps: int | None) -> None:
-    if steps is not None and not 1 <= steps <= SCHEDULE.num_timesteps:
-        raise InputError(f"--reference-steps {steps}: expected 1 to {SCHEDULE.num_timesteps}")
+    if steps is not None and steps < 1:
+        raise InputError(f"--reference-steps {steps}: expected at least 1")
 
 
 def _steps(table: ShiftTable, reference_steps: int | None) -> int:
@@ -201,7 +206,7 @@ def _steps(table: ShiftTable, reference_steps: int | None) -> int:
 
 def _seconds(table: ShiftTable, steps: int) -> float:
     """Predicted seconds of full depth."""
-    return steps * table.cost.step_seconds(*table.full_pair)
+    return steps * table.cost.step_seconds(table.full_step)
 
 
 def _reference(table: ShiftTable, reference_steps: int | None) -> float:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from dyndit.errors import CheckpointError
 from dyndit.plans.cost import CostModel
+from dyndit.plans.plan import full_step
+from dyndit.plans.step import Step
 from dyndit.stats import Moments
 
 FORMAT = "dyndit-shift-table"
 
 
-VERSION = 1
+VERSION = 2
 
 
 FILE = "shift-table.safetensors"
@@ -26,20 +28,17 @@ FILE = "shift-table.safetensors"
 """What the names of their tensors begin with."""
 
 
-Pair = tuple[int, int]
-
-
 @dataclass(frozen=True)
 class ShiftTable:
     """Measured distribution shifts of a model, and what they were measured with.
 
-    edges: bands + 1 timesteps, falling; band b covers (edges[b + 1], edges[b]]. pairs: P (conditional,
-    unconditional) depths without the full pair, whose shift is zero. mean: (bands, P, F), second:
+    edges: bands + 1 timesteps, falling; band b covers (edges[b + 1], edges[b]]. choices: P steps
+    without the full one, whose shift is zero. mean: (bands, P, F), second:
     (bands, P, F, F), float64, of F features; base and reference: moments of full depth's and of real pictures.
     """
 
     edges: tuple[float, ...]
-    pairs: tuple[Pair, ...]
+    choices: tuple[Step, ...]
     mean: Tensor
     second: Tensor
     base: Moments
@@ -53,19 +52,19 @@ class ShiftTable:
     num_pictures: int
     extractor: str
     extractor_fingerprint: str
-    trunk: str = ""
+    backbone: str = ""
     exits: str = ""
     projection: Tensor | None = None
     """Directions the extractor's features were reduced to, where they were."""
     ages: tuple[int, ...] = ()
-    """Of each pair, where some forecast: how many steps ago full depth was, 0 for those that do not."""
+    """`ages[i]`: steps since full depth for choice i; 0 if it does not forecast. Empty where no choice forecasts."""
     bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
     """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
 
     @property
-    def full_pair(self) -> Pair:
-        """The depths of the original model."""
-        return (self.num_blocks, self.num_blocks if self.cfg_scale != 1 else 0)
+    def full_step(self) -> Step:
+        """The original model."""
+        return full_step(self.num_blocks, self.cfg_scale)
 
     @property
     def extractor_name(self) -> str:
@@ -80,7 +79,7 @@ class ShiftTable:
     @property
     def least_share(self) -> float:
         """Predicted time of the cheapest plan, as a share of full depth's: no budget can be smaller."""
-        seconds = [self.cost.step_seconds(*pair) for pair in (*self.pairs, self.full_pair)]
+        seconds = [self.cost.step_seconds(choice) for choice in (*self.choices, self.full_step)]
         return min(seconds) / seconds[-1]
 
     def base_at(self, solver: str, num_steps: int) -> Moments | None:
@@ -93,17 +92,17 @@ class ShiftTable:
         measured = {(self.solver, self.num_steps), *self.bases}
         return tuple(sorted(steps for name, steps in measured if name == solver))
 
-    def part(self, pairs: Sequence[Pair], ages: Sequence[int] = ()) -> Self | None:
-        """The table of these pairs alone, each at its age where some forecast; None where it lacks one of them.
+    def part(self, choices: Sequence[Step], ages: Sequence[int] = ()) -> Self | None:
+        """The table of these choices alone, each at its age where some forecast; None if this table lacks one of them.
 
-        That is what would have been measured of them, bit for bit: an entry does not depend on the others.
+        The result is what would have been measured of them, bit for bit: an entry does not depend on the others.
         """
-        where = {key: i for i, key in enumerate(zip(self.pairs, self.ages or (0,) * len(self.pairs), strict=True))}
-        picks = [where.get(key) for key in zip(pairs, ages or (0,) * len(pairs), strict=True)]
+        where = {key: i for i, key in enumerate(zip(self.choices, self.ages or (0,) * len(self.choices), strict=True))}
+        picks = [where.get(key) for key in zip(choices, ages or (0,) * len(choices), strict=True)]
         if None in picks:
             return None
         shifts = {"mean": self.mean[:, picks], "second": self.second[:, picks]}
-        return replace(self, pairs=tuple(pairs), ages=tuple(ages), **shifts)
+        return replace(self, choices=tuple(choices), ages=tuple(ages), **shifts)
 
     def weights(self, timesteps: Sequence[int]) -> Tensor:
         """(K, bands): which share of each band every step covers.
@@ -134,13 +133,13 @@ class ShiftTable:
             name: getattr(self, name)
             for name in self.__dataclass_fields__
             if name not in ("mean", "second", "base", "reference", "cost", "projection", "bases")
-            and (name != "ages" or self.ages)
         }
-        plain |= {"cost": self.cost.describe(), "nums": [self.base.num, self.reference.num]}
+        plain |= {"choices": list(map(str, self.choices)), "cost": self.cost.describe()}
+        plain["nums"] = [self.base.num, self.reference.num]
         metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
         if self.projection is not None:
             tensors["projection"] = self.projection
-        if self.bases:  # apart from "table", so that readers that do not know them pass over them
+        if self.bases:
             metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
             for (solver, steps), of in self.bases.items():
                 tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
@@ -163,8 +162,8 @@ class ShiftTable:
                 t = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
             plain = json.loads(metadata["table"])
             nums, cost = plain.pop("nums"), CostModel.from_description(plain.pop("cost"))
-            plain |= {"pairs": tuple(map(tuple, plain["pairs"])), "edges": tuple(plain["edges"])}
-            plain["ages"] = tuple(plain.get("ages", ()))
+            plain |= {"choices": tuple(map(Step.parse, plain["choices"])), "edges": tuple(plain["edges"])}
+            plain["ages"] = tuple(plain["ages"])
             base = Moments(t["base.mean"], t["base.second"], nums[0])
             reference = Moments(t["reference.mean"], t["reference.second"], nums[1])
             bases = {
@@ -173,7 +172,7 @@ class ShiftTable:
             }
             shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
             return cls(base=base, reference=reference, cost=cost, bases=bases, **shifts, **plain)
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
 
     def save_pretrained(self, save_directory: str | Path, **ignored: object) -> None:

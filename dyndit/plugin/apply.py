@@ -7,15 +7,13 @@
     dyndit.remove_dyndit(pipe)
 
 One hook on the transformer's root runs the adapter's blocks in place of the transformer's forward. Which step a call
-belongs to is read from its timestep; which of its rows are unconditional the family's adapter knows. `_Call` is the one
+belongs to is read from its timestep; which of its rows are unconditional the family's adapter knows. `Call` is the one
 place with memory, and it starts anew with every pipeline call.
 """
 
 import copy
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,11 +24,13 @@ from torch import Tensor, nn
 
 from dyndit.clock import Clock
 from dyndit.errors import InputError, PlanError
-from dyndit.models import Inputs
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.base import Inputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.models.exits import Exits
-from dyndit.plans.plan import DepthPlan, Router, guide_of
+from dyndit.models.work import Work
+from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plugin.adapters import Adapter, adapt
+from dyndit.plugin.call import COLUMNS, Call, Record, find_step, the_timestep
 from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
@@ -44,16 +44,15 @@ def apply_dyndit(
     plan: DepthPlan | str | Path | Router | None = None,
     *,
     cfg_scale: float | None = None,
-    check_trunk: bool = True,
+    check_identity: bool = True,
 ) -> "DynDiTHandle":
     """Make a pipeline, or a transformer, of diffusers run a plan. Its call, its class and its weights stay as they are.
 
     exits: trained for this very transformer: a module, or the `exits.safetensors` that training left (or its folder).
     plan: a plan or its file; or a router, which writes one for each call's timesteps; or None, full depth throughout.
     cfg_scale: the guidance scale a router's plans are for; anything but 1 says that calls are guided.
-    check_trunk: refuse exits and plans of another trunk. It hashes the transformer's weights, some seconds per billion
-    parameters. Weights rounded to half precision are another trunk: put the plug-in on before `pipe.to(dtype)`, or turn
-    the check off.
+    check_identity: refuse exits and plans of another backbone. The check reads the transformer's weights, some seconds
+    per billion parameters; weights in half precision are the same backbone.
 
     Raises:
         InputError: no adapter serves the transformer, or it has hooks that would not run any more.
@@ -64,12 +63,12 @@ def apply_dyndit(
     adapter = adapt(transformer)
     if isinstance(exits, str | Path):
         path = Path(exits)
-        exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_trunk=check_trunk)
+        exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_identity=check_identity)
     if exits is not None and max(exits.layers) >= adapter.num_blocks:
         deepest = max(exits.layers)
         raise InputError(f"exits: one after layer {deepest}, but the transformer has {adapter.num_blocks} blocks")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
-    handle = DynDiTHandle(DynamicDepth(adapter, exits), pipeline, cfg_scale, check_trunk)
+    handle = DynDiTHandle(DynamicDepth(adapter, exits), pipeline, cfg_scale, check_identity)
     handle.plan = plan
     add_hook(transformer, _Hook(handle), HOOK)
     return handle
@@ -87,28 +86,23 @@ class DynDiTHandle:
     """What `apply_dyndit` gives: the plan to run, and what the last pipeline call did."""
 
     def __init__(
-        self, model: DynamicDepth, pipeline: DiffusionPipeline | None, cfg_scale: float | None, check_trunk: bool
+        self, model: DynamicDepth, pipeline: DiffusionPipeline | None, cfg_scale: float | None, check_identity: bool
     ) -> None:
         self.model = model
         """The adapter with its exits; `model.depths` are the depths that a plan can use."""
         self._given = model.exits
         self._pipeline, self._cfg_scale = pipeline, cfg_scale
-        self._check_trunk = check_trunk
+        self._check_identity = check_identity
         self._plan: DepthPlan | None = None
         self._router: Router | None = None
         self._timesteps: Tensor | None = None
         """The scheduler's, in the call that runs."""
-        self._call = _Call()
+        self._call = Call()
 
     @property
     def adapter(self) -> Adapter:
         """The transformer, cut into embed, blocks and head."""
         return self.model.backbone
-
-    @cached_property
-    def identities(self) -> tuple[str, str]:
-        """Hashes of the trunk and of the exits that plans are checked against; "" where they are not."""
-        return (self.model.trunk_hash(), self.model.exits_hash()) if self._check_trunk else ("", "")
 
     @property
     def plan(self) -> DepthPlan | None:
@@ -131,7 +125,7 @@ class DynDiTHandle:
         if plan is not None and router is None:
             self._check(plan)
         self._plan, self._router, self._timesteps = (None if router else plan), router, None
-        self._call = _Call()
+        self._call = Call()
 
     @property
     def router(self) -> Router | None:
@@ -161,7 +155,7 @@ class DynDiTHandle:
         -> a row per step and branch: step, timestep, branch ("cond", "uncond"), rows, depth, blocks (depth times rows)
         and seconds in the transformer. Branches that ran as one batch share its time out by their blocks.
         """
-        return pd.DataFrame([row for record in self._call.records for row in record.rows()], columns=_COLUMNS)
+        return pd.DataFrame([row for record in self._call.records for row in record.rows()], columns=COLUMNS)
 
     def remove(self) -> None:
         """`remove_dyndit`, of this transformer."""
@@ -175,59 +169,69 @@ class DynDiTHandle:
         try:
             prediction = self._predict(inputs)
         except BaseException:
-            self._call = _Call()
+            self._call = Call()
             raise
         return self.adapter.output(prediction, kwargs.get("return_dict", True))
 
     def _predict(self, inputs: Inputs) -> Tensor:
-        timestep = found = _the_timestep(inputs.t) * self.adapter.timestep_scale
+        """Run the step that a call belongs to, by the same function as the sampler."""
+        timestep = found = the_timestep(inputs.t) * self.adapter.timestep_scale
         second = self._call.is_second_pass(inputs.x, found)
-        step = self._call.step if second else self._step(timestep, inputs.t.dtype)
-        if not second and self._call.is_over(step):
-            self._call = _Call()
-        full = self.model.num_blocks
-        if self._plan is None:
-            cond, uncond, guided = full, full, None
-        else:
-            (cond, uncond), guided = self._plan.pairs[step], self._plan.cfg_scale != 1
-            timestep = self._plan.timesteps[step]
-            if second or not self._call.records:
-                self._check_guidance(inputs, guided, second)
-        if self.adapter.guidance == "calls":
-            branches = {"uncond": (inputs, uncond)} if second else {"cond": (inputs, cond)}
-        elif guided and cond != uncond:
-            halves = inputs.rows(0, len(inputs) // 2), inputs.rows(len(inputs) // 2, None)
-            c, u = halves if self.adapter.guidance == "cond first" else reversed(halves)
-            branches = {"cond": (c, cond), "uncond": (u, uncond)}
-        else:
-            branches = {"both" if guided else "cond": (inputs, cond)}
+        k = self._call.step if second else self._step(timestep, inputs.t.dtype)
+        if not second and self._call.is_over(k):
+            self._call = Call()
+        timesteps, work, guided = self._asked(k, timestep)
+        if guided is not None and (second or not self._call.records):
+            self._check_guidance(inputs, guided, second)
         clock = Clock(inputs.x.device)
         began = clock.mark()
-        prediction = self._run(branches, guide_of(uncond) if guided else 0)
-        did = tuple((name, len(rows), max(depth, 0)) for name, (rows, depth) in branches.items())
+        if second:
+            prediction, ran = self._second(inputs, work, guided)
+        elif guided and self.adapter.guidance != "calls":
+            prediction, ran = self._stacked(k, inputs, work, timesteps)
+        else:
+            step = StepInputs(k, (inputs,), replace(work, depths=work.depths[:1]), timesteps)
+            self._call.first, self._call.memory = self.model.predict(step, self._call.memory)
+            prediction, ran = self._call.first[0], [("cond", len(inputs), work.depths[0])]
         seconds = partial(clock.between, began, clock.mark())  # read later: nothing waits for the device here
-        self._call.enter(_Record(step, timestep, did, seconds), found, inputs.x, prediction)
+        self._call.enter(Record(k, timesteps[k], tuple(ran), seconds), found, inputs.x)
         return prediction
 
-    def _run(self, branches: dict[str, tuple[Inputs, int]], guide: int) -> Tensor:
-        """Predict each branch at its depth, in the order in which the family stacks them.
+    def _asked(self, k: int, timestep: float) -> tuple[tuple[float, ...], Work, bool | None]:
+        """Timesteps by step, what step k runs, and whether it is guided; None: no plan says."""
+        if self._plan is None:
+            return (timestep,) * (k + 1), Work((self.model.num_blocks,)), None
+        return self._plan.timesteps, self._plan.works[k], self._plan.cfg_scale != 1
 
-        An unconditional depth of 0 is no pass: those rows get the conditional prediction, which is no guidance. With a
-        guide they get the prediction of the conditional branch's own exit at that depth.
+    def _stacked(
+        self, k: int, inputs: Inputs, work: Work, timesteps: tuple[float, ...]
+    ) -> tuple[Tensor, list[tuple[str, int, int]]]:
+        """Run a call that holds both branches. Rows without a pass of their own get the prediction that guides.
+
+        That prediction is an exit's, or the held one. Without a guide it is the conditional prediction, which makes the
+        pipeline's own arithmetic guide by nothing.
         """
-        running = {name: part for name, part in branches.items() if part[1] > 0}
-        if guide and running:
-            rows, depth = running["cond"]
-            weak, own = self.model.along(rows.x, rows.t, rows.y, (guide, depth))
-            predictions, self._call.guide = [own, weak], weak
-        elif running:
-            predictions = self.model.run([rows for rows, _ in running.values()], [d for _, d in running.values()])
-        else:  # the second of two calls
-            predictions = [self._call.guide if guide else self._call.prediction]
-        if len(branches) == 1:
-            return predictions[0]
-        c, u = predictions if len(predictions) == 2 else predictions * 2
-        return torch.cat([c, u] if self.adapter.guidance == "cond first" else [u, c])
+        half = len(inputs) // 2
+        halves = inputs.rows(0, half), inputs.rows(half, None)
+        uncond_first = self.adapter.guidance == "uncond first"
+        c, u = reversed(halves) if uncond_first else halves
+        step = StepInputs(k, (c, u)[: len(work.depths)], work, timesteps, uncond_first)
+        predictions, self._call.memory = self.model.predict(step, self._call.memory)
+        own, guide = predictions[0], predictions[-1].to(predictions[0].dtype)
+        cond, uncond = (*work.depths, 0)[:2]
+        ran = [("both", len(inputs), cond)] if cond == uncond else [("cond", half, cond), ("uncond", half, uncond)]
+        return torch.cat([guide, own] if uncond_first else [own, guide]), ran
+
+    def _second(self, inputs: Inputs, work: Work, guided: bool | None) -> tuple[Tensor, list[tuple[str, int, int]]]:
+        """Run the second of two calls on the same latents, or return what guides in its place."""
+        depth = self.model.num_blocks if guided is None else sum(work.depths[1:])
+        if depth:
+            (prediction,) = self.model.run([inputs], [depth])
+            guided_by = (self._call.first[0], prediction)
+            self._call.memory = replace(self._call.memory, guided=guided_by)
+        else:
+            prediction = self._call.first[-1].to(self._call.first[0].dtype)
+        return prediction, [("uncond", len(inputs), depth)]
 
     def _step(self, timestep: float, dtype: torch.dtype) -> int:
         """The step that a call of the transformer belongs to.
@@ -265,7 +269,7 @@ class DynDiTHandle:
         timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
         if timesteps is self._timesteps:
             return
-        self._call = _Call()
+        self._call = Call()
         if self._router is not None:
             self._route(timesteps)
         self._timesteps = timesteps
@@ -281,13 +285,7 @@ class DynDiTHandle:
             self._plan = plan
 
     def _check(self, plan: DepthPlan) -> None:
-        bound = self._check_trunk and bool(plan.trunk or plan.exits)
-        if plan.forecasts:
-            raise PlanError("plan: forecasts from earlier steps, which a pipeline's own loop does not keep")
-        if plan.reuses:
-            raise PlanError("plan: reuses guidance of earlier steps, which a pipeline's own loop does not keep")
-        trunk, exits = self.identities if bound else (None, None)
-        plan.check(depths=self.model.depths, trunk=trunk, exits=exits)
+        bind(plan, self.model, check_identity=self._check_identity)
 
     def _check_guidance(self, inputs: Inputs, guided: bool, second: bool) -> None:
         """Refuse a guided call under an unguided plan and the reverse, where the rows tell.
@@ -305,19 +303,6 @@ class DynDiTHandle:
             )
 
 
-def find_step(timesteps: Sequence[float], timestep: float, slack: float, last: int) -> int | None:
-    """The step at `timestep`, which may be off by `slack`: a pipeline in half precision rounds it.
-
-    Where rounding leaves several in reach, the next one after step `last` of the same call (-1: a new call), else the
-    nearest. None: there is none in reach.
-    """
-    gaps = {k: abs(t - timestep) for k, t in enumerate(timesteps) if abs(t - timestep) <= slack}
-    later = [k for k in gaps if k > last] if last >= 0 else []
-    if len(gaps) > 1 and later:
-        return min(later)
-    return min(gaps, key=gaps.get, default=None)
-
-
 class _Hook(ModelHook):
     """Runs the handle in place of the transformer's forward."""
 
@@ -328,65 +313,6 @@ class _Hook(ModelHook):
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> object:
         """As `module.forward`."""
         return self.handle.run(*args, **kwargs)
-
-
-_COLUMNS = ["step", "timestep", "branch", "rows", "depth", "blocks", "seconds"]
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One call of the transformer: (branch, rows, depth) of what ran as one batch, and its time."""
-
-    step: int
-    timestep: float
-    branches: tuple[tuple[str, int, int], ...]
-    seconds: Callable[[], float]
-
-    def rows(self) -> list[tuple[object, ...]]:
-        """Rows of `stats`."""
-        parts = [
-            (branch, rows // 2 if name == "both" else rows, depth)
-            for name, rows, depth in self.branches
-            for branch in (("cond", "uncond") if name == "both" else (name,))
-        ]
-        total, seconds = sum(rows * depth for _, rows, depth in parts) or 1, self.seconds()
-        return [
-            (self.step, self.timestep, branch, rows, depth, rows * depth, seconds * rows * depth / total)
-            for branch, rows, depth in parts
-        ]
-
-
-@dataclass
-class _Call:
-    """What one pipeline call leaves from step to step. A new one takes its place when the next call begins."""
-
-    records: list[_Record] = field(default_factory=list)
-    step: int = -1
-    timestep: float = float("inf")
-    """As the transformer was given it, rounded to the pipeline's precision."""
-    prediction: Tensor | None = None
-    guide: Tensor | None = None
-    """What the own exit that guides this step predicted, for the second of two calls."""
-    passes: int = 0
-    _latents: Callable[[], Tensor | None] = lambda: None
-
-    def is_second_pass(self, x: Tensor, timestep: float) -> bool:
-        """Whether the last call was on these very latents: the same step's other branch.
-
-        The timestep tells from the next step of a loop that writes into its latents.
-        """
-        return self.passes == 1 and self._latents() is x and self.timestep == timestep
-
-    def is_over(self, step: int) -> bool:
-        """Whether a call that begins at `step` belongs to another pipeline call."""
-        return step <= self.step
-
-    def enter(self, record: _Record, timestep: float, x: Tensor, prediction: Tensor) -> None:
-        """Note what was run, on which latents, and what came of it."""
-        self.passes = 2 if self.is_second_pass(x, timestep) else 1
-        self.records.append(record)
-        self.step, self.timestep = record.step, timestep
-        self.prediction, self._latents = prediction, weakref.ref(x)
 
 
 def _check_hookable(transformer: nn.Module) -> None:
@@ -409,15 +335,3 @@ def _check_hookable(transformer: nn.Module) -> None:
 def _place(exits: Exits) -> tuple[torch.device, torch.dtype]:
     first = next(exits.parameters())
     return first.device, first.dtype
-
-
-def _the_timestep(t: Tensor) -> float:
-    """The one timestep of all rows.
-
-    Raises:
-        InputError: rows of different timesteps, which no plan has.
-    """
-    values = t.tolist()
-    if any(value != values[0] for value in values):
-        raise InputError(f"transformer: called with timesteps {sorted(set(values))[:3]} in one batch; expected one")
-    return values[0]

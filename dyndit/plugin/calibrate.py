@@ -15,10 +15,12 @@ from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_table, measure_table_into
 from dyndit.clock import Clock
 from dyndit.errors import InputError
-from dyndit.models import Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.identity import same
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.table import FILE, Pair, ShiftTable
+from dyndit.plans.step import Step
+from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.apply import DynDiTHandle
 from dyndit.plugin.hooks import watching
 from dyndit.sampling.solvers import solver_name
@@ -71,7 +73,7 @@ class PipelineDrawing:
         self._cfg_scale, self._guided = cfg_scale, cfg_scale != 1
         self._separate = self._guided and handle.adapter.guidance == "calls"
         self.depths = handle.model.depths
-        self.trunk, self.exits = handle.identities
+        self.identity = handle.model.identity
         handle.plan = None
         calls: list[Inputs] = []
         with self._watching(calls):
@@ -122,16 +124,22 @@ class PipelineDrawing:
         self,
         indices: Sequence[int],
         bands: Sequence[Sequence[int]],
-        pairs: Sequence[Pair],
+        choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
         """As of `Drawing`."""
         if ages:
-            raise InputError("forecasts: a pipeline's own loop keeps nothing between steps; expected none")
+            raise InputError(
+                "forecasts: a pipeline is run whole, so their ages cannot be measured in it; expected none"
+            )
         yield self._under(self.full, indices)
         for band in bands:
-            for pair in pairs:
-                yield self._under(replaced_plan(self.full, band, pair), indices)
+            for choice in choices:
+                yield self._under(replaced_plan(self.full, band, choice), indices)
+
+    def bind(self, table: ShiftTable) -> None:
+        """As of `Drawing`."""
+        self._handle.model.check_identity(table.backbone, table.exits, origin="shift table")
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
         """As of `Drawing`: fresh pictures have the numbers after the table's."""
@@ -189,7 +197,7 @@ def calibrate_pipeline(
     cfg_scale: float = 1.0,
     num_bands: int = 5,
     num_depths: int = 4,
-    pairs: tuple[Pair, ...] = (),
+    choices: tuple[Step | str, ...] = (),
     batch_size: int = 8,
     table: ShiftTable | None = None,
     out: str | Path | None = None,
@@ -198,7 +206,7 @@ def calibrate_pipeline(
     """`calibrate`, for a user's pipeline with the plug-in on it: `handle.plan = calibrate_pipeline(pipe, handle, ...)`.
 
     call: see `Call`. cfg_scale: the guidance scale that it runs with, 1 where it runs no second branch (as with the
-    distilled guidance of Flux). Without a table one is measured: num_bands times the number of pairs runs of the
+    distilled guidance of Flux). Without a table one is measured: num_bands times the number of choices runs of the
     pipeline for each picture, besides one at full depth; with `out` it is kept in that folder, where an interrupted
     measurement goes on and a whole one is used again for other budgets and step counts. on_progress(done, all)
     counts batches. The handle's plan is afterwards what it was.
@@ -211,11 +219,12 @@ def calibrate_pipeline(
     try:
         drawing = PipelineDrawing(pipe, handle, call, cfg_scale=cfg_scale, batch_size=batch_size)
         if table is None and path is not None and path.exists():
-            there, mine = ShiftTable.load(path), (drawing.trunk, drawing.exits, cfg_scale)
-            table = there if (there.trunk, there.exits, there.cfg_scale) == mine else None
+            there, mine = ShiftTable.load(path), drawing.identity
+            is_mine = same(there.backbone, mine.backbone) and there.exits in ("", mine.exits)
+            table = there if is_mine and there.cfg_scale == cfg_scale else None
         if table is None:
             extractor, reference = to_measure_with(extractor, reference)
-            settings = CalibrationSettings(num_pictures, num_bands, batch_size, pairs=pairs, num_depths=num_depths)
+            settings = CalibrationSettings(num_pictures, num_bands, batch_size, choices=choices, num_depths=num_depths)
             measure = measure_table if path is None else functools.partial(measure_table_into, path)
             table = measure(drawing, extractor, reference, settings=settings, on_progress=on_progress)
         return planned(drawing, table, budget, extractor)

@@ -28,5 +28,5 @@ def distill_exits(
     calls = calls if isinstance(calls, RecordedCalls) else RecordedCalls(calls)
     dynamic, _ = (recipe or Distill()).run(model, calls, Path(out))
     if PartialState().is_main_process:
-        checkpoints.save_exits(dynamic.exits, Path(out) / checkpoints.EXITS, model.trunk_hash())
+        checkpoints.save_exits(dynamic.exits, Path(out) / checkpoints.EXITS, model.identity.backbone)
     return dynamic.exits

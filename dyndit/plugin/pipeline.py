@@ -7,7 +7,7 @@
     diffusers.DiffusionPipeline.from_pretrained("pipe")        # once `from dyndit import DynDiTPipeline` was run
     DynDiTPipeline.from_pretrained("org/name")                 # from the hub
 
-Its sampling is `dyndit.sampling.sample`'s loop, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
+Its sampling is `dyndit.sampling.loop`, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
 class: the base class would fetch neither exits nor shift table, and refuses.
 """
 
@@ -15,7 +15,6 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -27,8 +26,9 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
+from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.conditions import ClassLabels
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
 from dyndit.plans.table import FILE, ShiftTable
@@ -36,6 +36,8 @@ from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, start, state_shape, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
 from dyndit.sampling.solvers import SOLVERS
+from dyndit.storage import load as checkpoints
+from dyndit.storage.pretrained import DynamicDepth
 from dyndit.training.latents import decode_batch, load_autoencoder
 
 # The table in which diffusers looks up how components that are none of its own models are saved and loaded.
@@ -88,9 +90,9 @@ class _Noise:
 class DynDiTPipeline(DiffusionPipeline):
     """Class labels to pictures, at the depths of a plan.
 
-    transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any
-    noise-predicting scheduler on the training schedule (`dyndit.sampling.sample.check_scheduler`); one of learned variance
-    gets the variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
+    transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any scheduler
+    that steps the model's process (`dyndit.sampling.solvers.check_scheduler`); one of learned variance gets the
+    variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
     router: the shift table that `budget=` searches.
 
     Raises:
@@ -112,7 +114,7 @@ class DynDiTPipeline(DiffusionPipeline):
         if not isinstance(transformer, DynamicDepth):
             raise InputError(f"transformer: {type(transformer).__name__}; expected a dyndit.DynamicDepth")
         backbone = transformer.backbone
-        if backbone.num_classes < 1:
+        if not isinstance(backbone.condition, ClassLabels):
             raise InputError(f"transformer: a {backbone.family} backbone has no classes; expected a class-conditional")
         if vae is not None and transformer.pixel_space:
             raise InputError("vae: this transformer makes pixels; expected none")
@@ -120,7 +122,6 @@ class DynDiTPipeline(DiffusionPipeline):
             channels = vae.config.latent_channels
             raise InputError(f"vae: {channels} latent channels; the transformer's have {backbone.in_channels}")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, router=router)
-        self._checked: WeakKeyDictionary[DynamicDepth, set[tuple[str, str, int]]] = WeakKeyDictionary()
 
     @classmethod
     def from_model(
@@ -137,8 +138,6 @@ class DynDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
         """
-        from dyndit.storage import load as checkpoints
-
         if solver not in SOLVERS:
             raise InputError(f"solver {solver}: expected one of {', '.join(SOLVERS)}")
         if isinstance(model_or_folder, DynamicDepth):
@@ -248,8 +247,6 @@ class DynDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: plan and budget are both given, there is no router, or a plan does not fit (PlanError).
         """
-        from dyndit.calibration.calibrate import plan_on_table
-
         if plan is not None and budget is not None:
             raise InputError("plan and budget are both given; expected one of them")
         if budget is not None and self.router is None:
@@ -257,36 +254,17 @@ class DynDiTPipeline(DiffusionPipeline):
                 f"budget {budget:g}: this pipeline has no router; expected one with a shift table, or plan="
             )
         plan = DepthPlan.load(plan) if isinstance(plan, str | Path) else plan
-        default_scale = CFG_SCALE if self.transformer.backbone.null_class is not None else 1.0
+        default_scale = CFG_SCALE if self.transformer.backbone.condition.guided else 1.0
         steps, scale = (NUM_STEPS, default_scale) if plan is None else (plan.num_steps, plan.cfg_scale)
         steps = steps if num_inference_steps is None else num_inference_steps
-        bound = self.router if budget is not None else plan
-        check = bound is not None and self._is_to_be_checked(bound)
         if budget is None:
             scale = scale if guidance_scale is None else guidance_scale
-            chosen = resolve_plan(self.transformer, plan, self.scheduler, steps, scale, check_trunk=check)
-            chosen = replace(chosen, cfg_scale=scale)
-        else:
-            measured = self.router.cfg_scale
-            if guidance_scale not in (None, measured):
-                raise InputError(f"guidance_scale {guidance_scale:g}: the router's table was measured at {measured:g}")
-            options = {"budget": budget, "solver": self.scheduler, "num_steps": steps, "check_trunk": check}
-            chosen = plan_on_table(self.transformer, self.router, **options)
-        if check:
-            self._checked.setdefault(self.transformer, set()).add(self._identity(bound))
-        return chosen
-
-    def _is_to_be_checked(self, bound: DepthPlan | ShiftTable) -> bool:
-        """Whether the trunk and exits that these were made for are to be compared with the transformer's.
-
-        Once is enough while its weights stay. In half precision they are not the ones that were hashed.
-        """
-        known = self._checked.get(self.transformer, set())
-        return self.transformer.dtype == torch.float32 and self._identity(bound) not in known
-
-    def _identity(self, bound: DepthPlan | ShiftTable) -> tuple[str, str, int]:
-        writes = sum(parameter._version for parameter in self.transformer.parameters())
-        return bound.trunk, bound.exits, writes
+            chosen = resolve_plan(self.transformer, plan, self.scheduler, steps, scale)
+            return chosen if chosen.cfg_scale == scale else replace(chosen, cfg_scale=scale)
+        measured = self.router.cfg_scale
+        if guidance_scale not in (None, measured):
+            raise InputError(f"guidance_scale {guidance_scale:g}: the router's table was measured at {measured:g}")
+        return plan_on_table(self.transformer, self.router, budget=budget, solver=self.scheduler, num_steps=steps)
 
     def _on_step_end(
         self, callback: StepEndCallback | PipelineCallback | MultiPipelineCallbacks | None, names: Sequence[str]

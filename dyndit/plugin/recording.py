@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, Condition, Conditioning, Inputs, State, tensors_hash
+from dyndit.models.base import Backbone, Inputs, State
+from dyndit.models.conditions import Condition, Conditioning
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import same, tensors_hash
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.hooks import Target, transformer_of, watching
 from dyndit.sampling.sample import Samples, sample
@@ -120,7 +122,7 @@ class Recording:
         paths = _paths(folder)
         if paths:
             there = _Header.read(paths[0])
-            if (there.family, there.trunk) != (family, trunk):
+            if there.family != family or not same(there.trunk, trunk):
                 raise InputError(
                     f"{folder}: holds calls of {there.family} {there.trunk}, this is {family} {trunk}; expected "
                     "another folder"
@@ -230,10 +232,10 @@ class RecordedCalls(Dataset):
         Raises:
             InputError: naming both.
         """
-        found, wanted = (self.family, family_of(model.backbone))
+        found, wanted = self.family, family_of(model.backbone)
         if self.trunk:
-            found, wanted = self.trunk, model.trunk_hash()
-        if found != wanted:
+            found, wanted = self.trunk, model.identity.backbone
+        if not same(found, wanted):
             raise InputError(f"{self.folder}: calls of {found}, but the model is {wanted}; expected its own")
 
 
@@ -309,8 +311,8 @@ class _Watched(Backbone):
         super().__init__()
         self.trunk, self.recording = trunk, recording
         self.num_blocks, self.width = trunk.num_blocks, trunk.width
-        self.num_classes, self.null_class = trunk.num_classes, trunk.null_class
-        self.in_channels, self.out_channels, self.image_size = trunk.in_channels, trunk.out_channels, trunk.image_size
+        self.sample_shape, self.out_channels = trunk.sample_shape, trunk.out_channels
+        self.condition = trunk.condition
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
         """Record the call, then the trunk's."""

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from dyndit.clock import Clock
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plans.plan import REUSED, DepthPlan, guide_of
+from dyndit.models.base import Inputs
+from dyndit.models.conditions import Condition
+from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.solvers import (
     SCHEDULE,
@@ -38,7 +40,7 @@ def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale:
         InputError: the solver or the guidance asks for what the model was not trained to predict.
     """
     backbone, timesteps, name = model.backbone, timesteps_of(solver, num_steps), solver_name(solver)
-    if cfg_scale != 1 and backbone.null_class is None:
+    if cfg_scale != 1 and not backbone.condition.guided:
         raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
     if not (isinstance(solver, str) or model.pixel_space) and solver.config.get("clip_sample"):
         raise InputError(f"scheduler {name}: clips x0 to [-1, 1], this model makes latents; expected clip_sample=False")
@@ -79,40 +81,37 @@ def _per_row(seed: int | Sequence[int], rows: int) -> Sequence[int]:
 class Trajectory:
     """Where a sampling stands: the state, and the solver's memory. `fork` makes an independent continuation.
 
-    memory: the model's, which its last step left for the next (`DynamicDepth.predict`); None where there is none.
-    guided: the predictions of the last step that ran both branches, conditional first; None where there is none.
+    memory: what the model's last step left for the next (`DynamicDepth.predict`); None at the start.
     """
 
     x: Tensor
     scheduler: object
     memory: object = None
-    guided: list[Tensor] | None = None
 
     def fork(self) -> "Trajectory":
         """A copy that can be continued another way."""
-        # What is kept of the branches is read, never written to: it can be shared.
-        return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory), self.guided)
+        return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory))
 
 
 @dataclass(frozen=True)
 class Batch:
     """Which pictures a batch holds.
 
-    labels: (B,) on the model's device; indices: B host integers; seed: of all pictures, or one per picture.
+    condition: B rows on the model's device; indices: B host integers; seed: of all pictures, or one per picture.
     generators: draw all noise where given, instead of those that (seed, index) makes: one for the batch, or a list
     of one per picture.
     """
 
-    labels: Tensor
+    condition: Condition
     indices: tuple[int, ...]
     seed: int | tuple[int, ...] = 0
     generators: torch.Generator | list[torch.Generator] | None = None
 
-    def noise(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal (B, *shape) on the labels' device: what every picture starts from."""
+    def noise(self, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+        """Standard normal (B, *shape) on `device`: what every picture starts from."""
         if self.generators is None:
-            return noise(self.seed, self.indices, shape).to(self.labels.device)
-        return randn_tensor((len(self.indices), *shape), self.generators, self.labels.device, torch.float32)
+            return noise(self.seed, self.indices, shape).to(device)
+        return randn_tensor((len(self.indices), *shape), self.generators, torch.device(device), torch.float32)
 
     def generators_of(self, step: int) -> torch.Generator | list[torch.Generator]:
         """What a stochastic solver draws from at a step: fresh ones, or those given."""
@@ -120,6 +119,13 @@ class Batch:
             return self.generators
         keys = zip(_per_row(self.seed, len(self.indices)), self.indices, strict=True)
         return [picture_generator(*key, step + 1) for key in keys]
+
+
+def batch_in_turn(model: DynamicDepth, indices: Sequence[int], seed: int) -> Batch:
+    """The batch of pictures `indices` of an evaluation set: every class in turn."""
+    condition = model.backbone.condition
+    values = [value for index in indices for value in condition.in_turn(1, index)]
+    return Batch(condition.of(values, next(model.parameters()).device), tuple(indices), seed)
 
 
 StepHook = Callable[[int, float, float], None]
@@ -130,19 +136,13 @@ StepEndHook = Callable[[int, Tensor, Tensor], Tensor | None]
 """(step, its timestep as the scheduler has it, x after the step) -> what x is from there on; None keeps it."""
 
 
-def state_shape(model: DynamicDepth) -> tuple[int, int, int]:
-    """(C, H, W) of a sampling's state."""
-    backbone = model.backbone
-    return backbone.in_channels, backbone.image_size, backbone.image_size
-
-
 @torch.inference_mode()
 def start(
     model: DynamicDepth, batch: Batch, solver: AnySolver, num_steps: int, *, noise: Tensor | None = None
 ) -> Trajectory:
     """A trajectory at pure noise: the batch's own, or `noise`, standard normal (B, C, H, W)."""
     scheduler = make_scheduler(solver, num_steps)
-    x = batch.noise(state_shape(model)) if noise is None else noise
+    x = batch.noise(model.backbone.sample_shape, next(model.parameters()).device) if noise is None else noise
     return Trajectory(x * scheduler.init_noise_sigma, scheduler)
 
 
@@ -167,31 +167,29 @@ def advance(
     """
     scheduler, x, dtype = trajectory.scheduler, trajectory.x, next(model.parameters()).dtype
     with_variance, stochastic = takes_variance(scheduler), draws_noise(scheduler)
-    null = None if guidance.scale == 1 else torch.full_like(batch.labels, model.backbone.null_class)
-    channels, kept = model.backbone.in_channels, plan.kept
+    conditions = [batch.condition]
+    if guidance.scale != 1:
+        conditions.append(model.backbone.condition.null(batch.condition))
+    channels = model.backbone.in_channels
     clock = Clock(x.device) if on_step is not None else float
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
-        t, timestep = scheduler.timesteps[k], plan.timesteps[k]
+        t, timestep, work = scheduler.timesteps[k], plan.timesteps[k], plan.works[k]
         x_t = scheduler.scale_model_input(x, t)
-        times = torch.full_like(batch.labels, timestep, dtype=torch.long if isinstance(timestep, int) else x.dtype)
-        cond, uncond = plan.pairs[k]
+        dtype_of_time = torch.long if isinstance(timestep, int) else x.dtype
+        times = torch.full((len(x),), timestep, dtype=dtype_of_time, device=x.device)
+        if also_keep and work.depths[0] == plan.num_blocks:
+            work = work.keeping(tuple(also_keep))
         entered = clock()
-        both, guide = (uncond > 0, guide_of(uncond)) if guidance.scale != 1 else (False, 0)
-        labels, depths = ((batch.labels, null), (cond, uncond)) if both else ((batch.labels,), (abs(cond),))
-        keep = {*kept[k], *(also_keep if cond == plan.num_blocks else ())}
-        step = Step(k, x_t.to(dtype), times, labels, depths, plan.timesteps, guide, cond < 0, tuple(sorted(keep)))
+        asked = x_t.to(dtype)
+        branches = tuple(Inputs(asked, times, y) for y in conditions[: len(work.depths)])
+        step = StepInputs(k, branches, work, plan.timesteps)
         predictions, trajectory.memory = model.predict(step, trajectory.memory)
         predictions = [p.to(x.dtype) for p in predictions]
         left = clock()
         prediction = predictions[0]
-        if both:
-            trajectory.guided = predictions
-        if both or guide:
+        if len(predictions) == 2:
             prediction = guidance.combine(*predictions, channels)
-        elif uncond == REUSED and trajectory.guided is not None:
-            with_then, without_then = trajectory.guided
-            prediction = guidance.combine(prediction, prediction - (with_then - without_then), channels)
         if model.pixel_space:
             prediction = _clamp_x_0(prediction, x_t, timestep, channels)
         if not with_variance:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dyndit.errors import InputError, PlanError
+from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plans.plan import DepthPlan, Router
+from dyndit.plans.plan import DepthPlan, Router, bind
+from dyndit.plans.step import NoGuide
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start, to_uint8
 from dyndit.sampling.solvers import AnySolver
@@ -47,31 +48,18 @@ def resolve_plan(
     num_steps: int,
     cfg_scale: float,
     *,
-    check_trunk: bool = True,
+    origin: str = "plan",
 ) -> DepthPlan:
-    """The plan to run, checked against the model and the request. A router writes it; None is the full plan.
-
-    check_trunk: refuse a plan of another trunk or set of exits; it hashes the weights, some seconds of a large model's.
+    """Return the plan to run, bound to the model and the request. A router writes it; None is the full plan.
 
     Raises:
-        PlanError: the plan is for another model, solver or step count, or is unguided where guidance is asked for.
+        PlanError: the plan is for another model, solver, guidance scale or step count.
     """
     full = full_plan(model, solver, num_steps, cfg_scale)
     if plan is None:
         return full
-    if callable(plan):
-        plan = plan(full, model.depths)
-    bound = check_trunk and bool(plan.trunk or plan.exits)
-    plan.check(
-        depths=model.depths,
-        trunk=model.trunk_hash() if bound else None,
-        exits=model.exits_hash() if bound else None,
-        timesteps=full.timesteps,
-        solver=full.solver,
-    )
-    if cfg_scale != plan.cfg_scale and (plan.trunk or 1 in (cfg_scale, plan.cfg_scale)):
-        raise PlanError(f"plan: made for guidance scale {plan.cfg_scale:g}, but --cfg-scale {cfg_scale:g} is asked for")
-    return plan
+    written = plan(full, model.depths) if callable(plan) else plan
+    return bind(written, model, full=full, cfg_scale=cfg_scale, origin=origin)
 
 
 def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, seed: int) -> None:
@@ -80,8 +68,7 @@ def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, s
     Raises:
         InputError: naming the flag.
     """
-    if bad := [label for label in labels if not 0 <= label < model.backbone.num_classes]:
-        raise InputError(f"--class-labels {bad[0]}: expected 0 to {model.backbone.num_classes - 1}")
+    model.backbone.condition.of(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
     if batch_size < 1:
@@ -133,7 +120,7 @@ def sample(
         if strict:
             mine += [mine[-1]] * (batch_size - kept)
             indices += [indices[-1]] * (batch_size - kept)
-        batch = Batch(torch.tensor(mine, device=device), tuple(indices), seed)
+        batch = Batch(model.backbone.condition.of(mine, device), tuple(indices), seed)
         began = time.perf_counter()
         x = advance(
             model,
@@ -178,5 +165,5 @@ def balanced_labels(num_images: int, num_classes: int) -> list[int]:
 
 
 def unguided(plan: DepthPlan) -> DepthPlan:
-    """The plan without its unconditional branch, of the same guidance scale: the extreme of a guidance interval."""
-    return replace(plan, uncond=(0,) * plan.num_steps)
+    """The plan without guides, of the same guidance scale: the extreme of a guidance interval."""
+    return plan.with_steps([replace(step, guide=NoGuide()) for step in plan.steps])

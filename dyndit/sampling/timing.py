@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dyndit.clock import Clock
-from dyndit.models import Inputs
+from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.sampling.guidance import Guidance
@@ -24,16 +24,14 @@ def measure_cost(
 ) -> CostModel:
     """Time the parts of a step of our own sampling on this machine: medians over `rounds`, the parts alternating."""
     backbone, first = model.backbone, next(model.parameters())
-    device, dtype = first.device, first.dtype
-    size = (backbone.in_channels, backbone.image_size, backbone.image_size)
 
     def some(rows: int) -> Inputs:
-        t = torch.full((rows,), 500, device=device)
-        return Inputs(torch.randn(rows, *size, device=device, dtype=dtype), t, torch.zeros_like(t))
+        generator = torch.Generator().manual_seed(0)
+        return backbone.example(rows, generator).to(first)
 
     plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
-    labels = torch.arange(batch_size, device=device) % backbone.num_classes
-    batch = Batch(labels, tuple(range(batch_size)), seed=0)
+    condition = backbone.condition.of(backbone.condition.in_turn(batch_size), first.device)
+    batch = Batch(condition, tuple(range(batch_size)), seed=0)
     # The trajectory is prepared ahead: drawing the noise is not part of a step.
     waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dyndit.errors import InputError
-from dyndit.models import tensors_hash
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import tensors_hash
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.table import ShiftTable
 from dyndit.storage.native import TABLE, plans_in
@@ -98,7 +98,7 @@ def _trunk(model: DynamicDepth) -> str:
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
         f"| makes | {'pixels in [-1, 1]' if model.pixel_space else 'latents'} |",
-        f"| hash | `{model.trunk_hash()}` |",
+        f"| hash | `{model.identity.backbone}` |",
     ]
     return "\n".join(["## Trunk", "", "| | |", "|---|---|", *rows])
 
@@ -146,7 +146,7 @@ def _features(folder: Path) -> str:
 
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
-    guided = model.backbone.null_class is not None
+    guided = model.backbone.condition.guided
     drawn = "num_steps=20, cfg_scale=1.5" if guided else "num_steps=20, cfg_scale=1"
     if plans:
         name, plan = next(iter(plans.items()))

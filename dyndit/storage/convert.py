@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dyndit import manifest
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.layers import position_features
 from dyndit.storage import card as model_card
@@ -41,7 +41,7 @@ class Drift:
 def predictions(predict: Predict, config: DiTConfig, batch: int = 2) -> Tensor:
     """Predictions of seeded noise, the same at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W)."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
+    x = torch.randn(batch, config.in_channels, *config.size, generator=generator)
     y = torch.arange(batch) % config.num_classes
     return torch.stack([predict(x, torch.full((batch,), t), y) for t in TIMESTEPS])
 
@@ -87,7 +87,7 @@ def convert(
             diffusers_folder.write(model, partial)
         carried = () if folder is None else checkpoints.copy_companions(folder, model, partial)
         if to == "native":
-            settings = {"verb": "convert", "source": str(source), "model": model.trunk_hash()}
+            settings = {"verb": "convert", "source": str(source), "model": model.identity.backbone}
             manifest.write_json(partial / "manifest.json", manifest.describe(settings))
             license = None if folder is None else model_card.license_of(folder)
             wanted = card_extras is not None and not model_card.is_foreign(partial)
@@ -121,8 +121,7 @@ def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
     if not causes:
         return (f"{note}; loaded plainly it is the same: nothing is unmatched",)
     match_frequencies(transformer, 1)
-    side = config.image_size // config.patch_size
-    transformer.pos_embed.pos_embed.copy_(position_features(side, config.width)[None])
+    transformer.pos_embed.pos_embed.copy_(position_features(*config.grid, config.width)[None])
     found = drift(matched, predictions(predict, config))
     call = f"; call dyndit.match_frequencies(transformer, {config.frequency_shift}) after loading"
     return (note, f"loaded plainly ({' and '.join(causes)} of diffusers, not of this model): {found}{call}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
 from dyndit.manifest import write_json
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.names import (
     FREQUENCY_SHIFT,
@@ -93,13 +93,12 @@ def read(folder: Path, pixel_space: bool | None = None) -> Loaded:
     config, native = _renamed(raw, tensors, path)
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, native, folder / name)
-    trunk = backbone.identity()
+    trunk = backbone.checksum()
     if metadata.get(TRUNK_KEY, trunk) != trunk or metadata.get(CONFIG_KEY, _sealed(raw)) != _sealed(raw):
         raise CheckpointError(
             f"{folder}: {CONFIG} edited, or {name} damaged (hash {trunk}, recorded {metadata.get(TRUNK_KEY)})"
         )
-    exits = read_exits(folder / EXITS, backbone, trunk=trunk) if (folder / EXITS).exists() else None
-    check_plans(folder, trunk)
+    exits = read_exits(folder / EXITS, backbone) if (folder / EXITS).exists() else None
     if pixel_space is None:
         pixel_space = config.in_channels in (1, 3)
     pixel_space = _private(raw, PIXEL_SPACE, bool, pixel_space, path)
@@ -109,7 +108,9 @@ def read(folder: Path, pixel_space: bool | None = None) -> Loaded:
         f"{folder.name}: {config.num_heads} attention heads, as {CONFIG} records",
         f"{folder.name}: timestep frequencies with shift {shift}, {how}; norm_eps {config.mlp_norm_eps:g} of the MLPs",
     )
-    return Loaded(DynamicDepth(backbone, exits, pixel_space=pixel_space).eval(), notes, folder)
+    model = DynamicDepth(backbone, exits, pixel_space=pixel_space).eval()
+    check_plans(folder, model)
+    return Loaded(model, notes, folder)
 
 
 def write(model: DynamicDepth, folder: Path) -> None:
@@ -118,14 +119,14 @@ def write(model: DynamicDepth, folder: Path) -> None:
     Raises:
         InputError: the diffusers class cannot express the model.
     """
-    config, trunk = class_config(model), model.trunk_hash()
+    config, trunk = class_config(model), model.backbone.checksum()
     tensors = from_native(model.backbone.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", TRUNK_KEY: trunk, CONFIG_KEY: _sealed(config)}
     write_safetensors(tensors, folder / f"{WEIGHTS}.safetensors", metadata)
     write_json(folder / CONFIG, config)
     if model.exits is not None:
-        write_exits(model.exits, folder / EXITS, trunk)
+        write_exits(model.exits, folder / EXITS, model.identity.backbone)
 
 
 def class_config(model: DynamicDepth) -> dict[str, object]:

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import CARDS, Backbone, ClassConditionalDiT
+from dyndit.models.base import Backbone
+from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.storage import card as model_card
@@ -105,18 +106,18 @@ def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     native.write(model, Path(folder), half=half)
 
 
-def save_exits(exits: Exits, path: Path, trunk_hash: str) -> None:
-    """Write the exits as a side-car bound to its trunk by hash."""
-    native.write_exits(exits, Path(path), trunk_hash)
+def save_exits(exits: Exits, path: Path, backbone: str) -> None:
+    """Write the exits as a side-car bound to the backbone of this identity."""
+    native.write_exits(exits, Path(path), backbone)
 
 
-def load_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True) -> Exits:
-    """Read a side-car. Without `check_trunk` the trunk is not hashed: shapes alone are compared.
+def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True) -> Exits:
+    """Read a side-car. Without `check_identity` shapes alone are compared with the backbone.
 
     Raises:
         CheckpointError: missing, damaged, or of another trunk.
     """
-    return native.read_exits(Path(path), backbone, check_trunk=check_trunk)
+    return native.read_exits(Path(path), backbone, check_identity=check_identity)
 
 
 def push(folder: Path, repo_id: str, **options: object) -> str:

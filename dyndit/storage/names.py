@@ -56,7 +56,7 @@ def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
     for theirs, ours in _OUTER.items():
         for kind in ("weight", "bias"):
             native[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
-    native["pos_embed"] = position_features(side, native["x_embedder.proj.weight"].shape[0])[None]
+    native["pos_embed"] = position_features(side, side, native["x_embedder.proj.weight"].shape[0])[None]
     if POSITIONS in left:
         native["pos_embed"] = take(POSITIONS)
         own_positions(native)  # refuses learned ones
@@ -107,7 +107,7 @@ def own_positions(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """
     found = tensors["pos_embed"]
     side = isqrt(found.shape[1]) if found.ndim == 3 else 0
-    computed = position_features(side, tensors["x_embedder.proj.weight"].shape[0])[None].to(found.device)
+    computed = position_features(side, side, tensors["x_embedder.proj.weight"].shape[0])[None].to(found.device)
     if found.shape == computed.shape and torch.equal(found.float(), computed):
         return None
     # Half precision moves values in [-1, 1] by up to 2 ** -12, bfloat16 by up to 2 ** -9.

@@ -9,10 +9,13 @@ import torch
 
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.manifest import write_json
-from dyndit.models import FAMILIES, Backbone, tensors_hash
+from dyndit.models import families
+from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plans.plan import DepthPlan
+from dyndit.models.identity import same, tensors_hash
+from dyndit.plans.plan import DepthPlan, bind
+from dyndit.plans.table import ShiftTable
 from dyndit.storage.reading import (
     Loaded,
     built,
@@ -23,7 +26,8 @@ from dyndit.storage.reading import (
     write_safetensors,
 )
 
-MODEL_FORMAT, EXITS_FORMAT, VERSION = "dyndit-model", "dyndit-exits", 1
+MODEL_FORMAT, VERSION = "dyndit-model", 1
+EXITS_FORMAT, EXITS_VERSION = "dyndit-exits", 2
 CONFIG, TRUNK, EXITS = "config.json", "model.safetensors", "exits.safetensors"
 TABLE, PLANS = "shift-table.safetensors", "plan-*.json"
 
@@ -34,26 +38,26 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     Raises:
         InputError: the trunk belongs to another library.
     """
-    if type(model.backbone) not in FAMILIES.values():
+    if type(model.backbone) not in families().values():
         name = type(model.backbone).__name__
         raise InputError(f"{folder}: a {name} is saved by the library its transformer is from; expected a native trunk")
     folder.mkdir(parents=True, exist_ok=True)
     trunk = model.backbone.state_dict()
     if half:
         trunk = {name: t.half() for name, t in trunk.items()}
-    trunk_hash = model.backbone.identity(trunk)
+    checksum = model.backbone.checksum(trunk)
     config = {
         "format": MODEL_FORMAT,
         "version": VERSION,
         "family": model.backbone.family,
         "pixel_space": model.pixel_space,
-        "trunk": trunk_hash,
+        "trunk": checksum,
         "backbone": model.backbone.config(),
     }
     write_safetensors(trunk, folder / TRUNK, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
-        write_exits(model.exits, folder / EXITS, trunk_hash)
+        write_exits(model.exits, folder / EXITS, model.backbone.identity(trunk))
 
 
 def read(folder: Path) -> Loaded:
@@ -65,9 +69,9 @@ def read(folder: Path) -> Loaded:
     path = folder / CONFIG
     config = read_json(path)
     try:
-        family, arguments = FAMILIES[config["family"]], config["backbone"]
+        family, arguments = families()[config["family"]], config["backbone"]
         known = (config["format"], config["version"]) == (MODEL_FORMAT, VERSION)
-        trunk_hash, pixel_space = config["trunk"], config["pixel_space"]
+        checksum, pixel_space = config["trunk"], config["pixel_space"]
     except (KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{path}: not the config of a {MODEL_FORMAT} folder ({found})") from error
@@ -81,45 +85,43 @@ def read(folder: Path) -> Loaded:
         raise CheckpointError(edited)
     backbone = built(family, arguments, path)
     load_strictly(backbone, tensors, folder / TRUNK)
-    if (found := backbone.identity()) != trunk_hash:
-        raise CheckpointError(f"{folder / TRUNK}: damaged (hash {found}, {CONFIG} records {trunk_hash})")
+    if (found := backbone.checksum()) != checksum:
+        raise CheckpointError(f"{folder / TRUNK}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
     exits = None
     if (folder / EXITS).exists():
-        exits = read_exits(folder / EXITS, backbone, trunk=found)
-    check_plans(folder, found)
-    return Loaded(DynamicDepth(backbone, exits, pixel_space=pixel_space).eval(), folder=folder)
+        exits = read_exits(folder / EXITS, backbone)
+    model = DynamicDepth(backbone, exits, pixel_space=pixel_space).eval()
+    check_plans(folder, model)
+    return Loaded(model, folder=folder)
 
 
-def write_exits(exits: Exits, path: Path, trunk_hash: str) -> None:
-    """Write the exits as a side-car bound to its trunk by hash."""
+def write_exits(exits: Exits, path: Path, backbone: str) -> None:
+    """Write the exits as a side-car bound to the backbone of this identity."""
     tensors = exits.state_dict()
     metadata = {
         "format": EXITS_FORMAT,
-        "version": str(VERSION),
-        "trunk": trunk_hash,
+        "version": str(EXITS_VERSION),
+        "backbone": backbone,
         "exits": tensors_hash(tensors),
         "config": json.dumps(exits.describe()),
     }
     write_safetensors(tensors, path, metadata)
 
 
-def read_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True, trunk: str | None = None) -> Exits:
-    """Read a side-car. Without `check_trunk` the trunk is not hashed: shapes alone are compared.
-
-    trunk: the backbone's identity, where it is known already.
+def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True) -> Exits:
+    """Read a side-car. Without `check_identity` shapes alone are compared with the backbone.
 
     Raises:
-        CheckpointError: missing, damaged, or of another trunk.
+        CheckpointError: missing, damaged, or of another backbone.
     """
     tensors, metadata = read_safetensors(path)
-    if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(VERSION)):
-        raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {VERSION}")
-    if check_trunk and metadata.get("trunk") != (trunk := trunk or backbone.identity()):
-        dtype = next(backbone.parameters()).dtype
-        rounded = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}, which rounds its weights"
-        raise CheckpointError(f"{path}: exits of trunk {metadata.get('trunk')}, but this trunk is {trunk}{rounded}")
+    if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(EXITS_VERSION)):
+        raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {EXITS_VERSION}")
+    made_for = metadata.get("backbone", "")
+    if check_identity and not same(made_for, found := backbone.identity()):
+        raise CheckpointError(f"{path}: exits of backbone {made_for}, but this backbone is {found}")
     if metadata.get("exits") != tensors_hash(tensors):
         raise CheckpointError(f"{path}: damaged (its tensors do not have the recorded hash)")
     try:
@@ -146,15 +148,14 @@ def plans_in(folder: Path) -> dict[Path, DepthPlan]:
         raise CheckpointError(str(error)) from error
 
 
-def check_plans(folder: Path, trunk: str) -> None:
-    """Refuse a folder with plans of another trunk.
+def check_plans(folder: Path, model: DynamicDepth) -> None:
+    """Refuse a folder with plans of another backbone.
 
     Raises:
         CheckpointError: naming the file.
     """
     for path, plan in plans_in(folder).items():
-        if plan.trunk and plan.trunk != trunk:
-            raise CheckpointError(f"{path}: plan of trunk {plan.trunk}, but this trunk is {trunk}")
+        model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
 
 
 def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
@@ -163,18 +164,14 @@ def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
     Raises:
         CheckpointError: one of them cannot be read, or is of another trunk or other exits.
     """
-    from dyndit.plans.table import ShiftTable
-
-    trunk, exits = model.trunk_hash(), model.exits_hash()
     plans = plans_in(folder)
     for path, plan in plans.items():
         try:
-            plan.check(depths=model.depths, trunk=trunk, exits=exits, origin=str(path))
+            bind(plan, model, origin=str(path))
         except PlanError as error:
             raise CheckpointError(str(error)) from error
     tables = [folder / TABLE] if (folder / TABLE).exists() else []
     for path in tables:
         table = ShiftTable.load(path)
-        if (table.trunk, table.exits) != (trunk, exits):
-            raise CheckpointError(f"{path}: measured on trunk {table.trunk}, exits {table.exits}, not on this model's")
+        model.check_identity(table.backbone, table.exits, origin=str(path), error=CheckpointError)
     return (*plans, *tables)

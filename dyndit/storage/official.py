@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.reading import Loaded, built, first_line, load_strictly, read_pickled, written_whole
 
@@ -33,7 +33,7 @@ def read(path: Path, num_heads: int | None = None) -> Loaded:
     config, heads_note = _infer(tensors, args, path, num_heads)
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, tensors, path)
-    if "trunk" in args.found and args.found["trunk"] != (trunk := backbone.identity()):
+    if "trunk" in args.found and args.found["trunk"] != (trunk := backbone.checksum()):
         raise CheckpointError(f"{path}: damaged or edited (trunk {trunk}, its args record {args.found['trunk']})")
     pixels = args.take("pixel_space", bool, config.in_channels in (1, 3))
     return Loaded(DynamicDepth(backbone, pixel_space=pixels).eval(), (*notes, heads_note))
@@ -49,7 +49,7 @@ def write(model: DynamicDepth, path: Path) -> None:
     if not isinstance(backbone, ClassConditionalDiT):
         raise InputError(f"{path}: the official format holds class-conditional DiTs, not a {type(backbone).__name__}")
     config = backbone.config()
-    args = config | {"pixel_space": model.pixel_space, "trunk": backbone.identity()}
+    args = config | {"pixel_space": model.pixel_space, "trunk": backbone.checksum()}
     # Cloned, so that a view is not stored with all of the memory it looks at.
     ema = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
     with written_whole(path) as partial:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import Backbone
+from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 
 

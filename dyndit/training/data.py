@@ -21,6 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dyndit.errors import InputError
+from dyndit.models.base import Backbone
+
+Size = int | tuple[int, int]
+"""The side of a square, or (height, width)."""
 
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -31,10 +35,15 @@ class Pictures(Dataset, ABC):
     num_classes: int
     class_names: tuple[str, ...]
     channels: int
-    image_size: int
+    image_size: int | tuple[int, int]
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
     fingerprint: str  # sha256, hexadecimal: a run is resumed, and a cache reused, on the same pictures only
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every picture."""
+        return (self.channels, *size_pair(self.image_size))
 
     @abstractmethod
     def __len__(self) -> int:
@@ -83,18 +92,19 @@ def load_digits() -> Pictures:
 class PictureFolder(Pictures):
     """A folder with one subfolder per class (in sorted order), pictures searched in depth below each.
 
-    Every picture is cropped to its centre square and resized (bicubic, antialiased) to `image_size`, by
-    default the shorter side of the first picture. Raises InputError for a folder without pictures or without
-    class subfolders; a picture that cannot be read raises it, naming the file, when it is asked for.
+    Every picture is cropped at its centre to the shape of `image_size`, a side or (height, width), and resized to it
+    (bicubic, antialiased). Default: a square, as wide as the shorter side of the first picture. Raises InputError for a
+    folder without pictures or without class subfolders; a picture that cannot be read raises it, naming the file, when
+    it is asked for.
     """
 
-    def __init__(self, root: str | Path, image_size: int | None = None, channels: int = 3, can_flip: bool = True):
+    def __init__(self, root: str | Path, image_size: Size | None = None, channels: int = 3, can_flip: bool = True):
         self.root = Path(root)
         if not self.root.is_dir():
             raise InputError(f"{self.root}: expected a folder with a subfolder of pictures per class")
         if channels not in (1, 3):
             raise InputError(f"channels: found {channels}, expected 1 (grey) or 3 (colour)")
-        if image_size is not None and image_size < 1:
+        if image_size is not None and min(size_pair(image_size)) < 1:
             raise InputError(f"image_size: found {image_size}, expected at least 1")
         folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not folders:
@@ -115,7 +125,8 @@ class PictureFolder(Pictures):
                 digest.update(f"{name}\0{Path(path).stat().st_size}\0".encode("utf-8", "surrogateescape"))
             self._paths += files
             self.labels += [label] * len(files)
-        self.image_size = image_size or min(read_picture(self._paths[0], channels).size)
+        height, width = size_pair(image_size or min(read_picture(self._paths[0], channels).size))
+        self.image_size = height if height == width else (height, width)
         # The bytes are not read: hashing a large set would cost an hour, and names with sizes catch what
         # happens in practice. Size and channels are hashed as part of what a step sees.
         digest.update(f"{self.image_size} {channels}".encode())
@@ -133,11 +144,11 @@ class PictureFolder(Pictures):
 
     def _read(self, index: int) -> Tensor:
         picture = crop_and_resize(read_picture(self._paths[index], self.channels), self.image_size)
-        array = np.array(picture).reshape(self.image_size, self.image_size, self.channels)
+        array = np.array(picture).reshape(*size_pair(self.image_size), self.channels)
         return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def open_data(spec: str, image_size: int | None = None, channels: int | None = None) -> Pictures:
+def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:
     """`"digits"`, or the path of a picture folder (see PictureFolder)."""
     if spec == "digits":
         if image_size not in (None, 8) or channels not in (None, 1):
@@ -172,12 +183,38 @@ def read_picture(path: str | Path, channels: int = 3) -> Image.Image:
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-def crop_and_resize(picture: Image.Image, size: int) -> Image.Image:
-    """Cut out the centre square, resize it to `size`; pictures that fit already come back untouched."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
+def crop_and_resize(picture: Image.Image, size: Size) -> Image.Image:
+    """Cut the largest part of this shape out of the centre, and resize it. A picture that fits comes back untouched.
+
+    size: a side, or (height, width).
+    """
+    height, width = size_pair(size)
+    scale = min(picture.width / width, picture.height / height)
+    cut_width, cut_height = round(width * scale), round(height * scale)
+    left, top = (picture.width - cut_width) // 2, (picture.height - cut_height) // 2
+    part = picture.crop((left, top, left + cut_width, top + cut_height))
+    return part if part.size == (width, height) else part.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def size_pair(size: Size) -> tuple[int, int]:
+    """(height, width) of a size, which may be the side of a square."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> None:
+    """Refuse pictures that are not what a backbone takes.
+
+    exactly: also refuse fewer classes than the backbone has.
+
+    Raises:
+        InputError: another shape, or more classes than the backbone has.
+    """
+    if data.shape != tuple(backbone.sample_shape):
+        found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
+        raise InputError(f"data: pictures of {found}, but the model takes {expected} (channels, height, width)")
+    known = getattr(backbone.condition, "num_classes", data.num_classes)
+    if data.num_classes > known or (exactly and data.num_classes != known):
+        raise InputError(f"data: {data.num_classes} classes, but the model has {known}")
 
 
 def _find_pictures(folder: Path) -> list[str]:

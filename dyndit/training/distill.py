@@ -10,18 +10,19 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, ClassConditionalDiT, Condition
+from dyndit.models.base import Backbone
+from dyndit.models.conditions import Condition
+from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
 from dyndit.plugin.recording import RecordedCalls, recorded_sampling
 from dyndit.process import Schedule
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, full_plan, start
-from dyndit.sampling.sample import balanced_labels
+from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures
+from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors
@@ -73,8 +74,7 @@ class Distill:
     """What an error weighs at its timestep: the same at all, or as in the KL between two processes' paths
     (`Schedule.path_kl_weights`)."""
     forecasts: bool = False
-    """Whether the exits also learn to correct forecasts of what they lack (`dyndit.models.forecasts`), from the sampler's own
-    trajectories."""
+    """Whether the exits also learn to correct forecasts (`models.forecasts`), from the sampler's trajectories."""
 
     def __post_init__(self) -> None:
         for name in ("trunk", "states", "weighting"):
@@ -104,13 +104,8 @@ class Distill:
                 raise InputError(f"{wanted}: recorded calls ({data.folder}) are states; expected pictures")
         if isinstance(data, RecordedCalls):
             data.check(model)
-        elif (data.channels, data.image_size) != (backbone.in_channels, backbone.image_size):
-            raise InputError(
-                f"data: pictures of {data.channels} x {data.image_size} px, but the model takes "
-                f"{backbone.in_channels} x {backbone.image_size} px"
-            )
-        elif data.num_classes > backbone.num_classes:
-            raise InputError(f"data: classes {data.num_classes}, but the model has {backbone.num_classes}")
+        else:
+            check_fit(data, backbone)
         data[0]
 
     def _check_family(self, backbone: Backbone) -> None:
@@ -146,7 +141,7 @@ class Distill:
             dynamic = DynamicDepth(trunk, exits, pixel_space=model.pixel_space)
             trained = _FrozenTrunk(dynamic) if trunk is backbone else _TaughtTrunk(dynamic, backbone)
             task = _Distillation(trained, self, self._states(backbone, data))
-            identity = f"{model.trunk_hash()} {exits.config} {self._choices()}"
+            identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
             result = fit(task, data, self.fit, Path(out), identity=identity, rates={"trunk.": self.trunk_rate})
             trained.load_state_dict(result.ema)
             if adapters is not None:
@@ -169,12 +164,11 @@ class Distill:
         device = next(dynamic.parameters()).device
         for low in range(0, _NUM_FORECAST, self.fit.batch_size):
             numbers = range(low, min(_NUM_FORECAST, low + self.fit.batch_size))
-            labels = torch.tensor([i % dynamic.backbone.num_classes for i in numbers], device=device)
-            batch = Batch(labels, tuple(numbers), seed)
+            batch = batch_in_turn(dynamic, numbers, seed)
             trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
             for k in range(self.num_steps):
                 step = {"first": k, "stop": k + 1, "also_keep": dynamic.exits.layers}
-                gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory[-1])
+                gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory.gaps[-1])
             regression.add(gaps)
         return regression.gains().to(device)
 
@@ -182,7 +176,7 @@ class Distill:
         """The states that the full model's sampler meets; drawn into `out`, once."""
         seed = TRAJECTORIES_SEED + self.fit.seed
         name = f"states-{self.solver}-{self.num_steps}-{self.num_trajectories}-g{self.cfg_scale:g}-s{seed}"
-        labels = balanced_labels(self.num_trajectories, model.backbone.num_classes)
+        labels = model.backbone.condition.in_turn(self.num_trajectories)
         options = {"solver": self.solver, "num_steps": self.num_steps, "cfg_scale": self.cfg_scale, "seed": seed}
         with PartialState().main_process_first():
             return recorded_sampling(model, labels, out / name, **options)
@@ -191,7 +185,7 @@ class Distill:
         """How to make states of this data."""
         if isinstance(data, RecordedCalls):
             return lambda x, rows, _: data.inputs(x, rows)
-        return partial(noised, self.schedule, self.null_share, backbone.null_class)
+        return partial(noised, self.schedule, self.null_share, backbone.condition)
 
 
 class _Distillation:

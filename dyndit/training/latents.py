@@ -51,7 +51,8 @@ class LatentPictures(Pictures):
         self._names: list[str] = list(index["sha256"])
         self._shards: dict[int, safe_open] = {}
         self.num_classes, self.class_names = source.num_classes, source.class_names
-        _, self.channels, self.image_size, _ = self._shard(0).get_slice("mean").get_shape()
+        _, self.channels, height, width = self._shard(0).get_slice("mean").get_shape()
+        self.image_size = height if height == width else (height, width)
         # The shards' hashes and not their origin alone: another machine encodes to other last bits.
         content = json.dumps([index, use_mode], sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
@@ -224,7 +225,7 @@ def _check_fit(pictures: Pictures, vae: AutoencoderKL) -> None:
             f"data: found pictures of {pictures.channels} channels, the autoencoder expects {vae.config.in_channels}"
         )
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if pictures.image_size % factor:
+    if any(side % factor for side in pictures.shape[1:]):
         raise InputError(
             f"data: found pictures of {pictures.image_size} px, the autoencoder expects multiples of {factor}"
         )

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dyndit.models import ClassConditionalDiT
+from dyndit.models.dit import ClassConditionalDiT
 
 if TYPE_CHECKING:
     from peft import LoraModel

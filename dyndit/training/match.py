@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dyndit.models import Backbone, tensors_hash
+from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import tensors_hash
 from dyndit.process import Schedule
 from dyndit.training.borrowed import borrowed
 from dyndit.training.config import FitConfig
@@ -37,9 +38,9 @@ class Match:
         Distill(fit=self.fit).check(model, data)
         backbone, kept = model.backbone, tensors_hash(student.state_dict())
         with borrowed(backbone):
-            states = partial(noised, self.schedule, self.null_share, backbone.null_class)
+            states = partial(noised, self.schedule, self.null_share, backbone.condition)
             task = _Matching(student, backbone, self.variance_weight, states)
-            identity = f"{model.trunk_hash()} {kept} {self.variance_weight} {self.null_share}"
+            identity = f"{model.identity.backbone} {kept} {self.variance_weight} {self.null_share}"
             result = fit(task, data, self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)
         student.to(next(backbone.parameters()).device)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dyndit.models import Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.conditions import Condition, ConditionType
 from dyndit.process import Schedule
 
 Rows = Tensor | dict[str, Tensor]
@@ -21,12 +22,14 @@ TRAJECTORIES_SEED = 2_000_003
 
 
 def noised(
-    schedule: Schedule, null_share: float, null_class: int | None, x: Tensor, y: Tensor, generator: torch.Generator
+    schedule: Schedule,
+    null_share: float,
+    condition: ConditionType,
+    x: Tensor,
+    y: Condition,
+    generator: torch.Generator,
 ) -> Inputs:
-    """Pictures at random timesteps, some of their labels replaced by the null label.  x: (B, C, H, W), y: (B,)."""
+    """Noise pictures at random timesteps, and replace a share of their conditions by the null.  x: (B, C, H, W)."""
     t = torch.randint(schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
     eps = torch.randn(x.shape, generator=generator).to(x.device)
-    lost = torch.rand(len(y), generator=generator) < null_share
-    if null_class is not None:
-        y = torch.where(lost.to(y.device), null_class, y)
-    return Inputs(schedule.add_noise(x, eps, t), t, y)
+    return Inputs(schedule.add_noise(x, eps, t), t, condition.dropped(y, generator, null_share))

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig
+from dyndit.models.base import Backbone, BackboneConfig
+from dyndit.models.conditions import Condition
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.process import Schedule
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures
+from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, fit
 from dyndit.training.latents import LatentPictures
 from dyndit.training.losses import deep_supervision_loss, denoising_loss
@@ -24,10 +25,10 @@ Preview = Callable[[DynamicDepth, Path, int], None]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a class-conditional DiT, from scratch or on from given weights; where asked for with exits from the first
-    step."""
+    """Train a backbone of any family, from scratch or on from given weights."""
 
-    backbone: DiTConfig
+    backbone: BackboneConfig
+    """The architecture, of any family: `CARDS["digits"]`."""
     fit: FitConfig
     data: str = ""
     """"digits", or empty: the user names a picture folder."""
@@ -48,17 +49,15 @@ class Train:
             InputError: another size, number of channels or of classes; an exit where there is no layer; or the first
                 picture cannot be read.
         """
-        config = self.backbone
         if self.exits is not None:
-            self.exits.resolved(config.num_blocks)
-        for name, found, expected in (
-            ("picture size", data.image_size, config.image_size),
-            ("channels", data.channels, config.in_channels),
-            ("classes", data.num_classes, config.num_classes),
-        ):
-            if found != expected:
-                raise InputError(f"data: {name} {found}, but the recipe's backbone expects {expected}")
+            self.exits.resolved(self.backbone.num_blocks)
+        check_fit(data, self.outline(), exactly=True)
         data[0]
+
+    def outline(self) -> Backbone:
+        """The backbone without weights (on the meta device): what it takes, and what it is conditioned on."""
+        with torch.device("meta"):
+            return self.backbone.build()
 
     def run(
         self, data: Pictures, out: Path, *, trunk: DynamicDepth | None = None, preview: Preview | None = None
@@ -77,7 +76,7 @@ class Train:
             raise InputError(f"--model: {type(trunk.backbone).__name__} with {found}; expected the recipe's {config}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
-            backbone = ClassConditionalDiT(config)
+            backbone = config.build()
             if trunk is not None:
                 backbone.load_state_dict(trunk.backbone.state_dict())
             exits = None if self.exits is None else Exits(backbone, self.exits)
@@ -86,7 +85,7 @@ class Train:
         task = _Denoising(model, self.schedule, self.exit_weight, preview)
         identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
         if trunk is not None:
-            identity += f" on from {trunk.trunk_hash()}"
+            identity += f" on from {trunk.identity.backbone}"
         result = fit(task, data, self.fit, out, identity=identity)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
@@ -105,7 +104,7 @@ class _Denoising:
         """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
         t = torch.randint(self.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
-        y = self.model.backbone.y_embedder.drop(y, generator)
+        y = self.model.backbone.condition.dropped(y, generator)
         if self.model.exits is None:
             return denoising_loss(module, self.schedule, x, t, eps, y)
         return deep_supervision_loss(module, self.schedule, x, t, eps, y, self.exit_weight)
@@ -119,8 +118,8 @@ class _Denoising:
         self._preview(model.eval(), out, step)
 
 
-def _is_shaped_as(backbone: Backbone, config: DiTConfig) -> bool:
-    return isinstance(backbone, ClassConditionalDiT) and backbone.config() == asdict(config)
+def _is_shaped_as(backbone: Backbone, config: BackboneConfig) -> bool:
+    return backbone.config() == asdict(config)
 
 
 def _trained_from_scratch(model: DynamicDepth) -> nn.Module:

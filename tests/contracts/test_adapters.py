@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 
 import dyndit
 from dyndit.errors import InputError
-from dyndit.models import Conditioning, Inputs, State
+from dyndit.models.base import Inputs, State
+from dyndit.models.conditions import Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plugin.adapters import Adapter, adapt, adapters, collect_exits

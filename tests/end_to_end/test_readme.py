@@ -59,7 +59,7 @@ def test_a_checkpoint_of_the_published_code(here: Path) -> None:
     assert names["plan"].figures["predicted_share_of_time"] <= 0.6
     again = dyndit.load("runs/mine")
     assert again.depths == names["model"].depths == tuple(range(1, 13))
-    assert again.trunk_hash() == dyndit.load("my-dit.pt").trunk_hash()
+    assert again.identity.backbone == dyndit.load("my-dit.pt").identity.backbone
 
 
 def test_a_pipeline_of_diffusers(here: Path) -> None:

@@ -15,7 +15,8 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 import dyndit
-from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, State
+from dyndit.models.base import Backbone, State
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.sampling.guidance import Guidance

@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 from dyndit.analysis.compare.peers.base import PeerSettings, grid
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import Step, Unconditional
 
 NUM_TIMESTEPS, NUM_RANGES = 1000, 10
 
@@ -47,12 +48,12 @@ class FixedExits(PeerSettings):
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
         """Each step's depth from its timestep, at the nearest exit; the deeper of two that are equally near."""
-        pairs = []
-        for timestep, uncond in zip(full.timesteps, full.uncond, strict=True):
+        steps = []
+        for timestep, step in zip(full.timesteps, full.steps, strict=True):
             wanted = full.num_blocks * (1 - self.drop * _stage(timestep))
             depth = min(depths, key=lambda d, wanted=wanted: (round(abs(d - wanted), 9), -d))
-            pairs.append((depth, depth if uncond else 0))
-        return full.with_pairs(pairs, router=f"ase-{self.drop:g}")
+            steps.append(Step.equal(depth, isinstance(step.guide, Unconditional)))
+        return full.with_steps(steps, router=f"ase-{self.drop:g}")
 
 
 def _stage(timestep: float) -> float:

@@ -32,7 +32,7 @@ class Workshop:
 class PeerSettings:
     """A peer and how it is set; subclasses add fields, plain numbers and words.
 
-    Every subclass in this package is found by itself (`dyndit.analysis.compare.peers.peers`) and runs in the test suite.
+    Every subclass in this package is found by itself (`peers.peers()`) and runs in the test suite.
     """
 
     name: ClassVar[str]

@@ -27,11 +27,11 @@ from torch import Tensor
 from dyndit.calibration.drawing import CALIBRATION_SEED, batches_of
 from dyndit.errors import CheckpointError, InputError
 from dyndit.manifest import write_json
-from dyndit.models import Inputs
-from dyndit.models.dynamic import DynamicDepth, Step
+from dyndit.models.base import Inputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, full_plan, start
+from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.sampling.solvers import AnySolver
 
 FORMAT = "dyndit-thresholds"
@@ -71,7 +71,7 @@ class Thresholds:
 
     depths: d_0, d_1, ..., d_m, rising, below L; no picture leaves at d_0. edges: bands + 1 timesteps, falling; band b
     covers (edges[b + 1], edges[b]]. values: for each band the m signals below which a picture leaves at d_1 to d_m.
-    cfg_scale, target: what they were calibrated for. trunk, exits: hashes; "" for thresholds that fit any.
+    cfg_scale, target: what they were calibrated for. backbone, exits: identities; "" for thresholds that fit any.
     """
 
     depths: tuple[int, ...]
@@ -79,7 +79,7 @@ class Thresholds:
     values: tuple[tuple[float, ...], ...]
     cfg_scale: float = 1.0
     target: float | None = None
-    trunk: str = ""
+    backbone: str = ""
     exits: str = ""
 
     def at(self, timestep: float) -> tuple[float, ...]:
@@ -134,25 +134,23 @@ class ConfidentDepth(DynamicDepth):
         """
         super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space)
         _check_depths(thresholds.depths, self.depths)
-        for name, mine in (("trunk", thresholds.trunk), ("exits", thresholds.exits)):
-            if mine and mine != (theirs := getattr(self, f"{name}_hash")()):
-                raise InputError(f"thresholds: of {name} {mine}, but the model's are {theirs or 'absent'}")
+        self.check_identity(thresholds.backbone, thresholds.exits, origin="thresholds")
         self.thresholds = thresholds
         self.eval()
 
-    def predict(self, step: Step, memory: tuple[Tensor, ...] | None) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    def predict(self, step: StepInputs, memory: tuple[Tensor, ...] | None) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """As of `DynamicDepth`."""
         branches = 1 if self.thresholds.cfg_scale == 1 else 2
-        if step.depths == (self.num_blocks,) * branches:
+        if step.work.depths == (self.num_blocks,) * branches:
             predictions, depths = self._confident(step)
         else:
             predictions, _ = super().predict(step, None)
-            depths = torch.full((len(step.x_t),), step.depths[0], device=step.x_t.device)
+            depths = torch.full((len(step.x_t),), step.work.depths[0], device=step.x_t.device)
         return predictions, (*(memory or ()), depths)
 
-    def _confident(self, step: Step) -> tuple[list[Tensor], Tensor]:
+    def _confident(self, step: StepInputs) -> tuple[list[Tensor], Tensor]:
         """The predictions of every branch, and the depths (B,) that the pictures left at."""
-        joined = Inputs.joined([Inputs(step.x_t, step.times, labels) for labels in step.labels])
+        joined = Inputs.joined(step.branches)
         state, done, branches = self.backbone.embed(joined.x, joined.t, joined.y), 0, len(step.labels)
         rows = torch.arange(len(step.x_t), device=step.x_t.device)  # the pictures that are still there
         depths, left, predictions, before = torch.full_like(rows, self.num_blocks), [], [], None
@@ -200,7 +198,7 @@ class Signals:
     cfg_scale: float
     signal: Tensor
     error: Tensor
-    trunk: str = ""
+    backbone: str = ""
     exits: str = ""
 
     def thresholds(self, target: float, num_bands: int) -> Thresholds:
@@ -221,7 +219,7 @@ class Signals:
                 there &= s >= chosen[-1]
             values.append(tuple(chosen))
         edges = (*(float(self.timesteps[band[0]]) for band in bands), 0.0)
-        return Thresholds(self.depths, edges, tuple(values), self.cfg_scale, target, self.trunk, self.exits)
+        return Thresholds(self.depths, edges, tuple(values), self.cfg_scale, target, self.backbone, self.exits)
 
 
 def threshold(signal: Tensor, error: Tensor, target: float) -> float:
@@ -254,9 +252,9 @@ class _Recorder(DynamicDepth):
         self.compared, self.cfg_scale = depths, cfg_scale
         self.eval()
 
-    def predict(self, step: Step, memory: tuple | None) -> tuple[list[Tensor], tuple]:
+    def predict(self, step: StepInputs, memory: tuple | None) -> tuple[list[Tensor], tuple]:
         """As of `DynamicDepth`."""
-        joined = Inputs.joined([Inputs(step.x_t, step.times, labels) for labels in step.labels])
+        joined = Inputs.joined(step.branches)
         every = self.every_exit(joined.x, joined.t, joined.y)
         shape = (len(step.labels), len(step.x_t))
         *exits, full = (
@@ -290,17 +288,16 @@ def record_signals(
     recorder = _Recorder(model, depths, cfg_scale)
     found = _memories(recorder, plan, solver, settings.num_pictures, settings.seed, settings.batch_size)
     signal, error = (torch.cat([torch.stack([s[i] for s in steps]) for steps in found], dim=2) for i in range(2))
-    return Signals(depths, plan.timesteps, cfg_scale, signal, error, model.trunk_hash(), model.exits_hash())
+    return Signals(depths, plan.timesteps, cfg_scale, signal, error, model.identity.backbone, model.identity.exits)
 
 
 def _memories(
     model: DynamicDepth, plan: DepthPlan, solver: AnySolver, num: int, seed: int, batch_size: int
 ) -> list[tuple]:
     """Sample `num` pictures, classes in turn -> the memory at the end of every batch."""
-    device, found = next(model.parameters()).device, []
+    _device, found = next(model.parameters()).device, []
     for indices in batches_of(range(num), batch_size):
-        labels = torch.tensor([i % model.backbone.num_classes for i in indices], device=device)
-        batch = Batch(labels, tuple(indices), seed)
+        batch = batch_in_turn(model, indices, seed)
         begun = start(model, batch, solver, plan.num_steps)
         found.append(advance(model, batch, begun, plan, Guidance(plan.cfg_scale)).memory)
     return found
@@ -338,13 +335,14 @@ class _Shaken(ConfidentDepth):
         super().__init__(model, model.thresholds)
         self.noise = noise
 
-    def predict(self, step: Step, memory: tuple | None) -> tuple[list[Tensor], tuple]:
+    def predict(self, step: StepInputs, memory: tuple | None) -> tuple[list[Tensor], tuple]:
         """As of `DynamicDepth`."""
         predictions, (depths,) = super().predict(step, None)
         x = step.x_t
         drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(step.k)).to(x)
         size = x.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
-        _, (shaken,) = super().predict(replace(step, x_t=x + self.noise * size * drawn), None)
+        shaken_branches = tuple(replace(branch, x=x + self.noise * size * drawn) for branch in step.branches)
+        _, (shaken,) = super().predict(replace(step, branches=shaken_branches), None)
         return predictions, (*(memory or ()), torch.stack([depths, shaken]).cpu())
 
 

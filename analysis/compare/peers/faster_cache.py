@@ -15,7 +15,7 @@ from diffusers.utils import logging
 
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -32,7 +32,7 @@ class FasterCachePeer(DiffusersPeer):
         settings.attach_with(self.transformer, lambda: self._timestep)
         self.find_states()
 
-    def ready(self, step: Step) -> None:
+    def ready(self, step: StepInputs) -> None:
         """Tell the timestep.
 
         Raises:

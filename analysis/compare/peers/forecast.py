@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.stale import Kept, Stale
-from dyndit.models.dynamic import Step
+from dyndit.models.dynamic import StepInputs
 from dyndit.process import Schedule
 
 SCHEDULE = Schedule()
@@ -39,7 +39,7 @@ class Forecast(Stale):
         """As `stale`, at the shallower depth, along either variable."""
         return grid(cls, every=(2, 3), depth=(2,), along=("step", "snr"))
 
-    def residual(self, kept: Sequence[Kept], step: Step) -> Tensor:
+    def residual(self, kept: Sequence[Kept], step: StepInputs) -> Tensor:
         """The straight line through the last two full steps, at this one."""
         if len(kept) < 2:
             return kept[-1].residual

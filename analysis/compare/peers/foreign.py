@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dyndit.analysis.compare.peers.base import Peer, PeerSettings
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.storage.diffusers_folder import to_diffusers
 
@@ -59,7 +59,7 @@ class TransformerPeer(Peer):
         super().__init__(model, settings)
         self.transformer: DiTTransformer2DModel = to_diffusers(model)
 
-    def predict(self, step: Step, memory: object) -> tuple[list[Tensor], object]:
+    def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
         """See `DynamicDepth.predict`.
 
         Raises:
@@ -86,7 +86,7 @@ class TransformerPeer(Peer):
         """x: (N, C, H, W), t, y: (N,) -> (N, C_out, H, W)."""
         return self.transformer(hidden_states=x, timestep=t, class_labels=y, return_dict=False)[0]
 
-    def ready(self, step: Step) -> None:
+    def ready(self, step: StepInputs) -> None:
         """Attach what depends on the sampling, before a step of it; by default nothing does."""
 
     def put(self, states: Sequence[object] | None) -> None:

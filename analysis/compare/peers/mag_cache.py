@@ -18,8 +18,8 @@ from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.diffusers_full import DiffusersFull
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.sampling.sample import sample
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -54,7 +54,7 @@ def magnitude_ratios(model: DynamicDepth, num_steps: int, guided: bool) -> tuple
     blocks[-1].register_forward_hook(found.leave)
     sample(
         full,
-        balanced_labels(PICTURES, model.backbone.num_classes),
+        model.backbone.condition.in_turn(PICTURES),
         num_steps=num_steps,
         cfg_scale=GUIDANCE if guided else 1.0,
         seed=SEED,
@@ -78,7 +78,7 @@ class MagCachePeer(DiffusersPeer):
             self._ratios[wanted] = magnitude_ratios(DynamicDepth(self.backbone, pixel_space=self.pixel_space), *wanted)
         return self._ratios[wanted]
 
-    def ready(self, step: Step) -> None:
+    def ready(self, step: StepInputs) -> None:
         """Hook the cache in for this many steps, in place of what was hooked in for others."""
         wanted = (len(step.timesteps), len(step.labels) > 1)
         if wanted == self._attached:

@@ -15,7 +15,8 @@ import torch
 
 from dyndit.analysis.compare.peers.base import PeerSettings, Workshop, grid
 from dyndit.errors import InputError
-from dyndit.models import ClassConditionalDiT, Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.process import Schedule
@@ -56,7 +57,9 @@ class Pruned(PeerSettings):
             return DynamicDepth(model.backbone, pixel_space=model.pixel_space).eval()
         if workshop is None:
             raise InputError(f"peer {self.name}: needs a workshop to fine-tune in")
-        key = hashlib.sha256(f"{model.trunk_hash()} {workshop.fit} {workshop.data.fingerprint}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{model.identity.backbone} {workshop.fit} {workshop.data.fingerprint}".encode()
+        ).hexdigest()
         folder = workshop.out / f"{self.name}-{self.label}-{key[:8]}"
         device = next(model.parameters()).device
         if not (folder / checkpoints.CONFIG).exists():

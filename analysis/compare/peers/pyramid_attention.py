@@ -13,7 +13,7 @@ from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_atten
 from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -28,7 +28,7 @@ class PyramidPeer(DiffusersPeer):
         settings.attach_with(self.transformer, lambda: self._timestep)
         self.find_states()
 
-    def ready(self, step: Step) -> None:
+    def ready(self, step: StepInputs) -> None:
         """Tell the timestep."""
         self._timestep = step.timesteps[step.k]
 

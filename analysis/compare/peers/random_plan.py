@@ -4,12 +4,13 @@ A plan that was searched for must beat those that were not.
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from dyndit.analysis.compare.peers.base import PeerSettings, grid
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import NoGuide, Step, Unconditional
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RandomPlan(PeerSettings):
             InputError: the shallowest exits at every step are more than `share`.
         """
         drawn = random.Random(self.seed)
-        entries = list(full.cond) + [depth for depth in full.uncond if depth]
+        entries = list(full.depths) + [depth for depth in full.uncond_depths if depth]
         limit = self.share * sum(entries) * (1 + 1e-9)
         if len(entries) * depths[0] > limit:
             raise InputError(f"random share {self.share:g}: the shallowest plan has {depths[0] / depths[-1]:.2f}")
@@ -59,14 +60,14 @@ class RandomPlan(PeerSettings):
             if not fitting:
                 break
             chosen[drawn.choice(fitting)] += 1
-        cond = [depths[i] for i in chosen[: full.num_steps]]
-        rest = iter([depths[i] for i in chosen[full.num_steps :]])
-        uncond = [next(rest) if depth else 0 for depth in full.uncond]
-        return replace(full, cond=tuple(cond), uncond=tuple(uncond), router=f"random-{self.share:g}-{self.seed}")
+        cond, rest = chosen[: full.num_steps], iter(chosen[full.num_steps :])
+        guides = [Unconditional(depths[next(rest)]) if depth else NoGuide() for depth in full.uncond_depths]
+        steps = [Step(depths[i], guide) for i, guide in zip(cond, guides, strict=True)]
+        return full.with_steps(steps, router=f"random-{self.share:g}-{self.seed}")
 
 
 def shuffled(plan: DepthPlan, seed: int) -> DepthPlan:
-    """The plan's own pairs in a random order: a control of equal cost by construction, as its reversal is."""
-    pairs = list(plan.pairs)
-    random.Random(seed).shuffle(pairs)
-    return plan.with_pairs(pairs, router=f"shuffled-{seed}", figures={})
+    """The plan's own steps in a random order: a control of equal cost by construction, as its reversal is."""
+    steps = list(plan.steps)
+    random.Random(seed).shuffle(steps)
+    return plan.with_steps(steps, router=f"shuffled-{seed}", figures={})

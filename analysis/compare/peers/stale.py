@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.errors import InputError
-from dyndit.models import Inputs
-from dyndit.models.dynamic import DynamicDepth, Step
-from dyndit.plans.plan import DepthPlan
+from dyndit.models.base import Inputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.plans.plan import DepthPlan, full_step
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,22 @@ class Stale(PeerSettings):
             raise InputError(f"{self.name} every {self.every}: expected at least 1")
         return DeepReuse(model, self)
 
-    def residual(self, kept: Sequence["Kept"], step: Step) -> Tensor:
+    def residual(self, kept: Sequence["Kept"], step: StepInputs) -> Tensor:
         """What the deep blocks are taken to add at this step, (B, N, D)."""
         return kept[-1].residual
 
     def share_of_blocks(self, plan: DepthPlan) -> float:
         """Of a branch's steps, the first is full and every further one that comes `every` steps after the last."""
         depths: list[list[int]] = []
-        for branch in (plan.cond, plan.uncond):
+        for branch in (plan.depths, plan.uncond_depths):
             last, ran = None, []
             for k, wanted in enumerate(branch):
                 due = wanted and (last is None or k - last >= self.every)
                 last = k if due else last
                 ran.append(wanted if due or not wanted else self.depth)
             depths.append(ran)
-        return plan.with_pairs(list(zip(*depths, strict=True))).share_of_blocks
+        full = full_step(plan.num_blocks, plan.cfg_scale).work().blocks * plan.num_steps
+        return sum(map(sum, depths)) / full
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ class DeepReuse(Peer):
 
     settings: Stale
 
-    def predict(self, step: Step, memory: Memory | None) -> tuple[list[Tensor], Memory]:
+    def predict(self, step: StepInputs, memory: Memory | None) -> tuple[list[Tensor], Memory]:
         """Branches that reuse leave after `depth` blocks; the others go on, and what they add there is kept."""
         kept = list(memory or ((), ()))
         branches, size = range(len(step.labels)), len(step.x_t)
         due = [not kept[b] or step.k - kept[b][-1].k >= self.settings.every for b in branches]
         order = sorted(branches, key=lambda b: due[b])
-        joined = Inputs.joined([Inputs(step.x_t, step.times, step.labels[b]) for b in order])
+        joined = Inputs.joined([step.branches[b] for b in order])
         state = self.backbone.embed(joined.x, joined.t, joined.y)
         for index in range(self.settings.depth):
             state = self.backbone.block(index, state)

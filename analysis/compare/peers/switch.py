@@ -15,7 +15,7 @@ from torch import Tensor
 from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
 from dyndit.cli import recipes as recipe_files
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, Step
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.storage import load as checkpoints
 from dyndit.training.train import Train
@@ -93,7 +93,7 @@ class Switch(Peer):
                 raise InputError(f"switch {settings.small}: {name} {little}, but the large model's is {large}")
         self.small = small.eval()
 
-    def predict(self, step: Step, memory: object) -> tuple[list[Tensor], object]:
+    def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
         """The model whose step it is predicts every branch at full depth."""
         if step.k < self.settings.num_small_steps(len(step.timesteps)):
             depths = (self.small.num_blocks,) * len(step.labels)

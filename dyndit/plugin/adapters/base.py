@@ -13,7 +13,8 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.models.base import Backbone, Condition, Conditioning, Inputs
+from dyndit.models.base import Backbone, Inputs
+from dyndit.models.conditions import Condition, Conditioning, GivenRows
 
 
 class Adapter(Backbone):
@@ -36,8 +37,7 @@ class Adapter(Backbone):
     timestep_scale: ClassVar[float] = 1.0
     """The scheduler's timestep, as a multiple of what the forward gets."""
 
-    num_classes = 0
-    null_class = None
+    condition = GivenRows()
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from dyndit.errors import CheckpointError
 from dyndit.models.base import Inputs, State
+from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import FinalLayer
 from dyndit.plugin.adapters.base import Adapter, join_patches
 from dyndit.storage.names import FREQUENCY_SHIFT, frequency_shift_of, to_native
@@ -37,8 +38,8 @@ class DiTAdapter(Adapter):
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
-        self.num_classes = self.null_class = c.num_embeds_ada_norm
-        self.in_channels, self.out_channels, self.image_size = c.in_channels, transformer.out_channels, c.sample_size
+        self.condition = ClassLabels(c.num_embeds_ada_norm)
+        self.sample_shape, self.out_channels = (c.in_channels, c.sample_size, c.sample_size), transformer.out_channels
 
         found = frequency_shift_of(transformer)
         if (trained := c.get(FREQUENCY_SHIFT, found)) != found:
@@ -52,7 +53,7 @@ class DiTAdapter(Adapter):
 
     def is_guided(self, inputs: Inputs) -> bool:
         """The second half of the rows, and no row of the first, carries the null label."""
-        null = [label == self.null_class for label in inputs.y.tolist()]
+        null = [label == self.condition.null_label for label in inputs.y.tolist()]
         half = len(null) // 2
         return len(null) == 2 * half and not any(null[:half]) and all(null[half:])
 
@@ -98,11 +99,11 @@ class DiTAdapter(Adapter):
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         patch = self.transformer.patch_size
-        return join_patches(patches, self.image_size // patch, self.image_size // patch, patch)
+        return join_patches(patches, *(side // patch for side in self.sample_shape[1:]), patch)
 
     def tensors(self) -> dict[str, Tensor]:
         """Under the native names, so that the trunk has one identity in both libraries."""
-        return to_native(self.transformer.state_dict(), self.image_size // self.transformer.patch_size)
+        return to_native(self.transformer.state_dict(), self.sample_shape[1] // self.transformer.patch_size)
 
     def unseen(self) -> dict[str, object]:
         """As of the native class."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dyndit.models.base import Conditioning, State
+from dyndit.models.base import State
+from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead
 
 
@@ -38,8 +39,8 @@ class FluxAdapter(Adapter):
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers + c.num_single_layers, transformer.inner_dim
-        self.in_channels, self.out_channels = c.in_channels, transformer.out_channels
-        self.image_size = 0  # the model has no size of its own: positions come with the call
+        self.out_channels = transformer.out_channels
+        self.sample_shape = (c.in_channels,)  # the model has no size of its own: positions come with the call
 
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
         """x: (B, N, C), t: (B,) in 0..1, y: prompt embeddings (B, S, D_text), pooled ones (B, D_pooled), positions."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from dyndit.models.base import Conditioning, State
+from dyndit.models.base import State
+from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, TableHead, join_patches
 
 
@@ -43,7 +44,8 @@ class LatteAdapter(Adapter):
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim
-        self.in_channels, self.out_channels, self.image_size = c.in_channels, transformer.out_channels, c.sample_size
+        self.sample_shape = (c.in_channels, c.video_length, c.sample_size, c.sample_size)
+        self.out_channels = transformer.out_channels
 
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
         """x: (B, C, F, H, W), t: (B,), y: prompt embeddings (B, S, D_text), `enable_temporal_attentions`."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from dyndit.models.base import Conditioning, State
+from dyndit.models.base import State
+from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead, join_patches
 
 
@@ -34,7 +35,7 @@ class SD3Adapter(Adapter):
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
-        self.in_channels, self.out_channels, self.image_size = c.in_channels, transformer.out_channels, c.sample_size
+        self.sample_shape, self.out_channels = (c.in_channels, c.sample_size, c.sample_size), transformer.out_channels
 
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
         """x: (B, C, H, W), t: (B,), y: prompt embeddings (B, S, D_text), pooled ones (B, D_pooled)."""

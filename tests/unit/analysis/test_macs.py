@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyndit.analysis.metrics.macs import count_macs, flops, full_macs, model_macs, plan_macs, sampling_macs
 from dyndit.errors import InputError
-from dyndit.models import CARDS, ClassConditionalDiT, Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan, own_exit

@@ -315,7 +315,7 @@ def test_pruned_weights_are_trained_once_and_bound_to_their_trunk(model, make_mo
     )  # fine-tuned, all through
     monkeypatch.setattr("dyndit.training.distill.fit", None)
     again = settings.model(model, workshop)
-    assert again.trunk_hash() == first.trunk_hash()
+    assert again.identity.backbone == first.identity.backbone
     with pytest.raises(TypeError):
         settings.model(make_model(seed=3), workshop)  # another trunk's are not taken for these
 

@@ -171,7 +171,7 @@ def test_calibrate_reports_predicted_and_measured(model, extractor, table) -> No
     assert plan.figures["predicted_share_of_time"] <= 0.8
     fresh = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed + 1)
     assert plan.figures["measured_fd"] == pytest.approx(frechet_distance(fresh, table.reference), rel=1e-3)
-    assert (plan.trunk, plan.exits) == (model.trunk_hash(), model.exits_hash())
+    assert (plan.trunk, plan.exits) == (model.identity.backbone, model.identity.exits)
 
 
 def test_full_depth_is_measured_once_at_every_step_count(model, extractor, table, tmp_path) -> None:

@@ -74,7 +74,7 @@ def test_training_leaves_a_model_and_its_record(workshop: Path) -> None:
 
 def test_distillation_leaves_the_trunk_alone(workshop: Path) -> None:
     before, after = dyndit.load(workshop / "trunk"), dyndit.load(workshop / "model")
-    assert before.trunk_hash() == after.trunk_hash()
+    assert before.identity.backbone == after.identity.backbone
     assert after.depths == (1, 2, 3, 4)
     assert (workshop / "model" / "exit-errors.csv").exists()
 
@@ -184,9 +184,9 @@ def test_distillation_saves_a_trunk_that_it_trained(workshop: Path, tmp_path: Pa
     recipe.write_text(RECIPE + "\nfrom dataclasses import replace\ndistill = replace(distill, trunk='lora')\n")
     options = ["--model", str(workshop / "trunk"), "--steps", "2"]
     main(["distill", str(recipe), *options, "--out", str(tmp_path / "out")])
-    found = dyndit.load(tmp_path / "out").trunk_hash()
+    found = dyndit.load(tmp_path / "out").identity.backbone
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["trunk"] == found
-    assert found != dyndit.load(workshop / "trunk").trunk_hash()
+    assert found != dyndit.load(workshop / "trunk").identity.backbone
     assert "trunk: trained too" in capsys.readouterr().out
 
 
@@ -211,7 +211,7 @@ def test_convert_then_load(workshop: Path, tmp_path: Path) -> None:
 
     torch.save(dyndit.load(workshop / "trunk").backbone.state_dict(), tmp_path / "dit.pt")
     main(["convert", str(tmp_path / "dit.pt"), str(tmp_path / "native"), "--num-heads", "2"])
-    assert dyndit.load(tmp_path / "native").trunk_hash() == dyndit.load(workshop / "trunk").trunk_hash()
+    assert dyndit.load(tmp_path / "native").identity.backbone == dyndit.load(workshop / "trunk").identity.backbone
 
 
 def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -232,8 +232,8 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert {"searched-reuse-ddim-4-b0.95", "searched-block-ddim-4-b0.95"} < arms
     variants = out / "variants"
     assert dyndit.load(variants / "block" / "model").depths == (2, 4)
-    trunks = {name: dyndit.load(variants / name / "model").trunk_hash() for name in ("block", "whole")}
-    assert trunks["block"] == dyndit.load(workshop / "trunk").trunk_hash() != trunks["whole"]
+    trunks = {name: dyndit.load(variants / name / "model").identity.backbone for name in ("block", "whole")}
+    assert trunks["block"] == dyndit.load(workshop / "trunk").identity.backbone != trunks["whole"]
     assert "searched-whole-ddim-4-b0.95" in arms
     assert sorted(arm for arm in arms if arm.startswith(("full-block", "full-whole"))) == ["full-whole-ddim-4"]
     assert not (variants / "reuse" / "model" / "exits.safetensors").exists()  # the comparison's own exits
@@ -279,7 +279,7 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
     main(["compare", str(recipe), "--out", str(out), "--model", str(workshop / "model")])
     tables = [folder / "shift-table.safetensors" for folder in (workshop / "model", out / "model")]
     assert tables[0].read_bytes() == tables[1].read_bytes()
-    assert dyndit.load(out / "model").exits_hash() == dyndit.load(workshop / "model").exits_hash()
+    assert dyndit.load(out / "model").identity.exits == dyndit.load(workshop / "model").identity.exits
     runs = dyndit.analysis.read_runs(out)
     assert {(row.solver, row.steps) for row in runs[runs["family"] == "searched"].itertuples()} == {("ddim", 4)}
     full = runs[runs["family"] == "full"]

@@ -8,7 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndit.errors import InputError
-from dyndit.models import CARDS, FAMILIES, ClassConditionalDiT, DiTConfig, State, tensors_hash
+from dyndit.models import FAMILIES
+from dyndit.models.base import State
+from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.models.identity import tensors_hash
 from dyndit.models.layers import LabelEmbedder, position_features, timestep_features
 from support.reference_dit import positions
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dyndit.errors import InputError
-from dyndit.models import FAMILIES, Backbone
+from dyndit.models import FAMILIES
+from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from support.models import TINY, randomise
@@ -115,7 +116,7 @@ def test_an_unknown_depth_is_refused(depth: int, make_model, make_inputs) -> Non
 def test_a_model_without_exits_has_one_depth(make_backbone, make_inputs) -> None:
     model = DynamicDepth(make_backbone())
     assert model.depths == (6,)
-    assert model.exits_hash() == ""
+    assert model.identity.exits == ""
     assert list(model.every_exit(*make_inputs(model.backbone))) == [6]
     with pytest.raises(InputError, match="depth 3"):
         model(*make_inputs(model.backbone), depth=3)
@@ -123,13 +124,13 @@ def test_a_model_without_exits_has_one_depth(make_backbone, make_inputs) -> None
 
 def test_hashes_bind_trunk_and_exits(make_model) -> None:
     model, same, other = make_model(), make_model(), make_model(seed=1)
-    assert (model.trunk_hash(), model.exits_hash()) == (same.trunk_hash(), same.exits_hash())
-    assert model.trunk_hash() != other.trunk_hash()
-    assert model.exits_hash() != other.exits_hash()
-    trunk = model.trunk_hash()
+    assert (model.identity.backbone, model.identity.exits) == (same.identity.backbone, same.identity.exits)
+    assert model.identity.backbone != other.identity.backbone
+    assert model.identity.exits != other.identity.exits
+    trunk = model.identity.backbone
     next(model.exits.parameters()).data[0] += 1
-    assert model.trunk_hash() == trunk
-    assert model.exits_hash() != same.exits_hash()
+    assert model.identity.backbone == trunk
+    assert model.identity.exits != same.identity.exits
 
 
 @pytest.mark.parametrize("head", HEADS)

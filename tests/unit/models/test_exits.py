@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dyndit.errors import InputError
-from dyndit.models import ClassConditionalDiT
+from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
 from dyndit.runtime import compile_parts

@@ -14,7 +14,7 @@ from dyndit.analysis.metrics.extractors import Extractor, load_extractor
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, measure_shifts, measure_table
 from dyndit.errors import InputError, PlanError
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel, PartTimes
@@ -181,7 +181,7 @@ def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, 
     assert {*numbers} == {*range(2 * NUM_PICTURES)}
     assert plan.figures["predicted_share_of_time"] <= 0.7
     assert plan.timesteps == tuple(make_scheduler("ddim", NUM_STEPS).timesteps.tolist())
-    assert (plan.trunk, plan.exits) == (handle.model.trunk_hash(), handle.model.exits_hash())
+    assert (plan.trunk, plan.exits) == (handle.model.identity.backbone, handle.model.identity.exits)
     handle.plan = plan
     fresh = torch.cat([call(range(low, low + 6)) for low in (12, 18)])
     expected = frechet_distance(moments(EXTRACTOR.features(fresh)), reference)

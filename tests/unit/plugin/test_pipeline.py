@@ -102,8 +102,8 @@ def table_of(model: DynamicDepth) -> ShiftTable:
         num_pictures=64,
         extractor="toy",
         extractor_fingerprint="toy",
-        trunk=model.trunk_hash(),
-        exits=model.exits_hash(),
+        trunk=model.identity.backbone,
+        exits=model.identity.exits,
     )
 
 
@@ -149,7 +149,7 @@ def test_steps_and_scale_are_the_plans_or_the_defaults(make_model, model, pipe) 
 
 
 def test_a_plan_may_be_a_file(model, pipe, tmp_path: Path) -> None:
-    plan = replace(rising(model), trunk=model.trunk_hash(), exits=model.exits_hash())
+    plan = replace(rising(model), trunk=model.identity.backbone, exits=model.identity.exits)
     plan.save(tmp_path / "plan.json")
     from_file = pipe(LABELS, plan=tmp_path / "plan.json", seed=1, output_type="latent").images
     assert torch.equal(from_file, pipe(LABELS, plan=plan, seed=1, output_type="latent").images)
@@ -403,7 +403,7 @@ def halved(model: DynamicDepth) -> DynamicDepth:
 
 def test_half_precision_runs_the_plans_of_the_whole(model) -> None:
     """A plan bound to the trunk is not refused for the rounded weights."""
-    plan = replace(rising(model), trunk=model.trunk_hash(), exits=model.exits_hash())
+    plan = replace(rising(model), trunk=model.identity.backbone, exits=model.identity.exits)
     half = DynDiTPipeline(halved(model), SOLVERS["ddim"].build(), router=table_of(model)).to(torch.bfloat16)
     made = half(LABELS, plan=plan, seed=0, output_type="pt").images
     assert made.dtype == torch.float32
@@ -438,7 +438,7 @@ def test_reloaded_by_plain_diffusers(model, latent_model, vae, tmp_path: Path, p
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again) is DynDiTPipeline
     assert [name for name in ("vae", "router") if getattr(again, name) is not None] == list(parts)
-    plan = replace(rising(chosen, "unipc"), trunk=chosen.trunk_hash(), exits=chosen.exits_hash())
+    plan = replace(rising(chosen, "unipc"), trunk=chosen.identity.backbone, exits=chosen.identity.exits)
     for call in ({"plan": plan}, {"num_inference_steps": 3}, *([{"budget": 0.6}] if "router" in parts else [])):
         call |= {"seed": 4, "output_type": "pt"}
         assert torch.equal(again(LABELS, **call).images, pipe(LABELS, **call).images)
@@ -544,7 +544,7 @@ def test_a_budget_is_searched_on_the_router(model) -> None:
 def test_what_a_plan_was_made_for_is_compared_again_when_weights_change(make_model) -> None:
     model = make_model(in_channels=3)
     pipe = DynDiTPipeline(model, SOLVERS["ddim"].build(), router=table_of(model))
-    plan = replace(rising(model), trunk=model.trunk_hash(), exits=model.exits_hash())
+    plan = replace(rising(model), trunk=model.identity.backbone, exits=model.identity.exits)
     for _ in range(2):
         pipe.plan_for(plan=plan)
         pipe.plan_for(budget=0.7)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import dyndit
 from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan, own_exit

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import dyndit
 from dyndit.errors import InputError
-from dyndit.models import Conditioning, Inputs
+from dyndit.models.base import Inputs
+from dyndit.models.conditions import Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plugin.adapters import adapt
@@ -260,7 +261,7 @@ def test_our_own_sampling_is_recorded(make_model, tmp_path: Path) -> None:
     assert torch.equal(inputs.x[:2], inputs.x[2:4])
     null = model.backbone.null_class
     assert inputs.y.tolist() == [1, 4, null, null] * 3 + [4, null] * 3
-    assert (calls.family, calls.trunk) == ("class_conditional", model.trunk_hash())
+    assert (calls.family, calls.trunk) == ("class_conditional", model.identity.backbone)
 
 
 def test_exits_of_our_own_models_are_distilled_on_recorded_calls(make_model, tmp_path: Path) -> None:

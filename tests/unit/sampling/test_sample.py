@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from dyndit.errors import InputError, PlanError
-from dyndit.models import State
+from dyndit.models.base import State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import REUSED, DepthPlan, own_exit
 from dyndit.plans.schedules import ramp

@@ -21,7 +21,7 @@ import dyndit
 from dyndit.analysis.report.card import card_extras
 from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plugin.adapters import adapt
 from dyndit.storage import card as model_card
@@ -45,7 +45,11 @@ CONFIGS = [
 def same_model(a: DynamicDepth, b: DynamicDepth) -> bool:
     """Tensors, whatever no tensor shows, exits and the kind of picture."""
     alike = same(a.state_dict(), b.state_dict()) and a.backbone.config() == b.backbone.config()
-    return alike and (a.trunk_hash(), a.exits_hash(), a.pixel_space) == (b.trunk_hash(), b.exits_hash(), b.pixel_space)
+    return alike and (a.identity.backbone, a.identity.exits, a.pixel_space) == (
+        b.identity.backbone,
+        b.identity.exits,
+        b.pixel_space,
+    )
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -171,7 +175,7 @@ def test_diffusers_itself_loads_the_folder(changes: dict, make_model, make_input
     torch.testing.assert_close(transformer(x, t, y).sample, model(x, t, y), atol=1e-5, rtol=0)
     exits = checkpoints.load_exits(tmp_path / checkpoints.EXITS, adapt(transformer))
     assert same(exits.state_dict(), model.exits.state_dict())
-    assert from_diffusers(transformer, pixel_space=True).trunk_hash() == model.trunk_hash()
+    assert from_diffusers(transformer, pixel_space=True).identity.backbone == model.identity.backbone
 
 
 def test_in_memory_and_back(make_model, make_inputs) -> None:
@@ -211,7 +215,7 @@ def in_old_class(folder: Path) -> None:
 def test_forms_of_a_transformer_folder(form: Callable[[Path], None], theirs: Path, model: DynamicDepth) -> None:
     form(theirs)
     loaded = checkpoints.inspect(theirs)
-    assert loaded.model.trunk_hash() == model.trunk_hash()
+    assert loaded.model.identity.backbone == model.identity.backbone
     assert "2 attention heads" in loaded.notes[0]
     assert "shift 0, as _dyndit_frequency_shift records" in loaded.notes[1]
 
@@ -244,7 +248,7 @@ def test_a_pipeline_of_diffusers(model: DynamicDepth, tmp_path: Path) -> None:
     assert dyndit.load(tmp_path / "pipe").pixel_space  # as recorded
     edit(index, _dyndit_pixel_space=None)
     found = checkpoints.inspect(tmp_path / "pipe")
-    assert found.model.trunk_hash() == model.trunk_hash()
+    assert found.model.identity.backbone == model.identity.backbone
     assert not found.model.pixel_space  # a VAE decodes what it makes
     assert found.folder == tmp_path / "pipe" / "transformer"
 
@@ -302,7 +306,7 @@ def test_notes_of_the_verb(model: DynamicDepth, tmp_path: Path, capsys) -> None:
         "loaded plainly (timestep frequencies of diffusers, not of this model): predictions differ by up to "
         f"{largest:.2g}, relative RMS {rms:.2g}; call dyndit.match_frequencies(transformer, 0) after loading"
     )
-    assert dyndit.load(tmp_path / "folder").exits_hash() == model.exits_hash()
+    assert dyndit.load(tmp_path / "folder").identity.exits == model.identity.exits
 
 
 def test_drift_the_other_way_and_none(make_model, bare, tmp_path: Path) -> None:
@@ -334,7 +338,7 @@ def test_nothing_is_overwritten(to: str, model: DynamicDepth, tmp_path: Path, ca
     assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     if to != "official":
         convert(tmp_path / "native", tmp_path / "empty", to)
-        assert dyndit.load(tmp_path / "empty").trunk_hash() == model.trunk_hash()
+        assert dyndit.load(tmp_path / "empty").identity.backbone == model.identity.backbone
 
 
 @pytest.mark.parametrize(
@@ -826,7 +830,7 @@ def furnished(make_model, tmp_path: Path) -> Path:
     """A native folder of 4 blocks with a calibrated plan, a fixed schedule and a shift table."""
     model, folder = make_model(num_blocks=4), tmp_path / "furnished"
     checkpoints.save(model, folder)
-    bound = {"trunk": model.trunk_hash(), "exits": model.exits_hash()}
+    bound = {"trunk": model.identity.backbone, "exits": model.identity.exits}
     replace(random_table(2, 4, seed=0), **bound).save(folder / checkpoints.TABLE)
     full = dyndit.DepthPlan.full((999, 500), 4, "ddim", cfg_scale=1.5)
     figures = {"predicted_fd": 1.375, "measured_fd": 1.25, "measured_fd_full": 2.125, "predicted_share_of_time": 0.59}
@@ -874,7 +878,7 @@ def test_the_card_says_what_the_files_say(furnished: Path, tmp_path: Path) -> No
     assert "library_name: dyndit\n" in front
     assert "license" not in front
     model = dyndit.load(furnished)
-    assert f"| hash | `{model.trunk_hash()}` |" in text
+    assert f"| hash | `{model.identity.backbone}` |" in text
     assert "| num_blocks | 4 |" in text
     assert (
         f"`adaln-linear` heads after layers 1, 2, 3 of 4; {sum(p.numel() for p in model.exits.parameters()):,}" in text

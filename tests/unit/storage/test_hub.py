@@ -62,7 +62,9 @@ def test_a_revision_is_what_is_loaded(revision: str, repository: None, model: Dy
     assert same(by_name.model.state_dict(), by_flag.model.state_dict())
     assert not same(by_name.model.state_dict(), model.state_dict())
     assert by_name.notes == by_flag.notes[:0] if revision == OLD else OLD in by_name.notes[0]
-    assert DynamicDepth.from_pretrained("org/name", revision=revision).trunk_hash() == by_name.model.trunk_hash()
+    assert (
+        DynamicDepth.from_pretrained("org/name", revision=revision).identity.backbone == by_name.model.identity.backbone
+    )
 
 
 def test_pipelines_and_foreign_folders_on_the_hub(cache: Path, model: DynamicDepth) -> None:
@@ -70,14 +72,14 @@ def test_pipelines_and_foreign_folders_on_the_hub(cache: Path, model: DynamicDep
     diffusers_folder.write(model, folder / "transformer")
     (folder / checkpoints.PIPELINE).write_text(json.dumps({"_class_name": "DiTPipeline"}))
     loaded = checkpoints.inspect("org/pipe")
-    assert loaded.model.trunk_hash() == model.trunk_hash()
+    assert loaded.model.identity.backbone == model.identity.backbone
     assert len(loaded.notes) == 3
 
 
 def test_a_path_wins(repository: None, make_model, tmp_path: Path) -> None:
     other = make_model(seed=9)
     checkpoints.save(other, tmp_path / "org" / "name")
-    assert dyndit.load("org/name").trunk_hash() == other.trunk_hash()
+    assert dyndit.load("org/name").identity.backbone == other.identity.backbone
     with pytest.raises(InputError, match="--revision main: org/name is no hub id"):
         dyndit.load("org/name", revision="main")
 
@@ -248,7 +250,7 @@ def test_plans_go_along_and_other_files_do_not(api: Hub, model: DynamicDepth, ma
     plan = dyndit.DepthPlan.load(folder / "plan-full.json")
     from dataclasses import replace
 
-    replace(plan, trunk=make_model(seed=3).trunk_hash()).save(folder / "plan-full.json")
+    replace(plan, trunk=make_model(seed=3).identity.backbone).save(folder / "plan-full.json")
     api.files.clear()
     for push in (lambda: model.push_to_hub("org/name", folder=folder), lambda: checkpoints.push(folder, "org/name")):
         with pytest.raises(CheckpointError, match=r"plan-full.json: .*trunk"):

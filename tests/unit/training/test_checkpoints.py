@@ -41,7 +41,7 @@ def test_native_round_trip(head: str, make_model, make_inputs, tmp_path: Path) -
     assert found.backbone.config() == model.backbone.config()
     assert found.exits.config == model.exits.config
     assert (found.pixel_space, found.training) == (False, False)
-    assert (found.trunk_hash(), found.exits_hash()) == (model.trunk_hash(), model.exits_hash())
+    assert (found.identity.backbone, found.identity.exits) == (model.identity.backbone, model.identity.exits)
     x, t, y = make_inputs(model.backbone)
     for depth in model.depths:
         assert torch.equal(found(x, t, y, depth=depth), model(x, t, y, depth=depth))
@@ -59,8 +59,10 @@ def test_a_trunk_in_half_precision_keeps_its_hash(model: DynamicDepth, make_inpu
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     once = dyndit.load(tmp_path / "half")
     assert {p.dtype for p in once.parameters()} == {torch.float32}
-    assert once.trunk_hash() == json.loads((tmp_path / "half" / CONFIG).read_text())["trunk"]
-    assert once.trunk_hash() != model.trunk_hash()  # rounding changed the weights, and the exits are bound to these
+    assert once.identity.backbone == json.loads((tmp_path / "half" / CONFIG).read_text())["trunk"]
+    assert (
+        once.identity.backbone != model.identity.backbone
+    )  # rounding changed the weights, and the exits are bound to these
     assert same(once.exits.state_dict(), model.exits.state_dict())
     inputs = make_inputs(model.backbone)
     torch.testing.assert_close(once(*inputs), model(*inputs), atol=0.05, rtol=0)
@@ -68,7 +70,7 @@ def test_a_trunk_in_half_precision_keeps_its_hash(model: DynamicDepth, make_inpu
         checkpoints.save(once, tmp_path / f"again-{half}", half=half)
         again = dyndit.load(tmp_path / f"again-{half}")
         assert same(again.state_dict(), once.state_dict())
-        assert again.trunk_hash() == once.trunk_hash()
+        assert again.identity.backbone == once.identity.backbone
 
 
 # The published format.
@@ -323,7 +325,7 @@ def test_exits_of_another_trunk(folder: Path, make_model, tmp_path: Path) -> Non
     checkpoints.save(other, tmp_path / "other")
     (folder / EXITS).write_bytes((tmp_path / "other" / EXITS).read_bytes())
     message = refused(folder)
-    assert other.trunk_hash() in message
+    assert other.identity.backbone in message
     assert EXITS in message
     (folder / EXITS).unlink()
     assert dyndit.load(folder).exits is None
@@ -332,7 +334,7 @@ def test_exits_of_another_trunk(folder: Path, make_model, tmp_path: Path) -> Non
 def test_plans_of_another_trunk(folder: Path, model: DynamicDepth) -> None:
     plan = dyndit.DepthPlan.full((999, 500), 6, "ddim")
     plan.save(folder / "plan-anyone.json")
-    replace(plan, trunk=model.trunk_hash()).save(folder / "plan-mine.json")
+    replace(plan, trunk=model.identity.backbone).save(folder / "plan-mine.json")
     dyndit.load(folder)
     replace(plan, trunk="0123456789abcdef").save(folder / "plan-other.json")
     assert "plan-other.json: plan of trunk 0123456789abcdef" in refused(folder)

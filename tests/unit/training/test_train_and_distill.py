@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.models import Backbone, ClassConditionalDiT, DiTConfig, Inputs
+from dyndit.models.base import Backbone, Inputs
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.models.layers import position_features
@@ -178,11 +179,11 @@ def test_a_model_of_latents_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, trunk: DynamicDepth, tmp_path: Path) -> None:
-    before, hashed = weights(trunk.backbone), trunk.trunk_hash()
+    before, hashed = weights(trunk.backbone), trunk.identity.backbone
     recipe = replace(DISTILL, exits=ExitConfig((1, 2, 3), head))
     model, result = recipe.run(trunk, DIGITS, tmp_path)
     assert same(weights(model.backbone), before)
-    assert model.trunk_hash() == hashed
+    assert model.identity.backbone == hashed
     assert all(p.grad is None for p in model.backbone.parameters())
     assert same({f"exits.{name}": tensor for name, tensor in weights(model.exits).items()}, result.ema)
     assert not model.training
@@ -323,14 +324,14 @@ def test_a_frozen_trunk_is_distilled_as_ever(trunk: DynamicDepth, tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["lora", "whole"])
 def test_a_trunk_that_trains_is_a_plain_copy(kind: str, trunk: DynamicDepth, make_inputs, tmp_path: Path) -> None:
-    before, hashed = weights(trunk.backbone), trunk.trunk_hash()
+    before, hashed = weights(trunk.backbone), trunk.identity.backbone
     flags = [p.requires_grad for p in trunk.backbone.parameters()]
     recipe = replace(DISTILL, trunk=kind, fit=replace(FIT, steps=12, checkpoint_every=6))
     model, result = recipe.run(trunk, DIGITS, tmp_path / "run")
     assert same(weights(trunk.backbone), before)
     assert [p.requires_grad for p in trunk.backbone.parameters()] == flags
     assert not model.training
-    assert model.trunk_hash() != hashed
+    assert model.identity.backbone != hashed
     assert model.backbone.state_dict().keys() == before.keys()
     assert not [m for m in model.modules() if "peft" in type(m).__module__]
     moved = {name for name, tensor in weights(model.backbone).items() if not torch.equal(tensor, before[name])}
@@ -342,7 +343,7 @@ def test_a_trunk_that_trains_is_a_plain_copy(kind: str, trunk: DynamicDepth, mak
 
     checkpoints.save(model, tmp_path / "saved")
     loaded, inputs = checkpoints.load(tmp_path / "saved"), make_inputs(model.backbone)
-    assert loaded.trunk_hash() == model.trunk_hash()
+    assert loaded.identity.backbone == model.identity.backbone
     for depth in model.depths:
         assert torch.equal(loaded(*inputs, depth=depth), model(*inputs, depth=depth))
 

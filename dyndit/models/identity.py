@@ -1,0 +1,103 @@
+"""Who a model is: hashes that exits, plans and tables are bound to.
+
+An identity is a hash over weights rounded to bfloat16, so a model in half precision is the same model. bfloat16 keeps 8
+bits of a value and float16 keeps 11; rounding through float16 first can end in another bfloat16 value. So there are two
+roundings, straight and through float16. An identity names both where they differ ("a+b"), and two identities are of the
+same model if they share a name. Files carry an exact checksum besides (`tensors_hash`).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyndit.errors import InputError
+
+VERSION_1 = "v1:"
+"""Before a hash of files of version 1: SHA-256 over exact float32 values."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Hashes of a model's backbone and of its exits ("" without exits)."""
+
+    backbone: str
+    exits: str
+
+
+def identity_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
+    """The name of these weights: "a", or "a+b" where the two roundings differ. 16 hexadecimal digits each.
+
+    more: whatever else tells the model from another with the same tensors.
+    """
+    straight, through_half = hashlib.sha256(more.encode()), hashlib.sha256(more.encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu()
+        head = f"{name}{tuple(values.shape)}".encode()
+        for digest, rounded in ((straight, values), (through_half, values.half())):
+            digest.update(head)
+            digest.update(rounded.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return "+".join(dict.fromkeys(digest.hexdigest()[:16] for digest in (straight, through_half)))
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
+    """An exact checksum: SHA-256 over names, shapes and float32 values, and `more`. 16 hexadecimal digits.
+
+    A flipped bit changes it. A model saved in half precision and loaded in single keeps it.
+    """
+    digest = hashlib.sha256(more.encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def same(mine: str, theirs: str) -> bool:
+    """Whether two identities are of the same weights: they share a name."""
+    return bool(set(mine.split("+")) & set(theirs.split("+")))
+
+
+def sketch(tensors: Mapping[str, Tensor], samples: int = 8) -> str:
+    """A quick digest of where weights lie and of a few values of each: changes when they are trained, fused, replaced.
+
+    It costs microseconds a tensor, where `identity_of` reads every value.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if tensor.is_meta:  # offloaded: nothing to look at
+            continue
+        picked = tensor.detach().flatten()[:: max(1, tensor.numel() // samples)][:samples]
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}".encode())
+        digest.update(picked.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check(
+    identity: Identity,
+    backbone: str,
+    exits: str,
+    *,
+    origin: str,
+    exact: Identity | None = None,
+    error: type[InputError] = InputError,
+) -> None:
+    """Refuse what was made for another backbone or other exits. An empty hash fits any.
+
+    exact: the model's exact checksums, which hashes of version 1 are compared with.
+
+    Raises:
+        error: naming `origin`, the hash found and the model's.
+    """
+    for what, mine, theirs, checksum in (
+        ("backbone", backbone, identity.backbone, exact and exact.backbone),
+        ("exits", exits, identity.exits, exact and exact.exits),
+    ):
+        if mine.startswith(VERSION_1) and checksum is not None:
+            fits = mine.removeprefix(VERSION_1) == checksum
+        else:
+            fits = not mine or same(mine, theirs)
+        if not fits:
+            raise error(f"{origin}: made for {what} {mine}, but the model's is {theirs or 'absent'}")

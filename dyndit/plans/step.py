@@ -1,0 +1,146 @@
+"""A step of a plan as typed data: how deep the conditional branch goes, and what guides it."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Self
+
+from dyndit.errors import PlanError
+from dyndit.models.work import Work
+
+
+@dataclass(frozen=True)
+class NoGuide:
+    """No guidance at this step, and no unconditional pass."""
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Unconditional:
+    """Guidance by an unconditional pass of `depth` blocks (Ho and Salimans 2022, arXiv:2207.12598)."""
+
+    depth: int
+
+    def __str__(self) -> str:
+        return str(self.depth)
+
+
+@dataclass(frozen=True)
+class OwnExit:
+    """Guidance by the conditional branch's own exit at `depth`, for the price of a head.
+
+    The exit is the weaker model that the prediction is pushed away from, as in autoguidance (Karras et al. 2024,
+    arXiv:2406.02507). Internal Guidance (arXiv:2512.24176) guides by an intermediate head likewise.
+    """
+
+    depth: int
+
+    def __str__(self) -> str:
+        return f"e{self.depth}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """Guidance by the difference that both branches had at the last step that ran both; none before such a step."""
+
+    def __str__(self) -> str:
+        return "held"
+
+
+Guide = NoGuide | Unconditional | OwnExit | Held
+
+_TEXT = re.compile(r"(?P<depth>\d+)(?P<forecast>\+?)(\|((?P<uncond>\d+)|e(?P<own>\d+)|(?P<held>held)))?")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What runs at one sampling step: `depth` blocks of the conditional branch, and what guides it.
+
+    As text: "12|6" runs 12 blocks with the condition and 6 without; "8|e4" is guided by its own exit at 4; "4+" leaves
+    at 4 and forecasts the rest; "4+|held" also holds the last guidance; "12" is not guided.
+
+    Raises:
+        PlanError: a depth below 1, an own exit that is not below the depth, or a forecast beside an unconditional pass.
+    """
+
+    depth: int
+    guide: Guide = field(default_factory=NoGuide)
+    forecast: bool = False
+    """Add to the exit at `depth` what full depth would add there, forecast from earlier steps at full depth.
+
+    Extrapolated features serve longer than held ones (TaylorSeer, Liu et al. 2025, arXiv:2503.06923); here only what
+    the exit lacks is extrapolated (`dyndit.models.forecasts`).
+    """
+
+    def __post_init__(self) -> None:
+        depths = (self.depth, getattr(self.guide, "depth", 1))
+        if any(not isinstance(depth, int) or isinstance(depth, bool) or depth < 1 for depth in depths):
+            raise PlanError(f"step {self!s}: expected whole depths of at least 1")
+        if isinstance(self.guide, OwnExit) and self.guide.depth >= self.depth:
+            raise PlanError(
+                f"step {self!s}: guided by its own exit at {self.guide.depth}, expected one below {self.depth}"
+            )
+        if self.forecast and isinstance(self.guide, Unconditional):
+            raise PlanError(f"step {self!s}: forecasts beside an unconditional pass; expected none")
+
+    @classmethod
+    def equal(cls, depth: int, guided: bool) -> Self:
+        """Both branches at `depth`, or the conditional one alone."""
+        return cls(depth, Unconditional(depth) if guided else NoGuide())
+
+    def work(self) -> Work:
+        """The branches and heads that run: `Step.parse("12|6").work()` is `Work((12, 6))`."""
+        match self.guide:
+            case Unconditional(depth):
+                return Work((self.depth, depth), forecast=self.forecast)
+            case OwnExit(depth):
+                return Work((self.depth,), own_exit=depth, forecast=self.forecast)
+            case Held():
+                return Work((self.depth,), held=True, forecast=self.forecast)
+        return Work((self.depth,), forecast=self.forecast)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Every depth that a model needs an exit at (or is L) to run this step."""
+        work = self.work()
+        return (*work.depths, *work.heads_on_the_way)
+
+    def __str__(self) -> str:
+        guide = str(self.guide)
+        return f"{self.depth}{'+' * self.forecast}" + (f"|{guide}" if guide else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what `str` writes.
+
+        Raises:
+            PlanError: it is no step.
+        """
+        found = _TEXT.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise PlanError(f"step {text!r:.40}: expected a depth such as '12', '12|6', '8|e4', '4+' or '4+|held'")
+        guide: Guide = NoGuide()
+        if found["held"]:
+            guide = Held()
+        elif found["uncond"]:
+            guide = Unconditional(int(found["uncond"]))
+        elif found["own"]:
+            guide = OwnExit(int(found["own"]))
+        return cls(int(found["depth"]), guide, bool(found["forecast"]))
+
+    @classmethod
+    def of_version_1(cls, cond: int, uncond: int) -> Self:
+        """Read the two whole numbers of plans of version 1.
+
+        cond: a depth, or minus a depth that forecasts. uncond: a depth; 0: none; -1: held; -1 - d: own exit at d.
+        """
+        guide: Guide = NoGuide() if uncond == 0 else Held() if uncond == -1 else Unconditional(uncond)
+        if uncond < -1:
+            guide = OwnExit(-1 - uncond)
+        return cls(abs(cond), guide, cond < 0)
+
+
+def steps(*texts: str) -> tuple[Step, ...]:
+    """Parse several steps: `steps("12|6", "8|e4")`."""
+    return tuple(map(Step.parse, texts))

@@ -33,7 +33,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, start, state_shape, to_uint8
+from dyndit.sampling.loop import Batch, advance, start, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
 from dyndit.sampling.solvers import SOLVERS
 from dyndit.storage import load as checkpoints
@@ -217,7 +217,7 @@ class DynDiTPipeline(DiffusionPipeline):
             plan = within_interval(plan, low, high)
         batch = _Noise(seed, first_index, seeds, generator).batch(labels, self._execution_device)
         if latents is not None:
-            latents = _checked(latents, (len(labels), *state_shape(model)), "latents").to(batch.labels.device)
+            latents = _checked(latents, (len(labels), *model.backbone.sample_shape), "latents").to(batch.device)
 
         _to_its_device(model)
         trajectory = start(model, batch, self.scheduler, plan.num_steps, noise=latents)

@@ -107,11 +107,17 @@ class Batch:
     seed: int | tuple[int, ...] = 0
     generators: torch.Generator | list[torch.Generator] | None = None
 
-    def noise(self, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-        """Standard normal (B, *shape) on `device`: what every picture starts from."""
+    @property
+    def device(self) -> torch.device:
+        """Where the condition is, and so where the pictures are drawn."""
+        rows = self.condition
+        return rows.device if isinstance(rows, Tensor) else next(iter(rows.rows.values())).device
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, *shape): what every picture starts from."""
         if self.generators is None:
-            return noise(self.seed, self.indices, shape).to(device)
-        return randn_tensor((len(self.indices), *shape), self.generators, torch.device(device), torch.float32)
+            return noise(self.seed, self.indices, shape).to(self.device)
+        return randn_tensor((len(self.indices), *shape), self.generators, self.device, torch.float32)
 
     def generators_of(self, step: int) -> torch.Generator | list[torch.Generator]:
         """What a stochastic solver draws from at a step: fresh ones, or those given."""
@@ -142,7 +148,7 @@ def start(
 ) -> Trajectory:
     """A trajectory at pure noise: the batch's own, or `noise`, standard normal (B, C, H, W)."""
     scheduler = make_scheduler(solver, num_steps)
-    x = batch.noise(model.backbone.sample_shape, next(model.parameters()).device) if noise is None else noise
+    x = batch.noise(model.backbone.sample_shape) if noise is None else noise
     return Trajectory(x * scheduler.init_noise_sigma, scheduler)
 
 

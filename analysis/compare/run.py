@@ -1,6 +1,6 @@
 """One comparison from trunk to report: what `dyndit quickstart` and `dyndit compare` run.
 
-distil exits -> measure the shift table -> search plans -> make the peers (all of that in `arms`) -> sample every arm
+distil exits -> measure the shift table -> search plans -> make the peers (all of that in `sources`) -> sample every arm
 from the same fresh seeds -> report. Every stage leaves its result on disk; what is there and valid is not done again.
 """
 
@@ -15,10 +15,12 @@ import torch
 from rich.console import Console
 
 from dyndit import manifest
-from dyndit.analysis.compare.arms import Arm, Preparation, model_with_exits, plan_file
+from dyndit.analysis.compare.arms import Arm
+from dyndit.analysis.compare.context import Context, model_with_exits
 from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
+from dyndit.analysis.compare.sources import SOURCES
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
@@ -61,14 +63,11 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     if trunk is not None and trunk.exits is not None:
         _hand_over(Path(inputs.model or experiment.model) / checkpoints.TABLE, out / "model" / checkpoints.TABLE)
     real = PictureSet(inputs.data or experiment.data, data.uint8())
-    judges = tuple(Measured(real, judge) for judge in extractors)
-    making = Preparation(experiment, model, judges, out, console, trunk)
-    comparison = Comparison(experiment, model, judges, out, console)
+    references = tuple(Measured(real, extractor) for extractor in extractors)
+    context = Context(experiment, model, references, data, out, console, trunk)
+    comparison = Comparison(experiment, model, references, out, console)
     with experiment.autocast(inputs.device):
-        table = making.table()
-        arms = making.arms(table) + making.chosen(table) + making.peers(data)
-        arms = [making.priced(arm, table) for arm in arms]
-        arms += making.variants(data) + making.confidence()
+        arms = [arm for source in SOURCES for arm in source.arms(context)]
         comparison.measure(arms)
         comparison.report(arms)
     return out
@@ -86,8 +85,8 @@ class Comparison:
 
     experiment: Experiment
     model: DynamicDepth
-    judges: tuple[Measured, ...]
-    """Real pictures as each extractor sees them; plans were searched for the first."""
+    references: tuple[Measured, ...]
+    """Real pictures as each extractor sees them; plans were calibrated on the first."""
     out: Path
     console: Console
 
@@ -172,7 +171,7 @@ class Comparison:
         )
 
     def _rows(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> list[dict[str, object]]:
-        """Score the batches that one arm drew of one block: a row of runs.csv for each judge."""
+        """Score the batches that one arm drew of one block: a row of runs.csv for each extractor."""
         experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
         pictures = torch.cat([part.pictures for part in drawn])
         # A peer's blocks are not those of its plan, unless it is one.
@@ -200,7 +199,9 @@ class Comparison:
             "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
             "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
             "role": "score",
-            "plan": plan_file(self.out, arm).name if arm.family in ("searched", "chosen") else "",
+            "plan": "" if arm.variant else arm.plan_file,
+            "variant": arm.variant,
+            "settings": arm.settings,
             "macs": macs,
             "predicted_ms": arm.predicted_ms,
             "compiled": "eager",
@@ -212,12 +213,12 @@ class Comparison:
             dict.fromkeys(COLUMNS)
             | figures
             | {
-                "extractor": judge.extractor.name,
-                "metric": judge.extractor.metric_name,
-                "predicted_fd": arm.predicted_fd if judge is self.judges[0] else None,
+                "extractor": real.extractor.name,
+                "metric": real.extractor.metric_name,
+                "predicted_fd": arm.predicted_fd if real is self.references[0] else None,
             }
-            | {k: v for k, v in score(pictures, judge, experiment.metrics).items() if k in COLUMNS}
-            for judge in self.judges
+            | {k: v for k, v in score(pictures, real, experiment.metrics).items() if k in COLUMNS}
+            for real in self.references
         ]
 
 

@@ -77,7 +77,9 @@ def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dic
     """Return the row of `summary` for the rows of one arm; group: all rows it may be compared with."""
     arm = arm.set_index("block").sort_index()
     first = arm.iloc[0]
-    row: dict[str, object] = {name: first[name] for name in (*GROUP, "arm", "family", "solver", "steps", "budget")}
+    row: dict[str, object] = {
+        name: first[name] for name in (*GROUP, "arm", "family", "solver", "steps", "budget", "variant", "settings")
+    }
     row["steps"] = int(first["steps"])
     row["blocks"] = len(arm)
     row |= {k: arm[k].mean() for k in ("share_of_blocks", "mean_depth_cond", "mean_depth_uncond")}
@@ -170,9 +172,9 @@ def against_unguided(runs: pd.DataFrame) -> pd.DataFrame:
 def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
     """Searched plans held against the fixed schedules made for the same solver, steps and budget of time.
 
-    One row per pair: solver, steps, budget, searched and control (arms), family (of the control), time_ratio (median
-    of the blocks' ratios, searched over control), fd_diff (Interval of FD searched - FD control, paired by block),
-    better, worse (whether it lies wholly below, above 0).
+    One row per pair: solver, steps, budget, searched and control (arms), family and variant (of the control),
+    time_ratio (median of the blocks' ratios, searched over control), fd_diff (Interval of FD searched - FD control,
+    paired by block), better, worse (whether it lies wholly below, above 0).
     """
     scored = scored_rows(runs)
     scored = scored[scored["family"] != "full"]
@@ -192,6 +194,7 @@ def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
                     "searched": ours["arm"].iloc[0],
                     "control": control,
                     "family": others["family"].iloc[0],
+                    "variant": others["variant"].iloc[0],
                     "time_ratio": float((ours["ms_per_picture"] / others["ms_per_picture"]).median()),
                     "fd_control": float(others["fd"].mean()),
                     "fd_diff": difference,

@@ -50,12 +50,14 @@ COLUMNS: dict[str, str] = {
     "is": "Inception score, or the same on the extractor's classes",
     "precision": "share of the pictures inside the reference's manifold (k = 3)",
     "recall": "share of the reference inside the pictures' manifold (k = 3)",
+    "variant": "name of the variant that the arm belongs to; empty for the comparison's own arms",
+    "settings": "what tells the arm from others of its family, solver, steps and budget, such as every2-depth6",
 }
 QUALITY = ("kid", "is", "precision", "recall")  # measured beside fd, where they are
 # `threads` and `batch_size` tell settings apart and are never computed with, so they are labels.
 TEXT = (
     "run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan", "compiled", "dtype",
-    "threads", "batch_size",
+    "threads", "batch_size", "variant", "settings",
 )  # fmt: skip
 # May be empty in a row; labels (TEXT) may be too.
 OPTIONAL = (
@@ -174,6 +176,12 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
     partial.replace(path)
 
 
+def arm_name(family: str, solver: str, steps: int | str, budget: float | None, settings: str) -> str:
+    """The printed name of an arm, such as "searched-ddim-10-b0.6". Nothing reads a field back out of it."""
+    asked = "" if budget is None or math.isnan(budget) else f"b{budget:g}"
+    return "-".join(part for part in (family, solver, str(steps), asked, settings) if part)
+
+
 def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> dict[str, object]:
     """Make a row of runs.csv from a folder that `dyndit sample` wrote and the figures of `evaluate`.
 
@@ -185,15 +193,14 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
         manifest = json.loads(path.read_text(encoding="utf-8"))
         settings, plan = manifest["settings"], manifest["plan"]
         full = plan["router"] == "full"
-        name = f"{plan['router']}-{settings['solver']}-{settings['steps']}"
         return dict.fromkeys(COLUMNS) | {
             "run": run,
             "machine": manifest["machine"],
             "extractor": figures["extractor"],
             "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # told apart, and seen
             "model": settings["model"],
-            "arm": name if plan["budget"] is None else f"{name}-b{plan['budget']:g}",
-            "family": plan["router"].split("-")[0],
+            "arm": arm_name(plan["router"], settings["solver"], settings["steps"], plan["budget"], plan["settings"]),
+            "family": plan["router"],
             "solver": settings["solver"],
             "steps": settings["steps"],
             "budget": None if full else plan["budget"],
@@ -210,6 +217,8 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
             "predicted_fd": plan["predicted_fd"],
             "role": "score",
             "plan": "",
+            "variant": "",
+            "settings": plan["settings"],
             **{name: figures.get(name) for name in QUALITY},
         }
     except (OSError, ValueError, KeyError, TypeError) as error:

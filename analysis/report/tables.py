@@ -15,7 +15,7 @@ from rich.table import Table as TerminalTable
 
 from dyndit.analysis.report import budgets
 from dyndit.analysis.report.frontier import against_controls
-from dyndit.analysis.report.runs import QUALITY
+from dyndit.analysis.report.runs import QUALITY, arm_name
 from dyndit.stats import Interval
 
 
@@ -164,8 +164,7 @@ def terminal_table(frame: pd.DataFrame) -> TerminalTable:
         # Where the terminal is narrow the arm's name folds; figures never do.
         table.add_column(heading, justify="left" if text else "right", no_wrap=column.title != "arm", overflow="fold")
     for row in _rows(frame):
-        # Solver and steps have columns of their own here.
-        short = row["arm"].replace(f"-{row['solver']}-{row['steps']}", "")
+        short = arm_name(row["family"], "", "", row["budget"], row["settings"])  # solver and steps have columns here
         table.add_row(
             short, *(column.show(row) for column in columns[1:]), style="dim" if row["family"] == "full" else ""
         )

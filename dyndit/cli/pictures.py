@@ -148,6 +148,7 @@ def sample(
         "ms_denoiser": 1e3 * sum(result.network_seconds) / num_images if stats else None,
         "plan": {
             "router": resolved.router,
+            "settings": resolved.settings_text,
             "budget": resolved.budget,
             "predicted_fd": resolved.figures.get("predicted_fd"),
             "share_of_blocks": resolved.share_of_blocks,

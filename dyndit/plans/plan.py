@@ -35,7 +35,9 @@ class DepthPlan:
     num_blocks: int
     solver: str
     router: str = "full"
-    """Who wrote the plan."""
+    """Who wrote the plan: "full", "ramp", "searched", ..."""
+    settings: dict[str, float] = field(default_factory=dict)
+    """How the router was set, such as `{"start": 4, "end": 12, "power": 1}`."""
     cfg_scale: float = 1.0
     budget: float | None = None
     """Share of the full plan's predicted time the plan was written for."""
@@ -122,6 +124,11 @@ class DepthPlan:
         """Mean depth of the conditional and of the unconditional branch."""
         return sum(self.depths) / self.num_steps, sum(self.uncond_depths) / self.num_steps
 
+    @property
+    def settings_text(self) -> str:
+        """The router's settings in a few characters, for names: "4-12-1"."""
+        return "-".join(f"{value:g}" for value in self.settings.values())
+
     def with_steps(self, steps: Sequence[Step], **changes: object) -> Self:
         """The same timesteps with other steps."""
         return replace(self, steps=tuple(steps), **changes)
@@ -172,7 +179,8 @@ class DepthPlan:
 
     def __str__(self) -> str:
         """A line of timesteps and a line of steps, from the noisiest step to the last."""
-        head = f"{self.router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
+        router = " ".join([self.router, *(f"{name} {value:g}" for name, value in self.settings.items())])
+        head = f"{router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
         words = [str(step) for step in self.steps]
         width = max(4, *map(len, words))
         lines = [("t", self.timesteps), ("step", words)]

@@ -14,15 +14,17 @@ from dyndit.process import Schedule
 SCHEDULE = Schedule()
 
 
-def _scheduled(full: DepthPlan, depths: tuple[int, ...], wanted: list[float], router: str) -> DepthPlan:
+def _scheduled(
+    full: DepthPlan, depths: tuple[int, ...], wanted: list[float], router: str, **settings: float
+) -> DepthPlan:
     chosen = [min(depths, key=lambda depth: (abs(depth - want), depth)) for want in wanted]
     guided = [isinstance(step.guide, Unconditional) for step in full.steps]
-    return full.with_steps(list(map(Step.equal, chosen, guided)), router=router)
+    return full.with_steps(list(map(Step.equal, chosen, guided)), router=router, settings=settings)
 
 
 def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPlan:
     """The same depth at every step."""
-    return _scheduled(full, depths, [depth] * full.num_steps, f"constant-{depth:g}")
+    return _scheduled(full, depths, [depth] * full.num_steps, "constant", depth=depth)
 
 
 def ramp(
@@ -31,19 +33,19 @@ def ramp(
     """start + (end - start) * u^power, with u from 0 at the noisiest step to 1 at the last; `end` is L by default."""
     end, last = full.num_blocks if end is None else end, max(full.num_steps - 1, 1)
     wanted = [start + (end - start) * (step / last) ** power for step in range(full.num_steps)]
-    return _scheduled(full, depths, wanted, f"ramp-{start:g}-{end:g}-p{power:g}")
+    return _scheduled(full, depths, wanted, "ramp", start=start, end=end, power=power)
 
 
 def switch(full: DepthPlan, depths: tuple[int, ...], depth: float, share: float) -> DepthPlan:
     """`depth` for the first `share` of the steps, then full depth."""
     shallow = round(share * full.num_steps)
     wanted = [depth] * shallow + [full.num_blocks] * (full.num_steps - shallow)
-    return _scheduled(full, depths, wanted, f"switch-{depth:g}-{share:g}")
+    return _scheduled(full, depths, wanted, "switch", depth=depth, share=share)
 
 
 def reversed_plan(plan: DepthPlan) -> DepthPlan:
     """The same depths in the opposite order: deep when noisy. A control, of equal cost by construction."""
-    return plan.with_steps(plan.steps[::-1], router=f"reversed-{plan.router}", figures={})
+    return plan.with_steps(plan.steps[::-1], router="reversed", figures={})
 
 
 def guidance_interval(plan: DepthPlan, low: float, high: float) -> DepthPlan:
@@ -64,4 +66,4 @@ def guidance_interval(plan: DepthPlan, low: float, high: float) -> DepthPlan:
     ]
     if tuple(steps) == plan.steps:
         return plan
-    return plan.with_steps(steps, router=f"{plan.router}-guided-{low:g}-{high:g}", figures={})
+    return plan.with_steps(steps, settings=plan.settings | {"guided_above": low, "guided_to": high}, figures={})

@@ -53,7 +53,7 @@ class FixedExits(PeerSettings):
             wanted = full.num_blocks * (1 - self.drop * _stage(timestep))
             depth = min(depths, key=lambda d, wanted=wanted: (round(abs(d - wanted), 9), -d))
             steps.append(Step.equal(depth, isinstance(step.guide, Unconditional)))
-        return full.with_steps(steps, router=f"ase-{self.drop:g}")
+        return full.with_steps(steps, router="ase", settings={"drop": self.drop})
 
 
 def _stage(timestep: float) -> float:

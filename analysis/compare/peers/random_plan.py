@@ -63,11 +63,11 @@ class RandomPlan(PeerSettings):
         cond, rest = chosen[: full.num_steps], iter(chosen[full.num_steps :])
         guides = [Unconditional(depths[next(rest)]) if depth else NoGuide() for depth in full.uncond_depths]
         steps = [Step(depths[i], guide) for i, guide in zip(cond, guides, strict=True)]
-        return full.with_steps(steps, router=f"random-{self.share:g}-{self.seed}")
+        return full.with_steps(steps, router="random", settings={"share": self.share, "seed": self.seed})
 
 
 def shuffled(plan: DepthPlan, seed: int) -> DepthPlan:
     """The plan's own steps in a random order: a control of equal cost by construction, as its reversal is."""
     steps = list(plan.steps)
     random.Random(seed).shuffle(steps)
-    return plan.with_steps(steps, router=f"shuffled-{seed}", figures={})
+    return plan.with_steps(steps, router="shuffled", settings={"seed": seed}, figures={})

@@ -1,0 +1,213 @@
+"""What every source of arms works with: the model with its exits, the shift table, plans searched on it.
+
+Every stage leaves its result on disk; what is there and valid is not made again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rich.console import Console
+
+from dyndit.analysis.compare.experiment import Experiment
+from dyndit.analysis.metrics.extractors import Extractor
+from dyndit.analysis.metrics.features import Measured
+from dyndit.calibration.calibrate import measure_bases, measure_moments
+from dyndit.calibration.drawing import NativeDrawing
+from dyndit.calibration.measure import measure_shifts, part_of
+from dyndit.errors import CheckpointError
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import Identity
+from dyndit.plans.plan import DepthPlan, bind
+from dyndit.plans.refined import refined
+from dyndit.plans.search import search
+from dyndit.plans.table import FILE, ShiftTable
+from dyndit.progress import progress_bar
+from dyndit.sampling.loop import full_plan
+from dyndit.stats import Moments
+from dyndit.storage import load as checkpoints
+from dyndit.training.data import Pictures
+from dyndit.training.exit_errors import exit_error_table
+
+
+def model_with_exits(
+    experiment: Experiment, backbone: DynamicDepth | None, data: Pictures, out: Path, console: Console
+) -> DynamicDepth:
+    """The model with its exits, from `out/model` if they are there and whole.
+
+    backbone: the given model; None: it is trained. A model that comes with exits keeps them.
+    """
+    folder = out / "model"
+    if (folder / checkpoints.EXITS).exists():
+        console.print(f"backbone and exits: there already ({folder})")
+        return checkpoints.load(folder)
+    if backbone is None:
+        console.print("training the backbone")
+        backbone, _ = experiment.train.run(data, out / "training")
+    model = backbone
+    if backbone.exits is None:
+        console.print("distilling exits")
+        model, _ = experiment.distill.run(backbone, data, out / "distillation")
+    exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
+    checkpoints.save(model, folder)
+    return model
+
+
+@dataclass(frozen=True)
+class Context:
+    """One model of a comparison with all that is measured and searched on it.
+
+    references: real pictures as each extractor sees them; plans are calibrated on the first. given: the model as the
+    user gave it, before its exits and maybe its backbone were trained; None: `model`. known: another table; if it holds
+    all that this context's table would, nothing is measured.
+    """
+
+    experiment: Experiment
+    model: DynamicDepth
+    references: tuple[Measured, ...]
+    data: Pictures
+    out: Path
+    console: Console
+    given: DynamicDepth | None = None
+    known: ShiftTable | None = None
+
+    @property
+    def extractor(self) -> Extractor:
+        """What plans are calibrated on."""
+        return self.references[0].extractor
+
+    @property
+    def backbone(self) -> DynamicDepth:
+        """What exits are distilled from: the model as it was given, without exits."""
+        model = self.given or self.model
+        return DynamicDepth(model.backbone, pixel_space=model.pixel_space).to(self.model.device)
+
+    @cached_property
+    def table(self) -> ShiftTable:
+        """The shift table: read from beside the model, taken from `known`, or measured."""
+        return self._stored_table() or self._known_table() or self._measured_table()
+
+    @property
+    def within(self) -> list[float]:
+        """The experiment's budgets that any plan keeps to."""
+        return [budget for budget in self.experiment.budgets if budget >= self.table.least_share]
+
+    def full(self, solver: str, steps: int) -> DepthPlan:
+        """Full depth at these steps."""
+        return full_plan(self.model, solver, steps, self.experiment.cfg_scale)
+
+    def base(self, solver: str, steps: int) -> Moments:
+        """Full depth's moments at these very steps, on the calibration seeds."""
+        same_guidance = self.table.cfg_scale == self.experiment.cfg_scale
+        known = self.table.base_at(solver, steps) if same_guidance else None
+        return known or self.moments(self.full(solver, steps))
+
+    def moments(self, plan: DepthPlan) -> Moments:
+        """Moments of the features of pictures drawn under a plan, on the calibration seeds."""
+        options = {"num_pictures": self.table.num_pictures, "seed": self.table.seed}
+        return measure_moments(self.model, self.extractor, plan, batch_size=self.experiment.batch_size, **options)
+
+    def predicted_ms(self, plan: DepthPlan) -> float:
+        """Milliseconds per picture that the table's cost model predicts."""
+        return 1e3 * self.table.cost.plan_seconds(plan) / self.table.cost.batch_size
+
+    def searched(self, solver: str, steps: int, budgets: Sequence[float]) -> list[tuple[float, DepthPlan, str]]:
+        """Search a plan for each budget -> (budget, plan, its file's name), budgets rising.
+
+        A plan starts from those of smaller budgets. Plans that lie in `out` already are read.
+        """
+        found: list[tuple[float, DepthPlan, str]] = []
+        full, base = self.full(solver, steps), None
+        for budget in sorted(set(budgets)):
+            name = f"plan-{solver}-{steps}-b{budget:g}.json"
+            if (self.out / name).exists():
+                plan = self.read_plan(name)
+            else:
+                base = base or self.base(solver, steps)
+                smaller = [plan for _, plan, _ in found]
+                plan = self._search(full, budget, base, smaller)
+                plan.save(self.out / name)
+            found.append((budget, plan, name))
+        return found
+
+    def read_plan(self, name: str) -> DepthPlan:
+        """A plan that lies in `out`.
+
+        Raises:
+            PlanError: it is another model's.
+        """
+        return bind(DepthPlan.load(self.out / name), self.model, origin=str(self.out / name))
+
+    def with_bases(self, solver: str) -> ShiftTable:
+        """The table with full depth's moments at the experiment's `latency_steps`; in its file too."""
+        with progress_bar("measuring full depth", self.console) as advance:
+            return measure_bases(
+                self.model,
+                self.table,
+                self.extractor,
+                solver=solver,
+                step_grid=self.experiment.latency_steps,
+                batch_size=self.experiment.batch_size,
+                into=self._table_file,
+                on_progress=advance,
+            )
+
+    @property
+    def _table_file(self) -> Path:
+        return self.out / "model" / FILE
+
+    @property
+    def _calibration_cfg_scale(self) -> float:
+        return self.experiment.calibration_cfg_scale or self.experiment.cfg_scale
+
+    def _search(self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]) -> DepthPlan:
+        rounds = self.experiment.refinements
+        if not rounds:
+            return search(self.table, full, budget, base=base, starts=smaller)
+        return refined(self.table, full, budget, self.moments, rounds=rounds, base=base, smaller=smaller)
+
+    def _stored_table(self) -> ShiftTable | None:
+        """The table in `out/model`, if it is there, readable, and of this model and this extractor."""
+        path = self._table_file
+        if not path.exists():
+            return None
+        try:
+            table = ShiftTable.load(path)
+        except CheckpointError as error:
+            self.console.print(f"{error}: measured again")
+            return None
+        if Identity(table.backbone, table.exits) != self.model.identity:
+            self.console.print(f"{path}: of another model; measured again")
+            return None
+        if table.extractor_fingerprint != self.extractor.fingerprint:
+            # One that came with the model: a search on it would be for an extractor that nobody asked for.
+            name, of = self.extractor.name, table.extractor
+            theirs = of if of != name else f"other weights of {of}"
+            self.console.print(f"{path}: of {theirs}, not this comparison's {name}; measured again")
+            return None
+        self.console.print(f"shift table: there already ({path})")
+        return table
+
+    def _known_table(self) -> ShiftTable | None:
+        """The part of the known table that this context's table would be."""
+        if self.known is None:
+            return None
+        experiment, seed = self.experiment, self.experiment.calibration.seed
+        points = (experiment.calibration_solver, experiment.calibration_steps, self._calibration_cfg_scale)
+        return part_of(self.known, NativeDrawing(self.model, *points, seed=seed), experiment.calibration)
+
+    def _measured_table(self) -> ShiftTable:
+        experiment = self.experiment
+        with progress_bar("measuring distribution shifts", self.console) as advance:
+            return measure_shifts(
+                self.model,
+                self.extractor,
+                self.references[0].moments(),
+                solver=experiment.calibration_solver,
+                num_steps=experiment.calibration_steps,
+                cfg_scale=self._calibration_cfg_scale,
+                settings=experiment.calibration,
+                into=self._table_file,
+                on_progress=advance,
+            )

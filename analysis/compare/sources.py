@@ -1,0 +1,213 @@
+"""Where arms come from: full depth, searched plans and their controls, chosen steps, peers, variants, confidence.
+
+A new kind of arm is a class with one method and an entry in `SOURCES`.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import pandas as pd
+
+from dyndit.analysis.compare.arms import Arm, Source
+from dyndit.analysis.compare.context import Context, model_with_exits
+from dyndit.analysis.compare.experiment import Variant
+from dyndit.analysis.compare.peers import Workshop
+from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
+from dyndit.analysis.compare.peers.random_plan import shuffled
+from dyndit.plans.plan import DepthPlan, bind
+from dyndit.plans.predictor import Predictor
+from dyndit.plans.schedules import constant, ramp, reversed_plan
+from dyndit.plans.step_counts import LatencyBudget
+from dyndit.progress import progress_bar
+from dyndit.sampling.loop import full_plan
+from dyndit.sampling.sample import unguided
+from dyndit.sampling.solvers import timesteps_of
+
+
+@dataclass(frozen=True)
+class FullDepth:
+    """Full depth at every step count, with guidance and without."""
+
+    def arms(self, context: Context) -> list[Arm]:
+        """As of `Source`."""
+        experiment = context.experiment
+        solvers = (*experiment.solvers, *experiment.full_solvers)
+        points = experiment.full_points or product(solvers, experiment.full_steps)
+        plans = [context.full(*point) for point in points]
+        points = experiment.unguided_points or product(experiment.solvers, experiment.unguided_steps)
+        plans += [replace(unguided(context.full(*point)), router="unguided") for point in points]
+        return [Arm(plan.router, plan, predicted_ms=context.predicted_ms(plan)) for plan in plans]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Plans searched at every point and budget, and the controls they are held against."""
+
+    def arms(self, context: Context) -> list[Arm]:
+        """As of `Source`."""
+        experiment, controls = context.experiment, context.experiment.controls
+        budgets = {point: list(experiment.budgets) for point in experiment.dynamic_points}
+        shares = {} if controls is None else self._control_budgets(context)
+        if controls is not None:
+            budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
+        searched, arms = {}, []
+        with progress_bar("searching plans", context.console) as advance:
+            for done, (point, wanted) in enumerate(budgets.items()):
+                for budget, plan, file in context.searched(*point, wanted):
+                    searched[point, budget] = plan
+                    arms.append(_searched_arm(context, "searched", budget, plan, file))
+                advance(done + 1, len(budgets))
+        for depth, budget in shares.items():
+            plan = searched[(controls.solver, controls.steps), budget]
+            arms += self._controls(context, depth, budget, plan)
+        return arms
+
+    def _control_depths(self, context: Context) -> tuple[int, ...]:
+        plain = {choice.depth for choice in context.table.choices if not choice.forecast}
+        return tuple(sorted(plain | {context.model.num_blocks}))
+
+    def _control_budgets(self, context: Context) -> dict[int, float]:
+        """Each control's constant depth, and the share of full depth's time it takes."""
+        controls, depths = context.experiment.controls, self._control_depths(context)
+        full, cost = context.full(controls.solver, controls.steps), context.table.cost
+        return {d: round(cost.share_of_time(constant(full, depths, d)), 3) for d in controls.depths}
+
+    def _controls(self, context: Context, depth: int, budget: float, searched: DepthPlan) -> list[Arm]:
+        """The constant of this depth, the searched plan reversed and shuffled, and the ramps closest to the budget."""
+        controls, depths = context.experiment.controls, self._control_depths(context)
+        full = context.full(controls.solver, controls.steps)
+        predictor = Predictor(context.table, full.timesteps, context.base(controls.solver, controls.steps))
+        plans = [constant(full, depths, depth), reversed_plan(searched)]
+        plans += [shuffled(searched, seed) for seed in range(controls.num_shuffled)]
+        plans += _ramps_within(context, full, depths, budget)
+        return [
+            Arm(
+                plan.router,
+                plan,
+                budget,
+                plan.settings_text,
+                predicted_fd=predictor.predict(plan),
+                predicted_ms=context.predicted_ms(plan),
+            )
+            for plan in plans
+        ]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Plans whose step count is chosen with them, for a share of full depth's time at the reference's steps."""
+
+    def arms(self, context: Context) -> list[Arm]:
+        """As of `Source`. Full depth's moments at the step counts are kept in the table's file."""
+        experiment, arms = context.experiment, []
+        for solver, share in product(experiment.solvers, experiment.latency_budgets):
+            name = f"plan-chosen-{solver}-b{share:g}.json"
+            if (context.out / name).exists():
+                plan = context.read_plan(name)
+            else:
+                goal = LatencyBudget(share, experiment.latency_reference_steps)
+                plan = goal.choose(context.with_bases(solver), solver, partial(timesteps_of, solver))
+                plan.save(context.out / name)
+            arms.append(_searched_arm(context, "chosen", share, plan, name))
+        return arms
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What a user might pick instead. What a peer has to train is trained, or found in `out/peers`."""
+
+    def arms(self, context: Context) -> list[Arm]:
+        """As of `Source`."""
+        experiment, arms = context.experiment, []
+        workshop = Workshop(context.out / "peers", context.data, experiment.distill.fit)
+        for peer in experiment.peers:
+            model = peer.model(context.model, workshop).eval()
+            for solver, steps in experiment.peer_points:
+                plan = peer.plan(full_plan(model, solver, steps, experiment.cfg_scale), model.depths)
+                bind(plan, model)
+                predicted = context.predicted_ms(plan) if model is context.model else None
+                arms.append(Arm(peer.name, plan, None, peer.label, model=model, peer=peer, predicted_ms=predicted))
+        return arms
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Plans made another way. What a variant distils, measures and searches lies in `out/variants`."""
+
+    def arms(self, context: Context) -> list[Arm]:
+        """As of `Source`."""
+        return [arm for variant in context.experiment.variants for arm in self._of(context, variant)]
+
+    def _of(self, context: Context, variant: Variant) -> list[Arm]:
+        """A variant's searched plans; with a backbone of its own, also that at full depth."""
+        folder, model = context.out / "variants" / variant.name, context.model
+        given = context.backbone if variant.train is None else None
+        own = replace(context, experiment=variant.applied(context.experiment), out=folder, given=given, known=None)
+        if variant.distill is not None or given is None:
+            model = model_with_exits(own.experiment, given, own.data, folder, context.console)
+            own = replace(own, model=model.to(context.model.device))
+        else:
+            own = replace(own, known=context.table)
+        if beyond := sorted(set(own.experiment.budgets) - set(own.within)):
+            least = f"its cheapest plan takes {own.table.least_share:.2f}"
+            context.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
+        arms, family = [], f"searched-{variant.name}"
+        for solver, steps in own.experiment.dynamic_points:
+            if own.model.identity.backbone != context.model.identity.backbone:
+                full = own.full(solver, steps)
+                arms.append(Arm(f"full-{variant.name}", full, predicted_ms=own.predicted_ms(full)))
+            arms += [_searched_arm(own, family, *found) for found in own.searched(solver, steps, own.within)]
+        return [replace(arm, model=own.model, variant=variant.name) for arm in arms]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """The confidence router. Thresholds, and what they decide at every step, are written to `out`."""
+
+    def arms(self, context: Context) -> list[Arm]:
+        """As of `Source`."""
+        experiment, settings = context.experiment, context.experiment.confidence
+        arms: list[Arm] = []
+        if settings is None:
+            return arms
+        context.console.print("calibrating the confidence router")
+        signals = record_signals(
+            context.model,
+            solver=experiment.calibration_solver,
+            num_steps=experiment.calibration_steps,
+            cfg_scale=experiment.cfg_scale,
+            settings=settings,
+        )
+        for target in settings.targets:
+            thresholds = signals.thresholds(target, settings.num_bands)
+            thresholds.save(context.out / f"thresholds-e{target:g}.json")
+            model = ConfidentDepth(context.model, thresholds)
+            for point in experiment.dynamic_points:
+                plan = replace(context.full(*point), router="confidence")
+                decided = measure_decisions(model, plan, num_pictures=settings.num_pictures, seed=settings.seed + 1)
+                arms.append(Arm("confidence", plan, None, f"e{target:g}", model=model, decided=decided))
+        frames = [arm.decided.frame().assign(arm=arm.name) for arm in arms]
+        pd.concat(frames).to_csv(context.out / "confidence.csv", index=False)
+        return arms
+
+
+SOURCES: tuple[Source, ...] = (FullDepth(), Searched(), Chosen(), Peers(), Variants(), Confidence())
+"""Every source, in the order in which arms are made."""
+
+
+def _searched_arm(context: Context, family: str, budget: float, plan: DepthPlan, file: str) -> Arm:
+    predicted = {"predicted_fd": plan.figures["predicted_fd"], "predicted_ms": context.predicted_ms(plan)}
+    return Arm(family, plan, budget, plan_file=file, **predicted)
+
+
+def _ramps_within(context: Context, full: DepthPlan, depths: tuple[int, ...], budget: float) -> list[DepthPlan]:
+    """The distinct ramps whose predicted time comes closest to the budget from below."""
+    family: dict[tuple, DepthPlan] = {}
+    for low, high, power in product(depths, depths, (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)):
+        if low < high:
+            plan = ramp(full, depths, low, high, power)
+            family.setdefault(plan.steps, plan)
+    cost = context.table.cost
+    within = [plan for plan in family.values() if cost.share_of_time(plan) <= budget * (1 + 1e-9)]
+    return sorted(within, key=cost.share_of_time, reverse=True)[: context.experiment.controls.num_ramps]

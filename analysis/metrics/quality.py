@@ -1,12 +1,11 @@
-"""`evaluate`: two sets of pictures in, named numbers out. A metric is one function of a Comparison.
+"""`evaluate`: two sets of pictures in, named numbers out.
 
 torch-fidelity computes what it does well, Inception score, precision and recall, from features that are computed here
 once per set. Distances and intervals are this package's (`dyndit.stats`, infinity.py, kid.py, memorisation.py,
 paired.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,47 +15,40 @@ from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.infinity import NUM_SIZES, distance_at_infinity
 from dyndit.analysis.metrics.kid import kernel_distance
 from dyndit.analysis.metrics.memorisation import check_memorisation
+from dyndit.analysis.metrics.metric import Comparison, Figures, metric, metrics_by_name
 from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_distances
 from dyndit.analysis.metrics.sets import PictureSet, Statistics, read_set
 from dyndit.errors import InputError
 from dyndit.stats import frechet_distance
 
-Figures = dict[str, float | int | str | bool | None]
 DEFAULT_METRICS = ("fd", "kid", "is", "prc")
 NUM_SPLITS = 10  # of the Inception score
 NEIGHBOURS = 3  # of precision and recall, as ADM
 PAIRED = "paired_"  # prefix of figures that are no verdict
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What is compared with what. held_out, full, lpips: only where a metric asks for them."""
-
-    samples: Measured
-    reference: Measured
-    train: Measured
-    held_out: Measured | None = None
-    full: PictureSet | None = None
-    lpips: Lpips | None = None
-
-
+@metric("fd")
 def _fd(c: Comparison) -> Figures:
     return {"fd": frechet_distance(c.samples.moments(), c.reference.moments())}
 
 
+@metric("sfid")
 def _sfid(c: Comparison) -> Figures:
     return {"sfid": frechet_distance(c.samples.moments("spatial"), c.reference.moments("spatial"))}
 
 
+@metric("fd-infinity")
 def _fd_infinity(c: Comparison) -> Figures:
     return {"fd_infinity": distance_at_infinity(c.samples.features, c.reference.moments())}
 
 
+@metric("kid")
 def _kid(c: Comparison) -> Figures:
     found = kernel_distance(c.samples.features, c.reference.features)
     return {"kid": found.mean, "kid_low": found.low, "kid_high": found.high}
 
 
+@metric("is")
 def _inception_score(c: Comparison) -> Figures:
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # slow to import
 
@@ -64,6 +56,7 @@ def _inception_score(c: Comparison) -> Figures:
     return {"is": isc_features_to_metric(logits, splits=min(NUM_SPLITS, len(logits)))[KEY_METRIC_ISC_MEAN]}
 
 
+@metric("prc")
 def _precision_recall(c: Comparison) -> Figures:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -75,6 +68,7 @@ def _precision_recall(c: Comparison) -> Figures:
     return {"precision": found["precision"], "recall": found["recall"]}
 
 
+@metric("memorisation")
 def _memorisation(c: Comparison) -> Figures:
     found = check_memorisation(c.samples.features, c.train.features, c.held_out.features)
     return {
@@ -86,22 +80,11 @@ def _memorisation(c: Comparison) -> Figures:
     }
 
 
+@metric("paired")
 def _paired(c: Comparison) -> Figures:
     spreads = paired_distances(c.samples.given.pictures, c.full.pictures, c.lpips)
     named = {f"{PAIRED}{name}": spread for name, spread in spreads.items()}
     return {k: v for name, s in named.items() for k, v in ((f"{name}_median", s.median), (f"{name}_worst", s.worst))}
-
-
-METRICS: dict[str, Callable[[Comparison], Figures]] = {
-    "fd": _fd,
-    "kid": _kid,
-    "is": _inception_score,
-    "prc": _precision_recall,
-    "sfid": _sfid,
-    "memorisation": _memorisation,
-    "fd-infinity": _fd_infinity,
-    "paired": _paired,
-}
 
 
 def evaluate(
@@ -163,7 +146,7 @@ def evaluate(
         "forced": forced,
     }
     for name in metrics:
-        result |= METRICS[name](comparison)
+        result |= metrics_by_name()[name](comparison)
     return result
 
 
@@ -175,7 +158,7 @@ def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",
     """
     samples = Measured(read_set(pictures, "samples"), reference.extractor, reference.spatial)
     comparison = Comparison(samples, reference, reference)
-    return {name: value for metric in metrics for name, value in METRICS[metric](comparison).items()}
+    return {key: value for name in metrics for key, value in metrics_by_name()[name](comparison).items()}
 
 
 def reference_statistics(
@@ -187,8 +170,8 @@ def reference_statistics(
 
 def _check_names(metrics: Sequence[str], held_out: object, full: object) -> None:
     for name in metrics:
-        if name not in METRICS:
-            raise InputError(f"--metrics: '{name}', expected some of {', '.join(METRICS)}")
+        if name not in (known := metrics_by_name()):
+            raise InputError(f"--metrics: '{name}', expected some of {', '.join(known)}")
     if "memorisation" in metrics and held_out is None:
         raise InputError("--held-out: missing, expected real pictures not trained on, for memorisation")
     if "paired" in metrics and full is None:

@@ -34,8 +34,8 @@ class PlanChoice:
     """Share of full depth's time; the plan is searched on the model's stored table."""
     plan: Path | None = None
     """A plan file."""
-    ramp: int | None = None
-    """Depth of the first step, of a plan that rises evenly to full depth at the last; needs no calibration."""
+    router: str | None = None
+    """A router that needs no calibration, with its settings: "ramp:3" rises evenly from depth 3 to full depth."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,14 @@ def chosen_plan(
     """The plan the flags ask for; None is the full model."""
     from dyndit.calibration.calibrate import plan_on_table
     from dyndit.plans.plan import DepthPlan, bind
-    from dyndit.plans.schedules import ramp
+    from dyndit.plans.schedules import parse_router
     from dyndit.sampling.loop import full_plan
 
-    given = [flag for flag in ("plan", "budget", "ramp") if getattr(depth, flag) is not None]
+    given = [flag for flag in ("plan", "budget", "router") if getattr(depth, flag) is not None]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: both given; expected one of them")
-    if depth.ramp is not None:
-        if not 1 <= depth.ramp <= dynamic.num_blocks:
-            raise InputError(f"--ramp {depth.ramp}: expected 1 to {dynamic.num_blocks}")
-        return ramp(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths, depth.ramp)
+    if depth.router is not None:
+        return parse_router(depth.router)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
     if depth.plan is not None:
         full = full_plan(dynamic, solver, steps, cfg_scale)
         return bind(DepthPlan.load(depth.plan), dynamic, full=full, cfg_scale=cfg_scale, origin=str(depth.plan))

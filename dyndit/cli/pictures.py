@@ -81,7 +81,7 @@ def sample(
     from dyndit.training.latents import decode_latents
 
     manifest.check_device(device)
-    goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, ramp=depth.ramp)
+    goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, router=depth.router)
     loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
     dynamic = loaded.model
     decoder = decoder_of(dynamic, model, vae, device)

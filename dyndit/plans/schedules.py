@@ -1,17 +1,51 @@
-"""Fixed schedules: depth as a function of the step alone. Baselines for every calibrated plan, and its starts.
+"""Fixed schedules: routers whose depth is a function of the step alone. Baselines for every calibrated plan, and its
+starts.
 
 Each takes the full plan (which carries timesteps, solver and guidance) and the depths at which the model can leave;
 wanted depths are rounded to the nearest of those.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from dyndit.errors import InputError
-from dyndit.plans.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plans.step import NoGuide, Step, Unconditional
 from dyndit.process import Schedule
 
 SCHEDULE = Schedule()
+
+
+F = TypeVar("F", bound=Callable[..., DepthPlan])
+
+ROUTERS: dict[str, Callable[..., DepthPlan]] = {}
+"""Routers that need no calibration, by name: (full plan, depths, settings...) -> plan."""
+
+
+def router(function: F) -> F:
+    """Register a router under its function's name; the command line takes it as `--router NAME:SETTINGS`."""
+    ROUTERS[function.__name__] = function
+    return function
+
+
+def parse_router(text: str) -> Router:
+    """The router of a text: "ramp:3" or "ramp:3,12,1.5", the settings in the order of the function's arguments.
+
+    Raises:
+        InputError: an unknown router, or settings it does not take.
+    """
+    name, _, rest = text.partition(":")
+    if name not in ROUTERS:
+        raise InputError(f"--router {text}: expected one of {', '.join(ROUTERS)}, with its settings (ramp:3)")
+    try:
+        settings = [float(value) for value in rest.split(",") if value]
+        inspect.signature(ROUTERS[name]).bind(None, None, *settings)
+    except (ValueError, TypeError) as error:
+        wanted = ", ".join(list(inspect.signature(ROUTERS[name]).parameters)[2:])
+        raise InputError(f"--router {text}: expected {name}: and numbers for {wanted} ({error})") from error
+    return lambda full, depths: ROUTERS[name](full, depths, *settings)
 
 
 def _scheduled(
@@ -22,11 +56,13 @@ def _scheduled(
     return full.with_steps(list(map(Step.equal, chosen, guided)), router=router, settings=settings)
 
 
+@router
 def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPlan:
     """The same depth at every step."""
     return _scheduled(full, depths, [depth] * full.num_steps, "constant", depth=depth)
 
 
+@router
 def ramp(
     full: DepthPlan, depths: tuple[int, ...], start: float, end: float | None = None, power: float = 1.0
 ) -> DepthPlan:
@@ -36,6 +72,7 @@ def ramp(
     return _scheduled(full, depths, wanted, "ramp", start=start, end=end, power=power)
 
 
+@router
 def switch(full: DepthPlan, depths: tuple[int, ...], depth: float, share: float) -> DepthPlan:
     """`depth` for the first `share` of the steps, then full depth."""
     shallow = round(share * full.num_steps)

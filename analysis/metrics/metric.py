@@ -1,0 +1,50 @@
+"""What a metric is: a function of a `Comparison`, marked `@metric("name")` in any file of this package."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from dyndit.analysis import metrics
+from dyndit.analysis.metrics.features import Measured
+from dyndit.analysis.metrics.paired import Lpips
+from dyndit.analysis.metrics.sets import PictureSet
+
+Figures = dict[str, float | int | str | bool | None]
+"""Named numbers, and what they were computed with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What is compared with what. held_out, full, lpips: only where a metric asks for them."""
+
+    samples: Measured
+    reference: Measured
+    train: Measured
+    held_out: Measured | None = None
+    full: PictureSet | None = None
+    lpips: Lpips | None = None
+
+
+Metric = Callable[[Comparison], Figures]
+
+_METRICS: dict[str, Metric] = {}
+
+
+def metric(name: str) -> Callable[[Metric], Metric]:
+    """Register a metric under the name that `evaluate --metrics` takes."""
+
+    def register(function: Metric) -> Metric:
+        _METRICS[name] = function
+        return function
+
+    return register
+
+
+@cache
+def metrics_by_name() -> dict[str, Metric]:
+    """Every metric of this package: the files are found by themselves."""
+    for module in pkgutil.iter_modules(metrics.__path__):
+        importlib.import_module(f"{metrics.__name__}.{module.name}")
+    return dict(_METRICS)

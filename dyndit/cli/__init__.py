@@ -1,24 +1,31 @@
 """The command line. Every verb is a thin function over the package; what it does, a notebook can call too.
 
-Verbs import what they need when they run, so that `--help` is quick.
+A verb's module is imported when the verb runs, and imports what it needs then, so that `--help` is quick.
 """
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
 import tyro
 
-from dyndit.cli.models import convert, distill, train
-from dyndit.cli.pictures import sample
-from dyndit.cli.plans import calibrate
-from dyndit.cli.results import bench, compare, evaluate, quickstart, report
+from dyndit.cli.help import filled
 from dyndit.errors import InputError
 from dyndit.runtime import keep_freed_memory
 
-VERBS: dict[str, Callable[..., None]] = {
-    verb.__name__: verb
-    for verb in (train, distill, calibrate, sample, evaluate, bench, report, compare, convert, quickstart)
+VERBS: dict[str, str] = {
+    "train": "models",
+    "distill": "models",
+    "calibrate": "plans",
+    "sample": "pictures",
+    "evaluate": "results",
+    "bench": "results",
+    "report": "results",
+    "compare": "results",
+    "convert": "models",
+    "quickstart": "results",
 }
+"""The module of this package that defines each verb."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     try:
         tyro.extras.subcommand_cli_from_dict(
-            VERBS,
+            verbs(arguments),
             prog="dyndit",
             description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks.",
             args=arguments,
@@ -48,3 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("dyndit: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
+    """The functions of all verbs. The help of the verb that is asked about names what its registries hold."""
+    found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
+    asked = next((word for word in arguments if word in VERBS), None)
+    if asked is not None and {"--help", "-h"} & set(arguments):
+        found[asked].__doc__ = filled(found[asked].__doc__ or "")
+    return found

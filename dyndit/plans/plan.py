@@ -51,7 +51,9 @@ class DepthPlan:
     def __post_init__(self) -> None:
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in self.timesteps)
         object.__setattr__(self, "timesteps", timesteps)
-        steps = tuple(Step.parse(step) if isinstance(step, str) else step for step in self.steps)
+        if isinstance(self.steps, str):
+            raise PlanError(f"plan: steps {self.steps!r:.40}, expected one text per step")
+        steps = tuple(step if isinstance(step, Step) else Step.parse(step) for step in self.steps)
         object.__setattr__(self, "steps", steps)
         if not self.timesteps:
             raise PlanError("plan: no steps")

@@ -50,7 +50,9 @@ class Held:
 
 Guide = NoGuide | Unconditional | OwnExit | Held
 
-_TEXT = re.compile(r"(?P<depth>\d+)(?P<forecast>\+?)(\|((?P<uncond>\d+)|e(?P<own>\d+)|(?P<held>held)))?")
+_TEXT = re.compile(
+    r"(?P<depth>[1-9]\d*)(?P<forecast>\+?)(\|((?P<uncond>[1-9]\d*)|e(?P<own>[1-9]\d*)|(?P<held>held)))?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Step:
     at 4 and forecasts the rest; "4+|held" also holds the last guidance; "12" is not guided.
 
     Raises:
-        PlanError: a depth below 1, an own exit that is not below the depth, or a forecast beside an unconditional pass.
+        PlanError: a depth below 1, no `Guide`, an own exit that is not below the depth, or a forecast beside an
+            unconditional pass.
     """
 
     depth: int
@@ -74,6 +77,8 @@ class Step:
     """
 
     def __post_init__(self) -> None:
+        if not isinstance(self.guide, Guide):
+            raise PlanError(f"step {self.depth}: guide {self.guide!r:.40}, expected a `Guide`")
         depths = (self.depth, getattr(self.guide, "depth", 1))
         if any(not isinstance(depth, int) or isinstance(depth, bool) or depth < 1 for depth in depths):
             raise PlanError(f"step {self!s}: expected whole depths of at least 1")

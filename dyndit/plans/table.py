@@ -18,14 +18,9 @@ from dyndit.plans.step import Step
 from dyndit.stats import Moments
 
 FORMAT = "dyndit-shift-table"
-
-
 VERSION = 2
-
-
 FILE = "shift-table.safetensors"
 """Its name in a model's folder."""
-"""What the names of their tensors begin with."""
 
 
 @dataclass(frozen=True)

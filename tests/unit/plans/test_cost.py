@@ -1,4 +1,4 @@
-"""What a plan costs by measured parts: heads by depth, and descriptions that were stored before there were such."""
+"""What a plan costs by measured parts: branches, blocks, and heads by depth."""
 
 import json
 import time
@@ -8,7 +8,8 @@ import pytest
 
 from dyndit.models.exits import HEADS
 from dyndit.plans.cost import CostModel, PartTimes
-from dyndit.plans.plan import REUSED
+from dyndit.plans.step import Step
+from dyndit.sampling import timing
 from dyndit.sampling.timing import measure_cost
 
 ONE = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125, exits={2: 4.0, 3: 2.0})
@@ -16,32 +17,35 @@ COST = CostModel(8, num_blocks=4, one=ONE, two=replace(ONE, block=2.0, exit=1.0,
 
 
 @pytest.mark.parametrize(
-    ("pair", "seconds"),
+    ("step", "seconds"),
     [
-        ((1, 0), 16.25 + 1 + 0.5),
-        ((2, REUSED), 16.25 + 2 + 4),
-        ((3, 0), 16.25 + 3 + 2),
-        ((4, 0), 16.25 + 4 + 0.125),
-        ((1, 1), 16.25 + 2 + 1),  # two branches as one batch of twice the rows
-        ((2, 2), 16.25 + 4 + 8),
-        ((3, 2), 16.25 + 4 + 4 + 1 + 2),  # one leaves at 2, then the other goes on alone
-        ((2, 4), 16.25 + 4 + 4 + 2 + 0.125),
+        ("1", 16.25 + 1 + 0.5),
+        ("2|held", 16.25 + 2 + 4),
+        ("3", 16.25 + 3 + 2),
+        ("4", 16.25 + 4 + 0.125),
+        ("1|1", 16.25 + 2 + 1),  # two branches as one batch of twice the rows
+        ("2|2", 16.25 + 4 + 8),
+        ("3|2", 16.25 + 4 + 4 + 1 + 2),  # one leaves at 2, then the other goes on alone
+        ("2|4", 16.25 + 4 + 4 + 2 + 0.125),
+        ("3|e2", 16.25 + 3 + 2 + 4),  # and the head of its own exit
+        ("2+", 16.25 + 2 + 2 * 4),  # and that head at the step which it builds on
+        ("3+|held", 16.25 + 3 + 2 * 2),
     ],
 )
-def test_a_step_costs_its_own_heads(pair: tuple[int, int], seconds: float) -> None:
-    assert COST.step_seconds(*pair) == seconds
+def test_a_step_costs_its_own_heads(step: str, seconds: float) -> None:
+    assert COST.step_seconds(Step.parse(step)) == seconds
 
 
 def test_description_keeps_the_depths_through_json() -> None:
     assert CostModel.from_description(json.loads(json.dumps(COST.describe()))) == COST
 
 
-def test_a_description_with_one_time_for_all_exits_is_read() -> None:
-    parts = {"embed": 0.25, "block": 1.0, "exit": 0.5, "head": 0.125}
-    stored = {"batch_size": 8, "num_blocks": 4, "one": parts, "two": parts, "solver": 16.0, "device": "cpu"}
-    found = CostModel.from_description(json.loads(json.dumps(stored)))
-    assert found == CostModel(8, 4, PartTimes(**parts), PartTimes(**parts), 16.0)
-    assert [found.step_seconds(depth, 0) for depth in (1, 2, 3, 4)] == [17.75, 18.75, 19.75, 20.375]
+def test_one_time_may_serve_all_exits() -> None:
+    parts = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125)
+    described = CostModel(8, 4, parts, parts, 16.0).describe()
+    found = CostModel.from_description(json.loads(json.dumps(described)))
+    assert found == CostModel(8, 4, parts, parts, 16.0)
+    assert [found.step_seconds(Step(depth)) for depth in (1, 2, 3, 4)] == [17.75, 18.75, 19.75, 20.375]
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -38,7 +38,7 @@ def test_where_shifts_add_up_the_first_plan_stays() -> None:
         return true(plan)
 
     plan = refined(table, full, 0.6, measure, rounds=5)
-    assert plan.pairs == search(table, full, 0.6).pairs
+    assert plan.steps == search(table, full, 0.6).steps
     assert len(measured) == 1  # found again, so there is nothing more to correct
     assert plan.figures["calibrated_fd"] == pytest.approx(plan.figures["predicted_fd"])
     assert plan.router == "refined"
@@ -54,15 +54,15 @@ def test_it_is_the_best_of_what_was_measured(seed: int, rounds: int) -> None:
 
     def measure(plan: DepthPlan) -> Moments:
         found = true(plan)
-        shallow = sum(a < 4 and b < 4 for a, b in zip(plan.cond, plan.cond[1:], strict=False))
+        shallow = sum(a < 4 and b < 4 for a, b in zip(plan.depths, plan.depths[1:], strict=False))
         moved = Moments.of_covariance(found.mean + 0.3 * shallow, found.covariance, found.num)
-        distances[plan.pairs] = frechet_distance(moved, table.reference)
+        distances[plan.steps] = frechet_distance(moved, table.reference)
         return moved
 
     plan = refined(table, full, 0.6, measure, rounds=rounds)
     assert len(distances) <= rounds + 1
-    assert plan.figures["calibrated_fd"] == min(distances.values()) == distances[plan.pairs]
-    assert distances[search(table, full, 0.6).pairs] >= plan.figures["calibrated_fd"]
+    assert plan.figures["calibrated_fd"] == min(distances.values()) == distances[plan.steps]
+    assert distances[search(table, full, 0.6).steps] >= plan.figures["calibrated_fd"]
     assert table.cost.share_of_time(plan) <= 0.6 * (1 + 1e-9)
     assert plan.figures["predicted_fd_full"] == pytest.approx(Predictor(table, full.timesteps).predict(full))
 
@@ -77,7 +77,7 @@ def test_a_correction_can_win() -> None:
 
         def measure(plan: DepthPlan, true=true, first=first) -> Moments:
             found = true(plan)
-            return Moments.of_covariance(found.mean + 2.0 * (plan.pairs == first.pairs), found.covariance, found.num)
+            return Moments.of_covariance(found.mean + 2.0 * (plan.steps == first.steps), found.covariance, found.num)
 
         plan = refined(table, full, 0.6, measure, rounds=3)
         gains.append(frechet_distance(measure(first), table.reference) - plan.figures["calibrated_fd"])
@@ -91,7 +91,7 @@ def test_more_budget_is_never_measured_worse() -> None:
     true = additive(table, full)
 
     def measure(plan: DepthPlan) -> Moments:
-        found, deep = true(plan), sum(a + b for a, b in plan.pairs)
+        found, deep = true(plan), sum(step.work().blocks for step in plan.steps)
         return Moments.of_covariance(found.mean + 0.2 * deep, found.covariance, found.num)
 
     alone, plans = [], []

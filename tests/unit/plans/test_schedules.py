@@ -29,50 +29,50 @@ def test_ramps_are_monotone(
 ) -> None:
     plan = ramp(base, depths, start, end, power)
     last = NUM_BLOCKS if end is None else end
-    assert list(plan.cond) == sorted(plan.cond, reverse=last < start)
-    assert set(plan.cond) <= set(depths)
-    assert plan.uncond == (plan.cond if base.guided else base.uncond)
+    assert list(plan.depths) == sorted(plan.depths, reverse=last < start)
+    assert set(plan.depths) <= set(depths)
+    assert plan.uncond_depths == (plan.depths if base.guided else base.uncond_depths)
     assert (plan.timesteps, plan.solver, plan.cfg_scale) == (base.timesteps, base.solver, base.cfg_scale)
     if end is None and plan.num_steps > 1:
-        assert plan.cond[-1] == NUM_BLOCKS
-    assert abs(plan.cond[0] - start) == min(abs(depth - start) for depth in depths)
+        assert plan.depths[-1] == NUM_BLOCKS
+    assert abs(plan.depths[0] - start) == min(abs(depth - start) for depth in depths)
 
 
 @given(base=plans, depths=depth_sets, depth=starts)
 def test_constants_are_constant(base: DepthPlan, depths: tuple[int, ...], depth: float) -> None:
     plan = constant(base, depths, depth)
-    assert len(set(plan.pairs)) == 1
-    assert abs(plan.cond[0] - depth) == min(abs(d - depth) for d in depths)
-    assert constant(base, depths, NUM_BLOCKS).pairs == base.pairs
+    assert len(set(plan.steps)) == 1
+    assert abs(plan.depths[0] - depth) == min(abs(d - depth) for d in depths)
+    assert constant(base, depths, NUM_BLOCKS).steps == base.steps
 
 
 @given(base=plans, depths=depth_sets, depth=starts, share=st.floats(0, 1))
 def test_switch_is_shallow_then_full(base: DepthPlan, depths: tuple[int, ...], depth: float, share: float) -> None:
     plan = switch(base, depths, depth, share)
     shallow = round(share * base.num_steps)
-    assert plan.pairs[shallow:] == base.pairs[shallow:]
-    assert plan.pairs[:shallow] == constant(base, depths, depth).pairs[:shallow]
+    assert plan.steps[shallow:] == base.steps[shallow:]
+    assert plan.steps[:shallow] == constant(base, depths, depth).steps[:shallow]
 
 
 def test_shapes_by_hand() -> None:
     base, depths = full(5, guided=False), tuple(range(1, 13))
-    assert ramp(base, depths, 4).cond == (4, 6, 8, 10, 12)
-    assert ramp(base, depths, 4, 8).cond == (4, 5, 6, 7, 8)
-    assert ramp(base, depths, 4, power=2).cond == (4, 4, 6, 8, 12)  # 4.5 and 8.5: ties go to the cheaper depth
-    assert switch(base, depths, 3, 0.4).cond == (3, 3, 12, 12, 12)
-    assert ramp(base, (4, 8, 12), 4).cond == (4, 4, 8, 8, 12)
-    assert ramp(full(1, guided=False), depths, 4).cond == (4,)
+    assert ramp(base, depths, 4).depths == (4, 6, 8, 10, 12)
+    assert ramp(base, depths, 4, 8).depths == (4, 5, 6, 7, 8)
+    assert ramp(base, depths, 4, power=2).depths == (4, 4, 6, 8, 12)  # 4.5 and 8.5: ties go to the cheaper depth
+    assert switch(base, depths, 3, 0.4).depths == (3, 3, 12, 12, 12)
+    assert ramp(base, (4, 8, 12), 4).depths == (4, 4, 8, 8, 12)
+    assert ramp(full(1, guided=False), depths, 4).depths == (4,)
 
 
 @given(base=plans, depths=depth_sets, start=starts)
 def test_reversed_costs_the_same_and_is_its_own_inverse(base: DepthPlan, depths: tuple[int, ...], start: float) -> None:
     plan = ramp(base, depths, start)
     control = reversed_plan(plan)
-    assert sorted(control.pairs) == sorted(plan.pairs)
+    assert sorted(control.steps, key=str) == sorted(plan.steps, key=str)
     assert control.share_of_blocks == plan.share_of_blocks
     assert control.timesteps == plan.timesteps
-    assert control.pairs == plan.pairs[::-1]
-    assert reversed_plan(control).pairs == plan.pairs
+    assert control.steps == plan.steps[::-1]
+    assert reversed_plan(control).steps == plan.steps
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -93,18 +93,20 @@ def test_guidance_is_kept_at_noise_levels_inside_the_interval(base: DepthPlan, l
     plan = guidance_interval(base, low, low + width)
     alphas_bar = Schedule().alphas_bar[list(base.timesteps)]
     levels = ((1 - alphas_bar) / alphas_bar).sqrt().tolist()
-    assert plan.uncond == tuple(u if low < s <= low + width else 0 for u, s in zip(base.uncond, levels, strict=True))
-    assert (plan.cond, plan.cfg_scale, plan.timesteps) == (base.cond, base.cfg_scale, base.timesteps)
+    assert plan.uncond_depths == tuple(
+        u if low < s <= low + width else 0 for u, s in zip(base.uncond_depths, levels, strict=True)
+    )
+    assert (plan.depths, plan.cfg_scale, plan.timesteps) == (base.depths, base.cfg_scale, base.timesteps)
 
 
 def test_a_guidance_interval_takes_both_ends_off() -> None:
     base = DepthPlan.full((999, 750, 500, 250, 0), NUM_BLOCKS, "ddim", 1.5)
-    assert guidance_interval(base, 0.5, 10.0).uncond == (0, 0, NUM_BLOCKS, NUM_BLOCKS, 0)
+    assert guidance_interval(base, 0.5, 10.0).uncond_depths == (0, 0, NUM_BLOCKS, NUM_BLOCKS, 0)
     assert guidance_interval(base, 0.0, 200.0) is base
     between = DepthPlan.full((500.5, 500), NUM_BLOCKS, "EulerDiscreteScheduler", 1.5)
     edge = (Schedule().noise_level(500) + Schedule().noise_level(501)) / 2
-    assert guidance_interval(between, 0.0, edge).uncond == (NUM_BLOCKS, NUM_BLOCKS)
-    assert guidance_interval(between, 0.0, edge * (1 - 1e-6)).uncond == (0, NUM_BLOCKS)
+    assert guidance_interval(between, 0.0, edge).uncond_depths == (NUM_BLOCKS, NUM_BLOCKS)
+    assert guidance_interval(between, 0.0, edge * (1 - 1e-6)).uncond_depths == (0, NUM_BLOCKS)
 
 
 @pytest.mark.parametrize(("low", "high"), [(3.0, 1.0), (1.0, 1.0), (-1.0, 2.0), (float("nan"), 1.0)])

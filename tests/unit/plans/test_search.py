@@ -1,5 +1,6 @@
 """The searched router: the additive prediction, and the search on it."""
 
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.plans.plan import REUSED, DepthPlan, own_exit
+from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.search import SearchSettings, search
+from dyndit.plans.step import Step, steps
 from dyndit.plans.table import ShiftTable
 from dyndit.stats import frechet_distance, moments
 from support.tables import COST, NUM_BLOCKS, full_plan, random_table, table_from
@@ -19,12 +23,12 @@ from support.tables import COST, NUM_BLOCKS, full_plan, random_table, table_from
 
 def best_by_enumeration(table: ShiftTable, budget: float) -> tuple[float, tuple]:
     predictor = Predictor(table, full_plan(table).timesteps)
-    choices = torch.tensor(list(product(range(len(predictor.pairs)), repeat=table.num_bands)))
+    choices = torch.tensor(list(product(range(len(predictor.choices)), repeat=table.num_bands)))
     limit = budget * predictor.seconds[-1] * table.num_bands
     choices = choices[predictor.seconds[choices].sum(1) <= limit * (1 + 1e-9)]
     values = predictor.distances(choices)
     best = int(values.argmin())
-    return values[best].item(), tuple(predictor.pairs[i] for i in choices[best].tolist())
+    return values[best].item(), tuple(predictor.choices[i] for i in choices[best].tolist())
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -42,7 +46,7 @@ def test_the_small_tables_are_worth_searching() -> None:
     table = random_table(4, 4, seed=7)
     plans = {budget: best_by_enumeration(table, budget)[1] for budget in (0.45, 0.6, 0.8)}
     assert len(set(plans.values())) == 3
-    assert any(len(set(pairs)) > 1 for pairs in plans.values())
+    assert any(len(set(plan)) > 1 for plan in plans.values())
 
 
 def test_prediction_is_exact_where_each_step_moves_pictures_of_its_own() -> None:
@@ -53,10 +57,10 @@ def test_prediction_is_exact_where_each_step_moves_pictures_of_its_own() -> None
     first, second = base.clone(), base.clone()
     first[:40] += change[:40]
     second[40:] += change[40:]
-    pair = (2, 2)
-    table = table_from({(0, pair): first, (1, pair): second}, base, reference, (900.0, 400.0, 0.0), (pair,))
+    step = Step.parse("2|2")
+    table = table_from({(0, step): first, (1, step): second}, base, reference, (900.0, 400.0, 0.0), (step,))
     full = full_plan(table)
-    both = full.with_pairs([pair, pair])
+    both = full.with_steps([step, step])
     measured = frechet_distance(moments(base + change), moments(reference))
     assert Predictor(table, full.timesteps).predict(both) == pytest.approx(measured, rel=1e-9)
     assert measured != pytest.approx(frechet_distance(moments(base), moments(reference)), rel=1e-3)
@@ -68,14 +72,14 @@ def test_prediction_is_exact_for_a_single_replaced_step(step: int) -> None:
     g = torch.Generator().manual_seed(3)
     base = torch.randn(64, 3, generator=g, dtype=torch.float64)
     full = full_plan(table)
-    pairs = list(full.pairs)
-    pairs[step] = (2, 2)
-    index = table.pairs.index((2, 2))
+    changed = list(full.steps)
+    changed[step] = Step.equal(2, guided=True)
+    index = table.choices.index(changed[step])
     mean = base.mean(0) + table.mean[step, index]
     second = base.T @ base / 64 + table.second[step, index]
     covariance = (second - torch.outer(mean, mean)) * 64 / 63
     predictor = Predictor(table, full.timesteps)
-    assert predictor.predict(full.with_pairs(pairs)) == pytest.approx(predictor.frechet(mean, covariance).item())
+    assert predictor.predict(full.with_steps(changed)) == pytest.approx(predictor.frechet(mean, covariance).item())
 
 
 def test_weights_of_the_tables_own_steps_are_the_identity() -> None:
@@ -92,7 +96,7 @@ def test_steps_share_out_every_band_once(steps: int, bands: int) -> None:
 
 
 def test_slopes_are_the_derivative_of_the_distance() -> None:
-    """Moving a small part of a step from one pair to another changes the distance by the difference of slopes."""
+    """Moving a small part of a step from one choice to another changes the distance by the difference of slopes."""
     table = random_table(3, 4, seed=5)
     predictor = Predictor(table, full_plan(table).timesteps)
     choice = torch.tensor([0, 2, 1])
@@ -119,7 +123,7 @@ def test_a_given_start_is_never_made_worse_and_never_breaks_the_budget() -> None
     full, settings = full_plan(table), SearchSettings(num_starts=1, num_kicks=0, max_moves=0)
     good = search(table, full, 0.6)
     quick = search(table, full, 0.6, settings=settings)
-    assert search(table, full, 0.6, settings=settings, starts=[good]).pairs == good.pairs != quick.pairs
+    assert search(table, full, 0.6, settings=settings, starts=[good]).steps == good.steps != quick.steps
     assert search(table, full, 0.4, settings=settings, starts=[good]).figures["predicted_share_of_time"] <= 0.4
 
 
@@ -128,12 +132,70 @@ def test_table_round_trip(tmp_path) -> None:
     table.save(tmp_path / "table.safetensors")
     again = ShiftTable.load(tmp_path / "table.safetensors")
     full = full_plan(table)
-    assert again.pairs == table.pairs
+    assert again.choices == table.choices
     assert again.cost == table.cost
-    plan = full.with_pairs([(1, 1), (2, 2), (4, 4)])
+    plan = full.with_steps(steps("1|1", "2|2", "4|4"))
     assert Predictor(again, full.timesteps).predict(plan) == pytest.approx(
         Predictor(table, full.timesteps).predict(plan), rel=1e-5
     )
+
+
+def test_a_table_holds_its_choices_as_they_are_printed(tmp_path) -> None:
+    path, choices = tmp_path / "table.safetensors", steps("2|held", "3|e1", "1+")
+    table = replace(random_table(3, 3, seed=2), backbone="aa", exits="bb", ages=(0, 0, 1))
+    table = replace(table, choices=choices, mean=table.mean[:, :3], second=table.second[:, :3])
+    table.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    stored = json.loads(metadata["table"])
+    assert (metadata["version"], stored["choices"]) == ("2", ["2|held", "3|e1", "1+"])
+    again = ShiftTable.load(path)
+    assert (again.choices, again.ages, again.backbone, again.exits) == (choices, (0, 0, 1), "aa", "bb")
+
+
+@pytest.mark.parametrize("changes", [{"version": "1"}, {"format": "dyndit-plan"}])
+def test_tables_of_another_version_are_refused(changes: dict[str, str], tmp_path) -> None:
+    path = tmp_path / "table.safetensors"
+    random_table(3, 3, seed=2).save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata=metadata | changes)
+    with pytest.raises(CheckpointError, match=r"table.safetensors: expected a dyndit-shift-table file of version 2"):
+        ShiftTable.load(path)
+
+
+def test_a_table_whose_choices_are_no_steps_is_refused(tmp_path) -> None:
+    path = tmp_path / "table.safetensors"
+    random_table(3, 3, seed=2).save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    table = json.loads(metadata["table"]) | {"choices": [[1, 1], [2, 2], [3, 3]]}
+    save_file(load_file(path), path, metadata=metadata | {"table": json.dumps(table)})
+    with pytest.raises(CheckpointError, match=r"table.safetensors: no readable shift table \(step"):
+        ShiftTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("step", "nearest"),
+    [
+        ("3|2", "3|1"),  # an unconditional pass for another one, then by depth
+        ("1|2", "2|2"),
+        ("3|held", "2|held"),  # of two as near the one that is listed first
+        ("1|held", "2|held"),
+        ("4|e3", "3|e2"),
+        ("3|e1", "3|e2"),
+        ("3", "2"),
+        ("2+|held", "1+|held"),
+        ("4", "2"),
+        ("4|4", "4|4"),
+    ],
+)
+def test_a_step_that_a_table_lacks_takes_the_nearest_of_its_kind(step: str, nearest: str) -> None:
+    choices = steps("3|1", "2|2", "2|held", "4|held", "3|e2", "2", "1+|held")
+    table = random_table(2, 3, seed=0)
+    shifts = {name: getattr(table, name)[:, :1].repeat_interleave(7, 1) for name in ("mean", "second")}
+    predictor = Predictor(replace(table, choices=choices, **shifts), full_plan(table).timesteps)
+    assert str(predictor.choices[predictor.nearest(Step.parse(step))]) == nearest
 
 
 @pytest.mark.parametrize("content", [b"", b"not a table", b"\x08\0\0\0\0\0\0\0{}      "])
@@ -152,13 +214,13 @@ def test_impossible_budgets_are_refused(budget: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_search_is_no_worse_than_any_pair_at_every_step(seed: int) -> None:
-    """Also where a table has none of the pairs that ramps are made of: one branch alone, or guided by its own exit."""
+def test_the_search_is_no_worse_than_any_choice_at_every_step(seed: int) -> None:
+    """Also where a table has none of the choices that ramps are made of: no guide, or an own exit."""
     table = random_table(num_steps=8, num_depths=4, seed=seed)
-    table = replace(table, pairs=((1, 0), (2, 0), (3, own_exit(1))))
+    table = replace(table, choices=steps("1", "2", "3|e1"))
     full, predictor = full_plan(table), Predictor(table, full_plan(table).timesteps)
     plan = search(table, full, 0.5, settings=SearchSettings(num_kicks=0))
-    constants = torch.arange(len(predictor.pairs))[:, None].repeat(1, full.num_steps)
+    constants = torch.arange(len(predictor.choices))[:, None].repeat(1, full.num_steps)
     within = predictor.seconds[constants].sum(1) <= 0.5 * predictor.seconds[-1] * full.num_steps
     assert within.any()
     assert plan.figures["predicted_fd"] <= predictor.distances(constants[within]).min().item() + 1e-9
@@ -175,9 +237,13 @@ def test_no_plan_is_cheaper_than_the_least_share() -> None:
 
 def test_cost_of_unequal_branches() -> None:
     """Shared up to the shallower branch, alone from there on."""
-    assert COST.step_seconds(4, 2) == pytest.approx(0.05 + 0.1 + 2 * 1.9 + 0.1 + 2 * 1.0 + 0.1)
-    assert COST.step_seconds(2, 4) == COST.step_seconds(4, 2)
-    assert COST.step_seconds(3, 0) == pytest.approx(0.05 + 0.1 + 3 * 1.0 + 0.1)
-    assert COST.step_seconds(3, REUSED) == COST.step_seconds(3, 0)
-    assert COST.step_seconds(3, own_exit(1)) == pytest.approx(COST.step_seconds(3, 0) + 0.1)
+
+    def seconds(text: str) -> float:
+        return COST.step_seconds(Step.parse(text))
+
+    assert seconds("4|2") == pytest.approx(0.05 + 0.1 + 2 * 1.9 + 0.1 + 2 * 1.0 + 0.1)
+    assert seconds("2|4") == seconds("4|2")
+    assert seconds("3") == pytest.approx(0.05 + 0.1 + 3 * 1.0 + 0.1)
+    assert seconds("3|held") == seconds("3")
+    assert seconds("3|e1") == pytest.approx(seconds("3") + 0.1)
     assert COST.share_of_time(DepthPlan.full((9, 5), NUM_BLOCKS, "ddim", 1.5)) == pytest.approx(1)

@@ -1,6 +1,7 @@
 """Steps and depth together: what is chosen is the best of every step count and every plan."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -20,6 +21,8 @@ from dyndit.stats import Moments, moments
 from support.tables import NUM_BLOCKS, random_table
 
 COUNTS, REFERENCE = (2, 3, 4), 4
+AT = {solver: partial(timesteps_of, solver) for solver in ("ddim", "unipc")}
+"""By solver, its timesteps at a number of steps."""
 
 
 def table_of_steps(seed: int) -> ShiftTable:
@@ -45,7 +48,7 @@ def every_plan(table: ShiftTable) -> tuple[torch.Tensor, torch.Tensor]:
     for steps in COUNTS:
         base = table.bases.get(("ddim", steps), table.base)
         predictor = Predictor(table, timesteps_of("ddim", steps), base)
-        choices = torch.tensor(list(product(range(len(predictor.pairs)), repeat=steps)))
+        choices = torch.tensor(list(product(range(len(predictor.choices)), repeat=steps)))
         seconds.append(predictor.seconds[choices].sum(1))
         values.append(predictor.distances(choices))
     return torch.cat(seconds), torch.cat(values)
@@ -59,7 +62,7 @@ def reference_seconds(table: ShiftTable) -> float:
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.25, 0.4, 0.5, 0.75, 1.0]))
 def test_the_choice_is_the_best_of_every_step_count_and_plan(seed: int, share: float) -> None:
     table = table_of_steps(seed)
-    plan = LatencyBudget(share, REFERENCE).choose(table, "ddim")
+    plan = LatencyBudget(share, REFERENCE).choose(table, "ddim", AT["ddim"])
     seconds, values = every_plan(table)
     limit = share * reference_seconds(table) * (1 + 1e-9)
     assert plan.figures["predicted_fd"] == pytest.approx(values[seconds <= limit].min().item(), abs=1e-9)
@@ -71,14 +74,18 @@ def test_the_choice_is_the_best_of_every_step_count_and_plan(seed: int, share: f
 
 def test_the_small_tables_are_worth_choosing_on() -> None:
     """Guard of the test above: every step count is chosen somewhere, and so are plans of unequal steps."""
-    plans = [LatencyBudget(share).choose(table_of_steps(seed), "ddim") for seed in range(3) for share in (0.4, 0.75)]
+    plans = [
+        LatencyBudget(share).choose(table_of_steps(seed), "ddim", AT["ddim"])
+        for seed in range(3)
+        for share in (0.4, 0.75)
+    ]
     assert {plan.num_steps for plan in plans} == set(COUNTS)
-    assert any(len(set(plan.cond)) > 1 for plan in plans)
+    assert any(len(set(plan.depths)) > 1 for plan in plans)
 
 
 def test_more_time_is_never_predicted_worse() -> None:
     table = table_of_steps(8)
-    values = [LatencyBudget(s).choose(table, "ddim").figures["predicted_fd"] for s in (0.25, 0.4, 0.6, 1.0)]
+    values = [LatencyBudget(s).choose(table, "ddim", AT["ddim"]).figures["predicted_fd"] for s in (0.25, 0.4, 0.6, 1.0)]
     assert values == sorted(values, reverse=True)
 
 
@@ -89,8 +96,8 @@ def test_full_depth_is_a_candidate(share: float, steps: int) -> None:
     ruined = table.second + 100 * torch.eye(3, dtype=torch.float64)
     perfect = {("ddim", k): table.reference for k in COUNTS[:-1] if k == steps}
     table = replace(table, second=ruined, base=table.reference, bases=table.bases | perfect)
-    plan = LatencyBudget(share).choose(table, "ddim")
-    assert (plan.num_steps, set(plan.cond)) == (steps, {NUM_BLOCKS})
+    plan = LatencyBudget(share).choose(table, "ddim", AT["ddim"])
+    assert (plan.num_steps, set(plan.depths)) == (steps, {NUM_BLOCKS})
     assert plan.figures["share_of_blocks"] == plan.share_of_blocks == 1
     assert plan.router == "chosen"
 
@@ -101,17 +108,19 @@ def test_the_target_is_met_by_the_cheapest_plan_that_meets_it(seed: int, rank: f
     table = table_of_steps(seed)
     seconds, values = every_plan(table)
     target = values.quantile(rank, interpolation="higher").item() * (1 + 1e-9)
-    plan = TargetFD(target, tolerance=0.02).choose(table, "ddim")  # less than a block: nothing is given away
+    plan = TargetFD(target, tolerance=0.02).choose(
+        table, "ddim", AT["ddim"]
+    )  # less than a block: nothing is given away
     assert plan.figures["predicted_fd"] <= target
     assert table.cost.plan_seconds(plan) == pytest.approx(seconds[values <= target].min().item(), rel=1e-6)
 
 
 def test_the_frontier_has_what_the_choice_is_made_among() -> None:
     table = table_of_steps(5)
-    rows = frontier(table, "ddim", (0.15, 0.5, 1.0), REFERENCE)
+    rows = frontier(table, "ddim", AT["ddim"], (0.15, 0.5, 1.0), REFERENCE)
     assert list(rows[rows["latency_budget"] == 0.5]["steps"]) == list(COUNTS)
     assert len(rows[rows["latency_budget"] == 0.15]) < len(COUNTS)  # at the most steps no plan is that quick
-    plan = LatencyBudget(0.5, REFERENCE).choose(table, "ddim")
+    plan = LatencyBudget(0.5, REFERENCE).choose(table, "ddim", AT["ddim"])
     best = rows[rows["latency_budget"] == 0.5].sort_values("predicted_fd").iloc[0]
     assert (best["steps"], best["predicted_fd"]) == (plan.num_steps, plan.figures["predicted_fd"])
     assert best["predicted_ms"] == pytest.approx(1e3 * table.cost.plan_seconds(plan) / table.cost.batch_size)
@@ -120,13 +129,16 @@ def test_the_frontier_has_what_the_choice_is_made_among() -> None:
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        (lambda table: LatencyBudget(0.05, REFERENCE).choose(table, "ddim"), "--latency-budget 0.05: .* 2 steps"),
+        (
+            lambda table: LatencyBudget(0.05, REFERENCE).choose(table, "ddim", AT["ddim"]),
+            "--latency-budget 0.05: .* 2 steps",
+        ),
         (lambda _: LatencyBudget(1.5), "--latency-budget 1.5"),
         (lambda _: LatencyBudget(float("nan")), "--latency-budget nan"),
         (lambda _: LatencyBudget(0.5, 0), "--reference-steps 0"),
         (lambda _: TargetFD(-1.0), "--target-fd -1"),
-        (lambda table: TargetFD(1e-9).choose(table, "ddim"), "--target-fd 1e-09: the least predicted is"),
-        (lambda table: LatencyBudget(0.5).choose(table, "unipc"), "--solver unipc"),
+        (lambda table: TargetFD(1e-9).choose(table, "ddim", AT["ddim"]), "--target-fd 1e-09: the least predicted is"),
+        (lambda table: LatencyBudget(0.5).choose(table, "unipc", AT["unipc"]), "--solver unipc"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(choose, message: str) -> None:

@@ -19,7 +19,7 @@ from dyndit.analysis.compare.peers.faster_cache import FasterCache
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.plans.plan import REUSED, forecast, own_exit
-from dyndit.recipes.cifar10_peers import experiment as peers
+from dyndit.recipes.studies.cifar10_peers import experiment as peers
 
 # The wide exit after 8 layers errs about as little as the plain ones after 9 to 11 do, which are left out. Below half
 # of the time a second pass is out of reach: most pairs are one branch, alone or guided by its own exit.

@@ -11,7 +11,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dyndit.analysis.metrics.extractors import ResNet20, as_rgb, load_extractor
 from dyndit.errors import CheckpointError, InputError
-from dyndit.recipes import digits_classifier
+from dyndit.recipes.studies import digits_classifier
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 

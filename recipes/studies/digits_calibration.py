@@ -11,7 +11,7 @@ cores of an AMD EPYC, exits and tables included, 2026-11-24 (docs/results/calibr
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.recipes.digits_levers import experiment as levers
+from dyndit.recipes.studies.digits_levers import experiment as levers
 
 experiment = replace(
     levers,

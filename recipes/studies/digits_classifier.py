@@ -1,6 +1,6 @@
 """The classifiers behind the extractors `digits` and `digits-lenet`, trained on scikit-learn's digits.
 
-    python -m dyndit.recipes.digits_classifier [digits|digits-lenet]
+    python -m dyndit.recipes.studies.digits_classifier [digits|digits-lenet]
 
 Split 1,297 / 500, stratified; each picture shifted at random by up to one pixel. Split and training have seed 0 for
 `digits`, 1 for `digits-lenet`, which is there to judge pictures of plans that were calibrated on the other.
@@ -78,7 +78,7 @@ def main(name: str = "digits") -> None:
     """Train, and write the weights with their accuracy in the file's metadata."""
     model, accuracy = train(name)
     out, seed = OUT[name], CLASSIFIERS[name][1]
-    metadata = {"accuracy": f"{accuracy:.4f}", "seed": str(seed), "recipe": "recipes/digits_classifier.py"}
+    metadata = {"accuracy": f"{accuracy:.4f}", "seed": str(seed), "recipe": "recipes/studies/digits_classifier.py"}
     save_file(model.state_dict(), out, metadata)
     out.chmod(0o644)  # safetensors writes 0600, and a wheel keeps it
     print(f"{out}: {accuracy:.1%} on 500 test pictures")

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.recipes.digits import train
-from dyndit.recipes.digits_levers import distill
-from dyndit.recipes.digits_levers import experiment as levers
+from dyndit.recipes.studies.digits_levers import distill
+from dyndit.recipes.studies.digits_levers import experiment as levers
 
 experiment = replace(
     levers,

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.recipes.cifar10_frontier import distill
-from dyndit.recipes.cifar10_levers import experiment as levers
+from dyndit.recipes.studies.cifar10_levers import experiment as levers
 
 experiment = replace(
     levers,

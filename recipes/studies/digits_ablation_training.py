@@ -10,9 +10,9 @@ peers that led on the digits.
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.recipes.digits_ablation import distill, plain
-from dyndit.recipes.digits_ablation import experiment as calibration
-from dyndit.recipes.digits_levers import experiment as levers
+from dyndit.recipes.studies.digits_ablation import distill, plain
+from dyndit.recipes.studies.digits_ablation import experiment as calibration
+from dyndit.recipes.studies.digits_levers import experiment as levers
 
 experiment = replace(
     calibration,

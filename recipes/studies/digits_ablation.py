@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.recipes.digits_levers import distill as plain
-from dyndit.recipes.digits_levers import experiment as levers
+from dyndit.recipes.studies.digits_levers import distill as plain
+from dyndit.recipes.studies.digits_levers import experiment as levers
 
 table = CalibrationSettings(
     num_pictures=96, num_bands=10, batch_size=48, num_depths=5, own_guides=True, forecast_ages=2

@@ -8,8 +8,8 @@ With `--model` the exits and the table of `digits_levers` are taken; without it 
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.recipes.digits_levers import base
-from dyndit.recipes.digits_levers import experiment as levers
+from dyndit.recipes.studies.digits_levers import base
+from dyndit.recipes.studies.digits_levers import experiment as levers
 
 experiment = replace(
     levers,

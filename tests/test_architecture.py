@@ -31,7 +31,6 @@ ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 
 ALLOWED: dict[str, set[str]] = {
-    "analysis.compare.peers.switch": {"cli.recipes"},
     "calibration.calibrate": {
         "analysis.metrics.extractors",
         "analysis.metrics.fidelity",

@@ -201,7 +201,7 @@ class Preparation:
     def peers(self, data: Pictures) -> list[Arm]:
         """The peers' arms; what a peer has to train is trained, or found in `out/peers`."""
         experiment, arms = self.experiment, []
-        workshop = Workshop(self.out / "peers", data, experiment.distill.fit)
+        workshop = Workshop(self.out / "peers", data, experiment.distill.fit, experiment.train)
         for peer in experiment.peers:
             model = peer.model(self.model, workshop).eval()
             for solver, steps in experiment.peer_points:

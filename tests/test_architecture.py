@@ -31,9 +31,6 @@ ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 
 ALLOWED: dict[str, set[str]] = {
-    "analysis.compare.peers.switch": {"cli.recipes"},
-    "models.dynamic": {"storage.card", "storage.load"},
-    "plans.step_counts": {"sampling.solvers"},
     "runtime": {"models.dynamic"},
     "training.distill": {"plugin.recording"},
 }

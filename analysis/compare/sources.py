@@ -120,7 +120,7 @@ class Peers:
     def arms(self, context: Context) -> list[Arm]:
         """As of `Source`."""
         experiment, arms = context.experiment, []
-        workshop = Workshop(context.out / "peers", context.data, experiment.distill.fit)
+        workshop = Workshop(context.out / "peers", context.data, experiment.distill.fit, experiment.train)
         for peer in experiment.peers:
             model = peer.model(context.model, workshop).eval()
             for solver, steps in experiment.peer_points:

@@ -3,7 +3,8 @@
 The squared maximum mean discrepancy of k(x, y) = (x·y / D + 1)³, estimated without bias. The spread that is often
 printed beside a KID, over subsets that overlap, is no interval. Here both sets are cut into disjoint blocks: the
 estimates of the blocks are independent, so their mean has Student's interval (Zaremba et al. 2013 use such a mean in a
-test), whether the distributions differ or not. `recipes/kid_coverage.py` measures how often it holds the true value.
+test), whether the distributions differ or not. `recipes/studies/kid_coverage.py` measures how often it holds the true
+value.
 """
 
 from torch import Tensor

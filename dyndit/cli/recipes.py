@@ -4,32 +4,44 @@ import importlib
 import pkgutil
 import runpy
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from dyndit import recipes
 from dyndit.errors import InputError
+from dyndit.recipes import studies
 
 T = TypeVar("T")
 
 
 def packaged() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
+    """Names of the recipes that come with the package: first the recipes that people run, then the studies."""
+    return [*_modules(recipes), *_modules(studies)]
+
+
+def _modules(package: ModuleType) -> dict[str, str]:
+    """Name the recipes of a package: "digits" -> "dyndit.recipes.digits"."""
+    found = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+    return {name: f"{package.__name__}.{name}" for name in sorted(found)}
 
 
 def find(recipe: str, attribute: str, kind: type[T]) -> T:
-    """What a recipe defines under `attribute`. `recipe`: the name of a packaged one, or a path.
+    """Return what a recipe defines under `attribute`. `recipe`: the name of a packaged one, or a path.
 
     Raises:
         InputError: no such recipe, or it defines nothing of the kind.
     """
-    if recipe in packaged():
-        found = getattr(importlib.import_module(f"dyndit.recipes.{recipe}"), attribute, None)
+    modules = _modules(recipes) | _modules(studies)
+    if recipe in modules:
+        found = getattr(importlib.import_module(modules[recipe]), attribute, None)
     elif Path(recipe).is_file():
         # A path is run, not imported: the file may lie anywhere. `python FILE` is what its user trusts it with too.
         found = runpy.run_path(recipe, run_name="dyndit_recipe").get(attribute)
     else:
-        raise InputError(f"recipe {recipe}: no such file; expected a path or one of {', '.join(packaged())}")
+        known = ", ".join(_modules(recipes))
+        raise InputError(
+            f"recipe {recipe}: no such file; expected a path, one of {known}, or a study of {studies.__name__}"
+        )
     if not isinstance(found, kind):
         raise InputError(f"recipe {recipe}: defines no `{attribute}`; expected a {kind.__name__}")
     return found

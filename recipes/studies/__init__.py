@@ -1,1 +1,1 @@
-"""The experiments behind docs/experiments.md, each readable by itself."""
+"""The experiments behind docs/experiments.md, each readable with one other recipe open at most."""

@@ -13,6 +13,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
+from dyndit.training.train import Train
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Workshop:
     """What a peer that has weights of its own may train them with.
 
     out: a folder for what it trains, where it finds it again; data: the pictures of the comparison; fit: how the exits
-    were distilled, which is the budget that a peer may spend too.
+    were distilled, which is the budget that a peer may spend too. train: how the comparison trains its trunk from
+    scratch, for a peer that trains a smaller one; None if the comparison does not say.
     """
 
     out: Path
     data: Pictures
     fit: FitConfig
+    train: Train | None = None
 
 
 @dataclass(frozen=True)

@@ -6,32 +6,34 @@ objective and switches at a fixed step. Both are this: which model runs is a fun
 """
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from torch import Tensor
 
 from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
-from dyndit.cli import recipes as recipe_files
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.storage import load as checkpoints
-from dyndit.training.train import Train
 
 
 @dataclass(frozen=True)
 class TwoModels(PeerSettings):
-    """share: of the steps, from the noisiest on, that the small model takes; small: the recipe that trains it."""
+    """share: of the steps, from the noisiest on, that the small model takes; depth: the small model's blocks.
+
+    The small model is trained as the comparison trains its trunk, with fewer blocks and all else alike.
+    """
 
     name: ClassVar[str] = "switch"
     share: float
-    small: str = "digits_small"
+    depth: int = 4
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"switch share {self.share:g}: expected 0 to 1")
+        if self.depth < 1:
+            raise InputError(f"switch depth {self.depth}: expected at least 1 block")
 
     @classmethod
     def off(cls) -> Self:
@@ -43,15 +45,6 @@ class TwoModels(PeerSettings):
         """Some, half and most of the steps to the small model."""
         return grid(cls, share=(0.3, 0.5, 0.7))
 
-    @property
-    def label(self) -> str:
-        """The small model is known by its recipe."""
-        return f"{self._short}-share{self.share:g}"
-
-    @property
-    def _short(self) -> str:
-        return Path(self.small).stem
-
     def num_small_steps(self, num_steps: int) -> int:
         """How many of the first steps are the small model's."""
         return round(self.share * num_steps)
@@ -60,15 +53,19 @@ class TwoModels(PeerSettings):
         """Train the small model, or load it from the workshop.
 
         Raises:
-            InputError: there is no workshop; or the small model works on other pictures.
+            InputError: there is no workshop, or it does not say how a trunk is trained; or the small model works on
+                other pictures.
         """
         if self.share == 0:
             return Switch(model, model, self)
         if workshop is None:
-            raise InputError(f"peer {self.name}: needs a workshop to train {self.small} in")
-        recipe = recipe_files.find(self.small, "train", Train)
+            raise InputError(f"peer {self.name}: needs a workshop to train a small model in")
+        if workshop.train is None:
+            raise InputError(f"peer {self.name}: the experiment has no `train`; expected how its trunk is trained")
+        backbone = replace(workshop.train.backbone, num_blocks=self.depth)
+        recipe = replace(workshop.train, backbone=backbone, exits=None)
         key = hashlib.sha256(f"{recipe.backbone} {recipe.fit} {workshop.data.fingerprint}".encode()).hexdigest()
-        folder = workshop.out / f"{self._short}-{key[:8]}"
+        folder = workshop.out / f"{self.name}-depth{self.depth}-{key[:8]}"
         if not (folder / checkpoints.CONFIG).exists():
             trained, _ = recipe.run(workshop.data, folder.with_name(f"{folder.name}-training"))
             checkpoints.save(trained, folder)
@@ -90,7 +87,7 @@ class Switch(Peer):
         for name in ("in_channels", "out_channels", "image_size", "num_classes", "null_class"):
             large, little = getattr(model.backbone, name), getattr(small.backbone, name)
             if large != little:
-                raise InputError(f"switch {settings.small}: {name} {little}, but the large model's is {large}")
+                raise InputError(f"switch: the small model's {name} {little}, but the large model's is {large}")
         self.small = small.eval()
 
     def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:

@@ -8,7 +8,7 @@ from dyndit.analysis.metrics.extractors.registry import ClassifierExtractor, reg
 
 
 class DigitsClassifier(nn.Module):
-    """Three convolutions, two linear layers, for 8x8 grey digits; recipes/digits_classifier.py trains it."""
+    """Three convolutions, two linear layers, for 8x8 grey digits; recipes/studies/digits_classifier.py trains it."""
 
     def __init__(self) -> None:
         super().__init__()

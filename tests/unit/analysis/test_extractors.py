@@ -13,7 +13,7 @@ from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
 from dyndit.errors import CheckpointError, InputError
 from dyndit.pictures import as_rgb
-from dyndit.recipes import digits_classifier
+from dyndit.recipes.studies import digits_classifier
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 

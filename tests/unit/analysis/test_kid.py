@@ -10,8 +10,8 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 
 from dyndit.analysis.metrics.kid import kernel_distance, mmd2
 from dyndit.errors import InputError
-from dyndit.recipes import kid_coverage
-from dyndit.recipes.kid_coverage import CASES, Case, Gaussian, coverage, expected_kernel, pair, true_distance
+from dyndit.recipes.studies import kid_coverage
+from dyndit.recipes.studies.kid_coverage import CASES, Case, Gaussian, coverage, expected_kernel, pair, true_distance
 
 
 def features(num: int, dim: int, seed: int) -> Tensor:

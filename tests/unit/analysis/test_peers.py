@@ -23,7 +23,9 @@ from dyndit.analysis.compare.peers.stale import DeepReuse, Stale
 from dyndit.analysis.compare.peers.switch import Switch, TwoModels
 from dyndit.analysis.compare.run import Comparison, in_turn
 from dyndit.errors import InputError
+from dyndit.models import DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
 from dyndit.sampling.guidance import Guidance
@@ -32,6 +34,7 @@ from dyndit.sampling.sample import sample
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill
+from dyndit.training.train import Train
 
 LABELS, STEPS = [3, 1, 4, 1, 5], 6
 FIT = FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
@@ -48,16 +51,7 @@ ON = (
     TwoModels(0.5),
 )
 
-SMALL_RECIPE = """
-from dyndit.models import DiTConfig
-from dyndit.training.distill import Train
-from dyndit.training.fit import FitConfig
-
-train = Train(
-    DiTConfig(8, 4, 1, width=16, num_blocks=2, num_heads=2, num_classes=10),
-    FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5),
-)
-"""
+TRAIN = Train(DiTConfig(8, 4, 1, width=16, num_blocks=6, num_heads=2, num_classes=10), FIT)
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +61,15 @@ def model(make_model) -> DynamicDepth:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("peers"), load_digits(), FIT)
+    return Workshop(tmp_path_factory.mktemp("peers"), load_digits(), FIT, TRAIN)
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("recipes") / "small.py"
-    path.write_text(SMALL_RECIPE)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def made(model, workshop, small):
+def made(model, workshop):
     """What a peer runs, made once: settings -> model."""
     known: dict[PeerSettings, DynamicDepth] = {}
 
     def make(settings: PeerSettings) -> DynamicDepth:
-        if isinstance(settings, TwoModels):
-            settings = replace(settings, small=small)
         if settings not in known:
             known[settings] = settings.model(model, workshop)
         return known[settings]
@@ -313,7 +298,7 @@ def test_pruned_weights_are_trained_once_and_bound_to_their_trunk(model, make_mo
     assert any(
         not torch.equal(a, b) for a, b in zip(kept.parameters(), first.backbone.parameters(), strict=True)
     )  # fine-tuned, all through
-    monkeypatch.setattr("dyndit.training.distill.fit", None)
+    monkeypatch.setattr("dyndit.training.match.fit", None)
     again = settings.model(model, workshop)
     assert again.identity.backbone == first.identity.backbone
     with pytest.raises(TypeError):
@@ -348,6 +333,26 @@ def test_the_switch_asks_the_small_model_first(model, make_model) -> None:
         Switch(model, make_model(num_classes=5), settings)
 
 
+def test_the_switchs_small_model_is_trained_as_the_trunk_is_with_fewer_blocks(model, workshop, monkeypatch) -> None:
+    """The comparison's own recipe but for the blocks, once for all shares: on digits, what `digits_small` trains."""
+    from dyndit.recipes.digits import train
+    from dyndit.recipes.studies.digits_small import train as small
+
+    asked = []
+
+    def run(recipe: Train, *_: object) -> None:
+        asked.append(recipe)
+        raise InterruptedError
+
+    made_before = [TwoModels(share, 2).model(model, workshop).small for share in (0.3, 0.5)]
+    assert [m.num_blocks for m in made_before] == [2, 2]
+    assert len(list(workshop.out.glob("switch-depth2-*[0-9a-f]"))) == 1
+    monkeypatch.setattr(Train, "run", run)
+    with pytest.raises(InterruptedError):
+        TwoModels(0.5).model(model, replace(workshop, train=replace(train, exits=ExitConfig((8,)))))
+    assert asked == [small]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -356,9 +361,11 @@ def test_the_switch_asks_the_small_model_first(model, make_model) -> None:
         (lambda m: FixedExits(1.0), "ase drop 1"),
         (lambda m: RandomPlan(0.0), "random share 0"),
         (lambda m: TwoModels(1.5), "switch share 1.5"),
+        (lambda m: TwoModels(0.5, 0), "switch depth 0"),
         (lambda m: Pruned(-1), "pruned drop-1"),
         (lambda m: Pruned(2).model(m), "workshop"),
         (lambda m: TwoModels(0.5).model(m), "workshop"),
+        (lambda m: TwoModels(0.5).model(m, Workshop(Path(), load_digits(), FIT)), "no `train`"),
         (lambda m: Pruned(6).model(m, Workshop(Path(), load_digits(), FIT)), "pruned drop 6"),
     ],
 )
@@ -473,7 +480,7 @@ def test_the_recipe_takes_every_peer() -> None:
 
 
 @pytest.mark.parametrize("settings", OURS, ids=lambda s: s.name)
-def test_on_the_digits_model(settings: type[PeerSettings], workshop, small) -> None:
+def test_on_the_digits_model(settings: type[PeerSettings], workshop) -> None:
     """Every peer runs on the trunk that ships, with the settings it is compared at (shorter training)."""
     import dyndit
     from dyndit.models.exits import ExitConfig, Exits
@@ -481,8 +488,6 @@ def test_on_the_digits_model(settings: type[PeerSettings], workshop, small) -> N
     model = dyndit.load("digits")
     model = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig())).eval()
     chosen = settings.chosen()[0]
-    if isinstance(chosen, TwoModels):
-        chosen = replace(chosen, small=small)
     runs = chosen.model(model, workshop)
     pictures = draw(runs, plan_of(chosen, runs, steps=3))
     assert pictures.shape == (5, 1, 8, 8)

@@ -1,6 +1,7 @@
 """Every command that the documents and the recipes show is one that the command line takes."""
 
 import functools
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dyndit.cli import VERBS, main
+from dyndit.cli.recipes import packaged
 
 ROOT = Path(__file__).parents[3]
-SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("recipes/*.py")]
+SOURCES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("recipes/**/*.py")]
 LINE = re.compile(r"^ *(dyndit (?:.*\\\n)*.*)$", re.M)
 
 
@@ -40,4 +42,11 @@ def test_the_command_line_takes_it(where: str, command: str, monkeypatch: pytest
     verb, first = command.split()[1:3]
     assert taken == [verb]
     if verb in ("train", "distill", "compare"):
-        assert (ROOT / "recipes" / f"{first}.py").is_file()
+        assert first in packaged()
+
+
+def test_the_documents_run_modules_that_are_there() -> None:
+    texts = [source.read_text() for source in (*SOURCES, *ROOT.glob("dyndit/assets/*.md"))]
+    modules = {module for text in texts for module in re.findall(r"python -m (dyndit[\w.]*)", text)}
+    assert len(modules) >= 3
+    assert all(importlib.util.find_spec(module) for module in modules)

@@ -9,7 +9,6 @@ import pytest
 from dyndit.models.exits import HEADS
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.step import Step
-from dyndit.sampling import timing
 from dyndit.sampling.timing import measure_cost
 
 ONE = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125, exits={2: 4.0, 3: 2.0})

@@ -1,6 +1,6 @@
 """How often the confidence interval of KID holds the true value.
 
-    python -m dyndit.recipes.kid_coverage
+    python -m dyndit.recipes.studies.kid_coverage
 
 Pairs of sets are drawn from two Gaussians whose true distance is known in closed form; the share of their 95% intervals
 that hold it should be 93 to 97%. The cases: equal distributions (where the estimate has no first-order noise and most

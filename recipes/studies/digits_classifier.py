@@ -1,13 +1,14 @@
 """The classifiers behind the extractors `digits` and `digits-lenet`, trained on scikit-learn's digits.
 
-    python -m dyndit.recipes.digits_classifier [digits|digits-lenet]
+    python -m dyndit.recipes.studies.digits_classifier [digits|digits-lenet]
 
 Split 1,297 / 500, stratified; each picture shifted at random by up to one pixel. Split and training have seed 0 for
-`digits`, 1 for `digits-lenet`, which is there to judge pictures of plans that were calibrated on the other.
-Result: 99.4% on the 500 test pictures of `digits`; 33 s of training on one thread of a 2-core x86-64 CPU, 2026-11-23.
+`digits`, 1 for `digits-lenet`, which is there to score pictures of plans that were calibrated on the other.
+
+Measured: 99.4% on the 500 test pictures of `digits`; 33 s of training on one thread of an x86-64 CPU, 2026-11-23.
 The augmentation was chosen among five on those same pictures (97.8% to 100%), for its reaction to noise rather than for
-the accuracy, so 99.4% is slightly optimistic. `digits-lenet`: 97.6% on its 500, the second
-of two tries (pooling once more gave 96.0%).
+the accuracy, so 99.4% is slightly optimistic. `digits-lenet`: 97.6% on its 500, the second of two tries (pooling once
+more gave 96.0%).
 """
 
 import sys
@@ -78,7 +79,7 @@ def main(name: str = "digits") -> None:
     """Train, and write the weights with their accuracy in the file's metadata."""
     model, accuracy = train(name)
     out, seed = OUT[name], CLASSIFIERS[name][1]
-    metadata = {"accuracy": f"{accuracy:.4f}", "seed": str(seed), "recipe": "recipes/digits_classifier.py"}
+    metadata = {"accuracy": f"{accuracy:.4f}", "seed": str(seed), "recipe": "recipes/studies/digits_classifier.py"}
     save_file(model.state_dict(), out, metadata)
     out.chmod(0o644)  # safetensors writes 0600, and a wheel keeps it
     print(f"{out}: {accuracy:.1%} on 500 test pictures")

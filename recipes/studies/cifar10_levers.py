@@ -1,10 +1,15 @@
-"""Ablations on CIFAR-10: own guides, forecasts, refinement off, one at a time, at UniPC-10 and two tight budgets.
+"""CIFAR-10: what are own guides, forecasts and refinement worth, one off at a time, at UniPC-10 and two tight budgets?
 
     dyndit compare cifar10_levers --model runs/cifar10/model --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10-levers     # resumable
 
-With `--model` the exits and the table of `cifar10_frontier` are taken; without it they are made. A variant's table is
-the part of that one without its lever's pairs, so nothing is measured again but the plans that correct predictions.
+`--model` gives the exits and the table of `cifar10_frontier`; without it the run makes them first. A variant's table is
+that table without the pairs of its lever, so the run measures only the plans that correct predictions.
+
+Measured (docs/results/cifar10-levers), Fréchet distance against all on, budgets 0.3 / 0.45, by resnet20 and by vgg: no
+own guides +0.34 / +0.15 and +1.06 / -0.17; no forecasts +0.72 / -0.12 and +2.03 / +0.48; not refined +1.63 / -0.03 and
++3.22 / +0.66. On 2 cores of an AMD EPYC with AVX-512 BF16, 2026-11-28: 8 minutes of sampling; the searches were not
+timed.
 """
 
 from dataclasses import replace

@@ -1,0 +1,46 @@
+"""Digits: what does each choice in the exits' distillation bring alone?
+
+    dyndit compare digits_distillation --model runs/levers/model --out runs/distillation   # resumable
+
+`--model` gives the exits and the table of `digits_levers`; without it the run makes them first. The comparison's own
+arms (`searched`) are that plain recipe. Every variant distils exits anew, on the same trunk; "deep-supervision" trains
+a trunk from scratch by the recipe `digits`, with exits from the first step.
+
+Measured (docs/results/distillation), Fréchet distance against `searched`, budgets 0.3 / 0.45, by the extractor that
+plans are calibrated on: LoRA +0.05 / +0.17, sampler states +0.05 / +0.02, path KL +0.10 / +0.02, 100 steps +0.13 /
++0.07, 2,000 steps -0.07 / +0.20, deep supervision +0.98 / +1.07. So nothing surely beats the plain recipe. 48 minutes
+on 2 cores of an AMD EPYC, 2026-11-28, four variants included that the code no longer has.
+"""
+
+from dataclasses import replace
+
+from dyndit.analysis.compare.experiment import Variant
+from dyndit.analysis.compare.peers.faster_cache import FasterCache
+from dyndit.analysis.compare.peers.interval import GuidanceInterval
+from dyndit.calibration.measure import CalibrationSettings
+from dyndit.recipes.digits import distill, quickstart, train
+
+experiment = replace(
+    quickstart,
+    calibration=CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64),
+    calibration_solver="unipc",
+    solvers=("unipc",),
+    full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
+    unguided_steps=(5, 10),
+    dynamic_steps=(10,),
+    budgets=(0.3, 0.45),
+    variants=(
+        Variant("lora", distill=replace(distill, trunk="lora", trunk_rate=1.0)),
+        Variant("sampler-states", distill=replace(distill, states="sampler")),
+        Variant("path-kl", distill=replace(distill, weighting="path-kl")),
+        Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
+        Variant("deep-supervision", train=replace(train, exits=distill.exits)),
+        Variant("long-distillation", distill=replace(distill, fit=replace(distill.fit, steps=2_000))),
+    ),
+    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
+    metrics=("fd", "kid"),
+    witnesses=("digits-lenet",),
+    num_blocks=5,
+    num_images=400,
+    batch_size=50,
+)

@@ -1,0 +1,44 @@
+"""Digits: how large a shift table is worth measuring?
+
+    dyndit compare digits_tables --model runs/levers/model --out runs/tables   # resumable
+
+`--model` gives the exits and the table of `digits_levers`; without it the run makes them first. The comparison's own
+arms (`searched`) have that table: 128 seeds, a band for each of 10 steps, up to 5 conditional depths.
+
+Measured (docs/results/tables), Fréchet distance against that table's plans, budgets 0.3 / 0.45, by the extractor that
+plans are calibrated on, and seconds of table: 5 bands +0.47 / +0.36 (52 s), 256 seeds -0.09 / -0.07 (218 s), 4 depths
+-0.22 / +0.01 (50 s), forecasts -0.09 / +0.01 (179 s); the table itself took 121 s. So a band for each step is what not
+to save on. 13 minutes on 2 cores of an AMD EPYC, 2026-11-28.
+"""
+
+from dataclasses import replace
+
+from dyndit.analysis.compare.experiment import Variant
+from dyndit.analysis.compare.peers.faster_cache import FasterCache
+from dyndit.analysis.compare.peers.interval import GuidanceInterval
+from dyndit.calibration.measure import CalibrationSettings
+from dyndit.recipes.digits import quickstart
+
+table = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)
+experiment = replace(
+    quickstart,
+    calibration=table,
+    calibration_solver="unipc",
+    solvers=("unipc",),
+    full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
+    unguided_steps=(5, 10),
+    dynamic_steps=(10,),
+    budgets=(0.3, 0.45),
+    variants=(
+        Variant("5-bands", calibration=replace(table, num_bands=5)),
+        Variant("256-seeds", calibration=replace(table, num_pictures=256)),
+        Variant("4-depths", calibration=replace(table, num_depths=4)),
+        Variant("forecasts", calibration=replace(table, forecast_ages=2)),
+    ),
+    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
+    metrics=("fd", "kid"),
+    witnesses=("digits-lenet",),
+    num_blocks=5,
+    num_images=400,
+    batch_size=50,
+)

@@ -2,10 +2,6 @@
 
 import ctypes
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dyndit.models.dynamic import DynamicDepth
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GIB = 1 << 30
@@ -26,14 +22,3 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_THRESHOLD, _GIB), (_M_TRIM_THRESHOLD, 2 * _GIB - 1), (_M_TOP_PAD, 64 << 20))
     return all(mallopt(name, value) == 1 for name, value in settings)
-
-
-def compile_parts(model: "DynamicDepth", **options: object) -> None:
-    """Compile every block and every exit head by itself, in place: depths then change without compiling again.
-
-    One code for all blocks of a kind and all heads of the same shapes; a guided plan with unequal depths shows it
-    batches of B and of 2B rows. options: of `torch.compile`.
-    """
-    heads = [] if model.exits is None else model.exits.part_modules()
-    for module in [*model.backbone.block_modules(), *heads]:
-        module.compile(fullgraph=True, **options)

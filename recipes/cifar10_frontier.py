@@ -24,18 +24,16 @@ from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.compare.peers.faster_cache import FasterCache
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.plans.plan import REUSED, forecast, own_exit
 from dyndit.recipes import cifar10
 
 # The wide exit after 8 layers errs about as little as the plain ones after 9 to 11 do, which are left out. Below half
-# of the time a second pass is out of reach: most pairs are one branch, alone or guided by its own exit.
-PAIRS = (
-    *((12, uncond) for uncond in (6, 0, own_exit(6), own_exit(4))),
-    *((8, uncond) for uncond in (8, 4, 0, own_exit(4))),
-    *((6, uncond) for uncond in (6, 0, own_exit(4), own_exit(2))),
-    *((4, uncond) for uncond in (0, own_exit(2))),
-    (2, 0),
-    *((forecast(depth), uncond) for depth in (2, 4) for uncond in (0, REUSED)),
+# of the time a second pass is out of reach: most steps are one branch, alone or guided by its own exit.
+CHOICES = (
+    *("12|6", "12", "12|e6", "12|e4"),
+    *("8|8", "8|4", "8", "8|e4"),
+    *("6|6", "6", "6|e4", "6|e2"),
+    *("4", "4|e2", "2"),
+    *("2+", "2+|held", "4+", "4+|held"),
 )
 
 distill = replace(cifar10.distill, fit=replace(cifar10.distill.fit, precision="bf16"), forecasts=True)
@@ -45,7 +43,7 @@ experiment = Experiment(
     extractor="resnet20-cifar10",
     train=cifar10.train,
     distill=distill,
-    calibration=CalibrationSettings(num_pictures=160, num_bands=10, batch_size=80, pairs=PAIRS, forecast_ages=2),
+    calibration=CalibrationSettings(num_pictures=160, num_bands=10, batch_size=80, choices=CHOICES, forecast_ages=2),
     refinements=2,
     full_points=tuple(("unipc", steps) for steps in (5, 7, 10, 12, 20))
     + tuple(("ddim", steps) for steps in (10, 12, 20)),

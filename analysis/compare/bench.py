@@ -19,13 +19,12 @@ from dyndit.analysis.metrics.memory import MEANING, peak_memory
 from dyndit.clock import Clock
 from dyndit.errors import InputError
 from dyndit.models.dit import CARDS, ClassConditionalDiT
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import apply_dyndit, remove_dyndit
-from dyndit.runtime import compile_parts
 from dyndit.sampling.loop import picture_generator
 from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import make_scheduler

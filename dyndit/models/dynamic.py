@@ -312,3 +312,14 @@ class DynamicDepth(ModelMixin):
         if cls.storage is None:
             raise InputError("DynamicDepth: nothing stores it yet; expected `import dyndit.storage.pretrained` before")
         return cls.storage
+
+
+def compile_parts(model: DynamicDepth, **options: object) -> None:
+    """Compile every block and every exit head by itself, in place: depths then change without compiling again.
+
+    One code for all blocks of a kind and all heads of the same shapes; a guided plan with unequal depths shows it
+    batches of B and of 2B rows. options: of `torch.compile`.
+    """
+    heads = [] if model.exits is None else model.exits.part_modules()
+    for module in [*model.backbone.block_modules(), *heads]:
+        module.compile(fullgraph=True, **options)

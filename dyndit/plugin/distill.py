@@ -8,9 +8,9 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.hooks import Target, transformer_of
-from dyndit.plugin.recording import RecordedCalls
 from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
+from dyndit.training.recorded import RecordedCalls
 
 
 def distill_exits(

@@ -16,7 +16,6 @@ from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
-from dyndit.plugin.recording import RecordedCalls, recorded_sampling
 from dyndit.process import Schedule
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
@@ -26,6 +25,7 @@ from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors
+from dyndit.training.recorded import RecordedCalls, recorded_sampling
 from dyndit.training.states import TRAJECTORIES_SEED, Rows, States, noised
 
 _NUM_FORECAST = 128

@@ -28,7 +28,7 @@ experiment = replace(
     unguided_steps=(5, 10),
     dynamic_steps=(10,),
     budgets=(0.3, 0.4, 0.5, 0.65),
-    variants=(Variant("reuse", calibration=replace(table, reuse=True)),),
+    variants=(Variant("reuse", calibration=replace(table, held=True)),),
     peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
     metrics=("fd", "kid"),
     witnesses=("digits-lenet",),

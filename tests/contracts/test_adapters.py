@@ -113,7 +113,7 @@ def tiny(request: pytest.FixtureRequest) -> TinyPipeline:
 def test_families_are_found() -> None:
     assert set(TINY_PIPELINES) <= set(FAMILIES)
     for serves, adapter in adapters().items():
-        assert adapter.serves == serves
+        assert adapter.family == serves
         assert issubclass(adapter, Adapter)
 
 
@@ -184,7 +184,7 @@ def test_an_adapter_knows_its_sizes(tiny: TinyPipeline) -> None:
     assert adapter.num_blocks == 4
     assert state.tokens.shape[::2] == (len(inputs), adapter.width)
     assert state.cond.shape == (len(inputs), adapter.width)
-    channels = -1 if adapter.serves.startswith("Flux") else 1
+    channels = -1 if adapter.family.startswith("Flux") else 1
     assert inputs.x.shape[channels] == adapter.in_channels
     assert call.of(tiny.transformer).shape[channels] == adapter.out_channels
 
@@ -384,19 +384,19 @@ def test_unknown_arguments_are_refused_in_one_line(tiny: TinyPipeline) -> None:
     call, adapter = captured(tiny)[0], adapt(tiny.transformer)
     known = ("self", "hidden_states", "timestep", "return_dict", *adapter.row_arguments, *adapter.shared_arguments)
     strangers = {name: p.default for name, p in adapter._signature.parameters.items() if name not in known}
-    assert set(STRANGERS.get(adapter.serves, {})) <= set(strangers)
+    assert set(STRANGERS.get(adapter.family, {})) <= set(strangers)
     assert strangers
     for name, default in strangers.items():
         for silent in (default, None, {}):
             adapter.read(*call.args, **call.kwargs | {name: silent})
         loud = True if default is False else {"scale": 0.5}
-        with pytest.raises(InputError, match=f"^{adapter.serves}: called with {name}, which cannot be .* exits$"):
+        with pytest.raises(InputError, match=f"^{adapter.family}: called with {name}, which cannot be .* exits$"):
             adapter.read(*call.args, **call.kwargs | {name: loud})
         with pytest.raises(InputError, match=name):
             collect_exits(tiny.transformer, None, *call.args, **call.kwargs | {name: loud})
-    with pytest.raises(InputError, match=f"^{adapter.serves}: .*'no_such_argument'$"):
+    with pytest.raises(InputError, match=f"^{adapter.family}: .*'no_such_argument'$"):
         adapter.read(*call.args, **call.kwargs, no_such_argument=1)
-    with pytest.raises(InputError, match=f"^{adapter.serves}: called without timestep"):
+    with pytest.raises(InputError, match=f"^{adapter.family}: called without timestep"):
         adapter.read(*call.args, **call.kwargs | {"timestep": None})
 
 

@@ -23,7 +23,7 @@ def adapters() -> dict[str, type[Adapter]]:
     """Every adapter of this package, by the name of the diffusers class it serves."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {adapter.serves: adapter for adapter in Adapter.__subclasses__()}
+    return {adapter.family: adapter for adapter in Adapter.__subclasses__()}
 
 
 def adapt(transformer: nn.Module) -> Adapter:

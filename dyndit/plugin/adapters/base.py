@@ -24,8 +24,8 @@ class Adapter(Backbone):
     call the transformer. `embed` gets what `read` took from such a call.
     """
 
-    serves: ClassVar[str]
-    """Name of the diffusers class."""
+    family: ClassVar[str]
+    """Name of the diffusers class that it serves."""
     row_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of its forward that have the batch first, besides `hidden_states` and `timestep`; or dictionaries of
     such, whose entries the adapter gets by their own names."""
@@ -54,13 +54,13 @@ class Adapter(Backbone):
         try:
             call = self._signature.bind(self.transformer, *args, **kwargs).arguments
         except TypeError as error:
-            raise InputError(f"{self.serves}: {error}") from error
+            raise InputError(f"{self.family}: {error}") from error
         known = ("self", "hidden_states", "timestep", "return_dict", *self.row_arguments, *self.shared_arguments)
         for name, value in call.items():
             if name not in known and not self._says_nothing(name, value):
-                raise InputError(f"{self.serves}: called with {name}, which cannot be combined with exits")
+                raise InputError(f"{self.family}: called with {name}, which cannot be combined with exits")
         if call.get("timestep") is None:
-            raise InputError(f"{self.serves}: called without timestep, which depth depends on")
+            raise InputError(f"{self.family}: called without timestep, which depth depends on")
         x = call["hidden_states"]
         t = torch.as_tensor(call["timestep"], device=x.device).reshape(-1).expand(len(x)).contiguous()
         return Inputs(x, t, self._condition(call))
@@ -100,7 +100,7 @@ class Adapter(Backbone):
 
     def unseen(self) -> dict[str, object]:
         """The transformer's whole configuration."""
-        return {"class": self.serves} | {
+        return {"class": self.family} | {
             name: value
             for name, value in sorted(self.transformer.config.items())
             if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list)

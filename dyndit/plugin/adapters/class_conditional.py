@@ -30,7 +30,7 @@ class DiTAdapter(Adapter):
         CheckpointError: diffusers built it with other timestep frequencies than its config says it was trained with.
     """
 
-    serves = "DiTTransformer2DModel"
+    family = "DiTTransformer2DModel"
     row_arguments = ("class_labels",)
     guidance = "cond first"
 

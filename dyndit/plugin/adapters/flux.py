@@ -29,7 +29,7 @@ class _State(State):
 class FluxAdapter(Adapter):
     """Double blocks, then single ones."""
 
-    serves = "FluxTransformer2DModel"
+    family = "FluxTransformer2DModel"
     row_arguments = ("encoder_hidden_states", "pooled_projections", "guidance")
     shared_arguments = ("img_ids", "txt_ids")
     guidance = "calls"

@@ -35,7 +35,7 @@ class _State(State):
 class LatteAdapter(Adapter):
     """Spatial and temporal blocks in turn."""
 
-    serves = "LatteTransformer3DModel"
+    family = "LatteTransformer3DModel"
     row_arguments = ("encoder_hidden_states",)
     shared_arguments = ("enable_temporal_attentions",)
     guidance = "uncond first"

@@ -30,7 +30,7 @@ class _State(State):
 class PixArtAdapter(Adapter):
     """One modulation for all blocks, cross-attention to the text."""
 
-    serves = "PixArtTransformer2DModel"
+    family = "PixArtTransformer2DModel"
     row_arguments = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "added_cond_kwargs")
     guidance = "uncond first"
 

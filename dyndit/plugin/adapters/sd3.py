@@ -27,7 +27,7 @@ class _State(State):
 class SD3Adapter(Adapter):
     """Picture and text tokens attend to each other in every block."""
 
-    serves = "SD3Transformer2DModel"
+    family = "SD3Transformer2DModel"
     row_arguments = ("encoder_hidden_states", "pooled_projections")
     guidance = "uncond first"
 

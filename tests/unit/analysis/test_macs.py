@@ -10,12 +10,11 @@ from dyndit.analysis.metrics.macs import count_macs, flops, full_macs, model_mac
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dit import CARDS, ClassConditionalDiT
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan, own_exit
 from dyndit.plans.schedules import ramp
 from dyndit.plugin.adapters import adapt
-from dyndit.runtime import compile_parts
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.storage.diffusers_folder import to_diffusers

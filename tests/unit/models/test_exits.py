@@ -6,9 +6,8 @@ from torch._dynamo.utils import counters
 
 from dyndit.errors import InputError
 from dyndit.models.dit import ClassConditionalDiT
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
-from dyndit.runtime import compile_parts
 
 LAYERS = (1, 3, 5)
 """Of 6 blocks: a wide exit, a narrower one, and one without a hidden layer."""

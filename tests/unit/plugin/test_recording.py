@@ -18,7 +18,7 @@ from dyndit.models.conditions import Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plugin.adapters import adapt
-from dyndit.plugin.recording import RecordedCalls, Recording, record_calls, record_sampling
+from dyndit.plugin.recording import record_calls
 from dyndit.sampling.loop import noise
 from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import timesteps_of
@@ -27,6 +27,7 @@ from dyndit.training.borrowed import borrowed
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 from dyndit.training.losses import exit_errors
+from dyndit.training.recorded import RecordedCalls, Recording, record_sampling
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
 
 FAMILIES = sorted(TINY_PIPELINES)
@@ -348,7 +349,7 @@ def test_another_trunk_s_calls_are_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="calls of"):
         dyndit.distill_exits(tiny_pipeline(DIT, 1).pipe, calls, out=tmp_path / "exits")
     # Of a trunk too large to be hashed at each recording the family alone is known.
-    monkeypatch.setattr("dyndit.plugin.recording.MOST_HASHED", 10)
+    monkeypatch.setattr("dyndit.training.recorded.MOST_HASHED", 10)
     calls = recorded(tiny_pipeline(DIT), tmp_path / "large")
     assert calls.trunk == ""
     calls.check(DynamicDepth(adapt(tiny_pipeline(DIT, 1).transformer)))

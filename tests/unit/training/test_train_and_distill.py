@@ -14,7 +14,6 @@ from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.models.layers import position_features
-from dyndit.plugin.recording import RecordedCalls, recorded_sampling
 from dyndit.process import Schedule
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
@@ -29,6 +28,7 @@ from dyndit.training.fit import fit
 from dyndit.training.latents import LatentPictures
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import exit_errors
+from dyndit.training.recorded import RecordedCalls, recorded_sampling
 from dyndit.training.train import Train
 
 DIGITS = load_digits()
@@ -413,7 +413,7 @@ def test_states_of_the_sampler_are_the_samplers(
     null = torch.full_like(labels, 10)
     assert torch.equal(torch.stack([rows["y"] for _, rows in found]), torch.cat([labels, null] * 3))
 
-    monkeypatch.setattr("dyndit.plugin.recording.record_sampling", None)  # drawn once
+    monkeypatch.setattr("dyndit.training.recorded.record_sampling", None)  # drawn once
     assert recorded_sampling(trunk, [], folder).fingerprint == calls.fingerprint
     with pytest.raises(InputError, match=r"recorded calls .* are states; expected pictures"):
         recipe.run(trunk, calls, tmp_path / "calls")

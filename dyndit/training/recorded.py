@@ -1,0 +1,336 @@
+"""Calls of a backbone, recorded as its sampler makes them: data to distil exits on, without a picture set.
+
+Noised pictures show exits states that a sampler of few guided steps never reaches; recorded calls are the very states
+that it does reach, with their prompts and both guidance branches, in the proportion in which they come. Our
+own models are recorded by `record_sampling`, the pipelines of diffusers by `dyndit.record_calls`.
+
+On disk: a folder of `call-NNNNNN.safetensors`, one per call of the transformer, each written whole or not at all. It
+holds x, t and the conditioning of every row, as the call had them: a call of 2 x 4,096 x 64 latents and 2 x 512 x 4,096
+prompt features in bf16 takes 9 MB.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dyndit.errors import InputError
+from dyndit.models.base import Backbone, Inputs, State
+from dyndit.models.conditions import Condition, Conditioning
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import same, tensors_hash
+from dyndit.sampling.sample import Samples, sample
+
+FORMAT, VERSION = "dyndit-call", "1"
+MOST_HASHED = 1_000_000_000
+"""Trunks of more parameters are recorded by their family alone: to hash them takes longer than to record."""
+
+_NAME = re.compile(r"call-(\d{6,})\.safetensors")
+_TEMPORARY = ".writing-"
+
+
+def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **options: object) -> Samples:
+    """Draw pictures with `sampler.sample(model, labels, **options)` and record the trunk's calls in the folder `out`.
+
+    Raises:
+        InputError: as `sample`; or `out` holds other things.
+    """
+    recording = Recording.open(Path(out), model.backbone)
+    watched = DynamicDepth(_Watched(model.backbone, recording), model.exits, pixel_space=model.pixel_space)
+    return sample(watched, labels, **options)
+
+
+def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path, **options: object) -> "RecordedCalls":
+    """The calls of `record_sampling(model, labels, folder, **options)`; drawn once, and found in `folder` again.
+
+    Raises:
+        InputError: as `record_sampling`; or `folder` holds another trunk's calls.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        draft = folder.with_name(f"{_TEMPORARY}{folder.name}")  # whole, or not at all
+        shutil.rmtree(draft, ignore_errors=True)
+        record_sampling(model, labels, draft, **options)
+        draft.rename(folder)
+    calls = RecordedCalls(folder)
+    calls.check(model)
+    return calls
+
+
+@dataclass
+class Recording:
+    """A folder that calls are written to; num_calls and num_rows count what this recording added."""
+
+    folder: Path
+    family: str
+    trunk: str
+    num_calls: int = 0
+    num_rows: int = 0
+    _next: int = field(default=0, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path, backbone: Backbone) -> "Recording":
+        """Make the folder, or go on in one of this trunk's calls.
+
+        Raises:
+            InputError: it holds other things, or another trunk's calls.
+        """
+        small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
+        family, trunk = backbone.family, backbone.identity() if small else ""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"{_TEMPORARY}*"):  # of a recording that was cut off
+            path.unlink()
+        paths = _paths(folder)
+        if paths:
+            there = _Header.read(paths[0])
+            if there.family != family or not same(there.trunk, trunk):
+                raise InputError(
+                    f"{folder}: holds calls of {there.family} {there.trunk}, this is {family} {trunk}; expected "
+                    "another folder"
+                )
+        after = int(_NAME.fullmatch(paths[-1].name)[1]) + 1 if paths else 0
+        return cls(folder, family, trunk, _next=after)
+
+    def write(self, inputs: Inputs) -> None:
+        """Add a call of the transformer.
+
+        Raises:
+            InputError: a shared argument that no file could hold, or one row's argument with other rows.
+        """
+        labels = not isinstance(inputs.y, Conditioning)
+        rows = {"y": inputs.y} if labels else dict(inputs.y.rows)
+        for name, value in rows.items():
+            if len(value) != len(inputs):
+                raise InputError(
+                    f"{self.family}: called with {len(value)} rows of {name}, expected {len(inputs)} as of the latents"
+                )
+        shared = {} if labels else dict(inputs.y.shared)
+        tensors = {"x": inputs.x, "t": inputs.t} | {f"rows.{name}": value for name, value in rows.items()}
+        tensors = {name: _at_rest(value) for name, value in tensors.items()}
+        fixed = {name: _at_rest(value) for name, value in shared.items() if isinstance(value, Tensor)}
+        facts = {
+            "family": self.family,
+            "trunk": self.trunk,
+            "labels": labels,
+            "digest": tensors_hash(tensors),
+            "shared": {name: self._plain(name, value) for name, value in shared.items() if name not in fixed}
+            | {name: {"tensor": tensors_hash({"": value})} for name, value in fixed.items()},
+        }
+        metadata = {"format": FORMAT, "version": VERSION, "call": json.dumps(facts, sort_keys=True)}
+        path = self.folder / f"call-{self._next:06d}.safetensors"
+        temporary = self.folder / f"{_TEMPORARY}{path.name}"
+        save_file(tensors | {f"shared.{name}": value for name, value in fixed.items()}, temporary, metadata=metadata)
+        temporary.replace(path)
+        self._next += 1
+        self.num_calls += 1
+        self.num_rows += len(inputs)
+
+    def _plain(self, name: str, value: object) -> object:
+        """A shared argument as JSON holds it."""
+        try:
+            return json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            kind = type(value).__name__
+            raise InputError(f"{self.family}: called with {name} of type {kind}, which cannot be recorded") from error
+
+
+class RecordedCalls(Dataset):
+    """The rows of recorded calls, for `training.fit`. Item i is (x, {"t": ..., and the row's conditioning by name}).
+
+    Shapes are those of the calls without their batch: x (C, H, W) or whatever the family's latents are, t ().
+    """
+
+    can_flip = False
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the headers.
+
+        Raises:
+            InputError: no folder of recorded calls; calls whose rows differ in shape (another resolution) or whose
+                shared arguments differ; a file that cannot be read.
+        """
+        self.folder = Path(folder)
+        paths = _paths(self.folder) if self.folder.is_dir() else []
+        if not paths:
+            raise InputError(f"{self.folder}: holds no recorded call; expected a folder that record_calls has written")
+        headers = [_Header.read(path) for path in paths]
+        for header in headers[1:]:
+            headers[0].check_like(header)
+        first = headers[0]
+        self.family, self.trunk = first.family, first.trunk
+        self._labels, self._paths = first.labels, paths
+        self._starts = [0, *itertools.accumulate(header.num_rows for header in headers)]
+        self._shared = first.read_shared()
+        content = json.dumps([first.common(), [header.digest for header in headers]], sort_keys=True)
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Row `index` of all calls, in the order in which they were made."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._starts, index) - 1
+        row = index - self._starts[number]
+        with safe_open(self._paths[number], "pt") as file:
+            values = {name: file.get_slice(name)[row : row + 1][0] for name in file.keys() if name[:7] != "shared."}  # noqa: SIM118
+        x = values.pop("x")
+        return x, {name.removeprefix("rows."): value for name, value in values.items()}
+
+    def inputs(self, x: Tensor, rows: dict[str, Tensor]) -> Inputs:
+        """What the transformer is called with for a batch of items.  x: (B, ...), rows: B each."""
+        rows = dict(rows)
+        t = rows.pop("t")
+        if self._labels:
+            return Inputs(x, t, rows["y"])
+        shared = {n: v.to(x.device) if isinstance(v, Tensor) else v for n, v in self._shared.items()}
+        return Inputs(x, t, Conditioning(rows, shared))
+
+    def check(self, model: DynamicDepth) -> None:
+        """Refuse another trunk's calls.
+
+        Raises:
+            InputError: naming both.
+        """
+        found, wanted = self.family, model.backbone.family
+        if self.trunk:
+            found, wanted = self.trunk, model.identity.backbone
+        if not same(found, wanted):
+            raise InputError(f"{self.folder}: calls of {found}, but the model is {wanted}; expected its own")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says about its call, without its tensors."""
+
+    path: Path
+    family: str
+    trunk: str
+    labels: bool
+    digest: str
+    shared: dict[str, object]
+    rows: dict[str, tuple[str, list[int]]]
+    """(dtype, shape) of each tensor that has rows."""
+
+    @classmethod
+    def read(cls, path: Path) -> "_Header":
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys() if name[:7] != "shared."}  # noqa: SIM118
+                rows = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+            if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+                raise InputError(f"{path}: expected a {FORMAT} file of version {VERSION}")
+            return cls(path, **json.loads(metadata["call"]), rows=rows)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = str(error).strip().split("\n")[0][:120]
+            raise InputError(f"{path}: no readable recorded call ({reason}); expected it whole, or deleted") from error
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows["x"][1][0]
+
+    def common(self) -> dict[str, object]:
+        """What all calls of a data set share."""
+        rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
+        return {"family": self.family, "trunk": self.trunk, "labels": self.labels, "rows": rows, "shared": self.shared}
+
+    def check_like(self, other: "_Header") -> None:
+        """Refuse a call that cannot be batched with this one.
+
+        Raises:
+            InputError: naming the file and the argument.
+        """
+        mine, theirs = self.common(), other.common()
+        for kind in ("rows", "shared"):
+            here, there = mine.pop(kind), theirs.pop(kind)
+            for name in sorted(here.keys() | there.keys()):
+                if here.get(name) != there.get(name):
+                    found, expected = (_words(values.get(name)) for values in (there, here))
+                    raise InputError(
+                        f"{other.path}: {name.removeprefix('rows.')} {found}, but {expected} in {self.path.name}; "
+                        "expected calls of one resolution and one kind in a folder"
+                    )
+        for name in mine:
+            if mine[name] != theirs[name]:
+                raise InputError(f"{other.path}: {name} {theirs[name]}, but {mine[name]} in {self.path.name}")
+
+    def read_shared(self) -> dict[str, object]:
+        """The shared arguments, with their tensors."""
+        with safe_open(self.path, "pt") as file:
+            tensors = {n[7:]: file.get_tensor(n) for n in file.keys() if n[:7] == "shared."}  # noqa: SIM118
+        return self.shared | tensors
+
+
+class _Watched(Backbone):
+    """A trunk whose calls are recorded. Its blocks are run by the trunk itself."""
+
+    def __init__(self, trunk: Backbone, recording: Recording) -> None:
+        super().__init__()
+        self.trunk, self.recording = trunk, recording
+        self.family, self.num_blocks, self.width = trunk.family, trunk.num_blocks, trunk.width
+        self.sample_shape, self.out_channels = trunk.sample_shape, trunk.out_channels
+        self.condition = trunk.condition
+
+    def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
+        """Record the call, then the trunk's."""
+        self.recording.write(Inputs(x, t, y))
+        return self.trunk.embed(x, t, y)
+
+    def block(self, index: int, state: State) -> State:
+        """The trunk's."""
+        return self.trunk.block(index, state)
+
+    def block_modules(self) -> list[nn.Module]:
+        """The trunk's."""
+        return self.trunk.block_modules()
+
+    def head(self, state: State) -> Tensor:
+        """The trunk's."""
+        return self.trunk.head(state)
+
+    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+        """The trunk's."""
+        return self.trunk.unpatchify(patches, state)
+
+    def identity(self, tensors: dict[str, Tensor] | None = None) -> str:
+        """The trunk's."""
+        return self.trunk.identity(tensors)
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The calls in a folder, in order.
+
+    Raises:
+        InputError: there are other things.
+    """
+    paths = [path for path in folder.iterdir() if not path.name.startswith(_TEMPORARY)]
+    if other := sorted(path.name for path in paths if not _NAME.fullmatch(path.name)):
+        raise InputError(f"{folder}: holds {other[0]}; expected an empty folder, or one of recorded calls alone")
+    return sorted(paths, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def _at_rest(value: Tensor) -> Tensor:
+    """A copy of its own on the host, as safetensors asks for."""
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _words(value: object) -> str:
+    """A header's entry, for a message: the dtype and shape of rows, or a plain value."""
+    if value is None:
+        return "absent"
+    if isinstance(value, dict) and "tensor" in value:
+        return f"tensor {value['tensor']}"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -50,7 +50,7 @@ class ResNet20(nn.Module):
 class CifarVGG(nn.Module):
     """After VGG (Simonyan and Zisserman 2015): plain 3x3 convolutions and max pooling; a second opinion on CIFAR-10.
 
-    Shares neither shortcuts, nonlinearity, scaling nor seed with ResNet20. `recipes.studies.cifar10_classifier` trains it.
+    Shares neither shortcuts, nonlinearity, scaling nor seed with ResNet20.
     """
 
     def __init__(self) -> None:

@@ -116,7 +116,7 @@ class Exits(nn.Module):
     """The exit heads of one trunk, by depth.
 
     Raises:
-        InputError: layers or a head that are not there, or a head that this backbone does not offer the parts of.
+        InputError: a layer outside 1..L-1, or an unknown head.
     """
 
     def __init__(self, backbone: Backbone, config: ExitConfig) -> None:

@@ -18,6 +18,7 @@ from dyndit.models.base import Inputs, State
 from dyndit.models.conditions import Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
+from dyndit.plans.step import steps
 from dyndit.plugin.adapters import Adapter, adapt, adapters, collect_exits
 from support.models import randomise
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
@@ -483,12 +484,12 @@ def test_a_plan_runs_inside_the_familys_own_pipeline(tiny: TinyPipeline) -> None
     assert full.timesteps == pytest.approx(tiny.pipe.scheduler.timesteps.tolist(), rel=1e-6)
     handle.plan = full
     assert torch.equal(tiny.run(count=2), expected)
-    assert depths_run(handle) == full.pairs
+    assert depths_run(handle) == (full.depths, full.uncond_depths)
 
-    shallow = full.with_pairs(((1, 1), (3, 0), (4, 2)))
+    shallow = full.with_steps(steps("1|1", "3", "4|2"))
     handle.plan = shallow
     picture = tiny.run(count=2)
-    assert depths_run(handle) == shallow.pairs
+    assert depths_run(handle) == (shallow.depths, shallow.uncond_depths)
     assert picture.isfinite().all()
     assert (picture - expected).abs().max() > 0.05 * expected.std()
     assert torch.equal(tiny.run(count=2), picture)  # nothing is left over from one call to the next
@@ -505,7 +506,7 @@ def test_a_plan_without_unconditional_passes_is_the_unguided_call(tiny: TinyPipe
     expected = tiny.run(guided=False, count=2)
     handle = dyndit.apply_dyndit(tiny.pipe, None, None, cfg_scale=4.0)
     guided = tiny.run(count=2)
-    handle.plan = handle.full_plan().with_pairs(((4, 0),) * tiny.num_steps)
+    handle.plan = handle.full_plan().with_steps(steps("4") * tiny.num_steps)
     torch.testing.assert_close(tiny.run(count=2), expected, atol=1e-4 * expected.std().item(), rtol=1e-4)
     assert (guided - expected).abs().max() > 0.05 * expected.std()
 
@@ -516,7 +517,7 @@ def test_an_unguided_plan_runs_inside_the_familys_own_pipeline(tiny: TinyPipelin
     assert torch.equal(tiny.run(guided=False, count=2), expected)
     full = handle.full_plan()
     assert not full.guided
-    handle.plan = full.with_pairs(((2, 0), (4, 0), (1, 0)))
+    handle.plan = full.with_steps(steps("2", "4", "1"))
     picture = tiny.run(guided=False, count=2)
     assert handle.stats()["depth"].tolist() == [2, 4, 1]
     assert set(handle.stats()["branch"]) == {"cond"}
@@ -525,7 +526,7 @@ def test_an_unguided_plan_runs_inside_the_familys_own_pipeline(tiny: TinyPipelin
     assert torch.equal(tiny.run(guided=False, count=2), expected)
 
 
-def depths_run(handle: object) -> tuple[tuple[int, int], ...]:
-    """(conditional, unconditional) depth of every step of the last call, as a plan has them."""
+def depths_run(handle: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Depths of the conditional and of the unconditional branch at every step of the last call, as a plan has them."""
     table = handle.stats().pivot(index="step", columns="branch", values="depth")
-    return tuple(zip(table["cond"].tolist(), table["uncond"].tolist(), strict=True))
+    return tuple(table["cond"]), tuple(table["uncond"])

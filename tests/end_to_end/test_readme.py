@@ -129,8 +129,8 @@ def test_your_own_model(here: Path) -> None:
     names = {"net": net, "pictures": dyndit.open_data("pictures", 32)}
     exec(example("Your own model.", {"dyndit.Distill()": SHORT}), names)
     assert names["drawn"].pictures.shape == (2, 3, 32, 32)
-    assert names["drawn"].plan.cond[0] == 4
-    assert names["drawn"].plan.cond[-1] == 8
+    assert names["drawn"].plan.depths[0] == 4
+    assert names["drawn"].plan.depths[-1] == 8
     x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([9, 700]), torch.tensor([1, 10])
     tokens, cond = net.tokens(x), net.condition(t, y)
     for block in net.blocks:

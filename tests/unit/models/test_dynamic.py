@@ -180,6 +180,6 @@ def by_hand_head(model: DynamicDepth, x, t, y, depth: int) -> torch.Tensor:
 def test_backbone_says_what_is_missing() -> None:
     bare = Backbone()
     assert isinstance(bare, nn.Module)
-    for call in (bare.config, bare.new_exit_head, bare.new_exit_block, lambda: Backbone.from_config({})):
+    for call in (bare.config, bare.new_exit_head, lambda: Backbone.from_config({})):
         with pytest.raises(NotImplementedError):
             call()

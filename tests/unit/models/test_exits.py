@@ -5,7 +5,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from dyndit.errors import InputError
-from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
 
@@ -33,7 +32,7 @@ def test_config_is_sorted_and_filled_in() -> None:
     [
         (ExitConfig((0, 2)), r"exit layers \[0, 2\]: expected depths in 1..5"),
         (ExitConfig((6,)), r"exit layers \[6\]"),
-        (ExitConfig((2,), "mlp"), "exit head 'mlp': expected one of adaln-linear, block"),
+        (ExitConfig((2,), "mlp"), "exit head 'mlp': expected one of adaln-linear, wide$"),
     ],
 )
 def test_bad_exits_are_refused(config: ExitConfig, named: str, make_backbone) -> None:
@@ -64,8 +63,7 @@ def test_training_an_exit_leaves_the_others_alone(head: str, make_model, make_in
         exits.zero_grad()
         model(*make_inputs(model.backbone), depth=depth).square().sum().backward()
         reached = {name for name, p in exits.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-        own = (f"heads.{depth}.", "projection.")  # a shared projection is each exit's own
-        assert reached == {name for name, _ in exits.named_parameters() if name.startswith(own)}
+        assert reached == {name for name, _ in exits.named_parameters() if name.startswith(f"heads.{depth}.")}
         assert all(p.grad is None for p in model.backbone.parameters())
 
 
@@ -83,7 +81,7 @@ def test_all_of_an_exit_learns(head: str, make_backbone, make_inputs) -> None:
     assert [name for name, p in exits.named_parameters() if torch.equal(p, before[name])] == []
 
 
-@pytest.mark.parametrize("head", ["shared", "wide"])
+@pytest.mark.parametrize("head", HEADS)
 def test_exits_compile_by_themselves_at_every_size_of_batch(head: str, make_model, make_inputs) -> None:
     plain, compiled = make_model((), head), make_model((), head)
     torch._dynamo.reset()
@@ -97,20 +95,6 @@ def test_exits_compile_by_themselves_at_every_size_of_batch(head: str, make_mode
                 torch.testing.assert_close(found, plain(*inputs, depth=depth), atol=1e-5, rtol=1e-5)
     assert 0 < counters["stats"]["unique_graphs"] < 4 * plain.num_blocks
     torch._dynamo.reset()
-
-
-def test_all_exits_share_one_projection(make_model, make_inputs) -> None:
-    model = make_model(LAYERS, "shared")
-    names = [name for name in model.exits.state_dict() if ".linear." in name or name.startswith("projection")]
-    assert names == ["projection.weight", "projection.bias"]
-    inputs = make_inputs(model.backbone)
-    with torch.no_grad():
-        before = [model(*inputs, depth=depth) for depth in model.depths]
-        model.exits.projection.bias.add_(1)
-        after = [model(*inputs, depth=depth) for depth in model.depths]
-    for old, new in zip(before[:-1], after[:-1], strict=True):
-        torch.testing.assert_close(new, old + 1)
-    assert torch.equal(after[-1], before[-1])  # the exits', not the model's
 
 
 @pytest.mark.parametrize("num_blocks", range(2, 40))
@@ -128,32 +112,7 @@ def test_heads_of_the_same_shapes_are_alike(make_backbone) -> None:
         assert alike == ({1: 1, 2: 1, 3: 3, 4: 3, 5: 5} if head == "wide" else dict.fromkeys(range(1, 6), 1))
 
 
-class Plain(ClassConditionalDiT):
-    """A trunk as a user writes one, with no more than has to be there."""
-
-    exit_projection = None
-
-    def new_exit_block(self):
-        raise NotImplementedError
-
-
-@pytest.mark.parametrize(("head", "named"), [("block", "`new_exit_block`"), ("shared", "`exit_projection`")])
-def test_a_backbone_without_the_parts_of_a_head_is_refused(head: str, named: str, make_backbone) -> None:
-    backbone = Plain(make_backbone()._config)
-    with pytest.raises(InputError, match=f"^exit head '{head}': Plain .*expected {named}$"):
-        Exits(backbone, ExitConfig(head=head))
-    for other in ("adaln-linear", "wide"):
-        assert Exits(backbone, ExitConfig(head=other)).layers == (1, 2, 3, 4, 5)
-
-
 def test_description_builds_the_same_exits(make_backbone) -> None:
-    described = Exits(make_backbone(), ExitConfig((3, 1), "block")).describe()
-    assert described == {"layers": (1, 3), "head": "block"}
+    described = Exits(make_backbone(), ExitConfig((3, 1), "wide")).describe()
+    assert described == {"layers": (1, 3), "head": "wide"}
     assert Exits(make_backbone(), ExitConfig(**described)).describe() == described
-
-
-def test_the_light_block_is_lighter_than_a_block_of_the_trunk(make_backbone) -> None:
-    backbone = make_backbone()
-    light, full = backbone.new_exit_block(), backbone.blocks[0]
-    weights = [sum(p.numel() for p in m.parameters() if p.ndim == 2) for m in (light, full)]
-    assert weights == [12 * backbone.width**2, 18 * backbone.width**2]

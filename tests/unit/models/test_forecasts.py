@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndit.analysis.metrics.macs import plan_macs, sampling_macs
-from dyndit.analysis.report.plan_figures import plan_figure, plan_map_figure
 from dyndit.calibration.drawing import NativeDrawing
-from dyndit.calibration.measure import CalibrationSettings, forecast_pairs, measure_shifts
+from dyndit.calibration.measure import CalibrationSettings, forecast_choices, measure_shifts
 from dyndit.errors import InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.forecasts import NUM_TERMS, GapRegression, Gaps, basis, forecast_gap, remembered
-from dyndit.plans.plan import REUSED, DepthPlan, forecast, own_exit
+from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.search import search
+from dyndit.plans.step import Step, steps
 from dyndit.plans.table import ShiftTable
 from dyndit.process import Schedule
 from dyndit.sampling.guidance import Guidance
@@ -47,11 +47,11 @@ def test_gaps_linear_in_log_snr_are_forecast_exactly(times: list[int], seed: int
 
 def test_of_one_remembered_step_the_gap_is_taken_as_it_was() -> None:
     gap = torch.randn(2, 1, 2, 2)
-    assert torch.equal(forecast_gap(remembered(None, 900, {2: gap}), 2, 500), gap)
+    assert torch.equal(forecast_gap(remembered((), 900, {2: gap}), 2, 500), gap)
 
 
 def test_two_steps_are_remembered() -> None:
-    memory = None
+    memory = ()
     for timestep in (900, 700, 500):
         memory = remembered(memory, timestep, {2: torch.full((1,), float(timestep))})
     assert [gaps.timestep for gaps in memory] == [700, 500]
@@ -85,20 +85,21 @@ def test_where_nothing_was_seen_the_correction_is_zero() -> None:
     assert torch.equal(GapRegression((1, 2)).gains(), torch.zeros(2, 2, NUM_TERMS))
 
 
-def plan_of(model: DynamicDepth, cond: list[int], uncond: list[int], cfg_scale: float = 1.5) -> DepthPlan:
-    return full_plan(model, "ddim", len(cond), cfg_scale).with_pairs(list(zip(cond, uncond, strict=True)))
+def plan_of(model: DynamicDepth, *texts: str, cfg_scale: float = 1.5) -> DepthPlan:
+    return full_plan(model, "ddim", len(texts), cfg_scale).with_steps(steps(*texts))
 
 
 @torch.no_grad()
 def test_a_step_that_forecasts_is_its_exit_and_the_forecast(model: DynamicDepth) -> None:
     """Against the sum written out: two steps at full depth, one that leaves at 2."""
-    plan = plan_of(model, [6, 6, forecast(2)], [0, 0, 0], cfg_scale=1.0)
+    plan = plan_of(model, "6", "6", "2+", cfg_scale=1.0)
     seen: list[tuple] = []
 
     class Watched(DynamicDepth):
         def predict(self, step, memory):
             predictions, memory = super().predict(step, memory)
-            seen.append((replace(step, x_t=step.x_t.clone(), times=step.times.clone()), predictions[0]))
+            kept = tuple(replace(branch, x=branch.x.clone(), t=branch.t.clone()) for branch in step.branches)
+            seen.append((replace(step, branches=kept), predictions[0]))
             return predictions, memory
 
     sample(Watched(model.backbone, model.exits), [3, 4], plan=plan, num_steps=3, cfg_scale=1.0)
@@ -114,7 +115,7 @@ def test_a_step_that_forecasts_is_its_exit_and_the_forecast(model: DynamicDepth)
 def test_remembering_changes_no_bit_of_full_depth(model: DynamicDepth) -> None:
     """The steps before the forecast are the full plan's, guided or not, whatever exits they also ran."""
     full = full_plan(model, "ddim", 4, 1.5)
-    plan = full.with_pairs([*full.pairs[:3], (forecast(2), REUSED)])
+    plan = full.with_steps([*full.steps[:3], Step.parse("2+|held")])
     states: dict[str, list] = {"full": [], "forecast": []}
 
     class Watched(DynamicDepth):
@@ -130,7 +131,7 @@ def test_remembering_changes_no_bit_of_full_depth(model: DynamicDepth) -> None:
 
 
 def test_pictures_that_forecast_do_not_depend_on_their_batch_mates(model: DynamicDepth) -> None:
-    plan = plan_of(model, [6, forecast(2), 6, forecast(3), forecast(2)], [6, REUSED, 3, 0, own_exit(1)])
+    plan = plan_of(model, "6|6", "2+|held", "6|3", "3+", "2+|e1")
     together = sample(model, [1, 2, 3], plan=plan, num_steps=5).pictures.int()
     alone = torch.cat([sample(model, [i + 1], plan=plan, num_steps=5, first_index=i).pictures for i in range(3)]).int()
     assert (together - alone).abs().max() <= 1
@@ -138,34 +139,34 @@ def test_pictures_that_forecast_do_not_depend_on_their_batch_mates(model: Dynami
 
 
 def test_a_plan_that_forecasts_costs_what_its_sampling_computes(model: DynamicDepth) -> None:
-    plan = plan_of(model, [6, forecast(2), 6, forecast(3), forecast(2)], [6, REUSED, 3, 0, own_exit(1)])
-    assert plan.kept == ((2, 3), (), (2, 3), (), ())
+    plan = plan_of(model, "6|6", "2+|held", "6|3", "3+", "2+|e1")
+    assert [work.kept for work in plan.works] == [(2, 3), (), (2, 3), (), ()]
     assert sampling_macs(model, plan) == plan_macs(model, plan)
 
 
 @pytest.mark.parametrize(
-    ("cond", "uncond", "named"),
+    ("texts", "named"),
     [
-        ((-2, 6, 6), (0, 0, 0), "step 0 forecasts, but no step before"),
-        ((6, -2, 6), (0, 2, 0), "beside an unconditional pass"),
-        ((6, -2, 6), (0, own_exit(2), 0), "guided by its own exit at 2"),
-        ((6, -6, 6), (0, 0, 0), "cond depth -6"),
-        ((6, 0, 6), (0, 0, 0), "cond depth 0 outside 1"),
+        (("2+", "6", "6"), "step 0 forecasts, but no step before"),
+        (("6", "2+|2", "6"), "beside an unconditional pass"),
+        (("6", "2+|e2", "6"), "guided by its own exit at 2"),
+        (("6", "6+", "6"), "forecasts at full depth"),
+        (("6", "0+", "6"), r"step '0\+': expected a depth"),
     ],
 )
-def test_impossible_forecasts_are_refused(cond: tuple, uncond: tuple, named: str) -> None:
+def test_impossible_forecasts_are_refused(texts: tuple[str, ...], named: str) -> None:
     with pytest.raises(PlanError, match=named):
-        DepthPlan((900, 500, 100), cond, uncond, 6, "ddim", cfg_scale=1.5)
+        DepthPlan((900, 500, 100), texts, 6, "ddim", cfg_scale=1.5)
 
 
-def test_a_plan_that_forecasts_survives_json_and_prints(tmp_path: Path) -> None:
-    plan = DepthPlan((900, 500, 100), (6, -2, 6), (6, REUSED, 0), 6, "ddim", cfg_scale=1.5)
+def test_a_plan_that_forecasts_survives_json_and_prints(make_model, tmp_path: Path) -> None:
+    plan = DepthPlan((900, 500, 100), steps("6|6", "2+|held", "6"), 6, "ddim", cfg_scale=1.5)
     plan.save(tmp_path / "plan.json")
     assert DepthPlan.load(tmp_path / "plan.json") == plan
-    assert "  2+" in str(plan)
+    assert " 2+|held " in str(plan)
     assert plan.share_of_blocks == (6 + 2 + 6 + 6) / 36
     with pytest.raises(PlanError, match="depth 2 has no exit"):
-        plan.check(depths=(3, 6))
+        bind(plan, make_model(layers=(3,)))
 
 
 def test_exits_keep_their_correction(model: DynamicDepth, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_exits_keep_their_correction(model: DynamicDepth, tmp_path: Path) -> Non
     loaded = checkpoints.load(tmp_path)
     assert torch.equal(loaded.exits.gains, model.exits.gains)
     assert loaded.identity.exits == model.identity.exits != plain
-    plan = plan_of(model, [6, 6, forecast(2)], [0, 0, 0])
+    plan = plan_of(model, "6", "6", "2+")
     corrected = sample(model, [1], plan=plan, num_steps=3).pictures
     model.exits.gains = None
     assert not torch.equal(sample(model, [1], plan=plan, num_steps=3).pictures, corrected)
@@ -194,14 +195,13 @@ class Squares:
 def test_a_forecast_is_measured_at_its_age(model: DynamicDepth) -> None:
     """Of age 1 it is the plan with that step alone forecast; older ones are other pictures."""
     drawing = NativeDrawing(model, "ddim", 4, 1.5)
-    pair = (forecast(2), REUSED)
+    choice, plain = steps("2+|held", "2|held")
     bands = [[k] for k in range(4)]
-    found = list(drawing.replaced(range(3), bands, [pair, pair], [1, 2]))[1:]
+    found = list(drawing.replaced(range(3), bands, [choice, choice], [1, 2]))[1:]
     for k in range(4):
-        plain = (2, REUSED)
-        changed = [(pair if k else plain) if i == k else p for i, p in enumerate(drawing.full.pairs)]
+        changed = [(choice if k else plain) if i == k else step for i, step in enumerate(drawing.full.steps)]
         expected = sample(
-            model, [0, 1, 2], plan=drawing.full.with_pairs(changed), num_steps=4, seed=drawing.seed
+            model, [0, 1, 2], plan=drawing.full.with_steps(changed), num_steps=4, seed=drawing.seed
         ).pictures
         assert torch.equal(found[2 * k], expected)
     assert [torch.equal(found[2 * k], found[2 * k + 1]) for k in range(4)] == [True, True, False, False]
@@ -217,14 +217,14 @@ def test_a_table_with_forecasts_round_trips_and_plans(model: DynamicDepth, tmp_p
         cost=replace(COST, num_blocks=6),
     )
     assert set(table.ages) == {0, 1, 2}
-    assert len(table.ages) == len(table.pairs) == table.mean.shape[1]
+    assert len(table.ages) == len(table.choices) == table.mean.shape[1]
     table.save(tmp_path / "table.safetensors")
     loaded = ShiftTable.load(tmp_path / "table.safetensors")
-    assert (loaded.ages, loaded.pairs) == (table.ages, table.pairs)
+    assert (loaded.ages, loaded.choices) == (table.ages, table.choices)
     for budget in (0.4, 0.7):
-        for steps in (4, 7):
-            plan = search(loaded, full_plan(model, "ddim", steps, 1.5), budget)
-            plan.check(depths=model.depths)
+        for num_steps in (4, 7):
+            plan = search(loaded, full_plan(model, "ddim", num_steps, 1.5), budget)
+            bind(plan, model)
             assert loaded.cost.share_of_time(plan) <= budget * (1 + 1e-6)
 
 
@@ -238,9 +238,10 @@ def test_forecasts_want_a_band_for_each_step(model: DynamicDepth) -> None:
         measure_shifts(model, Squares(), random_moments(), num_steps=4, settings=settings, cost=COST)
 
 
-def test_pairs_that_forecast_run_no_second_pass() -> None:
-    assert forecast_pairs((1, 2, 3, 6), guided=True) == ((-1, 0), (-1, -1), (-2, 0), (-2, -1), (-3, 0), (-3, -1))
-    assert forecast_pairs((1, 2, 3, 6), guided=False) == ((-1, 0), (-2, 0), (-3, 0))
+def test_choices_that_forecast_run_no_second_pass() -> None:
+    guided = steps("1+", "1+|held", "2+", "2+|held", "3+", "3+|held")
+    assert forecast_choices((1, 2, 3, 6), guided=True) == guided
+    assert forecast_choices((1, 2, 3, 6), guided=False) == steps("1+", "2+", "3+")
 
 
 def forecasting_table(seed: int, num_steps: int = 4) -> ShiftTable:
@@ -250,12 +251,12 @@ def forecasting_table(seed: int, num_steps: int = 4) -> ShiftTable:
     shares = 0.05 + 0.2 * torch.rand(2, generator=generator, dtype=torch.float64)
     mean = torch.cat([table.mean, *(share * table.mean[:, :1] for share in shares)], dim=1)
     second = torch.cat([table.second, *(share * table.second[:, :1] for share in shares)], dim=1)
-    pairs = (*((depth, 0) for depth in (1, 2, 3)), (-1, 0), (-1, 0))
-    return replace(table, pairs=pairs, ages=(0, 0, 0, 1, 2), mean=mean, second=second)
+    choices = steps("1", "2", "3", "1+", "1+")
+    return replace(table, choices=choices, ages=(0, 0, 0, 1, 2), mean=mean, second=second)
 
 
-def ages_by_hand(cond: tuple[int, ...]) -> list[int]:
-    return [k - max((i for i in range(k) if cond[i] == NUM_BLOCKS), default=k) for k in range(len(cond))]
+def ages_by_hand(depths: list[int]) -> list[int]:
+    return [k - max((i for i in range(k) if depths[i] == NUM_BLOCKS), default=k) for k in range(len(depths))]
 
 
 @settings(max_examples=20, deadline=None)
@@ -264,15 +265,16 @@ def test_a_choice_takes_the_entries_of_its_ages(seed: int, picks: list[int]) -> 
     predictor = Predictor(forecasting_table(seed, 6), range(600, 0, -100))
     choices = torch.tensor([picks])
     settled, taken = predictor.entries.taken(choices)
-    pairs = [predictor.pairs[i] for i in settled[0].tolist()]
-    for given_pair, (cond, uncond), entry, age in zip(
-        (predictor.pairs[i] for i in picks), pairs, taken[0].tolist(), ages_by_hand([c for c, _ in pairs]), strict=True
+    found = [predictor.choices[i] for i in settled[0].tolist()]
+    ages = ages_by_hand([step.depth for step in found])
+    for asked, step, entry, age in zip(
+        (predictor.choices[i] for i in picks), found, taken[0].tolist(), ages, strict=True
     ):
-        if cond < 0:
+        if step.forecast:
             assert age in (1, 2)
             assert entry == 2 + age  # after the three plain ones
-        elif given_pair[0] < 0:
-            assert (cond, uncond) == (1, 0)
+        elif asked.forecast:
+            assert step == Step(1)
             assert age == 0 or age > 2
     assert torch.equal(predictor.settled(settled), settled)
 
@@ -283,7 +285,7 @@ def test_search_finds_the_best_plan_that_may_forecast(seed: int, budget: float) 
     table = forecasting_table(seed)
     full = table_plan(table)
     predictor = Predictor(table, full.timesteps)
-    choices = torch.tensor(list(product(range(len(predictor.pairs)), repeat=4)))
+    choices = torch.tensor(list(product(range(len(predictor.choices)), repeat=4)))
     choices = choices[(predictor.settled(choices) == choices).all(1)]
     choices = choices[predictor.seconds[choices].sum(1) <= budget * predictor.seconds[-1] * 4 * (1 + 1e-9)]
     best = predictor.distances(choices).min().item()
@@ -295,7 +297,14 @@ def test_search_finds_the_best_plan_that_may_forecast(seed: int, budget: float) 
 def test_the_best_plans_of_these_tables_do_forecast() -> None:
     """Guard of the test above."""
     tables = [forecasting_table(seed) for seed in range(8)]
-    assert sum(search(t, table_plan(t), budget).forecasts for t in tables for budget in (0.4, 0.55, 0.7)) >= 6
+    assert (
+        sum(
+            any(step.forecast for step in search(t, table_plan(t), budget).steps)
+            for t in tables
+            for budget in (0.4, 0.55, 0.7)
+        )
+        >= 6
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -310,17 +319,19 @@ def test_the_dynamic_program_finds_the_least_sum(seed: int, price: float) -> Non
         wrong = (settled != choices).any(1)
         return (sums + price * predictor.seconds[choices].sum(1)).masked_fill(wrong, torch.inf)
 
-    every = torch.tensor(list(product(range(len(predictor.pairs)), repeat=5)))
+    every = torch.tensor(list(product(range(len(predictor.choices)), repeat=5)))
     found = predictor.entries.programmed(values, predictor.seconds, price)
     assert total(found[None]).item() == pytest.approx(total(every).min().item(), abs=1e-9)
 
 
 def test_a_longer_sampling_ages_more_slowly() -> None:
     predictor = Predictor(forecasting_table(0, 4), range(396, -1, -50))  # 8 steps on a table of 4
-    full, forecasting = len(predictor.pairs) - 1, 3
+    full, forecasting = len(predictor.choices) - 1, 3
     settled, taken = predictor.entries.taken(torch.tensor([[full] + [forecasting] * 7]))
     assert taken[0].tolist()[1:5] == [3, 3, 4, 4]
-    assert [predictor.pairs[i][0] for i in settled[0].tolist()] == [4, -1, -1, -1, -1, 1, 1, 1]
+    assert tuple(predictor.choices[i] for i in settled[0].tolist()) == steps(
+        "4|4", "1+", "1+", "1+", "1+", "1", "1", "1"
+    )
 
 
 def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: DynamicDepth) -> None:
@@ -334,7 +345,7 @@ def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: Dy
     trajectory, gaps, full = start(model, batch, "ddim", 6), [], full_plan(model, "ddim", 6, 1.5)
     for k in range(6):
         step = {"first": k, "stop": k + 1, "also_keep": model.exits.layers}
-        gaps.append(advance(model, batch, trajectory, full, Guidance(1.5), **step).memory[-1])
+        gaps.append(advance(model, batch, trajectory, full, Guidance(1.5), **step).memory.gaps[-1])
     for name, correction in (("plain", None), ("learned", gains)):
         missed = [
             (gaps[k].by_depth[d] - forecast_gap(tuple(gaps[k - 2 : k]), d, gaps[k].timestep, of)).square().mean()
@@ -348,7 +359,9 @@ def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: Dy
 
 
 def test_figures_mark_what_is_forecast() -> None:
-    plan = asdict(DepthPlan((900, 500, 100), (6, -2, 6), (6, REUSED, 0), 6, "ddim", cfg_scale=1.5))
+    from dyndit.analysis.report.figures import plan_figure, plan_map_figure
+
+    plan = asdict(DepthPlan((900, 500, 100), steps("6|6", "2+|held", "6"), 6, "ddim", cfg_scale=1.5))
     figure = plan_map_figure({"one": plan})
     words = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert words == ["2+", "r"]

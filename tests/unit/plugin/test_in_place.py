@@ -20,6 +20,7 @@ from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant
+from dyndit.plans.step import Step, steps
 from dyndit.plans.table import ShiftTable
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import DynDiTHandle, apply_dyndit
@@ -34,7 +35,7 @@ from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, randomise, tiny
 
 DIT = "DiTTransformer2DModel"
 NUM_STEPS, NUM_PICTURES, SEED = 4, 12, 5
-PAIRS = ((2, 2), (3, 1), (2, 0))
+CHOICES = steps("2|2", "3|1", "2")
 PART = PartTimes(embed=1.0, block=2.0, exit=1.0, head=1.0)
 COST = CostModel(4, 4, PART, PART, 0.5)
 
@@ -120,11 +121,11 @@ def decoded(tiny: TinyPipeline) -> Callable[[Tensor], Tensor]:
     return to_pictures
 
 
-@pytest.mark.parametrize(("scale", "pairs"), [(4.0, PAIRS), (1.0, ((2, 0), (3, 0)))])
-def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float, pairs) -> None:
+@pytest.mark.parametrize(("scale", "choices"), [(4.0, CHOICES), (1.0, steps("2", "3"))])
+def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float, choices) -> None:
     """Same weights, noise, solver and decoder: two ways of drawing, one table."""
     exits = random_exits(tiny)
-    settings = CalibrationSettings(NUM_PICTURES, num_bands=2, batch_size=5, seed=SEED, pairs=pairs)
+    settings = CalibrationSettings(NUM_PICTURES, num_bands=2, batch_size=5, seed=SEED, choices=choices)
     model = native(tiny, exits)
     options = {"num_steps": NUM_STEPS, "cfg_scale": scale, "settings": settings, "cost": COST}
     ours = measure_shifts(model, EXTRACTOR, reference, to_pictures=decoded(tiny), **options)
@@ -132,7 +133,8 @@ def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float,
     handle = apply_dyndit(tiny.pipe, exits)
     drawing = PipelineDrawing(tiny.pipe, handle, call_of(tiny, scale), cfg_scale=scale, batch_size=5)
     theirs = measure_table(drawing, EXTRACTOR, reference, settings=settings, cost=COST)
-    assert (theirs.edges, theirs.pairs, theirs.trunk, theirs.exits) == (ours.edges, ours.pairs, ours.trunk, ours.exits)
+    assert (theirs.edges, theirs.choices) == (ours.edges, ours.choices)
+    assert (theirs.backbone, theirs.exits) == (ours.backbone, ours.exits)
     assert (theirs.solver, theirs.cfg_scale) == ("ddim", scale)
     # Room for a pixel that is rounded the other way; every entry is far larger.
     for name, room in (("mean", 2e-4), ("second", 1e-3)):
@@ -141,7 +143,7 @@ def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float,
         torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), atol=room, rtol=0)
         torch.testing.assert_close(getattr(theirs.base, name), getattr(ours.base, name), atol=room, rtol=0)
 
-    plan = drawing.full.with_pairs([*pairs[:2], *[drawing.full.pairs[0]] * 2])
+    plan = drawing.full.with_steps([*choices[:2], *drawing.full.steps[2:]])
     fresh = drawing.drawn(plan, NUM_PICTURES, fresh=True)
     assert fresh.shape == (NUM_PICTURES, 3, 16, 16)
     assert not torch.equal(fresh, drawing.drawn(plan, NUM_PICTURES, fresh=False))
@@ -172,7 +174,7 @@ def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, 
         reference=reference,
         num_pictures=NUM_PICTURES,
         num_bands=2,
-        pairs=PAIRS,
+        choices=CHOICES,
         on_progress=lambda done, total: seen.append((done, total)),
         **options,
     )
@@ -181,7 +183,7 @@ def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, 
     assert {*numbers} == {*range(2 * NUM_PICTURES)}
     assert plan.figures["predicted_share_of_time"] <= 0.7
     assert plan.timesteps == tuple(make_scheduler("ddim", NUM_STEPS).timesteps.tolist())
-    assert (plan.trunk, plan.exits) == (handle.model.identity.backbone, handle.model.identity.exits)
+    assert (plan.backbone, plan.exits) == (handle.model.identity.backbone, handle.model.identity.exits)
     handle.plan = plan
     fresh = torch.cat([call(range(low, low + 6)) for low in (12, 18)])
     expected = frechet_distance(moments(EXTRACTOR.features(fresh)), reference)
@@ -189,7 +191,7 @@ def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, 
 
     # The table is on disk, where other budgets and step counts find it.
     table = ShiftTable.load(tmp_path / checkpoints.TABLE)
-    assert (table.trunk, table.num_pictures, table.cost.num_blocks) == (plan.trunk, NUM_PICTURES, 4)
+    assert (table.backbone, table.num_pictures, table.cost.num_blocks) == (plan.backbone, NUM_PICTURES, 4)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoints.TABLE]
     numbers.clear()
     other = calibrate_pipeline(tiny.pipe, handle, call, budget=0.9, **options)
@@ -199,7 +201,7 @@ def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, 
 
 def test_an_interrupted_measurement_goes_on(tiny, reference, tmp_path: Path) -> None:
     handle = apply_dyndit(tiny.pipe, random_exits(tiny))
-    settings = CalibrationSettings(NUM_PICTURES, num_bands=2, batch_size=4, pairs=((2, 0),))
+    settings = CalibrationSettings(NUM_PICTURES, num_bands=2, batch_size=4, choices=("2",))
     path = tmp_path / "table.partial"
 
     class Stop(Exception):
@@ -246,8 +248,8 @@ def test_every_family_is_drawn_and_timed(family: str, guided: bool) -> None:
     drawing = PipelineDrawing(tiny.pipe, handle, call, cfg_scale=scale, rounds=2)
     timesteps = tiny.pipe.scheduler.timesteps.tolist()
     assert drawing.full == DepthPlan.full(tuple(timesteps), 4, type(tiny.pipe.scheduler).__name__, scale)
-    pair = (2, 1) if guided else (2, 0)
-    full, *changed = drawing.replaced((0, 1), [[0, 1], [2]], [pair])
+    choice = Step.parse("2|1" if guided else "2")
+    full, *changed = drawing.replaced((0, 1), [[0, 1], [2]], [choice])
     handle.plan = None
     assert torch.equal(full, call((0, 1)))
     assert len(changed) == 2
@@ -326,7 +328,7 @@ def test_our_own_table_keeps_its_numbers(make_model) -> None:
     """Golden figures of the measurement as it was before pipelines could be drawn from."""
     extractor = load_extractor("digits")
     real = moments(extractor.features(load_digits().uint8()[:400].expand(-1, 3, -1, -1)))
-    settings = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))
+    settings = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, choices=("2|2", "4|2", "6"))
     cost = replace(COST, num_blocks=6)
     table = measure_shifts(make_model(), extractor, real, num_steps=3, settings=settings, cost=cost)
     assert table.edges == (999.0, 333.0, 0.0)
@@ -338,7 +340,7 @@ def test_our_own_table_keeps_its_numbers(make_model) -> None:
 def test_a_table_of_other_exits_is_refused(tiny, reference, tmp_path: Path) -> None:
     """One that is given; one that lies in the folder is measured again."""
     handle: DynDiTHandle = apply_dyndit(tiny.pipe, random_exits(tiny))
-    settings = CalibrationSettings(NUM_PICTURES, num_bands=1, batch_size=12, pairs=((2, 0),))
+    settings = CalibrationSettings(NUM_PICTURES, num_bands=1, batch_size=12, choices=("2",))
     drawing = PipelineDrawing(tiny.pipe, handle, call_of(tiny, 1.0))
     table = replace(measure_table(drawing, EXTRACTOR, reference, settings=settings, cost=COST), exits="another")
     with pytest.raises(InputError, match="exits another"):

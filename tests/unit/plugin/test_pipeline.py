@@ -21,6 +21,7 @@ from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval, ramp
+from dyndit.plans.step import Step, Unconditional, steps
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.pipeline import DynDiTPipeline
 from dyndit.sampling.loop import full_plan, noise, state_shape
@@ -72,24 +73,23 @@ def rising(model: DynamicDepth, solver: str = "ddim", cfg_scale: float = 1.5, st
     plan = ramp(full_plan(model, solver, steps, cfg_scale), model.depths, 1)
     if cfg_scale == 1:
         return plan
-    pairs = [(c, max(1, c - 1)) for c in plan.cond]
-    return plan.with_pairs([(pairs[0][0], 0), *pairs[1:]])
+    return plan.with_steps([Step(plan.depths[0]), *(Step(d, Unconditional(max(1, d - 1))) for d in plan.depths[1:])])
 
 
 def table_of(model: DynamicDepth) -> ShiftTable:
     """A shift table of this model with made-up shifts."""
     g = torch.Generator().manual_seed(5)
-    pairs = tuple((depth, uncond) for depth in model.depths[:-1] for uncond in (0, depth))
+    choices = tuple(Step.equal(depth, guided) for depth in model.depths[:-1] for guided in (False, True))
 
     def features(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     parts = PartTimes(embed=0.1, block=1.0, exit=0.1, head=0.1)
-    second = 0.01 * features(2, len(pairs), 3, 3)
+    second = 0.01 * features(2, len(choices), 3, 3)
     return ShiftTable(
         edges=(999.0, 500.0, 0.0),
-        pairs=pairs,
-        mean=0.1 * features(2, len(pairs), 3),
+        choices=choices,
+        mean=0.1 * features(2, len(choices), 3),
         second=second + second.mT,
         base=moments(features(64, 3)),
         reference=moments(features(64, 3)),
@@ -102,7 +102,7 @@ def table_of(model: DynamicDepth) -> ShiftTable:
         num_pictures=64,
         extractor="toy",
         extractor_fingerprint="toy",
-        trunk=model.identity.backbone,
+        backbone=model.identity.backbone,
         exits=model.identity.exits,
     )
 
@@ -149,7 +149,7 @@ def test_steps_and_scale_are_the_plans_or_the_defaults(make_model, model, pipe) 
 
 
 def test_a_plan_may_be_a_file(model, pipe, tmp_path: Path) -> None:
-    plan = replace(rising(model), trunk=model.identity.backbone, exits=model.identity.exits)
+    plan = replace(rising(model), backbone=model.identity.backbone, exits=model.identity.exits)
     plan.save(tmp_path / "plan.json")
     from_file = pipe(LABELS, plan=tmp_path / "plan.json", seed=1, output_type="latent").images
     assert torch.equal(from_file, pipe(LABELS, plan=plan, seed=1, output_type="latent").images)
@@ -332,7 +332,7 @@ def test_a_guidance_interval_is_a_plan_without_second_branch_outside(model, pipe
     """Timesteps 999, 749, 500, 250 have noise levels 157, 17, 3.4 and 0.96."""
     call = {"num_inference_steps": STEPS, "seed": 0, "output_type": "latent"}
     full = full_plan(model, "ddim", STEPS, 1.5)
-    some = full.with_pairs([(6, 0), (6, 6), (6, 6), (6, 0)])
+    some = full.with_steps(steps("6", "6|6", "6|6", "6"))
     made = pipe(LABELS, guidance_interval=(1.0, 20.0), **call).images
     assert torch.equal(made, pipe(LABELS, plan=some, seed=0, output_type="latent").images)
     assert torch.equal(
@@ -342,7 +342,7 @@ def test_a_guidance_interval_is_a_plan_without_second_branch_outside(model, pipe
     for other in (full, unguided(full)):
         assert not torch.equal(made, pipe(LABELS, plan=other, seed=0, output_type="latent").images)
     dynamic = guidance_interval(rising(model), 1.0, 20.0)
-    assert dynamic.cond == rising(model).cond
+    assert dynamic.depths == rising(model).depths
     assert torch.equal(
         pipe(LABELS, plan=rising(model), guidance_interval=(1.0, 20.0), seed=0, output_type="latent").images,
         pipe(LABELS, plan=dynamic, seed=0, output_type="latent").images,
@@ -402,8 +402,8 @@ def halved(model: DynamicDepth) -> DynamicDepth:
 
 
 def test_half_precision_runs_the_plans_of_the_whole(model) -> None:
-    """A plan bound to the trunk is not refused for the rounded weights."""
-    plan = replace(rising(model), trunk=model.identity.backbone, exits=model.identity.exits)
+    """A plan bound to the model is not refused for the rounded weights."""
+    plan = replace(rising(model), backbone=model.identity.backbone, exits=model.identity.exits)
     half = DynDiTPipeline(halved(model), SOLVERS["ddim"].build(), router=table_of(model)).to(torch.bfloat16)
     made = half(LABELS, plan=plan, seed=0, output_type="pt").images
     assert made.dtype == torch.float32
@@ -438,7 +438,7 @@ def test_reloaded_by_plain_diffusers(model, latent_model, vae, tmp_path: Path, p
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again) is DynDiTPipeline
     assert [name for name in ("vae", "router") if getattr(again, name) is not None] == list(parts)
-    plan = replace(rising(chosen, "unipc"), trunk=chosen.identity.backbone, exits=chosen.identity.exits)
+    plan = replace(rising(chosen, "unipc"), backbone=chosen.identity.backbone, exits=chosen.identity.exits)
     for call in ({"plan": plan}, {"num_inference_steps": 3}, *([{"budget": 0.6}] if "router" in parts else [])):
         call |= {"seed": 4, "output_type": "pt"}
         assert torch.equal(again(LABELS, **call).images, pipe(LABELS, **call).images)
@@ -481,7 +481,7 @@ def test_from_the_hub_come_exits_and_table_too(model, tmp_path: Path, monkeypatc
     assert {path.name for path in files} >= {"exits.safetensors", FILE, "model.safetensors", "model_index.json"}
     assert all(any(path.match(pattern) for pattern in asked["allow_patterns"]) for path in files)
     assert pipe.transformer.depths == model.depths
-    assert pipe.router.pairs == table_of(model).pairs
+    assert pipe.router.choices == table_of(model).choices
 
 
 def test_components_may_be_given_in_place_of_the_saved(model, tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_a_pipeline_of_a_models_folder_has_its_table(model, tmp_path: Path) -> N
     assert DynDiTPipeline.from_model(tmp_path).router is None
     table_of(model).save(tmp_path / FILE)
     pipe = DynDiTPipeline.from_model(str(tmp_path), solver="dpmpp")
-    assert pipe.router.pairs == table_of(model).pairs
+    assert pipe.router.choices == table_of(model).choices
     assert pipe.plan_for(num_inference_steps=3).solver == "dpmpp"
     assert torch.equal(
         uint8(pipe(LABELS, num_inference_steps=3, seed=0).images),
@@ -536,7 +536,7 @@ def test_a_budget_is_searched_on_the_router(model) -> None:
     plan = pipe.plan_for(budget=0.6, num_inference_steps=STEPS)
     assert plan == plan_on_table(model, table, budget=0.6, solver="ddim", num_steps=STEPS)
     assert plan.share_of_blocks < 0.7
-    assert len(set(plan.pairs)) > 1
+    assert len(set(plan.steps)) > 1
     by_budget = pipe(LABELS, budget=0.6, num_inference_steps=STEPS, seed=0, output_type="latent").images
     assert torch.equal(by_budget, pipe(LABELS, plan=plan, seed=0, output_type="latent").images)
 
@@ -544,15 +544,15 @@ def test_a_budget_is_searched_on_the_router(model) -> None:
 def test_what_a_plan_was_made_for_is_compared_again_when_weights_change(make_model) -> None:
     model = make_model(in_channels=3)
     pipe = DynDiTPipeline(model, SOLVERS["ddim"].build(), router=table_of(model))
-    plan = replace(rising(model), trunk=model.identity.backbone, exits=model.identity.exits)
+    plan = replace(rising(model), backbone=model.identity.backbone, exits=model.identity.exits)
     for _ in range(2):
         pipe.plan_for(plan=plan)
         pipe.plan_for(budget=0.7)
     with torch.no_grad():
         model.backbone.x_embedder.proj.weight.add_(1e-3)
-    with pytest.raises(PlanError, match="trunk"):
+    with pytest.raises(PlanError, match="backbone"):
         pipe.plan_for(plan=plan)
-    with pytest.raises(InputError, match="trunk"):
+    with pytest.raises(InputError, match="backbone"):
         pipe.plan_for(budget=0.7)
 
 
@@ -652,8 +652,8 @@ def test_plans_that_do_not_fit_are_refused(make_model, model, pipe, tmp_path: Pa
     plan = rising(model)
     deeper = rising(make_model(in_channels=3, num_blocks=7))
     for bad, call, message in (
-        (replace(plan, trunk="another"), {}, "trunk another"),
-        (replace(plan, exits="others"), {}, "set of exits others"),
+        (replace(plan, backbone="another"), {}, "made for backbone another"),
+        (replace(plan, exits="others"), {}, "made for exits others"),
         (deeper, {}, "made for 7 blocks"),
         (rising(model, "unipc"), {}, "made for solver unipc"),
         (plan, {"num_inference_steps": 5}, "made for 4 steps"),
@@ -668,8 +668,8 @@ def test_plans_that_do_not_fit_are_refused(make_model, model, pipe, tmp_path: Pa
     routed = DynDiTPipeline(model, SOLVERS["ddim"].build(), router=table_of(model))
     with pytest.raises(InputError, match=r"guidance_scale 3: the router's table was measured at 1.5"):
         routed(LABELS, budget=0.6, guidance_scale=3.0)
-    with pytest.raises(InputError, match="shift table: measured on trunk another"):
-        DynDiTPipeline(model, SOLVERS["ddim"].build(), router=replace(table_of(model), trunk="another"))(
+    with pytest.raises(InputError, match="shift table: made for backbone another"):
+        DynDiTPipeline(model, SOLVERS["ddim"].build(), router=replace(table_of(model), backbone="another"))(
             LABELS, budget=0.6
         )
 

@@ -1,5 +1,6 @@
 """The plug-in inside pipelines of diffusers that know nothing of it."""
 
+from dataclasses import replace
 from functools import partial
 
 import diffusers
@@ -17,11 +18,14 @@ from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.plans.plan import DepthPlan, own_exit
+from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant, ramp
+from dyndit.plans.step import NoGuide
+from dyndit.plans.step import steps as parsed
 from dyndit.plugin.adapters import adapt
-from dyndit.plugin.apply import HOOK, find_step
-from dyndit.sampling.loop import noise, to_uint8
+from dyndit.plugin.apply import HOOK
+from dyndit.plugin.call import find_step
+from dyndit.sampling.loop import noise, picture_generator, to_uint8
 from dyndit.sampling.solvers import make_scheduler, timesteps_of
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.storage.load import save_exits
@@ -83,13 +87,13 @@ def some_exits(transformer: torch.nn.Module, seed: int = 5) -> Exits:
 def the_plan(cfg_scale: float = SCALE) -> DepthPlan:
     """Unequal branches, equal ones, and a step without guidance."""
     full = DepthPlan.full(timesteps_of("ddim", STEPS), 4, "ddim", cfg_scale)
-    pairs = [(1, 2), (2, 1), (3, 3), (3, 0), (4, 2)] if cfg_scale != 1 else [(d, 0) for d in (1, 2, 2, 3, 4)]
-    return full.with_pairs(pairs, router="by hand")
+    texts = ("1|2", "2|1", "3|3", "3", "4|2") if cfg_scale != 1 else ("1", "2", "2", "3", "4")
+    return full.with_steps(parsed(*texts), router="by hand")
 
 
 def draw(pipe: diffusers.DiTPipeline, guidance: float = SCALE, steps: int = STEPS, labels=LABELS) -> torch.Tensor:
     """Pictures (B, 3, H, W) in 0..1 from the pipeline's own call, noise as `dyndit.sample` draws it."""
-    generators = [dyndit.sampling.sample.picture_generator(SEED, i) for i in range(len(labels))]
+    generators = [picture_generator(SEED, i) for i in range(len(labels))]
     return pipe(
         class_labels=labels,
         guidance_scale=guidance,
@@ -117,20 +121,35 @@ def test_full_depth_is_the_untouched_pipeline_bit_for_bit(pipe, guidance: float,
     assert not torch.allclose(draw(pipe, guidance), before, atol=1e-2), "exits predict as the model does"
 
 
-@pytest.mark.parametrize("guidance", [SCALE, 1.0])
-@pytest.mark.parametrize("own_guides", [False, True])
-def test_pictures_are_those_of_dyndit_sample(pipe, guidance: float, own_guides: bool) -> None:
+@pytest.mark.parametrize(
+    ("guidance", "texts"),
+    [
+        pytest.param(SCALE, (), id="guided"),
+        pytest.param(1.0, (), id="unguided"),
+        pytest.param(SCALE, ("1|2", "2|1", "3|3", "3|e1", "4|e2"), id="own exits"),
+        pytest.param(SCALE, ("1|held", "4|1", "1|held", "1|held", "3|1"), id="held"),
+        pytest.param(SCALE, ("4|4", "2+|e1", "4|e2", "2+", "3+|e2"), id="forecasts guided by own exits"),
+        pytest.param(SCALE, ("4|4", "1+|held", "4|2", "2+|held", "1+"), id="forecasts with held guidance"),
+        pytest.param(1.0, ("4", "1+", "4", "2+", "1+"), id="forecasts unguided"),
+    ],
+)
+def test_pictures_are_those_of_dyndit_sample(pipe, guidance: float, texts: tuple[str, ...]) -> None:
     exits, plan = some_exits(pipe.transformer), the_plan(guidance)
-    if own_guides:
-        plan = plan.with_pairs([*plan.pairs[:3], (3, own_exit(1)), (4, own_exit(2))])
+    plan = plan.with_steps(parsed(*texts)) if texts else plan
     dyndit.apply_dyndit(pipe, exits, plan)
     pictures = (draw(pipe, guidance) * 255).round()
     native = DynamicDepth(a_native(pipe.transformer), exits, pixel_space=False)
-    drawn = dyndit.sample(native, LABELS, plan=plan, num_steps=STEPS, cfg_scale=guidance, seed=SEED)
+    options = {"num_steps": STEPS, "cfg_scale": guidance, "seed": SEED}
+    drawn = dyndit.sample(native, LABELS, plan=plan, **options)
     assert drawn.plan == plan
     expected = decode_latents(pipe.vae, drawn.latents).float()
     assert expected.std() > 5, "a flat picture proves nothing"
     assert (pictures - expected).abs().max() <= 1
+    for less in ({"forecast": False}, {"guide": NoGuide()}):
+        other = plan.with_steps([replace(step, **less) for step in plan.steps])
+        if other != plan:
+            latents = dyndit.sample(native, LABELS, plan=other, **options).latents
+            assert (decode_latents(pipe.vae, latents).float() - expected).abs().max() > 5, f"the same without {less}"
 
 
 def a_native(transformer: diffusers.DiTTransformer2DModel) -> ClassConditionalDiT:
@@ -164,7 +183,7 @@ def test_the_cifar10_trunk_unguided_inside_dit_pipeline(cifar10_dit) -> None:
     pipe = diffusers.DiTPipeline(transformer, Pixels(), make_scheduler("ddim", STEPS))
     pipe.set_progress_bar_config(disable=True)
     full = DepthPlan.full(timesteps_of("ddim", STEPS), 12, "ddim")
-    plan = full.with_pairs([(d, 0) for d in (4, 7, 9, 11, 12)])
+    plan = full.with_steps(parsed("4", "7", "9", "11", "12"))
     handle = dyndit.apply_dyndit(pipe, native.exits, plan)
     pictures = to_uint8(2 * draw(pipe, 1.0, labels=[3, 7]) - 1).float()
     drawn = dyndit.sample(native, [3, 7], plan=plan, num_steps=STEPS, cfg_scale=1.0, seed=SEED)
@@ -178,7 +197,10 @@ def test_stats_are_what_the_plan_says(pipe) -> None:
     for _ in range(2):  # the second call's stats are its own
         draw(pipe)
         stats = handle.stats()
-        assert stats.groupby("branch")["depth"].apply(tuple).to_dict() == {"cond": plan.cond, "uncond": plan.uncond}
+        assert stats.groupby("branch")["depth"].apply(tuple).to_dict() == {
+            "cond": plan.depths,
+            "uncond": plan.uncond_depths,
+        }
         assert tuple(stats[stats["branch"] == "cond"]["timestep"]) == plan.timesteps
         assert (stats["rows"] == len(LABELS)).all()
         assert (stats["blocks"] == stats["rows"] * stats["depth"]).all()
@@ -187,7 +209,7 @@ def test_stats_are_what_the_plan_says(pipe) -> None:
 
 def test_nothing_leaks_from_one_call_to_the_next(pipe) -> None:
     exits = some_exits(pipe.transformer)
-    first, second = the_plan(), the_plan().with_pairs([(2, 2)] * STEPS)
+    first, second = the_plan(), the_plan().with_steps(parsed("2|2") * STEPS)
     handle = dyndit.apply_dyndit(pipe, exits, first)
     a = draw(pipe)
     handle.plan = second
@@ -223,12 +245,12 @@ def test_a_call_that_broke_off_leaves_nothing(pipe, broken: int, monkeypatch) ->
 def test_two_pipelines_with_different_plans_live_side_by_side() -> None:
     one, two = a_pipeline(), a_pipeline()
     exits = some_exits(one.transformer)
-    plans = the_plan(), the_plan().with_pairs([(3, 1)] * STEPS)
+    plans = the_plan(), the_plan().with_steps(parsed("3|1") * STEPS)
     handles = [dyndit.apply_dyndit(p, exits, plan) for p, plan in zip((one, two), plans, strict=True)]
     a, b, again = draw(one), draw(two), draw(one)
     assert torch.equal(a, again)
     assert not torch.equal(a, b)
-    assert [tuple(h.stats().query("branch == 'cond'")["depth"]) for h in handles] == [p.cond for p in plans]
+    assert [tuple(h.stats().query("branch == 'cond'")["depth"]) for h in handles] == [p.depths for p in plans]
 
 
 def test_exits_serve_pipelines_of_several_precisions(pipe) -> None:
@@ -346,8 +368,8 @@ def test_a_router_writes_the_plan_of_every_call(pipe) -> None:
     for steps in (4, 6, 4):
         draw(pipe, steps=steps)
         full = DepthPlan.full(timesteps_of("ddim", steps), 4, "ddim", SCALE)
-        assert handle.plan.pairs == ramp(full, (1, 2, 3, 4), 1).pairs
-        assert tuple(handle.stats().query("branch == 'cond'")["depth"]) == handle.plan.cond
+        assert handle.plan.steps == ramp(full, (1, 2, 3, 4), 1).steps
+        assert tuple(handle.stats().query("branch == 'cond'")["depth"]) == handle.plan.depths
 
 
 def test_the_full_plan_of_a_call_is_known_after_it(pipe) -> None:
@@ -378,9 +400,9 @@ def test_exits_from_a_file_are_bound_to_the_trunk(pipe, tmp_path) -> None:
     assert torch.equal(draw(pipe), expected)
     handle.remove()
     match_frequencies(pipe.transformer, 0)
-    with pytest.raises(CheckpointError, match="exits of trunk"):
+    with pytest.raises(CheckpointError, match="exits of backbone"):
         dyndit.apply_dyndit(pipe, tmp_path, the_plan())
-    dyndit.apply_dyndit(pipe, tmp_path, the_plan(), check_trunk=False)
+    dyndit.apply_dyndit(pipe, tmp_path, the_plan(), check_identity=False)
 
 
 def test_a_converted_transformer_loaded_plainly_is_told_what_it_lacks(pipe, tmp_path) -> None:
@@ -434,9 +456,6 @@ def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path) -> None:
         dyndit.apply_dyndit(pipe, deep, None)
     with pytest.raises(InputError, match="no transformer"):
         dyndit.apply_dyndit(diffusers.DiTPipeline(None, pipe.vae, pipe.scheduler), exits)
-    save_exits(exits, tmp_path / "exits.safetensors", adapt(pipe.transformer).identity())
-    with pytest.raises(CheckpointError, match=r"in bfloat16, which rounds its weights$"):
-        dyndit.apply_dyndit(a_pipeline().to(torch.bfloat16), tmp_path)
     registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
     registry.register_hook(diffusers.hooks.ModelHook(), "other")
     with pytest.raises(InputError, match="has the hook other"):
@@ -454,8 +473,8 @@ def test_blocks_compile_whole_and_once_for_all_depths(pipe) -> None:
     assert (compiled - expected).abs().max() < 1e-4
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for pairs in ([(4, 4)] * STEPS, [(1, 1), (2, 1), (3, 2), (4, 3), (4, 0)], [(2, 4)] * STEPS):
-            handle.plan = the_plan().with_pairs(pairs)
+        for texts in (["4|4"] * STEPS, ["1|1", "2|1", "3|2", "4|3", "4"], ["2|4"] * STEPS):
+            handle.plan = the_plan().with_steps(parsed(*texts))
             draw(pipe)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 0
@@ -476,5 +495,5 @@ def test_every_step_is_found_in_any_precision(num_steps: int, dtype: torch.dtype
 
 
 def test_noise_is_that_of_the_sampler() -> None:
-    rows = [torch.randn((1, 4, 8, 8), generator=dyndit.sampling.sample.picture_generator(SEED, i)) for i in range(2)]
+    rows = [torch.randn((1, 4, 8, 8), generator=picture_generator(SEED, i)) for i in range(2)]
     assert torch.equal(torch.cat(rows), noise(SEED, (0, 1), (4, 8, 8)))

@@ -303,7 +303,7 @@ def test_distillation_borrows_the_transformer(training: bool, tmp_path: Path) ->
         assert (mean_errors(tiny.transformer, exits, calls) < 0.5 * mean_errors(tiny.transformer, fresh, calls)).all()
     path = tmp_path / "exits" / checkpoints.EXITS
     assert same(weights(checkpoints.load_exits(path, adapt(tiny.transformer))), weights(exits))
-    with pytest.raises(InputError, match="trunk"):
+    with pytest.raises(InputError, match="exits of backbone"):
         checkpoints.load_exits(path, adapt(tiny_pipeline(DIT, 1).transformer))
 
 

@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler
 from dyndit.errors import InputError, PlanError
 from dyndit.models.base import State
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.plans.plan import REUSED, DepthPlan, own_exit
+from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
+from dyndit.plans.step import NoGuide, Step, Unconditional, steps
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, noise, start, state_shape, to_uint8
 from dyndit.sampling.sample import balanced_labels, sample, unguided
@@ -34,11 +35,11 @@ def tiny_dynamic(make_model):
     return make_model()
 
 
-def rising(model, solver: str = "ddim", steps: int = 4) -> DepthPlan:
+def rising(model, solver: str = "ddim", num_steps: int = 4) -> DepthPlan:
     """A plan that uses several depths, unequal branches, and no second branch once."""
-    plan = ramp(full_plan(model, solver, steps, 1.5), model.depths, 1)
-    pairs = [(c, max(1, c - 1)) for c in plan.cond]
-    return plan.with_pairs([(pairs[0][0], 0), *pairs[1:]])
+    plan = ramp(full_plan(model, solver, num_steps, 1.5), model.depths, 1)
+    first, *rest = plan.depths
+    return plan.with_steps([Step(first), *(Step(depth, Unconditional(max(1, depth - 1))) for depth in rest)])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -115,10 +116,10 @@ def test_ddim_equals_diffusers_where_that_steps_exactly() -> None:
 
 
 @pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "ddpm"])
-@pytest.mark.parametrize("steps", [3, 10, 25])
-def test_no_step_is_spent_at_zero_noise(solver: str, steps: int) -> None:
-    times = timesteps_of(solver, steps)
-    assert len(times) == steps
+@pytest.mark.parametrize("num_steps", [3, 10, 25])
+def test_no_step_is_spent_at_zero_noise(solver: str, num_steps: int) -> None:
+    times = timesteps_of(solver, num_steps)
+    assert len(times) == num_steps
     assert times[0] == 999
     assert times[-1] > 0
     assert list(times) == sorted(set(times), reverse=True)
@@ -155,7 +156,7 @@ def test_guidance_on_some_channels_leaves_the_rest_conditional() -> None:
 
 def test_a_step_without_second_branch_is_unguided(tiny_dynamic) -> None:
     full = full_plan(tiny_dynamic, "ddim", 3, 1.5)
-    none_but_first = full.with_pairs([full.pairs[0], *[(p[0], 0) for p in full.pairs[1:]]])
+    none_but_first = full.with_steps([full.steps[0], *(Step(depth) for depth in full.depths[1:])])
     batch = Batch(torch.tensor([1, 2]), (0, 1), seed=0)
 
     def run(plan: DepthPlan, scale: float, first: int, stop: int, trajectory):
@@ -163,26 +164,25 @@ def test_a_step_without_second_branch_is_unguided(tiny_dynamic) -> None:
 
     here = run(full, 1.5, 0, 1, start(tiny_dynamic, batch, "ddim", 3))
     there = here.fork()
-    unguided = run(replace(full, uncond=(0, 0, 0)), 1.0, 1, 3, there).x
-    assert torch.equal(run(none_but_first, 1.5, 1, 3, here).x, unguided)
+    plain = run(unguided(full), 1.0, 1, 3, there).x
+    assert torch.equal(run(none_but_first, 1.5, 1, 3, here).x, plain)
 
 
-def test_reused_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic) -> None:
+def test_held_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic) -> None:
     """By hand: with the prediction p and the last difference d, guidance at scale w gives p + (w - 1) d."""
     scale, plan = 2.5, full_plan(tiny_dynamic, "ddim", 4, 2.5)
-    full = tiny_dynamic.num_blocks
-    plan = plan.with_pairs([(full, full), (full, REUSED), (full, 0), (full, REUSED)])
+    plan = plan.with_steps(steps("6|6", "6|held", "6", "6|held"))
     batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.in_channels
     trajectory = start(tiny_dynamic, batch, "ddim", 4)
     null = torch.full_like(batch.labels, tiny_dynamic.backbone.null_class)
     x, scheduler = trajectory.x, make_scheduler("ddim", 4)
     with torch.inference_mode():
-        for k, (t, (_, uncond)) in enumerate(zip(plan.timesteps, plan.pairs, strict=True)):
+        for k, (t, step) in enumerate(zip(plan.timesteps, plan.steps, strict=True)):
             times = torch.full_like(batch.labels, t)
             eps = tiny_dynamic(x, times, batch.labels)[:, :channels]
             if k == 0:
                 difference = eps - tiny_dynamic(x, times, null)[:, :channels]
-            if uncond:
+            if step.guide != NoGuide():
                 eps = eps + (scale - 1) * difference
             signal, sigma = SCHEDULE.alpha_bar(t) ** 0.5, (1 - SCHEDULE.alpha_bar(t)) ** 0.5
             eps = (x - signal * ((x - sigma * eps) / signal).clamp(-1, 1)) / sigma
@@ -193,7 +193,7 @@ def test_reused_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic)
         tiny_dynamic,
         batch,
         start(tiny_dynamic, batch, "ddim", 4),
-        plan.with_pairs([(full, full), (full, 0), (full, 0), (full, 0)]),
+        plan.with_steps(steps("6|6", "6", "6", "6")),
         Guidance(scale),
     ).x
     assert not torch.allclose(ours, without, atol=1e-2)
@@ -201,14 +201,13 @@ def test_reused_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic)
 
 def test_an_own_guide_is_an_exit_of_the_same_pass(tiny_dynamic, monkeypatch) -> None:
     """By hand: with the prediction p and that of the guide g, guidance at scale w gives g + w (p - g)."""
-    scale, full = 2.5, tiny_dynamic.num_blocks
-    pairs = [(full, own_exit(2)), (4, own_exit(1)), (full, own_exit(3))]
-    plan = full_plan(tiny_dynamic, "ddim", 3, scale).with_pairs(pairs)
+    scale, guides = 2.5, (2, 1, 3)
+    plan = full_plan(tiny_dynamic, "ddim", 3, scale).with_steps(steps("6|e2", "4|e1", "6|e3"))
     batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.in_channels
     trajectory = start(tiny_dynamic, batch, "ddim", 3)
     x, scheduler = trajectory.x, make_scheduler("ddim", 3)
     with torch.inference_mode():
-        for k, (t, depth, guide) in enumerate(zip(plan.timesteps, plan.cond, plan.guides, strict=True)):
+        for k, (t, depth, guide) in enumerate(zip(plan.timesteps, plan.depths, guides, strict=True)):
             times = torch.full_like(batch.labels, t)
             weak, eps = (tiny_dynamic(x, times, batch.labels, d)[:, :channels] for d in (guide, depth))
             eps = weak + scale * (eps - weak)
@@ -224,15 +223,13 @@ def test_an_own_guide_is_an_exit_of_the_same_pass(tiny_dynamic, monkeypatch) -> 
     monkeypatch.setattr(tiny_dynamic.backbone, "block", counted)
     ours = advance(tiny_dynamic, batch, trajectory, plan, Guidance(scale)).x
     assert torch.allclose(ours, x, atol=1e-4)
-    assert ran == [len(LABELS)] * sum(plan.cond)  # no block more than without guidance
-    unguided = advance(
-        tiny_dynamic, batch, start(tiny_dynamic, batch, "ddim", 3), replace(plan, uncond=(0, 0, 0)), Guidance(scale)
-    ).x
-    assert not torch.allclose(ours, unguided, atol=1e-2)
+    assert ran == [len(LABELS)] * sum(plan.depths)  # no block more than without guidance
+    plain = advance(tiny_dynamic, batch, start(tiny_dynamic, batch, "ddim", 3), unguided(plan), Guidance(scale)).x
+    assert not torch.allclose(ours, plain, atol=1e-2)
 
 
 def test_own_guides_do_not_know_their_batch_mates(tiny_dynamic) -> None:
-    plan = full_plan(tiny_dynamic, "unipc", 3, 1.5).with_pairs([(4, own_exit(2)), (5, 2), (6, own_exit(3))])
+    plan = full_plan(tiny_dynamic, "unipc", 3, 1.5).with_steps(steps("4|e2", "5|2", "6|e3"))
     together = sample(tiny_dynamic, LABELS, plan=plan, solver="unipc", num_steps=3).pictures
     alone = [
         sample(tiny_dynamic, [label], plan=plan, solver="unipc", num_steps=3, first_index=i).pictures
@@ -241,18 +238,17 @@ def test_own_guides_do_not_know_their_batch_mates(tiny_dynamic) -> None:
     assert (together.int() - torch.cat(alone).int()).abs().max() <= 1
 
 
-def test_there_is_nothing_to_reuse_before_the_first_guided_step(tiny_dynamic) -> None:
+def test_there_is_nothing_to_hold_before_the_first_guided_step(tiny_dynamic) -> None:
     full = full_plan(tiny_dynamic, "ddim", 3, 1.5)
-    pairs = [(6, REUSED), (3, 3), (6, REUSED)]
-    reusing, unguided_first = (full.with_pairs([first, *pairs[1:]]) for first in (pairs[0], (6, 0)))
-    assert reusing.share_of_blocks == pytest.approx((6 + 3 + 3 + 6) / 36)
-    drawn = [sample(tiny_dynamic, LABELS, plan=plan, num_steps=3).pictures for plan in (reusing, unguided_first)]
+    holding, unguided_first = (full.with_steps(steps(first, "3|3", "6|held")) for first in ("6|held", "6"))
+    assert holding.share_of_blocks == pytest.approx((6 + 3 + 3 + 6) / 36)
+    drawn = [sample(tiny_dynamic, LABELS, plan=plan, num_steps=3).pictures for plan in (holding, unguided_first)]
     assert torch.equal(*drawn)
 
 
-def test_reused_guidance_survives_a_fork(tiny_dynamic) -> None:
+def test_held_guidance_survives_a_fork(tiny_dynamic) -> None:
     full = full_plan(tiny_dynamic, "unipc", 4, 1.5)
-    plan = full.with_pairs([(6, 6), (4, REUSED), (3, 2), (6, REUSED)])
+    plan = full.with_steps(steps("6|6", "4|held", "3|2", "6|held"))
     batch, guidance = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), Guidance(1.5)
     whole = advance(tiny_dynamic, batch, start(tiny_dynamic, batch, "unipc", 4), plan, guidance).x
     trajectory = advance(tiny_dynamic, batch, start(tiny_dynamic, batch, "unipc", 4), plan, guidance, stop=1)
@@ -306,8 +302,8 @@ def test_plans_that_do_not_fit_are_refused(tiny_dynamic) -> None:
         sample(tiny_dynamic, LABELS, plan=full_plan(tiny_dynamic, "ddim", 4, 1.0), num_steps=4)
     with pytest.raises(PlanError, match="guidance scale"):
         sample(tiny_dynamic, LABELS, plan=plan, num_steps=4, cfg_scale=1.0)
-    with pytest.raises(PlanError, match="trunk"):
-        sample(tiny_dynamic, LABELS, plan=replace(plan, trunk="another"), num_steps=4)
+    with pytest.raises(PlanError, match="backbone"):
+        sample(tiny_dynamic, LABELS, plan=replace(plan, backbone="another"), num_steps=4)
 
 
 def test_balanced_labels() -> None:

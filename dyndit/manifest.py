@@ -28,18 +28,6 @@ def machine(device: str = "cpu") -> str:
     return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not here.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: not available; expected cpu, or cuda on a machine with a GPU") from error
-
-
 def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
     """A manifest: the run's settings, the code, the machine, and whatever else is to be recorded."""
     name = Path(sys.argv[0]).name

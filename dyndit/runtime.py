@@ -1,10 +1,18 @@
-"""What a process sets once, before it computes."""
+"""Settings of a process: memory, the device, the precision."""
 
 import ctypes
 import sys
+from typing import TYPE_CHECKING
+
+from dyndit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GIB = 1 << 30
+
+DTYPES = ("own", "float32", "bfloat16", "float16")
 
 
 def keep_freed_memory() -> bool:
@@ -22,3 +30,39 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_THRESHOLD, _GIB), (_M_TRIM_THRESHOLD, 2 * _GIB - 1), (_M_TOP_PAD, 64 << 20))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def chosen_device(device: str) -> str:
+    """The device to compute on: "auto" is a GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = f"--device {device}: not available"
+        raise InputError(f"{found}; expected auto, cpu, or cuda on a machine with a GPU") from error
+    return device
+
+
+def chosen_dtype(dtype: str, device: str) -> "torch.dtype | None":
+    """The precision to compute in, None for the weights' own.
+
+    "auto" is bfloat16 on a GPU that computes in it, else the weights' own. "own" is always theirs.
+
+    Raises:
+        InputError: there is no such precision.
+    """
+    import torch
+
+    if dtype == "auto":
+        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else None
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: expected one of auto, {', '.join(DTYPES)}")
+    return None if dtype == "own" else getattr(torch, dtype)

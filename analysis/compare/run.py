@@ -7,7 +7,7 @@ from the same fresh seeds -> report. Every stage leaves its result on disk; what
 import random
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +30,7 @@ from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.progress import progress_bar
+from dyndit.runtime import chosen_device
 from dyndit.sampling.sample import Samples, sample
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import open_data
@@ -42,7 +43,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         InputError: `out` holds another run, or an input does not fit.
     """
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
-    manifest.check_device(inputs.device)
+    inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
     trunk = None if inputs.from_scratch else checkpoints.load(inputs.model or experiment.model, device=inputs.device)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from dyndit.cli.flags import PlanChoice
 from dyndit.cli.help import filled
 from dyndit.errors import InputError
 from dyndit.runtime import keep_freed_memory
@@ -62,5 +63,6 @@ def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
     found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
     asked = next((word for word in arguments if word in VERBS), None)
     if asked is not None and {"--help", "-h"} & set(arguments):
-        found[asked].__doc__ = filled(found[asked].__doc__ or "")
+        for text in (found[asked], PlanChoice):
+            text.__doc__ = filled(text.__doc__ or "")
     return found

@@ -26,16 +26,20 @@ Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """Which depths to run. Without `--dynamic`, `--plan` or `--budget`: the full model."""
+    """Which depths to run. Without `--dynamic`, `--plan`, `--budget` or `--router`: the full model.
+
+    Args:
+        dynamic: Run a plan: the given one, or the one for `--budget`.
+        budget: Share of full depth's time; the plan is searched on the model's stored table.
+        plan: A plan file.
+        router: A router that needs no calibration, with its settings: "ramp:3" rises evenly from depth 3 to full depth.
+            One of {routers}.
+    """
 
     dynamic: bool = False
-    """Run a plan: the given one, or the one for `--budget`."""
     budget: float | None = None
-    """Share of full depth's time; the plan is searched on the model's stored table."""
     plan: Path | None = None
-    """A plan file."""
     router: str | None = None
-    """A router that needs no calibration, with its settings: "ramp:3" rises evenly from depth 3 to full depth."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def train(
     """Train a backbone, from scratch or on from given weights. A run that was stopped goes on where it was.
 
     Args:
-        recipe: A recipe's name (digits, cifar10) or a Python file that defines `train`.
+        recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
         out: Folder for the model, checkpoints, losses and TensorBoard logs.
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
         model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id. Default: random ones.
@@ -87,7 +87,8 @@ def distill(
     The trunk stays as it is, bit for bit, unless the recipe trains a copy of it too.
 
     Args:
-        recipe: A recipe's name (digits, cifar10, finetune_exits) or a Python file that defines `distill`.
+        recipe: A recipe's name, such as finetune_exits, or a Python file that defines `distill`; its exits have one
+            of the heads {heads}. Recipes: {recipes}.
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).

@@ -44,7 +44,8 @@ def sample(
     stats: bool = False,
     num_heads: int | None = None,
     vae: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    dtype: str = "auto",
     json_: Json = False,
 ) -> None:
     """Draw pictures. Picture i depends on (seed, class, i) alone.
@@ -53,7 +54,7 @@ def sample(
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
         num_images: How many.
-        solver: ddpm, ddim, dpmpp, unipc or euler.
+        solver: One of {solvers}.
         steps: Sampling steps (default: 20, or chosen).
         cfg_scale: Guidance scale; 1 for none.
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
@@ -66,7 +67,9 @@ def sample(
         stats: Print depth and time per step.
         num_heads: Attention heads of a .pt whose width does not tell them.
         vae: Folder of a diffusers AutoencoderKL that decodes latents.
-        device: cpu or cuda.
+        device: auto, cpu or cuda; auto is a GPU if there is one.
+        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
+            on a GPU that computes in it, else own.
         json_: End with one line of JSON.
     """
     from rich.console import Console
@@ -75,14 +78,15 @@ def sample(
     from dyndit.calibration.calibrate import table_for
     from dyndit.models.identity import tensors_hash
     from dyndit.progress import progress_bar
+    from dyndit.runtime import chosen_device
     from dyndit.sampling import sample as sampling
     from dyndit.sampling.solvers import timesteps_of
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
-    manifest.check_device(device)
+    device = chosen_device(device)
     goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, router=depth.router)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
+    loaded = checkpoints.inspect(model, num_heads=num_heads, device=device, dtype=dtype)
     dynamic = loaded.model
     decoder = decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
@@ -144,6 +148,7 @@ def sample(
     ms = 1e3 * seconds / num_images
     facts = {
         "machine": manifest.machine(device),
+        "dtype": str(next(dynamic.parameters()).dtype).removeprefix("torch."),
         "ms_per_picture": ms,
         "ms_denoiser": 1e3 * sum(result.network_seconds) / num_images if stats else None,
         "plan": {

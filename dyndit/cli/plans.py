@@ -1,6 +1,5 @@
 """The verb that makes plans: calibrate."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,19 +18,6 @@ if TYPE_CHECKING:
     from dyndit.training.data import Pictures
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """What quality is measured with."""
-
-    extractor: str = ""
-    """digits, digits-lenet, resnet20-cifar10, vgg-cifar10 or inception (default: what the model's table was measured
-    with, else digits for digits and inception for all others)."""
-    extractor_weights: Path | None = None
-    """Weights of the extractor, where they do not ship with the package."""
-    reference: str = ""
-    """Real pictures: "digits", or a picture folder."""
-
-
 def calibrate(
     model: Positional[Path],
     /,
@@ -41,7 +27,9 @@ def calibrate(
     choice: Unnamed[StepChoice] = AS_GIVEN,
     step_grid: tuple[int, ...] = (),
     out: Path | None = None,
-    measuring: Unnamed[Measuring] = Measuring(),
+    extractor: str = "",
+    extractor_weights: Path | None = None,
+    reference: str = "",
     cfg_scale: float = 1.5,
     num_pictures: int = 512,
     table_steps: int = 10,
@@ -52,7 +40,8 @@ def calibrate(
     refinements: int = 0,
     batch_size: int = 128,
     vae: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    dtype: str = "auto",
     fresh: bool = False,
     json_: Json = False,
 ) -> None:
@@ -65,13 +54,16 @@ def calibrate(
     Args:
         model: A local model folder with exits; the table is written into it.
         budget: Share of full depth's time at the same steps, above 0 and at most 1.
-        solver: ddpm, ddim, dpmpp, unipc or euler.
+        solver: One of {solvers}.
         steps: Sampling steps (default: 20, or chosen).
         choice: What steps are chosen for.
         step_grid: Step counts to measure full depth at and keep with the table, to choose among (default: 5 7 10 14 20
             where steps are to be chosen and the table has none of the solver's).
         out: Where the plan goes (default: beside the model).
-        measuring: What quality is measured with.
+        extractor: What quality is measured with, one of {extractors} (default: what the model's table was measured
+            with, else digits for digits and inception for all others).
+        extractor_weights: Weights of the extractor, if they do not ship with the package.
+        reference: Real pictures: "digits", or a picture folder.
         cfg_scale: Guidance scale; 1 for none.
         num_pictures: Seeds the table is measured on.
         table_steps: Sampling steps the table is measured at.
@@ -82,15 +74,17 @@ def calibrate(
         forecast_ages: It also holds exits whose gap to full depth is forecast from up to so many steps ago; 0 for none.
         batch_size: Pictures at a time.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
-        device: cpu or cuda.
+        device: auto, cpu or cuda; auto is a GPU if there is one.
+        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
+            on a GPU that computes in it, else own.
         fresh: Measure the table again even where one is there.
         json_: End with one line of JSON.
     """
     from rich.console import Console
 
     from dyndit.calibration import calibrate as calibration
-    from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
+    from dyndit.runtime import chosen_device
     from dyndit.sampling.loop import to_uint8
     from dyndit.sampling.solvers import make_scheduler
     from dyndit.storage import load as checkpoints
@@ -109,20 +103,20 @@ def calibrate(
     steps = 20 if steps is None else steps
     make_scheduler(solver, steps)
     calibration.check_step_grid(step_grid)
-    check_device(device)
+    device = chosen_device(device)
     if not model.is_dir():
         raise InputError(
             f"{model}: the table is written into the model's folder; expected a local model folder, which "
             "`dyndit distill` or `dyndit convert` makes"
         )
-    dynamic = checkpoints.load(model, device=device)
+    dynamic = checkpoints.load(model, device=device, dtype=dtype)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
     decoder = decoder_of(dynamic, model, vae, device)
     to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
     path = model / checkpoints.TABLE
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
-    extractor = _extractor(measuring, dynamic, table, device)
+    network = _extractor(extractor, extractor_weights, dynamic, table, device)
     if table is None:
         settings = calibration.CalibrationSettings(
             num_pictures,
@@ -132,13 +126,13 @@ def calibrate(
             own_guides=own_guides,
             forecast_ages=forecast_ages,
         )
-        real = _real_pictures(measuring, extractor, *_picture_shape(dynamic, decoder))
+        real = _real_pictures(reference, network, *_picture_shape(dynamic, decoder))
         with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
-            reducing, reference = calibration.reduced(extractor, real)
+            reducing, moments = calibration.reduced(network, real)
             table = calibration.measure_shifts(
                 dynamic,
                 reducing,
-                reference,
+                moments,
                 num_steps=table_steps,
                 cfg_scale=cfg_scale,
                 settings=settings,
@@ -152,9 +146,9 @@ def calibrate(
     if step_grid:
         with progress_bar("measuring full depth", Console(stderr=True)) as advance:
             table = calibration.measure_bases(
-                dynamic, table, extractor, step_grid=step_grid, into=path, on_progress=advance, **drawing
+                dynamic, table, network, step_grid=step_grid, into=path, on_progress=advance, **drawing
             )
-    measured = {"table": table, "extractor": extractor, **drawing}
+    measured = {"table": table, "extractor": network, **drawing}
     if goal is None:
         plan = calibration.calibrate(
             dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
@@ -165,7 +159,7 @@ def calibrate(
         _print_step_counts(calibration.table_for(dynamic, table, solver), plan)
         target = out or model / f"plan-{plan.router}-{solver}-{goal.label}.json"
     plan.save(target)
-    _print_plan(plan, _distance_name(extractor, table))
+    _print_plan(plan, _distance_name(network, table))
     print(f"plan: {target}")
     if json_:
         print_json({"plan": str(target), **plan.figures})
@@ -215,13 +209,14 @@ def _print_plan(plan: "DepthPlan", distance: str) -> None:
         )
 
 
-def _extractor(measuring: Measuring, dynamic: "DynamicDepth", table: "ShiftTable | None", device: str) -> "Extractor":
+def _extractor(
+    name: str, weights: Path | None, dynamic: "DynamicDepth", table: "ShiftTable | None", device: str
+) -> "Extractor":
     """What the flags ask for, else what the table was measured with, else what suits the pictures' size."""
     from dyndit.analysis import load_extractor
 
     usual = "digits" if dynamic.backbone.sample_shape[1:] == (8, 8) else "inception"
-    name = measuring.extractor or (usual if table is None else table.extractor_name)
-    return load_extractor(name, measuring.extractor_weights, device)
+    return load_extractor(name or (usual if table is None else table.extractor_name), weights, device)
 
 
 def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
@@ -233,11 +228,11 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> 
     return tuple(side * factor for side in size), decoder.config.out_channels
 
 
-def _real_pictures(measuring: Measuring, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
+def _real_pictures(reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
     """At most 5,000 pictures of the reference, as uint8."""
     from dyndit.training.data import open_data
 
-    spec = measuring.reference or ("digits" if extractor.name == "digits" else "")
+    spec = reference or ("digits" if extractor.name == "digits" else "")
     if not spec:
         raise InputError("--reference: missing; expected a folder of real pictures")
     return _spread(open_data(spec, size, channels), 5000)

@@ -4,7 +4,6 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from dyndit.cli.flags import FULL_DEPTH, Json, PlanChoice, Positional, Unnamed, chosen_plan, print_json
 from dyndit.errors import InputError
@@ -36,7 +35,7 @@ def evaluate(
     save_reference: Path | None = None,
     cache: Path | None = None,
     out: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     json_: Json = False,
 ) -> None:
     """Compare a sample set with real pictures. A distance on other features than Inception's is never called FID.
@@ -46,16 +45,16 @@ def evaluate(
     Args:
         samples: Folder of pictures (searched in depth) or an .npz file.
         reference: The same of real pictures, an .npz of ADM (pictures or statistics), or "digits".
-        extractor: inception, digits, digits-lenet, resnet20-cifar10 or vgg-cifar10.
-        extractor_weights: Its weights, where they do not ship with the package.
-        metrics: Any of fd kid is prc sfid fd-infinity memorisation paired.
+        extractor: One of {extractors}.
+        extractor_weights: Its weights, if they do not ship with the package.
+        metrics: Any of {metrics}.
         more: What some metrics compare with besides the reference.
         force: Compute the distance even of fewer pictures than features; the figures are marked as forced.
         save_reference: An .npz for the reference's statistics, which can stand for it later (fd, sfid, fd-infinity).
         cache: Folder to keep features in (default: $DYNDIT_CACHE, else $XDG_CACHE_HOME/dyndit, else ~/.cache/dyndit).
         out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
             are one seed block.
-        device: cpu or cuda.
+        device: auto, cpu or cuda; auto is a GPU if there is one.
         json_: End with one line of JSON.
     """
     from dyndit.analysis import append_run, load_extractor, save_statistics
@@ -63,10 +62,10 @@ def evaluate(
     from dyndit.analysis.metrics.quality import evaluate as compare
     from dyndit.analysis.metrics.quality import reference_statistics
     from dyndit.analysis.report.runs import RUNS, row_of_samples
-    from dyndit.manifest import check_device
+    from dyndit.runtime import chosen_device
     from dyndit.training.data import open_data
 
-    check_device(device)
+    device = chosen_device(device)
     real = open_data("digits").uint8() if reference == "digits" else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
@@ -115,8 +114,8 @@ def bench(
     until: float = 0.02,
     max_rounds: int | None = None,
     num_heads: int | None = None,
-    device: str = "cpu",
-    dtype: Literal["", "float32", "bfloat16", "float16"] = "",
+    device: str = "auto",
+    dtype: str = "auto",
     vae: str = "",
     in_pipeline: bool = False,
     compile: bool = False,
@@ -134,7 +133,7 @@ def bench(
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
-        solver: ddpm, ddim, dpmpp, unipc or euler.
+        solver: One of {solvers}.
         steps: Sampling steps.
         cfg_scale: Guidance scale; 1 for none.
         batch_size: Pictures at a time; several are timed one after the other.
@@ -143,8 +142,9 @@ def bench(
             exactly --rounds.
         max_rounds: Rounds at most (default: 60, or --rounds where that is more).
         num_heads: Attention heads of a .pt whose width does not tell them.
-        device: cpu or cuda.
-        dtype: Precision to compute in (default: the weights' own).
+        device: auto, cpu or cuda; auto is a GPU if there is one.
+        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
+            on a GPU that computes in it, else own.
         vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for one of random weights.
         in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
         compile: Compile every block and exit head first, for all arms alike.
@@ -153,17 +153,15 @@ def bench(
         out: Where the table of raw times goes (CSV; its columns are in dyndit.analysis.compare.bench.COLUMNS).
         json_: End with one line of JSON.
     """
-    import torch
-
     from dyndit.analysis.compare import bench as benchmark
     from dyndit.analysis.compare.bench_verdict import lines, verdict
-    from dyndit.manifest import check_device
+    from dyndit.runtime import chosen_device, chosen_dtype
     from dyndit.sampling.loop import full_plan
     from dyndit.sampling.sample import resolve_plan
     from dyndit.stats import Repeats
     from dyndit.storage import load as checkpoints
 
-    check_device(device)
+    device = chosen_device(device)
     if self_check:
         _self_check(device, json_)
         return
@@ -182,9 +180,8 @@ def bench(
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
     resolve_plan(dynamic, plan, solver, steps, cfg_scale)
-    if dtype:
-        for part in dynamic.children():
-            part.to(getattr(torch, dtype))
+    if (wanted := chosen_dtype(dtype, device)) is not None:
+        dynamic.to(wanted)
     if vae:
         settings = replace(settings, decoder=benchmark.open_decoder(vae, dynamic))
     plans = {benchmark.FULL: full, benchmark.AGAIN: full} | ({plan.router: plan} if plan is not None else {})
@@ -275,19 +272,20 @@ def compare(
     model: str = "",
     data: str = "",
     extractor_weights: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     from_scratch: bool = False,
     json_: Json = False,
 ) -> None:
     """Run a recipe's whole comparison: exits, plans, every arm, the report. Resumable.
 
     Args:
-        recipe: A recipe's name (digits_frontier) or a Python file that defines `experiment`.
+        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment`. Recipes:
+            {recipes}.
         out: Folder of the run; what is there and valid is not done again.
         model: A model in place of the recipe's. A folder's exits and shift table are taken as they are.
         data: Pictures in place of the recipe's.
-        extractor_weights: Weights of the extractor, where they do not ship with the package.
-        device: cpu or cuda.
+        extractor_weights: Weights of the extractor, if they do not ship with the package.
+        device: auto, cpu or cuda; auto is a GPU if there is one.
         from_scratch: Train the trunk first.
         json_: End with one line of JSON.
     """

@@ -22,6 +22,7 @@ from dyndit.models.base import Backbone
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
+from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
 from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
@@ -55,22 +56,34 @@ _UPLOADED = (CONFIG, TRUNK, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs
 
 
 def load(
-    path_or_hub_id: str | Path, *, num_heads: int | None = None, revision: str | None = None, device: str = "cpu"
+    path_or_hub_id: str | Path,
+    *,
+    num_heads: int | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "own",
 ) -> DynamicDepth:
     """Load a model in eval mode, with its exits where it has any.
 
     path_or_hub_id: a path to one of the above, "digits" (ships with the package), or a hub id; a path that is there
-    wins. num_heads: attention heads of a `.pt` that does not tell them. revision: of a hub id: branch, tag or commit.
+    wins. num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
+    device: "auto" is a GPU if there is one. dtype: "own" keeps the weights' precision; "auto" is bfloat16 on a GPU
+    that computes in it.
 
     Raises:
         CheckpointError: missing, damaged, edited or foreign.
         InputError: the number of heads is unknown or contradicted.
     """
-    return inspect(path_or_hub_id, num_heads=num_heads, revision=revision, device=device).model
+    return inspect(path_or_hub_id, num_heads=num_heads, revision=revision, device=device, dtype=dtype).model
 
 
 def inspect(
-    path_or_hub_id: str | Path, *, num_heads: int | None = None, revision: str | None = None, device: str = "cpu"
+    path_or_hub_id: str | Path,
+    *,
+    num_heads: int | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "own",
 ) -> Loaded:
     """`load`, with notes on what was inferred, and the folder its plans and table lie in."""
     text, path = str(path_or_hub_id), Path(path_or_hub_id)
@@ -94,7 +107,8 @@ def inspect(
     found = loaded.model.backbone.config().get("num_heads")
     if num_heads is not None and num_heads != found:
         raise InputError(f"--num-heads {num_heads}: {text} records {found}")
-    return replace(loaded, model=loaded.model.to(device))
+    device = chosen_device(device)
+    return replace(loaded, model=loaded.model.to(device, chosen_dtype(dtype, device)))
 
 
 def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:

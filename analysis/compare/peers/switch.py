@@ -84,7 +84,7 @@ class Switch(Peer):
 
     def __init__(self, model: DynamicDepth, small: DynamicDepth, settings: TwoModels) -> None:
         super().__init__(model, settings)
-        for name in ("in_channels", "out_channels", "image_size", "num_classes", "null_class"):
+        for name in ("sample_shape", "out_channels", "condition"):
             large, little = getattr(model.backbone, name), getattr(small.backbone, name)
             if large != little:
                 raise InputError(f"switch: the small model's {name} {little}, but the large model's is {large}")

@@ -4,10 +4,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from dyndit.analysis.compare.arms import Preparation
+from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings, Thresholds
 from dyndit.analysis.compare.run import Comparison
+from dyndit.analysis.compare.sources import Confidence
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.sets import PictureSet
@@ -20,24 +21,24 @@ from dyndit.training.distill import Distill
 def making(make_model, tmp_path_factory):
     experiment = Experiment(
         model="", data="digits", extractor="digits", distill=Distill(), solvers=("ddim",), dynamic_steps=(3,),
-        calibration=CalibrationSettings(70, 2, 70, pairs=((2, 2), (4, 4), (2, 0))), calibration_steps=3,
+        calibration=CalibrationSettings(70, 2, 70, choices=("2|2", "4|4", "2")), calibration_steps=3,
         budgets=(0.5, 0.8),
         confidence=ConfidenceSettings((0.0, 1e9), (1, 2, 4), num_pictures=30),
         num_blocks=1, num_images=70, batch_size=35,
     )  # fmt: skip
     real = PictureSet("digits", load_digits().uint8()[:300])
-    judges = (Measured(real, load_extractor("digits")),)
+    references = (Measured(real, load_extractor("digits")),)
     out = tmp_path_factory.mktemp("comparison")
-    return Preparation(experiment, make_model(), judges, out, Console(quiet=True))
+    return Context(experiment, make_model(), references, load_digits(), out, Console(quiet=True))
 
 
 def test_the_confidence_router_is_measured_beside_the_rest(making) -> None:
-    table = making.table()
-    arms = making.confidence()
+    table = making.table
+    arms = Confidence().arms(making)
     assert [arm.name for arm in arms] == ["confidence-ddim-3-e0", "confidence-ddim-3-e1e+09"]
     assert table.num_bands == 2
 
-    Comparison(making.experiment, making.model, making.judges, making.out, making.console).measure(arms)
+    Comparison(making.experiment, making.model, making.references, making.out, making.console).measure(arms)
     rows = pd.read_csv(making.out / "runs.csv").set_index("arm")
     shares = rows["share_of_blocks"]
     assert shares["confidence-ddim-3-e0"] == 1

@@ -12,8 +12,9 @@ from dyndit.models.base import Inputs
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits
-from dyndit.plans.plan import DepthPlan, own_exit
+from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
+from dyndit.plans.step import OwnExit, Step
 from dyndit.plugin.adapters import adapt
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
@@ -57,8 +58,8 @@ def test_flops_are_twice_as_many() -> None:
 def every_kind_of_step(model: DynamicDepth, cfg_scale: float) -> DepthPlan:
     """Shallow and deep, equal and unequal branches, either the deeper, one alone, one guided by an exit."""
     full = full_plan(model, "ddim", 6, cfg_scale)
-    pairs = [(1, 1), (2, 5), (5, 2), (6, own_exit(3)), (6, 3), (4, 0)]
-    return full.with_pairs(pairs if cfg_scale != 1 else [(c, 0) for c, _ in pairs])
+    steps = [Step.parse(text) for text in ("1|1", "2|5", "5|2", "6|e3", "6|3", "4")]
+    return full.with_steps(steps if cfg_scale != 1 else [Step(step.depth) for step in steps])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -75,9 +76,8 @@ def test_a_plan_costs_what_its_sampling_computes(make_model, head: str, cfg_scal
 
 
 def test_each_head_is_counted_as_what_it_is(make_model) -> None:
-    plain, shared, wide = (model_macs(make_model(head=head)).leave for head in ("adaln-linear", "shared", "wide"))
+    plain, wide = (model_macs(make_model(head=head)).leave for head in ("adaln-linear", "wide"))
     num_tokens, width = 4, 24
-    assert shared == plain  # its projection included
     more = {depth: wide[depth] - plain[depth] for depth in plain}
     mlps = {depth: 2 * num_tokens * width * ratio * width for depth, ratio in {1: 4, 2: 4, 3: 2, 4: 2}.items()}
     assert more == {depth: mlp + 2 * width * width for depth, mlp in mlps.items()} | {5: 0, 6: 0}
@@ -95,9 +95,9 @@ def test_a_model_that_does_other_than_its_plan_is_counted_by_sampling(make_model
             self.calls = getattr(self, "calls", 0) + 1
             return super().run(branches, depths, passing) if self.calls % 2 else [each.x for each in branches]
 
-    plan = plan.with_pairs([(cond, max(uncond, 0)) for cond, uncond in plan.pairs])
+    plan = plan.with_steps([Step(s.depth) if isinstance(s.guide, OwnExit) else s for s in plan.steps])
     lazy = EverySecondStep(model.backbone, model.exits)
-    kept = replace(plan, timesteps=plan.timesteps[::2], cond=plan.cond[::2], uncond=plan.uncond[::2])
+    kept = replace(plan, timesteps=plan.timesteps[::2], steps=plan.steps[::2])
     assert sampling_macs(lazy, plan) == model_macs(model).plan(kept)
 
 
@@ -141,7 +141,7 @@ def test_a_large_model_with_exits_is_counted_without_weights() -> None:
 
 def test_a_plan_for_other_exits_is_refused(make_model) -> None:
     model = make_model(layers=(2, 4))
-    plan = full_plan(model, "ddim", 2, 1.0).with_pairs([(3, 0), (6, 0)])
+    plan = full_plan(model, "ddim", 2, 1.0).with_steps([Step(3), Step(6)])
     with pytest.raises(InputError, match="depth 3"):
         plan_macs(model, plan)
 

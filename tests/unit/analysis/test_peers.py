@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.analysis.compare.arms import Arm, Preparation
+from dyndit.analysis.compare.arms import Arm
+from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer, PeerSettings, Workshop, grid, peers
 from dyndit.analysis.compare.peers.ase import FixedExits
@@ -22,8 +23,9 @@ from dyndit.analysis.compare.peers.random_plan import RandomPlan, shuffled
 from dyndit.analysis.compare.peers.stale import DeepReuse, Stale
 from dyndit.analysis.compare.peers.switch import Switch, TwoModels
 from dyndit.analysis.compare.run import Comparison, in_turn
+from dyndit.analysis.compare.sources import Peers
 from dyndit.errors import InputError
-from dyndit.models import DiTConfig
+from dyndit.models.dit import DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig
 from dyndit.plans.plan import DepthPlan
@@ -375,9 +377,9 @@ def test_bad_settings_are_one_line(model, make, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_arms_take_turns_and_drift_cancels() -> None:
-    arms = [Arm(name, "full", None) for name in "abcde"]
-    orders = [[arm.name for arm in in_turn(arms, block, batch)] for block in range(3) for batch in range(4)]
+def test_arms_take_turns_and_drift_cancels(model) -> None:
+    arms = [Arm("full", full_plan(model, "ddim", 3, 1.5), settings=name) for name in "abcde"]
+    orders = [[arm.settings for arm in in_turn(arms, block, batch)] for block in range(3) for batch in range(4)]
     assert all(sorted(order) == list("abcde") for order in orders)
     assert len({tuple(order) for order in orders}) > 8
     places = {name: sum(order.index(name) for order in orders) for name in "abcde"}
@@ -407,20 +409,18 @@ def comparison(model, tmp_path):
     from dyndit.analysis.metrics.sets import PictureSet
 
     real = PictureSet("digits", load_digits().uint8()[:300])
-    judges = tuple(Measured(real, load_extractor(name)) for name in ("digits", "digits-lenet"))
+    references = tuple(Measured(real, load_extractor(name)) for name in ("digits", "digits-lenet"))
     experiment = Experiment(
         model="", data="digits", extractor="digits", distill=Distill(fit=FIT), solvers=("ddim",), peer_steps=(3,),
         peers=(Stale(2, 2), FixedExits(), GuidanceInterval(0.5, 10.0), Pruned(1)),
         num_blocks=2, num_images=70, batch_size=30, metrics=("fd", "kid", "is", "prc"), witnesses=("digits-lenet",),
     )  # fmt: skip
-    return Comparison(experiment, model, judges, tmp_path, Console(quiet=True))
+    return Comparison(experiment, model, references, tmp_path, Console(quiet=True))
 
 
 def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, monkeypatch) -> None:
-    arms = [
-        Arm("full-ddim-3", "full", full_plan(model, "ddim", 3, 1.5)),
-        *Preparation(**vars(comparison)).peers(load_digits()),
-    ]
+    context = Context(**vars(comparison), data=load_digits())
+    arms = [Arm("full", full_plan(model, "ddim", 3, 1.5)), *Peers().arms(context)]
     assert [arm.family for arm in arms] == ["full", "stale", "ase", "interval", "pruned"]
     broken = Recorder(stop_after=15 + 7)  # within the second block
     monkeypatch.setattr("dyndit.analysis.compare.run.sample", broken)
@@ -437,7 +437,7 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
     both = pd.read_csv(path).set_index(["arm", "block"])
     assert both.groupby("extractor").size().to_dict() == {"digits": 10, "digits-lenet": 10}
     assert both[["fd", "kid", "is", "precision", "recall"]].notna().all(axis=None)
-    rows, witness = (both[both["extractor"] == judge.extractor.name] for judge in comparison.judges)
+    rows, witness = (both[both["extractor"] == judge.extractor.name] for judge in comparison.references)
     assert (rows["ms_per_picture"] == witness["ms_per_picture"]).all()  # the same pictures
     assert (rows["fd"] != witness["fd"]).all()
     stale = rows.loc[("stale-ddim-3-every2-depth2", 0)]

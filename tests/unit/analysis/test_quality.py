@@ -12,7 +12,8 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dyndit.analysis.metrics.extractors import load_extractor
-from dyndit.analysis.metrics.quality import METRICS, evaluate, reference_statistics
+from dyndit.analysis.metrics.metric import metrics_by_name
+from dyndit.analysis.metrics.quality import evaluate, reference_statistics
 from dyndit.analysis.metrics.sets import save_statistics
 from dyndit.analysis.report.runs import read_runs
 from dyndit.cli import main
@@ -41,7 +42,7 @@ def save(path: Path, pictures: Tensor) -> Path:
 def test_every_metric_at_once() -> None:
     extractor = load_extractor("digits")
     sets = {"train": real(500, 1200), "held_out": real(1200, 1797), "full": digits(400, 5)}
-    found = evaluate(digits(400, 0), real(0, 500), extractor, list(METRICS), **sets)
+    found = evaluate(digits(400, 0), real(0, 500), extractor, list(metrics_by_name()), **sets)
     assert found["metric"] == "FD-digits"
     assert (found["num_samples"], found["num_reference"], found["forced"]) == (400, 500, False)
     assert found["fd"] > found["fd_infinity"] > 1
@@ -193,7 +194,7 @@ def test_command_line(tmp_path: Path, capsys) -> None:
     sets = ["--held-out", str(held_out), "--full", str(full), "--cache", str(kept), "--save-reference", str(reference)]
     common = ["evaluate", str(samples), "--extractor", "digits", "--json"]
     train = save(tmp_path / "train", real(200, 700))
-    main([*common, "--reference", str(train), *sets, "--metrics", *METRICS])
+    main([*common, "--reference", str(train), *sets, "--metrics", *metrics_by_name()])
     text = capsys.readouterr().out
     figures = json.loads(text.splitlines()[-1])
     assert f"{'FD-digits':>22}  {figures['fd']:.5g}\n" in text

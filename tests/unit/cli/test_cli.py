@@ -17,7 +17,7 @@ from dyndit.plans.table import ShiftTable
 from support.autoencoders import make_autoencoder
 
 RECIPE = """
-from dyndit.models import DiTConfig
+from dyndit.models.dit import DiTConfig
 from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.models.exits import ExitConfig
 from dyndit.analysis.compare.experiment import Controls, Experiment, Variant
@@ -288,7 +288,7 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
 
 
 LATENT_RECIPE = """
-from dyndit.models import DiTConfig
+from dyndit.models.dit import DiTConfig
 from dyndit.models.exits import ExitConfig
 from dyndit.training.distill import Distill, Train
 from dyndit.training.fit import FitConfig
@@ -321,7 +321,7 @@ def test_latents_from_pictures_to_pictures(tmp_path: Path) -> None:
 
 
 DIGIT_LATENTS = """
-from dyndit.models import DiTConfig
+from dyndit.models.dit import DiTConfig
 from dyndit.models.exits import ExitConfig
 from dyndit.training.distill import Distill, Train
 from dyndit.training.fit import FitConfig

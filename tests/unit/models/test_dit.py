@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndit.errors import InputError
-from dyndit.models import FAMILIES
+from dyndit.models import families
 from dyndit.models.base import State
 from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
 from dyndit.models.identity import tensors_hash
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_recomputes_the_blocks(make_backbone, make_inputs
 
 
 def test_config_builds_the_same_architecture(make_backbone, make_inputs) -> None:
-    for name, family in FAMILIES.items():
+    for name, family in families().items():
         assert family.family == name
     backbone = make_backbone(frequency_shift=1, norm_eps=1e-5, mlp_ratio=2.0)
     twin = type(backbone).from_config(backbone.config())

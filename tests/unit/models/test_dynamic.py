@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dyndit.errors import InputError
-from dyndit.models import FAMILIES
+from dyndit.models import families
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
@@ -134,11 +134,11 @@ def test_hashes_bind_trunk_and_exits(make_model) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_contract(family: str, head: str, make_inputs) -> None:
     """What every family and every head must do; both are found by their registries."""
     assert family in TINY_CONFIGS, f"add a tiny config of {family} to TINY_CONFIGS"
-    backbone: Backbone = FAMILIES[family].from_config(TINY_CONFIGS[family]).eval()
+    backbone: Backbone = families()[family].from_config(TINY_CONFIGS[family]).eval()
     randomise(backbone, seed=0)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     x, t, y = make_inputs(backbone)
@@ -164,7 +164,7 @@ def test_contract(family: str, head: str, make_inputs) -> None:
         assert prediction.shape == expected.shape
         assert depth == backbone.num_blocks or not torch.allclose(prediction, by_hand_head(model, x, t, y, depth))
 
-    twin = FAMILIES[family].from_config(backbone.config()).eval()
+    twin = families()[family].from_config(backbone.config()).eval()
     twin.load_state_dict(before)
     assert torch.equal(twin(x, t, y), expected)
 

@@ -24,7 +24,7 @@ from dyndit.plans.schedules import guidance_interval, ramp
 from dyndit.plans.step import Step, Unconditional, steps
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.pipeline import DynDiTPipeline
-from dyndit.sampling.loop import full_plan, noise, state_shape
+from dyndit.sampling.loop import full_plan, noise
 from dyndit.sampling.sample import sample, unguided
 from dyndit.sampling.solvers import SOLVERS, make_scheduler
 from dyndit.stats import moments
@@ -207,7 +207,7 @@ def test_a_generator_per_picture(model, solver: str) -> None:
     assert not torch.allclose(shared[1:], together[1:], atol=0.1)
     used = generators(4)[0]
     draw(LABELS, used)
-    drawn = torch.randn(4, *state_shape(model), generator=(first := generators(4)[0]))
+    drawn = torch.randn(4, *model.backbone.sample_shape, generator=(first := generators(4)[0]))
     # A stochastic solver goes on drawing from the generator that is given, another leaves it after the start.
     assert torch.equal(used.get_state(), first.get_state()) == (solver == "ddim")
     if solver == "ddim":
@@ -216,7 +216,7 @@ def test_a_generator_per_picture(model, solver: str) -> None:
 
 
 def test_latents_take_the_place_of_noise(model, pipe) -> None:
-    latents = noise(3, range(len(LABELS)), state_shape(model))
+    latents = noise(3, range(len(LABELS)), model.backbone.sample_shape)
     given = pipe(LABELS, num_inference_steps=2, latents=latents.double(), output_type="latent").images
     assert torch.equal(given, pipe(LABELS, num_inference_steps=2, seed=3, output_type="latent").images)
 
@@ -254,7 +254,7 @@ def test_the_callback_sees_every_step(model, pipe) -> None:
 
 def test_the_callback_may_replace_the_latents(model, pipe) -> None:
     """Replaced after the first step: what comes out is the sampling continued from there."""
-    other = noise(9, range(len(LABELS)), state_shape(model))
+    other = noise(9, range(len(LABELS)), model.backbone.sample_shape)
 
     def replace_them(pipe, step: int, timestep: Tensor, tensors: dict) -> dict | None:
         assert tensors == {}
@@ -265,7 +265,7 @@ def test_the_callback_may_replace_the_latents(model, pipe) -> None:
     scheduler, y = make_scheduler("ddim", 2), torch.tensor(LABELS)
     with torch.no_grad():
         for k, t in enumerate(scheduler.timesteps):
-            x = noise(0, range(len(LABELS)), state_shape(model)) if k == 0 else other
+            x = noise(0, range(len(LABELS)), model.backbone.sample_shape) if k == 0 else other
             eps = model(x, torch.full_like(y, int(t)), y)[:, :3]
             bar = scheduler.alphas_cumprod[int(t)]
             x_0 = ((x - (1 - bar).sqrt() * eps) / bar.sqrt()).clamp(-1, 1)

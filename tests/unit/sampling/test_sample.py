@@ -14,7 +14,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
 from dyndit.plans.step import NoGuide, Step, Unconditional, steps
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, full_plan, noise, start, state_shape, to_uint8
+from dyndit.sampling.loop import Batch, advance, full_plan, noise, start, to_uint8
 from dyndit.sampling.sample import balanced_labels, sample, unguided
 from dyndit.sampling.solvers import (
     SCHEDULE,
@@ -375,7 +375,7 @@ def test_foreign_steps_are_the_textbooks(tiny_dynamic) -> None:
     ours = sample(model, LABELS, solver=scheduler, num_steps=5, cfg_scale=1.0, seed=2).latents
     scheduler.set_timesteps(5)
     assert not all(t.is_integer() for t in scheduler.timesteps.tolist())
-    y, x = torch.tensor(LABELS), noise(2, range(len(LABELS)), state_shape(model)) * scheduler.init_noise_sigma
+    y, x = torch.tensor(LABELS), noise(2, range(len(LABELS)), model.backbone.sample_shape) * scheduler.init_noise_sigma
     with torch.no_grad():
         for t in scheduler.timesteps:
             eps = model.backbone(scheduler.scale_model_input(x, t), t.repeat(len(y)), y)[:, :1]
@@ -470,7 +470,10 @@ def test_schedulers_that_do_not_fit_the_model_are_refused(make_model) -> None:
 
 def test_the_end_of_a_step_may_change_the_state(tiny_dynamic) -> None:
     batch = Batch(torch.tensor(LABELS), tuple(range(len(LABELS))), seed=0)
-    plan, other = full_plan(tiny_dynamic, "ddim", 3, 1.5), noise(8, range(len(LABELS)), state_shape(tiny_dynamic))
+    plan, other = (
+        full_plan(tiny_dynamic, "ddim", 3, 1.5),
+        noise(8, range(len(LABELS)), tiny_dynamic.backbone.sample_shape),
+    )
     seen = []
 
     def put(k: int, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
@@ -486,7 +489,7 @@ def test_the_end_of_a_step_may_change_the_state(tiny_dynamic) -> None:
 
 
 def test_a_batch_may_have_a_seed_per_picture_or_generators_of_its_own(tiny_dynamic) -> None:
-    y, shape = torch.tensor([1, 2, 3]), state_shape(tiny_dynamic)
+    y, shape = torch.tensor([1, 2, 3]), tiny_dynamic.backbone.sample_shape
     mixed = Batch(y, (4, 4, 5), (0, 1, 0)).noise(shape)
     assert torch.equal(mixed[0], noise(0, [4], shape)[0])
     assert torch.equal(mixed[1], noise(1, [4], shape)[0])

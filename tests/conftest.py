@@ -51,9 +51,9 @@ def make_inputs() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
     def make(backbone: Backbone, batch: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        shape = (batch, backbone.in_channels, backbone.image_size, backbone.image_size)
+        shape = (batch, *backbone.sample_shape)
         t = torch.randint(1000, (batch,), generator=generator)
-        y = torch.randint(backbone.num_classes, (batch,), generator=generator)
+        y = torch.randint(backbone.condition.num_classes, (batch,), generator=generator)
         return torch.randn(shape, generator=generator), t, y
 
     return make

@@ -18,9 +18,12 @@ from dyndit.analysis.compare.peers.confidence import (
     threshold,
 )
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.base import Inputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant, ramp
+from dyndit.plans.step import Step
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.sample import sample
@@ -104,13 +107,12 @@ def test_a_block_runs_the_rows_that_remain(mixed) -> None:
 
 def test_rows_keep_their_place_and_their_prediction(mixed, model) -> None:
     """Every row's prediction is that of the exit it left at, under its own label."""
-    from dyndit.models.dynamic import Step
-
     x = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     times, labels = torch.full((7,), 500), torch.tensor(LABELS)
-    null = torch.full_like(labels, model.backbone.null_class)
+    null = torch.full_like(labels, model.backbone.condition.null_label)
     with torch.no_grad():
-        step = Step(0, x, times, (labels, null), (6, 6), (500,))
+        branches = (Inputs(x, times, labels), Inputs(x, times, null))
+        step = StepInputs(0, branches, Work((6, 6)), (500,))
         (cond, uncond), (depths,) = mixed.predict(step, None)
         assert len(set(depths.tolist())) > 1
         for row, depth in enumerate(depths.tolist()):
@@ -121,7 +123,7 @@ def test_rows_keep_their_place_and_their_prediction(mixed, model) -> None:
 
 def test_planned_steps_run_as_planned(model) -> None:
     plan = ramp(full_plan(model, "ddim", STEPS, 1.5), model.depths, 1, 5)
-    unguided = replace(plan, cond=(6,) * STEPS, uncond=(0,) * STEPS)
+    unguided = plan.with_steps([Step(6)] * STEPS)
     runs = ConfidentDepth(model, everywhere(torch.inf))
     for wanted in (plan, unguided):
         assert torch.equal(draw(runs, wanted), draw(model, wanted))
@@ -131,7 +133,7 @@ def test_the_record_is_of_full_depth(model, signals) -> None:
     """Signals and errors of the first step, by hand from the batch's noise."""
     batch = Batch(torch.arange(30) % 10, tuple(range(30)), SETTINGS.seed)
     x = start(model, batch, "ddim", STEPS).x
-    times, null = torch.full((30,), 999), torch.full((30,), model.backbone.null_class)
+    times, null = torch.full((30,), 999), torch.full((30,), model.backbone.condition.null_label)
     with torch.no_grad():
         exits = {}
         for depth in (*DEPTHS, 6):

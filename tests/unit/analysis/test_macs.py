@@ -91,9 +91,9 @@ def test_a_model_that_does_other_than_its_plan_is_counted_by_sampling(make_model
     class EverySecondStep(DynamicDepth):
         """Runs the network at every second step alone, whatever the plan says."""
 
-        def run(self, branches, depths, passing=()):
+        def run(self, branches, depths, passing=(), **order):
             self.calls = getattr(self, "calls", 0) + 1
-            return super().run(branches, depths, passing) if self.calls % 2 else [each.x for each in branches]
+            return super().run(branches, depths, passing, **order) if self.calls % 2 else [each.x for each in branches]
 
     plan = plan.with_steps([Step(s.depth) if isinstance(s.guide, OwnExit) else s for s in plan.steps])
     lazy = EverySecondStep(model.backbone, model.exits)

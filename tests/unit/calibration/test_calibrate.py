@@ -192,9 +192,9 @@ def test_steps_are_chosen_and_confirmed_by_measurement(model, extractor, table) 
 
 
 def test_a_table_of_another_model_is_refused(make_model, table) -> None:
-    with pytest.raises(InputError, match="trunk"):
+    with pytest.raises(InputError, match="backbone"):
         plan_on_table(make_model(seed=5), table, budget=0.8, solver="ddim", num_steps=2)
-    with pytest.raises(InputError, match="trunk"):
+    with pytest.raises(InputError, match="backbone"):
         calibrate_steps(make_model(seed=5), LatencyBudget(0.5), table=table)
 
 

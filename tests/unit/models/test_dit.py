@@ -12,7 +12,7 @@ from dyndit.models import families
 from dyndit.models.base import State
 from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
 from dyndit.models.identity import tensors_hash
-from dyndit.models.layers import LabelEmbedder, position_features, timestep_features
+from dyndit.models.layers import position_features, timestep_features
 from support.reference_dit import positions
 
 PARAMETERS = {"S": 33, "B": 130, "L": 458, "XL": 675}  # millions, patch 2
@@ -87,7 +87,13 @@ def test_parameter_names_are_the_published_ones(make_backbone) -> None:
 
 @pytest.mark.parametrize(("side", "width"), [(1, 8), (3, 12), (4, 24)])
 def test_positions(side: int, width: int) -> None:
-    torch.testing.assert_close(position_features(side, width), positions(side, width).float())
+    torch.testing.assert_close(position_features(side, side, width), positions(side, width).float())
+
+
+def test_positions_of_a_rectangle_are_those_of_its_rows_and_columns() -> None:
+    square = position_features(5, 5, 8).view(5, 5, 8)
+    assert torch.equal(position_features(3, 5, 8).view(3, 5, 8), square[:3])
+    assert torch.equal(position_features(5, 2, 8).view(5, 2, 8), square[:, :2])
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -110,24 +116,12 @@ def test_timestep_features_are_the_bits_of_diffusers() -> None:
     assert not torch.equal(timestep_features(t, 256, 0), timestep_features(t, 256, 1))
 
 
-def test_labels_are_dropped_at_the_rate_and_from_the_generator() -> None:
-    embedder = LabelEmbedder(10, 8, dropout=0.3)
-    y = torch.arange(20_000) % 10
-    dropped = embedder.drop(y, torch.Generator().manual_seed(1))
-    lost = dropped == embedder.null_class
-    assert lost.float().mean() == pytest.approx(0.3, abs=0.015)  # 4.6 standard deviations
-    assert torch.equal(dropped[~lost], y[~lost])
-    assert torch.equal(dropped, embedder.drop(y, torch.Generator().manual_seed(1)))
-    assert not torch.equal(dropped, embedder.drop(y, torch.Generator().manual_seed(2)))
-    assert torch.equal(LabelEmbedder(10, 8, dropout=0.0).drop(y, torch.Generator()), y)
-
-
 def test_the_null_label_has_its_own_row(make_backbone, make_inputs) -> None:
     backbone = make_backbone()
-    assert len(backbone.y_embedder.embedding_table.weight) == backbone.num_classes + 1
+    assert len(backbone.y_embedder.embedding_table.weight) == backbone.condition.num_classes + 1
     x, t, y = make_inputs(backbone)
     with torch.no_grad():
-        null = backbone(x, t, torch.full_like(y, backbone.null_class))
+        null = backbone(x, t, torch.full_like(y, backbone.condition.null_label))
         assert not torch.allclose(null, backbone(x, t, y), atol=1e-3)
 
 

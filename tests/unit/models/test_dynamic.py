@@ -78,7 +78,7 @@ def test_a_depth_runs_that_many_blocks(model: DynamicDepth, make_inputs) -> None
 def test_branches_equal_separate_calls(make_model, make_inputs, depths: list[int]) -> None:
     model = make_model()
     x, t, y = make_inputs(model.backbone)
-    labels = [(y + branch) % (model.backbone.num_classes + 1) for branch in range(len(depths))]
+    labels = [(y + branch) % (model.backbone.condition.num_classes + 1) for branch in range(len(depths))]
     with torch.no_grad():
         together = model.branches(x, t, labels, depths)
         for found, mine, depth in zip(together, labels, depths, strict=True):
@@ -87,7 +87,7 @@ def test_branches_equal_separate_calls(make_model, make_inputs, depths: list[int
 
 def test_equal_branches_are_one_batch_bit_for_bit(model: DynamicDepth, make_inputs) -> None:
     x, t, y = make_inputs(model.backbone)
-    null = torch.full_like(y, model.backbone.null_class)
+    null = torch.full_like(y, model.backbone.condition.null_label)
     double = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
     for depth in model.depths:
         cond, uncond = model.branches(x, t, [y, null], [depth, depth])

@@ -260,7 +260,7 @@ def test_our_own_sampling_is_recorded(make_model, tmp_path: Path) -> None:
     assert sorted(inputs.t.unique().tolist()) == sorted(timesteps_of("ddim", 3))
     assert torch.equal(inputs.x[:2], noise(7, [0, 1], (1, 8, 8)))
     assert torch.equal(inputs.x[:2], inputs.x[2:4])
-    null = model.backbone.null_class
+    null = model.backbone.condition.null_label
     assert inputs.y.tolist() == [1, 4, null, null] * 3 + [4, null] * 3
     assert (calls.family, calls.trunk) == ("class_conditional", model.identity.backbone)
 

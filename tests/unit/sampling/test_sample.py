@@ -80,7 +80,7 @@ def test_full_plan_is_the_original_model(tiny_dynamic) -> None:
     ours = advance(model, batch, start(model, batch, "ddim", 4), plan, Guidance(1.5)).x
     x = noise(0, range(len(LABELS)), (1, 8, 8))
     scheduler = make_scheduler("ddim", 4)
-    null = torch.full_like(batch.labels, model.backbone.null_class)
+    null = torch.full_like(batch.labels, model.backbone.condition.null_label)
     with torch.inference_mode():
         for t in plan.timesteps:
             both = model.backbone(torch.cat([x, x]), torch.full((2 * len(x),), t), torch.cat([batch.labels, null]))[
@@ -172,9 +172,9 @@ def test_held_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic) -
     """By hand: with the prediction p and the last difference d, guidance at scale w gives p + (w - 1) d."""
     scale, plan = 2.5, full_plan(tiny_dynamic, "ddim", 4, 2.5)
     plan = plan.with_steps(steps("6|6", "6|held", "6", "6|held"))
-    batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.in_channels
+    batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.sample_shape[0]
     trajectory = start(tiny_dynamic, batch, "ddim", 4)
-    null = torch.full_like(batch.labels, tiny_dynamic.backbone.null_class)
+    null = torch.full_like(batch.labels, tiny_dynamic.backbone.condition.null_label)
     x, scheduler = trajectory.x, make_scheduler("ddim", 4)
     with torch.inference_mode():
         for k, (t, step) in enumerate(zip(plan.timesteps, plan.steps, strict=True)):
@@ -203,7 +203,7 @@ def test_an_own_guide_is_an_exit_of_the_same_pass(tiny_dynamic, monkeypatch) -> 
     """By hand: with the prediction p and that of the guide g, guidance at scale w gives g + w (p - g)."""
     scale, guides = 2.5, (2, 1, 3)
     plan = full_plan(tiny_dynamic, "ddim", 3, scale).with_steps(steps("6|e2", "4|e1", "6|e3"))
-    batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.in_channels
+    batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.sample_shape[0]
     trajectory = start(tiny_dynamic, batch, "ddim", 3)
     x, scheduler = trajectory.x, make_scheduler("ddim", 3)
     with torch.inference_mode():

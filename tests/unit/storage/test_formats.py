@@ -75,7 +75,7 @@ def bare(make_backbone) -> Callable[..., DynamicDepth]:
 
     def make(seed: int = 0, **changes: object) -> DynamicDepth:
         backbone = make_backbone(seed, **changes)
-        return DynamicDepth(backbone, pixel_space=backbone.in_channels in (1, 3)).eval()
+        return DynamicDepth(backbone, pixel_space=backbone.sample_shape[0] in (1, 3)).eval()
 
     return make
 
@@ -137,10 +137,10 @@ def test_a_trunk_without_null_class_keeps_its_last_class(bare, tmp_path: Path) -
     torch.save({"ema": weights, "args": args}, tmp_path / "theirs.pt")
     for name in ("ours.pt", "theirs.pt"):
         found = checkpoints.load(tmp_path / name, num_heads=2).backbone
-        assert (found.num_classes, found.null_class) == (10, None)
+        assert (found.condition.num_classes, found.condition.null_label) == (10, None)
     args.num_classes = 1000  # says nothing about a table of 10 rows: the last is the null label
     torch.save({"ema": weights, "args": args}, tmp_path / "theirs.pt")
-    assert checkpoints.load(tmp_path / "theirs.pt", num_heads=2).backbone.null_class == 9
+    assert checkpoints.load(tmp_path / "theirs.pt", num_heads=2).backbone.condition.null_label == 9
 
 
 def test_positions_rounded_to_half_precision_survive(bare, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_published_checkpoints_tell_their_architecture(
     found = loaded.model
     assert found.backbone.config() == backbone.config()
     assert same(found.backbone.state_dict(), backbone.state_dict())
-    assert found.pixel_space == (backbone.in_channels in (1, 3))
+    assert found.pixel_space == (backbone.sample_shape[0] in (1, 3))
     inputs = make_inputs(backbone)
     assert torch.equal(found(*inputs), backbone(*inputs))
     how = "of the card of this width" if changes["width"] == 96 else "64 wide"

@@ -225,7 +225,7 @@ def test_distillation_shows_the_exits_both_branches(trunk: DynamicDepth, tmp_pat
     labels: list[Tensor] = []
     trunk.backbone.y_embedder.register_forward_pre_hook(lambda _, inputs: labels.append(inputs[0]))
     replace(DISTILL, fit=replace(FIT, steps=20)).run(trunk, DIGITS, tmp_path)
-    null = (torch.cat(labels) == trunk.backbone.null_class).float().mean().item()
+    null = (torch.cat(labels) == trunk.backbone.condition.null_label).float().mean().item()
     assert len(torch.cat(labels)) == 20 * 32
     assert null == pytest.approx(DISTILL.null_share, abs=0.08)  # 4.4 standard deviations
 
@@ -302,7 +302,7 @@ class Before:
     def loss(self, module, x, y, generator):
         t = torch.randint(1000, (len(x),), generator=generator)
         eps = torch.randn(x.shape, generator=generator)
-        y = torch.where(torch.rand(len(y), generator=generator) < 0.3, self.dynamic.backbone.null_class, y)
+        y = torch.where(torch.rand(len(y), generator=generator) < 0.3, self.dynamic.backbone.condition.null_label, y)
         errors = torch.stack(list(exit_errors(self.dynamic, Schedule().add_noise(x, eps, t), t, y).values()))
         return (errors * errors.new_tensor([1.0, 0.1])).sum(dim=(0, 2)).mean(), {}
 

@@ -9,10 +9,10 @@ from dyndit.analysis.metrics.extractors import as_rgb, load_extractor
 from dyndit.analysis.metrics.fidelity import frechet_distance, moments
 from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bases, measure_moments, plan_on_table
 from dyndit.calibration.drawing import NativeDrawing
-from dyndit.calibration.measure import CalibrationSettings, default_pairs, measure_shifts, part_of
+from dyndit.calibration.measure import CalibrationSettings, default_choices, measure_shifts, part_of
 from dyndit.errors import InputError
-from dyndit.plans.plan import REUSED, guide_of
 from dyndit.plans.predictor import Predictor
+from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan
@@ -20,7 +20,7 @@ from dyndit.sampling.sample import balanced_labels, sample
 from dyndit.sampling.timing import measure_cost
 from dyndit.training.data import load_digits
 
-SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, pairs=((2, 2), (4, 2), (6, 0)))
+SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, choices=("2|2", "4|2", "6"))
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,14 @@ def table(model, extractor, reference):
     return measure_shifts(model, extractor, reference, num_steps=2, settings=SETTINGS)
 
 
-@pytest.mark.parametrize("pair", SETTINGS.pairs)
+@pytest.mark.parametrize("choice", SETTINGS.choices, ids=str)
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_single_replaced_step_is_predicted_as_it_is_measured(
-    model, extractor, reference, table, step: int, pair: tuple[int, int]
+    model, extractor, reference, table, step: int, choice: Step
 ) -> None:
     """Two steps: brute force over the very same seeds gives the table's prediction."""
     full = full_plan(model, "ddim", 2, 1.5)
-    pairs = list(full.pairs)
-    pairs[step] = pair
-    plan = full.with_pairs(pairs)
+    plan = full.with_steps([choice if k == step else kept for k, kept in enumerate(full.steps)])
     drawn = sample(
         model, balanced_labels(80, 10), plan=plan, num_steps=2, cfg_scale=1.5, seed=SETTINGS.seed, batch_size=32
     )
@@ -62,33 +60,10 @@ def test_a_single_replaced_step_is_predicted_as_it_is_measured(
     assert abs(measured - Predictor(table, full.timesteps).predict(full)) > 1e-3 * measured
 
 
-@pytest.fixture(scope="module")
-def joint_table(model, extractor, reference, table):
-    settings = replace(SETTINGS, num_bands=3, second_order=True)
-    return measure_shifts(model, extractor, reference, num_steps=3, settings=settings, cost=table.cost)
-
-
-@pytest.mark.parametrize("pair", SETTINGS.pairs)
-@pytest.mark.parametrize("steps", [(0,), (2,), (0, 1), (1, 2)])
-def test_neighbouring_steps_are_predicted_as_they_are_measured(
-    model, extractor, reference, joint_table, steps: tuple[int, ...], pair: tuple[int, int]
-) -> None:
-    """With terms of second order brute force gives the table's prediction for two steps at a pair too."""
-    full = full_plan(model, "ddim", 3, 1.5)
-    plan = full.with_pairs([pair if k in steps else p for k, p in enumerate(full.pairs)])
-    drawn = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed, batch_size=32)
-    measured, predictor = frechet_distance(drawn, reference), Predictor(joint_table, full.timesteps)
-    assert predictor.predict(plan) == pytest.approx(measured, rel=1e-5)
-    assert abs(measured - predictor.predict(full)) > 1e-3 * measured
-    if len(steps) > 1:
-        additive = Predictor(replace(joint_table, interactions=None), full.timesteps)
-        assert abs(measured - additive.predict(plan)) > 1e-3 * measured
-
-
 def test_bands_are_drawn_in_any_order(model) -> None:
-    drawing, pair = NativeDrawing(model, num_steps=4), (2, 2)
-    full, *there = drawing.replaced((0, 1), [[0, 1], [2, 3], [1, 2], [3]], [pair])
-    again, *back = drawing.replaced((0, 1), [[3], [1, 2], [2, 3], [0, 1]], [pair])
+    drawing, choice = NativeDrawing(model, num_steps=4), Step.parse("2|2")
+    full, *there = drawing.replaced((0, 1), [[0, 1], [2, 3], [1, 2], [3]], [choice])
+    again, *back = drawing.replaced((0, 1), [[3], [1, 2], [2, 3], [0, 1]], [choice])
     assert torch.equal(full, again)
     assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
     assert len({tuple(part.flatten().tolist()) for part in (full, *there)}) == 5
@@ -115,14 +90,14 @@ def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, 
     assert torch.allclose(again.second, table.second)
 
 
-FORECASTS = replace(SETTINGS, pairs=(*SETTINGS.pairs, (-2, 0), (-4, 0)), forecast_ages=2)
+FORECASTS = replace(SETTINGS, choices=(*SETTINGS.choices, "2+", "4+"), forecast_ages=2)
 
 
 @pytest.mark.parametrize(
     "part",
     [
-        replace(SETTINGS, pairs=SETTINGS.pairs[2:0:-1]),
-        replace(SETTINGS, pairs=(SETTINGS.pairs[1], (-4, 0)), forecast_ages=1),
+        replace(SETTINGS, choices=SETTINGS.choices[2:0:-1]),
+        replace(SETTINGS, choices=(SETTINGS.choices[1], "4+"), forecast_ages=1),
         FORECASTS,
     ],
 )
@@ -130,29 +105,28 @@ def test_a_part_of_a_table_is_what_would_be_measured(model, extractor, reference
     whole = measure_shifts(model, extractor, reference, num_steps=2, settings=FORECASTS)
     measured = measure_shifts(model, extractor, reference, num_steps=2, settings=part, cost=whole.cost)
     taken = part_of(whole, NativeDrawing(model, "ddim", 2, 1.5, seed=part.seed), part)
-    assert (taken.pairs, taken.ages, taken.edges) == (measured.pairs, measured.ages, measured.edges)
+    assert (taken.choices, taken.ages, taken.edges) == (measured.choices, measured.ages, measured.edges)
     assert torch.equal(taken.mean, measured.mean)
     assert torch.equal(taken.second, measured.second)
 
 
 @pytest.mark.parametrize(
-    ("choice", "drawn"),
+    ("changes", "drawn"),
     [
-        ({"pairs": ((2, 0),)}, {}),
+        ({"choices": ("2",)}, {}),
         ({"num_pictures": 90}, {}),
         ({"num_bands": 1}, {}),
-        ({"second_order": True}, {}),
-        ({"pairs": ((-2, 0),), "forecast_ages": 1}, {}),
+        ({"choices": ("2+",), "forecast_ages": 1}, {}),
         ({}, {"seed": 7}),
         ({}, {"num_steps": 3}),
         ({}, {"solver": "unipc"}),
         ({}, {"cfg_scale": 3.0}),
     ],
 )
-def test_no_part_of_a_table_is_another_measurement(model, table, choice: dict, drawn: dict) -> None:
+def test_no_part_of_a_table_is_another_measurement(model, table, changes: dict, drawn: dict) -> None:
     drawing = replace(NativeDrawing(model, "ddim", 2, 1.5), **drawn)
     assert part_of(table, NativeDrawing(model, "ddim", 2, 1.5), SETTINGS) is not None
-    assert part_of(table, drawing, replace(SETTINGS, **choice)) is None
+    assert part_of(table, drawing, replace(SETTINGS, **changes)) is None
 
 
 def test_sums_of_another_measurement_are_not_used(model, extractor, reference, table, tmp_path) -> None:
@@ -170,7 +144,7 @@ def test_calibrate_reports_predicted_and_measured(model, extractor, table) -> No
     assert plan.figures["predicted_share_of_time"] <= 0.8
     fresh = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed + 1)
     assert plan.figures["measured_fd"] == pytest.approx(frechet_distance(fresh, table.reference), rel=1e-3)
-    assert (plan.trunk, plan.exits) == (model.identity.backbone, model.identity.exits)
+    assert (plan.backbone, plan.exits) == (model.identity.backbone, model.identity.exits)
 
 
 def test_full_depth_is_measured_once_at_every_step_count(model, extractor, table, tmp_path) -> None:
@@ -195,7 +169,7 @@ def test_full_depth_is_measured_once_at_every_step_count(model, extractor, table
 def test_a_plan_is_searched_from_moments_that_the_table_holds(model, extractor, table) -> None:
     held = measure_bases(model, table, extractor, step_grid=(3,))
     plans = [calibrate(model, budget=0.8, num_steps=3, table=t, extractor=extractor) for t in (table, held)]
-    assert plans[0].pairs == plans[1].pairs
+    assert plans[0].steps == plans[1].steps
     assert plans[0].figures == plans[1].figures
 
 
@@ -204,7 +178,7 @@ def test_steps_are_chosen_and_confirmed_by_measurement(model, extractor, table) 
     goal = LatencyBudget(0.6, reference_steps=3)
     chosen = calibrate_steps(model, goal, table=held)
     plan = calibrate_steps(model, goal, table=held, extractor=extractor, rounds=6)
-    assert plan.pairs == chosen.pairs
+    assert plan.steps == chosen.steps
     assert plan.num_steps in (1, 2, 3)
     f = plan.figures
     fresh = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed + 1)
@@ -217,25 +191,25 @@ def test_steps_are_chosen_and_confirmed_by_measurement(model, extractor, table) 
 
 
 def test_a_table_of_another_model_is_refused(make_model, table) -> None:
-    with pytest.raises(InputError, match="trunk"):
+    with pytest.raises(InputError, match="backbone"):
         plan_on_table(make_model(seed=5), table, budget=0.8, solver="ddim", num_steps=2)
-    with pytest.raises(InputError, match="trunk"):
+    with pytest.raises(InputError, match="backbone"):
         calibrate_steps(make_model(seed=5), LatencyBudget(0.5), table=table)
 
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("depths", [(1, 2, 3, 4), tuple(range(1, 13)), (4, 8, 12, 16, 20, 24, 28)])
-def test_default_pairs_can_be_run_and_leave_the_full_pair_out(depths: tuple[int, ...], guided: bool) -> None:
-    pairs = default_pairs(depths, guided)
-    full = (depths[-1], depths[-1] if guided else 0)
-    assert full not in pairs
-    assert len(set(pairs)) == len(pairs)
-    assert all(c in depths and (u == 0 or u in depths) for c, u in pairs)
-    assert any(u not in (0, c) for c, u in pairs) == guided
-    more = default_pairs(depths, guided, reuse=True)
-    assert set(more) - set(pairs) == ({(c, REUSED) for c, _ in more} if guided else set())
-    own = set(default_pairs(depths, guided, own_guides=True)) - set(pairs)
-    assert all(guide_of(u) in depths and guide_of(u) < c for c, u in own)
+def test_default_choices_can_be_run_and_leave_the_full_step_out(depths: tuple[int, ...], guided: bool) -> None:
+    choices = default_choices(depths, guided)
+    assert Step.equal(depths[-1], guided) not in choices
+    assert len(set(choices)) == len(choices)
+    assert all(set(choice.exits) <= set(depths) for choice in choices)
+    assert {type(choice.guide) for choice in choices} == ({NoGuide, Unconditional} if guided else {NoGuide})
+    assert any(choice.guide not in (NoGuide(), Unconditional(choice.depth)) for choice in choices) == guided
+    more = default_choices(depths, guided, held=True)
+    assert set(more) - set(choices) == ({Step(choice.depth, Held()) for choice in more} if guided else set())
+    own = set(default_choices(depths, guided, own_guides=True)) - set(choices)
+    assert all(isinstance(choice.guide, OwnExit) and set(choice.exits) <= set(depths) for choice in own)
     assert bool(own) == guided
 
 
@@ -243,22 +217,22 @@ def test_cost_parts_are_positive_and_deeper_costs_more(model) -> None:
     cost = measure_cost(model, batch_size=4, rounds=3)
     full = full_plan(model, "ddim", 3, 1.5)
     assert cost.share_of_time(full) == pytest.approx(1)
-    seconds = [cost.step_seconds(d, d) for d in model.depths]
+    seconds = [cost.step_seconds(Step.equal(d, guided=True)) for d in model.depths]
     assert seconds[:-1] == sorted(seconds[:-1])
     assert all(s > 0 for s in seconds)
 
 
 def test_many_features_are_reduced_to_leading_components(model, extractor, monkeypatch) -> None:
     """As for Inception's 2,048: the table holds the directions, and says what it was measured with."""
-    from dyndit.calibration import calibrate as calibration
+    from dyndit.calibration import measure as measuring
 
-    monkeypatch.setattr(calibration, "MAX_FEATURES", 32)
-    monkeypatch.setattr(calibration, "NUM_COMPONENTS", 8)
+    monkeypatch.setattr(measuring, "MAX_FEATURES", 32)
+    monkeypatch.setattr(measuring, "NUM_COMPONENTS", 8)
     real = load_digits().uint8()[:300]
     settings = replace(SETTINGS, num_pictures=20, batch_size=20)
     plan = calibrate(model, budget=0.8, num_steps=2, extractor=extractor, reference=real, settings=settings)
     assert plan.figures["measured_fd"] > 0
-    reducing, reference = calibration.reduced(extractor, real)
+    reducing, reference = measuring.reduced(extractor, real)
     assert reference.mean.shape == (8,)
     assert reducing.fingerprint != extractor.fingerprint
     full = moments(extractor.features(as_rgb(real))).covariance

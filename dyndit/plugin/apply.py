@@ -183,6 +183,8 @@ class DynDiTHandle:
         timesteps, work, guided = self._asked(k, timestep)
         if guided is not None and (second or not self._call.records):
             self._check_guidance(inputs, guided, second)
+        if guided is not None:
+            self._check_goes_on(k, work, len(inputs))
         clock = Clock(inputs.x.device)
         began = clock.mark()
         if second:
@@ -300,6 +302,23 @@ class DynDiTHandle:
         if guided and self.adapter.guidance != "calls" and len(inputs) % 2:
             raise PlanError(
                 f"plan: made for guided sampling, but the call has {len(inputs)} rows; expected two branches"
+            )
+
+    def _check_goes_on(self, k: int, work: Work, rows: int) -> None:
+        """Refuse a step that does not go on from the steps before it.
+
+        Raises:
+            PlanError: the number of rows changed, or a step that reads the memory of earlier steps comes without them.
+        """
+        records = self._call.records
+        before = sum(there for _, there, _ in records[-1].branches) if records else rows
+        if rows != before:
+            raise PlanError(f"plan: called with {rows} rows at step {k}, {before} before; expected guidance to stay on")
+        missing = k - len({record.step for record in records} & set(range(k)))
+        if missing and (work.forecast or work.held):
+            raise PlanError(
+                f"plan: step {k} ({self._plan.steps[k]}) builds on the steps before it, of which this call left out "
+                f"{missing}; expected a call that runs the whole plan"
             )
 
 

@@ -19,6 +19,7 @@ from dyndit.models.base import Backbone, State
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
+from dyndit.plans.step import Step, Unconditional
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, Trajectory, advance, full_plan, picture_generator
 from dyndit.sampling.solvers import SCHEDULE, make_scheduler, timesteps_of
@@ -181,8 +182,8 @@ def test_every_depth_predicts_as_the_reference_cut_there(
         .max()
         for depth in exits.layers
     )
-    for projection in ("projection", *(f"heads.{depth}.final.linear" for depth in exits.layers)):
-        exits.load_state_dict(shrunk(exits.state_dict(), projection, largest.item()))
+    for depth in exits.layers:
+        exits.load_state_dict(shrunk(exits.state_dict(), f"heads.{depth}.final.linear", largest.item()))
     heads = {depth: own_weights(exits, depth) for depth in exits.layers}
     model = in_dtype(DynamicDepth(trunk, exits).eval(), dtype)
 
@@ -192,15 +193,14 @@ def test_every_depth_predicts_as_the_reference_cut_there(
         own = {"depth": depth, "exit_weights": cast(heads[depth], dtype)} if depth in heads else {}
         predictions.append(model(case.x.to(dtype), case.t, case.y, depth=depth))
         close(predictions[-1], case.reference(dtype, **own), TOLERANCES[dtype])
-        if own:  # the exit's own head and its own block tell: the trunk's final layer here is another prediction
+        if own:  # the exit's own head and its own hidden layer tell: the trunk's final layer here is another prediction
             far(predictions[-1], case.reference(dtype, depth=depth), 0.1)
     assert torch.pdist(torch.stack(predictions).flatten(1)).min() > 0.1
 
 
 def own_weights(exits: Exits, depth: int) -> Weights:
-    """A copy of an exit's weights, under one head's names: a projection that others share is its own here."""
-    shared = {f"final.linear.{name}": w.clone() for name, w in exits.projection.state_dict().items()}
-    return {name: w.clone() for name, w in exits.heads[str(depth)].state_dict().items()} | shared
+    """A copy of an exit's weights."""
+    return {name: w.clone() for name, w in exits.heads[str(depth)].state_dict().items()}
 
 
 # The native class against diffusers'.
@@ -479,7 +479,7 @@ def test_guided_steps_of_a_model(solver: str, num_steps: int, channels: int | No
     randomise(exits, seed=2)
     model = DynamicDepth(trunk, exits, pixel_space=False).eval()
     plan = full_plan(model, solver, num_steps, scale)
-    plan = plan.with_pairs([(3, uncond_depth)] * num_steps)
+    plan = plan.with_steps([Step(3, Unconditional(uncond_depth))] * num_steps)
     batch = Batch(torch.tensor([5, 0]), (0, 1), seed=11)
     null = torch.full_like(batch.labels, case.arch.num_classes)
     process = Process(plan.timesteps[::-1])

@@ -44,14 +44,14 @@ def table(model, extractor, reference):
     return measure_shifts(model, extractor, reference, num_steps=2, settings=SETTINGS)
 
 
-@pytest.mark.parametrize("choice", SETTINGS.choices)
+@pytest.mark.parametrize("choice", SETTINGS.choices, ids=str)
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_single_replaced_step_is_predicted_as_it_is_measured(
     model, extractor, reference, table, step: int, choice: Step
 ) -> None:
     """Two steps: brute force over the very same seeds gives the table's prediction."""
     full = full_plan(model, "ddim", 2, 1.5)
-    plan = full.with_steps([choice if k == step else s for k, s in enumerate(full.steps)])
+    plan = full.with_steps([choice if k == step else kept for k, kept in enumerate(full.steps)])
     drawn = sample(
         model, balanced_labels(80, 10), plan=plan, num_steps=2, cfg_scale=1.5, seed=SETTINGS.seed, batch_size=32
     )
@@ -112,7 +112,7 @@ def test_a_part_of_a_table_is_what_would_be_measured(model, extractor, reference
 
 
 @pytest.mark.parametrize(
-    ("choice", "drawn"),
+    ("changes", "drawn"),
     [
         ({"choices": ("2",)}, {}),
         ({"num_pictures": 90}, {}),
@@ -124,10 +124,10 @@ def test_a_part_of_a_table_is_what_would_be_measured(model, extractor, reference
         ({}, {"cfg_scale": 3.0}),
     ],
 )
-def test_no_part_of_a_table_is_another_measurement(model, table, choice: dict, drawn: dict) -> None:
+def test_no_part_of_a_table_is_another_measurement(model, table, changes: dict, drawn: dict) -> None:
     drawing = replace(NativeDrawing(model, "ddim", 2, 1.5), **drawn)
     assert part_of(table, NativeDrawing(model, "ddim", 2, 1.5), SETTINGS) is not None
-    assert part_of(table, drawing, replace(SETTINGS, **choice)) is None
+    assert part_of(table, drawing, replace(SETTINGS, **changes)) is None
 
 
 def test_sums_of_another_measurement_are_not_used(model, extractor, reference, table, tmp_path) -> None:
@@ -200,11 +200,12 @@ def test_a_table_of_another_model_is_refused(make_model, table) -> None:
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("depths", [(1, 2, 3, 4), tuple(range(1, 13)), (4, 8, 12, 16, 20, 24, 28)])
-def test_default_choices_can_be_run_and_leave_full_depth_out(depths: tuple[int, ...], guided: bool) -> None:
+def test_default_choices_can_be_run_and_leave_the_full_step_out(depths: tuple[int, ...], guided: bool) -> None:
     choices = default_choices(depths, guided)
     assert Step.equal(depths[-1], guided) not in choices
     assert len(set(choices)) == len(choices)
     assert all(set(choice.exits) <= set(depths) for choice in choices)
+    assert {type(choice.guide) for choice in choices} == ({NoGuide, Unconditional} if guided else {NoGuide})
     assert any(choice.guide not in (NoGuide(), Unconditional(choice.depth)) for choice in choices) == guided
     more = default_choices(depths, guided, held=True)
     assert set(more) - set(choices) == ({Step(choice.depth, Held()) for choice in more} if guided else set())
@@ -217,22 +218,22 @@ def test_cost_parts_are_positive_and_deeper_costs_more(model) -> None:
     cost = measure_cost(model, batch_size=4, rounds=3)
     full = full_plan(model, "ddim", 3, 1.5)
     assert cost.share_of_time(full) == pytest.approx(1)
-    seconds = [cost.step_seconds(Step(d, Unconditional(d))) for d in model.depths]
+    seconds = [cost.step_seconds(Step.equal(d, guided=True)) for d in model.depths]
     assert seconds[:-1] == sorted(seconds[:-1])
     assert all(s > 0 for s in seconds)
 
 
 def test_many_features_are_reduced_to_leading_components(model, extractor, monkeypatch) -> None:
     """As for Inception's 2,048: the table holds the directions, and says what it was measured with."""
-    from dyndit.calibration import measure as calibration
+    from dyndit.calibration import measure as measuring
 
-    monkeypatch.setattr(calibration, "MAX_FEATURES", 32)
-    monkeypatch.setattr(calibration, "NUM_COMPONENTS", 8)
+    monkeypatch.setattr(measuring, "MAX_FEATURES", 32)
+    monkeypatch.setattr(measuring, "NUM_COMPONENTS", 8)
     real = load_digits().uint8()[:300]
     settings = replace(SETTINGS, num_pictures=20, batch_size=20)
     plan = calibrate(model, budget=0.8, num_steps=2, extractor=extractor, reference=real, settings=settings)
     assert plan.figures["measured_fd"] > 0
-    reducing, reference = calibration.reduced(extractor, real)
+    reducing, reference = measuring.reduced(extractor, real)
     assert reference.mean.shape == (8,)
     assert reducing.fingerprint != extractor.fingerprint
     full = moments(extractor.features(as_rgb(real))).covariance

@@ -350,6 +350,18 @@ def test_a_table_of_other_exits_is_refused(tiny, reference, tmp_path: Path) -> N
         calibrate_pipeline(tiny.pipe, handle, call_of(tiny, 1.0), budget=0.9, out=tmp_path)
 
 
+def test_a_table_in_the_folder_serves_half_precision_too(tiny, reference, tmp_path: Path) -> None:
+    handle = apply_dyndit(tiny.pipe, random_exits(tiny))
+    settings = CalibrationSettings(NUM_PICTURES, num_bands=1, batch_size=12, choices=("2",))
+    drawing = PipelineDrawing(tiny.pipe, handle, call_of(tiny, 1.0))
+    measure_table(drawing, EXTRACTOR, reference, settings=settings, cost=COST).save(tmp_path / checkpoints.TABLE)
+    tiny.pipe.to(torch.bfloat16)
+    plans = [calibrate_pipeline(tiny.pipe, handle, call_of(tiny, 1.0), budget=0.9, out=tmp_path) for _ in range(2)]
+    assert plans[0] == plans[1], "the second finds the exits in half precision"
+    handle.plan = plans[0]
+    assert handle.plan.share_of_blocks < 1
+
+
 def test_the_whole_way_in_place(tiny, reference, tmp_path: Path) -> None:
     """Record, distil, plug in, calibrate, run: every public name, on a pipeline that knows nothing of it."""
     call = call_of(tiny, 4.0)

@@ -22,7 +22,7 @@ from dyndit.analysis.report.card import card_extras
 from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.plans.step import steps
 from dyndit.plugin.adapters import adapt
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
@@ -30,6 +30,7 @@ from dyndit.storage import load as checkpoints
 from dyndit.storage.convert import convert
 from dyndit.storage.diffusers_folder import FREQUENCY_SHIFT, WEIGHTS, from_diffusers, to_diffusers
 from dyndit.storage.names import frequency_shift_of
+from dyndit.storage.pretrained import DynamicDepth
 from support.files import Canary, refused, same
 from support.models import TINY, randomise
 from support.tables import random_table
@@ -45,11 +46,7 @@ CONFIGS = [
 def same_model(a: DynamicDepth, b: DynamicDepth) -> bool:
     """Tensors, whatever no tensor shows, exits and the kind of picture."""
     alike = same(a.state_dict(), b.state_dict()) and a.backbone.config() == b.backbone.config()
-    return alike and (a.identity.backbone, a.identity.exits, a.pixel_space) == (
-        b.identity.backbone,
-        b.identity.exits,
-        b.pixel_space,
-    )
+    return alike and (a.identity, a.pixel_space) == (b.identity, b.pixel_space)
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -556,7 +553,7 @@ def edited_pickle(folder: Path) -> None:
 
 def other_plans(folder: Path) -> None:
     plan = dyndit.DepthPlan.full((999, 500), 6, "ddim")
-    replace(plan, trunk="0123456789abcdef").save(folder / "plan-other.json")
+    replace(plan, backbone="0123456789abcdef").save(folder / "plan-other.json")
 
 
 def broken_plan(folder: Path) -> None:
@@ -599,7 +596,7 @@ BAD = [
     (list_in_bin, ".bin"),
     (empty_bin, ".bin"),
     (edited_pickle, "num_layers is 8"),
-    (other_plans, "plan-other.json: plan of trunk"),
+    (other_plans, "plan-other.json: made for backbone"),
     (broken_plan, "plan-broken.json"),
 ]
 
@@ -639,7 +636,7 @@ def test_an_edited_config_beside_our_own_weights(changes: dict, ours: Path, tmp_
 def test_exits_of_another_trunk_in_a_foreign_folder(theirs: Path, make_model, tmp_path: Path) -> None:
     checkpoints.save(make_model(seed=7), tmp_path / "other")
     shutil.copyfile(tmp_path / "other" / checkpoints.EXITS, theirs / checkpoints.EXITS)
-    assert "exits of trunk" in refused(theirs)
+    assert "exits of backbone" in refused(theirs)
 
 
 @pytest.mark.parametrize("where", ["bin", "shard", "pt"])
@@ -830,13 +827,13 @@ def furnished(make_model, tmp_path: Path) -> Path:
     """A native folder of 4 blocks with a calibrated plan, a fixed schedule and a shift table."""
     model, folder = make_model(num_blocks=4), tmp_path / "furnished"
     checkpoints.save(model, folder)
-    bound = {"trunk": model.identity.backbone, "exits": model.identity.exits}
+    bound = {"backbone": model.identity.backbone, "exits": model.identity.exits}
     replace(random_table(2, 4, seed=0), **bound).save(folder / checkpoints.TABLE)
     full = dyndit.DepthPlan.full((999, 500), 4, "ddim", cfg_scale=1.5)
     figures = {"predicted_fd": 1.375, "measured_fd": 1.25, "measured_fd_full": 2.125, "predicted_share_of_time": 0.59}
-    plan = full.with_pairs([(2, 0), (4, 1)], router="searched", budget=0.6, figures=figures, **bound)
+    plan = full.with_steps(steps("2", "4|1"), router="searched", budget=0.6, figures=figures, **bound)
     plan.save(folder / "plan-ddim-2-b0.6.json")
-    full.with_pairs([(1, 1), (4, 4)], router="ramp").save(folder / "plan-ramp.json")
+    full.with_steps(steps("1|1", "4|4"), router="ramp").save(folder / "plan-ramp.json")
     return folder
 
 

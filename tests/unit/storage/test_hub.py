@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 import dyndit
 from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub
 from dyndit.storage import load as checkpoints
+from dyndit.storage.pretrained import DynamicDepth
 from support.files import refused, same
 
 MAIN, OLD = "a" * 40, "b" * 40
@@ -62,9 +62,7 @@ def test_a_revision_is_what_is_loaded(revision: str, repository: None, model: Dy
     assert same(by_name.model.state_dict(), by_flag.model.state_dict())
     assert not same(by_name.model.state_dict(), model.state_dict())
     assert by_name.notes == by_flag.notes[:0] if revision == OLD else OLD in by_name.notes[0]
-    assert (
-        DynamicDepth.from_pretrained("org/name", revision=revision).identity.backbone == by_name.model.identity.backbone
-    )
+    assert DynamicDepth.from_pretrained("org/name", revision=revision).identity == by_name.model.identity
 
 
 def test_pipelines_and_foreign_folders_on_the_hub(cache: Path, model: DynamicDepth) -> None:
@@ -250,10 +248,10 @@ def test_plans_go_along_and_other_files_do_not(api: Hub, model: DynamicDepth, ma
     plan = dyndit.DepthPlan.load(folder / "plan-full.json")
     from dataclasses import replace
 
-    replace(plan, trunk=make_model(seed=3).identity.backbone).save(folder / "plan-full.json")
+    replace(plan, backbone=make_model(seed=3).identity.backbone).save(folder / "plan-full.json")
     api.files.clear()
     for push in (lambda: model.push_to_hub("org/name", folder=folder), lambda: checkpoints.push(folder, "org/name")):
-        with pytest.raises(CheckpointError, match=r"plan-full.json: .*trunk"):
+        with pytest.raises(CheckpointError, match=r"plan-full.json: made for backbone"):
             push()
     assert not api.files
 

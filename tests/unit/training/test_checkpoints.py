@@ -17,6 +17,8 @@ import dyndit
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS
+from dyndit.models.identity import same as same_identity
+from dyndit.plans.plan import bind
 from dyndit.storage import load as checkpoints
 from dyndit.storage.load import CONFIG, EXITS, TRUNK
 from support.files import Canary, refused, same
@@ -59,10 +61,9 @@ def test_a_trunk_in_half_precision_keeps_its_hash(model: DynamicDepth, make_inpu
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     once = dyndit.load(tmp_path / "half")
     assert {p.dtype for p in once.parameters()} == {torch.float32}
-    assert once.identity.backbone == json.loads((tmp_path / "half" / CONFIG).read_text())["trunk"]
-    assert (
-        once.identity.backbone != model.identity.backbone
-    )  # rounding changed the weights, and the exits are bound to these
+    assert once.backbone.checksum() == json.loads((tmp_path / "half" / CONFIG).read_text())["trunk"]
+    assert once.backbone.checksum() != model.backbone.checksum()  # rounding changed the weights
+    assert same_identity(once.identity.backbone, model.identity.backbone)  # but it is the same model
     assert same(once.exits.state_dict(), model.exits.state_dict())
     inputs = make_inputs(model.backbone)
     torch.testing.assert_close(once(*inputs), model(*inputs), atol=0.05, rtol=0)
@@ -70,7 +71,25 @@ def test_a_trunk_in_half_precision_keeps_its_hash(model: DynamicDepth, make_inpu
         checkpoints.save(once, tmp_path / f"again-{half}", half=half)
         again = dyndit.load(tmp_path / f"again-{half}")
         assert same(again.state_dict(), once.state_dict())
-        assert again.identity.backbone == once.identity.backbone
+        assert again.identity == once.identity
+        assert again.backbone.checksum() == once.backbone.checksum()
+
+
+def test_what_is_made_for_a_model_fits_it_in_half_precision(model: DynamicDepth, tmp_path: Path) -> None:
+    """And the other way: exits, plans and tables move between the two folders."""
+    for name, half in (("whole", False), ("half", True)):
+        checkpoints.save(model, tmp_path / name, half=half)
+        found = dyndit.load(tmp_path / name)
+        plan = dyndit.DepthPlan.full((999, 500), 6, "ddim", cfg_scale=1.5)
+        replace(plan, backbone=found.identity.backbone, exits=found.identity.exits).save(
+            tmp_path / name / f"plan-{name}.json"
+        )
+    for source, target in (("whole", "half"), ("half", "whole")):
+        for file in (EXITS, f"plan-{source}.json"):
+            (tmp_path / target / file).write_bytes((tmp_path / source / file).read_bytes())
+        found = dyndit.load(tmp_path / target)
+        for name in ("whole", "half"):
+            bind(dyndit.DepthPlan.load(tmp_path / target / f"plan-{name}.json"), found)
 
 
 # The published format.
@@ -334,10 +353,12 @@ def test_exits_of_another_trunk(folder: Path, make_model, tmp_path: Path) -> Non
 def test_plans_of_another_trunk(folder: Path, model: DynamicDepth) -> None:
     plan = dyndit.DepthPlan.full((999, 500), 6, "ddim")
     plan.save(folder / "plan-anyone.json")
-    replace(plan, trunk=model.identity.backbone).save(folder / "plan-mine.json")
+    replace(plan, backbone=model.identity.backbone).save(folder / "plan-mine.json")
+    replace(plan, backbone=f"v1:{model.backbone.checksum()}").save(folder / "plan-of-version-1.json")
     dyndit.load(folder)
-    replace(plan, trunk="0123456789abcdef").save(folder / "plan-other.json")
-    assert "plan-other.json: plan of trunk 0123456789abcdef" in refused(folder)
+    for other in ("0123456789abcdef", "v1:0123456789abcdef"):
+        replace(plan, backbone=other).save(folder / "plan-other.json")
+        assert f"plan-other.json: made for backbone {other}, but the model's is" in refused(folder)
     (folder / "plan-other.json").write_text("{")
     assert "plan-other.json" in refused(folder)
 

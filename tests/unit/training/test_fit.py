@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.training import fit as training
+from dyndit.training import checkpoints
 from dyndit.training.config import FitConfig
 from dyndit.training.data import PictureFolder, load_digits
 from dyndit.training.fit import FitResult, fit
@@ -201,8 +201,8 @@ def test_the_oldest_checkpoint_goes_only_after_the_new_one_is_whole(
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    save_file = training.save_file
-    monkeypatch.setattr(training, "save_file", full_disk)
+    save_file = checkpoints.save_file
+    monkeypatch.setattr(checkpoints, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         run(tmp_path, replace(CONFIG, keep_checkpoints=1))
     assert "step-000008" in steps_of(tmp_path)

@@ -199,8 +199,8 @@ def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, trunk: Dy
 
 
 def test_distillation_depends_on_its_seed_alone(trunk: DynamicDepth, tmp_path: Path) -> None:
-    """Also what a light block starts with."""
-    recipe = Distill(ExitConfig((2,), "block"), replace(FIT, steps=2))
+    """Also what a hidden layer starts with."""
+    recipe = Distill(ExitConfig((2,), "wide"), replace(FIT, steps=2))
     runs = []
     for name in "ab":
         torch.rand(7)  # moves the global generator

@@ -1,8 +1,18 @@
 """Pictures for the eye."""
 
+from pathlib import Path
+
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dyndit.files import written_whole
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture whole."""
+    with written_whole(path) as draft:
+        picture.save(draft, "PNG")
 
 
 def grid(pictures: Tensor, columns: int = 10, pad: int = 2, least: int = 320) -> Image.Image:

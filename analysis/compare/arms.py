@@ -22,6 +22,7 @@ from dyndit.calibration.calibrate import measure_bases, measure_moments
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import measure_shifts, part_of
 from dyndit.errors import CheckpointError
+from dyndit.files import write_text
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
@@ -84,7 +85,7 @@ def model_with_exits(
     if trunk.exits is None:
         console.print("distilling exits")
         model, _ = experiment.distill.run(trunk, data, out / "distillation")
-    exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
+    write_text(out / "exit-errors.csv", exit_error_table(model, data).to_csv(index=False))
     checkpoints.save(model, folder)
     return model
 
@@ -274,7 +275,7 @@ class Preparation:
                 decided.append(decisions.frame().assign(arm=name))
                 plan = replace(plan, router="confidence")
                 arms.append(Arm(name, "confidence", plan, model=model, decided=decisions))
-        pd.concat(decided).to_csv(self.out / "confidence.csv", index=False)
+        write_text(self.out / "confidence.csv", pd.concat(decided).to_csv(index=False))
         return arms
 
     def priced(self, arm: Arm, table: ShiftTable) -> Arm:

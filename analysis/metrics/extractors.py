@@ -23,7 +23,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from dyndit.errors import CheckpointError, InputError
+from dyndit.errors import CheckpointError, InputError, first_line
 
 PACKAGED_WEIGHTS = {
     "digits": "digits-classifier.safetensors",
@@ -281,11 +281,6 @@ def check_size(name: str, pictures: Tensor, size: int) -> None:
     if pictures.shape[-2:] != (size, size):
         height, width = pictures.shape[-2:]
         raise InputError(f"extractor {name}: pictures are {height}x{width}, expected {size}x{size}")
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's first line, for messages of one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def as_rgb(pictures: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from dyndit.analysis.metrics.intervals import paired_interval
+from dyndit.files import written_whole
 from dyndit.plans.plan import REUSED, guide_of, written, written_cond
 
 INK, FAINT = "#222222", "#bbbbbb"
@@ -57,11 +58,9 @@ SWEEPS = {
 
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
-    path = Path(path)
-    partial, is_svg = path.with_name(f".{path.stem}.partial{path.suffix}"), path.suffix == ".svg"
-    with matplotlib.rc_context({"svg.hashsalt": "dyndit"}):  # the same figure is the same file
-        figure.savefig(partial, dpi=150, facecolor="white", **({"metadata": {"Date": None}} if is_svg else {}))
-    partial.replace(path)
+    dated = {"metadata": {"Date": None}} if Path(path).suffix == ".svg" else {}  # the same figure is the same file
+    with written_whole(path) as draft, matplotlib.rc_context({"svg.hashsalt": "dyndit"}):
+        figure.savefig(draft, dpi=150, facecolor="white", **dated)
 
 
 def _panels(num: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, list[Axes]]:

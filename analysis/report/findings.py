@@ -1,6 +1,5 @@
 """What a report says in words: a sentence per finding, each from the tables' own frames."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pandas as pd
 from dyndit.analysis.report.budgets import winners
 from dyndit.analysis.report.frontier import against_controls, against_unguided
 from dyndit.analysis.report.tables import percent
+from dyndit.files import read_json
 
 
 def findings_of(frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float) -> list[str]:
@@ -153,7 +153,7 @@ def read_plan(folder: Path, name: str) -> dict[str, object] | None:
     """Return a plan file of a run, from its folder or the `plans` in it; None where it is not there."""
     for path in (folder / name, folder / "plans" / name):
         if name and path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
     return None
 
 

@@ -38,7 +38,7 @@ def train(
     """
     from accelerate import PartialState
 
-    from dyndit import manifest
+    from dyndit import files, manifest
     from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
     from dyndit.training.train import Train
@@ -62,7 +62,7 @@ def train(
         return
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.trunk_hash()}
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
     print(
@@ -99,7 +99,7 @@ def distill(
     """
     from accelerate import PartialState
 
-    from dyndit import manifest
+    from dyndit import files, manifest
     from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
     from dyndit.training.distill import Distill
@@ -123,9 +123,9 @@ def distill(
         return
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
-    errors.to_csv(out / "exit-errors.csv", index=False)
+    files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
     facts = {"fit": vars(fit), "seconds": result.seconds, "exits": dynamic.exits_hash(), "trunk": dynamic.trunk_hash()}
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if dynamic.trunk_hash() != loaded.model.trunk_hash():
         moved = result.losses["full"].iloc[-20:].mean()
         print(f"trunk: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
@@ -178,15 +178,12 @@ def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
     """A sample grid on the way: DDIM, 20 steps, every class."""
-    from dyndit.pictures import grid
+    from dyndit.pictures import grid, write_png
     from dyndit.sampling.sample import balanced_labels
     from dyndit.sampling.sample import sample as draw
 
     if model.pixel_space:
         labels = balanced_labels(40, model.backbone.num_classes)
-        folder = out / "previews"
-        folder.mkdir(exist_ok=True)
         scale = 1.5 if model.backbone.null_class is not None else 1.0
-        grid(draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures).save(
-            folder / f"step-{step:06d}.png"
-        )
+        pictures = draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures
+        write_png(out / "previews" / f"step-{step:06d}.png", grid(pictures))

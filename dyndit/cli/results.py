@@ -155,6 +155,7 @@ def bench(
     """
     import torch
 
+    from dyndit import files
     from dyndit.analysis.compare import bench as benchmark
     from dyndit.analysis.metrics.latency import Repeats
     from dyndit.manifest import check_device
@@ -190,8 +191,7 @@ def bench(
     times = benchmark.measure(dynamic, plans, settings, name=name)
     print("\n".join(benchmark.lines(times, until)))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        times.to_csv(out, index=False)
+        files.write_text(out, times.to_csv(index=False))
     if json_:
         table = benchmark.verdict(times)
         rows = table.drop(columns=["ratio", "width"])

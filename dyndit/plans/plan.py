@@ -1,13 +1,13 @@
 """DepthPlan: for each sampling step and guidance branch, what to run. Plain data."""
 
 import itertools
-import json
 import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+from dyndit import files
 from dyndit.errors import PlanError
 
 FORMAT = "dyndit-plan"
@@ -226,11 +226,7 @@ class DepthPlan:
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
-        path, temporary = Path(path), Path(f"{path}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-        temporary.write_text(text + "\n")
-        temporary.replace(path)
+        files.write_json(Path(path), {"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -239,13 +235,8 @@ class DepthPlan:
         Raises:
             PlanError: the file is missing, no JSON, or no plan of this version.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise PlanError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise PlanError(f"{path}: not JSON ({error})") from error
-        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+        data = files.read_json(Path(path), PlanError)
+        if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise PlanError(f"{path}: expected a {FORMAT} file of version {VERSION}")
         try:
             return cls(**{k: v for k, v in data.items() if k not in ("format", "version")})

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dyndit.errors import InputError
+from dyndit.files import write_text
 from dyndit.models import tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
@@ -54,9 +55,7 @@ def write(model: DynamicDepth, folder: Path, *, license: str | None = None) -> N
         few = dict(list(plans.items())[:_MOST_PLANS])
         titles = {name.removeprefix("plan-").removesuffix(".json"): asdict(plan) for name, plan in few.items()}
         save(plan_figure(titles), folder / PICTURE)
-    partial = folder / f"{CARD}.tmp"
-    partial.write_text(card(model, folder, plans, license), encoding="utf-8")
-    partial.replace(folder / CARD)
+    write_text(folder / CARD, card(model, folder, plans, license))
 
 
 def card(model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None) -> str:

@@ -7,21 +7,13 @@ from pathlib import Path
 
 import torch
 
-from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.manifest import write_json
+from dyndit.errors import CheckpointError, InputError, PlanError, first_line
+from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
 from dyndit.models import FAMILIES, Backbone, tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan
-from dyndit.storage.reading import (
-    Loaded,
-    built,
-    first_line,
-    load_strictly,
-    read_json,
-    read_safetensors,
-    write_safetensors,
-)
+from dyndit.storage.reading import Loaded, built, load_strictly
 
 MODEL_FORMAT, EXITS_FORMAT, VERSION = "dyndit-model", "dyndit-exits", 1
 CONFIG, TRUNK, EXITS = "config.json", "model.safetensors", "exits.safetensors"
@@ -50,7 +42,7 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         "trunk": trunk_hash,
         "backbone": model.backbone.config(),
     }
-    write_safetensors(trunk, folder / TRUNK, {"format": MODEL_FORMAT, "config": json.dumps(config)})
+    write_safetensors(folder / TRUNK, trunk, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
         write_exits(model.exits, folder / EXITS, trunk_hash)
@@ -102,7 +94,7 @@ def write_exits(exits: Exits, path: Path, trunk_hash: str) -> None:
         "exits": tensors_hash(tensors),
         "config": json.dumps(exits.describe()),
     }
-    write_safetensors(tensors, path, metadata)
+    write_safetensors(path, tensors, metadata)
 
 
 def read_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True, trunk: str | None = None) -> Exits:

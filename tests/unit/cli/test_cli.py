@@ -21,7 +21,8 @@ from dyndit.models import DiTConfig
 from dyndit.calibration.calibrate import CalibrationSettings
 from dyndit.models.exits import ExitConfig
 from dyndit.analysis.compare.experiment import Controls, Experiment, Variant
-from dyndit.training.distill import Distill, Train
+from dyndit.training.distill import Distill
+from dyndit.training.train import Train
 from dyndit.training.fit import FitConfig
 
 train = Train(
@@ -290,7 +291,8 @@ def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path
 LATENT_RECIPE = """
 from dyndit.models import DiTConfig
 from dyndit.models.exits import ExitConfig
-from dyndit.training.distill import Distill, Train
+from dyndit.training.distill import Distill
+from dyndit.training.train import Train
 from dyndit.training.fit import FitConfig
 
 fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
@@ -323,7 +325,8 @@ def test_latents_from_pictures_to_pictures(tmp_path: Path) -> None:
 DIGIT_LATENTS = """
 from dyndit.models import DiTConfig
 from dyndit.models.exits import ExitConfig
-from dyndit.training.distill import Distill, Train
+from dyndit.training.distill import Distill
+from dyndit.training.train import Train
 from dyndit.training.fit import FitConfig
 
 fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)

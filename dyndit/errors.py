@@ -11,3 +11,9 @@ class CheckpointError(InputError):
 
 class PlanError(InputError):
     """A depth plan that is malformed, or does not fit the model, the solver or the step count."""
+
+
+def first_line(error: Exception) -> str:
+    """Cut another library's message, which may have many lines, down to its first 120 printable characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(c for c in lines[0][:120] if c.isprintable())

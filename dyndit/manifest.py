@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from dyndit import files
 from dyndit.errors import InputError
 
+MANIFEST = "manifest.json"
 PACKAGES = ("dyndit", "torch", "diffusers", "accelerate", "timm", "torch-fidelity", "pandas", "numpy")
 
 
@@ -42,30 +44,26 @@ def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
     }
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write through a temporary file, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
-    temporary.replace(path)
-
-
-def claim(out: Path, settings: dict[str, object], shared: tuple[str, ...] = ()) -> dict[str, object] | None:
+def claim(
+    out: Path, settings: dict[str, object], shared: tuple[str, ...] = (), **facts: object
+) -> dict[str, object] | None:
     """Make `out` the folder of a run with these settings; return its manifest where the very run is there.
 
-    shared: names that may lie in the folder before the run claims it.
+    shared: names that may lie in the folder before the run claims it. facts: what else the first manifest records.
 
     Raises:
-        InputError: the folder holds another run, or files that are none.
+        InputError: the folder holds another run, or files that are none; or a setting is not finite.
     """
     plain = json.loads(json.dumps(settings, default=str))
-    path = out / "manifest.json"
+    path = out / MANIFEST
     if path.exists():
         try:
-            found = json.loads(path.read_text())
-            theirs = found["settings"].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: damaged ({error}); expected the manifest of a run") from error
-        theirs, absent = dict(theirs), "absent"
+            found = files.read_json(path)
+        except InputError as error:
+            raise InputError(f"{error}; expected the manifest of a run") from error
+        if not isinstance(theirs := found.get("settings"), dict):
+            raise InputError(f"{path}: damaged (settings {theirs!r:.40}); expected the manifest of a run")
+        absent = "absent"
         changed = [k for k in sorted(plain.keys() | theirs.keys()) if plain.get(k, absent) != theirs.get(k, absent)]
         if changed:
             then, now = (settings.get(changed[0], absent) for settings in (theirs, plain))
@@ -73,16 +71,11 @@ def claim(out: Path, settings: dict[str, object], shared: tuple[str, ...] = ()) 
                 f"--out {out}: holds another run ({changed[0]} {then!r}, now {now!r}); "
                 "expected an empty folder or the same run"
             )
+        files.sweep(out)
         return found
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; expected a folder")
-    if out.exists() and any(entry.name not in shared for entry in out.iterdir()):
-        raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be made ({error.strerror}); expected a folder to write to") from error
-    write_json(path, describe(settings))
+    text = files.to_json(path, describe(settings, **facts))
+    files.claim(out, shared)
+    files.write_text(path, text)
     return None
 
 

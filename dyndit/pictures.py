@@ -1,10 +1,13 @@
 """Pictures as bytes: colour for the networks that judge them, a grid for the eye."""
 
+from pathlib import Path
+
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dyndit.errors import InputError
+from dyndit.files import written_whole
 
 
 def as_rgb(pictures: Tensor) -> Tensor:
@@ -19,6 +22,12 @@ def as_rgb(pictures: Tensor) -> Tensor:
             "expected uint8 (N, 1 or 3, H, W)"
         )
     return pictures.expand(-1, 3, -1, -1)
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture whole."""
+    with written_whole(path) as draft:
+        picture.save(draft, "PNG")
 
 
 def grid(pictures: Tensor, columns: int = 10, pad: int = 2, least: int = 320) -> Image.Image:

@@ -17,6 +17,7 @@ from dyndit.calibration.calibrate import measure_bases, measure_moments
 from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import measure_shifts, part_of
 from dyndit.errors import CheckpointError
+from dyndit.files import write_text
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import Identity
 from dyndit.plans.plan import DepthPlan, bind
@@ -49,7 +50,7 @@ def model_with_exits(
     if backbone.exits is None:
         console.print("distilling exits")
         model, _ = experiment.distill.run(backbone, data, out / "distillation")
-    exit_error_table(model, data).to_csv(out / "exit-errors.csv", index=False)
+    write_text(out / "exit-errors.csv", exit_error_table(model, data).to_csv(index=False))
     checkpoints.save(model, folder)
     return model
 

@@ -5,7 +5,6 @@ from the same fresh seeds -> report. Every stage leaves its result on disk; what
 """
 
 import random
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from dyndit import manifest
+from dyndit import files, manifest
 from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context, model_with_exits
 from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
@@ -77,7 +76,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
 def _hand_over(table: Path, place: Path) -> None:
     """Copy the shift table that lies beside the given model; whether it is this model's is seen when it is read."""
     if table.is_file() and not place.exists():
-        shutil.copyfile(table, place)
+        files.copy(table, place)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dyndit.analysis.compare.experiment import Variant
 from dyndit.analysis.compare.peers import Workshop
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
+from dyndit.files import write_text
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.schedules import constant, ramp, reversed_plan
@@ -188,7 +189,7 @@ class Confidence:
                 decided = measure_decisions(model, plan, num_pictures=settings.num_pictures, seed=settings.seed + 1)
                 arms.append(Arm("confidence", plan, None, f"e{target:g}", model=model, decided=decided))
         frames = [arm.decided.frame().assign(arm=arm.name) for arm in arms]
-        pd.concat(frames).to_csv(context.out / "confidence.csv", index=False)
+        write_text(context.out / "confidence.csv", pd.concat(frames).to_csv(index=False))
         return arms
 
 

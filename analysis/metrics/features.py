@@ -9,18 +9,17 @@ metrics that cut a set into parts do not depend on how it was listed. Files lie 
 import hashlib
 import logging
 import os
-import tempfile
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.sets import PictureSet, Statistics
 from dyndit.errors import InputError
+from dyndit.files import sweep, write_safetensors
 from dyndit.pictures import as_rgb
 from dyndit.stats import Moments, moments
 
@@ -129,18 +128,15 @@ class Measured:
 
 
 def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:
-    """Write through a temporary file. A full or read-only disk costs the cache, not the result."""
+    """Keep tensors. A full or read-only disk costs the cache, not the result."""
     if path is None:
         return
     small = {k: _smallest(v) for k, v in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            save_file(small, partial, {"hash": _hash(small)})
-            partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        logging.getLogger(__name__).warning("%s: features not kept (%s)", path, error)
+        sweep(path.parent)
+        write_safetensors(path, small, {"hash": _hash(small)})
+    except InputError as error:
+        logging.getLogger(__name__).warning("features not kept: %s", error)
 
 
 def _read(path: Path | None, names: tuple[str, ...]) -> dict[str, Tensor] | None:

@@ -4,7 +4,6 @@ An error made at high noise only changes which picture comes out; the same error
 distances count the first as much as the second.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dyndit.errors import CheckpointError, InputError
+from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.files import read_json
+from dyndit.manifest import MANIFEST
 from dyndit.pictures import as_rgb
-from dyndit.storage.reading import first_line
 
 MAX_PSNR = 100.0  # dB; equal pictures have no finite one
 MIN_LPIPS_SIZE = 16  # VGG halves pictures four times
@@ -151,6 +151,6 @@ def check_same_seeds(samples: Path, full: Path) -> None:
 
 def _settings(folder: Path) -> dict[str, object] | None:
     try:
-        return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(read_json(folder / MANIFEST)["settings"])
+    except (ValueError, KeyError, TypeError):
         return None

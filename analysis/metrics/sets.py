@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dyndit.errors import InputError
+from dyndit.files import write_npz
 from dyndit.stats import Moments
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -65,13 +66,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         arrays |= {"mu_s": s.mean.numpy(), "sigma_s": s.covariance.numpy()}
     if statistics.num is not None:
         arrays["num"] = np.array(statistics.num)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.stem + ".partial.npz")
-        np.savez(partial, **arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}), expected a place for statistics") from error
+    write_npz(path, arrays)
 
 
 def _statistics(path: Path, arrays: Mapping[str, np.ndarray]) -> Statistics:

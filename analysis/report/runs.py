@@ -2,9 +2,7 @@
 
 import csv
 import io
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +10,8 @@ import numpy as np
 import pandas as pd
 
 from dyndit.errors import InputError
+from dyndit.files import read_json, write_text
+from dyndit.manifest import MANIFEST
 
 RUNS, PARQUET = "runs.csv", "runs.parquet"
 
@@ -168,12 +168,7 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
     for row in rows:
         empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
         writer.writerow({**row, **empty})
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, text.getvalue())
 
 
 def arm_name(family: str, solver: str, steps: int | str, budget: float | None, settings: str) -> str:
@@ -188,9 +183,9 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
     Raises:
         InputError: the folder has no such manifest, or no Fréchet distance was computed.
     """
-    path = Path(samples) / "manifest.json"
+    path = Path(samples) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         settings, plan = manifest["settings"], manifest["plan"]
         full = plan["router"] == "full"
         return dict.fromkeys(COLUMNS) | {
@@ -221,7 +216,7 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
             "settings": plan["settings"],
             **{name: figures.get(name) for name in QUALITY},
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--out {run}: {path} and the metrics lack {error}; expected samples of `dyndit sample`, and fd among "
             "the metrics"

@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from dyndit.files import written_whole
+
 INK, FAINT = "#222222", "#bbbbbb"
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -36,11 +38,9 @@ SAVED = {"dpi": 150, "facecolor": "white"}
 
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
-    path = Path(path)
-    partial, is_svg = path.with_name(f".{path.stem}.partial{path.suffix}"), path.suffix == ".svg"
-    with matplotlib.rc_context({"svg.hashsalt": "dyndit"}):  # the same figure is the same file
-        figure.savefig(partial, **SAVED, **({"metadata": {"Date": None}} if is_svg else {}))
-    partial.replace(path)
+    dated = {"metadata": {"Date": None}} if Path(path).suffix == ".svg" else {}  # the same figure is the same file
+    with written_whole(path) as draft, matplotlib.rc_context({"svg.hashsalt": "dyndit"}):
+        figure.savefig(draft, **SAVED, **dated)
 
 
 def png(figure: Figure) -> bytes:

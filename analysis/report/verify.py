@@ -1,6 +1,5 @@
 """Checks a written report against the raw rows: every table cell and finding is computed again and compared."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -8,8 +7,9 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dyndit.analysis.report.write import REPORT, Content, contents_of, digest, overview, table_record
+from dyndit.analysis.report.write import REPORT, Content, contents_of, overview, table_record
 from dyndit.errors import InputError
+from dyndit.files import read_json, sha256
 
 
 @dataclass
@@ -43,7 +43,7 @@ def verify(report: Path) -> list[str]:
     wrong = [
         f"{source}: not the file that was reported (SHA-256 differs)"
         for source, known in zip(sources, hashes, strict=True)
-        if digest(source) != known
+        if sha256(source) != known
     ]
     fresh = [[table_record(overview(contents))], *([table_record(t) for t in content.tables] for content in contents)]
     wrong += _differing_numbers(REPORT, stored, fresh)
@@ -61,10 +61,7 @@ def verify(report: Path) -> list[str]:
 def _load(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected what `dyndit report` wrote")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: unreadable ({error}), expected JSON") from error
+    return read_json(path)
 
 
 def _expected(contents: Sequence[Content]) -> list[Printed]:
@@ -132,7 +129,7 @@ def _differing_figures(folder: Path) -> Iterator[str]:
         if not there:
             yield f"{folder / path.name}: its figure is missing ({', '.join(files)})"
         for name in there:
-            if digest(folder / name) != files[name]:
+            if sha256(folder / name) != files[name]:
                 yield f"{folder / name}: not the figure that {path.name} describes (SHA-256 differs)"
 
 

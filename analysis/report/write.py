@@ -4,8 +4,6 @@ Every number comes from the runs' frames. Runs, machines, models, extractors, pi
 are kept apart: each such group has its own tables and its own frontier.
 """
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from dyndit.analysis.report.frontier import summary
 from dyndit.analysis.report.runs import GROUP, read_runs, runs_file, scored_rows
 from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
 from dyndit.errors import InputError
+from dyndit.files import read_json, sha256, write_json, write_text
 
 REPORT = "report.json"
 
@@ -82,14 +81,13 @@ def write_report(
         if facts := _read_manifest(folder / "manifest.json"):
             manifests[folder.name if folder.name not in manifests else str(folder)] = facts
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     made = manifest.describe({"margin": margin})
     pictures = []
     for k, content in enumerate(contents):
         pictures.append(_pictures(content, out, "" if len(contents) == 1 else f"-{k + 1}", made))
-    _write(out / "report.md", _markdown(title, contents, pictures, manifests, out, margin))
-    _write(out / "report.html", _html(title, contents, pictures, manifests, margin))
-    _write(out / REPORT, json.dumps(_record(title, contents, paths, out, margin, made), indent=1) + "\n")
+    write_text(out / "report.md", _markdown(title, contents, pictures, manifests, out, margin))
+    write_text(out / "report.html", _html(title, contents, pictures, manifests, margin))
+    write_json(out / REPORT, _record(title, contents, paths, out, margin, made))
     return out / "report.html"
 
 
@@ -106,11 +104,6 @@ def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
 def overview(contents: Sequence[Content]) -> Table:
     """The table of what was measured where."""
     return settings_table([scored_rows(content.rows) for content in contents])
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _folder(path: Path) -> Path:
@@ -138,14 +131,14 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
         files = [out / f"{name}{suffix}.png", out / f"{name}{suffix}.svg"]
         for file in files:
             style.save(drawn, file)
-        facts = source | {"figure": name, "files": {file.name: digest(file) for file in files}}
+        facts = source | {"figure": name, "files": {file.name: sha256(file) for file in files}}
         _write_manifest(out / f"{name}{suffix}.manifest.json", content, facts, made)
         found.append(Picture(files[0], DRAWN[name]))
     for name, caption in CAPTIONS.items():
         file = content.source.parent / name
         if file.is_file():
             link = Path(os.path.relpath(file, out)).as_posix()
-            facts = {"figure": name, "files": {link: digest(file)}, "drawn by": "the run, see its manifest.json"}
+            facts = {"figure": name, "files": {link: sha256(file)}, "drawn by": "the run, see its manifest.json"}
             _write_manifest(out / f"{file.stem}{suffix}.manifest.json", content, facts, made)
             found.append(Picture(file, caption))
     return found
@@ -179,8 +172,8 @@ def _errors_figure(path: Path) -> Figure:
 
 def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], made: Mapping[str, object]) -> None:
     link = Path(os.path.relpath(content.source, path.parent)).as_posix()
-    source = {"runs": link, "sha256 of the runs": digest(content.source)}
-    _write(path, json.dumps({**facts, **source, **made}, indent=1, default=str) + "\n")
+    source = {"runs": link, "sha256 of the runs": sha256(content.source)}
+    write_json(path, {**facts, **source, **made})
 
 
 def _record(
@@ -192,7 +185,7 @@ def _record(
         "title": title,
         "margin": margin,
         "sources": [
-            {"runs": Path(os.path.relpath(file, out)).as_posix(), "sha256": digest(file), "rows": len(read_runs(file))}
+            {"runs": Path(os.path.relpath(file, out)).as_posix(), "sha256": sha256(file), "rows": len(read_runs(file))}
             for file in files
         ],
         "overview": table_record(overview(contents)),
@@ -224,13 +217,7 @@ def _json_number(value: float) -> float | str | None:
 
 def _read_manifest(path: Path) -> dict[str, str]:
     """Return the manifest as flat text, empty without one. Raises InputError."""
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: unreadable ({error}), expected JSON") from error
-    return dict(_flat("", facts))
+    return dict(_flat("", read_json(path))) if path.is_file() else {}
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
@@ -297,10 +284,3 @@ def _html(
         body += [shown[0], *map(page.sortable, content.tables), *shown[1:]]
     body += [page.folded(f"Manifest of {name}", facts) for name, facts in manifests.items()]
     return page.page(title, _how_to_read(margin), body)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

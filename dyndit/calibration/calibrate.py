@@ -14,7 +14,6 @@ from dyndit.calibration.measure import (
     OnProgress,
     measure_shifts,
     reduced,
-    save_whole,
 )
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
@@ -67,7 +66,7 @@ def measure_bases(
         base = _moments(drawing, extractor, full[steps], table.num_pictures, fresh=False)
         table = replace(table, bases={**table.bases, (name, steps): base})
         if into is not None:
-            save_whole(table, into)
+            table.save(into)
         if on_progress is not None:
             on_progress(sum(missing[: number + 1]), sum(missing))
     return table

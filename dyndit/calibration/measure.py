@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dyndit.calibration.drawing import CALIBRATION_SEED, Drawing, NativeDrawing, ToPictures, batches_of
 from dyndit.calibration.extractor import FeatureExtractor
-from dyndit.errors import InputError
+from dyndit.errors import CheckpointError, InputError
+from dyndit.files import read_safetensors, write_safetensors
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import Identity
 from dyndit.pictures import as_rgb
@@ -152,7 +151,7 @@ def measure_table(
         }
         sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
         if partial is not None:
-            save_file(sums, partial, metadata={"key": key, "done": str(number + 1)})
+            write_safetensors(partial, sums, {"key": key, "done": str(number + 1)})
     mean, second = (sums[name].unflatten(0, (len(bands), len(choices))) / n for name in ("mean", "second"))
     return ShiftTable(
         edges=_edges(full, bands),
@@ -227,17 +226,9 @@ def measure_table_into(
 ) -> ShiftTable:
     """`measure_table`, resumable, with its table in the file `path` at the end."""
     partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(measure_table(drawing, extractor, reference, partial=partial, **options), path)
+    measure_table(drawing, extractor, reference, partial=partial, **options).save(path)
     partial.unlink(missing_ok=True)
     return ShiftTable.load(path)  # rounded as in the file: what is made of it is the same when a run goes on
-
-
-def save_whole(table: ShiftTable, path: Path) -> None:
-    """Write the file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    table.save(temporary)
-    temporary.replace(path)
 
 
 def measure_shifts(
@@ -285,8 +276,7 @@ def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
     if partial is None or not partial.exists():
         return {}, 0
     try:
-        with safe_open(partial, "pt") as file:
-            metadata = file.metadata() or {}
-        return (load_file(partial), int(metadata["done"])) if metadata.get("key") == key else ({}, 0)
-    except (OSError, SafetensorError, KeyError, ValueError):
+        sums, metadata = read_safetensors(partial)
+        return (sums, int(metadata["done"])) if metadata.get("key") == key else ({}, 0)
+    except (CheckpointError, KeyError, ValueError):
         return {}, 0

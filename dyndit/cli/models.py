@@ -38,7 +38,7 @@ def train(
     """
     from accelerate import PartialState
 
-    from dyndit import manifest
+    from dyndit import files, manifest
     from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
     from dyndit.training.train import Train
@@ -61,7 +61,7 @@ def train(
         return
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
     print(
@@ -99,7 +99,7 @@ def distill(
     """
     from accelerate import PartialState
 
-    from dyndit import manifest
+    from dyndit import files, manifest
     from dyndit.cli.recipes import find
     from dyndit.storage import load as checkpoints
     from dyndit.training.distill import Distill
@@ -127,14 +127,14 @@ def distill(
         return
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
-    errors.to_csv(out / "exit-errors.csv", index=False)
+    files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
     facts = {
         "fit": vars(fit),
         "seconds": result.seconds,
         "exits": dynamic.identity.exits,
         "trunk": dynamic.identity.backbone,
     }
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if dynamic.identity.backbone != loaded.model.identity.backbone:
         moved = result.losses["full"].iloc[-20:].mean()
         print(f"trunk: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
@@ -191,14 +191,11 @@ def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Pat
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
     """A sample grid on the way: DDIM, 20 steps, every class."""
-    from dyndit.pictures import grid
+    from dyndit.pictures import grid, write_png
     from dyndit.sampling.sample import sample as draw
 
     if model.pixel_space:
         labels = model.backbone.condition.in_turn(40)
-        folder = out / "previews"
-        folder.mkdir(exist_ok=True)
         scale = 1.5 if model.backbone.condition.guided else 1.0
-        grid(draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures).save(
-            folder / f"step-{step:06d}.png"
-        )
+        pictures = draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures
+        write_png(out / "previews" / f"step-{step:06d}.png", grid(pictures))

@@ -74,7 +74,7 @@ def sample(
     """
     from rich.console import Console
 
-    from dyndit import manifest
+    from dyndit import files, manifest
     from dyndit.calibration.calibrate import table_for
     from dyndit.models.identity import tensors_hash
     from dyndit.progress import progress_bar
@@ -160,7 +160,7 @@ def sample(
             "mean_depth": resolved.mean_depth,
         },
     }
-    manifest.write_json(out / "manifest.json", manifest.describe(settings, **facts))
+    files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if goal is not None:
         _print_chosen(resolved)
     if stats:

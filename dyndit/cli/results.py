@@ -153,6 +153,8 @@ def bench(
         out: Where the table of raw times goes (CSV; its columns are in dyndit.analysis.compare.bench.COLUMNS).
         json_: End with one line of JSON.
     """
+
+    from dyndit import files
     from dyndit.analysis.compare import bench as benchmark
     from dyndit.analysis.compare.bench_verdict import lines, verdict
     from dyndit.runtime import chosen_device, chosen_dtype
@@ -188,8 +190,7 @@ def bench(
     times = benchmark.measure(dynamic, plans, settings, name=name)
     print("\n".join(lines(times, until)))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        times.to_csv(out, index=False)
+        files.write_text(out, times.to_csv(index=False))
     if json_:
         table = verdict(times)
         rows = table.drop(columns=["ratio", "width"])

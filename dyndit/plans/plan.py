@@ -1,13 +1,13 @@
 """DepthPlan: a table of steps, what to run at each sampling step. Plain data, saved as JSON."""
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from dyndit import files
 from dyndit.errors import PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import VERSION_1
@@ -148,10 +148,7 @@ class DepthPlan:
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
-        path, temporary = Path(path), Path(f"{path}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-        temporary.replace(path)
+        files.write_json(Path(path), self.to_json())
 
     def to_json(self) -> dict[str, object]:
         """Plain data; a step is the text that is printed: "12|6", "8|e4", "4+"."""
@@ -165,13 +162,8 @@ class DepthPlan:
         Raises:
             PlanError: the file is missing, no JSON, or no plan.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise PlanError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise PlanError(f"{path}: not JSON ({error})") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") not in (1, VERSION):
+        data = files.read_json(Path(path), PlanError)
+        if data.get("format") != FORMAT or data.get("version") not in (1, VERSION):
             raise PlanError(f"{path}: expected a {FORMAT} file of version 1 or {VERSION}")
         try:
             plain = {name: value for name, value in data.items() if name not in ("format", "version")}

@@ -8,10 +8,10 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dyndit.errors import CheckpointError
+from dyndit.files import write_safetensors
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import full_step
 from dyndit.plans.step import Step
@@ -140,7 +140,7 @@ class ShiftTable:
                 tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
         shifts = {name: tensors[name].float().contiguous() for name in ("mean", "second")}
         moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
-        save_file(shifts | moments, path, metadata=metadata)
+        write_safetensors(path, shifts | moments, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -172,9 +172,7 @@ class ShiftTable:
 
     def save_pretrained(self, save_directory: str | Path, **ignored: object) -> None:
         """Write the folder of a pipeline's component: the table, under its usual name."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save(folder / FILE)
+        self.save(Path(save_directory) / FILE)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **ignored: object) -> Self:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dyndit.errors import InputError
+from dyndit.files import write_text, written_whole
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.plans.plan import DepthPlan
@@ -63,14 +64,9 @@ def write(model: DynamicDepth, folder: Path, *, license: str | None = None, extr
     plans = {path.name: plan for path, plan in plans_in(folder).items()}
     extras = extras or CardExtras()
     if extras.picture is not None:
-        _write_whole(folder / PICTURE, extras.picture)
-    _write_whole(folder / CARD, card(model, folder, plans, license, extras).encode())
-
-
-def _write_whole(path: Path, contents: bytes) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(contents)
-    partial.replace(path)
+        with written_whole(folder / PICTURE) as draft:
+            draft.write_bytes(extras.picture)
+    write_text(folder / CARD, card(model, folder, plans, license, extras))
 
 
 def card(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dyndit import manifest
+from dyndit import files, manifest
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.layers import position_features
@@ -16,7 +16,6 @@ from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.names import match_frequencies, own_positions
-from dyndit.storage.reading import check_free, written_whole
 
 Format = Literal["native", "official", "diffusers"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,7 +71,7 @@ def convert(
         InputError: the target is there already, or the format cannot express the model.
         CheckpointError: the source is missing, damaged or foreign.
     """
-    check_free(target, folder=to != "official")
+    files.check_free(target, folder=to != "official")
     loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision)
     model, folder = loaded.model, loaded.folder
     if to == "official":
@@ -80,7 +79,7 @@ def convert(
         return (*loaded.notes, *_left_behind(model, folder), _as_published(model))
     # Before anything is written: it refuses what the class cannot express.
     notes = _in_diffusers(model) if to == "diffusers" else ()
-    with written_whole(target) as partial:
+    with files.written_whole(target, folder=True) as partial:
         if to == "native":
             checkpoints.save(model, partial)
         else:
@@ -88,7 +87,7 @@ def convert(
         carried = () if folder is None else checkpoints.copy_companions(folder, model, partial)
         if to == "native":
             settings = {"verb": "convert", "source": str(source), "model": model.identity.backbone}
-            manifest.write_json(partial / "manifest.json", manifest.describe(settings))
+            files.write_json(partial / manifest.MANIFEST, manifest.describe(settings))
             license = None if folder is None else model_card.license_of(folder)
             wanted = card_extras is not None and not model_card.is_foreign(partial)
             model_card.write(model, partial, license=license, extras=card_extras(partial) if wanted else None)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dyndit.errors import CheckpointError, InputError
-from dyndit.manifest import write_json
+from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.names import (
@@ -29,16 +29,7 @@ from dyndit.storage.names import (
     to_native,
 )
 from dyndit.storage.native import CONFIG, EXITS, check_plans, read_exits, write_exits
-from dyndit.storage.reading import (
-    Loaded,
-    built,
-    first_line,
-    load_strictly,
-    read_json,
-    read_pickled,
-    read_safetensors,
-    write_safetensors,
-)
+from dyndit.storage.reading import Loaded, built, load_strictly, read_pickled
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -123,7 +114,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
     tensors = from_native(model.backbone.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", TRUNK_KEY: trunk, CONFIG_KEY: _sealed(config)}
-    write_safetensors(tensors, folder / f"{WEIGHTS}.safetensors", metadata)
+    write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, metadata)
     write_json(folder / CONFIG, config)
     if model.exits is not None:
         write_exits(model.exits, folder / EXITS, model.identity.backbone)

@@ -12,12 +12,13 @@ Nothing is unpickled beyond tensors, plain data and an `argparse.Namespace`, and
 """
 
 import importlib.resources
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from dyndit import files
 from dyndit.errors import CheckpointError, InputError
+from dyndit.files import read_json, read_safetensors
 from dyndit.models.base import Backbone
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
@@ -26,7 +27,7 @@ from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
 from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
-from dyndit.storage.reading import Loaded, load_strictly, read_json, read_safetensors
+from dyndit.storage.reading import Loaded, load_strictly
 
 __all__ = [
     "CONFIG",
@@ -170,13 +171,13 @@ def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[st
     Raises:
         CheckpointError: plans or table do not fit the model.
     """
-    files = [*native.companions(source, model)]
-    files += [path for path in (source / "runs.csv", source / "exit-errors.csv") if path.is_file()]
+    found = [*native.companions(source, model)]
+    found += [path for path in (source / "runs.csv", source / "exit-errors.csv") if path.is_file()]
     if model_card.is_foreign(source):
-        files.append(source / model_card.CARD)
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-    return tuple(file.name for file in files)
+        found.append(source / model_card.CARD)
+    for path in found:
+        files.copy(path, target / path.name)
+    return tuple(path.name for path in found)
 
 
 def _read_folder(folder: Path) -> Loaded:

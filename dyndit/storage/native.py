@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dyndit.errors import CheckpointError, InputError, PlanError
-from dyndit.manifest import write_json
+from dyndit.errors import CheckpointError, InputError, PlanError, first_line
+from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
 from dyndit.models import families
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
@@ -16,15 +16,7 @@ from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.identity import same, tensors_hash
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.table import ShiftTable
-from dyndit.storage.reading import (
-    Loaded,
-    built,
-    first_line,
-    load_strictly,
-    read_json,
-    read_safetensors,
-    write_safetensors,
-)
+from dyndit.storage.reading import Loaded, built, load_strictly
 
 MODEL_FORMAT, VERSION = "dyndit-model", 1
 EXITS_FORMAT, EXITS_VERSION = "dyndit-exits", 2
@@ -54,7 +46,7 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         "trunk": checksum,
         "backbone": model.backbone.config(),
     }
-    write_safetensors(trunk, folder / TRUNK, {"format": MODEL_FORMAT, "config": json.dumps(config)})
+    write_safetensors(folder / TRUNK, trunk, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
         write_exits(model.exits, folder / EXITS, model.backbone.identity(trunk))
@@ -107,7 +99,7 @@ def write_exits(exits: Exits, path: Path, backbone: str) -> None:
         "exits": tensors_hash(tensors),
         "config": json.dumps(exits.describe()),
     }
-    write_safetensors(tensors, path, metadata)
+    write_safetensors(path, tensors, metadata)
 
 
 def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True) -> Exits:

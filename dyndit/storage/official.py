@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dyndit.errors import CheckpointError, InputError
+from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.files import written_whole
 from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.storage.reading import Loaded, built, first_line, load_strictly, read_pickled, written_whole
+from dyndit.storage.reading import Loaded, built, load_strictly, read_pickled
 
 
 def read(path: Path, num_heads: int | None = None) -> Loaded:
@@ -52,8 +53,11 @@ def write(model: DynamicDepth, path: Path) -> None:
     args = config | {"pixel_space": model.pixel_space, "trunk": backbone.checksum()}
     # Cloned, so that a view is not stored with all of the memory it looks at.
     ema = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
-    with written_whole(path) as partial:
-        torch.save({"ema": ema, "args": args}, partial)
+    with written_whole(path) as draft:
+        try:
+            torch.save({"ema": ema, "args": args}, draft)
+        except RuntimeError as error:  # its word for a full disk
+            raise OSError(first_line(error)) from error
 
 
 def as_published(config: DiTConfig) -> DiTConfig:

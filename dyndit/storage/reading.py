@@ -1,22 +1,16 @@
-"""What every format shares: reading tensors without running code, strict loading, writing whole or not at all."""
+"""What every format shares: reading pickled tensors without running code, and strict loading."""
 
 import argparse
-import json
-import os
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dyndit.errors import CheckpointError, InputError
+from dyndit.errors import CheckpointError, first_line
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 
@@ -29,35 +23,6 @@ class Loaded:
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     """Where its plans, table and exits lie: the native folder, or the folder of the transformer's weights."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a foreign error's message, which may have many."""
-    lines = str(error).strip().splitlines()
-    return "".join(c for c in lines[0][:120] if c.isprintable()) if lines else "no message"
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata.
-
-    Raises:
-        CheckpointError: missing, or no safetensors file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: no readable safetensors file ({first_line(error)})") from error
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
-    temporary.replace(path)
 
 
 def read_pickled(path: Path) -> object:
@@ -92,23 +57,6 @@ def _damaged_record(path: Path) -> str | None:
         return "the archive" if zipped else None  # the format before PyTorch 1.6 is no zip
     except Exception as error:  # a damaged directory can name any compression, size or text
         return f"the archive, {first_line(error)}"
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: missing, or something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no JSON ({first_line(error)})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(data).__name__}, expected an object")
-    return data
 
 
 def built(family: type[Backbone], config: dict[str, object], path: Path) -> Backbone:
@@ -147,30 +95,3 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
         module.load_state_dict({name: t.to(own[name].dtype) for name, t in tensors.items()})
     except (RuntimeError, NotImplementedError) as error:  # tensors without values, say
         raise CheckpointError(f"{path}: its tensors cannot be read ({first_line(error)})") from error
-
-
-def check_free(target: Path, *, folder: bool) -> None:
-    """Refuse a target that is there already; an empty folder may become a folder.
-
-    Raises:
-        InputError: naming it.
-    """
-    if folder and target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() or target.is_symlink():
-        raise InputError(f"{target}: already there, and nothing is overwritten; expected a new path")
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at; it becomes `target` when all went well, and goes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)

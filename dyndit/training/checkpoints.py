@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dyndit import files
 from dyndit.errors import CheckpointError, InputError
 from dyndit.training.config import BOOKKEEPING, FitConfig
 
@@ -24,6 +21,7 @@ _STATE_KEYS = {"config", "data_fingerprint", "num_processes"}
 
 
 def to_cpu(weights: Weights) -> Weights:
+    """Copy weights to the host's memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
 
 
@@ -42,6 +40,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Move the averages towards the parameters. The first steps move them faster."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
@@ -51,6 +50,7 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, weights: Weights) -> None:
+        """Take the averages of a checkpoint."""
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(weights[name])
 
@@ -71,6 +71,7 @@ class Run:
         return {"model": self.trainable.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments}
 
     def load(self, tensors: dict[str, Weights]) -> None:
+        """Restore weights, averages and the optimiser's moments."""
         self.trainable.load_state_dict(tensors["model"])
         self.ema.load_state_dict(tensors["ema"])
         keys = ("step", "exp_avg", "exp_avg_sq")
@@ -100,29 +101,23 @@ class Checkpoints:
     def save(self, run: Run, step: int) -> Path:
         """Write the checkpoint of `step` and delete the oldest beyond `keep_checkpoints`."""
         place = self.folder / f"step-{step:06d}"
-        draft = self.folder / f"writing-step-{step:06d}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        hashes = {}
-        for name, tensors in run.tensors().items():
-            path = draft / f"{name}.safetensors"
-            save_file(to_cpu(tensors), path)
-            hashes[path.name] = _sha256(path)
-        state = {
-            "step": step,
-            "config": asdict(self.config),
-            "data_fingerprint": self.data_fingerprint,
-            "identity": self.identity,
-            "num_processes": self.world,
-            "sha256": hashes,
-        }
-        (draft / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in [*draft.iterdir(), draft]:
-            _sync(path)
-        if place.exists():
-            shutil.rmtree(place)
-        draft.replace(place)
-        _sync(self.folder)
+        files.sweep(self.folder)
+        with files.written_whole(place, folder=True) as draft:
+            hashes = {}
+            for name, tensors in run.tensors().items():
+                path = draft / f"{name}.safetensors"
+                files.write_safetensors(path, to_cpu(tensors))
+                hashes[path.name] = files.sha256(path)
+            state = {
+                "step": step,
+                "config": asdict(self.config),
+                "data_fingerprint": self.data_fingerprint,
+                "identity": self.identity,
+                "num_processes": self.world,
+                "sha256": hashes,
+            }
+            files.write_json(draft / "state.json", state)
+            shutil.rmtree(place, ignore_errors=True)  # the same step again: the one before it is there
         for old in self._all()[self.config.keep_checkpoints :]:
             shutil.rmtree(old)
         return place
@@ -192,22 +187,20 @@ class Checkpoints:
 
 
 def _read_checkpoint(place: Path) -> tuple[dict, dict[str, Weights]]:
+    path = place / "state.json"
+    state = files.read_json(path)
     try:
-        state = json.loads((place / "state.json").read_text())
-        hashes = state["sha256"]
-        expected_name = f"step-{state['step']:06d}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{place / 'state.json'}: damaged or missing ({error})") from error
+        hashes, expected_name = state["sha256"], f"step-{state['step']:06d}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error
     if place.name != expected_name or not state.keys() >= _STATE_KEYS:
-        raise CheckpointError(f"{place / 'state.json'}: not the state of {place.name}")
+        raise CheckpointError(f"{path}: not the state of {place.name}")
     tensors = {}
     for name in ("model", "ema", "optimizer"):
         path = place / f"{name}.safetensors"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        if _sha256(path) != hashes.get(path.name):
+        if files.sha256(path) != hashes.get(path.name):
             raise CheckpointError(f"{path}: damaged, its sha256 is not the one noted in state.json")
-        tensors[name] = load_file(path)
+        tensors[name], _ = files.read_safetensors(path)
     return state, tensors
 
 
@@ -216,19 +209,3 @@ def _check_shapes(place: Path, found: Weights, expected: Weights) -> None:
         shapes = [tuple(w[name].shape) if name in w else "no such tensor" for w in (found, expected)]
         if shapes[0] != shapes[1]:
             raise CheckpointError(f"{place}: {name}: found {shapes[0]}, the model to train has {shapes[1]}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk: a rename is no promise about the content before it."""
-    if os.name != "posix" and path.is_dir():  # Windows cannot open folders
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

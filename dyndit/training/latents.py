@@ -16,11 +16,13 @@ import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.errors import CheckpointError, InputError
+from dyndit import files
+from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.training.data import Pictures
+
+INDEX = "latents.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class LatentPictures(Pictures):
 
     def __init__(self, folder: Path, source: Pictures, use_mode: bool = False):
         self.folder, self.source, self.use_mode = Path(folder), source, use_mode
-        index = json.loads((self.folder / "latents.json").read_text())
+        index = files.read_json(self.folder / INDEX)
         self._identity = _Identity(**index["made_from"])
         self._names: list[str] = list(index["sha256"])
         self._shards: dict[int, safe_open] = {}
@@ -93,9 +95,9 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL:
     """
     folder = Path(folder)
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: expected a diffusers AutoencoderKL folder ({error})") from error
+        kind = files.read_json(folder / "config.json").get("_class_name")
+    except CheckpointError as error:
+        raise InputError(f"{error}; expected a diffusers AutoencoderKL folder") from error
     if kind != "AutoencoderKL":
         raise InputError(f"{folder / 'config.json'}: found a model {kind!r}, expected 'AutoencoderKL'")
     try:
@@ -103,7 +105,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL:
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # OSError, SafetensorError, RuntimeError on shapes: diffusers passes on all
-        raise InputError(f"{folder}: the autoencoder cannot be loaded ({_first_line(error)})") from error
+        raise InputError(f"{folder}: the autoencoder cannot be loaded ({first_line(error)})") from error
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
         raise InputError(
@@ -147,14 +149,14 @@ def encode_latents(
     todo = [
         (name, start)
         for name, start in zip(names, starts, strict=True)
-        if not (folder / name).is_file() or _sha256(folder / name) != hashes.get(name)
+        if not (folder / name).is_file() or files.sha256(folder / name) != hashes.get(name)
     ]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     vae.to(device)
     for name, start in track(todo, "encoding", disable=not progress or not todo):
         shard = range(start, min(start + pictures_per_shard, len(pictures)))
-        save_file(_encode(pictures, shard, vae, batch_size), folder / name)
-        hashes[name] = _sha256(folder / name)
+        files.write_safetensors(folder / name, _encode(pictures, shard, vae, batch_size))
+        hashes[name] = files.sha256(folder / name)
         _write_index(folder, identity, {n: hashes[n] for n in names if n in hashes})
     return LatentPictures(folder, pictures, use_mode)
 
@@ -192,17 +194,17 @@ def _encode(pictures: Pictures, indices: range, vae: AutoencoderKL, batch_size: 
 
 def _open_cache(folder: Path, identity: _Identity) -> dict[str, str]:
     """Return the hashes of the shards that are there; write an empty index into a new folder."""
-    path = folder / "latents.json"
+    path = folder / INDEX
+    files.sweep(folder)
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not files.is_draft(Path(entry.name)) for entry in folder.iterdir()):
             raise InputError(f"{folder}: holds other files, expected a latent cache or an empty folder")
-        folder.mkdir(parents=True, exist_ok=True)
         _write_index(folder, identity, {})
         return {}
     try:
-        index = json.loads(path.read_text())
+        index = files.read_json(path)
         found, hashes = _Identity(**index["made_from"]), dict(index["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); delete {folder} to encode again") from error
     for field, then in asdict(found).items():
         if (now := asdict(identity)[field]) != then:
@@ -214,9 +216,7 @@ def _open_cache(folder: Path, identity: _Identity) -> dict[str, str]:
 
 
 def _write_index(folder: Path, identity: _Identity, hashes: dict[str, str]) -> None:
-    draft = folder / "latents.json.tmp"
-    draft.write_text(json.dumps({"made_from": asdict(identity), "sha256": hashes}, indent=2) + "\n")
-    draft.replace(folder / "latents.json")
+    files.write_json(folder / INDEX, {"made_from": asdict(identity), "sha256": hashes})
 
 
 def _check_fit(pictures: Pictures, vae: AutoencoderKL) -> None:
@@ -235,14 +235,5 @@ def _hash_folder(folder: Path) -> str:
     """Hash the autoencoder's files that count: its weights and its configuration."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{path.name} {_sha256(path)}\n".encode())
+        digest.update(f"{path.name} {files.sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

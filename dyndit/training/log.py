@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dyndit import files
 from dyndit.errors import InputError
 from dyndit.training.config import FitConfig
 
@@ -30,12 +32,11 @@ class Log:
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
             if self.path.is_file():  # steps after the checkpoint are run, and noted, again
-                if first == 0:
+                kept = self.read()
+                if first == 0 or kept.empty:
                     self.path.unlink()
                 else:
-                    kept = self.read()
-                    kept[kept["step"] <= first].to_csv(self.path.with_suffix(".tmp"), index=False)
-                    self.path.with_suffix(".tmp").replace(self.path)
+                    files.write_text(self.path, kept[kept["step"] <= first].to_csv(index=False))
         self.console = Console()
         self.bar: Progress | None = None
         if show and self.console.is_terminal:
@@ -62,10 +63,12 @@ class Log:
             tracker.finish()
 
     def read(self) -> pd.DataFrame:
-        if not self.path.is_file():
+        """Read the log's whole lines; an empty table if there are none."""
+        text = files.read_lines(self.path) if self.path.is_file() else ""
+        if not text:
             return pd.DataFrame()
         # Through Python's float: pandas 2 parses to within a bit, and a resumed run's losses are to be equal.
-        return pd.read_csv(self.path, dtype=str).astype(float).astype({"step": int})
+        return pd.read_csv(io.StringIO(text), dtype=str).astype(float).astype({"step": int})
 
     def add(self, step: int, learning_rate: float, norm: Tensor, figures: list[dict[str, Tensor]]) -> None:
         """Note one step from the figures of its micro-batches."""
@@ -94,7 +97,7 @@ class Log:
                 f"{row.grad_norm:g}, expected finite numbers; try a lower learning_rate or a longer warm-up"
             )
         if self.accelerator.is_main_process:
-            frame.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
+            files.append_lines(self.path, frame.to_csv(header=not self.path.is_file(), index=False))
         step, now = int(frame["step"].iloc[-1]), time.monotonic()
         means = frame.drop(columns="step").mean().to_dict()
         rate = (step - self.last) / max(now - self.last_time, 1e-9)

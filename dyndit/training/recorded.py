@@ -14,16 +14,15 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dyndit.errors import InputError
+from dyndit import files
+from dyndit.errors import InputError, first_line
 from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.conditions import Condition, Conditioning
 from dyndit.models.dynamic import DynamicDepth
@@ -35,7 +34,6 @@ MOST_HASHED = 1_000_000_000
 """Trunks of more parameters are recorded by their family alone: to hash them takes longer than to record."""
 
 _NAME = re.compile(r"call-(\d{6,})\.safetensors")
-_TEMPORARY = ".writing-"
 
 
 def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **options: object) -> Samples:
@@ -57,10 +55,9 @@ def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path
     """
     folder = Path(folder)
     if not folder.exists():
-        draft = folder.with_name(f"{_TEMPORARY}{folder.name}")  # whole, or not at all
-        shutil.rmtree(draft, ignore_errors=True)
-        record_sampling(model, labels, draft, **options)
-        draft.rename(folder)
+        files.sweep(folder.parent)
+        with files.written_whole(folder, folder=True) as draft:
+            record_sampling(model, labels, draft, **options)
     calls = RecordedCalls(folder)
     calls.check(model)
     return calls
@@ -87,8 +84,7 @@ class Recording:
         small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
         family, trunk = backbone.family, backbone.identity() if small else ""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{_TEMPORARY}*"):  # of a recording that was cut off
-            path.unlink()
+        files.sweep(folder)
         paths = _paths(folder)
         if paths:
             there = _Header.read(paths[0])
@@ -126,10 +122,8 @@ class Recording:
             | {name: {"tensor": tensors_hash({"": value})} for name, value in fixed.items()},
         }
         metadata = {"format": FORMAT, "version": VERSION, "call": json.dumps(facts, sort_keys=True)}
-        path = self.folder / f"call-{self._next:06d}.safetensors"
-        temporary = self.folder / f"{_TEMPORARY}{path.name}"
-        save_file(tensors | {f"shared.{name}": value for name, value in fixed.items()}, temporary, metadata=metadata)
-        temporary.replace(path)
+        tensors |= {f"shared.{name}": value for name, value in fixed.items()}
+        files.write_safetensors(self.folder / f"call-{self._next:06d}.safetensors", tensors, metadata)
         self._next += 1
         self.num_calls += 1
         self.num_rows += len(inputs)
@@ -235,7 +229,7 @@ class _Header:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            reason = str(error).strip().split("\n")[0][:120]
+            reason = first_line(error)
             raise InputError(f"{path}: no readable recorded call ({reason}); expected it whole, or deleted") from error
 
     @property
@@ -316,7 +310,7 @@ def _paths(folder: Path) -> list[Path]:
     Raises:
         InputError: there are other things.
     """
-    paths = [path for path in folder.iterdir() if not path.name.startswith(_TEMPORARY)]
+    paths = [path for path in folder.iterdir() if not files.is_draft(Path(path.name))]
     if other := sorted(path.name for path in paths if not _NAME.fullmatch(path.name)):
         raise InputError(f"{folder}: holds {other[0]}; expected an empty folder, or one of recorded calls alone")
     return sorted(paths, key=lambda path: int(_NAME.fullmatch(path.name)[1]))

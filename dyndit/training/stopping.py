@@ -51,6 +51,7 @@ def any_caught(caught: list[int], accelerator: Accelerator, meet: bool) -> bool:
 
 
 def leave(caught: list[int], step: int, steps: int, out: Path, say: bool) -> None:
+    """Say where the run stands, and end the process by the signal that was caught."""
     if say:
         print(f"{out}: stopped at step {step} of {steps}; run the same again to go on", file=sys.stderr)
     if signal.SIGINT in caught:

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dyndit.analysis.metrics.extractors.cifar10 import CifarVGG, CifarVGGExtractor
 from dyndit.errors import InputError
+from dyndit.files import write_safetensors
 from dyndit.runtime import keep_freed_memory
 from dyndit.training.data import PictureFolder
 
@@ -88,8 +88,7 @@ def main(train_folder: str, test_folder: str, out: str | Path = OUT) -> None:
     model = train(*load(train_folder))
     share = accuracy(model, *load(test_folder))
     metadata = {"accuracy": f"{share:.4f}", "seed": "0", "recipe": "recipes/studies/cifar10_classifier.py"}
-    save_file(model.state_dict(), out, metadata)
-    Path(out).chmod(0o644)  # safetensors writes 0600, and a wheel keeps it
+    write_safetensors(Path(out), model.state_dict(), metadata)
     print(f"{out}: {share:.1%} of the test pictures")
 
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from dyndit.analysis.metrics.extractors.digits import DigitsExtractor, DigitsLeNetExtractor
+from dyndit.files import write_safetensors
 
 CLASSIFIERS = {"digits": (DigitsExtractor, 0), "digits-lenet": (DigitsLeNetExtractor, 1)}  # and the seed
 NUM_STEPS = 2_000
@@ -80,8 +80,7 @@ def main(name: str = "digits") -> None:
     model, accuracy = train(name)
     out, seed = OUT[name], CLASSIFIERS[name][1]
     metadata = {"accuracy": f"{accuracy:.4f}", "seed": str(seed), "recipe": "recipes/studies/digits_classifier.py"}
-    save_file(model.state_dict(), out, metadata)
-    out.chmod(0o644)  # safetensors writes 0600, and a wheel keeps it
+    write_safetensors(out, model.state_dict(), metadata)
     print(f"{out}: {accuracy:.1%} on 500 test pictures")
 
 

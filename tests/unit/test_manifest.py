@@ -80,17 +80,6 @@ def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
     assert "expected the manifest of a run" in refused(out, SETTINGS)
 
 
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    manifest.write_json(path, {"a": 1})
-    loop: dict = {}
-    loop["loop"] = loop
-    with pytest.raises(ValueError, match=r"[Cc]ircular"):
-        manifest.write_json(path, loop)
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_descriptions_take_facts() -> None:
     found = manifest.describe({"a": 1}, seconds=2.5)
     assert (found["settings"], found["seconds"]) == ({"a": 1}, 2.5)

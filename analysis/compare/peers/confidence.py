@@ -13,7 +13,6 @@ Which rows go on is known on the device alone, so the host waits for it once for
 An option: searched plans are the default until it beats them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from dyndit.calibration.drawing import CALIBRATION_SEED, batches_of
 from dyndit.errors import CheckpointError, InputError
-from dyndit.manifest import write_json
+from dyndit.files import read_json, write_json
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
@@ -98,12 +97,14 @@ class Thresholds:
             CheckpointError: the file is missing, damaged, or holds no thresholds of this version.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = read_json(Path(path))
             if (data.pop("format", None), data.pop("version", None)) != (FORMAT, VERSION):
                 raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
             values = tuple(map(tuple, data.pop("values")))
             return cls(tuple(data.pop("depths")), tuple(data.pop("edges")), values, **data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: no readable thresholds ({error})") from error
 
 

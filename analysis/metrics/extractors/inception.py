@@ -8,8 +8,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dyndit.analysis.metrics.extractors.registry import register
-from dyndit.errors import CheckpointError, InputError
-from dyndit.storage.reading import first_line
+from dyndit.errors import CheckpointError, InputError, first_line
 
 
 # sFID on 17 x 17 x 7 = 2,023 features: TensorFlow's "mixed_6/conv", which ADM reads.

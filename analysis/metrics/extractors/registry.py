@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from dyndit.errors import CheckpointError, InputError
-from dyndit.storage.reading import first_line
+from dyndit.errors import CheckpointError, InputError, first_line
 
 Build = Callable[[Path | None], FeatureExtractorBase]
 """Makes a network from a file of weights, or from those packaged or downloaded. Its outputs: features, logits."""

@@ -28,6 +28,7 @@ from dyndit.analysis.compare.experiment import Controls, Experiment, Variant
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
+from dyndit.training.fit import FitConfig
 
 train = Train(
     backbone=DiTConfig(8, 4, 1, width=32, num_blocks=4, num_heads=2, num_classes=10),
@@ -299,6 +300,7 @@ from dyndit.models.exits import ExitConfig
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
+from dyndit.training.fit import FitConfig
 
 fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
 train = Train(DiTConfig(16, 4, 4, width=32, num_blocks=2, num_heads=2, num_classes=2), fit)
@@ -333,6 +335,7 @@ from dyndit.models.exits import ExitConfig
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
+from dyndit.training.fit import FitConfig
 
 fit = FitConfig(steps=3, batch_size=4, learning_rate=1e-3, ema_decay=0.9)
 train = Train(DiTConfig(4, 2, 4, width=32, num_blocks=2, num_heads=2, num_classes=10), fit)

@@ -384,7 +384,7 @@ def test_what_others_write_half_is_not_there(model: DynamicDepth, tmp_path: Path
 
         with monkeypatch.context() as patch:
             patch.setattr(function, fail)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(InputError, match="No space"):
                 convert(tmp_path / "native", tmp_path / "new", to)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]
 
@@ -577,7 +577,7 @@ BAD = [
     (three_channels, "out_channels is 3"),
     (shift_of_two, "_dyndit_frequency_shift is 2"),
     (negative_eps, "norm_eps is -1.0"),
-    (no_json, "config.json: no JSON"),
+    (no_json, "config.json: not JSON"),
     (no_object, "config.json"),
     (no_weights, "holds no weights"),
     (empty_weights, SAFE),

@@ -47,7 +47,7 @@ def test_native_round_trip(head: str, make_model, make_inputs, tmp_path: Path) -
     x, t, y = make_inputs(model.backbone)
     for depth in model.depths:
         assert torch.equal(found(x, t, y, depth=depth), model(x, t, y, depth=depth))
-    assert not list((tmp_path / "model").glob("*.tmp"))
+    assert not list((tmp_path / "model").glob(".*"))
 
 
 def test_a_model_without_exits(make_backbone, tmp_path: Path) -> None:

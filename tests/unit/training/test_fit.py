@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dyndit import files
 from dyndit.errors import CheckpointError, InputError
-from dyndit.training import checkpoints
 from dyndit.training.config import FitConfig
 from dyndit.training.data import PictureFolder, load_digits
 from dyndit.training.fit import FitResult, fit
@@ -151,9 +151,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path: Path) ->
     with pytest.raises(Killed):
         run(tmp_path, task=Dies())
     assert len(pd.read_csv(tmp_path / "losses.csv")) == 10
-    (tmp_path / "checkpoints" / "writing-step-000012").mkdir()  # and it died while it was writing
+    (tmp_path / "checkpoints" / ".writing-step-000012").mkdir()  # and it died while it was writing
     assert same(run(tmp_path), whole[0])
     assert steps_of(tmp_path) == ["step-000008", "step-000012"]
+
+
+@pytest.mark.parametrize("tail", [b"9,0.31", b"\0" * 40, b"9,0.31\0\0"])
+def test_a_torn_line_of_the_log_is_cut_off(whole, tmp_path: Path, tail: bytes) -> None:
+    run(tmp_path, replace(CONFIG, steps=8))
+    log = tmp_path / "losses.csv"
+    log.write_bytes(log.read_bytes() + tail)
+    assert same(run(tmp_path), whole[0])
+    assert log.read_bytes() == (whole[1] / "losses.csv").read_bytes()
 
 
 def test_a_finished_run_returns_at_once(whole) -> None:
@@ -196,14 +205,14 @@ def test_the_oldest_checkpoint_goes_only_after_the_new_one_is_whole(
     run(tmp_path, replace(CONFIG, steps=8, keep_checkpoints=1))
     assert steps_of(tmp_path) == ["step-000008"]
 
-    def full_disk(tensors, path):
+    def full_disk(tensors, path, metadata):
         if path.name == "optimizer.safetensors":
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
-    save_file = checkpoints.save_file
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    save_file = files.save_file
+    monkeypatch.setattr(files, "save_file", full_disk)
+    with pytest.raises(InputError, match="No space"):
         run(tmp_path, replace(CONFIG, keep_checkpoints=1))
     assert "step-000008" in steps_of(tmp_path)
     assert "step-000012" not in steps_of(tmp_path)

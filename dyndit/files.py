@@ -1,0 +1,347 @@
+"""Files that must survive: written whole or not at all, read within bounds, known by their hashes.
+
+Every writer below works in a draft, a hidden folder beside the target: `.writing-HOST-PID-NUMBER/NAME`. The draft is
+flushed to the disk and renamed over the target, and then the target's folder is flushed. A kill or a power cut at any
+moment leaves the old file or the new one. It may also leave the draft, which `sweep` removes.
+"""
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dyndit.errors import CheckpointError, InputError, first_line
+
+DRAFT = ".writing-"
+MOST_JSON = 64 << 20
+"""Bytes of a JSON file at most: more is refused before it is read."""
+
+_numbers = itertools.count()
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def is_draft(path: Path) -> bool:
+    """Tell whether a path is, or lies in, what a writer has not finished."""
+    return any(part.startswith(DRAFT) for part in path.parts)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts in a folder whose writers are dead. Drafts of other machines stay."""
+    for path in folder.glob(f"{DRAFT}*"):
+        named = re.fullmatch(rf"{re.escape(DRAFT)}([0-9a-f]{{8}})-(\d+)-\d+", path.name)
+        if named is None or (named[1] == _host() and not _is_alive(int(named[2]))):
+            _remove(path)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 kills
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yield a path to write a file or a folder at. It becomes `target` when the block ends well, and goes otherwise.
+
+    The path has the target's name, and so its suffix. Nothing is there yet. A file gets the mode that the umask
+    gives a new file, whatever mode its writer chose. A folder replaces an empty folder alone.
+
+    Raises:
+        InputError: the target cannot be written, for instance on a full disk; or it is a device, or of another kind.
+    """
+    target = Path(target)
+    if target.exists() and not (target.is_dir() if folder else target.is_file()):
+        kind = "folder" if folder else "file"
+        raise InputError(f"{target}: is no {kind}; expected a {kind} to replace, or nothing")
+    draft = target.with_name(f"{DRAFT}{_host()}-{os.getpid()}-{next(_numbers)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        path = draft / target.name
+        yield path
+        if not folder:
+            path.chmod(draft.stat().st_mode & 0o666)  # the umask, as mkdir applied it
+        sync(*path.rglob("*"), path)
+        path.replace(target)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(target, error) from error
+    finally:
+        _remove(draft)
+
+
+def _not_written(target: Path, error: Exception) -> InputError:
+    about = getattr(error, "filename", None)
+    other = "" if about is None or is_draft(Path(about)) or Path(about) == target else f" of {about}"
+    found = f"{getattr(error, 'strerror', None) or first_line(error)}{other}"
+    final = Path(*(part for part in target.parts if not part.startswith(DRAFT)))  # a file of a folder that is a draft
+    return InputError(f"{final}: cannot be written ({found}); expected a place to write to, with room for it")
+
+
+def sync(*paths: Path) -> None:
+    """Flush files and folders to the disk: a rename promises nothing about the content before it."""
+    for path in paths:
+        if path.is_symlink() or (os.name != "posix" and path.is_dir()):  # Windows cannot open folders
+            continue
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        except OSError as error:  # some network file systems cannot flush folders
+            if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+                raise
+        finally:
+            os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as it is: no line end is translated."""
+    with written_whole(path) as draft:
+        draft.write_bytes(text.encode())
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON, as `to_json` says."""
+    write_text(path, to_json(path, data))
+
+
+def to_json(path: Path, data: object) -> str:
+    """The text of a JSON file. What JSON does not know becomes text. `path` is for messages.
+
+    Raises:
+        InputError: a number is not finite, which JSON cannot say.
+        ValueError: the data holds itself.
+    """
+    try:
+        return json.dumps(data, indent=1, default=str, allow_nan=False) + "\n"
+    except ValueError:
+        if odd := next(_not_finite(json.loads(json.dumps(data, default=str))), None):
+            raise InputError(f"{path}: {odd[0]} is {odd[1]}; expected a finite number") from None
+        raise
+
+
+def _not_finite(data: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers within JSON that are not finite, with their names: ("plan.budget", nan)."""
+    if isinstance(data, float) and not math.isfinite(data):
+        yield name, data
+    elif isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _not_finite(value, f"{name}.{key}" if name else str(key))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and metadata. The same content makes the same bytes: metadata is sorted by name."""
+    with written_whole(path) as draft:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+        if metadata:
+            _sort_metadata(draft)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, where the library leaves it in a random order.
+
+    The file begins with the header's length, 8 bytes, and the header, JSON padded with spaces.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(text) != size:  # the library writes no blank and escapes as Python does
+            raise ValueError(f"{path}: a header of {len(text)} bytes, expected {size}")
+        file.seek(8)
+        file.write(text)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name. The path ends in .npz."""
+    with written_whole(path) as draft:
+        np.savez(draft, **arrays)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's content."""
+    with written_whole(target) as draft:
+        shutil.copyfile(source, draft)
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Add whole lines to a text file, made if need be.
+
+    After a kill the file holds its old lines and none, some or all of the new ones. The last may be torn: `read_lines`
+    passes over it, and the next call cuts it off.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with path.open("x+b" if is_new else "r+b") as file:
+            file.truncate(_end_of_lines(file))
+            file.seek(0, os.SEEK_END)
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync(path.parent)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _end_of_lines(file: BinaryIO, block: int = 1 << 16) -> int:
+    """Where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - block)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def read_lines(path: Path) -> str:
+    """Read the whole lines of a text file, without a torn last one. A power cut may leave zeros there.
+
+    Raises:
+        CheckpointError: missing, or no text.
+    """
+    try:
+        data = _read(path).partition(b"\0")[0]
+        return data[: data.rfind(b"\n") + 1].decode()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
+
+
+def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: missing, larger than `MOST_JSON`, no JSON, nested too deep, or no object. `kind` in its place.
+    """
+    try:
+        data = json.loads(_read(path, MOST_JSON).decode(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({_reason(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path}: not JSON ({first_line(error)})") from error
+    if not isinstance(data, dict):
+        raise kind(f"{path}: holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _read(path: Path, most: int | None = None) -> bytes:
+    """A file's bytes. Raises OSError also for what would never end: a FIFO, a device, more than `most` bytes."""
+    with _opened(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB")
+        return file.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    if not stat.S_ISREG(os.stat(path).st_mode) and not Path(path).is_dir():  # noqa: PTH116 - a folder says so itself
+        raise OSError(errno.EINVAL, "no regular file")
+    with Path(path).open("rb") as file:
+        yield file
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata.
+
+    Raises:
+        CheckpointError: missing, or no safetensors file.
+    """
+    try:
+        with _opened(path), safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: no readable safetensors file ({first_line(error)})") from error
+
+
+def sha256(path: Path) -> str:
+    """Hash a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with _opened(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
+
+
+def check_free(target: Path, *, folder: bool) -> None:
+    """Refuse a target that is there already; an empty folder may become a folder.
+
+    Raises:
+        InputError: naming it.
+    """
+    if folder and target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target}: already there, and nothing is overwritten; expected a new path")
+
+
+def claim(out: Path, besides: tuple[str, ...] = ()) -> None:
+    """Make the folder of a new run, or take an empty one. Drafts of writers that were killed count as nothing.
+
+    besides: names that may lie in the folder.
+
+    Raises:
+        InputError: there is a file, or a folder with other things, or none can be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; expected a folder")
+    if out.exists() and any(entry.name not in besides and not is_draft(Path(entry.name)) for entry in out.iterdir()):
+        raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be made ({error.strerror}); expected a folder to write to") from error
+    sweep(out)

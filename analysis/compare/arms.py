@@ -193,7 +193,9 @@ class Preparation:
                 plan = self._read(path)
             else:
                 table = self._with_bases(table, solver)
-                plan = LatencyBudget(share, experiment.latency_reference_steps).choose(table, solver)
+                plan = LatencyBudget(share, experiment.latency_reference_steps).choose(
+                    table, solver, self.model.process
+                )
                 plan.save(path)
             arms.append(Arm(name, "chosen", plan, share, plan.figures["predicted_fd"]))
         return arms
@@ -245,7 +247,8 @@ class Preparation:
     def _trunk(self) -> DynamicDepth:
         """What exits are distilled from: the trunk as it was given, whatever the comparison's own recipe made of it."""
         trunk = self.trunk or self.model
-        return DynamicDepth(trunk.backbone, pixel_space=trunk.pixel_space).to(self.model.device)
+        alone = DynamicDepth(trunk.backbone, pixel_space=trunk.pixel_space, process=trunk.process)
+        return alone.to(self.model.device)
 
     def _within(self, table: ShiftTable) -> list[float]:
         """The budgets that any plan keeps to."""

@@ -142,11 +142,10 @@ class Inputs:
 
 
 def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[str, object]:
-    """What makes a run this run. The noise schedule's tables are constants of the code, not settings."""
+    """What makes a run this run."""
     choices = asdict(experiment)
-    recipes = [recipe for owner in (choices, *choices["variants"]) for recipe in (owner["train"], owner["distill"])]
-    for recipe in recipes:
-        if recipe:
-            recipe.pop("schedule")
+    for owner, chosen in zip((experiment, *experiment.variants), (choices, *choices["variants"]), strict=True):
+        if owner.train is not None:
+            chosen["train"]["process"] = owner.train.process.config()  # without its tables
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}

@@ -74,7 +74,7 @@ def chosen_plan(
     if depth.plan is not None:
         plan = DepthPlan.load(depth.plan)
         bound = (dynamic.trunk_hash(), dynamic.exits_hash()) if plan.trunk else (None, None)
-        timesteps = timesteps_of(solver, steps)
+        timesteps = timesteps_of(solver, steps, dynamic.process)
         plan.check(
             depths=dynamic.depths,
             trunk=bound[0],

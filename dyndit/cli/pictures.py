@@ -88,7 +88,7 @@ def sample(
         steps = 20 if steps is None else steps
         plan = chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
     else:
-        plan = goal.choose(table_for(dynamic, stored_table(folder), solver), solver)
+        plan = goal.choose(table_for(dynamic, stored_table(folder), solver), solver, dynamic.process)
         steps = plan.num_steps
     classes = class_labels or tuple(range(dynamic.backbone.num_classes))
     labels = [classes[i % len(classes)] for i in range(num_images)]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.table import ShiftTable
+    from dyndit.process import Process
     from dyndit.training.data import Pictures
 
 
@@ -161,7 +162,7 @@ def calibrate(
         target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
     else:
         plan = calibration.calibrate_steps(dynamic, goal, **measured)
-        _print_step_counts(calibration.table_for(dynamic, table, solver), plan)
+        _print_step_counts(calibration.table_for(dynamic, table, solver), plan, dynamic.process)
         target = out or model / f"plan-{plan.router}-{solver}-{goal.label}.json"
     plan.save(target)
     _print_plan(plan, _distance_name(extractor, table))
@@ -246,12 +247,12 @@ def _spread(pictures: "Pictures", most: int) -> "Tensor":
     return pictures.uint8() if count <= most else pictures.uint8([i * count // most for i in range(most)])
 
 
-def _print_step_counts(table: "ShiftTable", plan: "DepthPlan") -> None:
+def _print_step_counts(table: "ShiftTable", plan: "DepthPlan", process: "Process") -> None:
     """What every step count could do in the chosen plan's time."""
     from dyndit.plans.step_counts import frontier
 
     f = plan.figures
     share = f.get("latency_budget", f["predicted_share_of_reference"])
-    rows = frontier(table, plan.solver, (share,), int(f["reference_steps"]))
+    rows = frontier(table, plan.solver, (share,), int(f["reference_steps"]), process)
     print(f"within {share:.1%} of full depth's time at {f['reference_steps']:g} steps, by step count:")
     print(rows.drop(columns="latency_budget").to_string(index=False, float_format=lambda value: f"{value:.3f}"))

@@ -14,6 +14,7 @@ from dyndit.errors import InputError
 from dyndit.models import Backbone, Condition, Inputs, State, tensors_hash
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import forecast_gap, remembered
+from dyndit.process import DDPM, Process
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,21 @@ class DynamicDepth(ModelMixin):
     `dyndit.storage.load`' native folder.
     """
 
-    def __init__(self, backbone: Backbone, exits: Exits | None = None, *, pixel_space: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None = None,
+        *,
+        pixel_space: bool = True,
+        process: Process = DDPM(),
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.exits = exits
         self.pixel_space = pixel_space
         """Whether pictures are pixels in [-1, 1] (predicted x0 is clamped there) or latents."""
+        self.process = process
+        """How noise and picture mix, and what the backbone predicts of the mixture."""
 
     @property
     def num_blocks(self) -> int:
@@ -97,7 +107,7 @@ class DynamicDepth(ModelMixin):
         timestep = step.timesteps[step.k]
         if step.forecasts:
             gains = None if self.exits is None else self.exits.gains_of(step.depths[0])
-            own[0] = own[0] + forecast_gap(memory, step.depths[0], timestep, gains)
+            own[0] = own[0] + forecast_gap(memory, step.depths[0], timestep, self.process, gains)
         if step.kept:
             memory = remembered(memory, timestep, {depth: own[0] - passed[depth] for depth in step.kept})
         return ([*own, passed[step.guide]] if step.guide else own), memory

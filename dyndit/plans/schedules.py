@@ -8,9 +8,7 @@ from dataclasses import replace
 
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
-from dyndit.process import Schedule
-
-SCHEDULE = Schedule()
+from dyndit.process import DDPM, Process
 
 
 def _scheduled(full: DepthPlan, depths: tuple[int, ...], wanted: list[float], router: str) -> DepthPlan:
@@ -44,19 +42,21 @@ def reversed_plan(plan: DepthPlan) -> DepthPlan:
     return replace(plan, cond=plan.cond[::-1], uncond=plan.uncond[::-1], router=f"reversed-{plan.router}", figures={})
 
 
-def guidance_interval(plan: DepthPlan, low: float, high: float) -> DepthPlan:
+def guidance_interval(plan: DepthPlan, low: float, high: float, process: Process = DDPM()) -> DepthPlan:
     """The plan with guidance at noise levels in (low, high] alone: no unconditional pass outside.
 
     Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
-    Diffusion Models" (arXiv:2404.07724). As there, a noise level is sigma = sqrt((1 - alpha_bar) / alpha_bar): on the
-    linear schedule it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250 and 0.01 at 0.
+    Diffusion Models" (arXiv:2404.07724). As there, a noise level is the noise's standard deviation where the picture's
+    scale is 1 (`Process.noise_level`): with DDPM it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250, 0.01 at 0.
+
+    process: the model's.
 
     Raises:
         InputError: not 0 <= low < high.
     """
     if not 0 <= low < high:
         raise InputError(f"guidance interval ({low:g}, {high:g}): expected noise levels 0 <= low < high")
-    inside = [low < SCHEDULE.noise_level(t) <= high for t in plan.timesteps]
+    inside = [low < process.noise_level(t) <= high for t in plan.timesteps]
     uncond = tuple(depth if guided else 0 for depth, guided in zip(plan.uncond, inside, strict=True))
     if uncond == plan.uncond:
         return plan

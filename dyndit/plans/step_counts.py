@@ -16,7 +16,8 @@ from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.search import search
 from dyndit.plans.table import ShiftTable
-from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name, timesteps_of
+from dyndit.process import DDPM, Process
+from dyndit.sampling.solvers import AnySolver, solver_name, timesteps_of
 
 ROUTER = "chosen"
 
@@ -41,14 +42,14 @@ class LatencyBudget:
         """A short name, for files."""
         return f"b{self.share:g}" + ("" if self.reference_steps is None else f"-of{self.reference_steps}")
 
-    def choose(self, table: ShiftTable, solver: AnySolver) -> DepthPlan:
+    def choose(self, table: ShiftTable, solver: AnySolver, process: Process = DDPM()) -> DepthPlan:
         """The plan, at the step count that it is best at.
 
         Raises:
             InputError: the table holds no moments of full depth with this solver, or no plan is that quick.
         """
         limit = self.share * _reference(table, self.reference_steps)
-        found = [_best(table, full, limit) for full in _fulls(table, solver)]
+        found = [_best(table, full, limit) for full in _fulls(table, solver, process)]
         plans = [plan for plan in found if plan is not None]
         if not plans:
             least = min(table.step_counts(solver_name(solver)))
@@ -83,14 +84,14 @@ class TargetFD:
         """A short name, for files."""
         return f"fd{self.value:g}"
 
-    def choose(self, table: ShiftTable, solver: AnySolver) -> DepthPlan:
+    def choose(self, table: ShiftTable, solver: AnySolver, process: Process = DDPM()) -> DepthPlan:
         """The plan, at the step count that it is cheapest at.
 
         Raises:
             InputError: the table holds no moments of full depth with this solver, or predicts no plan to be that good.
         """
         cheapest, limit, missed = None, math.inf, []
-        for full in _fulls(table, solver):
+        for full in _fulls(table, solver, process):
             plan = _best(table, full, limit)  # what this step count can do in the time of the cheapest so far
             if plan is not None and plan.figures["predicted_fd"] <= self.value:
                 cheapest = self._cheapest(table, full, plan)
@@ -121,7 +122,11 @@ Goal = LatencyBudget | TargetFD
 
 
 def frontier(
-    table: ShiftTable, solver: AnySolver, shares: Sequence[float], reference_steps: int | None = None
+    table: ShiftTable,
+    solver: AnySolver,
+    shares: Sequence[float],
+    reference_steps: int | None = None,
+    process: Process = DDPM(),
 ) -> pd.DataFrame:
     """What each step count reaches within each share of the reference time: a row for each that has a plan that quick.
 
@@ -134,7 +139,7 @@ def frontier(
     rows = []
     for share in shares:
         limit = share * _reference(table, reference_steps)
-        for full in _fulls(table, solver):
+        for full in _fulls(table, solver, process):
             plan = _best(table, full, limit)
             if plan is not None:
                 rows.append(
@@ -151,7 +156,7 @@ def frontier(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _fulls(table: ShiftTable, solver: AnySolver) -> list[DepthPlan]:
+def _fulls(table: ShiftTable, solver: AnySolver, process: Process) -> list[DepthPlan]:
     """Full depth at every step count that the table can predict from, fewest steps first."""
     name = solver_name(solver)
     counts = table.step_counts(name)
@@ -160,7 +165,8 @@ def _fulls(table: ShiftTable, solver: AnySolver) -> list[DepthPlan]:
             f"--solver {name}: the shift table has no moments of full depth with it to choose a step count by; "
             f"expected some, which `dyndit calibrate --solver {name} --step-grid` measures"
         )
-    return [DepthPlan.full(timesteps_of(solver, steps), table.num_blocks, name, table.cfg_scale) for steps in counts]
+    times = [timesteps_of(solver, steps, process) for steps in counts]
+    return [DepthPlan.full(timesteps, table.num_blocks, name, table.cfg_scale) for timesteps in times]
 
 
 def _best(table: ShiftTable, full: DepthPlan, seconds: float) -> DepthPlan | None:
@@ -191,8 +197,8 @@ def _described(plan: DepthPlan, table: ShiftTable, reference_steps: int | None, 
 
 
 def _check_reference(steps: int | None) -> None:
-    if steps is not None and not 1 <= steps <= SCHEDULE.num_timesteps:
-        raise InputError(f"--reference-steps {steps}: expected 1 to {SCHEDULE.num_timesteps}")
+    if steps is not None and not 1 <= steps <= Process.num_timesteps:
+        raise InputError(f"--reference-steps {steps}: expected 1 to {Process.num_timesteps}")
 
 
 def _steps(table: ShiftTable, reference_steps: int | None) -> int:

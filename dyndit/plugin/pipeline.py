@@ -35,7 +35,7 @@ from dyndit.plans.table import FILE, ShiftTable
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, start, state_shape, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
-from dyndit.sampling.solvers import SOLVERS
+from dyndit.sampling.solvers import named_solver
 from dyndit.training.latents import decode_batch, load_autoencoder
 
 # The table in which diffusers looks up how components that are none of its own models are saved and loaded.
@@ -89,7 +89,7 @@ class DynDiTPipeline(DiffusionPipeline):
     """Class labels to pictures, at the depths of a plan.
 
     transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any
-    noise-predicting scheduler on the training schedule (`dyndit.sampling.sample.check_scheduler`); one of learned variance
+    scheduler that steps the transformer's process (`dyndit.sampling.solvers.check_scheduler`); one of learned variance
     gets the variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
     router: the shift table that `budget=` searches.
 
@@ -132,15 +132,13 @@ class DynDiTPipeline(DiffusionPipeline):
     ) -> "DynDiTPipeline":
         """A pipeline of a model, or of whatever `dyndit.load` takes; a shift table that lies there is its router.
 
-        solver: a name of `dyndit.sampling.sample.SOLVERS`. vae: an autoencoder or its folder.
+        solver: a name of `dyndit.sampling.solvers.SOLVERS`. vae: an autoencoder or its folder.
 
         Raises:
             InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
         """
         from dyndit.storage import load as checkpoints
 
-        if solver not in SOLVERS:
-            raise InputError(f"solver {solver}: expected one of {', '.join(SOLVERS)}")
         if isinstance(model_or_folder, DynamicDepth):
             model, folder = model_or_folder, None
         else:
@@ -148,7 +146,8 @@ class DynDiTPipeline(DiffusionPipeline):
             model, folder = loaded.model, loaded.folder
         there = folder is not None and (Path(folder) / FILE).exists()
         vae = load_autoencoder(vae) if isinstance(vae, str | Path) else vae
-        return cls(model, SOLVERS[solver].build(), vae, ShiftTable.from_pretrained(folder) if there else None)
+        scheduler = named_solver(solver, model.process).build(model.process)
+        return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: object) -> str:
@@ -215,7 +214,7 @@ class DynDiTPipeline(DiffusionPipeline):
         guidance = Guidance(plan.cfg_scale, guided_channels)
         if guidance_interval is not None:
             low, high = guidance_interval
-            plan = within_interval(plan, low, high)
+            plan = within_interval(plan, low, high, model.process)
         batch = _Noise(seed, first_index, seeds, generator).batch(labels, self._execution_device)
         if latents is not None:
             latents = _checked(latents, (len(labels), *state_shape(model)), "latents").to(batch.labels.device)

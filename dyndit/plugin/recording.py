@@ -73,7 +73,8 @@ def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **o
         InputError: as `sample`; or `out` holds other things.
     """
     recording = Recording.open(Path(out), model.backbone)
-    watched = DynamicDepth(_Watched(model.backbone, recording), model.exits, pixel_space=model.pixel_space)
+    trunk = _Watched(model.backbone, recording)
+    watched = DynamicDepth(trunk, model.exits, pixel_space=model.pixel_space, process=model.process)
     return sample(watched, labels, **options)
 
 

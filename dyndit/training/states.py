@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dyndit.models import Inputs
-from dyndit.process import Schedule
+from dyndit.process import Process
 
 Rows = Tensor | dict[str, Tensor]
 """What comes with x in a batch of a data set: labels (B,), or tensors of B rows by name."""
@@ -21,12 +21,12 @@ TRAJECTORIES_SEED = 2_000_003
 
 
 def noised(
-    schedule: Schedule, null_share: float, null_class: int | None, x: Tensor, y: Tensor, generator: torch.Generator
+    process: Process, null_share: float, null_class: int | None, x: Tensor, y: Tensor, generator: torch.Generator
 ) -> Inputs:
     """Pictures at random timesteps, some of their labels replaced by the null label.  x: (B, C, H, W), y: (B,)."""
-    t = torch.randint(schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
+    t = process.sample_timesteps(len(x), generator).to(x.device)
     eps = torch.randn(x.shape, generator=generator).to(x.device)
     lost = torch.rand(len(y), generator=generator) < null_share
     if null_class is not None:
         y = torch.where(lost.to(y.device), null_class, y)
-    return Inputs(schedule.add_noise(x, eps, t), t, y)
+    return Inputs(process.noised(x, eps, t), t, y)

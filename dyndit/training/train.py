@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from dyndit.errors import InputError
 from dyndit.models import Backbone, ClassConditionalDiT, Condition, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.process import Schedule
+from dyndit.process import DDPM, Process
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
 from dyndit.training.fit import FitResult, fit
@@ -31,7 +31,8 @@ class Train:
     fit: FitConfig
     data: str = ""
     """"digits", or empty: the user names a picture folder."""
-    schedule: Schedule = field(default_factory=Schedule)
+    process: Process = DDPM()
+    """How pictures are noised, and what the backbone is to predict."""
     exits: ExitConfig | None = None
     """Exits that train with the trunk, on the same loss as it (deep supervision). None: the trunk alone."""
     exit_weight: float = 1.0
@@ -82,8 +83,9 @@ class Train:
                 backbone.load_state_dict(trunk.backbone.state_dict())
             exits = None if self.exits is None else Exits(backbone, self.exits)
         backbone.gradient_checkpointing = self.fit.gradient_checkpointing
-        model = DynamicDepth(backbone, exits, pixel_space=not isinstance(data, LatentPictures))
-        task = _Denoising(model, self.schedule, self.exit_weight, preview)
+        pixels = not isinstance(data, LatentPictures)
+        model = DynamicDepth(backbone, exits, pixel_space=pixels, process=self.process)
+        task = _Denoising(model, self.exit_weight, preview)
         identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
         if trunk is not None:
             identity += f" on from {trunk.trunk_hash()}"
@@ -95,20 +97,21 @@ class Train:
 class _Denoising:
     """The task of training the trunk, with exits where the model has some."""
 
-    def __init__(self, model: DynamicDepth, schedule: Schedule, exit_weight: float, preview: Preview | None) -> None:
+    def __init__(self, model: DynamicDepth, exit_weight: float, preview: Preview | None) -> None:
         self.model, self.trainable = model, _trained_from_scratch(model)
-        self.schedule, self.exit_weight, self._preview = schedule, exit_weight, preview
+        self.exit_weight, self._preview = exit_weight, preview
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
-        t = torch.randint(self.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
+        process = self.model.process
+        t = process.sample_timesteps(len(x), generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
         y = self.model.backbone.y_embedder.drop(y, generator)
         if self.model.exits is None:
-            return denoising_loss(module, self.schedule, x, t, eps, y)
-        return deep_supervision_loss(module, self.schedule, x, t, eps, y, self.exit_weight)
+            return denoising_loss(module, process, x, t, eps, y)
+        return deep_supervision_loss(module, process, x, t, eps, y, self.exit_weight)
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
         """Draw a sample grid with the averaged weights."""

@@ -132,7 +132,7 @@ class ConfidentDepth(DynamicDepth):
         Raises:
             InputError: the thresholds are another model's, or it has no exit at one of their depths.
         """
-        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space)
+        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         _check_depths(thresholds.depths, self.depths)
         for name, mine in (("trunk", thresholds.trunk), ("exits", thresholds.exits)):
             if mine and mine != (theirs := getattr(self, f"{name}_hash")()):
@@ -250,7 +250,7 @@ class _Recorder(DynamicDepth):
     """Full depth, whose memory is what every exit on the way would have said: (signal, error), (m, B) each, by step."""
 
     def __init__(self, model: DynamicDepth, depths: tuple[int, ...], cfg_scale: float) -> None:
-        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space)
+        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         self.compared, self.cfg_scale = depths, cfg_scale
         self.eval()
 

@@ -135,6 +135,8 @@ class Inputs:
     """What the user may put in place of the experiment's own choices."""
 
     model: str = ""
+    process: str = ""
+    """Of a model that does not say its own."""
     data: str = ""
     extractor_weights: Path | None = None
     from_scratch: bool = False

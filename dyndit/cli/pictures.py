@@ -42,6 +42,7 @@ def sample(
     strict: bool = False,
     stats: bool = False,
     num_heads: int | None = None,
+    process: str = "",
     vae: Path | None = None,
     device: str = "cpu",
     json_: Json = False,
@@ -64,6 +65,7 @@ def sample(
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
         num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own: ddpm or flow.
         vae: Folder of a diffusers AutoencoderKL that decodes latents.
         device: cpu or cuda.
         json_: End with one line of JSON.
@@ -80,7 +82,7 @@ def sample(
 
     manifest.check_device(device)
     goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, ramp=depth.ramp)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
+    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
     dynamic = loaded.model
     decoder = decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)

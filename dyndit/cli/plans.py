@@ -51,6 +51,7 @@ def calibrate(
     forecast_ages: int = 0,
     refinements: int = 0,
     batch_size: int = 128,
+    process: str = "",
     vae: Path | None = None,
     device: str = "cpu",
     fresh: bool = False,
@@ -81,6 +82,7 @@ def calibrate(
         own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
         forecast_ages: It also holds exits whose gap to full depth is forecast from up to so many steps ago; 0 for none.
         batch_size: Pictures at a time.
+        process: Process of a model that does not say its own: ddpm or flow.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         device: cpu or cuda.
         fresh: Measure the table again even where one is there.
@@ -107,7 +109,6 @@ def calibrate(
     if goal is not None and refinements:
         raise InputError(f"--refinements {refinements}: expected --budget with it, not a choice of steps")
     steps = 20 if steps is None else steps
-    make_scheduler(solver, steps)
     calibration.check_step_grid(step_grid)
     check_device(device)
     if not model.is_dir():
@@ -115,7 +116,8 @@ def calibrate(
             f"{model}: the table is written into the model's folder; expected a local model folder, which "
             "`dyndit distill` or `dyndit convert` makes"
         )
-    dynamic = checkpoints.load(model, device=device)
+    dynamic = checkpoints.load(model, process=process or None, device=device)
+    make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
     decoder = decoder_of(dynamic, model, vae, device)

@@ -115,6 +115,7 @@ def bench(
     until: float = 0.02,
     max_rounds: int | None = None,
     num_heads: int | None = None,
+    process: str = "",
     device: str = "cpu",
     dtype: Literal["", "float32", "bfloat16", "float16"] = "",
     vae: str = "",
@@ -143,6 +144,7 @@ def bench(
             exactly --rounds.
         max_rounds: Rounds at most (default: 60, or --rounds where that is more).
         num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own: ddpm or flow.
         device: cpu or cuda.
         dtype: Precision to compute in (default: the weights' own).
         vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for one of random weights.
@@ -176,7 +178,7 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
+        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
         dynamic, model = loaded.model, str(loaded.folder or model)
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
@@ -272,6 +274,7 @@ def compare(
     /,
     out: Path,
     model: str = "",
+    process: str = "",
     data: str = "",
     extractor_weights: Path | None = None,
     device: str = "cpu",
@@ -284,6 +287,7 @@ def compare(
         recipe: A recipe's name (digits_frontier) or a Python file that defines `experiment`.
         out: Folder of the run; what is there and valid is not done again.
         model: A model in place of the recipe's. A folder's exits and shift table are taken as they are.
+        process: Process of a model that does not say its own: ddpm or flow.
         data: Pictures in place of the recipe's.
         extractor_weights: Weights of the extractor, where they do not ship with the package.
         device: cpu or cuda.
@@ -296,6 +300,7 @@ def compare(
         out,
         json_=json_,
         model=model,
+        process=process,
         data=data,
         extractor_weights=extractor_weights,
         device=device,

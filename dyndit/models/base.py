@@ -16,6 +16,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from dyndit.process import DDPM, Process
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -106,6 +108,8 @@ class Backbone(nn.Module):
 
     family: ClassVar[str]
     """Name under which `config.json` records the class."""
+    usual_process: Process = DDPM()
+    """The process of weights of this family, unless it is known to be another."""
 
     num_blocks: int
     width: int
@@ -149,12 +153,16 @@ class Backbone(nn.Module):
         """What changes a prediction and shows in no tensor's name, shape or value (heads, epsilons, frequencies)."""
         return {}
 
-    def identity(self, tensors: Mapping[str, Tensor] | None = None) -> str:
+    def identity(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
         """A hash that tells this trunk from any other; exits, plans and tables are bound to it.
 
-        tensors: as `tensors()`, where they are other than the module's (rounded to half precision, say).
+        tensors: as `tensors()`, where they are other than the module's (rounded to half precision, say). process: the
+        model's; one that is not the family's usual one is hashed too.
         """
-        return tensors_hash(self.tensors() if tensors is None else tensors, json.dumps(self.unseen(), sort_keys=True))
+        unseen = self.unseen()
+        if process not in (None, self.usual_process):
+            unseen = unseen | {"process": process.config()}
+        return tensors_hash(self.tensors() if tensors is None else tensors, json.dumps(unseen, sort_keys=True))
 
     def config(self) -> dict[str, object]:
         """Plain data from which `from_config` builds the same architecture."""

@@ -14,7 +14,7 @@ from dyndit.errors import InputError
 from dyndit.models import Backbone, Condition, Inputs, State, tensors_hash
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import forecast_gap, remembered
-from dyndit.process import DDPM, Process
+from dyndit.process import Process
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class DynamicDepth(ModelMixin):
         exits: Exits | None = None,
         *,
         pixel_space: bool = True,
-        process: Process = DDPM(),
+        process: Process | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.exits = exits
         self.pixel_space = pixel_space
         """Whether pictures are pixels in [-1, 1] (predicted x0 is clamped there) or latents."""
-        self.process = process
+        self.process = backbone.usual_process if process is None else process
         """How noise and picture mix, and what the backbone predicts of the mixture."""
 
     @property
@@ -166,8 +166,8 @@ class DynamicDepth(ModelMixin):
         return dict(zip(self.depths, self.along(x, t, y, self.depths), strict=True))
 
     def trunk_hash(self) -> str:
-        """Hash of the trunk; exits, plans and tables are bound to it."""
-        return self.backbone.identity()
+        """Hash of the trunk and its process; exits, plans and tables are bound to it."""
+        return self.backbone.identity(process=self.process)
 
     def exits_hash(self) -> str:
         """Hash of the exits' weights ("" without exits)."""

@@ -34,6 +34,7 @@ from dyndit.models import Backbone, Condition, Conditioning, Inputs, State, tens
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.hooks import Target, transformer_of, watching
+from dyndit.process import Process
 from dyndit.sampling.sample import Samples, sample
 
 FORMAT, VERSION = "dyndit-call", "1"
@@ -72,7 +73,7 @@ def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **o
     Raises:
         InputError: as `sample`; or `out` holds other things.
     """
-    recording = Recording.open(Path(out), model.backbone)
+    recording = Recording.open(Path(out), model.backbone, model.process)
     trunk = _Watched(model.backbone, recording)
     watched = DynamicDepth(trunk, model.exits, pixel_space=model.pixel_space, process=model.process)
     return sample(watched, labels, **options)
@@ -107,14 +108,14 @@ class Recording:
     _next: int = field(default=0, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, backbone: Backbone) -> "Recording":
+    def open(cls, folder: Path, backbone: Backbone, process: Process | None = None) -> "Recording":
         """Make the folder, or go on in one of this trunk's calls.
 
         Raises:
             InputError: it holds other things, or another trunk's calls.
         """
         small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
-        family, trunk = family_of(backbone), backbone.identity() if small else ""
+        family, trunk = family_of(backbone), backbone.identity(process=process) if small else ""
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{_TEMPORARY}*"):  # of a recording that was cut off
             path.unlink()
@@ -334,9 +335,9 @@ class _Watched(Backbone):
         """The trunk's."""
         return self.trunk.unpatchify(patches, state)
 
-    def identity(self, tensors: dict[str, Tensor] | None = None) -> str:
+    def identity(self, tensors: dict[str, Tensor] | None = None, process: Process | None = None) -> str:
         """The trunk's."""
-        return self.trunk.identity(tensors)
+        return self.trunk.identity(tensors, process)
 
 
 def family_of(backbone: Backbone) -> str:

@@ -16,7 +16,7 @@ from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.names import match_frequencies, own_positions
-from dyndit.storage.reading import check_free, written_whole
+from dyndit.storage.reading import AskedProcess, check_free, written_whole
 
 Format = Literal["native", "official", "diffusers"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,7 +54,13 @@ def drift(reference: Tensor, other: Tensor) -> Drift:
 
 
 def convert(
-    source: str | Path, target: Path, to: Format, *, num_heads: int | None = None, revision: str | None = None
+    source: str | Path,
+    target: Path,
+    to: Format,
+    *,
+    num_heads: int | None = None,
+    revision: str | None = None,
+    process: AskedProcess = None,
 ) -> tuple[str, ...]:
     """Read a model and write it in another format, whole or not at all -> what is to be known about it, a line each.
 
@@ -65,7 +71,7 @@ def convert(
         CheckpointError: the source is missing, damaged or foreign.
     """
     check_free(target, folder=to != "official")
-    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision)
+    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision, process=process)
     model, folder = loaded.model, loaded.folder
     if to == "official":
         official.write(model, target)

@@ -21,10 +21,18 @@ from dyndit.errors import CheckpointError, InputError
 from dyndit.models import CARDS, Backbone, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
+from dyndit.process import DDPM, Process, processes
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
 from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
-from dyndit.storage.reading import Loaded, load_strictly, read_json, read_safetensors
+from dyndit.storage.reading import (
+    AskedProcess,
+    Loaded,
+    load_strictly,
+    process_of,
+    read_json,
+    read_safetensors,
+)
 
 __all__ = [
     "CONFIG",
@@ -54,37 +62,51 @@ _UPLOADED = (CONFIG, TRUNK, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs
 
 
 def load(
-    path_or_hub_id: str | Path, *, num_heads: int | None = None, revision: str | None = None, device: str = "cpu"
+    path_or_hub_id: str | Path,
+    *,
+    num_heads: int | None = None,
+    revision: str | None = None,
+    process: AskedProcess = None,
+    device: str = "cpu",
 ) -> DynamicDepth:
     """Load a model in eval mode, with its exits where it has any.
 
     path_or_hub_id: a path to one of the above, "digits" (ships with the package), or a hub id; a path that is there
     wins. num_heads: attention heads of a `.pt` that does not tell them. revision: of a hub id: branch, tag or commit.
+    process: the process that the weights were trained for, or its name ("ddpm"), where the file does not say; a file
+    that says another is refused.
 
     Raises:
-        CheckpointError: missing, damaged, edited or foreign.
+        CheckpointError: missing, damaged, edited or foreign, or of another process.
         InputError: the number of heads is unknown or contradicted.
     """
-    return inspect(path_or_hub_id, num_heads=num_heads, revision=revision, device=device).model
+    return inspect(path_or_hub_id, num_heads=num_heads, revision=revision, process=process, device=device).model
 
 
 def inspect(
-    path_or_hub_id: str | Path, *, num_heads: int | None = None, revision: str | None = None, device: str = "cpu"
+    path_or_hub_id: str | Path,
+    *,
+    num_heads: int | None = None,
+    revision: str | None = None,
+    process: AskedProcess = None,
+    device: str = "cpu",
 ) -> Loaded:
     """`load`, with notes on what was inferred, and the folder its plans and table lie in."""
     text, path = str(path_or_hub_id), Path(path_or_hub_id)
     wanted = None if path.exists() or text == "digits" else hub.parse(text, revision)
     if revision is not None and wanted is None:
         raise InputError(f"--revision {revision}: {text} is no hub id; expected org/name with it")
+    if isinstance(process, str) and process not in processes():
+        raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
     if path.is_dir():
-        loaded = _read_folder(path)
+        loaded = _read_folder(path, process)
     elif path.exists():
-        loaded = official.read(path, num_heads)
+        loaded = official.read(path, num_heads, process)
     elif text == "digits":
-        loaded = Loaded(_packaged_digits())
+        loaded = Loaded(_packaged_digits(process))
     elif wanted is not None:
         folder, notes = hub.fetch(wanted)
-        loaded = _read_folder(folder)
+        loaded = _read_folder(folder, process)
         loaded = replace(loaded, notes=(*notes, *loaded.notes))
     else:
         raise CheckpointError(
@@ -110,13 +132,15 @@ def save_exits(exits: Exits, path: Path, trunk_hash: str) -> None:
     native.write_exits(exits, Path(path), trunk_hash)
 
 
-def load_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True) -> Exits:
+def load_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True, process: Process | None = None) -> Exits:
     """Read a side-car. Without `check_trunk` the trunk is not hashed: shapes alone are compared.
+
+    process: the model's, where it is not the family's usual one.
 
     Raises:
         CheckpointError: missing, damaged, or of another trunk.
     """
-    return native.read_exits(Path(path), backbone, check_trunk=check_trunk)
+    return native.read_exits(Path(path), backbone, check_trunk=check_trunk, process=process)
 
 
 def push(folder: Path, repo_id: str, **options: object) -> str:
@@ -164,19 +188,19 @@ def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[st
     return tuple(file.name for file in files)
 
 
-def _read_folder(folder: Path) -> Loaded:
+def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
     """Read a folder by what lies in it."""
     if (folder / PIPELINE).exists():
-        return _read_pipeline(folder)
+        return _read_pipeline(folder, process)
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of a model or of a pipeline")
     config = read_json(path)
     # diffusers marks every config.json with the class's name; anything else is ours or refused as such.
-    return diffusers_folder.read(folder) if "_class_name" in config else native.read(folder)
+    return diffusers_folder.read(folder, process) if "_class_name" in config else native.read(folder, process)
 
 
-def _read_pipeline(folder: Path) -> Loaded:
+def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
     """The denoiser of a pipeline's folder. One with a VAE makes latents."""
     index, transformer = read_json(folder / PIPELINE), folder / TRANSFORMER
     if not transformer.is_dir():
@@ -185,17 +209,17 @@ def _read_pipeline(folder: Path) -> Loaded:
             f"{folder}: a {found!r:.60} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline"
         )
     if "_class_name" not in read_json(transformer / CONFIG):
-        return native.read(transformer)
+        return native.read(transformer, process)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
-    return diffusers_folder.read(transformer, pixel_space=False if latents else None)
+    return diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
 
 
-def _packaged_digits() -> DynamicDepth:
+def _packaged_digits(process: AskedProcess) -> DynamicDepth:
     """The trunk that `recipes/digits.py` made, from the package's own data."""
     asset = importlib.resources.files("dyndit.assets") / "digits.safetensors"
     with importlib.resources.as_file(asset) as path:
         tensors, _ = read_safetensors(path)
         backbone = ClassConditionalDiT(CARDS["digits"])
         load_strictly(backbone, tensors, path)
-    return DynamicDepth(backbone).eval()
+    return DynamicDepth(backbone, process=process_of(DDPM().config(), process, path)[0]).eval()

@@ -13,11 +13,14 @@ from dyndit.models import FAMILIES, Backbone, tensors_hash
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan
+from dyndit.process import Process
 from dyndit.storage.reading import (
+    AskedProcess,
     Loaded,
     built,
     first_line,
     load_strictly,
+    process_of,
     read_json,
     read_safetensors,
     write_safetensors,
@@ -41,12 +44,13 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     trunk = model.backbone.state_dict()
     if half:
         trunk = {name: t.half() for name, t in trunk.items()}
-    trunk_hash = model.backbone.identity(trunk)
+    trunk_hash = model.backbone.identity(trunk, model.process)
     config = {
         "format": MODEL_FORMAT,
         "version": VERSION,
         "family": model.backbone.family,
         "pixel_space": model.pixel_space,
+        "process": model.process.config(),
         "trunk": trunk_hash,
         "backbone": model.backbone.config(),
     }
@@ -56,11 +60,13 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         write_exits(model.exits, folder / EXITS, trunk_hash)
 
 
-def read(folder: Path) -> Loaded:
+def read(folder: Path, asked: AskedProcess = None) -> Loaded:
     """Read a native folder, with its exits where there are any.
 
+    asked: the process that the model is to have, as of `process_of`.
+
     Raises:
-        CheckpointError: damaged or edited, or with exits or plans of another trunk.
+        CheckpointError: damaged or edited, of another process, or with exits or plans of another trunk.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -79,9 +85,10 @@ def read(folder: Path) -> Loaded:
     edited = f"{path}: edited; expected the config that {TRUNK} was saved with"
     if metadata.get("config") not in (None, json.dumps(config)):
         raise CheckpointError(edited)
+    process, notes = process_of(config.get("process"), asked, path)
     backbone = built(family, arguments, path)
     load_strictly(backbone, tensors, folder / TRUNK)
-    if (found := backbone.identity()) != trunk_hash:
+    if (found := backbone.identity(process=process)) != trunk_hash:
         raise CheckpointError(f"{folder / TRUNK}: damaged (hash {found}, {CONFIG} records {trunk_hash})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
@@ -89,7 +96,8 @@ def read(folder: Path) -> Loaded:
     if (folder / EXITS).exists():
         exits = read_exits(folder / EXITS, backbone, trunk=found)
     check_plans(folder, found)
-    return Loaded(DynamicDepth(backbone, exits, pixel_space=pixel_space).eval(), folder=folder)
+    model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process)
+    return Loaded(model.eval(), notes, folder)
 
 
 def write_exits(exits: Exits, path: Path, trunk_hash: str) -> None:
@@ -105,10 +113,17 @@ def write_exits(exits: Exits, path: Path, trunk_hash: str) -> None:
     write_safetensors(tensors, path, metadata)
 
 
-def read_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True, trunk: str | None = None) -> Exits:
+def read_exits(
+    path: Path,
+    backbone: Backbone,
+    *,
+    check_trunk: bool = True,
+    trunk: str | None = None,
+    process: Process | None = None,
+) -> Exits:
     """Read a side-car. Without `check_trunk` the trunk is not hashed: shapes alone are compared.
 
-    trunk: the backbone's identity, where it is known already.
+    trunk: the backbone's identity, where it is known already. process: the model's, as of `Backbone.identity`.
 
     Raises:
         CheckpointError: missing, damaged, or of another trunk.
@@ -116,7 +131,7 @@ def read_exits(path: Path, backbone: Backbone, *, check_trunk: bool = True, trun
     tensors, metadata = read_safetensors(path)
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(VERSION)):
         raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {VERSION}")
-    if check_trunk and metadata.get("trunk") != (trunk := trunk or backbone.identity()):
+    if check_trunk and metadata.get("trunk") != (trunk := trunk or backbone.identity(process=process)):
         dtype = next(backbone.parameters()).dtype
         rounded = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}, which rounds its weights"
         raise CheckpointError(f"{path}: exits of trunk {metadata.get('trunk')}, but this trunk is {trunk}{rounded}")

@@ -69,13 +69,15 @@ class Train:
         trunk: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
 
         Raises:
-            InputError: as `check`; or the trunk is of another shape than the recipe's.
+            InputError: as `check`; or the trunk is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone
         if trunk is not None and not _is_shaped_as(trunk.backbone, config):
             found = {name: value for name, value in trunk.backbone.config().items() if value != vars(config).get(name)}
             raise InputError(f"--model: {type(trunk.backbone).__name__} with {found}; expected the recipe's {config}")
+        if trunk is not None and trunk.process != self.process:
+            raise InputError(f"--model: of the process {trunk.process}; expected the recipe's, {self.process}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
             backbone = ClassConditionalDiT(config)
@@ -86,7 +88,9 @@ class Train:
         pixels = not isinstance(data, LatentPictures)
         model = DynamicDepth(backbone, exits, pixel_space=pixels, process=self.process)
         task = _Denoising(model, self.exit_weight, preview)
-        identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
+        identity = f"{config!r} {self.process}"
+        if exits is not None:
+            identity += f" {exits.config} {self.exit_weight}"
         if trunk is not None:
             identity += f" on from {trunk.trunk_hash()}"
         result = fit(task, data, self.fit, out, identity=identity)

@@ -67,7 +67,9 @@ class TwoModels(PeerSettings):
         if workshop is None:
             raise InputError(f"peer {self.name}: needs a workshop to train {self.small} in")
         recipe = recipe_files.find(self.small, "train", Train)
-        key = hashlib.sha256(f"{recipe.backbone} {recipe.fit} {workshop.data.fingerprint}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{recipe.backbone} {recipe.process} {recipe.fit} {workshop.data.fingerprint}".encode()
+        ).hexdigest()
         folder = workshop.out / f"{self._short}-{key[:8]}"
         if not (folder / checkpoints.CONFIG).exists():
             trained, _ = recipe.run(workshop.data, folder.with_name(f"{folder.name}-training"))
@@ -91,6 +93,10 @@ class Switch(Peer):
             large, little = getattr(model.backbone, name), getattr(small.backbone, name)
             if large != little:
                 raise InputError(f"switch {settings.small}: {name} {little}, but the large model's is {large}")
+        if small.process != model.process:
+            raise InputError(
+                f"switch {settings.small}: process {small.process}, but the large model's is {model.process}"
+            )
         self.small = small.eval()
 
     def predict(self, step: Step, memory: object) -> tuple[list[Tensor], object]:

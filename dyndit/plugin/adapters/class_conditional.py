@@ -13,7 +13,8 @@ from dyndit.errors import CheckpointError
 from dyndit.models.base import Inputs, State
 from dyndit.models.layers import FinalLayer
 from dyndit.plugin.adapters.base import Adapter, join_patches
-from dyndit.storage.names import FREQUENCY_SHIFT, frequency_shift_of, to_native
+from dyndit.process import DDPM, from_config
+from dyndit.storage.names import FREQUENCY_SHIFT, PROCESS, frequency_shift_of, to_native
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DiTAdapter(Adapter):
         self.num_classes = self.null_class = c.num_embeds_ada_norm
         self.in_channels, self.out_channels, self.image_size = c.in_channels, transformer.out_channels, c.sample_size
 
+        self.usual_process = from_config(c.get(PROCESS, DDPM().config()))
         found = frequency_shift_of(transformer)
         if (trained := c.get(FREQUENCY_SHIFT, found)) != found:
             raise CheckpointError(
@@ -105,8 +107,9 @@ class DiTAdapter(Adapter):
         return to_native(self.transformer.state_dict(), self.image_size // self.transformer.patch_size)
 
     def unseen(self) -> dict[str, object]:
-        """As of the native class."""
-        return {
+        """As of the native class and its process."""
+        process = {} if self.usual_process == DDPM() else {"process": self.usual_process.config()}
+        return process | {
             "num_heads": self.transformer.config.num_attention_heads,
             "norm_eps": self.transformer.norm_out.eps,
             "mlp_norm_eps": self.transformer.config.norm_eps,

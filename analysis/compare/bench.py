@@ -226,7 +226,7 @@ def _in_pipeline(
     if settings.compiled:
         compile_parts(DynamicDepth(adapt(transformer), model.exits))
     decoder = settings.decoder or _random_autoencoder(model.backbone.in_channels, widths=(1,), layers_per_block=1)
-    pipe = DiTPipeline(transformer, decoder, make_scheduler(some.solver, some.num_steps))
+    pipe = DiTPipeline(transformer, decoder, make_scheduler(some.solver, some.num_steps, model.process))
     decoder.to(weights.device, weights.dtype)
     pipe.set_progress_bar_config(disable=True)
     labels = model.backbone.condition.in_turn(size)

@@ -82,7 +82,8 @@ class Context:
     def backbone(self) -> DynamicDepth:
         """What exits are distilled from: the model as it was given, without exits."""
         model = self.given or self.model
-        return DynamicDepth(model.backbone, pixel_space=model.pixel_space).to(self.model.device)
+        alone = DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process)
+        return alone.to(self.model.device)
 
     @cached_property
     def table(self) -> ShiftTable:

@@ -135,21 +135,21 @@ class Inputs:
     """What the user may put in place of the experiment's own choices."""
 
     model: str = ""
+    process: str = ""
+    """Of a model that does not say its own."""
     data: str = ""
     extractor_weights: Path | None = None
     from_scratch: bool = False
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[str, object]:
-    """What makes a run this run. The noise schedule's tables are constants of the code, not settings."""
+    """What makes a run this run."""
     choices = asdict(experiment)
-    recipes = [recipe for owner in (choices, *choices["variants"]) for recipe in (owner["train"], owner["distill"])]
-    for recipe in recipes:
-        if recipe:
-            recipe.pop("schedule")
     for chosen, owner in ((experiment, choices), *zip(experiment.variants, choices["variants"], strict=True)):
         if chosen.calibration is not None:  # a step as its text: its fields alone do not tell the kind of guide
             owner["calibration"]["choices"] = list(map(str, chosen.calibration.choices))
+        if chosen.train is not None:
+            owner["train"]["process"] = chosen.train.process.config()  # without its tables
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}

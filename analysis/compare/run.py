@@ -45,7 +45,8 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
-    trunk = None if inputs.from_scratch else checkpoints.load(inputs.model or experiment.model, device=inputs.device)
+    given, options = inputs.model or experiment.model, {"process": inputs.process or None, "device": inputs.device}
+    trunk = None if inputs.from_scratch else checkpoints.load(given, **options)
     if trunk is None and experiment.train is None:
         raise InputError("--from-scratch: this experiment has no recipe for its trunk")
     if trunk is not None and not trunk.pixel_space:

@@ -108,7 +108,9 @@ class Chosen:
                 plan = context.read_plan(name)
             else:
                 goal = LatencyBudget(share, experiment.latency_reference_steps)
-                plan = goal.choose(context.with_bases(solver), solver, partial(timesteps_of, solver))
+                plan = goal.choose(
+                    context.with_bases(solver), solver, partial(timesteps_of, solver, process=context.model.process)
+                )
                 plan.save(context.out / name)
             arms.append(_searched_arm(context, "chosen", share, plan, name))
         return arms

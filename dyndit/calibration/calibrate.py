@@ -23,9 +23,10 @@ from dyndit.plans.refined import refined
 from dyndit.plans.search import search
 from dyndit.plans.step_counts import Goal
 from dyndit.plans.table import ShiftTable
+from dyndit.process import Process
 from dyndit.sampling.loop import full_plan, to_uint8
 from dyndit.sampling.sample import sample
-from dyndit.sampling.solvers import SCHEDULE, AnySolver, solver_name, timesteps_of
+from dyndit.sampling.solvers import AnySolver, solver_name, timesteps_of
 from dyndit.stats import Interval, Moments, frechet_distance, moments, paired_times, summarise
 
 STEP_GRID = (5, 7, 10, 14, 20)
@@ -78,8 +79,8 @@ def check_step_grid(step_grid: Sequence[int]) -> None:
     Raises:
         InputError: naming the flag.
     """
-    if bad := [steps for steps in step_grid if not 1 <= steps <= SCHEDULE.num_timesteps]:
-        raise InputError(f"--step-grid {bad[0]}: expected 1 to {SCHEDULE.num_timesteps}")
+    if bad := [steps for steps in step_grid if not 1 <= steps <= Process.num_timesteps]:
+        raise InputError(f"--step-grid {bad[0]}: expected 1 to {Process.num_timesteps}")
 
 
 def measure_moments(
@@ -268,7 +269,7 @@ def calibrate_steps(
         InputError: the table is another model's or has no moments to choose by, or the goal is out of reach.
     """
     table = table_for(model, table, solver)
-    plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver))
+    plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver, process=model.process))
     if extractor is None:
         return plan
     extractor = _judge_of(table, extractor)

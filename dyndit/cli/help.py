@@ -45,9 +45,9 @@ def _routers() -> Iterable[str]:
 
 
 def _processes() -> Iterable[str]:
-    from dyndit.process import PROCESSES
+    from dyndit.process import processes
 
-    return PROCESSES
+    return processes()
 
 
 def _recipes() -> Iterable[str]:

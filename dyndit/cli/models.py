@@ -30,6 +30,7 @@ def train(
         out: Folder for the model, checkpoints, losses and TensorBoard logs.
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
         model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id. Default: random ones.
+            Their process is the recipe's.
         steps: Updates, in place of the recipe's.
         batch_size: Pictures per update, in place of the recipe's.
         seed: Seed, in place of the recipe's.
@@ -47,7 +48,7 @@ def train(
     with PartialState().main_process_first():  # latents are encoded once
         pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
-    trunk = checkpoints.load(model) if model else None
+    trunk = checkpoints.load(model, process=chosen.process) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     if trunk is not None:
         settings["from"] = trunk.identity.backbone
@@ -80,6 +81,7 @@ def distill(
     steps: int | None = None,
     batch_size: int | None = None,
     num_heads: int | None = None,
+    process: str = "",
     vae: Path | None = None,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with them.
@@ -95,6 +97,7 @@ def distill(
         steps: Updates, in place of the recipe's.
         batch_size: Pictures per update, in place of the recipe's.
         num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
     """
     from accelerate import PartialState
@@ -106,7 +109,7 @@ def distill(
     from dyndit.training.exit_errors import exit_error_table
 
     chosen = find(recipe, "distill", Distill)
-    loaded = checkpoints.inspect(model, num_heads=num_heads)
+    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None)
     for note in loaded.notes:
         print(note)
     with PartialState().main_process_first():
@@ -150,6 +153,7 @@ def convert(
     /,
     to: Literal["native", "official", "diffusers"] = "native",
     num_heads: int | None = None,
+    process: str = "",
     revision: str | None = None,
 ) -> None:
     """Write a model in another format, whole or not at all, and say how far it drifts where it is loaded plainly.
@@ -160,12 +164,14 @@ def convert(
         to: native: a model folder with its card; official: a published DiT .pt; diffusers: the folder of a
             DiTTransformer2DModel.
         num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own, one of {processes}.
         revision: Branch, tag or commit of a hub id.
     """
     from dyndit.analysis.report.card import card_extras
     from dyndit.storage.convert import convert as convert_model
 
-    for note in convert_model(source, target, to, num_heads=num_heads, revision=revision, card_extras=card_extras):
+    options = {"num_heads": num_heads, "revision": revision, "process": process or None}
+    for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
     print(f"model: {target}")
 

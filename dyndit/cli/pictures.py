@@ -43,6 +43,7 @@ def sample(
     strict: bool = False,
     stats: bool = False,
     num_heads: int | None = None,
+    process: str = "",
     vae: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -66,6 +67,7 @@ def sample(
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
         num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL that decodes latents.
         device: auto, cpu or cuda; auto is a GPU if there is one.
         dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
@@ -86,7 +88,7 @@ def sample(
 
     device = chosen_device(device)
     goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, router=depth.router)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, device=device, dtype=dtype)
+    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device, dtype=dtype)
     dynamic = loaded.model
     decoder = decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
@@ -95,7 +97,7 @@ def sample(
         plan = chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
     else:
         table = table_for(dynamic, stored_table(folder), solver)
-        plan = goal.choose(table, solver, partial(timesteps_of, solver))
+        plan = goal.choose(table, solver, partial(timesteps_of, solver, process=dynamic.process))
         steps = plan.num_steps
     labels = dynamic.backbone.condition.in_turn(num_images)
     if class_labels:

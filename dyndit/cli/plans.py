@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.table import ShiftTable
+    from dyndit.process import Process
     from dyndit.training.data import Pictures
 
 
@@ -39,6 +40,7 @@ def calibrate(
     forecast_ages: int = 0,
     refinements: int = 0,
     batch_size: int = 128,
+    process: str = "",
     vae: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -73,6 +75,7 @@ def calibrate(
         own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
         forecast_ages: It also holds exits whose gap to full depth is forecast from up to so many steps ago; 0 for none.
         batch_size: Pictures at a time.
+        process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         device: auto, cpu or cuda; auto is a GPU if there is one.
         dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
@@ -101,7 +104,6 @@ def calibrate(
     if goal is not None and refinements:
         raise InputError(f"--refinements {refinements}: expected --budget with it, not a choice of steps")
     steps = 20 if steps is None else steps
-    make_scheduler(solver, steps)
     calibration.check_step_grid(step_grid)
     device = chosen_device(device)
     if not model.is_dir():
@@ -109,7 +111,8 @@ def calibrate(
             f"{model}: the table is written into the model's folder; expected a local model folder, which "
             "`dyndit distill` or `dyndit convert` makes"
         )
-    dynamic = checkpoints.load(model, device=device, dtype=dtype)
+    dynamic = checkpoints.load(model, process=process or None, device=device, dtype=dtype)
+    make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
     decoder = decoder_of(dynamic, model, vae, device)
@@ -156,7 +159,7 @@ def calibrate(
         target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
     else:
         plan = calibration.calibrate_steps(dynamic, goal, **measured)
-        _print_step_counts(calibration.table_for(dynamic, table, solver), plan)
+        _print_step_counts(calibration.table_for(dynamic, table, solver), plan, dynamic.process)
         target = out or model / f"plan-{plan.router}-{solver}-{goal.label}.json"
     plan.save(target)
     _print_plan(plan, _distance_name(network, table))
@@ -244,14 +247,14 @@ def _spread(pictures: "Pictures", most: int) -> "Tensor":
     return pictures.uint8() if count <= most else pictures.uint8([i * count // most for i in range(most)])
 
 
-def _print_step_counts(table: "ShiftTable", plan: "DepthPlan") -> None:
+def _print_step_counts(table: "ShiftTable", plan: "DepthPlan", process: "Process") -> None:
     """What every step count could do in the chosen plan's time."""
     from dyndit.plans.step_counts import frontier
     from dyndit.sampling.solvers import timesteps_of
 
     f = plan.figures
     share = f.get("latency_budget", f["predicted_share_of_reference"])
-    timesteps_at = partial(timesteps_of, plan.solver)
+    timesteps_at = partial(timesteps_of, plan.solver, process=process)
     rows = frontier(table, plan.solver, timesteps_at, (share,), int(f["reference_steps"]))
     print(f"within {share:.1%} of full depth's time at {f['reference_steps']:g} steps, by step count:")
     print(rows.drop(columns="latency_budget").to_string(index=False, float_format=lambda value: f"{value:.3f}"))

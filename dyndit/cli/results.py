@@ -114,6 +114,7 @@ def bench(
     until: float = 0.02,
     max_rounds: int | None = None,
     num_heads: int | None = None,
+    process: str = "",
     device: str = "auto",
     dtype: str = "auto",
     vae: str = "",
@@ -142,6 +143,7 @@ def bench(
             exactly --rounds.
         max_rounds: Rounds at most (default: 60, or --rounds where that is more).
         num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own, one of {processes}.
         device: auto, cpu or cuda; auto is a GPU if there is one.
         dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
             on a GPU that computes in it, else own.
@@ -177,7 +179,7 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        loaded = checkpoints.inspect(model, num_heads=num_heads, device=device)
+        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
         dynamic, model = loaded.model, str(loaded.folder or model)
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
@@ -271,6 +273,7 @@ def compare(
     /,
     out: Path,
     model: str = "",
+    process: str = "",
     data: str = "",
     extractor_weights: Path | None = None,
     device: str = "auto",
@@ -284,6 +287,7 @@ def compare(
             {recipes}.
         out: Folder of the run; what is there and valid is not done again.
         model: A model in place of the recipe's. A folder's exits and shift table are taken as they are.
+        process: Process of a model that does not say its own, one of {processes}.
         data: Pictures in place of the recipe's.
         extractor_weights: Weights of the extractor, if they do not ship with the package.
         device: auto, cpu or cuda; auto is a GPU if there is one.
@@ -296,6 +300,7 @@ def compare(
         out,
         json_=json_,
         model=model,
+        process=process,
         data=data,
         extractor_weights=extractor_weights,
         device=device,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dyndit.models.conditions import Condition, Conditioning, ConditionType
 from dyndit.models.identity import identity_of, tensors_hash
+from dyndit.process import DDPM, Process
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Backbone(nn.Module):
     """C_out: C, or 2C with a learned variance."""
     condition: ConditionType
     """What the model is conditioned on."""
+    usual_process: Process = DDPM()
+    """The process of weights of this family, unless it is known to be another."""
 
     @property
     def in_channels(self) -> int:
@@ -142,19 +145,21 @@ class Backbone(nn.Module):
         """What changes a prediction and shows in no tensor's name, shape or value (heads, epsilons, frequencies)."""
         return {}
 
-    def identity(self, tensors: Mapping[str, Tensor] | None = None) -> str:
-        """The name of this backbone's weights; exits, plans and tables are bound to it.
+    def identity(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
+        """Name this backbone's weights; exits, plans and tables are bound to the name.
 
-        tensors: in place of `tensors()`, where the weights are on their way to a file.
+        tensors: the weights as a file will hold them, instead of `tensors()`. process: the model's; a process that is
+        not the family's usual one is part of the name.
         """
-        return identity_of(self.tensors() if tensors is None else tensors, self._unseen_text())
+        return identity_of(self.tensors() if tensors is None else tensors, self._unseen_text(process))
 
-    def checksum(self, tensors: Mapping[str, Tensor] | None = None) -> str:
-        """An exact checksum of the weights, for files."""
-        return tensors_hash(self.tensors() if tensors is None else tensors, self._unseen_text())
+    def checksum(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
+        """Return an exact checksum of the weights, for files. Arguments as of `identity`."""
+        return tensors_hash(self.tensors() if tensors is None else tensors, self._unseen_text(process))
 
-    def _unseen_text(self) -> str:
-        return json.dumps(self.unseen(), sort_keys=True)
+    def _unseen_text(self, process: Process | None) -> str:
+        other = {} if process in (None, self.usual_process) else {"process": process.config()}
+        return json.dumps(self.unseen() | other, sort_keys=True)
 
     def config(self) -> dict[str, object]:
         """Plain data from which `from_config` builds the same architecture."""

@@ -19,6 +19,7 @@ from dyndit.models.exits import Exits
 from dyndit.models.forecasts import Gaps, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, Identity, check, identity_of, sketch, tensors_hash
 from dyndit.models.work import Work
+from dyndit.process import Process
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,21 @@ class DynamicDepth(ModelMixin):
 
     storage: ClassVar[Storage | None] = None
 
-    def __init__(self, backbone: Backbone, exits: Exits | None = None, *, pixel_space: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None = None,
+        *,
+        pixel_space: bool = True,
+        process: Process | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.exits = exits
         self.pixel_space = pixel_space
         """Whether pictures are pixels in [-1, 1] (predicted x0 is clamped there) or latents."""
+        self.process = backbone.usual_process if process is None else process
+        """How noise and picture mix, and what the backbone predicts of the mixture."""
         self._identity: tuple[str, Identity] | None = None
 
     @property
@@ -152,7 +162,7 @@ class DynamicDepth(ModelMixin):
         own, passed = predictions[:num], dict(zip(passing, predictions[num:], strict=True))
         if work.forecast:
             gains = None if self.exits is None else self.exits.gains_of(work.depths[0])
-            own[0] = own[0] + forecast_gap(memory.gaps, work.depths[0], timestep, gains)
+            own[0] = own[0] + forecast_gap(memory.gaps, work.depths[0], timestep, self.process, gains)
         if work.kept:
             gaps = {depth: own[0] - passed[depth] for depth in work.kept}
             memory = replace(memory, gaps=remembered(memory.gaps, timestep, gaps))
@@ -231,7 +241,7 @@ class DynamicDepth(ModelMixin):
         seen = sketch(self.state_dict())
         if self._identity is None or self._identity[0] != seen:
             exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
-            self._identity = (seen, Identity(self.backbone.identity(), exits))
+            self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
         return self._identity[1]
 
     def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:
@@ -244,7 +254,10 @@ class DynamicDepth(ModelMixin):
             return
         exact = None
         if backbone.startswith(VERSION_1) or exits.startswith(VERSION_1):
-            sums = (self.backbone.checksum(), "" if self.exits is None else tensors_hash(self.exits.state_dict()))
+            sums = (
+                self.backbone.checksum(process=self.process),
+                "" if self.exits is None else tensors_hash(self.exits.state_dict()),
+            )
             exact = Identity(*sums)
         check(self.identity, backbone, exits, origin=origin, exact=exact, error=error)
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dyndit.process import Schedule
+from dyndit.process import Process
 
 NUM_TERMS = 4
-_SCHEDULE = Schedule()
 
 
 @dataclass(frozen=True)
@@ -35,35 +34,38 @@ def remembered(earlier: Sequence[Gaps], timestep: float, gaps: Mapping[int, Tens
     return (*earlier[-1:], Gaps(timestep, gaps))
 
 
-def forecast_gap(earlier: Sequence[Gaps], depth: int, timestep: float, gains: Tensor | None = None) -> Tensor:
+def forecast_gap(
+    earlier: Sequence[Gaps], depth: int, timestep: float, process: Process, gains: Tensor | None = None
+) -> Tensor:
     """The gap of the exit at `depth`, at a later timestep.  -> (B, C_out, H, W).
 
-    gains: (2, NUM_TERMS), the learned correction, or None. Of one remembered step the gap is taken as it was.
+    process: the model's. gains: (2, NUM_TERMS), the learned correction, or None. Of one remembered step the gap is
+    taken as it was.
     """
     known = [gaps for gaps in earlier if depth in gaps.by_depth]
-    level, slope = terms(known, depth, timestep)
+    level, slope = terms(known, depth, timestep, process)
     if gains is None:
         return level if slope is None else level + slope
-    scale = (1 + gains.double().cpu() @ basis(timestep, known[-1].timestep)).tolist()
+    scale = (1 + gains.double().cpu() @ basis(timestep, known[-1].timestep, process)).tolist()
     return scale[0] * level if slope is None else scale[0] * level + scale[1] * slope
 
 
-def terms(known: list[Gaps], depth: int, timestep: float) -> tuple[Tensor, Tensor | None]:
+def terms(known: Sequence[Gaps], depth: int, timestep: float, process: Process) -> tuple[Tensor, Tensor | None]:
     """The forecast's terms of order 0 and 1, (B, C_out, H, W) each; None for the second, of one remembered step."""
     last = known[-1]
     level = last.by_depth[depth]
     if len(known) < 2:
         return level, None
     before = known[-2]
-    now, later, earlier = (_SCHEDULE.log_snr_at(t) for t in (timestep, last.timestep, before.timestep))
+    now, later, earlier = (process.log_snr_at(t) for t in (timestep, last.timestep, before.timestep))
     ahead = (now - later) / (later - earlier)
     return level, ahead * (level - before.by_depth[depth])
 
 
-def basis(timestep: float, since: float) -> Tensor:
+def basis(timestep: float, since: float, process: Process) -> Tensor:
     """What the correction is linear in, (NUM_TERMS,): of the log-SNR and of how far it has risen since `since`."""
-    now = _SCHEDULE.log_snr_at(timestep)
-    place, age = now / 10, (now - _SCHEDULE.log_snr_at(since)) / 5
+    now = process.log_snr_at(timestep)
+    place, age = now / 10, (now - process.log_snr_at(since)) / 5
     return torch.tensor([1.0, place, age, place * age], dtype=torch.float64)
 
 
@@ -74,8 +76,8 @@ class GapRegression:
     `oldest` steps before, and what the plain forecast misses is regressed on its two terms times `basis`.
     """
 
-    def __init__(self, depths: Sequence[int], *, oldest: int = 3, ridge: float = 1e-3) -> None:
-        self.depths, self.oldest, self.ridge = tuple(depths), oldest, ridge
+    def __init__(self, depths: Sequence[int], process: Process, *, oldest: int = 3, ridge: float = 1e-3) -> None:
+        self.depths, self.process, self.oldest, self.ridge = tuple(depths), process, oldest, ridge
         size = 2 * NUM_TERMS
         self.gram = torch.zeros(len(self.depths), size, size, dtype=torch.float64)
         self.missed = torch.zeros(len(self.depths), size, dtype=torch.float64)
@@ -85,9 +87,10 @@ class GapRegression:
         for step, gaps in enumerate(trajectory):
             for age in range(1, min(step, self.oldest) + 1):
                 known = trajectory[max(0, step - age - 1) : step - age + 1]
-                along = basis(gaps.timestep, known[-1].timestep)
+                along = basis(gaps.timestep, known[-1].timestep, self.process)
                 for row, depth in enumerate(self.depths):
-                    self._add(row, gaps.by_depth[depth], terms(known, depth, gaps.timestep), along)
+                    forecast = terms(known, depth, gaps.timestep, self.process)
+                    self._add(row, gaps.by_depth[depth], forecast, along)
 
     def _add(self, row: int, gap: Tensor, forecast: tuple[Tensor, Tensor | None], along: Tensor) -> None:
         level, slope = (torch.zeros_like(gap) if term is None else term for term in forecast)

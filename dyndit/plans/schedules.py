@@ -13,10 +13,7 @@ from typing import TypeVar
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plans.step import NoGuide, Step, Unconditional
-from dyndit.process import Schedule
-
-SCHEDULE = Schedule()
-
+from dyndit.process import DDPM, Process
 
 F = TypeVar("F", bound=Callable[..., DepthPlan])
 
@@ -85,19 +82,21 @@ def reversed_plan(plan: DepthPlan) -> DepthPlan:
     return plan.with_steps(plan.steps[::-1], router="reversed", figures={})
 
 
-def guidance_interval(plan: DepthPlan, low: float, high: float) -> DepthPlan:
+def guidance_interval(plan: DepthPlan, low: float, high: float, process: Process = DDPM()) -> DepthPlan:
     """The plan with guidance at noise levels in (low, high] alone: no unconditional pass outside.
 
     Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
-    Diffusion Models" (arXiv:2404.07724). As there, a noise level is sigma = sqrt((1 - alpha_bar) / alpha_bar): on the
-    linear schedule it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250 and 0.01 at 0.
+    Diffusion Models" (arXiv:2404.07724). As there, a noise level is the noise's standard deviation where the picture's
+    scale is 1 (`Process.noise_level`): with DDPM it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250, 0.01 at 0.
+
+    process: the model's.
 
     Raises:
         InputError: not 0 <= low < high.
     """
     if not 0 <= low < high:
         raise InputError(f"guidance interval ({low:g}, {high:g}): expected noise levels 0 <= low < high")
-    inside = [low < SCHEDULE.noise_level(t) <= high for t in plan.timesteps]
+    inside = [low < process.noise_level(t) <= high for t in plan.timesteps]
     steps = [
         step if guided else replace(step, guide=NoGuide()) for step, guided in zip(plan.steps, inside, strict=True)
     ]

@@ -35,7 +35,7 @@ from dyndit.plans.table import FILE, ShiftTable
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, start, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
-from dyndit.sampling.solvers import SOLVERS
+from dyndit.sampling.solvers import SOLVERS, named_solver
 from dyndit.storage import load as checkpoints
 from dyndit.storage.pretrained import DynamicDepth
 from dyndit.training.latents import decode_batch, load_autoencoder
@@ -133,7 +133,7 @@ class DynDiTPipeline(DiffusionPipeline):
     ) -> "DynDiTPipeline":
         """A pipeline of a model, or of whatever `dyndit.load` takes; a shift table that lies there is its router.
 
-        solver: a name of `dyndit.sampling.sample.SOLVERS`. vae: an autoencoder or its folder.
+        solver: a name of `dyndit.sampling.solvers.SOLVERS`. vae: an autoencoder or its folder.
 
         Raises:
             InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
@@ -147,7 +147,8 @@ class DynDiTPipeline(DiffusionPipeline):
             model, folder = loaded.model, loaded.folder
         there = folder is not None and (Path(folder) / FILE).exists()
         vae = load_autoencoder(vae) if isinstance(vae, str | Path) else vae
-        return cls(model, SOLVERS[solver].build(), vae, ShiftTable.from_pretrained(folder) if there else None)
+        scheduler = named_solver(solver, model.process).build(model.process)
+        return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: object) -> str:
@@ -214,7 +215,7 @@ class DynDiTPipeline(DiffusionPipeline):
         guidance = Guidance(plan.cfg_scale, guided_channels)
         if guidance_interval is not None:
             low, high = guidance_interval
-            plan = within_interval(plan, low, high)
+            plan = within_interval(plan, low, high, model.process)
         batch = _Noise(seed, first_index, seeds, generator).batch(labels, self._execution_device)
         if latents is not None:
             latents = _checked(latents, (len(labels), *model.backbone.sample_shape), "latents").to(batch.device)

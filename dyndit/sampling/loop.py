@@ -22,12 +22,11 @@ from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.solvers import (
-    SCHEDULE,
-    SOLVERS,
     AnySolver,
     draws_noise,
     make_scheduler,
     solver_name,
+    solvers_of,
     takes_variance,
     timesteps_of,
 )
@@ -39,14 +38,15 @@ def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale:
     Raises:
         InputError: the solver or the guidance asks for what the model was not trained to predict.
     """
-    backbone, timesteps, name = model.backbone, timesteps_of(solver, num_steps), solver_name(solver)
+    timesteps = timesteps_of(solver, num_steps, model.process)
+    backbone, name = model.backbone, solver_name(solver)
     if cfg_scale != 1 and not backbone.condition.guided:
         raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
     if not (isinstance(solver, str) or model.pixel_space) and solver.config.get("clip_sample"):
         raise InputError(f"scheduler {name}: clips x0 to [-1, 1], this model makes latents; expected clip_sample=False")
     if takes_variance(solver):
         if backbone.out_channels == backbone.in_channels:
-            others = ", ".join(other for other in SOLVERS if not takes_variance(other))
+            others = ", ".join(other for other in solvers_of(model.process) if not takes_variance(other))
             raise InputError(f"--solver {name}: this model predicts no variance; expected one of {others}")
         whole = diffusers.DDPMScheduler | diffusers.DDPMParallelScheduler
         if name != "ddpm" and not isinstance(solver, whole) and backbone.in_channels != 3:
@@ -147,9 +147,9 @@ def start(
     model: DynamicDepth, batch: Batch, solver: AnySolver, num_steps: int, *, noise: Tensor | None = None
 ) -> Trajectory:
     """A trajectory at pure noise: the batch's own, or `noise`, standard normal (B, C, H, W)."""
-    scheduler = make_scheduler(solver, num_steps)
+    scheduler = make_scheduler(solver, num_steps, model.process)
     x = batch.noise(model.backbone.sample_shape) if noise is None else noise
-    return Trajectory(x * scheduler.init_noise_sigma, scheduler)
+    return Trajectory(model.process.first_state(x, scheduler), scheduler)
 
 
 @torch.inference_mode()
@@ -181,7 +181,7 @@ def advance(
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
         t, timestep, work = scheduler.timesteps[k], plan.timesteps[k], plan.works[k]
-        x_t = scheduler.scale_model_input(x, t)
+        x_t = model.process.network_input(x, t, scheduler)
         dtype_of_time = torch.long if isinstance(timestep, int) else x.dtype
         times = torch.full((len(x),), timestep, dtype=dtype_of_time, device=x.device)
         if also_keep and work.depths[0] == plan.num_blocks:
@@ -197,7 +197,7 @@ def advance(
         if len(predictions) == 2:
             prediction = guidance.combine(*predictions, channels)
         if model.pixel_space:
-            prediction = _clamp_x_0(prediction, x_t, timestep, channels)
+            prediction = model.process.clamp(prediction, x_t, timestep, channels)
         if not with_variance:
             prediction = prediction[:, :channels]
         drawn = {"generator": batch.generators_of(k)} if stochastic else {}
@@ -208,14 +208,6 @@ def advance(
             x = changed
     trajectory.x = x
     return trajectory
-
-
-def _clamp_x_0(prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
-    """The noise prediction whose x0 is the given one's, clamped to [-1, 1]. The timestep is the host's: no wait."""
-    eps, alpha_bar = prediction[:, :channels], SCHEDULE.alpha_bar(timestep)
-    signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    x_0 = ((x_t - sigma * eps) / signal).clamp(-1, 1)
-    return torch.cat([(x_t - signal * x_0) / sigma, prediction[:, channels:]], dim=1)
 
 
 def to_uint8(x: Tensor) -> Tensor:

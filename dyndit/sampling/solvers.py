@@ -8,17 +8,14 @@ from dataclasses import dataclass
 import diffusers
 import torch
 from diffusers import SchedulerMixin
-from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.process import Schedule
-
-SCHEDULE = Schedule()
+from dyndit.process import DDPM, Process
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A diffusers scheduler and its settings.
+    """A diffusers scheduler, its settings, and the process that it steps.
 
     Clamping of x0 is done here, in the loop, alike for every solver, so the schedulers' own is off. Spacings give
     the timesteps linspace(999, 0, K + 1)[:-1] or their nearest in the class: no step is spent at t = 0.
@@ -26,16 +23,14 @@ class Solver:
 
     scheduler: type[SchedulerMixin]
     options: dict[str, object]
+    process: type[Process] = DDPM
 
-    def build(self) -> SchedulerMixin:
-        """A scheduler on the models' training schedule, its timesteps not set yet."""
-        return self.scheduler(
-            num_train_timesteps=SCHEDULE.num_timesteps,
-            beta_start=SCHEDULE.beta_start,
-            beta_end=SCHEDULE.beta_end,
-            beta_schedule="linear",
-            **self.options,
-        )
+    def build(self, process: Process | None = None) -> SchedulerMixin:
+        """Build the scheduler, its timesteps not set yet.
+
+        process: the model's, of the class that this solver steps (default: that class with its usual settings).
+        """
+        return self.scheduler(**(process or self.process()).scheduler_settings(), **self.options)
 
 
 _MULTISTEP = {"timestep_spacing": "linspace", "final_sigmas_type": "zero"}
@@ -57,7 +52,28 @@ SOLVERS: dict[str, Solver] = {
 
 
 AnySolver = str | SchedulerMixin
-"""A name of `SOLVERS`, or any noise-predicting diffusers scheduler on the models' training schedule."""
+"""A name of `SOLVERS`, or any diffusers scheduler that steps the model's process."""
+
+
+def solvers_of(process: Process) -> dict[str, Solver]:
+    """The named solvers that step a process."""
+    return {name: solver for name, solver in SOLVERS.items() if isinstance(process, solver.process)}
+
+
+def named_solver(name: str, process: Process) -> Solver:
+    """Look up a solver for a model of this process.
+
+    Raises:
+        InputError: there is no such solver, or it steps another process.
+    """
+    if name not in SOLVERS:
+        raise InputError(f"--solver {name}: expected one of {', '.join(SOLVERS)}")
+    if name not in solvers_of(process):
+        raise InputError(
+            f"--solver {name}: steps the process {SOLVERS[name].process.name}, but this model's is {process.name}; "
+            f"expected one of {', '.join(solvers_of(process))}"
+        )
+    return SOLVERS[name]
 
 
 def solver_name(solver: AnySolver) -> str:
@@ -102,22 +118,18 @@ def _step_parameters(scheduler: type) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(scheduler.step).parameters)
 
 
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that does not step the process these models predict the noise of.
+def check_scheduler(scheduler: SchedulerMixin, process: Process) -> None:
+    """Refuse a scheduler that the sampling loop cannot call, or that steps another process than the model's.
 
     Raises:
-        InputError: it is no scheduler, runs the network twice a step (Heun, KDPM2), is one of flow matching or of
-            another prediction, wants more than a prediction to step, or has other betas than the training schedule:
-            its x_t would hold another share of noise than the network takes it to at that timestep.
+        InputError: it is no scheduler, runs the network twice a step (Heun, KDPM2), wants more than a prediction to
+            step, or is refused by the process (`Process.check_scheduler`).
     """
     name = type(scheduler).__name__
     if not isinstance(scheduler, SchedulerMixin):
         raise InputError(f"scheduler {name}: expected a diffusers scheduler")
     if getattr(scheduler, "order", 1) != 1:
         raise InputError(f"scheduler {name}: runs the model {scheduler.order} times a step; expected one of order 1")
-    betas = getattr(scheduler, "betas", None)
-    if not isinstance(betas, Tensor) or scheduler.config.get("use_flow_sigmas"):
-        raise InputError(f"scheduler {name}: of another process; expected one of noise prediction (DDPM)")
     needed = [
         n for n, p in _step_parameters(type(scheduler)).items() if p.default is p.empty and p.kind != p.VAR_KEYWORD
     ]
@@ -125,39 +137,33 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         raise InputError(
             f"scheduler {name}: its step needs {', '.join(needed[1:])}; expected a prediction, t and x alone"
         )
-    if (found := scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
-        raise InputError(f"scheduler {name}: prediction_type {found}; expected epsilon")
-    if betas.shape != SCHEDULE.betas.shape or not torch.allclose(betas.double().cpu(), SCHEDULE.betas, rtol=1e-4):
-        raise InputError(
-            f"scheduler {name}: {len(betas)} {scheduler.config.get('beta_schedule', '')} betas from {betas[0]:.3g} to "
-            f"{betas[-1]:.3g}; expected the training schedule's {SCHEDULE.num_timesteps} linear ones from "
-            f"{SCHEDULE.beta_start:g} to {SCHEDULE.beta_end:g}"
-        )
+    process.check_scheduler(scheduler)
 
 
-def make_scheduler(solver: AnySolver, num_steps: int) -> SchedulerMixin:
+def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> SchedulerMixin:
     """A fresh scheduler with its timesteps set; one that is given is left as it is.
 
+    process: the model's.
+
     Raises:
-        InputError: unknown solver, a scheduler that `check_scheduler` refuses or that repeats timesteps, or a step
-            count outside 1..1000.
+        InputError: a solver that is unknown or of another process, a scheduler that `check_scheduler` refuses or that
+            repeats timesteps, or a step count outside 1..1000.
     """
-    if isinstance(solver, str) and solver not in SOLVERS:
-        raise InputError(f"--solver {solver}: expected one of {', '.join(SOLVERS)}")
-    if not 1 <= num_steps <= SCHEDULE.num_timesteps:
-        raise InputError(f"--steps {num_steps}: expected 1 to {SCHEDULE.num_timesteps}")
-    if isinstance(solver, str):
-        if num_steps == SCHEDULE.num_timesteps and SOLVERS[solver].options.get("final_sigmas_type"):
+    named = named_solver(solver, process) if isinstance(solver, str) else None
+    if not 1 <= num_steps <= process.num_timesteps:
+        raise InputError(f"--steps {num_steps}: expected 1 to {process.num_timesteps}")
+    if named is not None:
+        if num_steps == process.num_timesteps and named.options.get("final_sigmas_type"):
             raise InputError(
                 f"--steps {num_steps}: --solver {solver} has no {num_steps} distinct timesteps; expected less"
             )
-        scheduler = SOLVERS[solver].build()
-        scheduler.set_timesteps(num_steps)
+        scheduler = named.build(process)
+        process.set_timesteps(scheduler, num_steps)
         return scheduler
-    check_scheduler(solver)
+    check_scheduler(solver, process)
     name, scheduler = type(solver).__name__, type(solver).from_config(solver.config)
     try:
-        scheduler.set_timesteps(num_steps)
+        process.set_timesteps(scheduler, num_steps)
     except ValueError as error:
         raise InputError(f"scheduler {name}: no {num_steps} steps ({str(error).splitlines()[0]})") from error
     times = scheduler.timesteps.tolist()
@@ -169,12 +175,12 @@ def make_scheduler(solver: AnySolver, num_steps: int) -> SchedulerMixin:
     return scheduler
 
 
-def timesteps_of(solver: AnySolver, num_steps: int) -> tuple[float, ...]:
+def timesteps_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> tuple[float, ...]:
     """The timesteps of a solver, falling; whole ones are integers."""
-    times = make_scheduler(solver, num_steps).timesteps.tolist()
+    times = make_scheduler(solver, num_steps, process).timesteps.tolist()
     return tuple(int(t) if float(t).is_integer() else t for t in times)
 
 
-def log_snr_of(solver: AnySolver, num_steps: int) -> tuple[float, ...]:
-    """log(alpha_bar / (1 - alpha_bar)) at every step of a solver, rising from noise to picture."""
-    return tuple(SCHEDULE.log_snr(torch.tensor(timesteps_of(solver, num_steps))).tolist())
+def log_snr_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> tuple[float, ...]:
+    """The log of the signal-to-noise ratio at every step of a solver, rising from noise to picture."""
+    return tuple(process.log_snr(torch.tensor(timesteps_of(solver, num_steps, process))).tolist())

@@ -16,6 +16,7 @@ from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.names import match_frequencies, own_positions
+from dyndit.storage.reading import AskedProcess
 
 Format = Literal["native", "official", "diffusers"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,6 +60,7 @@ def convert(
     *,
     num_heads: int | None = None,
     revision: str | None = None,
+    process: AskedProcess = None,
     card_extras: Callable[[Path], model_card.CardExtras] | None = None,
 ) -> tuple[str, ...]:
     """Read a model and write it in another format, whole or not at all -> notes about it, a line each.
@@ -72,7 +74,7 @@ def convert(
         CheckpointError: the source is missing, damaged or foreign.
     """
     files.check_free(target, folder=to != "official")
-    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision)
+    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision, process=process)
     model, folder = loaded.model, loaded.folder
     if to == "official":
         official.write(model, target)

@@ -21,6 +21,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.names import (
     FREQUENCY_SHIFT,
     POSITIONS,
+    PROCESS,
     frequency_shift_of,
     from_native,
     match_frequencies,
@@ -29,7 +30,7 @@ from dyndit.storage.names import (
     to_native,
 )
 from dyndit.storage.native import CONFIG, EXITS, check_plans, read_exits, write_exits
-from dyndit.storage.reading import Loaded, built, load_strictly, read_pickled
+from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of, read_pickled
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model"
 PIXEL_SPACE, LABEL_DROPOUT = "_dyndit_pixel_space", "_dyndit_label_dropout"
-PRIVATE = (FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT)
+PRIVATE = (FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT, PROCESS)
 TRUNK_KEY, CONFIG_KEY = "dyndit_trunk", "dyndit_config"
 """Names under which the metadata of weights that we wrote records the trunk's hash, and the private names' values."""
 
@@ -70,13 +71,14 @@ def serves(config: Mapping[str, object]) -> bool:
     return name == CLASS or (name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero")
 
 
-def read(folder: Path, pixel_space: bool | None = None) -> Loaded:
+def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = None) -> Loaded:
     """Read a transformer's folder, and `exits.safetensors` where it lies there.
 
-    pixel_space: what the folder does not record (default: pixels where there are 1 or 3 channels).
+    asked: the process that the model is to have, as of `process_of`. pixel_space: what the folder does not record
+    (default: pixels where there are 1 or 3 channels).
 
     Raises:
-        CheckpointError: damaged or edited, of another class, or with exits or plans of another trunk.
+        CheckpointError: damaged or edited, of another class or process, or with exits or plans of another trunk.
     """
     path = folder / CONFIG
     raw = read_json(path)
@@ -84,12 +86,13 @@ def read(folder: Path, pixel_space: bool | None = None) -> Loaded:
     config, native = _renamed(raw, tensors, path)
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, native, folder / name)
-    trunk = backbone.checksum()
+    process, assumed = process_of(raw.get(PROCESS), asked, path)
+    trunk = backbone.checksum(process=process)
     if metadata.get(TRUNK_KEY, trunk) != trunk or metadata.get(CONFIG_KEY, _sealed(raw)) != _sealed(raw):
         raise CheckpointError(
             f"{folder}: {CONFIG} edited, or {name} damaged (hash {trunk}, recorded {metadata.get(TRUNK_KEY)})"
         )
-    exits = read_exits(folder / EXITS, backbone) if (folder / EXITS).exists() else None
+    exits = read_exits(folder / EXITS, backbone, process=process) if (folder / EXITS).exists() else None
     if pixel_space is None:
         pixel_space = config.in_channels in (1, 3)
     pixel_space = _private(raw, PIXEL_SPACE, bool, pixel_space, path)
@@ -98,8 +101,9 @@ def read(folder: Path, pixel_space: bool | None = None) -> Loaded:
     notes = (
         f"{folder.name}: {config.num_heads} attention heads, as {CONFIG} records",
         f"{folder.name}: timestep frequencies with shift {shift}, {how}; norm_eps {config.mlp_norm_eps:g} of the MLPs",
+        *assumed,
     )
-    model = DynamicDepth(backbone, exits, pixel_space=pixel_space).eval()
+    model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
     check_plans(folder, model)
     return Loaded(model, notes, folder)
 
@@ -110,7 +114,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
     Raises:
         InputError: the diffusers class cannot express the model.
     """
-    config, trunk = class_config(model), model.backbone.checksum()
+    config, trunk = class_config(model), model.backbone.checksum(process=model.process)
     tensors = from_native(model.backbone.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", TRUNK_KEY: trunk, CONFIG_KEY: _sealed(config)}
@@ -150,6 +154,7 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
         FREQUENCY_SHIFT: c.frequency_shift,
         PIXEL_SPACE: model.pixel_space,
         LABEL_DROPOUT: c.label_dropout,
+        PROCESS: model.process.config(),
         **_FIXED,
         "num_attention_heads": c.num_heads,
         "attention_head_dim": c.width // c.num_heads,
@@ -186,13 +191,16 @@ def to_diffusers(model: DynamicDepth) -> "DiTTransformer2DModel":
     return transformer if reference.dtype == transformer.dtype else transformer.to(reference.dtype)
 
 
-def from_diffusers(transformer: "DiTTransformer2DModel", pixel_space: bool | None = None) -> DynamicDepth:
+def from_diffusers(
+    transformer: "DiTTransformer2DModel", pixel_space: bool | None = None, process: AskedProcess = None
+) -> DynamicDepth:
     """A native copy of a transformer of diffusers, with the timestep frequencies it has now; without exits.
 
-    pixel_space: whether it makes pixels (default: as its config records, else where it has 1 or 3 channels).
+    pixel_space: whether it makes pixels (default: as its config records, else where it has 1 or 3 channels). process:
+    the one it was trained for, or its name (default: as its config records, else DDPM).
 
     Raises:
-        CheckpointError: a variant of the class that is no DiT, or frequencies other than its config records.
+        CheckpointError: a variant of the class that is no DiT; frequencies or a process other than its config records.
     """
     where, shift = Path(CLASS), frequency_shift_of(transformer)
     recorded = transformer.config.get(FREQUENCY_SHIFT, shift)
@@ -208,11 +216,13 @@ def from_diffusers(transformer: "DiTTransformer2DModel", pixel_space: bool | Non
     reference = next(transformer.parameters())
     if pixel_space is None:
         pixel_space = _private(raw, PIXEL_SPACE, bool, config.in_channels in (1, 3), where)
-    return DynamicDepth(backbone.to(reference.device, reference.dtype), pixel_space=pixel_space).eval()
+    backbone = backbone.to(reference.device, reference.dtype)
+    process, _ = process_of(raw.get(PROCESS), process, where)
+    return DynamicDepth(backbone, pixel_space=pixel_space, process=process).eval()
 
 
 def _sealed(config: Mapping[str, object]) -> str:
-    return json.dumps({name: config.get(name) for name in PRIVATE})
+    return json.dumps({name: config[name] for name in PRIVATE if name in config})
 
 
 def _renamed(

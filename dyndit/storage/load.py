@@ -23,11 +23,12 @@ from dyndit.models.base import Backbone
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
+from dyndit.process import DDPM, Process, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
 from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
-from dyndit.storage.reading import Loaded, load_strictly
+from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
 
 __all__ = [
     "CONFIG",
@@ -61,6 +62,7 @@ def load(
     *,
     num_heads: int | None = None,
     revision: str | None = None,
+    process: AskedProcess = None,
     device: str = "auto",
     dtype: str = "own",
 ) -> DynamicDepth:
@@ -68,14 +70,17 @@ def load(
 
     path_or_hub_id: a path to one of the above, "digits" (ships with the package), or a hub id; a path that is there
     wins. num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
-    device: "auto" is a GPU if there is one. dtype: "own" keeps the weights' precision; "auto" is bfloat16 on a GPU
-    that computes in it.
+    process: the process that the weights were trained for, or its name ("ddpm"), if the file does not say it. A file
+    that says another is refused. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights' precision;
+    "auto" is bfloat16 on a GPU that computes in it.
 
     Raises:
-        CheckpointError: missing, damaged, edited or foreign.
+        CheckpointError: missing, damaged, edited or foreign, or of another process.
         InputError: the number of heads is unknown or contradicted.
     """
-    return inspect(path_or_hub_id, num_heads=num_heads, revision=revision, device=device, dtype=dtype).model
+    return inspect(
+        path_or_hub_id, num_heads=num_heads, revision=revision, process=process, device=device, dtype=dtype
+    ).model
 
 
 def inspect(
@@ -83,6 +88,7 @@ def inspect(
     *,
     num_heads: int | None = None,
     revision: str | None = None,
+    process: AskedProcess = None,
     device: str = "auto",
     dtype: str = "own",
 ) -> Loaded:
@@ -91,15 +97,17 @@ def inspect(
     wanted = None if path.exists() or text == "digits" else hub.parse(text, revision)
     if revision is not None and wanted is None:
         raise InputError(f"--revision {revision}: {text} is no hub id; expected org/name with it")
+    if isinstance(process, str) and process not in processes():
+        raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
     if path.is_dir():
-        loaded = _read_folder(path)
+        loaded = _read_folder(path, process)
     elif path.exists():
-        loaded = official.read(path, num_heads)
+        loaded = official.read(path, num_heads, process)
     elif text == "digits":
-        loaded = Loaded(_packaged_digits())
+        loaded = Loaded(_packaged_digits(process))
     elif wanted is not None:
         folder, notes = hub.fetch(wanted)
-        loaded = _read_folder(folder)
+        loaded = _read_folder(folder, process)
         loaded = replace(loaded, notes=(*notes, *loaded.notes))
     else:
         raise CheckpointError(
@@ -126,13 +134,15 @@ def save_exits(exits: Exits, path: Path, backbone: str) -> None:
     native.write_exits(exits, Path(path), backbone)
 
 
-def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True) -> Exits:
+def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, process: Process | None = None) -> Exits:
     """Read a side-car. Without `check_identity` shapes alone are compared with the backbone.
+
+    process: the model's, where it is not the family's usual one.
 
     Raises:
         CheckpointError: missing, damaged, or of another trunk.
     """
-    return native.read_exits(Path(path), backbone, check_identity=check_identity)
+    return native.read_exits(Path(path), backbone, check_identity=check_identity, process=process)
 
 
 def push(folder: Path, repo_id: str, **options: object) -> str:
@@ -180,19 +190,19 @@ def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[st
     return tuple(path.name for path in found)
 
 
-def _read_folder(folder: Path) -> Loaded:
+def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
     """Read a folder by what lies in it."""
     if (folder / PIPELINE).exists():
-        return _read_pipeline(folder)
+        return _read_pipeline(folder, process)
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of a model or of a pipeline")
     config = read_json(path)
     # diffusers marks every config.json with the class's name; anything else is ours or refused as such.
-    return diffusers_folder.read(folder) if "_class_name" in config else native.read(folder)
+    return diffusers_folder.read(folder, process) if "_class_name" in config else native.read(folder, process)
 
 
-def _read_pipeline(folder: Path) -> Loaded:
+def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
     """The denoiser of a pipeline's folder. One with a VAE makes latents."""
     index, transformer = read_json(folder / PIPELINE), folder / TRANSFORMER
     if not transformer.is_dir():
@@ -201,17 +211,17 @@ def _read_pipeline(folder: Path) -> Loaded:
             f"{folder}: a {found!r:.60} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline"
         )
     if "_class_name" not in read_json(transformer / CONFIG):
-        return native.read(transformer)
+        return native.read(transformer, process)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
-    return diffusers_folder.read(transformer, pixel_space=False if latents else None)
+    return diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
 
 
-def _packaged_digits() -> DynamicDepth:
+def _packaged_digits(process: AskedProcess) -> DynamicDepth:
     """The trunk that `recipes/digits.py` made, from the package's own data."""
     asset = importlib.resources.files("dyndit.assets") / "digits.safetensors"
     with importlib.resources.as_file(asset) as path:
         tensors, _ = read_safetensors(path)
         backbone = ClassConditionalDiT(CARDS["digits"])
         load_strictly(backbone, tensors, path)
-    return DynamicDepth(backbone).eval()
+    return DynamicDepth(backbone, process=process_of(DDPM().config(), process, path)[0]).eval()

@@ -16,6 +16,9 @@ from dyndit.models.layers import position_features
 FREQUENCY_SHIFT = "_dyndit_frequency_shift"
 """Name in config.json of the shift that the weights were trained with; diffusers keeps it and passes it over."""
 
+PROCESS = "_dyndit_process"
+"""Likewise, of the process that they were trained for."""
+
 _EMBEDDERS = {
     "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
     "timestep_embedder.linear_1.bias": "t_embedder.mlp.0.bias",

@@ -16,7 +16,8 @@ from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.identity import same, tensors_hash
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.table import ShiftTable
-from dyndit.storage.reading import Loaded, built, load_strictly
+from dyndit.process import Process
+from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of
 
 MODEL_FORMAT, VERSION = "dyndit-model", 1
 EXITS_FORMAT, EXITS_VERSION = "dyndit-exits", 2
@@ -37,26 +38,29 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     trunk = model.backbone.state_dict()
     if half:
         trunk = {name: t.half() for name, t in trunk.items()}
-    checksum = model.backbone.checksum(trunk)
+    checksum = model.backbone.checksum(trunk, model.process)
     config = {
         "format": MODEL_FORMAT,
         "version": VERSION,
         "family": model.backbone.family,
         "pixel_space": model.pixel_space,
+        "process": model.process.config(),
         "trunk": checksum,
         "backbone": model.backbone.config(),
     }
     write_safetensors(folder / TRUNK, trunk, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
-        write_exits(model.exits, folder / EXITS, model.backbone.identity(trunk))
+        write_exits(model.exits, folder / EXITS, model.backbone.identity(trunk, model.process))
 
 
-def read(folder: Path) -> Loaded:
+def read(folder: Path, asked: AskedProcess = None) -> Loaded:
     """Read a native folder, with its exits where there are any.
 
+    asked: the process that the model is to have, as of `process_of`.
+
     Raises:
-        CheckpointError: damaged or edited, or with exits or plans of another trunk.
+        CheckpointError: damaged or edited, of another process, or with exits or plans of another trunk.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -75,18 +79,19 @@ def read(folder: Path) -> Loaded:
     edited = f"{path}: edited; expected the config that {TRUNK} was saved with"
     if metadata.get("config") not in (None, json.dumps(config)):
         raise CheckpointError(edited)
+    process, notes = process_of(config.get("process"), asked, path)
     backbone = built(family, arguments, path)
     load_strictly(backbone, tensors, folder / TRUNK)
-    if (found := backbone.checksum()) != checksum:
+    if (found := backbone.checksum(process=process)) != checksum:
         raise CheckpointError(f"{folder / TRUNK}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
     exits = None
     if (folder / EXITS).exists():
-        exits = read_exits(folder / EXITS, backbone)
-    model = DynamicDepth(backbone, exits, pixel_space=pixel_space).eval()
+        exits = read_exits(folder / EXITS, backbone, process=process)
+    model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
     check_plans(folder, model)
-    return Loaded(model, folder=folder)
+    return Loaded(model, notes, folder)
 
 
 def write_exits(exits: Exits, path: Path, backbone: str) -> None:
@@ -102,8 +107,10 @@ def write_exits(exits: Exits, path: Path, backbone: str) -> None:
     write_safetensors(path, tensors, metadata)
 
 
-def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True) -> Exits:
+def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, process: Process | None = None) -> Exits:
     """Read a side-car. Without `check_identity` shapes alone are compared with the backbone.
+
+    process: the model's, as of `Backbone.identity`.
 
     Raises:
         CheckpointError: missing, damaged, or of another backbone.
@@ -112,7 +119,7 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True) -
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(EXITS_VERSION)):
         raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {EXITS_VERSION}")
     made_for = metadata.get("backbone", "")
-    if check_identity and not same(made_for, found := backbone.identity()):
+    if check_identity and not same(made_for, found := backbone.identity(process=process)):
         raise CheckpointError(f"{path}: exits of backbone {made_for}, but this backbone is {found}")
     if metadata.get("exits") != tensors_hash(tensors):
         raise CheckpointError(f"{path}: damaged (its tensors do not have the recorded hash)")

@@ -18,26 +18,29 @@ from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import written_whole
 from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.storage.reading import Loaded, built, load_strictly, read_pickled
+from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of, read_pickled
 
 
-def read(path: Path, num_heads: int | None = None) -> Loaded:
+def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -> Loaded:
     """Read a published checkpoint.
 
-    num_heads: where neither `args` nor the width tells; a contradiction is refused.
+    num_heads: where neither `args` nor the width tells; a contradiction is refused. asked: the process that the model
+    is to have, as of `process_of`.
 
     Raises:
-        CheckpointError: damaged, or of another architecture.
+        CheckpointError: damaged, of another architecture, or of another process.
         InputError: the number of heads is unknown or impossible.
     """
     tensors, args, notes = _contents(path)
     config, heads_note = _infer(tensors, args, path, num_heads)
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, tensors, path)
-    if "trunk" in args.found and args.found["trunk"] != (trunk := backbone.checksum()):
+    process, more = process_of(args.found.get("process"), asked, path)
+    if "trunk" in args.found and args.found["trunk"] != (trunk := backbone.checksum(process=process)):
         raise CheckpointError(f"{path}: damaged or edited (trunk {trunk}, its args record {args.found['trunk']})")
     pixels = args.take("pixel_space", bool, config.in_channels in (1, 3))
-    return Loaded(DynamicDepth(backbone, pixel_space=pixels).eval(), (*notes, heads_note))
+    model = DynamicDepth(backbone, pixel_space=pixels, process=process)
+    return Loaded(model.eval(), (*notes, heads_note, *more))
 
 
 def write(model: DynamicDepth, path: Path) -> None:
@@ -50,7 +53,11 @@ def write(model: DynamicDepth, path: Path) -> None:
     if not isinstance(backbone, ClassConditionalDiT):
         raise InputError(f"{path}: the official format holds class-conditional DiTs, not a {type(backbone).__name__}")
     config = backbone.config()
-    args = config | {"pixel_space": model.pixel_space, "trunk": backbone.checksum()}
+    args = config | {
+        "pixel_space": model.pixel_space,
+        "process": model.process.config(),
+        "trunk": backbone.checksum(process=model.process),
+    }
     # Cloned, so that a view is not stored with all of the memory it looks at.
     ema = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
     with written_whole(path) as draft:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dyndit.errors import CheckpointError, first_line
+from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.process import DDPM, Process, from_config
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,33 @@ class Loaded:
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     """Where its plans, table and exits lie: the native folder, or the folder of the transformer's weights."""
+
+
+AskedProcess = Process | str | None
+"""The process that a model is asked for with: itself, or its name; None where the file alone is to say."""
+
+
+def process_of(recorded: object, asked: AskedProcess, path: Path) -> tuple[Process, tuple[str, ...]]:
+    """Choose the process of a checkpoint -> it, and a note where it is assumed.
+
+    recorded: what the file says, as `Process.config()` has it; None where it says nothing.
+
+    Raises:
+        CheckpointError: the file's process is unknown, or another than the one that is asked for.
+    """
+    if recorded is None and asked is None:
+        note = f"{path.name}: says no process; {DDPM.name} is assumed, --process (or process=) says another"
+        return DDPM(), (note,)
+    wanted = from_config({"name": asked}) if isinstance(asked, str) else asked
+    if recorded is None:
+        return wanted, ()
+    try:
+        found = from_config(recorded)
+    except (InputError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
+    if wanted is not None and (found.name if isinstance(asked, str) else found) not in (asked, wanted):
+        raise CheckpointError(f"{path}: made for the process {found}, but --process {wanted} is asked for")
+    return found, ()
 
 
 def read_pickled(path: Path) -> object:

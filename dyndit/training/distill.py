@@ -16,7 +16,7 @@ from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
-from dyndit.process import Schedule
+from dyndit.process import Process
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
@@ -53,7 +53,6 @@ class Distill:
     null_share: float = 0.3
     """Share of the labels replaced by the null label: guided sampling asks the exits for both branches. Recorded
     calls hold both as they come."""
-    schedule: Schedule = field(default_factory=Schedule)
     trunk: Literal["frozen", "lora", "whole"] = "frozen"
     """What of the trunk trains: nothing; low-rank adapters on the blocks' linear maps, merged into them at the end; or
     everything."""
@@ -72,7 +71,7 @@ class Distill:
     cfg_scale: float = 1.5
     weighting: Literal["even", "path-kl"] = "even"
     """What an error weighs at its timestep: the same at all, or as in the KL between two processes' paths
-    (`Schedule.path_kl_weights`)."""
+    (`Process.path_kl_weights`)."""
     forecasts: bool = False
     """Whether the exits also learn to correct forecasts (`models.forecasts`), from the sampler's trajectories."""
 
@@ -138,7 +137,7 @@ class Distill:
                 trunk.gradient_checkpointing = self.fit.gradient_checkpointing
             if self.states == "sampler":
                 data = self._trajectories(model, Path(out))
-            dynamic = DynamicDepth(trunk, exits, pixel_space=model.pixel_space)
+            dynamic = DynamicDepth(trunk, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenTrunk(dynamic) if trunk is backbone else _TaughtTrunk(dynamic, backbone)
             task = _Distillation(trained, self, self._states(backbone, data))
             identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
@@ -159,7 +158,7 @@ class Distill:
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Corrections of forecasts, learned on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
-        regression, seed = GapRegression(dynamic.exits.layers), TRAJECTORIES_SEED + 1 + self.fit.seed
+        regression, seed = GapRegression(dynamic.exits.layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
         full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
         device = next(dynamic.parameters()).device
         for low in range(0, _NUM_FORECAST, self.fit.batch_size):
@@ -181,19 +180,21 @@ class Distill:
         with PartialState().main_process_first():
             return recorded_sampling(model, labels, out / name, **options)
 
-    def _states(self, backbone: Backbone, data: Pictures | RecordedCalls) -> States:
+    def _states(self, model: DynamicDepth, data: Pictures | RecordedCalls) -> States:
         """How to make states of this data."""
         if isinstance(data, RecordedCalls):
             return lambda x, rows, _: data.inputs(x, rows)
-        return partial(noised, self.schedule, self.null_share, backbone.condition)
+        return partial(noised, model.process, self.null_share, model.backbone.condition)
 
 
 class _Distillation:
     """The task of training exits, alone or with their trunk: `trained` says what."""
 
-    def __init__(self, trained: "_FrozenTrunk | _TaughtTrunk", recipe: Distill, states: States) -> None:
+    def __init__(
+        self, trained: "_FrozenTrunk | _TaughtTrunk", recipe: Distill, process: Process, states: States
+    ) -> None:
         self.trainable, self.recipe, self.states = trained, recipe, states
-        self.balance = recipe.schedule.path_kl_weights() if recipe.weighting == "path-kl" else None
+        self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator

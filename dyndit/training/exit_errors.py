@@ -5,7 +5,6 @@ import torch
 from accelerate import PartialState
 
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.process import Schedule
 from dyndit.training.data import Pictures
 from dyndit.training.losses import exit_errors
 
@@ -20,20 +19,20 @@ def exit_error_table(
     the noise channels), variance_error. A diagnostic: README says why plans are not chosen on it.
     Measured on the device that `Distill` trains on.
     """
-    schedule, generator = Schedule(), torch.Generator().manual_seed(seed)
+    process, generator = model.process, torch.Generator().manual_seed(seed)
     device = PartialState().device
     pick = torch.randperm(len(data), generator=generator)[:num_pictures].tolist()
     items = [data[i] for i in pick]
     x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
-    edges = torch.linspace(0, schedule.num_timesteps, num_bands + 1).long()
+    edges = torch.linspace(0, process.num_timesteps, num_bands + 1).long()
     rows = []
     home = next(model.parameters()).device
     model.to(device)
     for band, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
         t = torch.randint(low, high, (len(x_0),), generator=generator)
         eps = torch.randn(x_0.shape, generator=generator)
-        errors = exit_errors(model, schedule.add_noise(x_0, eps, t).to(device), t.to(device), y.to(device))
-        snr = schedule.log_snr(torch.tensor([high - 1, low])).tolist()
+        errors = exit_errors(model, process.noised(x_0, eps, t).to(device), t.to(device), y.to(device))
+        snr = process.log_snr(torch.tensor([high - 1, low])).tolist()
         rows += [
             {
                 "depth": depth,

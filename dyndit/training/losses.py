@@ -4,46 +4,30 @@ import torch
 from torch import Tensor, nn
 
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.process import Schedule, variational_bound
+from dyndit.process import Process
 
 
 def denoising_loss(
-    model: nn.Module, schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor
+    model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_simple on the noise plus the variational bound on the variance (iDDPM, Equation 16, one sampled t).
-
-    x_0, eps: (B, C, H, W), t, y: (B,). -> scalar, {"mse", "vb"}. The bound of 1000 terms weighs 0.001, so one
-    sampled term weighs 1.
-    """
-    x_t = schedule.add_noise(x_0, eps, t)
-    return _prediction_loss(model(x_t, t, y), schedule, x_0, x_t, t, eps)
+    """The process' loss of a model's prediction.  x_0, eps: (B, C, H, W), t, y: (B,) -> scalar, its parts."""
+    x_t = process.noised(x_0, eps, t)
+    return process.loss(model(x_t, t, y), x_0, eps, x_t, t)
 
 
 def deep_supervision_loss(
-    model: nn.Module, schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, exit_weight: float
+    model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, exit_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`denoising_loss` of full depth, plus `exit_weight` times the mean of the exits'.
 
     Deep supervision (Lee et al. 2015, arXiv:1409.5185). model(x_t, t, y): predictions by rising depth, full depth's
     last. The figures are full depth's, and "exits".
     """
-    x_t = schedule.add_noise(x_0, eps, t)
+    x_t = process.noised(x_0, eps, t)
     *shallow, full = model(x_t, t, y)
-    loss, figures = _prediction_loss(full, schedule, x_0, x_t, t, eps)
-    exits = torch.stack([_prediction_loss(each, schedule, x_0, x_t, t, eps)[0] for each in shallow]).mean()
+    loss, figures = process.loss(full, x_0, eps, x_t, t)
+    exits = torch.stack([process.loss(each, x_0, eps, x_t, t)[0] for each in shallow]).mean()
     return loss + exit_weight * exits, figures | {"exits": exits.detach()}
-
-
-def _prediction_loss(
-    prediction: Tensor, schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`denoising_loss` of a prediction (B, C_out, H, W)."""
-    prediction, channels = prediction.float(), x_0.shape[1]
-    mse = (prediction[:, :channels] - eps).square().mean()
-    if prediction.shape[1] == channels:
-        return mse, {"mse": mse.detach()}
-    vb = variational_bound(schedule, prediction, x_0, x_t, t).mean()
-    return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
 
 def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:

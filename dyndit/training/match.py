@@ -1,6 +1,6 @@
 """Train a student backbone on a full model's predictions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
-from dyndit.process import Schedule
 from dyndit.training.borrowed import borrowed
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
@@ -27,7 +26,6 @@ class Match:
     fit: FitConfig = _DISTILLING
     variance_weight: float = 0.1
     null_share: float = 0.3
-    schedule: Schedule = field(default_factory=Schedule)
 
     def run(self, model: DynamicDepth, student: Backbone, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
         """Return the student with its averaged weights, in eval mode, and the loop's record. It is trained in place.
@@ -38,13 +36,13 @@ class Match:
         Distill(fit=self.fit).check(model, data)
         backbone, kept = model.backbone, tensors_hash(student.state_dict())
         with borrowed(backbone):
-            states = partial(noised, self.schedule, self.null_share, backbone.condition)
+            states = partial(noised, model.process, self.null_share, backbone.condition)
             task = _Matching(student, backbone, self.variance_weight, states)
             identity = f"{model.identity.backbone} {kept} {self.variance_weight} {self.null_share}"
             result = fit(task, data, self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)
         student.to(next(backbone.parameters()).device)
-        return DynamicDepth(student, pixel_space=model.pixel_space).eval(), result
+        return DynamicDepth(student, pixel_space=model.pixel_space, process=model.process).eval(), result
 
 
 class _Matching:

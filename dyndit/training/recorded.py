@@ -27,6 +27,7 @@ from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.conditions import Condition, Conditioning
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same, tensors_hash
+from dyndit.process import Process
 from dyndit.sampling.sample import Samples, sample
 
 FORMAT, VERSION = "dyndit-call", "1"
@@ -42,8 +43,9 @@ def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **o
     Raises:
         InputError: as `sample`; or `out` holds other things.
     """
-    recording = Recording.open(Path(out), model.backbone)
-    watched = DynamicDepth(_Watched(model.backbone, recording), model.exits, pixel_space=model.pixel_space)
+    recording = Recording.open(Path(out), model.backbone, model.process)
+    backbone = _Watched(model.backbone, recording)
+    watched = DynamicDepth(backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
     return sample(watched, labels, **options)
 
 
@@ -75,14 +77,14 @@ class Recording:
     _next: int = field(default=0, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, backbone: Backbone) -> "Recording":
+    def open(cls, folder: Path, backbone: Backbone, process: Process | None = None) -> "Recording":
         """Make the folder, or go on in one of this trunk's calls.
 
         Raises:
             InputError: it holds other things, or another trunk's calls.
         """
         small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
-        family, trunk = backbone.family, backbone.identity() if small else ""
+        family, trunk = backbone.family, backbone.identity(process=process) if small else ""
         folder.mkdir(parents=True, exist_ok=True)
         files.sweep(folder)
         paths = _paths(folder)
@@ -299,9 +301,9 @@ class _Watched(Backbone):
         """The trunk's."""
         return self.trunk.unpatchify(patches, state)
 
-    def identity(self, tensors: dict[str, Tensor] | None = None) -> str:
+    def identity(self, tensors: dict[str, Tensor] | None = None, process: Process | None = None) -> str:
         """The trunk's."""
-        return self.trunk.identity(tensors)
+        return self.trunk.identity(tensors, process)
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dyndit.models.base import Inputs
 from dyndit.models.conditions import Condition, ConditionType
-from dyndit.process import Schedule
+from dyndit.process import Process
 
 Rows = Tensor | dict[str, Tensor]
 """What comes with x in a batch of a data set: labels (B,), or tensors of B rows by name."""
@@ -22,7 +22,7 @@ TRAJECTORIES_SEED = 2_000_003
 
 
 def noised(
-    schedule: Schedule,
+    process: Process,
     null_share: float,
     condition: ConditionType,
     x: Tensor,
@@ -30,6 +30,6 @@ def noised(
     generator: torch.Generator,
 ) -> Inputs:
     """Noise pictures at random timesteps, and replace a share of their conditions by the null.  x: (B, C, H, W)."""
-    t = torch.randint(schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
+    t = process.sample_timesteps(len(x), generator).to(x.device)
     eps = torch.randn(x.shape, generator=generator).to(x.device)
-    return Inputs(schedule.add_noise(x, eps, t), t, condition.dropped(y, generator, null_share))
+    return Inputs(process.noised(x, eps, t), t, condition.dropped(y, generator, null_share))

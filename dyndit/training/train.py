@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from dyndit.models.base import Backbone, BackboneConfig
 from dyndit.models.conditions import Condition
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.process import Schedule
+from dyndit.process import DDPM, Process
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, fit
@@ -32,7 +32,8 @@ class Train:
     fit: FitConfig
     data: str = ""
     """"digits", or empty: the user names a picture folder."""
-    schedule: Schedule = field(default_factory=Schedule)
+    process: Process = DDPM()
+    """How pictures are noised, and what the backbone is to predict."""
     exits: ExitConfig | None = None
     """Exits that train with the trunk, on the same loss as it (deep supervision). None: the trunk alone."""
     exit_weight: float = 1.0
@@ -67,13 +68,15 @@ class Train:
         trunk: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
 
         Raises:
-            InputError: as `check`; or the trunk is of another shape than the recipe's.
+            InputError: as `check`; or the trunk is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone
         if trunk is not None and not _is_shaped_as(trunk.backbone, config):
             found = {name: value for name, value in trunk.backbone.config().items() if value != vars(config).get(name)}
             raise InputError(f"--model: {type(trunk.backbone).__name__} with {found}; expected the recipe's {config}")
+        if trunk is not None and trunk.process != self.process:
+            raise InputError(f"--model: of the process {trunk.process}; expected the recipe's, {self.process}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
             backbone = config.build()
@@ -81,9 +84,12 @@ class Train:
                 backbone.load_state_dict(trunk.backbone.state_dict())
             exits = None if self.exits is None else Exits(backbone, self.exits)
         backbone.gradient_checkpointing = self.fit.gradient_checkpointing
-        model = DynamicDepth(backbone, exits, pixel_space=not isinstance(data, LatentPictures))
-        task = _Denoising(model, self.schedule, self.exit_weight, preview)
-        identity = repr(config) if exits is None else f"{config!r} {exits.config} {self.exit_weight}"
+        pixels = not isinstance(data, LatentPictures)
+        model = DynamicDepth(backbone, exits, pixel_space=pixels, process=self.process)
+        task = _Denoising(model, self.exit_weight, preview)
+        identity = f"{config!r} {self.process}"
+        if exits is not None:
+            identity += f" {exits.config} {self.exit_weight}"
         if trunk is not None:
             identity += f" on from {trunk.identity.backbone}"
         result = fit(task, data, self.fit, out, identity=identity)
@@ -94,20 +100,21 @@ class Train:
 class _Denoising:
     """The task of training the trunk, with exits where the model has some."""
 
-    def __init__(self, model: DynamicDepth, schedule: Schedule, exit_weight: float, preview: Preview | None) -> None:
+    def __init__(self, model: DynamicDepth, exit_weight: float, preview: Preview | None) -> None:
         self.model, self.trainable = model, _trained_from_scratch(model)
-        self.schedule, self.exit_weight, self._preview = schedule, exit_weight, preview
+        self.exit_weight, self._preview = exit_weight, preview
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
-        t = torch.randint(self.schedule.num_timesteps, (len(x),), generator=generator).to(x.device)
+        process = self.model.process
+        t = process.sample_timesteps(len(x), generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
         y = self.model.backbone.condition.dropped(y, generator)
         if self.model.exits is None:
-            return denoising_loss(module, self.schedule, x, t, eps, y)
-        return deep_supervision_loss(module, self.schedule, x, t, eps, y, self.exit_weight)
+            return denoising_loss(module, process, x, t, eps, y)
+        return deep_supervision_loss(module, process, x, t, eps, y, self.exit_weight)
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
         """Draw a sample grid with the averaged weights."""

@@ -93,6 +93,6 @@ class Peer(DynamicDepth):
     """
 
     def __init__(self, model: DynamicDepth, settings: PeerSettings) -> None:
-        super().__init__(model.backbone, None, pixel_space=model.pixel_space)
+        super().__init__(model.backbone, None, pixel_space=model.pixel_space, process=model.process)
         self.settings = settings
         self.eval()

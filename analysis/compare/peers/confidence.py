@@ -133,7 +133,7 @@ class ConfidentDepth(DynamicDepth):
         Raises:
             InputError: the thresholds are another model's, or it has no exit at one of their depths.
         """
-        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space)
+        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         _check_depths(thresholds.depths, self.depths)
         self.check_identity(thresholds.backbone, thresholds.exits, origin="thresholds")
         self.thresholds = thresholds
@@ -249,7 +249,7 @@ class _Recorder(DynamicDepth):
     """Full depth, whose memory is what every exit on the way would have said: (signal, error), (m, B) each, by step."""
 
     def __init__(self, model: DynamicDepth, depths: tuple[int, ...], cfg_scale: float) -> None:
-        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space)
+        super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         self.compared, self.cfg_scale = depths, cfg_scale
         self.eval()
 

@@ -6,7 +6,6 @@ residual, that of `stale`; in the step, or in log-SNR, the variable that exponen
 branch has two full steps behind it, the one is held.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
@@ -17,9 +16,7 @@ from torch import Tensor
 from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.stale import Kept, Stale
 from dyndit.models.dynamic import StepInputs
-from dyndit.process import Schedule
-
-SCHEDULE = Schedule()
+from dyndit.process import Process
 
 
 @dataclass(frozen=True)
@@ -39,23 +36,16 @@ class Forecast(Stale):
         """As `stale`, at the shallower depth, along either variable."""
         return grid(cls, every=(2, 3), depth=(2,), along=("step", "snr"))
 
-    def residual(self, kept: Sequence[Kept], step: StepInputs) -> Tensor:
+    def residual(self, kept: Sequence[Kept], step: StepInputs, process: Process) -> Tensor:
         """The straight line through the last two full steps, at this one."""
         if len(kept) < 2:
             return kept[-1].residual
-        older, newer = (self._position(one.k, one.timestep) for one in kept)
-        return extrapolate(
-            kept[0].residual, kept[1].residual, older, newer, self._position(step.k, step.timesteps[step.k])
-        )
-
-    def _position(self, k: int, timestep: float) -> float:
-        return float(k) if self.along == "step" else _log_snr(timestep)
+        ks = (kept[0].k, kept[1].k, step.k)
+        times = (kept[0].timestep, kept[1].timestep, step.timesteps[step.k])
+        at = map(float, ks) if self.along == "step" else map(process.log_snr_at, times)
+        return extrapolate(kept[0].residual, kept[1].residual, *at)
 
 
 def extrapolate(older: Tensor, newer: Tensor, at_older: float, at_newer: float, at: float) -> Tensor:
     """The value at `at` of the line through (at_older, older) and (at_newer, newer)."""
     return torch.lerp(older, newer, (at - at_older) / (at_newer - at_older))
-
-
-def _log_snr(timestep: float) -> float:
-    return -2 * math.log(SCHEDULE.noise_level(timestep))

@@ -4,12 +4,15 @@ Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sa
 Models", arXiv:2404.07724; `routers.schedules.guidance_interval` is the schedule.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from dyndit.analysis.compare.peers.base import PeerSettings
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval
+from dyndit.process import DDPM
+from dyndit.sampling.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class GuidanceInterval(PeerSettings):
 
     @classmethod
     def off(cls) -> Self:
-        """An interval of all noise levels; the last step of published DDPM, at t = 0, has 0.01."""
-        return cls(0.0, 1000.0)
+        """An interval of all noise levels."""
+        return cls(0.0, math.inf)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
@@ -32,4 +35,5 @@ class GuidanceInterval(PeerSettings):
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
         """The full plan without its unconditional branch outside of the interval."""
-        return guidance_interval(full, self.low, self.high)
+        known = SOLVERS.get(full.solver)
+        return guidance_interval(full, self.low, self.high, DDPM() if known is None else known.process())

@@ -75,7 +75,8 @@ class MagCachePeer(DiffusersPeer):
         """`magnitude_ratios` of this model, measured once."""
         wanted = (num_steps, guided)
         if wanted not in self._ratios:
-            self._ratios[wanted] = magnitude_ratios(DynamicDepth(self.backbone, pixel_space=self.pixel_space), *wanted)
+            alone = DynamicDepth(self.backbone, pixel_space=self.pixel_space, process=self.process)
+            self._ratios[wanted] = magnitude_ratios(alone, *wanted)
         return self._ratios[wanted]
 
     def ready(self, step: StepInputs) -> None:

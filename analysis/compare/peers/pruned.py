@@ -19,7 +19,6 @@ from dyndit.models.base import Inputs
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
-from dyndit.process import Schedule
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.match import Match
@@ -54,7 +53,7 @@ class Pruned(PeerSettings):
             InputError: there is no workshop, no block would be left, or the trunk is an adapter's.
         """
         if self.drop == 0:
-            return DynamicDepth(model.backbone, pixel_space=model.pixel_space).eval()
+            return DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process).eval()
         if workshop is None:
             raise InputError(f"peer {self.name}: needs a workshop to fine-tune in")
         key = hashlib.sha256(
@@ -96,11 +95,11 @@ def most_effect(effect: Sequence[float], keep: int) -> tuple[int, ...]:
 @torch.no_grad()
 def effects(model: DynamicDepth, data: Pictures, *, num_pictures: int = 256, seed: int = 0) -> list[float]:
     """Mean squared change of the noise prediction without each block, on noised pictures at timesteps of all sizes."""
-    schedule, generator = Schedule(), torch.Generator().manual_seed(seed)
+    process, generator = model.process, torch.Generator().manual_seed(seed)
     items = [data[i] for i in torch.randperm(len(data), generator=generator)[:num_pictures].tolist()]
     x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
-    t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator)
-    x_t = schedule.add_noise(x_0, torch.randn(x_0.shape, generator=generator), t)
+    t = process.sample_timesteps(len(x_0), generator)
+    x_t = process.noised(x_0, torch.randn(x_0.shape, generator=generator), t)
     device, channels = next(model.parameters()).device, x_0.shape[1]
     inputs = Inputs(x_t.to(device), t.to(device), y.to(device))
 

@@ -18,6 +18,7 @@ from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan, full_step
+from dyndit.process import Process
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Stale(PeerSettings):
             raise InputError(f"{self.name} every {self.every}: expected at least 1")
         return DeepReuse(model, self)
 
-    def residual(self, kept: Sequence["Kept"], step: StepInputs) -> Tensor:
+    def residual(self, kept: Sequence["Kept"], step: StepInputs, process: Process) -> Tensor:
         """What the deep blocks are taken to add at this step, (B, N, D)."""
         return kept[-1].residual
 
@@ -97,7 +98,7 @@ class DeepReuse(Peer):
         reusing = [b for b in order if not due[b]]
         split, tokens = size * len(reusing), []
         if reusing:
-            residual = torch.cat([self.settings.residual(kept[b], step) for b in reusing])
+            residual = torch.cat([self.settings.residual(kept[b], step, self.process) for b in reusing])
             tokens.append(state.tokens[:split] + residual)
         if split < len(state.tokens):
             shallow = deep = state.rows(split, None)

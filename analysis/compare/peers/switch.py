@@ -64,7 +64,8 @@ class TwoModels(PeerSettings):
             raise InputError(f"peer {self.name}: the experiment has no `train`; expected how its trunk is trained")
         backbone = replace(workshop.train.backbone, num_blocks=self.depth)
         recipe = replace(workshop.train, backbone=backbone, exits=None)
-        key = hashlib.sha256(f"{recipe.backbone} {recipe.fit} {workshop.data.fingerprint}".encode()).hexdigest()
+        made_of = f"{recipe.backbone} {recipe.process} {recipe.fit} {workshop.data.fingerprint}"
+        key = hashlib.sha256(made_of.encode()).hexdigest()
         folder = workshop.out / f"{self.name}-depth{self.depth}-{key[:8]}"
         if not (folder / checkpoints.CONFIG).exists():
             trained, _ = recipe.run(workshop.data, folder.with_name(f"{folder.name}-training"))
@@ -88,6 +89,10 @@ class Switch(Peer):
             large, little = getattr(model.backbone, name), getattr(small.backbone, name)
             if large != little:
                 raise InputError(f"switch: the small model's {name} {little}, but the large model's is {large}")
+        if small.process != model.process:
+            raise InputError(
+                f"switch: the small model's process {small.process}, but the large model's is {model.process}"
+            )
         self.small = small.eval()
 
     def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:

@@ -14,7 +14,8 @@ from dyndit.models.base import Inputs, State
 from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import FinalLayer
 from dyndit.plugin.adapters.base import Adapter, join_patches
-from dyndit.storage.names import FREQUENCY_SHIFT, frequency_shift_of, to_native
+from dyndit.process import DDPM, from_config
+from dyndit.storage.names import FREQUENCY_SHIFT, PROCESS, frequency_shift_of, to_native
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DiTAdapter(Adapter):
         self.condition = ClassLabels(c.num_embeds_ada_norm)
         self.sample_shape, self.out_channels = (c.in_channels, c.sample_size, c.sample_size), transformer.out_channels
 
+        self.usual_process = from_config(c.get(PROCESS, DDPM().config()))
         found = frequency_shift_of(transformer)
         if (trained := c.get(FREQUENCY_SHIFT, found)) != found:
             raise CheckpointError(
@@ -106,8 +108,9 @@ class DiTAdapter(Adapter):
         return to_native(self.transformer.state_dict(), self.sample_shape[1] // self.transformer.patch_size)
 
     def unseen(self) -> dict[str, object]:
-        """As of the native class."""
-        return {
+        """As of the native class and its process."""
+        process = {} if self.usual_process == DDPM() else {"process": self.usual_process.config()}
+        return process | {
             "num_heads": self.transformer.config.num_attention_heads,
             "norm_eps": self.transformer.norm_out.eps,
             "mlp_norm_eps": self.transformer.config.norm_eps,

@@ -219,12 +219,12 @@ def test_the_forecast_of_what_is_linear_is_exact(slope: float, at: list[float]) 
 def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     """Residuals linear in that variable are forecast exactly; held, or in the other variable, they are not."""
     from dyndit.analysis.compare.peers.stale import Kept
-    from dyndit.sampling.solvers import SCHEDULE
+    from dyndit.process import DDPM
 
     times = (999, 700, 450, 200)
     where = {
         "step": [float(k) for k in range(4)],
-        "snr": SCHEDULE.log_snr(torch.tensor(times)).tolist(),
+        "snr": DDPM().log_snr(torch.tensor(times)).tolist(),
     }
     residuals = [torch.full((2, 3, 4), 1.0 + v) for v in where[along]]
     kept = [Kept(k, times[k], residuals[k]) for k in (0, 2)]
@@ -233,7 +233,7 @@ def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     torch.testing.assert_close(Forecast(2, 2, along).residual(kept, step), residuals[3])
     other = Forecast(2, 2, "snr" if along == "step" else "step").residual(kept, step)
     assert (other - residuals[3]).abs().max() > 0.1
-    assert torch.equal(Forecast(2, 2, along).residual(kept[:1], step), residuals[0])
+    assert torch.equal(Forecast(2, 2, along).residual(kept[:1], step, DDPM()), residuals[0])
 
 
 def test_the_schedule_of_ase_is_the_published_one() -> None:

@@ -20,7 +20,7 @@ from dyndit.plans.predictor import Predictor
 from dyndit.plans.search import search
 from dyndit.plans.step import Step, steps
 from dyndit.plans.table import ShiftTable
-from dyndit.process import Schedule
+from dyndit.process import DDPM
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.sample import sample
@@ -30,7 +30,12 @@ from dyndit.training.distill import Distill
 from support.tables import COST, NUM_BLOCKS, random_table
 from support.tables import full_plan as table_plan
 
-LOG_SNR = Schedule().log_snr_at
+PROCESS = DDPM()
+LOG_SNR = PROCESS.log_snr_at
+
+
+def gap_at(timestep: float, memory, gains: torch.Tensor | None = None, depth: int = 2) -> torch.Tensor:
+    return forecast_gap(memory, depth, timestep, PROCESS, gains)
 
 
 def gaps_along(values, timesteps) -> tuple[Gaps, ...]:
@@ -42,7 +47,7 @@ def test_gaps_linear_in_log_snr_are_forecast_exactly(times: list[int], seed: int
     earlier, later, now = sorted(times, reverse=True)
     level, slope = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     memory = gaps_along(lambda t: level + LOG_SNR(t) * slope, (earlier, later))
-    torch.testing.assert_close(forecast_gap(memory, 2, now), level + LOG_SNR(now) * slope, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gap_at(now, memory), level + LOG_SNR(now) * slope, rtol=1e-6, atol=1e-5)
 
 
 def test_of_one_remembered_step_the_gap_is_taken_as_it_was() -> None:
@@ -59,22 +64,22 @@ def test_two_steps_are_remembered() -> None:
 
 def test_a_correction_of_zero_changes_no_bit() -> None:
     memory = gaps_along(lambda t: torch.full((1, 1, 2, 2), t / 7), (900, 700))
-    assert torch.equal(forecast_gap(memory, 2, 500, torch.zeros(2, NUM_TERMS)), forecast_gap(memory, 2, 500))
+    assert torch.equal(gap_at(500, memory, torch.zeros(2, NUM_TERMS)), gap_at(500, memory))
 
 
 def test_the_regression_finds_the_correction_that_made_the_gaps() -> None:
     """Each gap is the corrected forecast from the two before it: the regression has nothing else to find."""
     true = torch.tensor([[-0.2, 0.1, -0.1, 0.0], [-0.5, 0.0, 0.2, 0.1]])
-    regression = GapRegression((2,), oldest=1, ridge=1e-9)
+    regression = GapRegression((2,), PROCESS, oldest=1, ridge=1e-9)
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         timesteps = torch.randperm(1000, generator=generator)[:8].sort(descending=True).values.tolist()
         made = [Gaps(t, {2: torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64)}) for t in timesteps[:2]]
         for t in timesteps[2:]:
-            made.append(Gaps(t, {2: forecast_gap(tuple(made[-2:]), 2, t, true)}))
+            made.append(Gaps(t, {2: gap_at(t, tuple(made[-2:]), true)}))
         regression.add(made[1:])
         # The second of `made` has one step before it in the regression's eyes; only what follows is the correction's.
-        first = GapRegression((2,), oldest=1)
+        first = GapRegression((2,), PROCESS, oldest=1)
         first.add(made[1:3])
         regression.gram -= first.gram
         regression.missed -= first.missed
@@ -82,7 +87,7 @@ def test_the_regression_finds_the_correction_that_made_the_gaps() -> None:
 
 
 def test_where_nothing_was_seen_the_correction_is_zero() -> None:
-    assert torch.equal(GapRegression((1, 2)).gains(), torch.zeros(2, 2, NUM_TERMS))
+    assert torch.equal(GapRegression((1, 2), PROCESS).gains(), torch.zeros(2, 2, NUM_TERMS))
 
 
 def plan_of(model: DynamicDepth, *texts: str, cfg_scale: float = 1.5) -> DepthPlan:
@@ -108,7 +113,9 @@ def test_a_step_that_forecasts_is_its_exit_and_the_forecast(model: DynamicDepth)
         exit_at_2 = model(step.x_t, step.times, step.labels[0], depth=2)
         gaps.append(Gaps(step.timesteps[step.k], {2: prediction - exit_at_2}))
     step, prediction = seen[2]
-    expected = model(step.x_t, step.times, step.labels[0], depth=2) + forecast_gap(tuple(gaps), 2, step.timesteps[2])
+    expected = model(step.x_t, step.times, step.labels[0], depth=2) + forecast_gap(
+        tuple(gaps), 2, step.timesteps[2], PROCESS
+    )
     torch.testing.assert_close(prediction, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -348,14 +355,14 @@ def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: Dy
         gaps.append(advance(model, batch, trajectory, full, Guidance(1.5), **step).memory.gaps[-1])
     for name, correction in (("plain", None), ("learned", gains)):
         missed = [
-            (gaps[k].by_depth[d] - forecast_gap(tuple(gaps[k - 2 : k]), d, gaps[k].timestep, of)).square().mean()
+            (gaps[k].by_depth[d] - gap_at(gaps[k].timestep, tuple(gaps[k - 2 : k]), of, d)).square().mean()
             for k in range(2, 6)
             for row, d in enumerate(model.exits.layers)
             for of in [None if correction is None else correction[row]]
         ]
         errors[name] = torch.stack(missed).mean().item()
     assert errors["learned"] < errors["plain"]
-    assert basis(500, 500)[2:].abs().sum() == 0
+    assert basis(500, 500, PROCESS)[2:].abs().sum() == 0
 
 
 def test_figures_mark_what_is_forecast() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant, guidance_interval, ramp, reversed_plan, switch
-from dyndit.process import Schedule
+from dyndit.process import DDPM
 
 NUM_BLOCKS = 12
 
@@ -91,7 +91,7 @@ def test_a_plan_says_who_wrote_it(guided: bool) -> None:
 @given(base=plans, low=st.floats(0, 20), width=st.floats(0.1, 200))
 def test_guidance_is_kept_at_noise_levels_inside_the_interval(base: DepthPlan, low: float, width: float) -> None:
     plan = guidance_interval(base, low, low + width)
-    alphas_bar = Schedule().alphas_bar[list(base.timesteps)]
+    alphas_bar = DDPM().alphas_bar[list(base.timesteps)]
     levels = ((1 - alphas_bar) / alphas_bar).sqrt().tolist()
     assert plan.uncond_depths == tuple(
         u if low < s <= low + width else 0 for u, s in zip(base.uncond_depths, levels, strict=True)
@@ -104,7 +104,7 @@ def test_a_guidance_interval_takes_both_ends_off() -> None:
     assert guidance_interval(base, 0.5, 10.0).uncond_depths == (0, 0, NUM_BLOCKS, NUM_BLOCKS, 0)
     assert guidance_interval(base, 0.0, 200.0) is base
     between = DepthPlan.full((500.5, 500), NUM_BLOCKS, "EulerDiscreteScheduler", 1.5)
-    edge = (Schedule().noise_level(500) + Schedule().noise_level(501)) / 2
+    edge = (DDPM().noise_level(500) + DDPM().noise_level(501)) / 2
     assert guidance_interval(between, 0.0, edge).uncond_depths == (NUM_BLOCKS, NUM_BLOCKS)
     assert guidance_interval(between, 0.0, edge * (1 - 1e-6)).uncond_depths == (0, NUM_BLOCKS)
 

@@ -13,11 +13,11 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
 from dyndit.plans.step import NoGuide, Step, Unconditional, steps
+from dyndit.process import DDPM
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, noise, start, to_uint8
 from dyndit.sampling.sample import balanced_labels, sample, unguided
 from dyndit.sampling.solvers import (
-    SCHEDULE,
     SOLVERS,
     draws_noise,
     log_snr_of,
@@ -27,6 +27,7 @@ from dyndit.sampling.solvers import (
     timesteps_of,
 )
 
+PROCESS = DDPM()
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5]
 
 
@@ -134,17 +135,15 @@ def test_log_snr_rises_along_every_schedule(solver: str) -> None:
 
 
 def test_clamping_keeps_noise_predictions_that_imply_legal_pixels(tiny_dynamic) -> None:
-    from dyndit.sampling.loop import _clamp_x_0
-
     g = torch.Generator().manual_seed(0)
     x_0 = torch.rand(3, 1, 8, 8, generator=g) * 2 - 1
     eps, t = torch.randn(x_0.shape, generator=g), torch.tensor([500, 500, 500])
-    x_t = SCHEDULE.add_noise(x_0, eps, t)
+    x_t = PROCESS.noised(x_0, eps, t)
     both = torch.cat([eps, torch.zeros_like(eps)], dim=1)
-    assert torch.allclose(_clamp_x_0(both, x_t, 500, 1)[:, :1], eps, atol=1e-4)
-    wild = _clamp_x_0(3 * both, x_t, 500, 1)[:, :1]
-    assert SCHEDULE.predict_x_0(x_t, wild, t).abs().max() <= 1 + 1e-4
-    assert SCHEDULE.predict_x_0(x_t, 3 * eps, t).abs().max() > 1.1
+    assert torch.allclose(PROCESS.clamp(both, x_t, 500, 1)[:, :1], eps, atol=1e-4)
+    wild = PROCESS.clamp(3 * both, x_t, 500, 1)[:, :1]
+    assert PROCESS.x_0_of(x_t, wild, t).abs().max() <= 1 + 1e-4
+    assert PROCESS.x_0_of(x_t, 3 * eps, t).abs().max() > 1.1
 
 
 def test_guidance_on_some_channels_leaves_the_rest_conditional() -> None:
@@ -184,7 +183,7 @@ def test_held_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic) -
                 difference = eps - tiny_dynamic(x, times, null)[:, :channels]
             if step.guide != NoGuide():
                 eps = eps + (scale - 1) * difference
-            signal, sigma = SCHEDULE.alpha_bar(t) ** 0.5, (1 - SCHEDULE.alpha_bar(t)) ** 0.5
+            signal, sigma = PROCESS.alpha_bar(t) ** 0.5, (1 - PROCESS.alpha_bar(t)) ** 0.5
             eps = (x - signal * ((x - sigma * eps) / signal).clamp(-1, 1)) / sigma
             x = scheduler.step(eps, scheduler.timesteps[k], x, return_dict=False)[0]
     ours = advance(tiny_dynamic, batch, trajectory, plan, Guidance(scale)).x
@@ -211,7 +210,7 @@ def test_an_own_guide_is_an_exit_of_the_same_pass(tiny_dynamic, monkeypatch) -> 
             times = torch.full_like(batch.labels, t)
             weak, eps = (tiny_dynamic(x, times, batch.labels, d)[:, :channels] for d in (guide, depth))
             eps = weak + scale * (eps - weak)
-            signal, sigma = SCHEDULE.alpha_bar(t) ** 0.5, (1 - SCHEDULE.alpha_bar(t)) ** 0.5
+            signal, sigma = PROCESS.alpha_bar(t) ** 0.5, (1 - PROCESS.alpha_bar(t)) ** 0.5
             eps = (x - signal * ((x - sigma * eps) / signal).clamp(-1, 1)) / sigma
             x = scheduler.step(eps, scheduler.timesteps[k], x, return_dict=False)[0]
     ran, block = [], tiny_dynamic.backbone.block
@@ -388,10 +387,10 @@ def test_noise_levels_between_whole_timesteps_are_eulers() -> None:
     scheduler = diffusers.EulerDiscreteScheduler()
     scheduler.set_timesteps(7)
     for t, sigma in zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False):
-        assert SCHEDULE.noise_level(t) == pytest.approx(sigma, rel=1e-4)
-        assert SCHEDULE.alpha_bar(t) == pytest.approx(1 / (1 + sigma**2), rel=1e-4)
+        assert PROCESS.noise_level(t) == pytest.approx(sigma, rel=1e-4)
+        assert PROCESS.alpha_bar(t) == pytest.approx(1 / (1 + sigma**2), rel=1e-4)
     assert not scheduler.timesteps[1].item().is_integer()
-    assert SCHEDULE.alpha_bar(500) == SCHEDULE.alphas_bar[500].item()
+    assert PROCESS.alpha_bar(500) == PROCESS.alphas_bar[500].item()
 
 
 def test_a_schedulers_traits_are_read_off_it() -> None:

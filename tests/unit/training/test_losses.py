@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.process import Schedule, variational_bound
+from dyndit.process.ddpm import DDPM, variational_bound
 from dyndit.training.losses import deep_supervision_loss, denoising_loss, depth_errors, exit_errors
 
-SCHEDULE = Schedule()
+PROCESS = DDPM()
 
 
 class Oracle(nn.Module):
@@ -32,22 +32,22 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def test_a_perfect_prediction_of_the_noise_costs_nothing() -> None:
     x_0, t, eps, y = batch()
-    loss, figures = denoising_loss(Oracle(eps), SCHEDULE, x_0, t, eps, y)
+    loss, figures = denoising_loss(Oracle(eps), PROCESS, x_0, t, eps, y)
     assert loss == 0
     assert figures.keys() == {"mse"}
-    loss, figures = denoising_loss(Oracle(eps, v=-1.0), SCHEDULE, x_0, t, eps, y)
+    loss, figures = denoising_loss(Oracle(eps, v=-1.0), PROCESS, x_0, t, eps, y)
     assert figures["mse"] == 0
     assert abs(figures["vb"]) < 1e-6  # v = -1 is the posterior's variance: the divergence is 0
-    assert denoising_loss(Oracle(eps, v=1.0), SCHEDULE, x_0, t, eps, y)[1]["vb"] > 1e-3
+    assert denoising_loss(Oracle(eps, v=1.0), PROCESS, x_0, t, eps, y)[1]["vb"] > 1e-3
 
 
 def test_the_loss_is_the_sum_of_its_figures() -> None:
     x_0, t, eps, y = batch()
     oracle = Oracle(eps, v=0.5, error=0.5)
-    loss, figures = denoising_loss(oracle, SCHEDULE, x_0, t, eps, y)
+    loss, figures = denoising_loss(oracle, PROCESS, x_0, t, eps, y)
     torch.testing.assert_close(figures["mse"], torch.tensor(0.25))
-    x_t = SCHEDULE.add_noise(x_0, eps, t)
-    bound = variational_bound(SCHEDULE, oracle(x_t, t, y), x_0, x_t, t).mean()
+    x_t = PROCESS.noised(x_0, eps, t)
+    bound = variational_bound(PROCESS, oracle(x_t, t, y), x_0, x_t, t).mean()
     torch.testing.assert_close(figures["vb"], bound)
     torch.testing.assert_close(loss, 0.25 + bound)
 
@@ -57,8 +57,8 @@ def test_the_model_sees_the_noisy_picture() -> None:
     seen = []
     oracle = Oracle(eps)
     oracle.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
-    denoising_loss(oracle, SCHEDULE, x_0, t, eps, y)
-    assert torch.equal(seen[0], SCHEDULE.add_noise(x_0, eps, t))
+    denoising_loss(oracle, PROCESS, x_0, t, eps, y)
+    assert torch.equal(seen[0], PROCESS.noised(x_0, eps, t))
     assert seen[1] is t
     assert seen[2] is y
 
@@ -103,12 +103,12 @@ def test_the_full_model_is_a_target_without_gradient(model: DynamicDepth, make_i
 def test_deep_supervision_is_full_depths_loss_and_the_mean_of_the_exits() -> None:
     x_0, t, eps, y = batch()
     oracles = [Oracle(eps, v=0.5, error=error) for error in (0.4, 0.2, 0.1)]
-    alone = [denoising_loss(oracle, SCHEDULE, x_0, t, eps, y) for oracle in oracles]
+    alone = [denoising_loss(oracle, PROCESS, x_0, t, eps, y) for oracle in oracles]
 
     def every(*inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(oracle(*inputs) for oracle in oracles)
 
-    loss, figures = deep_supervision_loss(every, SCHEDULE, x_0, t, eps, y, 0.3)
+    loss, figures = deep_supervision_loss(every, PROCESS, x_0, t, eps, y, 0.3)
     shallow = (alone[0][0] + alone[1][0]) / 2
     torch.testing.assert_close(loss, alone[2][0] + 0.3 * shallow)
     torch.testing.assert_close(figures, alone[2][1] | {"exits": shallow})

@@ -14,7 +14,7 @@ from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.models.layers import position_features
-from dyndit.process import Schedule
+from dyndit.process import DDPM, Schedule
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.sample import balanced_labels
@@ -249,10 +249,10 @@ def test_error_table(make_model) -> None:
     assert sorted(map(tuple, table[["depth", "band"]].to_numpy())) == [(d, b) for d in (2, 4) for b in range(5)]
     assert (table["log_snr_low"] < table["log_snr_high"]).all()
     bands = table[table["depth"] == 2].set_index("band")
-    schedule = Schedule()
+    process = DDPM()
     for band in range(5):
-        assert bands["log_snr_high"][band] == pytest.approx(schedule.log_snr(torch.tensor(200 * band)).item())
-        assert bands["log_snr_low"][band] == pytest.approx(schedule.log_snr(torch.tensor(200 * band + 199)).item())
+        assert bands["log_snr_high"][band] == pytest.approx(process.log_snr(torch.tensor(200 * band)).item())
+        assert bands["log_snr_low"][band] == pytest.approx(process.log_snr(torch.tensor(200 * band + 199)).item())
     assert (table[["noise_error", "variance_error"]] > 0).all().all()
     pd.testing.assert_frame_equal(table, exit_error_table(model, DIGITS, num_pictures=32, num_bands=5))
 
@@ -432,9 +432,9 @@ class Ones(torch.nn.Module):
 
 def test_path_kl_weights_errors_by_their_timestep() -> None:
     t = torch.tensor([0, 1, 400, 999])
-    inputs, weight = Inputs(torch.zeros(4, 1, 8, 8), t, t), Schedule().path_kl_weights()[t].mean().item()
+    inputs, weight = Inputs(torch.zeros(4, 1, 8, 8), t, t), DDPM().path_kl_weights()[t].mean().item()
     for weighting, expected in (("even", 1.0), ("path-kl", weight)):
-        task = _Distillation(Ones(), replace(DISTILL, weighting=weighting, hold=5.0), lambda *_: inputs)
+        task = _Distillation(Ones(), replace(DISTILL, weighting=weighting, hold=5.0), DDPM(), lambda *_: inputs)
         loss, figures = task.loss(task.trainable, inputs.x, t, torch.Generator())
         assert loss.item() == pytest.approx(expected * (2 + 5) * 1.1)
         assert {name: figure.item() for name, figure in figures.items()} == {"noise": 1, "variance": 1, "full": 1}

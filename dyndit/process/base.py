@@ -1,0 +1,124 @@
+"""What a process is: how noise and picture mix, and what a network predicts of the mixture.
+
+Symbols, in every process: x_0 is the picture, eps is standard normal noise, x_t is their mixture at timestep t.
+Timesteps run from 0, the picture, to `num_timesteps`, the noise; a solver goes the other way.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from dyndit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Process(ABC):
+    """A process, carried by its model. Subclasses are frozen dataclasses whose fields are plain numbers and words."""
+
+    name: ClassVar[str]
+    """Name under which files record the process and the command line asks for it."""
+    usual_solver: ClassVar[str]
+    """The solver, by its name in `dyndit.sampling.solvers.SOLVERS`, where nobody asks for another."""
+    has_variance: ClassVar[bool]
+    """Whether a network may predict a variance in a second half of its channels."""
+    num_timesteps: ClassVar[int] = 1000
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.config().items() if name != "name")])
+
+    def config(self) -> dict[str, object]:
+        """Plain data from which `dyndit.process.from_config` builds the same process."""
+        return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    @abstractmethod
+    def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Mix picture and noise to x_t.  x_0, eps: (B, C, H, W), t: (B,) -> (B, C, H, W)."""
+
+    @abstractmethod
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Return what the network is to predict from x_t.  -> (B, C, H, W)."""
+
+    @abstractmethod
+    def x_0_of(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """Return the picture that a prediction implies.  prediction: (B, C_out, H, W) -> (B, C, H, W)."""
+
+    @abstractmethod
+    def clamp(self, prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
+        """Return the prediction whose picture is the given one's, clamped to [-1, 1].
+
+        prediction: (B, C_out, H, W), of which the first `channels` are clamped. timestep: on the host, so that no
+        device is waited for.
+        """
+
+    @abstractmethod
+    def noise_level(self, t: float) -> float:
+        """Return the noise's standard deviation where the picture's scale is 1; finite and above 0 at any t."""
+
+    @abstractmethod
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Return the log of the signal-to-noise ratio (of variances) at these timesteps.  -> float64, on the host."""
+
+    def log_snr_at(self, timestep: float) -> float:
+        """Return `log_snr` at one timestep, between whole ones too."""
+        return -2 * math.log(self.noise_level(float(timestep)))
+
+    @abstractmethod
+    def path_kl_weights(self) -> Tensor:
+        """Return what a squared error of the prediction weighs at each whole timestep in the KL between two paths.
+
+        1/2 |dlambda/dt| ||d eps||^2 is the integrand, lambda the log-SNR (Kingma et al. 2021, arXiv:2107.00630, the
+        bound in continuous time). Weights have mean 1.  -> one for each of the timesteps 0, 1, ...
+        """
+
+    @abstractmethod
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw the timesteps of n training pairs, on the host.  -> (n,)."""
+
+    @abstractmethod
+    def loss(
+        self, prediction: Tensor, x_0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the training loss and its parts, to be logged.  prediction: (B, C_out, H, W) -> scalar, scalars."""
+
+    @abstractmethod
+    def scheduler_settings(self) -> dict[str, object]:
+        """Return the arguments by which a scheduler of diffusers is told this process."""
+
+    @abstractmethod
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Refuse a scheduler that steps another process.
+
+        Raises:
+            InputError: the scheduler's x_t would hold another share of noise than the network takes it to hold, or
+                the scheduler wants another prediction.
+        """
+
+    @abstractmethod
+    def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
+        """Set the timesteps of a scheduler, falling."""
+
+    @abstractmethod
+    def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
+        """Scale standard normal noise to the state that a scheduler begins with."""
+
+    @abstractmethod
+    def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
+        """Scale a scheduler's state at its timestep t to x_t."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, object]) -> Self:
+        """Build from the fields of `config()`, the name left out.
+
+        Raises:
+            InputError: unknown or impossible fields.
+        """
+        try:
+            return cls(**config)
+        except TypeError as error:
+            raise InputError(f"process {cls.name}: {error}") from error

@@ -480,7 +480,7 @@ def test_guided_steps_of_a_model(solver: str, num_steps: int, channels: int | No
     plan = full_plan(model, solver, num_steps, scale)
     plan = plan.with_steps([Step(3, Unconditional(uncond_depth))] * num_steps)
     batch = Batch(torch.tensor([5, 0]), (0, 1), seed=11)
-    null = torch.full_like(batch.labels, case.arch.num_classes)
+    null = torch.full_like(batch.condition, case.arch.num_classes)
     process = Process(plan.timesteps[::-1])
     generator = torch.Generator().manual_seed(3)
     scheduler = make_scheduler(solver, num_steps)
@@ -494,7 +494,7 @@ def test_guided_steps_of_a_model(solver: str, num_steps: int, channels: int | No
             model, batch, Trajectory(x_t, scheduler), plan, Guidance(scale, channels), first=k, stop=k + 1
         ).x
         here = replace(case, x=x_t.double(), t=torch.full((2,), process.times[i]))
-        cond = replace(here, y=batch.labels).reference(torch.float64)
+        cond = replace(here, y=batch.condition).reference(torch.float64)
         own = cast(exits.heads["1"].state_dict(), torch.float64) if uncond_depth == 1 else None
         uncond = replace(here, y=null).reference(torch.float64, depth=uncond_depth, exit_weights=own)
 

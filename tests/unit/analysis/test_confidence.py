@@ -137,7 +137,7 @@ def test_the_record_is_of_full_depth(model, signals) -> None:
     with torch.no_grad():
         exits = {}
         for depth in (*DEPTHS, 6):
-            cond, uncond = model.branches(x, times, [batch.labels, null], [depth] * 2)
+            cond, uncond = model.branches(x, times, [batch.condition, null], [depth] * 2)
             exits[depth] = (uncond + 1.5 * (cond - uncond))[:, :1]
     assert signals.signal.shape == signals.error.shape == (STEPS, 2, 60)
     for i, (before, depth) in enumerate(((1, 2), (2, 4))):
@@ -233,7 +233,7 @@ def test_default_depths() -> None:
     [
         (lambda m, s: ConfidentDepth(m, Thresholds((2, 6), (9.0, 0.0), ((1.0,),))), r"confidence depths \[2, 6\]"),
         (lambda m, s: ConfidentDepth(m, Thresholds((2,), (9.0, 0.0), ((),))), r"confidence depths \[2\]"),
-        (lambda m, s: ConfidentDepth(m, replace(everywhere(1.0), trunk="other")), "of trunk other"),
+        (lambda m, s: ConfidentDepth(m, replace(everywhere(1.0), backbone="other")), "for backbone other"),
         (lambda m, s: ConfidentDepth(DynamicDepth(m.backbone), everywhere(1.0)), "confidence depths"),
         (lambda m, s: record_signals(m, settings=replace(SETTINGS, depths=(4, 2))), r"\[4, 2\]: expected two or more"),
         (lambda m, s: s.thresholds(-1.0, 2), "confidence target -1"),

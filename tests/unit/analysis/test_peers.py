@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndit.analysis.compare import experiment
 from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.experiment import Experiment, settings_of
+from dyndit.analysis.compare.experiment import Inputs as Given
 from dyndit.analysis.compare.peers import Peer, PeerSettings, Workshop, grid, peers
 from dyndit.analysis.compare.peers.ase import FixedExits
 from dyndit.analysis.compare.peers.forecast import Forecast, extrapolate
@@ -336,7 +336,7 @@ def test_the_switch_asks_the_small_model_first(model, make_model) -> None:
     for handle in handles:
         handle.remove()
     assert calls == ["small", "small", "large", "large"]
-    with pytest.raises(InputError, match="num_classes 5"):
+    with pytest.raises(InputError, match="num_classes=5"):
         Switch(model, make_model(num_classes=5), settings)
 
 
@@ -461,7 +461,7 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
 def test_an_experiments_peers_are_told_apart_in_its_manifest(comparison) -> None:
     ours = comparison.experiment
     settings = [
-        settings_of(replace(ours, peers=(peer,)), experiment.Inputs(), load_digits())
+        settings_of(replace(ours, peers=(peer,)), Given(), load_digits())
         for peer in (*grid(Stale, every=(2,), depth=(2,)), Forecast(2, 2))
     ]
     assert settings[0]["experiment"]["peers"] != settings[1]["experiment"]["peers"]

@@ -36,9 +36,12 @@ from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import write_report
 from dyndit.errors import InputError
 from dyndit.files import sha256
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import Step, steps
 from support.runs import frame
 
-PLAN = {"timesteps": [999, 749, 499, 249], "cond": [3, 6, 12, 12], "uncond": [0, 3, 6, 12], "num_blocks": 12}
+PLAN = DepthPlan((999, 749, 499, 249), steps("3", "6|3", "12|6", "12|12"), 12, "ddim", cfg_scale=1.5)
+UNGUIDED = PLAN.with_steps([Step(step.depth) for step in PLAN.steps])
 
 
 @pytest.fixture
@@ -243,11 +246,11 @@ def test_figures_are_drawn_at_readme_width(tmp_path: Path) -> None:
     figures = {
         "frontier": frontier_figure(runs),
         "solvers": frontier_figure(both),
-        "plan": plan_figure({"a": PLAN, "b": PLAN | {"uncond": [0] * 4}}),
+        "plan": plan_figure({"a": PLAN, "b": UNGUIDED}),
         "samples": samples_figure(rows),
         "predicted": predicted_figure(runs),
         "errors": error_figure(errors),
-        "plan-map": plan_map_figure({"a": PLAN, "b": PLAN | {"uncond": [0] * 4}, "c": PLAN}),
+        "plan-map": plan_map_figure({"a": PLAN, "b": UNGUIDED, "c": PLAN}),
         "time": time_figure(runs),
         "spread": spread_figure(runs),
     }

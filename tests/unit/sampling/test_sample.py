@@ -81,10 +81,10 @@ def test_full_plan_is_the_original_model(tiny_dynamic) -> None:
     ours = advance(model, batch, start(model, batch, "ddim", 4), plan, Guidance(1.5)).x
     x = noise(0, range(len(LABELS)), (1, 8, 8))
     scheduler = make_scheduler("ddim", 4)
-    null = torch.full_like(batch.labels, model.backbone.condition.null_label)
+    null = torch.full_like(batch.condition, model.backbone.condition.null_label)
     with torch.inference_mode():
         for t in plan.timesteps:
-            both = model.backbone(torch.cat([x, x]), torch.full((2 * len(x),), t), torch.cat([batch.labels, null]))[
+            both = model.backbone(torch.cat([x, x]), torch.full((2 * len(x),), t), torch.cat([batch.condition, null]))[
                 :, :1
             ]
             cond, uncond = both.chunk(2)
@@ -173,12 +173,12 @@ def test_held_guidance_is_the_difference_of_the_last_guided_step(tiny_dynamic) -
     plan = plan.with_steps(steps("6|6", "6|held", "6", "6|held"))
     batch, channels = Batch(torch.tensor(LABELS), tuple(range(len(LABELS)))), tiny_dynamic.backbone.sample_shape[0]
     trajectory = start(tiny_dynamic, batch, "ddim", 4)
-    null = torch.full_like(batch.labels, tiny_dynamic.backbone.condition.null_label)
+    null = torch.full_like(batch.condition, tiny_dynamic.backbone.condition.null_label)
     x, scheduler = trajectory.x, make_scheduler("ddim", 4)
     with torch.inference_mode():
         for k, (t, step) in enumerate(zip(plan.timesteps, plan.steps, strict=True)):
-            times = torch.full_like(batch.labels, t)
-            eps = tiny_dynamic(x, times, batch.labels)[:, :channels]
+            times = torch.full_like(batch.condition, t)
+            eps = tiny_dynamic(x, times, batch.condition)[:, :channels]
             if k == 0:
                 difference = eps - tiny_dynamic(x, times, null)[:, :channels]
             if step.guide != NoGuide():
@@ -207,8 +207,8 @@ def test_an_own_guide_is_an_exit_of_the_same_pass(tiny_dynamic, monkeypatch) -> 
     x, scheduler = trajectory.x, make_scheduler("ddim", 3)
     with torch.inference_mode():
         for k, (t, depth, guide) in enumerate(zip(plan.timesteps, plan.depths, guides, strict=True)):
-            times = torch.full_like(batch.labels, t)
-            weak, eps = (tiny_dynamic(x, times, batch.labels, d)[:, :channels] for d in (guide, depth))
+            times = torch.full_like(batch.condition, t)
+            weak, eps = (tiny_dynamic(x, times, batch.condition, d)[:, :channels] for d in (guide, depth))
             eps = weak + scale * (eps - weak)
             signal, sigma = PROCESS.alpha_bar(t) ** 0.5, (1 - PROCESS.alpha_bar(t)) ** 0.5
             eps = (x - signal * ((x - sigma * eps) / signal).clamp(-1, 1)) / sigma

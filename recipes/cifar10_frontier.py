@@ -3,8 +3,8 @@
     dyndit compare cifar10_frontier --model recipes/weights/cifar10 --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10     # resumable
 
-The trunk is the one kept here, or any checkpoint of 32 x 32 pixels and 10 classes; DIR holds a subfolder of pictures
-per class. The trunk's weights stay as they are: wide exits are distilled beside them, with forecasts of what an exit
+The backbone is the one kept here, or any checkpoint of 32 x 32 pixels and 10 classes; DIR holds a subfolder of pictures
+per class. The backbone's weights stay as they are: wide exits are distilled beside them, with forecasts of what an exit
 lacks. Plans are searched on a table of 10 DDIM steps with a band for each step. The table serves 20 steps and UniPC
 too; two measured plans correct each prediction. A second extractor, `vgg-cifar10`, scores the same pictures, and no
 plan was chosen by it. Products run in bf16, for every arm and in distilling: on a machine without bf16, choose
@@ -51,7 +51,7 @@ experiment = Experiment(
     points=(("unipc", 10), ("unipc", 20), ("ddim", 20)),
     budgets=(0.3, 0.45, 0.58),
     peers=(FasterCache(5, 2, 901), GuidanceInterval(0.5, 10.0)),
-    witnesses=("vgg-cifar10",),
+    more_extractors=("vgg-cifar10",),
     num_blocks=10,
     num_images=500,
     batch_size=50,

@@ -1,8 +1,8 @@
-"""CIFAR-10, a trunk trained on: from weights that there are, with a learning rate that falls to zero.
+"""CIFAR-10, a backbone trained on: from weights that there are, with a learning rate that falls to zero.
 
-    dyndit train cifar10_on --model TRUNK --data DIR --out runs/cifar10-on        # resumable
+    dyndit train cifar10_on --model WEIGHTS --data DIR --out runs/cifar10-on        # resumable
 
-TRUNK is a checkpoint of the recipe `cifar10`'s shape: 12 layers of width 192. Products run in bf16.
+WEIGHTS is a checkpoint of the recipe `cifar10`'s shape: 12 layers of width 192. Products run in bf16.
 
 Measured: from a checkpoint of 3,468 steps of batch 128 this made `recipes/weights/cifar10`. FD-resnet20 of 400 pictures
 at 10 UniPC steps fell from 11.9 to 10.4, FD-vgg from 13.5 to 11.6. It took 57 minutes, 1.7 s a step, on 2 cores of an

@@ -1,8 +1,8 @@
 """scikit-learn's digits: a 12-layer class-conditional DiT on 8 x 8 pixels, and exits after every layer.
 
-    dyndit quickstart                                                # all of it, on the trunk that ships
-    dyndit quickstart --from-scratch                                 # the trunk as well
-    dyndit train digits --out runs/digits                            # the trunk alone
+    dyndit quickstart                                                # all of it, on the backbone that ships
+    dyndit quickstart --from-scratch                                 # the backbone as well
+    dyndit train digits --out runs/digits                            # the backbone alone
     dyndit distill digits --model runs/digits --out runs/exits       # the exits alone
 
 `dyndit/assets/digits.safetensors` holds the weights that `train` gives, in half precision. The quickstart takes about

@@ -3,13 +3,13 @@
     dyndit compare digits_peers --out runs/peers                     # resumable
 
 Two extractors score every picture: the classifier that the plans are calibrated on, and one that no plan has seen. The
-exits are the quickstart's. The run also trains the small model of the switch and the pruned trunks, in
+exits are the quickstart's. The run also trains the small model of the switch and the pruned backbones, in
 `runs/peers/peers`, and finds them there when it goes on. A peer whose package is not installed is left out; the run's
 manifest names the peers that took part.
 
 Measured: from 3 to 5 ms a picture searched plans have the lowest Fréchet distance of all; above, FasterCache is level
 with them, 1.32 against 1.33 (docs/results/peers). It took 45 minutes on 2 cores of an AMD EPYC, 2026-11-23; 11 of them
-came before the first arm (exits, table, searches, small model, pruned trunks).
+came before the first arm (exits, table, searches, small model, pruned backbones).
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ experiment = replace(
     peers=tuple(settings for peer in peers().values() if peer.available() for settings in peer.chosen()),
     peer_steps=(10,),
     metrics=("fd", "kid", "is", "prc"),
-    witnesses=("digits-lenet",),
+    more_extractors=("digits-lenet",),
     num_blocks=8,
     num_images=250,
     batch_size=50,

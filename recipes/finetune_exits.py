@@ -1,4 +1,4 @@
-"""Exits for your own checkpoint, on your own pictures: the trunk stays as it is, bit for bit.
+"""Exits for your own checkpoint, on your own pictures: the backbone stays as it is, bit for bit.
 
     dyndit distill finetune_exits --model my-dit.pt --data DIR --out runs/my-exits
     dyndit calibrate runs/my-exits --budget 0.6 --steps 20 --extractor inception --reference DIR

@@ -22,7 +22,7 @@ settings.load_profile("dyndit")
 
 @pytest.fixture(scope="session")
 def make_backbone() -> MakeBackbone:
-    """Build a tiny trunk: make_backbone(seed=0, **changes of the config)."""
+    """Build a tiny backbone: make_backbone(seed=0, **changes of the config)."""
 
     def make(seed: int = 0, **changes: object) -> ClassConditionalDiT:
         backbone = ClassConditionalDiT(replace(TINY, **changes))
@@ -34,7 +34,7 @@ def make_backbone() -> MakeBackbone:
 
 @pytest.fixture(scope="session")
 def make_model(make_backbone: MakeBackbone) -> MakeModel:
-    """Build a tiny trunk with random exits: make_model(layers=(), head="adaln-linear", seed=0, **changes)."""
+    """Build a tiny backbone with random exits: make_model(layers=(), head="adaln-linear", seed=0, **changes)."""
 
     def make(layers: tuple[int, ...] = (), head: str = "adaln-linear", seed: int = 0, **changes: object):
         backbone = make_backbone(seed, **changes)

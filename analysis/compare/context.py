@@ -14,8 +14,8 @@ from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.calibration.calibrate import measure_bases, measure_moments
-from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import measure_shifts, part_of
+from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import CheckpointError
 from dyndit.files import write_text
 from dyndit.models.dynamic import DynamicDepth
@@ -197,7 +197,7 @@ class Context:
             return None
         experiment, seed = self.experiment, self.experiment.calibration.seed
         points = (experiment.calibration_solver, experiment.calibration_steps, self._calibration_cfg_scale)
-        return part_of(self.known, NativeDrawing(self.model, *points, seed=seed), experiment.calibration)
+        return part_of(self.known, OwnSampler(self.model, *points, seed=seed), experiment.calibration)
 
     def _measured_table(self) -> ShiftTable:
         experiment = self.experiment

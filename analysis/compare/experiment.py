@@ -36,10 +36,10 @@ class Controls:
 class Variant:
     """Plans made another way, measured beside the comparison's own: how an ablation is asked for.
 
-    name: the family of its arms is "searched-NAME"; where its trunk is another one, "full-NAME" is that trunk at full
-    depth, at the experiment's points. What is None is the experiment's: distill, calibration, and what its table is
-    measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere. train: the trunk is
-    trained from scratch, with its exits from the first step where this recipe says so.
+    name: the family of its arms is "searched-NAME"; where its backbone is another one, "full-NAME" is that backbone at
+    full depth, at the experiment's points. What is None is the experiment's: distill, calibration, and what its table
+    is measured with (a solver, its steps, a guidance scale), to see what a table is worth elsewhere. train: the
+    backbone is trained from scratch, with its exits from the first step where this recipe says so.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Experiment:
     extractor: str
     distill: Distill
     train: Train | None = None
-    """How to train the trunk from scratch, where that is asked for."""
+    """How to train the backbone from scratch, where that is asked for."""
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     calibration_solver: str = "ddim"
     calibration_steps: int = 10
@@ -104,7 +104,7 @@ class Experiment:
     cfg_scale: float = 1.5
     metrics: tuple[str, ...] = ("fd",)
     """Of `evaluate`, measured on every arm and block: fd, and kid, is, prc besides."""
-    witnesses: tuple[str, ...] = ()
+    more_extractors: tuple[str, ...] = ()
     """Further extractors, with weights of their own, that score the same pictures; no plan is chosen by them."""
     num_blocks: int = 5
     num_images: int = 600

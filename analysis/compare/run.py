@@ -1,4 +1,4 @@
-"""One comparison from trunk to report: what `dyndit quickstart` and `dyndit compare` run.
+"""One comparison from backbone to report: what `dyndit quickstart` and `dyndit compare` run.
 
 distil exits -> measure the shift table -> search plans -> make the peers (all of that in `sources`) -> sample every arm
 from the same fresh seeds -> report. Every stage leaves its result on disk; what is there and valid is not done again.
@@ -45,27 +45,27 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
-    given, options = inputs.model or experiment.model, {"process": inputs.process or None, "device": inputs.device}
-    trunk = None if inputs.from_scratch else checkpoints.load(given, **options)
-    if trunk is None and experiment.train is None:
-        raise InputError("--from-scratch: this experiment has no recipe for its trunk")
-    if trunk is not None and not trunk.pixel_space:
+    named, options = inputs.model or experiment.model, {"process": inputs.process or None, "device": inputs.device}
+    given = None if inputs.from_scratch else checkpoints.load(named, **options)
+    if given is None and experiment.train is None:
+        raise InputError("--from-scratch: this experiment has no recipe for its backbone")
+    if given is not None and not given.pixel_space:
         raise InputError(f"--model {inputs.model}: makes latents; expected a model of pixels")
-    extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.witnesses)]
+    extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.more_extractors)]
     identity = {
-        "trunk": "" if trunk is None else trunk.identity.backbone,
-        "exits": "" if trunk is None else trunk.identity.exits,
+        "trunk": "" if given is None else given.identity.backbone,
+        "exits": "" if given is None else given.identity.exits,
         "extractor": extractor.fingerprint,
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }
     manifest.claim(out, settings_of(experiment, inputs, data) | identity)
-    model = model_with_exits(experiment, trunk, data, out, console).to(inputs.device)
-    if trunk is not None and trunk.exits is not None:
+    model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
+    if given is not None and given.exits is not None:
         _hand_over(Path(inputs.model or experiment.model) / checkpoints.TABLE, out / "model" / checkpoints.TABLE)
     real = PictureSet(inputs.data or experiment.data, data.uint8())
     references = tuple(Measured(real, extractor) for extractor in extractors)
-    context = Context(experiment, model, references, data, out, console, trunk)
+    context = Context(experiment, model, references, data, out, console, given)
     comparison = Comparison(experiment, model, references, out, console)
     with experiment.autocast(inputs.device):
         arms = [arm for source in SOURCES for arm in source.arms(context)]

@@ -12,7 +12,7 @@ import pandas as pd
 from dyndit.analysis.compare.arms import Arm, Source
 from dyndit.analysis.compare.context import Context, model_with_exits
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.analysis.compare.peers import Workshop
+from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.files import write_text
@@ -123,9 +123,9 @@ class Peers:
     def arms(self, context: Context) -> list[Arm]:
         """As of `Source`."""
         experiment, arms = context.experiment, []
-        workshop = Workshop(context.out / "peers", context.data, experiment.distill.fit, experiment.train)
+        for_peers = PeerContext(context.out / "peers", context.data, experiment.distill.fit, experiment.train)
         for peer in experiment.peers:
-            model = peer.model(context.model, workshop).eval()
+            model = peer.model(context.model, for_peers).eval()
             for solver, steps in experiment.peer_points:
                 plan = peer.plan(full_plan(model, solver, steps, experiment.cfg_scale), model.depths)
                 bind(plan, model)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dyndit.calibration.drawing import Drawing, NativeDrawing, ToPictures
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import (
     CalibrationSettings,
@@ -15,6 +14,7 @@ from dyndit.calibration.measure import (
     measure_shifts,
     reduced,
 )
+from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures import as_rgb
@@ -56,15 +56,15 @@ def measure_bases(
     """
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
-    drawing = NativeDrawing(model, solver, table.num_steps, table.cfg_scale)
-    drawing.bind(table)
-    extractor, name = _judge_of(table, extractor), solver_name(solver)
+    sampler = OwnSampler(model, solver, table.num_steps, table.cfg_scale)
+    sampler.bind(table)
+    extractor, name = _extractor_of(table, extractor), solver_name(solver)
     missing = [steps for steps in full if table.base_at(name, steps) is None]
     for number, steps in enumerate(missing):
-        drawing = NativeDrawing(
+        sampler = OwnSampler(
             model, solver, steps, table.cfg_scale, guided_channels, to_pictures, table.seed, batch_size
         )
-        base = _moments(drawing, extractor, full[steps], table.num_pictures, fresh=False)
+        base = _moments(sampler, extractor, full[steps], table.num_pictures, fresh=False)
         table = replace(table, bases={**table.bases, (name, steps): base})
         if into is not None:
             table.save(into)
@@ -95,16 +95,16 @@ def measure_moments(
     to_pictures: ToPictures = to_uint8,
 ) -> Moments:
     """Moments of the features of `num_pictures` pictures drawn under `plan`, classes in turn."""
-    drawing = NativeDrawing(
+    sampler = OwnSampler(
         model, plan.solver, plan.num_steps, plan.cfg_scale, guided_channels, to_pictures, seed, batch_size
     )
-    return _moments(drawing, extractor, plan, num_pictures, fresh=False)
+    return _moments(sampler, extractor, plan, num_pictures, fresh=False)
 
 
 def _moments(
-    drawing: Drawing, extractor: FeatureExtractor, plan: DepthPlan, num_pictures: int, *, fresh: bool
+    sampler: Sampler, extractor: FeatureExtractor, plan: DepthPlan, num_pictures: int, *, fresh: bool
 ) -> Moments:
-    return moments(extractor.features(as_rgb(drawing.drawn(plan, num_pictures, fresh=fresh))))
+    return moments(extractor.features(as_rgb(sampler.drawn(plan, num_pictures, fresh=fresh))))
 
 
 def plan_on_table(
@@ -123,14 +123,14 @@ def plan_on_table(
     Raises:
         InputError: the budget is out of range, or the table is another model's.
     """
-    drawing = NativeDrawing(model, solver, num_steps, table.cfg_scale)
-    return _searched(drawing, table, budget, base)
+    sampler = OwnSampler(model, solver, num_steps, table.cfg_scale)
+    return _searched(sampler, table, budget, base)
 
 
-def _searched(drawing: Drawing, table: ShiftTable, budget: float, base: Moments | None = None) -> DepthPlan:
-    """`plan_on_table`, of any drawing."""
-    table = _fitting(drawing, table)
-    return search(table, drawing.full, budget, base=base)
+def _searched(sampler: Sampler, table: ShiftTable, budget: float, base: Moments | None = None) -> DepthPlan:
+    """`plan_on_table`, of any sampler."""
+    table = _fitting(sampler, table)
+    return search(table, sampler.full, budget, base=base)
 
 
 def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
@@ -139,18 +139,18 @@ def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim"
     Raises:
         InputError: the table is another model's.
     """
-    return _fitting(NativeDrawing(model, solver, table.num_steps, table.cfg_scale), table)
+    return _fitting(OwnSampler(model, solver, table.num_steps, table.cfg_scale), table)
 
 
-def _fitting(drawing: Drawing, table: ShiftTable) -> ShiftTable:
-    """`table_for`, of any drawing."""
-    drawing.bind(table)
-    if table.cost.device != drawing.device:  # the shifts hold anywhere, the times do not
-        table = replace(table, cost=drawing.cost(table.cost.batch_size))
+def _fitting(sampler: Sampler, table: ShiftTable) -> ShiftTable:
+    """`table_for`, of any sampler."""
+    sampler.bind(table)
+    if table.cost.device != sampler.device:  # the shifts hold anywhere, the times do not
+        table = replace(table, cost=sampler.cost(table.cost.batch_size))
     return table
 
 
-def _judge_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtractor:
+def _extractor_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtractor:
     """The extractor as the table was measured with it, its features reduced where they were."""
     if table.projection is not None and extractor.projection is None:
         extractor = extractor.projected(table.projection)
@@ -163,18 +163,18 @@ def _judge_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtracto
 
 
 def planned(
-    drawing: Drawing, table: ShiftTable, budget: float, extractor: FeatureExtractor | None, refinements: int = 0
+    sampler: Sampler, table: ShiftTable, budget: float, extractor: FeatureExtractor | None, refinements: int = 0
 ) -> DepthPlan:
     """Search a plan on the table and, with an extractor, measure it; first to correct it, where that is asked for."""
-    full = drawing.full
+    full = sampler.full
     if table.cfg_scale != full.cfg_scale:
         raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {full.cfg_scale:g}")
     if extractor is None:
-        return _searched(drawing, table, budget)
-    table, extractor = _fitting(drawing, table), _judge_of(table, extractor)
+        return _searched(sampler, table, budget)
+    table, extractor = _fitting(sampler, table), _extractor_of(table, extractor)
 
     def measure(plan: DepthPlan) -> Moments:
-        return _moments(drawing, extractor, plan, table.num_pictures, fresh=False)
+        return _moments(sampler, extractor, plan, table.num_pictures, fresh=False)
 
     known = table.base_at(full.solver, full.num_steps)
     base = measure(full) if known is None else known
@@ -182,18 +182,18 @@ def planned(
         plan = refined(table, full, budget, measure, rounds=refinements, base=base)
     else:
         plan = search(table, full, budget, base=base)
-    return _measured(drawing, table, plan, extractor)
+    return _measured(sampler, table, plan, extractor)
 
 
-def _measured(drawing: Drawing, table: ShiftTable, plan: DepthPlan, extractor: FeatureExtractor) -> DepthPlan:
+def _measured(sampler: Sampler, table: ShiftTable, plan: DepthPlan, extractor: FeatureExtractor) -> DepthPlan:
     """The plan with its distance and full depth's, on fresh pictures, among its figures."""
 
     def distance(wanted: DepthPlan) -> float:
-        return frechet_distance(_moments(drawing, extractor, wanted, table.num_pictures, fresh=True), table.reference)
+        return frechet_distance(_moments(sampler, extractor, wanted, table.num_pictures, fresh=True), table.reference)
 
     figures = {
         "measured_fd": distance(plan),
-        "measured_fd_full": distance(drawing.full),
+        "measured_fd_full": distance(sampler.full),
         "num_pictures": float(table.num_pictures),
     }
     return replace(plan, figures=plan.figures | figures)
@@ -241,8 +241,8 @@ def calibrate(
             to_pictures=to_pictures,
         )
     seed = table.seed
-    drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, seed, batch_size)
-    return planned(drawing, table, budget, extractor, refinements)
+    sampler = OwnSampler(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, seed, batch_size)
+    return planned(sampler, table, budget, extractor, refinements)
 
 
 def calibrate_steps(
@@ -272,10 +272,10 @@ def calibrate_steps(
     plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver, process=model.process))
     if extractor is None:
         return plan
-    extractor = _judge_of(table, extractor)
+    extractor = _extractor_of(table, extractor)
     options = (table.cfg_scale, guided_channels, to_pictures, table.seed, batch_size)
-    plan = _measured(NativeDrawing(model, solver, plan.num_steps, *options), table, plan, extractor)
-    reference = NativeDrawing(model, solver, int(plan.figures["reference_steps"]), *options)
+    plan = _measured(OwnSampler(model, solver, plan.num_steps, *options), table, plan, extractor)
+    reference = OwnSampler(model, solver, int(plan.figures["reference_steps"]), *options)
     of_reference = _moments(reference, extractor, reference.full, table.num_pictures, fresh=True)
     share = _share_of_time(model, plan, reference.full, solver, table.cost.batch_size, rounds)
     figures = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dyndit.calibration.drawing import CALIBRATION_SEED, Drawing, NativeDrawing, ToPictures, batches_of
 from dyndit.calibration.extractor import FeatureExtractor
+from dyndit.calibration.samplers import CALIBRATION_SEED, OwnSampler, Sampler, ToPictures, batches_of
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_safetensors, write_safetensors
 from dyndit.models.dynamic import DynamicDepth
@@ -99,7 +99,7 @@ def _thinned(depths: Sequence[int], num: int) -> list[int]:
 
 
 def measure_table(
-    drawing: Drawing,
+    sampler: Sampler,
     extractor: FeatureExtractor,
     reference: Moments,
     *,
@@ -108,7 +108,7 @@ def measure_table(
     partial: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> ShiftTable:
-    """Measure the paired-seed distribution shifts of every (band, choice) of a drawing.
+    """Measure the paired-seed distribution shifts of every (band, choice) of a sampler.
 
     Sums over batches are kept in `partial`, from which an interrupted measurement goes on. on_progress(done, all)
     counts batches of pictures with a band replaced.
@@ -122,20 +122,20 @@ def measure_table(
             f"--num-pictures {settings.num_pictures}: {extractor.name} has {len(reference.mean)} features; expected "
             f"more pictures than features, and at most {MAX_FEATURES} features (see `reduced`)"
         )
-    full, n = drawing.full, settings.num_pictures
-    choices, ages = _entries(drawing, settings)
+    full, n = sampler.full, settings.num_pictures
+    choices, ages = _entries(sampler, settings)
     bands = _bands(full, settings)
     batches = batches_of(range(n), settings.batch_size)
-    sizes = [settings.batch_size, drawing.seed, n]
+    sizes = [settings.batch_size, sampler.seed, n]
     of_plan = [full.solver, full.timesteps, list(map(str, choices)), ages, bands, full.cfg_scale]
-    made_with = [drawing.identity.backbone, drawing.identity.exits, extractor.fingerprint]
-    key = json.dumps([*of_plan, drawing.setting, *sizes, *made_with])
+    made_with = [sampler.identity.backbone, sampler.identity.exits, extractor.fingerprint]
+    key = json.dumps([*of_plan, sampler.setting, *sizes, *made_with])
     sums, done = _restore(partial, key)
     total = len(batches) * len(bands) * len(choices)
     for number, indices in enumerate(batches):
         if number < done:
             continue
-        drawn = drawing.replaced(indices, bands, choices, ages)
+        drawn = sampler.replaced(indices, bands, choices, ages)
         features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
         base = next(features)
         changes = []
@@ -161,30 +161,30 @@ def measure_table(
         second=second,
         base=Moments(sums["base.mean"] / n, sums["base.second"] / n, n),
         reference=reference,
-        cost=drawing.cost(max(1, settings.batch_size // 2)) if cost is None else cost,
+        cost=sampler.cost(max(1, settings.batch_size // 2)) if cost is None else cost,
         num_blocks=full.num_blocks,
         solver=full.solver,
         num_steps=full.num_steps,
         cfg_scale=full.cfg_scale,
-        seed=drawing.seed,
+        seed=sampler.seed,
         num_pictures=n,
         extractor=extractor.name,
         extractor_fingerprint=extractor.fingerprint,
-        backbone=drawing.identity.backbone,
-        exits=drawing.identity.exits,
+        backbone=sampler.identity.backbone,
+        exits=sampler.identity.exits,
         projection=extractor.projection,
     )
 
 
-def part_of(table: ShiftTable, drawing: Drawing, settings: CalibrationSettings) -> ShiftTable | None:
+def part_of(table: ShiftTable, sampler: Sampler, settings: CalibrationSettings) -> ShiftTable | None:
     """What `measure_table` would measure, taken from a table that holds it already; None where this one does not."""
-    full = drawing.full
-    mine = (full.solver, full.num_steps, full.cfg_scale, drawing.identity, drawing.seed)
+    full = sampler.full
+    mine = (full.solver, full.num_steps, full.cfg_scale, sampler.identity, sampler.seed)
     mine += (settings.num_pictures, _edges(full, _bands(full, settings)))
     of_model = Identity(table.backbone, table.exits)
     theirs = (table.solver, table.num_steps, table.cfg_scale, of_model, table.seed)
     theirs += (table.num_pictures, table.edges)
-    return table.part(*_entries(drawing, settings)) if mine == theirs else None
+    return table.part(*_entries(sampler, settings)) if mine == theirs else None
 
 
 def _bands(full: DepthPlan, settings: CalibrationSettings) -> list[list[int]]:
@@ -199,34 +199,34 @@ def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:
     return (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
 
 
-def _entries(drawing: Drawing, settings: CalibrationSettings) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Step, ...], tuple[int, ...]]:
     """The choices to measure, those that forecast once per age; and the ages, empty where nothing is forecast."""
-    guided = drawing.full.cfg_scale != 1
+    guided = sampler.full.cfg_scale != 1
     choices = settings.choices or default_choices(
-        drawing.depths, guided, settings.num_depths, held=settings.held, own_guides=settings.own_guides
+        sampler.depths, guided, settings.num_depths, held=settings.held, own_guides=settings.own_guides
     )
     if not settings.forecast_ages:
         if bad := [choice for choice in choices if choice.forecast]:
             raise InputError(f"choices: {bad[0]} forecasts; expected forecast_ages of at least 1")
         return choices, ()
-    if settings.num_bands < drawing.full.num_steps:
+    if settings.num_bands < sampler.full.num_steps:
         raise InputError(
             f"--num-bands {settings.num_bands}: forecasts are measured step by step; expected at least the "
-            f"{drawing.full.num_steps} steps"
+            f"{sampler.full.num_steps} steps"
         )
     given = tuple(choice for choice in choices if choice.forecast)
-    forecasts = given or forecast_choices(drawing.depths, guided, settings.num_depths)
+    forecasts = given or forecast_choices(sampler.depths, guided, settings.num_depths)
     plain = tuple(choice for choice in choices if not choice.forecast)
     aged = [(choice, age) for choice in forecasts for age in range(1, settings.forecast_ages + 1)]
     return plain + tuple(choice for choice, _ in aged), (0,) * len(plain) + tuple(age for _, age in aged)
 
 
 def measure_table_into(
-    path: Path, drawing: Drawing, extractor: FeatureExtractor, reference: Moments, **options: object
+    path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: object
 ) -> ShiftTable:
     """`measure_table`, resumable, with its table in the file `path` at the end."""
     partial = path.with_suffix(".partial")
-    measure_table(drawing, extractor, reference, partial=partial, **options).save(path)
+    measure_table(sampler, extractor, reference, partial=partial, **options).save(path)
     partial.unlink(missing_ok=True)
     return ShiftTable.load(path)  # rounded as in the file: what is made of it is the same when a run goes on
 
@@ -252,9 +252,9 @@ def measure_shifts(
     on. options: as of `measure_table`.
     """
     settings = settings or CalibrationSettings()
-    drawing = NativeDrawing(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
+    sampler = OwnSampler(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
     measure = measure_table if into is None else functools.partial(measure_table_into, into)
-    return measure(drawing, extractor, reference, settings=settings, **options)
+    return measure(sampler, extractor, reference, settings=settings, **options)
 
 
 def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtractor, Moments]:

@@ -48,16 +48,16 @@ def train(
     with PartialState().main_process_first():  # latents are encoded once
         pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
-    trunk = checkpoints.load(model, process=chosen.process) if model else None
+    start = checkpoints.load(model, process=chosen.process) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
-    if trunk is not None:
-        settings["from"] = trunk.identity.backbone
+    if start is not None:
+        settings["from"] = start.identity.backbone
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
-    model, result = chosen.run(pictures, out, trunk=trunk, preview=_preview)
+    model, result = chosen.run(pictures, out, start=start, preview=_preview)
     if not PartialState().is_main_process:
         return
     checkpoints.save(model, out)
@@ -86,7 +86,7 @@ def distill(
 ) -> None:
     """Train exits on a model's own predictions, and write the model with them.
 
-    The trunk stays as it is, bit for bit, unless the recipe trains a copy of it too.
+    The backbone stays as it is, bit for bit, unless the recipe trains a copy of it too.
 
     Args:
         recipe: A recipe's name, such as finetune_exits, or a Python file that defines `distill`; its exits have one
@@ -140,7 +140,7 @@ def distill(
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if dynamic.identity.backbone != loaded.model.identity.backbone:
         moved = result.losses["full"].iloc[-20:].mean()
-        print(f"trunk: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
+        print(f"backbone: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
     print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")
     table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error")
     print(table.sort_index(axis=1).to_string(float_format=lambda v: f"{v:.4f}"))

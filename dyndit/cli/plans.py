@@ -143,15 +143,15 @@ def calibrate(
                 into=path,
                 on_progress=advance,
             )
-    drawing = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
+    sampler = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
     if goal is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID
     if step_grid:
         with progress_bar("measuring full depth", Console(stderr=True)) as advance:
             table = calibration.measure_bases(
-                dynamic, table, network, step_grid=step_grid, into=path, on_progress=advance, **drawing
+                dynamic, table, network, step_grid=step_grid, into=path, on_progress=advance, **sampler
             )
-    measured = {"table": table, "extractor": network, **drawing}
+    measured = {"table": table, "extractor": network, **sampler}
     if goal is None:
         plan = calibration.calibrate(
             dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured

@@ -262,7 +262,7 @@ def quickstart(
 
     Args:
         out: Folder of the run; what is there and valid is not done again.
-        from_scratch: Train the trunk too, in place of the one that ships with the package.
+        from_scratch: Train the backbone too, in place of the one that ships with the package.
         json_: End with one line of JSON.
     """
     _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)
@@ -291,7 +291,7 @@ def compare(
         data: Pictures in place of the recipe's.
         extractor_weights: Weights of the extractor, if they do not ship with the package.
         device: auto, cpu or cuda; auto is a GPU if there is one.
-        from_scratch: Train the trunk first.
+        from_scratch: Train the backbone first.
         json_: End with one line of JSON.
     """
     _compare(

@@ -4,7 +4,7 @@ Shape legend, used in every docstring of the package:
 
     B  pictures in the batch        C      channels of a picture (or latent)
     N  tokens of a picture          C_out  channels of a prediction: C, or 2C with a learned variance
-    D  width of the trunk           L      number of blocks
+    D  width of the backbone           L      number of blocks
 """
 
 import json
@@ -138,7 +138,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by which the trunk is known: the same, whichever library's modules hold them."""
+        """The weights by which the backbone is known: the same, whichever library's modules hold them."""
         return self.state_dict()
 
     def unseen(self) -> dict[str, object]:

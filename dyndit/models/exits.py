@@ -91,7 +91,7 @@ class HiddenLayer(nn.Module):
 
 
 def hidden_ratio(depth: int, num_blocks: int) -> int:
-    """Width of a wide exit's MLP in multiples of D: 4, as in a block, in the first third of a trunk, then 2, then 0.
+    """Width of a wide exit's MLP in multiples of D: 4, as in a block, in the first third of a backbone, then 2, then 0.
 
     Few widths, since each is compiled and timed by itself: torch compiles a forward for eight kinds of shapes at most,
     and each width comes with batches of one row, of a known number and of any.
@@ -100,7 +100,7 @@ def hidden_ratio(depth: int, num_blocks: int) -> int:
 
 
 def wide_head(backbone: Backbone, depth: int) -> nn.Module:
-    """The wide head after `depth` blocks: where little of the trunk is left out, a plain one."""
+    """The wide head after `depth` blocks: where little of the backbone is left out, a plain one."""
     ratio = hidden_ratio(depth, backbone.num_blocks)
     return WideHead(backbone, ratio * backbone.width) if ratio else AdaLNLinear(backbone, depth)
 
@@ -113,7 +113,7 @@ HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {
 
 
 class Exits(nn.Module):
-    """The exit heads of one trunk, by depth.
+    """The exit heads of one backbone, by depth.
 
     Raises:
         InputError: a layer outside 1..L-1, or an unknown head.

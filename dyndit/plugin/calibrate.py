@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dyndit.calibration.calibrate import planned, to_measure_with
-from dyndit.calibration.drawing import batches_of, replaced_plan
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_table, measure_table_into
+from dyndit.calibration.samplers import batches_of, replaced_plan
 from dyndit.clock import Clock
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
@@ -43,7 +43,7 @@ the frame to be judged. Numbers run from 0 to 2 * num_pictures - 1; the second h
 """
 
 
-class PipelineDrawing:
+class PipelineSampler:
     """A user's unmodified pipeline, with the plug-in on it; its plan is switched between calls.
 
     A pipeline cannot be forked, so every replaced band is a whole run.
@@ -127,7 +127,7 @@ class PipelineDrawing:
         choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         if ages:
             raise InputError(
                 "forecasts: a pipeline is run whole, so their ages cannot be measured in it; expected none"
@@ -138,16 +138,16 @@ class PipelineDrawing:
                 yield self._under(replaced_plan(self.full, band, choice), indices)
 
     def bind(self, table: ShiftTable) -> None:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         self._handle.model.check_identity(table.backbone, table.exits, origin="shift table")
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
-        """As of `Drawing`: fresh pictures have the numbers after the table's."""
+        """As of `Sampler`: fresh pictures have the numbers after the table's."""
         numbers = range(num_pictures, 2 * num_pictures) if fresh else range(num_pictures)
         return torch.cat([self._under(plan, batch) for batch in batches_of(numbers, self._batch_size)])
 
     def cost(self, batch_size: int) -> CostModel:
-        """As of `Drawing`: parts on a captured call of the pipeline, the rest from the time between its calls.
+        """As of `Sampler`: parts on a captured call of the pipeline, the rest from the time between its calls.
 
         Raises:
             InputError: the weights are not where the call is (offloaded ones).
@@ -217,16 +217,16 @@ def calibrate_pipeline(
     before = handle.router or handle.plan
     path = None if out is None else Path(out) / FILE
     try:
-        drawing = PipelineDrawing(pipe, handle, call, cfg_scale=cfg_scale, batch_size=batch_size)
+        sampler = PipelineSampler(pipe, handle, call, cfg_scale=cfg_scale, batch_size=batch_size)
         if table is None and path is not None and path.exists():
-            there, mine = ShiftTable.load(path), drawing.identity
+            there, mine = ShiftTable.load(path), sampler.identity
             is_mine = same(there.backbone, mine.backbone) and (not there.exits or same(there.exits, mine.exits))
             table = there if is_mine and there.cfg_scale == cfg_scale else None
         if table is None:
             extractor, reference = to_measure_with(extractor, reference)
             settings = CalibrationSettings(num_pictures, num_bands, batch_size, choices=choices, num_depths=num_depths)
             measure = measure_table if path is None else functools.partial(measure_table_into, path)
-            table = measure(drawing, extractor, reference, settings=settings, on_progress=on_progress)
-        return planned(drawing, table, budget, extractor)
+            table = measure(sampler, extractor, reference, settings=settings, on_progress=on_progress)
+        return planned(sampler, table, budget, extractor)
     finally:
         handle.plan = before

@@ -19,7 +19,7 @@ def distill_exits(
     """Train exits for a transformer of diffusers, in place, on calls that `record_calls` recorded.
 
     target: the pipeline or its transformer, which is only borrowed. out: the folder for checkpoints and the log, where
-    a run that was stopped goes on; at the end it holds `exits.safetensors`, bound to the trunk.
+    a run that was stopped goes on; at the end it holds `exits.safetensors`, bound to the backbone.
 
     Raises:
         InputError: no adapter serves the transformer, or the calls are not its own.

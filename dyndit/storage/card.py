@@ -79,7 +79,7 @@ def card(
         f"---\nlibrary_name: dyndit\n{named}tags:\n{tags}\n---",
         MARK,
         "# A Diffusion Transformer that stops early",
-        _trunk(model),
+        _backbone(model),
         _exits(model),
         _plans(plans, folder, extras) if plans else "",
         f"## Measured\n\n{extras.measured}" if extras.measured else "",
@@ -88,7 +88,7 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _trunk(model: DynamicDepth) -> str:
+def _backbone(model: DynamicDepth) -> str:
     config = model.backbone.config()
     rows = [f"| {name} | {value} |" for name, value in config.items()]
     rows += [
@@ -96,7 +96,7 @@ def _trunk(model: DynamicDepth) -> str:
         f"| makes | {'pixels in [-1, 1]' if model.pixel_space else 'latents'} |",
         f"| hash | `{model.identity.backbone}` |",
     ]
-    return "\n".join(["## Trunk", "", "| | |", "|---|---|", *rows])
+    return "\n".join(["## Backbone", "", "| | |", "|---|---|", *rows])
 
 
 def _exits(model: DynamicDepth) -> str:

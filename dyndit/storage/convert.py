@@ -95,7 +95,7 @@ def convert(
             model_card.write(model, partial, license=license, extras=card_extras(partial) if wanted else None)
     if model.exits is not None:
         carried = (checkpoints.EXITS, *carried)
-    return (*loaded.notes, *((f"beside the trunk: {', '.join(carried)}",) if carried else ()), *notes)
+    return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)
 
 
 def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:

@@ -39,8 +39,9 @@ CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model"
 PIXEL_SPACE, LABEL_DROPOUT = "_dyndit_pixel_space", "_dyndit_label_dropout"
 PRIVATE = (FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT, PROCESS)
-TRUNK_KEY, CONFIG_KEY = "dyndit_trunk", "dyndit_config"
-"""Names under which the metadata of weights that we wrote records the trunk's hash, and the private names' values."""
+CHECKSUM_KEY, CONFIG_KEY = "dyndit_trunk", "dyndit_config"
+"""Names under which the metadata of weights that we wrote records the backbone's hash, and the private names'
+values."""
 
 _NORM_EPS = 1e-6
 """Of the norms before attention and before the output, which the class hard-codes."""
@@ -78,7 +79,7 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
     (default: pixels where there are 1 or 3 channels).
 
     Raises:
-        CheckpointError: damaged or edited, of another class or process, or with exits or plans of another trunk.
+        CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
     """
     path = folder / CONFIG
     raw = read_json(path)
@@ -87,10 +88,10 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, native, folder / name)
     process, assumed = process_of(raw.get(PROCESS), asked, path)
-    trunk = backbone.checksum(process=process)
-    if metadata.get(TRUNK_KEY, trunk) != trunk or metadata.get(CONFIG_KEY, _sealed(raw)) != _sealed(raw):
+    checksum = backbone.checksum(process=process)
+    if metadata.get(CHECKSUM_KEY, checksum) != checksum or metadata.get(CONFIG_KEY, _sealed(raw)) != _sealed(raw):
         raise CheckpointError(
-            f"{folder}: {CONFIG} edited, or {name} damaged (hash {trunk}, recorded {metadata.get(TRUNK_KEY)})"
+            f"{folder}: {CONFIG} edited, or {name} damaged (hash {checksum}, recorded {metadata.get(CHECKSUM_KEY)})"
         )
     exits = read_exits(folder / EXITS, backbone, process=process) if (folder / EXITS).exists() else None
     if pixel_space is None:
@@ -114,10 +115,10 @@ def write(model: DynamicDepth, folder: Path) -> None:
     Raises:
         InputError: the diffusers class cannot express the model.
     """
-    config, trunk = class_config(model), model.backbone.checksum(process=model.process)
+    config, checksum = class_config(model), model.backbone.checksum(process=model.process)
     tensors = from_native(model.backbone.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", TRUNK_KEY: trunk, CONFIG_KEY: _sealed(config)}
+    metadata = {"format": "pt", CHECKSUM_KEY: checksum, CONFIG_KEY: _sealed(config)}
     write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, metadata)
     write_json(folder / CONFIG, config)
     if model.exits is not None:
@@ -136,7 +137,7 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
     c = DiTConfig(**backbone.config())
     limits = {
         f"mlp_ratio {c.mlp_ratio:g}": int(c.width * c.mlp_ratio) == 4 * c.width,
-        "a trunk without null class": c.label_dropout > 0,
+        "a backbone without null class": c.label_dropout > 0,
         f"norm_eps {c.norm_eps:g}": c.norm_eps == _NORM_EPS,
     }
     for found, fits in limits.items():

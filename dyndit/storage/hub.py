@@ -55,7 +55,7 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
         CheckpointError: no such model or revision, or no connection and nothing in the cache.
     """
     folder = _snapshot(model, (*_SMALL, *_SAFE))
-    # Exits or a table may lie beside a trunk that is pickled.
+    # Exits or a table may lie beside a backbone that is pickled.
     if not any(any(folder.rglob(name)) for name in ("model.safetensors", "diffusion_pytorch_model*.safetensors")):
         folder = _snapshot(model, (*_SMALL, *_SAFE, *_PICKLED))
     commit = folder.name

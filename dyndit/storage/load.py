@@ -2,7 +2,7 @@
 
 | what | read and written by |
 |---|---|
-| native folder: config, trunk, exits, and beside them plans, shift table, manifest | `formats/native.py` |
+| native folder: config, backbone, exits, and beside them plans, shift table, manifest | `formats/native.py` |
 | published DiT `.pt` | `formats/official.py` |
 | diffusers `DiTTransformer2DModel` folder | `formats/diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
@@ -27,7 +27,7 @@ from dyndit.process import DDPM, Process, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
-from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, TRUNK, VERSION
+from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, VERSION, WEIGHTS
 from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
 
 __all__ = [
@@ -38,8 +38,8 @@ __all__ = [
     "PIPELINE",
     "PLANS",
     "TABLE",
-    "TRUNK",
     "VERSION",
+    "WEIGHTS",
     "Loaded",
     "copy_companions",
     "inspect",
@@ -54,7 +54,7 @@ __all__ = [
 PIPELINE, TRANSFORMER = "model_index.json", "transformer"
 """What makes a folder a pipeline of diffusers, and where its denoiser lies."""
 
-_UPLOADED = (CONFIG, TRUNK, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs.csv", "manifest.json")
+_UPLOADED = (CONFIG, WEIGHTS, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs.csv", "manifest.json")
 
 
 def load(
@@ -121,10 +121,10 @@ def inspect(
 
 
 def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
-    """Write the native folder (config, trunk, exits where there are any). `half` stores the trunk in fp16.
+    """Write the native folder (config, backbone, exits where there are any). `half` stores the backbone in fp16.
 
     Raises:
-        InputError: the trunk is an adapter's: its own library saves it.
+        InputError: the backbone is an adapter's: its own library saves it.
     """
     native.write(model, Path(folder), half=half)
 
@@ -140,7 +140,7 @@ def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
     process: the model's, where it is not the family's usual one.
 
     Raises:
-        CheckpointError: missing, damaged, or of another trunk.
+        CheckpointError: missing, damaged, or of another backbone.
     """
     return native.read_exits(Path(path), backbone, check_identity=check_identity, process=process)
 
@@ -218,7 +218,7 @@ def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
 
 
 def _packaged_digits(process: AskedProcess) -> DynamicDepth:
-    """The trunk that `recipes/digits.py` made, from the package's own data."""
+    """The backbone that `recipes/digits.py` made, from the package's own data."""
     asset = importlib.resources.files("dyndit.assets") / "digits.safetensors"
     with importlib.resources.as_file(asset) as path:
         tensors, _ = read_safetensors(path)

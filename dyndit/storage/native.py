@@ -1,5 +1,5 @@
 """The native folder: `config.json`, `model.safetensors`, `exits.safetensors`, and beside them plans, the shift table
-and a manifest. The config is sealed in the trunk's metadata, the trunk and the exits are known by their hashes.
+and a manifest. The config is sealed in the backbone's metadata, the backbone and the exits are known by their hashes.
 """
 
 import json
@@ -21,24 +21,25 @@ from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, p
 
 MODEL_FORMAT, VERSION = "dyndit-model", 1
 EXITS_FORMAT, EXITS_VERSION = "dyndit-exits", 2
-CONFIG, TRUNK, EXITS = "config.json", "model.safetensors", "exits.safetensors"
+CONFIG, WEIGHTS, EXITS = "config.json", "model.safetensors", "exits.safetensors"
 TABLE, PLANS = "shift-table.safetensors", "plan-*.json"
 
 
 def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
-    """Write config, trunk, and exits where there are any. `half` stores the trunk in fp16.
+    """Write config, backbone, and exits where there are any. `half` stores the backbone in fp16.
 
     Raises:
-        InputError: the trunk belongs to another library.
+        InputError: the backbone belongs to another library.
     """
     if type(model.backbone) not in families().values():
         name = type(model.backbone).__name__
-        raise InputError(f"{folder}: a {name} is saved by the library its transformer is from; expected a native trunk")
+        expected = "is saved by the library its transformer is from; expected a native backbone"
+        raise InputError(f"{folder}: a {name} {expected}")
     folder.mkdir(parents=True, exist_ok=True)
-    trunk = model.backbone.state_dict()
+    weights = model.backbone.state_dict()
     if half:
-        trunk = {name: t.half() for name, t in trunk.items()}
-    checksum = model.backbone.checksum(trunk, model.process)
+        weights = {name: t.half() for name, t in weights.items()}
+    checksum = model.backbone.checksum(weights, model.process)
     config = {
         "format": MODEL_FORMAT,
         "version": VERSION,
@@ -48,10 +49,10 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         "trunk": checksum,
         "backbone": model.backbone.config(),
     }
-    write_safetensors(folder / TRUNK, trunk, {"format": MODEL_FORMAT, "config": json.dumps(config)})
+    write_safetensors(folder / WEIGHTS, weights, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
-        write_exits(model.exits, folder / EXITS, model.backbone.identity(trunk, model.process))
+        write_exits(model.exits, folder / EXITS, model.backbone.identity(weights, model.process))
 
 
 def read(folder: Path, asked: AskedProcess = None) -> Loaded:
@@ -60,7 +61,7 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
     asked: the process that the model is to have, as of `process_of`.
 
     Raises:
-        CheckpointError: damaged or edited, of another process, or with exits or plans of another trunk.
+        CheckpointError: damaged or edited, of another process, or with exits or plans of another backbone.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -73,17 +74,17 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
         raise CheckpointError(f"{path}: not the config of a {MODEL_FORMAT} folder ({found})") from error
     if not known:
         raise CheckpointError(f"{path}: expected a {MODEL_FORMAT} config of version {VERSION}")
-    tensors, metadata = read_safetensors(folder / TRUNK)
+    tensors, metadata = read_safetensors(folder / WEIGHTS)
     # No tensor shows the number of heads, the norm's epsilon or the timestep frequencies: the file tells. Compared
     # before anything is built, since an edited config may ask for any number of blocks.
-    edited = f"{path}: edited; expected the config that {TRUNK} was saved with"
+    edited = f"{path}: edited; expected the config that {WEIGHTS} was saved with"
     if metadata.get("config") not in (None, json.dumps(config)):
         raise CheckpointError(edited)
     process, notes = process_of(config.get("process"), asked, path)
     backbone = built(family, arguments, path)
-    load_strictly(backbone, tensors, folder / TRUNK)
+    load_strictly(backbone, tensors, folder / WEIGHTS)
     if (found := backbone.checksum(process=process)) != checksum:
-        raise CheckpointError(f"{folder / TRUNK}: damaged (checksum {found}, {CONFIG} records {checksum})")
+        raise CheckpointError(f"{folder / WEIGHTS}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
     exits = None
@@ -161,7 +162,7 @@ def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
     """The plans and the shift table in a folder, all of which fit the model.
 
     Raises:
-        CheckpointError: one of them cannot be read, or is of another trunk or other exits.
+        CheckpointError: one of them cannot be read, or is of another backbone or other exits.
     """
     plans = plans_in(folder)
     for path, plan in plans.items():

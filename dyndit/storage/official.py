@@ -36,18 +36,20 @@ def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, tensors, path)
     process, more = process_of(args.found.get("process"), asked, path)
-    if "trunk" in args.found and args.found["trunk"] != (trunk := backbone.checksum(process=process)):
-        raise CheckpointError(f"{path}: damaged or edited (trunk {trunk}, its args record {args.found['trunk']})")
+    if "trunk" in args.found and args.found["trunk"] != (checksum := backbone.checksum(process=process)):
+        raise CheckpointError(
+            f"{path}: damaged or edited (checksum {checksum}, its args record {args.found['backbone']})"
+        )
     pixels = args.take("pixel_space", bool, config.in_channels in (1, 3))
     model = DynamicDepth(backbone, pixel_space=pixels, process=process)
     return Loaded(model.eval(), (*notes, heads_note, *more))
 
 
 def write(model: DynamicDepth, path: Path) -> None:
-    """Write the trunk, and in `args` what its tensors do not show. Exits have no place in this format.
+    """Write the backbone, and in `args` what its tensors do not show. Exits have no place in this format.
 
     Raises:
-        InputError: the trunk is no `ClassConditionalDiT`.
+        InputError: the backbone is no `ClassConditionalDiT`.
     """
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):
@@ -74,7 +76,7 @@ def as_published(config: DiTConfig) -> DiTConfig:
 
 @dataclass(frozen=True)
 class _Args:
-    """The `args` of a checkpoint. Only what `write` puts there is trusted to mean the trunk's architecture."""
+    """The `args` of a checkpoint. Only what `write` puts there is trusted to mean the backbone's architecture."""
 
     path: Path
     found: Mapping[str, object]

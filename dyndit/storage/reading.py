@@ -88,7 +88,7 @@ def _damaged_record(path: Path) -> str | None:
 
 
 def built(family: type[Backbone], config: dict[str, object], path: Path) -> Backbone:
-    """A trunk of this architecture.
+    """A backbone of this architecture.
 
     Raises:
         CheckpointError: there is none, or it does not fit the memory.

@@ -39,10 +39,10 @@ _DISTILLING = FitConfig(
 
 @dataclass(frozen=True)
 class Distill:
-    """Train every exit at once on the full model's own predictions; where asked for, the trunk with them.
+    """Train every exit at once on the full model's own predictions; where asked for, the backbone with them.
 
-    A trunk that trains is a copy. Its teacher is the original, frozen: exits are matched to the teacher's full depth,
-    and so is the copy's own, so that full depth stays what it was.
+    A backbone that trains is a copy. Its teacher is the original, frozen: exits are matched to the teacher's full
+    depth, and so is the copy's own, so that full depth stays what it was.
     """
 
     exits: ExitConfig = field(default_factory=ExitConfig)
@@ -53,13 +53,13 @@ class Distill:
     null_share: float = 0.3
     """Share of the labels replaced by the null label: guided sampling asks the exits for both branches. Recorded
     calls hold both as they come."""
-    trunk: Literal["frozen", "lora", "whole"] = "frozen"
-    """What of the trunk trains: nothing; low-rank adapters on the blocks' linear maps, merged into them at the end; or
-    everything."""
+    backbone: Literal["frozen", "lora", "whole"] = "frozen"
+    """What of the backbone trains: nothing; low-rank adapters on the blocks' linear maps, merged into them at the end;
+    or everything."""
     hold: float = 10.0
-    """Weight of full depth's error where the trunk trains, relative to that of one exit."""
-    trunk_rate: float = 0.1
-    """Learning rate of what trains of the trunk, as a factor of the exits'."""
+    """Weight of full depth's error where the backbone trains, relative to that of one exit."""
+    backbone_rate: float = 0.1
+    """Learning rate of what trains of the backbone, as a factor of the exits'."""
     lora_rank: int = 8
     states: Literal["noised", "sampler"] = "noised"
     """What exits are to be right on: noised pictures, or the states that the full model's own sampler meets. Recorded
@@ -76,22 +76,25 @@ class Distill:
     """Whether the exits also learn to correct forecasts (`models.forecasts`), from the sampler's trajectories."""
 
     def __post_init__(self) -> None:
-        for name in ("trunk", "states", "weighting"):
+        for name in ("backbone", "states", "weighting"):
             expected = get_args(get_type_hints(Distill)[name])
             if getattr(self, name) not in expected:
                 raise InputError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(expected)}")
         for name in ("lora_rank", "num_trajectories"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.hold < 0 or self.trunk_rate <= 0:
-            raise InputError(f"hold {self.hold:g}, trunk_rate {self.trunk_rate:g}: expected at least 0, and above 0")
+        if self.hold < 0 or self.backbone_rate <= 0:
+            raise InputError(
+                f"hold {self.hold:g}, backbone_rate {self.backbone_rate:g}: expected at least 0, and above 0"
+            )
 
     def check(self, model: DynamicDepth, data: Pictures | RecordedCalls) -> None:
         """Refuse data and exits that do not fit the model.
 
         Raises:
-            InputError: another size or number of channels, more classes, another trunk's calls, an exit where there is
-                no layer, a choice that the trunk's family does not allow; or the first item cannot be read.
+            InputError: another size or number of channels, more classes, another backbone's calls, an exit where there
+            is
+                no layer, a choice that the backbone's family does not allow; or the first item cannot be read.
         """
         backbone = model.backbone
         self.exits.resolved(backbone.num_blocks)
@@ -108,51 +111,51 @@ class Distill:
         data[0]
 
     def _check_family(self, backbone: Backbone) -> None:
-        """Refuse what needs our own modules, sampler or schedule for a trunk that has others."""
-        for name in ("trunk", "states", "weighting", "forecasts"):
+        """Refuse what needs our own modules, sampler or schedule for a backbone that has others."""
+        for name in ("backbone", "states", "weighting", "forecasts"):
             if getattr(self, name) != getattr(Distill, name) and not isinstance(backbone, ClassConditionalDiT):
                 found = type(backbone).__name__
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a ClassConditionalDiT, found {found}")
 
     def run(self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path) -> tuple[DynamicDepth, FitResult]:
-        """Return a model with trained exits on the same trunk, or on its trained copy, and the loop's record.
+        """Return a model with trained exits on the same backbone, or on its trained copy, and the loop's record.
 
-        data: pictures, which are noised, or recorded calls, which are used as they are. The trunk is borrowed: its
+        data: pictures, which are noised, or recorded calls, which are used as they are. The backbone is borrowed: its
         flags, modes and device are afterwards what they were. The exits are in eval mode, in single precision, and so
-        is a trunk that was trained.
+        is a backbone that was trained.
 
         Raises:
-            InputError: as `check`; or the trunk lies on several devices.
+            InputError: as `check`; or the backbone lies on several devices.
         """
         self.check(model, data)
-        backbone = model.backbone
-        with borrowed(backbone):
+        original = model.backbone
+        with borrowed(original):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.fit.seed)
-                # A trunk's heads may be in half precision, and frozen; so would be the copies that exits start from.
-                exits = Exits(backbone, self.exits).float().requires_grad_(True)
-                trunk = backbone if self.trunk == "frozen" else trainable_copy(backbone)
-                adapters = with_adapters(trunk, self.lora_rank) if self.trunk == "lora" else None
-            if trunk is not backbone:
-                trunk.gradient_checkpointing = self.fit.gradient_checkpointing
+                # A backbone's heads may be in half precision, and frozen; so would be the copies that exits start from.
+                exits = Exits(original, self.exits).float().requires_grad_(True)
+                backbone = original if self.backbone == "frozen" else trainable_copy(original)
+                adapters = with_adapters(backbone, self.lora_rank) if self.backbone == "lora" else None
+            if backbone is not original:
+                backbone.gradient_checkpointing = self.fit.gradient_checkpointing
             if self.states == "sampler":
                 data = self._trajectories(model, Path(out))
-            dynamic = DynamicDepth(trunk, exits, pixel_space=model.pixel_space, process=model.process)
-            trained = _FrozenTrunk(dynamic) if trunk is backbone else _TaughtTrunk(dynamic, backbone)
-            task = _Distillation(trained, self, self._states(backbone, data))
+            dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
+            trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
+            task = _Distillation(trained, self, self._states(model, data))
             identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
-            result = fit(task, data, self.fit, Path(out), identity=identity, rates={"trunk.": self.trunk_rate})
+            result = fit(task, data, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
             trained.load_state_dict(result.ema)
             if adapters is not None:
                 adapters.merge_and_unload()
             dynamic.eval()
-        dynamic.to(next(backbone.parameters()).device)
+        dynamic.to(next(original.parameters()).device)
         if self.forecasts:
             dynamic.exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
 
     def _choices(self) -> str:
-        """What the result depends on besides the trunk, the exits, the data and `fit`."""
+        """What the result depends on besides the backbone, the exits, the data and `fit`."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("exits", "fit", "data")}
         return " ".join(f"{name}={value}" for name, value in own.items())
 
@@ -188,10 +191,10 @@ class Distill:
 
 
 class _Distillation:
-    """The task of training exits, alone or with their trunk: `trained` says what."""
+    """The task of training exits, alone or with their backbone: `trained` says what."""
 
     def __init__(
-        self, trained: "_FrozenTrunk | _TaughtTrunk", recipe: Distill, process: Process, states: States
+        self, trained: "_FrozenBackbone | _TaughtBackbone", recipe: Distill, process: Process, states: States
     ) -> None:
         self.trainable, self.recipe, self.states = trained, recipe, states
         self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
@@ -216,29 +219,29 @@ class _Distillation:
         """Exits have no preview: their verdict is the table of errors."""
 
 
-class _FrozenTrunk(nn.Module):
-    """Registers the exits as parameters and keeps the trunk out of the optimiser, the EMA and the checkpoints."""
+class _FrozenBackbone(nn.Module):
+    """Registers the exits as parameters and keeps the backbone out of the optimiser, the EMA and the checkpoints."""
 
     def __init__(self, dynamic: DynamicDepth) -> None:
         super().__init__()
         self.exits = dynamic.exits
-        self.dynamic = [dynamic]  # in a list, so that the trunk is no submodule
+        self.dynamic = [dynamic]  # in a list, so that the backbone is no submodule
 
     def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
         """-> (E, B, 2) squared errors of E exits, see `exit_errors`."""
         dynamic = self.dynamic[0]
         dynamic.backbone.to(x_t.device)
-        # Exits are trained in single precision, whatever their trunk's: autocast meets in the trunk's.
+        # Exits are trained in single precision, whatever their backbone's: autocast meets in the backbone's.
         with precision_of(dynamic.backbone):
             return torch.stack(list(exit_errors(dynamic, x_t, t, y).values()))
 
 
-class _TaughtTrunk(nn.Module):
-    """Registers the exits and their trunk; the teacher is kept out of the optimiser, the EMA and the checkpoints."""
+class _TaughtBackbone(nn.Module):
+    """Registers the exits and their backbone; the teacher is kept out of the optimiser, the EMA and the checkpoints."""
 
     def __init__(self, dynamic: DynamicDepth, teacher: Backbone) -> None:
         super().__init__()
-        self.exits, self.trunk = dynamic.exits, dynamic.backbone
+        self.exits, self.backbone = dynamic.exits, dynamic.backbone
         self.dynamic, self.teacher = [dynamic], [teacher]  # in lists, so that neither is a submodule
 
     def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:

@@ -46,7 +46,7 @@ class TrainingData(Protocol):
 class Task(Protocol):
     """What is trained, and by which loss.
 
-    The loop moves `trainable` and the batches to the device; what else a task holds (a frozen trunk) it moves
+    The loop moves `trainable` and the batches to the device; what else a task holds (a frozen backbone) it moves
     itself, to `x.device`. Under precision "bf16" the loss runs under autocast.
     """
 
@@ -90,7 +90,7 @@ def fit(
 
     Goes on from the newest intact checkpoint in `out`, bit for bit as if never stopped; returns at once if
     that is the last step's. SIGINT and SIGTERM finish the step, write a checkpoint and leave. `identity` is
-    what else the result depends on, say the hash of a frozen trunk: a run resumes under the same one only.
+    what else the result depends on, say the hash of a frozen backbone: a run resumes under the same one only.
     `rates` are factors of the learning rate, by the prefix of the parameters' names; 1 for all others.
 
     Raises InputError if `out` holds a run of another configuration, identity or other data, or any run

@@ -1,4 +1,4 @@
-"""What of a trunk trains beside its exits: a copy of it, whole, or low-rank adapters on a copy."""
+"""What of a backbone trains beside its exits: a copy of it, whole, or low-rank adapters on a copy."""
 
 from typing import TYPE_CHECKING
 
@@ -21,14 +21,14 @@ def trainable_copy(backbone: ClassConditionalDiT) -> ClassConditionalDiT:
     return copy.to(next(backbone.parameters()).device)
 
 
-def with_adapters(trunk: ClassConditionalDiT, rank: int) -> "LoraModel":
-    """Freeze a trunk and put adapters of this rank on its blocks, in place (LoRA: Hu et al. 2021, arXiv:2106.09685).
+def with_adapters(backbone: ClassConditionalDiT, rank: int) -> "LoraModel":
+    """Freeze a backbone and put adapters of this rank on its blocks, in place (LoRA: Hu et al. 2021, arXiv:2106.09685).
 
     It predicts what it did until they are trained. `merge_and_unload()` of what is returned adds them to the weights
-    and leaves the plain trunk.
+    and leaves the plain backbone.
     """
     from peft import LoraConfig, LoraModel  # imports much, for one rung of the ladder
 
-    trunk.requires_grad_(False)
+    backbone.requires_grad_(False)
     # Around the blocks, since peft takes the `config` of a module it wraps for a dictionary.
-    return LoraModel(trunk.blocks, LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS), "exits")
+    return LoraModel(backbone.blocks, LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS), "exits")

@@ -1,4 +1,4 @@
-"""Losses: training a trunk, alone or with its exits, and distilling its exits."""
+"""Losses: training a backbone, alone or with its exits, and distilling its exits."""
 
 import torch
 from torch import Tensor, nn

@@ -21,7 +21,7 @@ from dyndit.training.states import States, noised
 
 @dataclass(frozen=True)
 class Match:
-    """Train a student trunk on a frozen full model's predictions: what `Distill` does to exits, to a whole model."""
+    """Train a student backbone on a frozen full model's predictions: what `Distill` does to exits, to a whole model."""
 
     fit: FitConfig = _DISTILLING
     variance_weight: float = 0.1

@@ -32,13 +32,14 @@ from dyndit.sampling.sample import Samples, sample
 
 FORMAT, VERSION = "dyndit-call", "1"
 MOST_HASHED = 1_000_000_000
-"""Trunks of more parameters are recorded by their family alone: to hash them takes longer than to record."""
+"""Backbones of more parameters are recorded by their family alone: to hash them takes longer than to record."""
 
 _NAME = re.compile(r"call-(\d{6,})\.safetensors")
 
 
 def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **options: object) -> Samples:
-    """Draw pictures with `sampler.sample(model, labels, **options)` and record the trunk's calls in the folder `out`.
+    """Draw pictures with `sampler.sample(model, labels, **options)` and record the backbone's calls in the folder
+    `out`.
 
     Raises:
         InputError: as `sample`; or `out` holds other things.
@@ -53,7 +54,7 @@ def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path
     """The calls of `record_sampling(model, labels, folder, **options)`; drawn once, and found in `folder` again.
 
     Raises:
-        InputError: as `record_sampling`; or `folder` holds another trunk's calls.
+        InputError: as `record_sampling`; or `folder` holds another backbone's calls.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -71,32 +72,32 @@ class Recording:
 
     folder: Path
     family: str
-    trunk: str
+    backbone: str
     num_calls: int = 0
     num_rows: int = 0
     _next: int = field(default=0, repr=False)
 
     @classmethod
     def open(cls, folder: Path, backbone: Backbone, process: Process | None = None) -> "Recording":
-        """Make the folder, or go on in one of this trunk's calls.
+        """Make the folder, or go on in one of this backbone's calls.
 
         Raises:
-            InputError: it holds other things, or another trunk's calls.
+            InputError: it holds other things, or another backbone's calls.
         """
         small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
-        family, trunk = backbone.family, backbone.identity(process=process) if small else ""
+        family, backbone = backbone.family, backbone.identity(process=process) if small else ""
         folder.mkdir(parents=True, exist_ok=True)
         files.sweep(folder)
         paths = _paths(folder)
         if paths:
             there = _Header.read(paths[0])
-            if there.family != family or not same(there.trunk, trunk):
+            if there.family != family or not same(there.backbone, backbone):
                 raise InputError(
-                    f"{folder}: holds calls of {there.family} {there.trunk}, this is {family} {trunk}; expected "
+                    f"{folder}: holds calls of {there.family} {there.backbone}, this is {family} {backbone}; expected "
                     "another folder"
                 )
         after = int(_NAME.fullmatch(paths[-1].name)[1]) + 1 if paths else 0
-        return cls(folder, family, trunk, _next=after)
+        return cls(folder, family, backbone, _next=after)
 
     def write(self, inputs: Inputs) -> None:
         """Add a call of the transformer.
@@ -117,7 +118,7 @@ class Recording:
         fixed = {name: _at_rest(value) for name, value in shared.items() if isinstance(value, Tensor)}
         facts = {
             "family": self.family,
-            "trunk": self.trunk,
+            "trunk": self.backbone,
             "labels": labels,
             "digest": tensors_hash(tensors),
             "shared": {name: self._plain(name, value) for name, value in shared.items() if name not in fixed}
@@ -162,7 +163,7 @@ class RecordedCalls(Dataset):
         for header in headers[1:]:
             headers[0].check_like(header)
         first = headers[0]
-        self.family, self.trunk = first.family, first.trunk
+        self.family, self.backbone = first.family, first.backbone
         self._labels, self._paths = first.labels, paths
         self._starts = [0, *itertools.accumulate(header.num_rows for header in headers)]
         self._shared = first.read_shared()
@@ -193,14 +194,14 @@ class RecordedCalls(Dataset):
         return Inputs(x, t, Conditioning(rows, shared))
 
     def check(self, model: DynamicDepth) -> None:
-        """Refuse another trunk's calls.
+        """Refuse another backbone's calls.
 
         Raises:
             InputError: naming both.
         """
         found, wanted = self.family, model.backbone.family
-        if self.trunk:
-            found, wanted = self.trunk, model.identity.backbone
+        if self.backbone:
+            found, wanted = self.backbone, model.identity.backbone
         if not same(found, wanted):
             raise InputError(f"{self.folder}: calls of {found}, but the model is {wanted}; expected its own")
 
@@ -211,7 +212,7 @@ class _Header:
 
     path: Path
     family: str
-    trunk: str
+    backbone: str
     labels: bool
     digest: str
     shared: dict[str, object]
@@ -241,7 +242,13 @@ class _Header:
     def common(self) -> dict[str, object]:
         """What all calls of a data set share."""
         rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
-        return {"family": self.family, "trunk": self.trunk, "labels": self.labels, "rows": rows, "shared": self.shared}
+        return {
+            "family": self.family,
+            "trunk": self.backbone,
+            "labels": self.labels,
+            "rows": rows,
+            "shared": self.shared,
+        }
 
     def check_like(self, other: "_Header") -> None:
         """Refuse a call that cannot be batched with this one.
@@ -271,39 +278,39 @@ class _Header:
 
 
 class _Watched(Backbone):
-    """A trunk whose calls are recorded. Its blocks are run by the trunk itself."""
+    """A backbone whose calls are recorded. Its blocks are run by the backbone itself."""
 
-    def __init__(self, trunk: Backbone, recording: Recording) -> None:
+    def __init__(self, backbone: Backbone, recording: Recording) -> None:
         super().__init__()
-        self.trunk, self.recording = trunk, recording
-        self.family, self.num_blocks, self.width = trunk.family, trunk.num_blocks, trunk.width
-        self.sample_shape, self.out_channels = trunk.sample_shape, trunk.out_channels
-        self.condition = trunk.condition
+        self.backbone, self.recording = backbone, recording
+        self.family, self.num_blocks, self.width = backbone.family, backbone.num_blocks, backbone.width
+        self.sample_shape, self.out_channels = backbone.sample_shape, backbone.out_channels
+        self.condition = backbone.condition
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
-        """Record the call, then the trunk's."""
+        """Record the call, then the backbone's."""
         self.recording.write(Inputs(x, t, y))
-        return self.trunk.embed(x, t, y)
+        return self.backbone.embed(x, t, y)
 
     def block(self, index: int, state: State) -> State:
-        """The trunk's."""
-        return self.trunk.block(index, state)
+        """The backbone's."""
+        return self.backbone.block(index, state)
 
     def block_modules(self) -> list[nn.Module]:
-        """The trunk's."""
-        return self.trunk.block_modules()
+        """The backbone's."""
+        return self.backbone.block_modules()
 
     def head(self, state: State) -> Tensor:
-        """The trunk's."""
-        return self.trunk.head(state)
+        """The backbone's."""
+        return self.backbone.head(state)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """The trunk's."""
-        return self.trunk.unpatchify(patches, state)
+        """The backbone's."""
+        return self.backbone.unpatchify(patches, state)
 
     def identity(self, tensors: dict[str, Tensor] | None = None, process: Process | None = None) -> str:
-        """The trunk's."""
-        return self.trunk.identity(tensors, process)
+        """The backbone's."""
+        return self.backbone.identity(tensors, process)
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -35,7 +35,7 @@ class Train:
     process: Process = DDPM()
     """How pictures are noised, and what the backbone is to predict."""
     exits: ExitConfig | None = None
-    """Exits that train with the trunk, on the same loss as it (deep supervision). None: the trunk alone."""
+    """Exits that train with the backbone, on the same loss as it (deep supervision). None: the backbone alone."""
     exit_weight: float = 1.0
     """Weight of the mean of the exits' losses, relative to that of full depth."""
 
@@ -61,27 +61,27 @@ class Train:
             return self.backbone.build()
 
     def run(
-        self, data: Pictures, out: Path, *, trunk: DynamicDepth | None = None, preview: Preview | None = None
+        self, data: Pictures, out: Path, *, start: DynamicDepth | None = None, preview: Preview | None = None
     ) -> tuple[DynamicDepth, FitResult]:
         """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
 
-        trunk: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
+        start: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
 
         Raises:
-            InputError: as `check`; or the trunk is of another shape or process than the recipe's.
+            InputError: as `check`; or `start` is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone
-        if trunk is not None and not _is_shaped_as(trunk.backbone, config):
-            found = {name: value for name, value in trunk.backbone.config().items() if value != vars(config).get(name)}
-            raise InputError(f"--model: {type(trunk.backbone).__name__} with {found}; expected the recipe's {config}")
-        if trunk is not None and trunk.process != self.process:
-            raise InputError(f"--model: of the process {trunk.process}; expected the recipe's, {self.process}")
+        if start is not None and not _is_shaped_as(start.backbone, config):
+            found = {name: value for name, value in start.backbone.config().items() if value != vars(config).get(name)}
+            raise InputError(f"--model: {type(start.backbone).__name__} with {found}; expected the recipe's {config}")
+        if start is not None and start.process != self.process:
+            raise InputError(f"--model: of the process {start.process}; expected the recipe's, {self.process}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)
             backbone = config.build()
-            if trunk is not None:
-                backbone.load_state_dict(trunk.backbone.state_dict())
+            if start is not None:
+                backbone.load_state_dict(start.backbone.state_dict())
             exits = None if self.exits is None else Exits(backbone, self.exits)
         backbone.gradient_checkpointing = self.fit.gradient_checkpointing
         pixels = not isinstance(data, LatentPictures)
@@ -90,15 +90,15 @@ class Train:
         identity = f"{config!r} {self.process}"
         if exits is not None:
             identity += f" {exits.config} {self.exit_weight}"
-        if trunk is not None:
-            identity += f" on from {trunk.identity.backbone}"
+        if start is not None:
+            identity += f" on from {start.identity.backbone}"
         result = fit(task, data, self.fit, out, identity=identity)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 
 
 class _Denoising:
-    """The task of training the trunk, with exits where the model has some."""
+    """The task of training the backbone, with exits where the model has some."""
 
     def __init__(self, model: DynamicDepth, exit_weight: float, preview: Preview | None) -> None:
         self.model, self.trainable = model, _trained_from_scratch(model)
@@ -135,7 +135,7 @@ def _trained_from_scratch(model: DynamicDepth) -> nn.Module:
 
 
 class _EveryDepth(nn.Module):
-    """A trunk and its exits; a call gives the predictions of all depths, rising."""
+    """A backbone and its exits; a call gives the predictions of all depths, rising."""
 
     def __init__(self, dynamic: DynamicDepth) -> None:
         super().__init__()

@@ -4,7 +4,7 @@
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10-ablation     # resumable
 
 `--model` gives the exits and the table of `cifar10_frontier`; without it the run makes them first. "plain-heads"
-distils plain exits on the same trunk and measures a table of its own, on the steps that were chosen for wide exits.
+distils plain exits on the same backbone and measures a table of its own, on the steps that were chosen for wide exits.
 "refined-8" corrects predictions by up to eight measured plans for each budget, the comparison's own arms (`searched`)
 by up to two.
 

@@ -1,10 +1,10 @@
-"""CIFAR-10: how do plans compare with every peer, on your trunk? What `digits_peers` is to the digits.
+"""CIFAR-10: how do plans compare with every peer, on your backbone? What `digits_peers` is to the digits.
 
-    dyndit compare cifar10_peers --model TRUNK --data DIR --extractor-weights resnet20-cifar10.safetensors \\
+    dyndit compare cifar10_peers --model WEIGHTS --data DIR --extractor-weights resnet20-cifar10.safetensors \\
         --out runs/cifar10-peers                                     # resumable
 
-TRUNK is what `dyndit train cifar10` left, or any checkpoint of 32 x 32 pixels and 10 classes; DIR holds a subfolder of
-pictures per class. Scored on 5 blocks of 1,000 pictures by FD-resnet20.
+WEIGHTS is what `dyndit train cifar10` left, or any checkpoint of 32 x 32 pixels and 10 classes; DIR holds a subfolder
+of pictures per class. Scored on 5 blocks of 1,000 pictures by FD-resnet20.
 
 Result: not yet measured. Cost, counted: about 1,500 steps of full depth with guidance for each of 5,000 pictures, which
 wants a GPU (`--device cuda`); on 2 CPU cores it is days.
@@ -28,7 +28,7 @@ experiment = Experiment(
     budgets=(0.45, 0.6, 0.75),
     unguided_steps=(5, 10, 20),
     controls=Controls(solver="ddim", steps=10, depths=(6,), num_shuffled=2),
-    # The switch is left out: its small model would train for as many steps as the trunk did, 40,000.
+    # The switch is left out: its small model would train for as many steps as the backbone did, 40,000.
     peers=tuple(
         settings
         for peer in peers().values()

@@ -2,14 +2,14 @@
 
     dyndit compare digits_ablation --out runs/ablation                # resumable
 
-The comparison's own arms (`searched`) have every lever: LoRA on the trunk, wide heads, states of the sampler, errors
+The comparison's own arms (`searched`) have every lever: LoRA on the backbone, wide heads, states of the sampler, errors
 weighted by path KL, own guides, forecasts with a learned correction, two measured plans per budget, a band for each
 step. A variant lacks the lever that its name says. `digits_ablation_training` turns off the levers of the training.
 
 Measured (docs/results/ablation), Fréchet distance against all on, budgets 0.3 / 0.45, by the extractor that plans are
 calibrated on: no own guides +0.06 / +0.14, no forecasts +0.14 / +0.15, not refined +0.04 / -0.01, 5 bands +0.10 /
-+0.23; all on has 1.21 / 1.02, full depth 1.53. On 2 cores of an AMD EPYC, 2026-11-24: 3 minutes of sampling; the trunk,
-exits and tables before it were not timed.
++0.23; all on has 1.21 / 1.02, full depth 1.53. On 2 cores of an AMD EPYC, 2026-11-24: 3 minutes of sampling; the
+backbone, exits and tables before it were not timed.
 """
 
 from dataclasses import replace
@@ -25,8 +25,8 @@ table = CalibrationSettings(
 distill = replace(
     plain,
     exits=replace(plain.exits, head="wide"),
-    trunk="lora",
-    trunk_rate=1.0,
+    backbone="lora",
+    backbone_rate=1.0,
     states="sampler",
     weighting="path-kl",
     forecasts=True,
@@ -49,7 +49,7 @@ experiment = replace(
         Variant("5-bands", calibration=replace(table, num_bands=5, forecast_ages=0)),
     ),
     metrics=("fd", "kid"),
-    witnesses=("digits-lenet",),
+    more_extractors=("digits-lenet",),
     num_blocks=5,
     num_images=400,
     batch_size=50,

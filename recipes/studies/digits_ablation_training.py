@@ -3,11 +3,11 @@
     dyndit compare digits_ablation_training --out runs/ablation-training   # resumable
 
 The comparison's own arms (`searched`) have every lever, as in `digits_ablation`. Every variant distils exits anew, on
-the trunk as it was given; "plain" is the recipe of `digits_levers`, every lever off. FasterCache and guidance intervals
-stand beside them.
+the backbone as it was given; "plain" is the recipe of `digits_levers`, every lever off. FasterCache and guidance
+intervals stand beside them.
 
 Measured (docs/results/ablation-training), Fréchet distance against all on, budgets 0.3 / 0.45, by the extractor that
-plans are calibrated on: frozen trunk -0.10 / +0.01, plain heads -0.10 / +0.21, noised states +0.06 / -0.04, even
+plans are calibrated on: frozen backbone -0.10 / +0.01, plain heads -0.10 / +0.21, noised states +0.06 / -0.04, even
 weights -0.06 / +0.07, plain forecasts -0.01 / +0.12, plain +0.02 / +0.07; all on has 1.38 / 1.04, full depth 1.53. So
 together the levers bring little on digits. 41 minutes on 2 cores of an AMD EPYC, 2026-11-28.
 """
@@ -24,8 +24,8 @@ from dyndit.recipes.digits import quickstart
 distill = replace(
     plain,
     exits=replace(plain.exits, head="wide"),
-    trunk="lora",
-    trunk_rate=1.0,
+    backbone="lora",
+    backbone_rate=1.0,
     states="sampler",
     weighting="path-kl",
     forecasts=True,
@@ -50,7 +50,7 @@ experiment = replace(
             calibration=CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64),
             refinements=0,
         ),
-        Variant("frozen-trunk", distill=replace(distill, trunk="frozen")),
+        Variant("frozen-backbone", distill=replace(distill, backbone="frozen")),
         Variant("plain-heads", distill=replace(distill, exits=plain.exits)),
         Variant("noised-states", distill=replace(distill, states="noised")),
         Variant("even-weights", distill=replace(distill, weighting="even")),
@@ -58,7 +58,7 @@ experiment = replace(
     ),
     peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
     metrics=("fd", "kid"),
-    witnesses=("digits-lenet",),
+    more_extractors=("digits-lenet",),
     num_blocks=5,
     num_images=400,
     batch_size=50,

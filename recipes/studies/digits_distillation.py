@@ -3,8 +3,8 @@
     dyndit compare digits_distillation --model runs/levers/model --out runs/distillation   # resumable
 
 `--model` gives the exits and the table of `digits_levers`; without it the run makes them first. The comparison's own
-arms (`searched`) are that plain recipe. Every variant distils exits anew, on the same trunk; "deep-supervision" trains
-a trunk from scratch by the recipe `digits`, with exits from the first step.
+arms (`searched`) are that plain recipe. Every variant distils exits anew, on the same backbone; "deep-supervision"
+trains a backbone from scratch by the recipe `digits`, with exits from the first step.
 
 Measured (docs/results/distillation), Fréchet distance against `searched`, budgets 0.3 / 0.45, by the extractor that
 plans are calibrated on: LoRA +0.05 / +0.17, sampler states +0.05 / +0.02, path KL +0.10 / +0.02, 100 steps +0.13 /
@@ -30,7 +30,7 @@ experiment = replace(
     dynamic_steps=(10,),
     budgets=(0.3, 0.45),
     variants=(
-        Variant("lora", distill=replace(distill, trunk="lora", trunk_rate=1.0)),
+        Variant("lora", distill=replace(distill, backbone="lora", backbone_rate=1.0)),
         Variant("sampler-states", distill=replace(distill, states="sampler")),
         Variant("path-kl", distill=replace(distill, weighting="path-kl")),
         Variant("short-distillation", distill=replace(distill, fit=replace(distill.fit, steps=100))),
@@ -39,7 +39,7 @@ experiment = replace(
     ),
     peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
     metrics=("fd", "kid"),
-    witnesses=("digits-lenet",),
+    more_extractors=("digits-lenet",),
     num_blocks=5,
     num_images=400,
     batch_size=50,

@@ -1,14 +1,14 @@
-"""Digits: what do own guides, a trained trunk, wide heads and a confidence router bring, one at a time?
+"""Digits: what do own guides, a trained backbone, wide heads and a confidence router bring, one at a time?
 
     dyndit compare digits_levers --out runs/levers                   # resumable
 
-The comparison's own arms (`searched`) are the plain recipe: the exits of the quickstart on a frozen trunk, and a table
-of 128 seeds with a band for each of 10 steps. A variant differs in the one choice that its name says. The confidence
-router is an arm of its own.
+The comparison's own arms (`searched`) are the plain recipe: the exits of the quickstart on a frozen backbone, and a
+table of 128 seeds with a band for each of 10 steps. A variant differs in the one choice that its name says. The
+confidence router is an arm of its own.
 
 Measured (docs/results/levers), Fréchet distance at budgets 0.3 / 0.45 by the extractor that plans are calibrated on:
-plain 1.39 / 1.11, own guides 2.22 / 1.43, trunk trained whole 1.35 / 1.21, wide heads 1.52 / 1.20; full depth 1.52. The
-confidence router has 1.67 in 4.2 ms, where plain takes 3.0 / 4.7. None became a default on digits. 34 minutes on 2
+plain 1.39 / 1.11, own guides 2.22 / 1.43, backbone trained whole 1.35 / 1.21, wide heads 1.52 / 1.20; full depth 1.52.
+The confidence router has 1.67 in 4.2 ms, where plain takes 3.0 / 4.7. None became a default on digits. 34 minutes on 2
 cores of an AMD EPYC, 2026-11-24, a learned router included that the code no longer has.
 """
 
@@ -33,13 +33,13 @@ experiment = replace(
     budgets=(0.3, 0.45),
     variants=(
         Variant("own-guides", calibration=replace(table, own_guides=True)),
-        Variant("whole", distill=replace(distill, trunk="whole")),
+        Variant("whole", distill=replace(distill, backbone="whole")),
         Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
     ),
     confidence=ConfidenceSettings(),
     peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
     metrics=("fd", "kid"),
-    witnesses=("digits-lenet",),
+    more_extractors=("digits-lenet",),
     num_blocks=5,
     num_images=400,
     batch_size=50,

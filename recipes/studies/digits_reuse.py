@@ -31,7 +31,7 @@ experiment = replace(
     variants=(Variant("reuse", calibration=replace(table, held=True)),),
     peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
     metrics=("fd", "kid"),
-    witnesses=("digits-lenet",),
+    more_extractors=("digits-lenet",),
     num_blocks=5,
     num_images=400,
     batch_size=50,

@@ -213,7 +213,7 @@ WAYS = {
         {"attention_mask": (torch.arange(24) < torch.tensor([[20], [7]])).long()},
     ),
     "no sizes": ("PixArtTransformer2DModel", {"use_additional_conditions": False}, {"added_cond_kwargs": None}),
-    "text as wide as the trunk": (
+    "text as wide as the backbone": (
         "PixArtTransformer2DModel",
         {"caption_channels": None},
         {"encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 24).reshape(2, 8, 24)},

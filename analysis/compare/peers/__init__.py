@@ -7,9 +7,9 @@ import importlib
 import pkgutil
 from functools import cache
 
-from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings, grid
 
-__all__ = ["Peer", "PeerSettings", "Workshop", "grid", "peers"]
+__all__ = ["Peer", "PeerContext", "PeerSettings", "grid", "peers"]
 
 
 @cache

@@ -4,8 +4,8 @@ Moon et al. (ICML 2024), "A Simple Early Exiting Framework for Accelerated Sampl
 arXiv:2408.05927: the depth is a fixed function of the timestep, deepest near the picture, and the same for both
 guidance branches. Taken from it: ten equal ranges of timesteps, of which each next pair is shallower by an equal number
 of blocks; the schedule in the authors' code (taehong-moon/ee-diffusion, DiT/drop_scheduler.py) is 28, 28, 24, 24, 20,
-20, 16, 16, 12, 12 of 28 blocks from t = 0 up, which is `drop` = 4/7 here. Not taken: there the whole trunk is
-fine-tuned for one schedule and all depths share the final layer. Here the trunk is frozen and each depth has its
+20, 16, 16, 12, 12 of 28 blocks from t = 0 up, which is `drop` = 4/7 here. Not taken: there the whole backbone is
+fine-tuned for one schedule and all depths share the final layer. Here the backbone is frozen and each depth has its
 distilled exit, as for every other plan, so what is compared is the schedule.
 """
 

@@ -17,11 +17,11 @@ from dyndit.training.train import Train
 
 
 @dataclass(frozen=True)
-class Workshop:
+class PeerContext:
     """What a peer that has weights of its own may train them with.
 
     out: a folder for what it trains, where it finds it again; data: the pictures of the comparison; fit: how the exits
-    were distilled, which is the budget that a peer may spend too. train: how the comparison trains its trunk from
+    were distilled, which is the budget that a peer may spend too. train: how the comparison trains its backbone from
     scratch, for a peer that trains a smaller one; None if the comparison does not say.
     """
 
@@ -61,8 +61,8 @@ class PeerSettings:
         """The settings in an arm's name, such as "every2-depth4"."""
         return "-".join(f"{f.name}{_plain(getattr(self, f.name))}" for f in fields(self))
 
-    def model(self, model: DynamicDepth, workshop: Workshop | None = None) -> DynamicDepth:
-        """What runs; by default the model itself. Only a peer that trains needs a workshop."""
+    def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
+        """What runs; by default the model itself. Only a peer that trains needs a context."""
         return model
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:

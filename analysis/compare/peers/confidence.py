@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dyndit.calibration.drawing import CALIBRATION_SEED, batches_of
+from dyndit.calibration.samplers import CALIBRATION_SEED, batches_of
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_json, write_json
 from dyndit.models.base import Inputs

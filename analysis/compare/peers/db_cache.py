@@ -18,7 +18,7 @@ from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 
 if TYPE_CHECKING:
-    from dyndit.analysis.compare.peers.base import Workshop
+    from dyndit.analysis.compare.peers.base import PeerContext
 
 
 def load_cache_dit() -> ModuleType:
@@ -105,7 +105,7 @@ class DBCache(DiffusersCache):
         """From some steps to most; forecast at the two wider thresholds."""
         return cls(0.1), cls(0.2), cls(0.2, 1), cls(0.4, 1)
 
-    def model(self, model: DynamicDepth, workshop: "Workshop | None" = None) -> DynamicDepth:
+    def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
         """See `DiffusersCache.model`.
 
         Raises:

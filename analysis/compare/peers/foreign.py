@@ -27,7 +27,7 @@ from dyndit.storage.diffusers_folder import to_diffusers
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-    from dyndit.analysis.compare.peers.base import Workshop
+    from dyndit.analysis.compare.peers.base import PeerContext
 
 NOT_APPLICABLE = {
     "sea_cache": "SeaCache (arXiv:2602.18993) decides on flow-matching latents (C, T, H, W), and diffusers reads them "
@@ -149,7 +149,7 @@ class DiffusersCache(PeerSettings):
     def attach(self, transformer: "DiTTransformer2DModel") -> None:
         """Hook the cache into the transformer."""
 
-    def model(self, model: DynamicDepth, workshop: "Workshop | None" = None) -> DynamicDepth:
+    def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
         """The peer over `model`, with a transformer of its own.
 
         Raises:

@@ -19,7 +19,7 @@ from dyndit.plans.plan import DepthPlan
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
-    from dyndit.analysis.compare.peers.base import Workshop
+    from dyndit.analysis.compare.peers.base import PeerContext
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LayerSkip(DiffusersCache):
         """One to five of 12 blocks, spread evenly, never the first or the last."""
         return grid(cls, skipped=((6,), (3, 7), (2, 5, 8), (1, 3, 5, 7, 9)))
 
-    def model(self, model: DynamicDepth, workshop: "Workshop | None" = None) -> DynamicDepth:
+    def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
         """See `DiffusersCache.model`.
 
         Raises:
@@ -47,7 +47,7 @@ class LayerSkip(DiffusersCache):
         """
         if bad := [index for index in self.skipped if not 0 <= index < model.num_blocks]:
             raise InputError(f"peer {self.name}: block {bad[0]} skipped, expected 0 to {model.num_blocks - 1}")
-        return super().model(model, workshop)
+        return super().model(model, context)
 
     def share_of_blocks(self, plan: DepthPlan) -> float:
         """Those that are left."""

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from dyndit.analysis.compare.peers.base import PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import PeerContext, PeerSettings, grid
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dit import ClassConditionalDiT
@@ -46,25 +46,23 @@ class Pruned(PeerSettings):
         """A third of twelve blocks gone, and half."""
         return grid(cls, drop=(4, 6), by=("effect",))
 
-    def model(self, model: DynamicDepth, workshop: Workshop | None = None) -> DynamicDepth:
-        """The fine-tuned rest, a model of its own; trained, or loaded from the workshop.
+    def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
+        """The fine-tuned rest, a model of its own; trained, or loaded from the context.
 
         Raises:
-            InputError: there is no workshop, no block would be left, or the trunk is an adapter's.
+            InputError: there is no context, no block would be left, or the backbone is an adapter's.
         """
         if self.drop == 0:
             return DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process).eval()
-        if workshop is None:
-            raise InputError(f"peer {self.name}: needs a workshop to fine-tune in")
-        key = hashlib.sha256(
-            f"{model.identity.backbone} {workshop.fit} {workshop.data.fingerprint}".encode()
-        ).hexdigest()
-        folder = workshop.out / f"{self.name}-{self.label}-{key[:8]}"
+        if context is None:
+            raise InputError(f"peer {self.name}: needs a context to fine-tune in")
+        key = hashlib.sha256(f"{model.identity.backbone} {context.fit} {context.data.fingerprint}".encode()).hexdigest()
+        folder = context.out / f"{self.name}-{self.label}-{key[:8]}"
         device = next(model.parameters()).device
         if not (folder / checkpoints.CONFIG).exists():
-            student = without_blocks(model, self._kept(model, workshop.data))
+            student = without_blocks(model, self._kept(model, context.data))
             training = folder.with_name(f"{folder.name}-training")
-            checkpoints.save(Match(workshop.fit).run(model, student, workshop.data, training)[0], folder)
+            checkpoints.save(Match(context.fit).run(model, student, context.data, training)[0], folder)
         return checkpoints.load(folder).to(device)
 
     def _kept(self, model: DynamicDepth, data: Pictures) -> tuple[int, ...]:
@@ -115,14 +113,14 @@ def effects(model: DynamicDepth, data: Pictures, *, num_pictures: int = 256, see
 
 
 def without_blocks(model: DynamicDepth, kept: Sequence[int]) -> ClassConditionalDiT:
-    """A copy of the trunk with these blocks alone, as they are.
+    """A copy of the backbone with these blocks alone, as they are.
 
     Raises:
-        InputError: the trunk is no `ClassConditionalDiT`.
+        InputError: the backbone is no `ClassConditionalDiT`.
     """
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):
-        raise InputError(f"pruned: trunk {type(backbone).__name__}; expected a ClassConditionalDiT")
+        raise InputError(f"pruned: backbone {type(backbone).__name__}; expected a ClassConditionalDiT")
     student = ClassConditionalDiT.from_config(backbone.config() | {"num_blocks": len(kept)})
     student.load_state_dict(
         {k: v for k, v in backbone.state_dict().items() if not k.startswith("blocks.")}

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings, grid
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
@@ -39,7 +39,7 @@ class Stale(PeerSettings):
         """Every other or third step full, half or a sixth of twelve blocks between."""
         return grid(cls, every=(2, 3), depth=(2, 6))
 
-    def model(self, model: DynamicDepth, workshop: Workshop | None = None) -> DynamicDepth:
+    def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
         """Raises InputError: `depth` is none between the first and the last block, or `every` is below 1."""
         if not 1 <= self.depth < model.num_blocks:
             raise InputError(f"{self.name} depth {self.depth}: expected 1 to {model.num_blocks - 1}")

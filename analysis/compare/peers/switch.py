@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from dyndit.analysis.compare.peers.base import Peer, PeerSettings, Workshop, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings, grid
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
@@ -22,7 +22,7 @@ from dyndit.storage import load as checkpoints
 class TwoModels(PeerSettings):
     """share: of the steps, from the noisiest on, that the small model takes; depth: the small model's blocks.
 
-    The small model is trained as the comparison trains its trunk, with fewer blocks and all else alike.
+    The small model is trained as the comparison trains its backbone, with fewer blocks and all else alike.
     """
 
     name: ClassVar[str] = "switch"
@@ -49,26 +49,26 @@ class TwoModels(PeerSettings):
         """How many of the first steps are the small model's."""
         return round(self.share * num_steps)
 
-    def model(self, model: DynamicDepth, workshop: Workshop | None = None) -> DynamicDepth:
-        """Train the small model, or load it from the workshop.
+    def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
+        """Train the small model, or load it from the context.
 
         Raises:
-            InputError: there is no workshop, or it does not say how a trunk is trained; or the small model works on
+            InputError: there is no context, or it does not say how a backbone is trained; or the small model works on
                 other pictures.
         """
         if self.share == 0:
             return Switch(model, model, self)
-        if workshop is None:
-            raise InputError(f"peer {self.name}: needs a workshop to train a small model in")
-        if workshop.train is None:
-            raise InputError(f"peer {self.name}: the experiment has no `train`; expected how its trunk is trained")
-        backbone = replace(workshop.train.backbone, num_blocks=self.depth)
-        recipe = replace(workshop.train, backbone=backbone, exits=None)
-        made_of = f"{recipe.backbone} {recipe.process} {recipe.fit} {workshop.data.fingerprint}"
+        if context is None:
+            raise InputError(f"peer {self.name}: needs a context to train a small model in")
+        if context.train is None:
+            raise InputError(f"peer {self.name}: the experiment has no `train`; expected how its backbone is trained")
+        backbone = replace(context.train.backbone, num_blocks=self.depth)
+        recipe = replace(context.train, backbone=backbone, exits=None)
+        made_of = f"{recipe.backbone} {recipe.process} {recipe.fit} {context.data.fingerprint}"
         key = hashlib.sha256(made_of.encode()).hexdigest()
-        folder = workshop.out / f"{self.name}-depth{self.depth}-{key[:8]}"
+        folder = context.out / f"{self.name}-depth{self.depth}-{key[:8]}"
         if not (folder / checkpoints.CONFIG).exists():
-            trained, _ = recipe.run(workshop.data, folder.with_name(f"{folder.name}-training"))
+            trained, _ = recipe.run(context.data, folder.with_name(f"{folder.name}-training"))
             checkpoints.save(trained, folder)
         small = checkpoints.load(folder)
         return Switch(model, small.to(next(model.parameters()).device), self)

@@ -104,7 +104,7 @@ class DiTAdapter(Adapter):
         return join_patches(patches, *(side // patch for side in self.sample_shape[1:]), patch)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Under the native names, so that the trunk has one identity in both libraries."""
+        """Under the native names, so that the backbone has one identity in both libraries."""
         return to_native(self.transformer.state_dict(), self.sample_shape[1] // self.transformer.patch_size)
 
     def unseen(self) -> dict[str, object]:

@@ -147,7 +147,7 @@ def test_a_plan_for_other_exits_is_refused(make_model) -> None:
 
 
 def test_diffusers_embeds_the_timestep_again_in_every_block(make_model) -> None:
-    """The same trunk in diffusers' own modules: equal but for the timestep MLP, which each block repeats."""
+    """The same backbone in diffusers' own modules: equal but for the timestep MLP, which each block repeats."""
     model = make_model(in_channels=4)
     theirs = model_macs(DynamicDepth(adapt(to_diffusers(model).eval()), pixel_space=False))
     mine, width = model_macs(model), model.backbone.width

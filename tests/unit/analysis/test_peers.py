@@ -15,7 +15,7 @@ from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.experiment import Experiment, settings_of
 from dyndit.analysis.compare.experiment import Inputs as Given
-from dyndit.analysis.compare.peers import Peer, PeerSettings, Workshop, grid, peers
+from dyndit.analysis.compare.peers import Peer, PeerContext, PeerSettings, grid, peers
 from dyndit.analysis.compare.peers.ase import FixedExits
 from dyndit.analysis.compare.peers.forecast import Forecast, extrapolate
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
@@ -66,18 +66,18 @@ def model(make_model) -> DynamicDepth:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("peers"), load_digits(), FIT, TRAIN)
+def context(tmp_path_factory) -> PeerContext:
+    return PeerContext(tmp_path_factory.mktemp("peers"), load_digits(), FIT, TRAIN)
 
 
 @pytest.fixture(scope="module")
-def made(model, workshop):
+def made(model, context):
     """What a peer runs, made once: settings -> model."""
     known: dict[PeerSettings, DynamicDepth] = {}
 
     def make(settings: PeerSettings) -> DynamicDepth:
         if settings not in known:
-            known[settings] = settings.model(model, workshop)
+            known[settings] = settings.model(model, context)
         return known[settings]
 
     return make
@@ -298,18 +298,18 @@ def test_a_block_that_does_nothing_has_no_effect(make_model) -> None:
     assert min(e for i, e in enumerate(found) if i != 4) > 0
 
 
-def test_pruned_weights_are_trained_once_and_bound_to_their_trunk(model, make_model, workshop, monkeypatch) -> None:
+def test_pruned_weights_are_trained_once_and_bound_to_their_trunk(model, make_model, context, monkeypatch) -> None:
     settings = Pruned(3, "spread")
-    first = settings.model(model, workshop)
+    first = settings.model(model, context)
     kept = without_blocks(model, evenly_spread(6, 3))
     assert any(
         not torch.equal(a, b) for a, b in zip(kept.parameters(), first.backbone.parameters(), strict=True)
     )  # fine-tuned, all through
     monkeypatch.setattr("dyndit.training.match.fit", None)
-    again = settings.model(model, workshop)
+    again = settings.model(model, context)
     assert again.identity.backbone == first.identity.backbone
     with pytest.raises(TypeError):
-        settings.model(make_model(seed=3), workshop)  # another trunk's are not taken for these
+        settings.model(make_model(seed=3), context)  # another backbone's are not taken for these
 
 
 def test_matching_brings_a_student_nearer(model, tmp_path: Path) -> None:
@@ -329,8 +329,8 @@ def test_the_switch_asks_the_small_model_first(model, make_model) -> None:
     calls = []
     peer = Switch(model, small, settings)
     handles = [
-        trunk.blocks[0].register_forward_hook(lambda *_, name=name: calls.append(name))
-        for name, trunk in (("large", model.backbone), ("small", small.backbone))
+        backbone.blocks[0].register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, backbone in (("large", model.backbone), ("small", small.backbone))
     ]
     draw(peer, full_plan(peer, "ddim", 4, 1.5))
     for handle in handles:
@@ -340,7 +340,7 @@ def test_the_switch_asks_the_small_model_first(model, make_model) -> None:
         Switch(model, make_model(num_classes=5), settings)
 
 
-def test_the_switchs_small_model_is_trained_as_the_trunk_is_with_fewer_blocks(model, workshop, monkeypatch) -> None:
+def test_the_switchs_small_model_is_trained_as_the_trunk_is_with_fewer_blocks(model, context, monkeypatch) -> None:
     """The comparison's own recipe but for the blocks, once for all shares: on digits, what `digits_small` trains."""
     from dyndit.recipes.digits import train
     from dyndit.recipes.studies.digits_small import train as small
@@ -351,12 +351,12 @@ def test_the_switchs_small_model_is_trained_as_the_trunk_is_with_fewer_blocks(mo
         asked.append(recipe)
         raise InterruptedError
 
-    made_before = [TwoModels(share, 2).model(model, workshop).small for share in (0.3, 0.5)]
+    made_before = [TwoModels(share, 2).model(model, context).small for share in (0.3, 0.5)]
     assert [m.num_blocks for m in made_before] == [2, 2]
-    assert len(list(workshop.out.glob("switch-depth2-*[0-9a-f]"))) == 1
+    assert len(list(context.out.glob("switch-depth2-*[0-9a-f]"))) == 1
     monkeypatch.setattr(Train, "run", run)
     with pytest.raises(InterruptedError):
-        TwoModels(0.5).model(model, replace(workshop, train=replace(train, exits=ExitConfig((8,)))))
+        TwoModels(0.5).model(model, replace(context, train=replace(train, exits=ExitConfig((8,)))))
     assert asked == [small]
 
 
@@ -370,10 +370,10 @@ def test_the_switchs_small_model_is_trained_as_the_trunk_is_with_fewer_blocks(mo
         (lambda m: TwoModels(1.5), "switch share 1.5"),
         (lambda m: TwoModels(0.5, 0), "switch depth 0"),
         (lambda m: Pruned(-1), "pruned drop-1"),
-        (lambda m: Pruned(2).model(m), "workshop"),
-        (lambda m: TwoModels(0.5).model(m), "workshop"),
-        (lambda m: TwoModels(0.5).model(m, Workshop(Path(), load_digits(), FIT)), "no `train`"),
-        (lambda m: Pruned(6).model(m, Workshop(Path(), load_digits(), FIT)), "pruned drop 6"),
+        (lambda m: Pruned(2).model(m), "context"),
+        (lambda m: TwoModels(0.5).model(m), "context"),
+        (lambda m: TwoModels(0.5).model(m, PeerContext(Path(), load_digits(), FIT)), "no `train`"),
+        (lambda m: Pruned(6).model(m, PeerContext(Path(), load_digits(), FIT)), "pruned drop 6"),
     ],
 )
 def test_bad_settings_are_one_line(model, make, message: str) -> None:
@@ -417,8 +417,8 @@ def comparison(model, tmp_path):
     references = tuple(Measured(real, load_extractor(name)) for name in ("digits", "digits-lenet"))
     experiment = Experiment(
         model="", data="digits", extractor="digits", distill=Distill(fit=FIT), solvers=("ddim",), peer_steps=(3,),
-        peers=(Stale(2, 2), FixedExits(), GuidanceInterval(0.5, 10.0), Pruned(1)),
-        num_blocks=2, num_images=70, batch_size=30, metrics=("fd", "kid", "is", "prc"), witnesses=("digits-lenet",),
+        peers=(Stale(2, 2), FixedExits(), GuidanceInterval(0.5, 10.0), Pruned(1)), num_blocks=2, num_images=70,
+        batch_size=30, metrics=("fd", "kid", "is", "prc"), more_extractors=("digits-lenet",),
     )  # fmt: skip
     return Comparison(experiment, model, references, tmp_path, Console(quiet=True))
 
@@ -485,15 +485,15 @@ def test_the_recipe_takes_every_peer() -> None:
 
 
 @pytest.mark.parametrize("settings", OURS, ids=lambda s: s.name)
-def test_on_the_digits_model(settings: type[PeerSettings], workshop) -> None:
-    """Every peer runs on the trunk that ships, with the settings it is compared at (shorter training)."""
+def test_on_the_digits_model(settings: type[PeerSettings], context) -> None:
+    """Every peer runs on the backbone that ships, with the settings it is compared at (shorter training)."""
     import dyndit
     from dyndit.models.exits import ExitConfig, Exits
 
     model = dyndit.load("digits")
     model = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig())).eval()
     chosen = settings.chosen()[0]
-    runs = chosen.model(model, workshop)
+    runs = chosen.model(model, context)
     pictures = draw(runs, plan_of(chosen, runs, steps=3))
     assert pictures.shape == (5, 1, 8, 8)
     assert pictures.unique().numel() > 10

@@ -7,8 +7,8 @@ import torch
 
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bases, measure_moments, plan_on_table
-from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, default_choices, measure_shifts, part_of
+from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import InputError
 from dyndit.pictures import as_rgb
 from dyndit.plans.predictor import Predictor
@@ -62,9 +62,9 @@ def test_a_single_replaced_step_is_predicted_as_it_is_measured(
 
 
 def test_bands_are_drawn_in_any_order(model) -> None:
-    drawing, choice = NativeDrawing(model, num_steps=4), Step.parse("2|2")
-    full, *there = drawing.replaced((0, 1), [[0, 1], [2, 3], [1, 2], [3]], [choice])
-    again, *back = drawing.replaced((0, 1), [[3], [1, 2], [2, 3], [0, 1]], [choice])
+    sampler, choice = OwnSampler(model, num_steps=4), Step.parse("2|2")
+    full, *there = sampler.replaced((0, 1), [[0, 1], [2, 3], [1, 2], [3]], [choice])
+    again, *back = sampler.replaced((0, 1), [[3], [1, 2], [2, 3], [0, 1]], [choice])
     assert torch.equal(full, again)
     assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
     assert len({tuple(part.flatten().tolist()) for part in (full, *there)}) == 5
@@ -105,7 +105,7 @@ FORECASTS = replace(SETTINGS, choices=(*SETTINGS.choices, "2+", "4+"), forecast_
 def test_a_part_of_a_table_is_what_would_be_measured(model, extractor, reference, part: CalibrationSettings) -> None:
     whole = measure_shifts(model, extractor, reference, num_steps=2, settings=FORECASTS)
     measured = measure_shifts(model, extractor, reference, num_steps=2, settings=part, cost=whole.cost)
-    taken = part_of(whole, NativeDrawing(model, "ddim", 2, 1.5, seed=part.seed), part)
+    taken = part_of(whole, OwnSampler(model, "ddim", 2, 1.5, seed=part.seed), part)
     assert (taken.choices, taken.ages, taken.edges) == (measured.choices, measured.ages, measured.edges)
     assert torch.equal(taken.mean, measured.mean)
     assert torch.equal(taken.second, measured.second)
@@ -125,9 +125,9 @@ def test_a_part_of_a_table_is_what_would_be_measured(model, extractor, reference
     ],
 )
 def test_no_part_of_a_table_is_another_measurement(model, table, changes: dict, drawn: dict) -> None:
-    drawing = replace(NativeDrawing(model, "ddim", 2, 1.5), **drawn)
-    assert part_of(table, NativeDrawing(model, "ddim", 2, 1.5), SETTINGS) is not None
-    assert part_of(table, drawing, replace(SETTINGS, **changes)) is None
+    sampler = replace(OwnSampler(model, "ddim", 2, 1.5), **drawn)
+    assert part_of(table, OwnSampler(model, "ddim", 2, 1.5), SETTINGS) is not None
+    assert part_of(table, sampler, replace(SETTINGS, **changes)) is None
 
 
 def test_sums_of_another_measurement_are_not_used(model, extractor, reference, table, tmp_path) -> None:

@@ -46,7 +46,7 @@ experiment = Experiment(
         Variant("held", calibration=CalibrationSettings(80, 2, 40, num_depths=2, held=True)),
         Variant("wide", distill=Distill(ExitConfig((2,), "wide"), distill.fit, "digits")),
         Variant("elsewhere", calibration_solver="unipc", calibration_steps=3, calibration_cfg_scale=3.0),
-        Variant("whole", distill=Distill(ExitConfig((2,)), distill.fit, "digits", trunk="whole")),
+        Variant("whole", distill=Distill(ExitConfig((2,)), distill.fit, "digits", backbone="whole")),
     ),
 )
 """
@@ -54,7 +54,7 @@ experiment = Experiment(
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Path:
-    """A folder with a recipe, a trained trunk `trunk`, a model with exits `model`, a table and a plan in it."""
+    """A folder with a recipe, a trained backbone `backbone`, a model with exits `model`, a table and a plan in it."""
     root = tmp_path_factory.mktemp("workshop")
     recipe = root / "recipe.py"
     recipe.write_text(RECIPE)
@@ -187,13 +187,13 @@ def test_samples_become_a_report(workshop: Path, tmp_path: Path, capsys) -> None
 
 def test_distillation_saves_a_trunk_that_it_trained(workshop: Path, tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "recipe.py"
-    recipe.write_text(RECIPE + "\nfrom dataclasses import replace\ndistill = replace(distill, trunk='lora')\n")
+    recipe.write_text(RECIPE + "\nfrom dataclasses import replace\ndistill = replace(distill, backbone='lora')\n")
     options = ["--model", str(workshop / "trunk"), "--steps", "2"]
     main(["distill", str(recipe), *options, "--out", str(tmp_path / "out")])
     found = dyndit.load(tmp_path / "out").identity.backbone
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["trunk"] == found
     assert found != dyndit.load(workshop / "trunk").identity.backbone
-    assert "trunk: trained too" in capsys.readouterr().out
+    assert "backbone: trained too" in capsys.readouterr().out
 
 
 def test_bench_times_full_depth_against_itself(workshop: Path, capsys, tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert {"searched-held-ddim-4-b0.95", "searched-wide-ddim-4-b0.95"} < arms
     variants = out / "variants"
     assert dyndit.load(variants / "wide" / "model").depths == (2, 4)
-    trunks = {name: dyndit.load(variants / name / "model").identity.backbone for name in ("wide", "whole")}
-    assert trunks["wide"] == dyndit.load(workshop / "trunk").identity.backbone != trunks["whole"]
+    backbones = {name: dyndit.load(variants / name / "model").identity.backbone for name in ("wide", "whole")}
+    assert backbones["wide"] == dyndit.load(workshop / "trunk").identity.backbone != backbones["whole"]
     assert "searched-whole-ddim-4-b0.95" in arms
     assert sorted(arm for arm in arms if arm.startswith(("full-wide", "full-whole"))) == ["full-whole-ddim-4"]
     assert not (variants / "held" / "model" / "exits.safetensors").exists()  # the comparison's own exits
@@ -372,8 +372,8 @@ BAD = [
     (["sample", "{model}", "--out", "{out}", "--num-images", "0"], "--num-images 0"),
     (["sample", "{model}", "--out", "{out}", "--budget", "1.5"], "--budget 1.5"),
     (["sample", "{model}", "--out", "{out}", "--plan", "{plan}", "--steps", "5"], "plan.json"),
-    (["sample", "{trunk}", "--out", "{out}", "--plan", "{plan}", "--steps", "4"], "plan.json"),
-    (["sample", "{trunk}", "--out", "{out}", "--budget", "0.5"], "shift-table"),
+    (["sample", "{backbone}", "--out", "{out}", "--plan", "{plan}", "--steps", "4"], "plan.json"),
+    (["sample", "{backbone}", "--out", "{out}", "--budget", "0.5"], "shift-table"),
     (["sample", "{root}/none", "--out", "{out}"], "none"),
     (["sample", "{damaged}", "--out", "{out}"], "model.safetensors"),
     (["sample", "{foreign}", "--out", "{out}"], "exits.safetensors"),
@@ -394,7 +394,7 @@ BAD = [
     (["evaluate", "{unreadable}", "--reference", "digits", "--extractor", "digits"], "broken.png"),
     (["calibrate", "{model}", "--budget", "0"], "--budget 0"),
     (["calibrate", "{model}", "--budget", "0.5", "--solver", "magic"], "--solver magic"),
-    (["calibrate", "{trunk}", "--budget", "0.5"], "no exits"),
+    (["calibrate", "{backbone}", "--budget", "0.5"], "no exits"),
     (["calibrate", "{model}"], "--latency-budget and --target-fd"),
     (["calibrate", "{model}", "--budget", "0.5", "--forecast-ages", "-1"], "--forecast-ages -1"),
     (["calibrate", "{model}", "--budget", "0.5", "--target-fd", "2"], "--target-fd and --budget: both given"),
@@ -408,10 +408,10 @@ BAD = [
     (["sample", "{model}", "--out", "{out}", "--latency-budget", "0.5", "--steps", "4"], "--steps 4"),
     (["sample", "{model}", "--out", "{out}", "--latency-budget", "0.5", "--cfg-scale", "4"], "--cfg-scale 4"),
     (["sample", "{model}", "--out", "{out}", "--target-fd", "1e-9"], "--target-fd 1e-09"),
-    (["sample", "{trunk}", "--out", "{out}", "--latency-budget", "0.5"], "shift-table"),
-    (["distill", "{recipe}", "--model", "{trunk}", "--data", "{empty}", "--out", "{out}"], "empty"),
-    (["distill", "{recipe}", "--model", "{trunk}", "--data", "{unreadable}", "--out", "{out}"], "broken.png"),
-    (["distill", "{recipe}", "--model", "{trunk}", "--out", "{full}"], "--out"),
+    (["sample", "{backbone}", "--out", "{out}", "--latency-budget", "0.5"], "shift-table"),
+    (["distill", "{recipe}", "--model", "{backbone}", "--data", "{empty}", "--out", "{out}"], "empty"),
+    (["distill", "{recipe}", "--model", "{backbone}", "--data", "{unreadable}", "--out", "{out}"], "broken.png"),
+    (["distill", "{recipe}", "--model", "{backbone}", "--out", "{full}"], "--out"),
     (["train", "{recipe}", "--out", "{full}"], "--out"),
     (["train", "nothing.py", "--out", "{out}"], "nothing.py"),
     (["train", "cifar10", "--out", "{out}"], "--data"),
@@ -420,11 +420,11 @@ BAD = [
     (["evaluate", "{full}", "--reference", "digits", "--extractor", "magic"], "magic"),
     (["evaluate", "{digits}", *DIGITS, "--metrics", "fd", "--force", "--out", "{out}"], "--out"),
     (["report", "{empty}", "--out", "{out}"], "runs.csv"),
-    (["compare", "{recipe}", "--out", "{full}", "--model", "{trunk}"], "--out"),
+    (["compare", "{recipe}", "--out", "{full}", "--model", "{backbone}"], "--out"),
     (["calibrate", "{root}/none", "--budget", "0.5"], "local model folder"),
-    (["convert", "{trunk}", "{full}"], "already there"),
-    (["convert", "{trunk}", "{out}", "--num-heads", "4"], "--num-heads 4"),
-    (["convert", "{trunk}", "{out}", "--revision", "main"], "--revision main"),
+    (["convert", "{backbone}", "{full}"], "already there"),
+    (["convert", "{backbone}", "{out}", "--num-heads", "4"], "--num-heads 4"),
+    (["convert", "{backbone}", "{out}", "--revision", "main"], "--revision main"),
     (["convert", "{damaged}", "{out}", "--to", "official"], "model.safetensors"),
     (["convert", "{foreign}", "{out}", "--to", "diffusers"], "exits.safetensors"),
 ]
@@ -458,7 +458,7 @@ def places(workshop: Path, tmp_path_factory) -> dict[str, Path]:
     return made | {
         "root": root,
         "model": workshop / "model",
-        "trunk": workshop / "trunk",
+        "backbone": workshop / "trunk",
         "plan": workshop / "plan.json",
         "recipe": workshop / "recipe.py",
     }

@@ -127,9 +127,9 @@ def test_hashes_bind_trunk_and_exits(make_model) -> None:
     assert (model.identity.backbone, model.identity.exits) == (same.identity.backbone, same.identity.exits)
     assert model.identity.backbone != other.identity.backbone
     assert model.identity.exits != other.identity.exits
-    trunk = model.identity.backbone
+    backbone = model.identity.backbone
     next(model.exits.parameters()).data[0] += 1
-    assert model.identity.backbone == trunk
+    assert model.identity.backbone == backbone
     assert model.identity.exits != same.identity.exits
 
 
@@ -148,7 +148,7 @@ def test_contract(family: str, head: str, make_inputs) -> None:
 
     model = DynamicDepth(backbone, Exits(backbone, ExitConfig(head=head))).eval()
     after = backbone.state_dict()
-    assert after.keys() == before.keys()  # exits are beside the trunk, not in it
+    assert after.keys() == before.keys()  # exits are beside the backbone, not in it
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not {p.data_ptr() for p in backbone.parameters()} & {p.data_ptr() for p in model.exits.parameters()}
     assert torch.equal(model(x, t, y), expected)

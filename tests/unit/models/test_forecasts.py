@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndit.analysis.metrics.macs import plan_macs, sampling_macs
-from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, forecast_choices, measure_shifts
+from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.forecasts import NUM_TERMS, GapRegression, Gaps, basis, forecast_gap, remembered
@@ -201,14 +201,14 @@ class Squares:
 
 def test_a_forecast_is_measured_at_its_age(model: DynamicDepth) -> None:
     """Of age 1 it is the plan with that step alone forecast; older ones are other pictures."""
-    drawing = NativeDrawing(model, "ddim", 4, 1.5)
+    sampler = OwnSampler(model, "ddim", 4, 1.5)
     choice, plain = steps("2+|held", "2|held")
     bands = [[k] for k in range(4)]
-    found = list(drawing.replaced(range(3), bands, [choice, choice], [1, 2]))[1:]
+    found = list(sampler.replaced(range(3), bands, [choice, choice], [1, 2]))[1:]
     for k in range(4):
-        changed = [(choice if k else plain) if i == k else step for i, step in enumerate(drawing.full.steps)]
+        changed = [(choice if k else plain) if i == k else step for i, step in enumerate(sampler.full.steps)]
         expected = sample(
-            model, [0, 1, 2], plan=drawing.full.with_steps(changed), num_steps=4, seed=drawing.seed
+            model, [0, 1, 2], plan=sampler.full.with_steps(changed), num_steps=4, seed=sampler.seed
         ).pictures
         assert torch.equal(found[2 * k], expected)
     assert [torch.equal(found[2 * k], found[2 * k + 1]) for k in range(4)] == [True, True, False, False]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import dyndit
 from dyndit.analysis.metrics.extractors import Extractor, load_extractor
-from dyndit.calibration.drawing import NativeDrawing
 from dyndit.calibration.measure import CalibrationSettings, measure_shifts, measure_table
+from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import InputError, PlanError
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
@@ -24,7 +24,7 @@ from dyndit.plans.step import Step, steps
 from dyndit.plans.table import ShiftTable
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import DynDiTHandle, apply_dyndit
-from dyndit.plugin.calibrate import PipelineDrawing, calibrate_pipeline
+from dyndit.plugin.calibrate import PipelineSampler, calibrate_pipeline
 from dyndit.sampling.loop import picture_generator, to_uint8
 from dyndit.sampling.solvers import make_scheduler
 from dyndit.stats import Moments, frechet_distance, moments
@@ -123,7 +123,7 @@ def decoded(tiny: TinyPipeline) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize(("scale", "choices"), [(4.0, CHOICES), (1.0, steps("2", "3"))])
 def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float, choices) -> None:
-    """Same weights, noise, solver and decoder: two ways of drawing, one table."""
+    """Same weights, noise, solver and decoder: two ways of sampler, one table."""
     exits = random_exits(tiny)
     settings = CalibrationSettings(NUM_PICTURES, num_bands=2, batch_size=5, seed=SEED, choices=choices)
     model = native(tiny, exits)
@@ -131,8 +131,8 @@ def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float,
     ours = measure_shifts(model, EXTRACTOR, reference, to_pictures=decoded(tiny), **options)
 
     handle = apply_dyndit(tiny.pipe, exits)
-    drawing = PipelineDrawing(tiny.pipe, handle, call_of(tiny, scale), cfg_scale=scale, batch_size=5)
-    theirs = measure_table(drawing, EXTRACTOR, reference, settings=settings, cost=COST)
+    sampler = PipelineSampler(tiny.pipe, handle, call_of(tiny, scale), cfg_scale=scale, batch_size=5)
+    theirs = measure_table(sampler, EXTRACTOR, reference, settings=settings, cost=COST)
     assert (theirs.edges, theirs.choices) == (ours.edges, ours.choices)
     assert (theirs.backbone, theirs.exits) == (ours.backbone, ours.exits)
     assert (theirs.solver, theirs.cfg_scale) == ("ddim", scale)
@@ -143,14 +143,14 @@ def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float,
         torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), atol=room, rtol=0)
         torch.testing.assert_close(getattr(theirs.base, name), getattr(ours.base, name), atol=room, rtol=0)
 
-    plan = drawing.full.with_steps([*choices[:2], *drawing.full.steps[2:]])
-    fresh = drawing.drawn(plan, NUM_PICTURES, fresh=True)
+    plan = sampler.full.with_steps([*choices[:2], *sampler.full.steps[2:]])
+    fresh = sampler.drawn(plan, NUM_PICTURES, fresh=True)
     assert fresh.shape == (NUM_PICTURES, 3, 16, 16)
-    assert not torch.equal(fresh, drawing.drawn(plan, NUM_PICTURES, fresh=False))
-    mine = NativeDrawing(model, "ddim", NUM_STEPS, scale, None, decoded(tiny), SEED).drawn(
+    assert not torch.equal(fresh, sampler.drawn(plan, NUM_PICTURES, fresh=False))
+    mine = OwnSampler(model, "ddim", NUM_STEPS, scale, None, decoded(tiny), SEED).drawn(
         replace(plan, solver="ddim"), NUM_PICTURES, fresh=False
     )
-    assert (mine.int() - drawing.drawn(plan, NUM_PICTURES, fresh=False).int()).abs().max() <= 1
+    assert (mine.int() - sampler.drawn(plan, NUM_PICTURES, fresh=False).int()).abs().max() <= 1
 
 
 def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, tmp_path: Path) -> None:
@@ -212,8 +212,8 @@ def test_an_interrupted_measurement_goes_on(tiny, reference, tmp_path: Path) -> 
             raise Stop
 
     def measure(seed_of_call: Callable, **options: object) -> ShiftTable:
-        drawing = PipelineDrawing(tiny.pipe, handle, seed_of_call, batch_size=4)
-        return measure_table(drawing, EXTRACTOR, reference, settings=settings, cost=COST, partial=path, **options)
+        sampler = PipelineSampler(tiny.pipe, handle, seed_of_call, batch_size=4)
+        return measure_table(sampler, EXTRACTOR, reference, settings=settings, cost=COST, partial=path, **options)
 
     with pytest.raises(Stop):
         measure(call_of(tiny, 1.0), on_progress=stop)
@@ -245,11 +245,11 @@ def test_every_family_is_drawn_and_timed(family: str, guided: bool) -> None:
         return (40 * flat + 128).clamp(0, 255).to(torch.uint8)
 
     scale = 4.0 if guided else 1.0
-    drawing = PipelineDrawing(tiny.pipe, handle, call, cfg_scale=scale, rounds=2)
+    sampler = PipelineSampler(tiny.pipe, handle, call, cfg_scale=scale, rounds=2)
     timesteps = tiny.pipe.scheduler.timesteps.tolist()
-    assert drawing.full == DepthPlan.full(tuple(timesteps), 4, type(tiny.pipe.scheduler).__name__, scale)
+    assert sampler.full == DepthPlan.full(tuple(timesteps), 4, type(tiny.pipe.scheduler).__name__, scale)
     choice = Step.parse("2|1" if guided else "2")
-    full, *changed = drawing.replaced((0, 1), [[0, 1], [2]], [choice])
+    full, *changed = sampler.replaced((0, 1), [[0, 1], [2]], [choice])
     handle.plan = None
     assert torch.equal(full, call((0, 1)))
     assert len(changed) == 2
@@ -257,14 +257,14 @@ def test_every_family_is_drawn_and_timed(family: str, guided: bool) -> None:
     stats = handle.stats()
     assert set(stats["depth"]) == {4}
 
-    cost = drawing.cost(2)
+    cost = sampler.cost(2)
     assert (cost.batch_size, cost.num_blocks, cost.device) == (2, 4, "cpu")
     times = [getattr(part, name) for part in (cost.one, cost.two) for name in ("embed", "block", "exit", "head")]
     assert all(seconds > 0 for seconds in (*times, cost.solver))
     assert cost.one.exits == {}  # all exits are alike
     separate = guided and handle.adapter.guidance == "calls"
     assert (cost.two.block == pytest.approx(2 * cost.one.block)) or not separate
-    assert cost.share_of_time(drawing.full) == pytest.approx(1)
+    assert cost.share_of_time(sampler.full) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("family", [DIT, "SD3Transformer2DModel", "FluxTransformer2DModel"])
@@ -278,7 +278,7 @@ def test_a_call_that_is_not_guided_as_said_is_refused(family: str, guided: bool)
         return torch.zeros(len(indices), 3, 4, 4, dtype=torch.uint8)
 
     with pytest.raises((InputError, PlanError), match="cfg_scale") as found:
-        PipelineDrawing(tiny.pipe, handle, call, cfg_scale=1.0 if guided else 4.0)
+        PipelineSampler(tiny.pipe, handle, call, cfg_scale=1.0 if guided else 4.0)
     assert "\n" not in str(found.value)
 
 
@@ -290,7 +290,7 @@ def test_a_call_that_returns_other_things_is_refused(tiny, wrong: Tensor) -> Non
     with pytest.raises(
         InputError, match=r"call: returned \w+ \([\d, ]+\) for 1 numbers; expected uint8 \(1, 3, H, W\)"
     ):
-        PipelineDrawing(tiny.pipe, handle, lambda _: wrong)
+        PipelineSampler(tiny.pipe, handle, lambda _: wrong)
 
 
 def test_the_plan_comes_back_after_an_error(tiny, reference) -> None:
@@ -341,8 +341,8 @@ def test_a_table_of_other_exits_is_refused(tiny, reference, tmp_path: Path) -> N
     """One that is given; one that lies in the folder is measured again."""
     handle: DynDiTHandle = apply_dyndit(tiny.pipe, random_exits(tiny))
     settings = CalibrationSettings(NUM_PICTURES, num_bands=1, batch_size=12, choices=("2",))
-    drawing = PipelineDrawing(tiny.pipe, handle, call_of(tiny, 1.0))
-    table = replace(measure_table(drawing, EXTRACTOR, reference, settings=settings, cost=COST), exits="another")
+    sampler = PipelineSampler(tiny.pipe, handle, call_of(tiny, 1.0))
+    table = replace(measure_table(sampler, EXTRACTOR, reference, settings=settings, cost=COST), exits="another")
     with pytest.raises(InputError, match="exits another"):
         calibrate_pipeline(tiny.pipe, handle, call_of(tiny, 1.0), budget=0.9, table=table)
     table.save(tmp_path / checkpoints.TABLE)
@@ -353,8 +353,8 @@ def test_a_table_of_other_exits_is_refused(tiny, reference, tmp_path: Path) -> N
 def test_a_table_in_the_folder_serves_half_precision_too(tiny, reference, tmp_path: Path) -> None:
     handle = apply_dyndit(tiny.pipe, random_exits(tiny))
     settings = CalibrationSettings(NUM_PICTURES, num_bands=1, batch_size=12, choices=("2",))
-    drawing = PipelineDrawing(tiny.pipe, handle, call_of(tiny, 1.0))
-    measure_table(drawing, EXTRACTOR, reference, settings=settings, cost=COST).save(tmp_path / checkpoints.TABLE)
+    sampler = PipelineSampler(tiny.pipe, handle, call_of(tiny, 1.0))
+    measure_table(sampler, EXTRACTOR, reference, settings=settings, cost=COST).save(tmp_path / checkpoints.TABLE)
     tiny.pipe.to(torch.bfloat16)
     plans = [calibrate_pipeline(tiny.pipe, handle, call_of(tiny, 1.0), budget=0.9, out=tmp_path) for _ in range(2)]
     assert plans[0] == plans[1], "the second finds the exits in half precision"

@@ -696,13 +696,13 @@ def test_components_that_do_not_fit_are_refused(make_model, model, latent_model,
 
 @pytest.mark.shared
 def test_a_trained_trunk_guided_is_as_in_sample(cifar10_dit: Path) -> None:
-    trunk = dyndit.load(cifar10_dit, num_heads=3)
-    exits = Exits(trunk.backbone, ExitConfig())
+    backbone = dyndit.load(cifar10_dit, num_heads=3)
+    exits = Exits(backbone.backbone, ExitConfig())
     with torch.no_grad():
         g = torch.Generator().manual_seed(0)
         for parameter in exits.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=g))
-    model = DynamicDepth(trunk.backbone, exits).eval()
+    model = DynamicDepth(backbone.backbone, exits).eval()
     plan = rising(model)
     made = uint8(DynDiTPipeline.from_model(model)(LABELS, plan=plan, seed=1).images).int()
     there = sample(model, LABELS, plan=plan, num_steps=STEPS, cfg_scale=1.5, seed=1).pictures.int()

@@ -262,7 +262,7 @@ def test_our_own_sampling_is_recorded(make_model, tmp_path: Path) -> None:
     assert torch.equal(inputs.x[:2], inputs.x[2:4])
     null = model.backbone.condition.null_label
     assert inputs.y.tolist() == [1, 4, null, null] * 3 + [4, null] * 3
-    assert (calls.family, calls.trunk) == ("class_conditional", model.identity.backbone)
+    assert (calls.family, calls.backbone) == ("class_conditional", model.identity.backbone)
 
 
 def test_exits_of_our_own_models_are_distilled_on_recorded_calls(make_model, tmp_path: Path) -> None:
@@ -348,10 +348,10 @@ def test_another_trunk_s_calls_are_refused(tmp_path: Path, monkeypatch: pytest.M
     calls = recorded(tiny_pipeline(DIT), tmp_path / "calls")
     with pytest.raises(InputError, match="calls of"):
         dyndit.distill_exits(tiny_pipeline(DIT, 1).pipe, calls, out=tmp_path / "exits")
-    # Of a trunk too large to be hashed at each recording the family alone is known.
+    # Of a backbone too large to be hashed at each recording the family alone is known.
     monkeypatch.setattr("dyndit.training.recorded.MOST_HASHED", 10)
     calls = recorded(tiny_pipeline(DIT), tmp_path / "large")
-    assert calls.trunk == ""
+    assert calls.backbone == ""
     calls.check(DynamicDepth(adapt(tiny_pipeline(DIT, 1).transformer)))
     with pytest.raises(InputError, match="calls of DiTTransformer2DModel, but the model is SD3"):
         calls.check(DynamicDepth(adapt(tiny_pipeline("SD3Transformer2DModel").transformer)))

@@ -106,7 +106,7 @@ def test_through_every_format_and_back(changes: dict, bare, tmp_path: Path) -> N
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert same(back["ema"], weights)
     assert list(back["ema"]) == list(weights)
-    once, again = (tmp_path / folder / checkpoints.TRUNK for folder in ("native", "again"))
+    once, again = (tmp_path / folder / checkpoints.WEIGHTS for folder in ("native", "again"))
     assert same(load_file(again), load_file(once))
     assert again.with_name(checkpoints.CONFIG).read_bytes() == once.with_name(checkpoints.CONFIG).read_bytes()
     assert not list(tmp_path.glob(".*"))
@@ -286,7 +286,7 @@ def test_notes_of_the_verb(model: DynamicDepth, tmp_path: Path, capsys) -> None:
     checkpoints.save(model, tmp_path / "native")
     main(["convert", str(tmp_path / "native"), str(tmp_path / "folder"), "--to", "diffusers"])
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0] == "beside the trunk: exits.safetensors"
+    assert lines[0] == "beside the backbone: exits.safetensors"
     assert lines[1].startswith("in diffusers, with matched frequencies: predictions differ by up to ")
     # The printed figures, measured another way: the class loaded plainly from the folder that was written.
     plain = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "folder")
@@ -842,7 +842,7 @@ COMPANIONS = ("plan-ddim-2-b0.6.json", "plan-ramp.json", checkpoints.TABLE)
 
 def test_plans_and_table_travel_between_folders(furnished: Path, tmp_path: Path) -> None:
     notes = convert(furnished, tmp_path / "native", "native")
-    assert notes == (f"beside the trunk: exits.safetensors, {', '.join(COMPANIONS)}",)
+    assert notes == (f"beside the backbone: exits.safetensors, {', '.join(COMPANIONS)}",)
     convert(tmp_path / "native", tmp_path / "diffusers", "diffusers")
     convert(tmp_path / "diffusers", tmp_path / "again", "native")
     for folder in ("native", "diffusers", "again"):

@@ -51,7 +51,7 @@ def test_an_unpinned_id_is_main_and_says_what_to_pin(repository: None, model: Dy
     loaded = checkpoints.inspect("org/name")
     assert loaded.notes == (f"org/name: main is commit {MAIN} now; pin it as org/name@{MAIN}",)
     assert same(loaded.model.state_dict(), model.state_dict())
-    assert (loaded.folder / checkpoints.TRUNK).exists()
+    assert (loaded.folder / checkpoints.WEIGHTS).exists()
     assert same(DynamicDepth.from_pretrained("org/name").state_dict(), model.state_dict())
 
 
@@ -102,9 +102,9 @@ def test_two_revisions_are_one_too_many(repository: None) -> None:
 
 
 def test_a_damaged_snapshot_is_refused(repository: None, cache: Path) -> None:
-    path = cache / "models--org--name" / "snapshots" / MAIN / checkpoints.TRUNK
+    path = cache / "models--org--name" / "snapshots" / MAIN / checkpoints.WEIGHTS
     path.write_bytes(path.read_bytes()[:-5])
-    assert checkpoints.TRUNK in refused(Path("org/name"))
+    assert checkpoints.WEIGHTS in refused(Path("org/name"))
 
 
 def test_verbs_take_hub_ids(repository: None, tmp_path: Path, capsys) -> None:
@@ -223,7 +223,7 @@ def test_push_to_hub(api: Hub, model: DynamicDepth, tmp_path: Path) -> None:
         ("create_repo", {"repo_id": "org/name", "private": True, "exist_ok": True}),
         ("upload_folder", {"repo_id": "org/name", "commit_message": "First"}),
     ]
-    assert set(api.files) == {checkpoints.CONFIG, checkpoints.TRUNK, checkpoints.EXITS, model_card.CARD}
+    assert set(api.files) == {checkpoints.CONFIG, checkpoints.WEIGHTS, checkpoints.EXITS, model_card.CARD}
     assert b"license: mit" in api.files[model_card.CARD]
     for name, contents in api.files.items():
         (tmp_path / name).write_bytes(contents)
@@ -241,7 +241,7 @@ def test_plans_go_along_and_other_files_do_not(api: Hub, model: DynamicDepth, ma
     ):
         api.files.clear()
         push()
-        assert {"plan-full.json", checkpoints.TRUNK, model_card.CARD} <= set(api.files)
+        assert {"plan-full.json", checkpoints.WEIGHTS, model_card.CARD} <= set(api.files)
         assert b"plan-full.json: full, ddim, 2 steps" in api.files[model_card.CARD]
         assert "secrets.txt" not in api.files
     assert api.calls[-1][1]["repo_id"] == "me/mine"

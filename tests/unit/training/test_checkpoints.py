@@ -20,7 +20,7 @@ from dyndit.models.exits import HEADS
 from dyndit.models.identity import same as same_identity
 from dyndit.plans.plan import bind
 from dyndit.storage import load as checkpoints
-from dyndit.storage.load import CONFIG, EXITS, TRUNK
+from dyndit.storage.load import CONFIG, EXITS, WEIGHTS
 from support.files import Canary, refused, same
 
 Weights = dict[str, Tensor]
@@ -28,7 +28,7 @@ Weights = dict[str, Tensor]
 
 @pytest.fixture
 def folder(model: DynamicDepth, tmp_path: Path) -> Path:
-    """A native folder, trunk and exits."""
+    """A native folder, backbone and exits."""
     checkpoints.save(model, tmp_path / "model")
     return tmp_path / "model"
 
@@ -57,7 +57,7 @@ def test_a_model_without_exits(make_backbone, tmp_path: Path) -> None:
 
 def test_a_trunk_in_half_precision_keeps_its_hash(model: DynamicDepth, make_inputs, tmp_path: Path) -> None:
     checkpoints.save(model, tmp_path / "half", half=True)
-    stored = load_file(tmp_path / "half" / TRUNK)
+    stored = load_file(tmp_path / "half" / WEIGHTS)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     once = dyndit.load(tmp_path / "half")
     assert {p.dtype for p in once.parameters()} == {torch.float32}
@@ -192,7 +192,7 @@ def test_a_malicious_pickle_is_not_run(zipped: bool, make_backbone, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("name", ["dit.pt", TRUNK, EXITS, CONFIG])
+@pytest.mark.parametrize("name", ["dit.pt", WEIGHTS, EXITS, CONFIG])
 def test_truncated_empty_and_random_files(name: str, folder: Path, model: DynamicDepth) -> None:
     target = folder if name != "dit.pt" else folder / name
     torch.save(model.backbone.state_dict(), folder / "dit.pt")
@@ -210,7 +210,7 @@ def test_truncated_empty_and_random_files(name: str, folder: Path, model: Dynami
     checkpoints.load(target, num_heads=2)
 
 
-@pytest.mark.parametrize("name", [TRUNK, EXITS])
+@pytest.mark.parametrize("name", [WEIGHTS, EXITS])
 def test_a_flipped_bit_is_found(name: str, folder: Path, model: DynamicDepth) -> None:
     """Anywhere in the file: it is refused, or (in the header) it changed nothing at all."""
     whole = (folder / name).read_bytes()
@@ -235,9 +235,9 @@ def test_a_flipped_bit_is_found(name: str, folder: Path, model: DynamicDepth) ->
 
 def test_a_changed_weight_is_found_without_exits_too(folder: Path) -> None:
     (folder / EXITS).unlink()
-    contents = bytearray((folder / TRUNK).read_bytes())
+    contents = bytearray((folder / WEIGHTS).read_bytes())
     contents[-1] ^= 1
-    (folder / TRUNK).write_bytes(contents)
+    (folder / WEIGHTS).write_bytes(contents)
     assert "damaged" in refused(folder)
 
 
@@ -274,10 +274,10 @@ DAMAGE = [without, extra, reshaped, other_positions, no_trunk, scalar, odd_name]
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_missing_extra_and_reshaped_tensors(damage: Callable[[Weights], None], folder: Path) -> None:
-    weights = load_file(folder / TRUNK)
+    weights = load_file(folder / WEIGHTS)
     damage(weights)
-    save_file(weights, folder / TRUNK)
-    assert TRUNK in refused(folder)
+    save_file(weights, folder / WEIGHTS)
+    assert WEIGHTS in refused(folder)
     torch.save(weights, folder / "dit.pt")
     assert "dit.pt" in refused(folder / "dit.pt", num_heads=2)
 
@@ -364,22 +364,22 @@ def test_plans_of_another_trunk(folder: Path, model: DynamicDepth) -> None:
 
 
 def test_files_of_another_kind(folder: Path) -> None:
-    trunk, exits = (folder / TRUNK).read_bytes(), (folder / EXITS).read_bytes()
-    (folder / EXITS).write_bytes(trunk)
+    backbone, exits = (folder / WEIGHTS).read_bytes(), (folder / EXITS).read_bytes()
+    (folder / EXITS).write_bytes(backbone)
     assert "expected a dyndit-exits file" in refused(folder)
     (folder / EXITS).write_bytes(exits)
-    (folder / TRUNK).write_bytes(exits)
-    assert TRUNK in refused(folder)
+    (folder / WEIGHTS).write_bytes(exits)
+    assert WEIGHTS in refused(folder)
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:
     assert "no such file or folder" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert f"holds no {CONFIG}" in refused(tmp_path / "empty")
-    (folder / TRUNK).unlink()
+    (folder / WEIGHTS).unlink()
     assert "no such file" in refused(folder)
-    (folder / TRUNK).mkdir()
-    assert TRUNK in refused(folder)
+    (folder / WEIGHTS).mkdir()
+    assert WEIGHTS in refused(folder)
 
 
 def test_from_pretrained_takes_no_option_it_would_forget(make_model, tmp_path: Path) -> None:

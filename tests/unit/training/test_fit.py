@@ -229,7 +229,7 @@ def test_another_configuration_data_or_model_is_refused(whole, tmp_path: Path) -
     with pytest.raises(InputError, match="made with steps 12"):
         run(out, replace(CONFIG, steps=8))  # fewer than were run
     with pytest.raises(InputError, match="identity"):
-        run(out, identity="another trunk")
+        run(out, identity="another backbone")
     with pytest.raises(CheckpointError, match=r"1\.bias: found \(16,\), the model to train has \(8,\)"):
         run(out, task=Denoise(width=8))
     with pytest.raises(InputError, match="holds a run up to step-000012"):

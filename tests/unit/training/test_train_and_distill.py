@@ -1,4 +1,4 @@
-"""Training a trunk and distilling its exits, on digits: short runs of a tiny model."""
+"""Training a backbone and distilling its exits, on digits: short runs of a tiny model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,8 +53,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[DynamicDepth, pd.
 
 
 @pytest.fixture
-def trunk(make_model) -> DynamicDepth:
-    """A random trunk without exits; its layers differ far more than those of a briefly trained one."""
+def backbone(make_model) -> DynamicDepth:
+    """A random backbone without exits; its layers differ far more than those of a briefly trained one."""
     return DynamicDepth(make_model(width=48, num_blocks=4).backbone)
 
 
@@ -135,13 +135,13 @@ def test_training_resumes_the_same_architecture_only(changes: dict, tmp_path: Pa
 def test_training_goes_on_from_given_weights(trained: tuple[DynamicDepth, pd.DataFrame], tmp_path: Path) -> None:
     given = weights(trained[0].backbone)
     on = replace(TRAIN, fit=replace(FIT, steps=20, ema_decay=0.0, warmup_steps=0))
-    model, result = on.run(DIGITS, tmp_path / "on", trunk=trained[0])
+    model, result = on.run(DIGITS, tmp_path / "on", start=trained[0])
     assert result.losses["loss"][0] < 0.7 * trained[1]["loss"][0]  # not from scratch
     assert not same(weights(model.backbone), given)
     assert same(weights(trained[0].backbone), given)  # what was given stays
     fresh = on.run(DIGITS, tmp_path / "fresh")[0]
     with pytest.raises(InputError, match="identity"):
-        on.run(DIGITS, tmp_path / "on", trunk=fresh)  # a run goes on from its own weights only
+        on.run(DIGITS, tmp_path / "on", start=fresh)  # a run goes on from its own weights only
 
 
 @pytest.mark.parametrize("changes", [{"num_heads": 3}, {"width": 12}])
@@ -151,7 +151,7 @@ def test_training_refuses_weights_of_another_shape(
     other = replace(TRAIN, backbone=replace(BACKBONE, **changes))
     (name,) = changes
     with pytest.raises(InputError, match=f"--model: ClassConditionalDiT with .*{name}"):
-        other.run(DIGITS, tmp_path / "out", trunk=trained[0])
+        other.run(DIGITS, tmp_path / "out", start=trained[0])
     assert not (tmp_path / "out").exists()
 
 
@@ -178,10 +178,10 @@ def test_a_model_of_latents_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, trunk: DynamicDepth, tmp_path: Path) -> None:
-    before, hashed = weights(trunk.backbone), trunk.identity.backbone
+def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, backbone: DynamicDepth, tmp_path: Path) -> None:
+    before, hashed = weights(backbone.backbone), backbone.identity.backbone
     recipe = replace(DISTILL, exits=ExitConfig((1, 2, 3), head))
-    model, result = recipe.run(trunk, DIGITS, tmp_path)
+    model, result = recipe.run(backbone, DIGITS, tmp_path)
     assert same(weights(model.backbone), before)
     assert model.identity.backbone == hashed
     assert all(p.grad is None for p in model.backbone.parameters())
@@ -189,7 +189,7 @@ def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, trunk: Dy
     assert not model.training
     assert {"loss", "noise", "variance"} <= set(result.losses.columns)
 
-    fresh = DynamicDepth(trunk.backbone, Exits(trunk.backbone, recipe.exits))
+    fresh = DynamicDepth(backbone.backbone, Exits(backbone.backbone, recipe.exits))
     tables = [exit_error_table(m, DIGITS, num_pictures=128, num_bands=4) for m in (fresh, model)]
     fresh_error, error = (table.groupby("depth")[["noise_error", "variance_error"]].mean() for table in tables)
     assert list(error.index) == [1, 2, 3]
@@ -198,34 +198,34 @@ def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, trunk: Dy
     assert (error["variance_error"] < fresh_error["variance_error"]).all()
 
 
-def test_distillation_depends_on_its_seed_alone(trunk: DynamicDepth, tmp_path: Path) -> None:
+def test_distillation_depends_on_its_seed_alone(backbone: DynamicDepth, tmp_path: Path) -> None:
     """Also what a hidden layer starts with."""
     recipe = Distill(ExitConfig((2,), "wide"), replace(FIT, steps=2))
     runs = []
     for name in "ab":
         torch.rand(7)  # moves the global generator
-        runs.append(recipe.run(trunk, DIGITS, tmp_path / name)[0])
+        runs.append(recipe.run(backbone, DIGITS, tmp_path / name)[0])
     assert same(weights(runs[0].exits), weights(runs[1].exits))
-    other, _ = replace(recipe, fit=replace(recipe.fit, seed=2)).run(trunk, DIGITS, tmp_path / "c")
+    other, _ = replace(recipe, fit=replace(recipe.fit, seed=2)).run(backbone, DIGITS, tmp_path / "c")
     assert not same(weights(runs[0].exits), weights(other.exits))
 
 
-def test_distillation_resumes_on_its_own_trunk_only(trunk: DynamicDepth, make_model, tmp_path: Path) -> None:
+def test_distillation_resumes_on_its_own_trunk_only(backbone: DynamicDepth, make_model, tmp_path: Path) -> None:
     recipe = replace(DISTILL, fit=replace(DISTILL.fit, steps=2))
-    first, _ = recipe.run(trunk, DIGITS, tmp_path)
-    again, _ = recipe.run(trunk, DIGITS, tmp_path)
+    first, _ = recipe.run(backbone, DIGITS, tmp_path)
+    again, _ = recipe.run(backbone, DIGITS, tmp_path)
     assert same(weights(again.exits), weights(first.exits))
     other = DynamicDepth(make_model(width=48, num_blocks=4, seed=5).backbone)
-    for changed, model in ((recipe, other), (replace(recipe, null_share=0.5), trunk)):
+    for changed, model in ((recipe, other), (replace(recipe, null_share=0.5), backbone)):
         with pytest.raises(InputError, match="identity"):
             changed.run(model, DIGITS, tmp_path)
 
 
-def test_distillation_shows_the_exits_both_branches(trunk: DynamicDepth, tmp_path: Path) -> None:
+def test_distillation_shows_the_exits_both_branches(backbone: DynamicDepth, tmp_path: Path) -> None:
     labels: list[Tensor] = []
-    trunk.backbone.y_embedder.register_forward_pre_hook(lambda _, inputs: labels.append(inputs[0]))
-    replace(DISTILL, fit=replace(FIT, steps=20)).run(trunk, DIGITS, tmp_path)
-    null = (torch.cat(labels) == trunk.backbone.condition.null_label).float().mean().item()
+    backbone.backbone.y_embedder.register_forward_pre_hook(lambda _, inputs: labels.append(inputs[0]))
+    replace(DISTILL, fit=replace(FIT, steps=20)).run(backbone, DIGITS, tmp_path)
+    null = (torch.cat(labels) == backbone.backbone.condition.null_label).float().mean().item()
     assert len(torch.cat(labels)) == 20 * 32
     assert null == pytest.approx(DISTILL.null_share, abs=0.08)  # 4.4 standard deviations
 
@@ -287,14 +287,14 @@ def test_training_with_exits_averages_both_and_lowers_both_losses(tmp_path: Path
     assert same(seen[0], weights(model))
     for name in ("mse", "exits"):
         assert result.losses[name][-10:].mean() < 0.85 * result.losses[name][:10].mean()
-    with pytest.raises(InputError, match="identity"):  # the trunk alone is another run
+    with pytest.raises(InputError, match="identity"):  # the backbone alone is another run
         replace(TRAIN, fit=recipe.fit).run(DIGITS, tmp_path)
     with pytest.raises(InputError, match=r"expected depths in 1\.\.3"):
         replace(recipe, exits=ExitConfig((4,))).run(DIGITS, tmp_path / "other")
 
 
 class Before:
-    """Distillation on a frozen trunk as it was when nothing else could train, loss and all."""
+    """Distillation on a frozen backbone as it was when nothing else could train, loss and all."""
 
     def __init__(self, dynamic: DynamicDepth) -> None:
         self.dynamic, self.trainable = dynamic, torch.nn.ModuleDict({"exits": dynamic.exits})
@@ -310,26 +310,26 @@ class Before:
         """None."""
 
 
-def test_a_frozen_trunk_is_distilled_as_ever(trunk: DynamicDepth, tmp_path: Path) -> None:
+def test_a_frozen_trunk_is_distilled_as_ever(backbone: DynamicDepth, tmp_path: Path) -> None:
     recipe = replace(DISTILL, fit=replace(FIT, steps=5))
-    model, result = recipe.run(trunk, DIGITS, tmp_path / "now")
-    with borrowed(trunk.backbone):
-        exits = Exits(trunk.backbone, recipe.exits).requires_grad_(True)
-        before = fit(Before(DynamicDepth(trunk.backbone, exits)), DIGITS, recipe.fit, tmp_path / "before")
+    model, result = recipe.run(backbone, DIGITS, tmp_path / "now")
+    with borrowed(backbone.backbone):
+        exits = Exits(backbone.backbone, recipe.exits).requires_grad_(True)
+        before = fit(Before(DynamicDepth(backbone.backbone, exits)), DIGITS, recipe.fit, tmp_path / "before")
     assert same(result.weights, before.weights)
     assert same(result.ema, before.ema)
     assert list(result.losses["loss"]) == list(before.losses["loss"])
-    assert model.backbone is trunk.backbone
+    assert model.backbone is backbone.backbone
 
 
 @pytest.mark.parametrize("kind", ["lora", "whole"])
-def test_a_trunk_that_trains_is_a_plain_copy(kind: str, trunk: DynamicDepth, make_inputs, tmp_path: Path) -> None:
-    before, hashed = weights(trunk.backbone), trunk.identity.backbone
-    flags = [p.requires_grad for p in trunk.backbone.parameters()]
-    recipe = replace(DISTILL, trunk=kind, fit=replace(FIT, steps=12, checkpoint_every=6))
-    model, result = recipe.run(trunk, DIGITS, tmp_path / "run")
-    assert same(weights(trunk.backbone), before)
-    assert [p.requires_grad for p in trunk.backbone.parameters()] == flags
+def test_a_trunk_that_trains_is_a_plain_copy(kind: str, backbone: DynamicDepth, make_inputs, tmp_path: Path) -> None:
+    before, hashed = weights(backbone.backbone), backbone.identity.backbone
+    flags = [p.requires_grad for p in backbone.backbone.parameters()]
+    recipe = replace(DISTILL, backbone=kind, fit=replace(FIT, steps=12, checkpoint_every=6))
+    model, result = recipe.run(backbone, DIGITS, tmp_path / "run")
+    assert same(weights(backbone.backbone), before)
+    assert [p.requires_grad for p in backbone.backbone.parameters()] == flags
     assert not model.training
     assert model.identity.backbone != hashed
     assert model.backbone.state_dict().keys() == before.keys()
@@ -349,63 +349,63 @@ def test_a_trunk_that_trains_is_a_plain_copy(kind: str, trunk: DynamicDepth, mak
 
     # Stopped half way and gone on with: the same bits.
     for steps in (6, 12):
-        again, _ = replace(recipe, fit=replace(recipe.fit, steps=steps)).run(trunk, DIGITS, tmp_path / "again")
+        again, _ = replace(recipe, fit=replace(recipe.fit, steps=steps)).run(backbone, DIGITS, tmp_path / "again")
         assert same(weights(again), weights(model)) == (steps == 12)
     with pytest.raises(InputError, match="identity"):
-        replace(recipe, hold=1.0).run(trunk, DIGITS, tmp_path / "run")
+        replace(recipe, hold=1.0).run(backbone, DIGITS, tmp_path / "run")
 
 
-def test_holding_keeps_full_depth_what_it_was(trunk: DynamicDepth, tmp_path: Path, make_inputs) -> None:
-    x, t, y = make_inputs(trunk.backbone, batch=64)
-    recipe = replace(DISTILL, trunk="whole", trunk_rate=1.0, fit=replace(FIT, steps=25))
+def test_holding_keeps_full_depth_what_it_was(backbone: DynamicDepth, tmp_path: Path, make_inputs) -> None:
+    x, t, y = make_inputs(backbone.backbone, batch=64)
+    recipe = replace(DISTILL, backbone="whole", backbone_rate=1.0, fit=replace(FIT, steps=25))
     moved = []
     for hold in (0.0, 10.0, 100.0):
-        model, _ = replace(recipe, hold=hold).run(trunk, DIGITS, tmp_path / str(hold))
-        moved.append((model(x, t, y) - trunk(x, t, y)).square().mean().item())
+        model, _ = replace(recipe, hold=hold).run(backbone, DIGITS, tmp_path / str(hold))
+        moved.append((model(x, t, y) - backbone(x, t, y)).square().mean().item())
     assert 0 < moved[2] < moved[1] < 0.5 * moved[0]
 
 
-def test_a_slower_trunk_moves_less(trunk: DynamicDepth, tmp_path: Path) -> None:
+def test_a_slower_trunk_moves_less(backbone: DynamicDepth, tmp_path: Path) -> None:
     def moved(rate: float) -> float:
-        recipe = replace(DISTILL, trunk="whole", trunk_rate=rate, fit=replace(FIT, steps=1))
-        model, _ = recipe.run(trunk, DIGITS, tmp_path / str(rate))
-        return (model.backbone.blocks[0].mlp.fc1.weight - trunk.backbone.blocks[0].mlp.fc1.weight).abs().max().item()
+        recipe = replace(DISTILL, backbone="whole", backbone_rate=rate, fit=replace(FIT, steps=1))
+        model, _ = recipe.run(backbone, DIGITS, tmp_path / str(rate))
+        return (model.backbone.blocks[0].mlp.fc1.weight - backbone.backbone.blocks[0].mlp.fc1.weight).abs().max().item()
 
     assert moved(0.1) == pytest.approx(0.1 * moved(1.0), rel=1e-2)  # Adam's first step is the rate itself
 
 
 def test_adapters_start_as_nothing_and_merge_into_the_weights(make_backbone, make_inputs) -> None:
     backbone = make_backbone()
-    inputs, trunk = make_inputs(backbone), trainable_copy(backbone)
-    assert same(weights(trunk), weights(backbone))
-    adapters = with_adapters(trunk, 4)
-    assert torch.equal(trunk(*inputs), backbone(*inputs))
-    trained = [p for p in trunk.parameters() if p.requires_grad]
+    inputs, backbone = make_inputs(backbone), trainable_copy(backbone)
+    assert same(weights(backbone), weights(backbone))
+    adapters = with_adapters(backbone, 4)
+    assert torch.equal(backbone(*inputs), backbone(*inputs))
+    trained = [p for p in backbone.parameters() if p.requires_grad]
     assert {min(p.shape) for p in trained} == {4}
     assert len(trained) == 6 * 4 * 2
     for parameter in trained:
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    apart = trunk(*inputs)
+    apart = backbone(*inputs)
     adapters.merge_and_unload()
-    torch.testing.assert_close(trunk(*inputs), apart, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(backbone(*inputs), apart, atol=1e-5, rtol=1e-4)
     assert (apart - backbone(*inputs)).abs().max() > 0.01
-    assert type(trunk) is ClassConditionalDiT
-    assert trunk.state_dict().keys() == backbone.state_dict().keys()
+    assert type(backbone) is ClassConditionalDiT
+    assert backbone.state_dict().keys() == backbone.state_dict().keys()
 
 
 def test_states_of_the_sampler_are_the_samplers(
-    trunk: DynamicDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: DynamicDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(DISTILL, states="sampler", num_trajectories=13, num_steps=3, solver="unipc", cfg_scale=2.0)
     recipe = replace(recipe, fit=replace(FIT, steps=2))
-    recipe.run(trunk, DIGITS, tmp_path)
+    recipe.run(backbone, DIGITS, tmp_path)
     (folder,) = tmp_path.glob("states-*")
     calls, labels, seed = RecordedCalls(folder), torch.tensor(balanced_labels(13, 10)), 2_000_003 + FIT.seed
     assert len(calls) == 13 * 3 * 2
-    batch, plan = Batch(labels, tuple(range(13)), seed), full_plan(trunk, "unipc", 3, 2.0)
-    trajectory = start(trunk, batch, "unipc", 3)
+    batch, plan = Batch(labels, tuple(range(13)), seed), full_plan(backbone, "unipc", 3, 2.0)
+    trajectory = start(backbone, batch, "unipc", 3)
     states = [trajectory.x.clone()]
-    advance(trunk, batch, trajectory, plan, Guidance(2.0), on_step_end=lambda k, t, x: states.append(x.clone()))
+    advance(backbone, batch, trajectory, plan, Guidance(2.0), on_step_end=lambda k, t, x: states.append(x.clone()))
     found = [calls[i] for i in range(len(calls))]
     wanted = torch.cat([x for x_t in states[:3] for x in (x_t, x_t)])
     assert torch.equal(torch.stack([x for x, _ in found]), wanted)
@@ -414,11 +414,11 @@ def test_states_of_the_sampler_are_the_samplers(
     assert torch.equal(torch.stack([rows["y"] for _, rows in found]), torch.cat([labels, null] * 3))
 
     monkeypatch.setattr("dyndit.training.recorded.record_sampling", None)  # drawn once
-    assert recorded_sampling(trunk, [], folder).fingerprint == calls.fingerprint
+    assert recorded_sampling(backbone, [], folder).fingerprint == calls.fingerprint
     with pytest.raises(InputError, match=r"recorded calls .* are states; expected pictures"):
-        recipe.run(trunk, calls, tmp_path / "calls")
+        recipe.run(backbone, calls, tmp_path / "calls")
     with pytest.raises(InputError, match="--solver other"):
-        replace(recipe, solver="other").run(trunk, DIGITS, tmp_path / "other")
+        replace(recipe, solver="other").run(backbone, DIGITS, tmp_path / "other")
 
 
 class Ones(torch.nn.Module):
@@ -450,7 +450,7 @@ def test_path_kl_weights_errors_by_their_timestep() -> None:
         ({"lora_rank": 0}, "lora_rank 0: expected at least 1"),
         ({"num_trajectories": 0}, "num_trajectories 0: expected at least 1"),
         ({"hold": -1.0}, "hold -1"),
-        ({"trunk_rate": 0.0}, "trunk_rate 0"),
+        ({"backbone_rate": 0.0}, "backbone_rate 0"),
     ],
 )
 def test_distillation_refuses_choices_it_does_not_know(changes: dict, named: str) -> None:
@@ -459,7 +459,7 @@ def test_distillation_refuses_choices_it_does_not_know(changes: dict, named: str
 
 
 class Foreign(Backbone):
-    """A trunk of another family."""
+    """A backbone of another family."""
 
     num_blocks, num_classes, null_class, in_channels, image_size = 4, 10, 10, 1, 8
 

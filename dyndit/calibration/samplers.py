@@ -27,7 +27,7 @@ ToPictures = Callable[[Tensor], Tensor]
 """(B, C, H, W) at the end of a sampling -> (B, C, H, W) uint8: `to_uint8`, or a decoder of latents."""
 
 
-class Drawing(Protocol):
+class Sampler(Protocol):
     """Draws pictures under plans, the same noise for the same picture number."""
 
     full: DepthPlan
@@ -55,7 +55,7 @@ class Drawing(Protocol):
         no choice forecasts.
 
         Raises:
-            InputError: ages are given, and this drawing cannot forecast.
+            InputError: ages are given, and this sampler cannot forecast.
         """
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
@@ -73,7 +73,7 @@ class Drawing(Protocol):
 
 
 @dataclass(frozen=True)
-class NativeDrawing:
+class OwnSampler:
     """Our own sampling: a trajectory forks where a band begins, so that nothing before it is run twice."""
 
     model: DynamicDepth
@@ -87,31 +87,31 @@ class NativeDrawing:
 
     @cached_property
     def full(self) -> DepthPlan:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         return full_plan(self.model, self.solver, self.num_steps, self.cfg_scale)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         return self.model.depths
 
     @property
     def identity(self) -> Identity:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         return self.model.identity
 
     def bind(self, table: ShiftTable) -> None:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         self.model.check_identity(table.backbone, table.exits, origin="shift table")
 
     @property
     def device(self) -> str:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         return next(self.model.parameters()).device.type
 
     @property
     def setting(self) -> object:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         return self.guided_channels
 
     def replaced(
@@ -121,7 +121,7 @@ class NativeDrawing:
         choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
-        """As of `Drawing`. Classes come in turn."""
+        """As of `Sampler`. Classes come in turn."""
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)
         batch = batch_in_turn(model, indices, self.seed)
         kept = sorted({choice.depth for choice in choices if choice.forecast})
@@ -143,7 +143,7 @@ class NativeDrawing:
                 yield self.to_pictures(end.x).cpu()
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
-        """As of `Drawing`: fresh pictures are those of the seed after the table's."""
+        """As of `Sampler`: fresh pictures are those of the seed after the table's."""
         result = sample(
             self.model,
             self.model.backbone.condition.in_turn(num_pictures),
@@ -158,7 +158,7 @@ class NativeDrawing:
         return result.pictures if self.model.pixel_space else self.to_pictures(result.latents)
 
     def cost(self, batch_size: int) -> CostModel:
-        """As of `Drawing`."""
+        """As of `Sampler`."""
         return measure_cost(self.model, batch_size=batch_size, solver=self.solver, cfg_scale=self.cfg_scale)
 
 

@@ -1,6 +1,6 @@
 """Forecasts of what full depth adds to an exit: exact where it changes linearly, learned corrections, plans, tables."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -356,19 +356,3 @@ def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: Dy
         errors[name] = torch.stack(missed).mean().item()
     assert errors["learned"] < errors["plain"]
     assert basis(500, 500)[2:].abs().sum() == 0
-
-
-def test_figures_mark_what_is_forecast() -> None:
-    from dyndit.analysis.report.figures import plan_figure, plan_map_figure
-
-    plan = asdict(DepthPlan((900, 500, 100), steps("6|6", "2+|held", "6"), 6, "ddim", cfg_scale=1.5))
-    figure = plan_map_figure({"one": plan})
-    words = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert words == ["2+", "r"]
-    key = figure.get_supxlabel()
-    assert "forecast" in key
-    assert "reused" in key
-    assert "own exit" not in key
-    (axis, *_) = plan_figure({"one": plan}).axes
-    (crosses,) = (line for line in axis.lines if line.get_marker() == "+")
-    assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([2], [2])

@@ -18,9 +18,12 @@ from dyndit.analysis.compare.peers.confidence import (
     threshold,
 )
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant, ramp
+from dyndit.plans.step import steps
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.sample import sample
@@ -104,13 +107,11 @@ def test_a_block_runs_the_rows_that_remain(mixed) -> None:
 
 def test_rows_keep_their_place_and_their_prediction(mixed, model) -> None:
     """Every row's prediction is that of the exit it left at, under its own label."""
-    from dyndit.models.dynamic import Step
-
     x = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     times, labels = torch.full((7,), 500), torch.tensor(LABELS)
     null = torch.full_like(labels, model.backbone.null_class)
     with torch.no_grad():
-        step = Step(0, x, times, (labels, null), (6, 6), (500,))
+        step = StepInputs(0, tuple(Inputs(x, times, y) for y in (labels, null)), Work((6, 6)), (500,))
         (cond, uncond), (depths,) = mixed.predict(step, None)
         assert len(set(depths.tolist())) > 1
         for row, depth in enumerate(depths.tolist()):
@@ -121,7 +122,7 @@ def test_rows_keep_their_place_and_their_prediction(mixed, model) -> None:
 
 def test_planned_steps_run_as_planned(model) -> None:
     plan = ramp(full_plan(model, "ddim", STEPS, 1.5), model.depths, 1, 5)
-    unguided = replace(plan, cond=(6,) * STEPS, uncond=(0,) * STEPS)
+    unguided = plan.with_steps(steps("6") * STEPS)
     runs = ConfidentDepth(model, everywhere(torch.inf))
     for wanted in (plan, unguided):
         assert torch.equal(draw(runs, wanted), draw(model, wanted))
@@ -231,7 +232,7 @@ def test_default_depths() -> None:
     [
         (lambda m, s: ConfidentDepth(m, Thresholds((2, 6), (9.0, 0.0), ((1.0,),))), r"confidence depths \[2, 6\]"),
         (lambda m, s: ConfidentDepth(m, Thresholds((2,), (9.0, 0.0), ((),))), r"confidence depths \[2\]"),
-        (lambda m, s: ConfidentDepth(m, replace(everywhere(1.0), trunk="other")), "of trunk other"),
+        (lambda m, s: ConfidentDepth(m, replace(everywhere(1.0), backbone="other")), "made for backbone other"),
         (lambda m, s: ConfidentDepth(DynamicDepth(m.backbone), everywhere(1.0)), "confidence depths"),
         (lambda m, s: record_signals(m, settings=replace(SETTINGS, depths=(4, 2))), r"\[4, 2\]: expected two or more"),
         (lambda m, s: s.thresholds(-1.0, 2), "confidence target -1"),

@@ -20,7 +20,7 @@ from dyndit.training.distill import Distill
 def making(make_model, tmp_path_factory):
     experiment = Experiment(
         model="", data="digits", extractor="digits", distill=Distill(), solvers=("ddim",), dynamic_steps=(3,),
-        calibration=CalibrationSettings(70, 2, 70, pairs=((2, 2), (4, 4), (2, 0))), calibration_steps=3,
+        calibration=CalibrationSettings(70, 2, 70, choices=("2|2", "4|4", "2")), calibration_steps=3,
         budgets=(0.5, 0.8),
         confidence=ConfidenceSettings((0.0, 1e9), (1, 2, 4), num_pictures=30),
         num_blocks=1, num_images=70, batch_size=35,

@@ -11,8 +11,9 @@ from dyndit.errors import InputError
 from dyndit.models import CARDS, ClassConditionalDiT, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
-from dyndit.plans.plan import DepthPlan, own_exit
+from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
+from dyndit.plans.step import NoGuide, OwnExit, Step, steps
 from dyndit.plugin.adapters import adapt
 from dyndit.runtime import compile_parts
 from dyndit.sampling.loop import full_plan
@@ -57,8 +58,8 @@ def test_flops_are_twice_as_many() -> None:
 def every_kind_of_step(model: DynamicDepth, cfg_scale: float) -> DepthPlan:
     """Shallow and deep, equal and unequal branches, either the deeper, one alone, one guided by an exit."""
     full = full_plan(model, "ddim", 6, cfg_scale)
-    pairs = [(1, 1), (2, 5), (5, 2), (6, own_exit(3)), (6, 3), (4, 0)]
-    return full.with_pairs(pairs if cfg_scale != 1 else [(c, 0) for c, _ in pairs])
+    guided = steps("1|1", "2|5", "5|2", "6|e3", "6|3", "4")
+    return full.with_steps(guided if cfg_scale != 1 else [Step(step.depth) for step in guided])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -74,10 +75,21 @@ def test_a_plan_costs_what_its_sampling_computes(make_model, head: str, cfg_scal
     assert costs[0] < 0.9 * costs[1]  # the plan does save something
 
 
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_what_a_plan_remembers_is_counted(make_model, cfg_scale: float) -> None:
+    """Heads that run at full depth for later forecasts; held guidance costs nothing."""
+    model = make_model()
+    guided, unguided = ("6|6", "2+|held", "6|6", "2+|e1", "3+", "2|held"), ("6", "2+", "6", "2+", "3+", "2")
+    plan = full_plan(model, "ddim", 6, cfg_scale).with_steps(steps(*(guided if cfg_scale != 1 else unguided)))
+    assert sampling_macs(model, plan) == plan_macs(model, plan)
+    plain = plan.with_steps([replace(step, forecast=False) for step in plan.steps])
+    leave = model_macs(model).leave
+    assert plan_macs(model, plan) - plan_macs(model, plain) == 2 * (leave[2] + leave[3])
+
+
 def test_each_head_is_counted_as_what_it_is(make_model) -> None:
-    plain, shared, wide = (model_macs(make_model(head=head)).leave for head in ("adaln-linear", "shared", "wide"))
+    plain, wide = (model_macs(make_model(head=head)).leave for head in ("adaln-linear", "wide"))
     num_tokens, width = 4, 24
-    assert shared == plain  # its projection included
     more = {depth: wide[depth] - plain[depth] for depth in plain}
     mlps = {depth: 2 * num_tokens * width * ratio * width for depth, ratio in {1: 4, 2: 4, 3: 2, 4: 2}.items()}
     assert more == {depth: mlp + 2 * width * width for depth, mlp in mlps.items()} | {5: 0, 6: 0}
@@ -91,13 +103,15 @@ def test_a_model_that_does_other_than_its_plan_is_counted_by_sampling(make_model
     class EverySecondStep(DynamicDepth):
         """Runs the network at every second step alone, whatever the plan says."""
 
-        def run(self, branches, depths, passing=()):
+        def run(self, branches, *args, **kwargs):
             self.calls = getattr(self, "calls", 0) + 1
-            return super().run(branches, depths, passing) if self.calls % 2 else [each.x for each in branches]
+            return super().run(branches, *args, **kwargs) if self.calls % 2 else [each.x for each in branches]
 
-    plan = plan.with_pairs([(cond, max(uncond, 0)) for cond, uncond in plan.pairs])
+    plan = plan.with_steps(
+        [replace(step, guide=NoGuide()) if isinstance(step.guide, OwnExit) else step for step in plan.steps]
+    )
     lazy = EverySecondStep(model.backbone, model.exits)
-    kept = replace(plan, timesteps=plan.timesteps[::2], cond=plan.cond[::2], uncond=plan.uncond[::2])
+    kept = replace(plan, timesteps=plan.timesteps[::2], steps=plan.steps[::2])
     assert sampling_macs(lazy, plan) == model_macs(model).plan(kept)
 
 
@@ -141,7 +155,7 @@ def test_a_large_model_with_exits_is_counted_without_weights() -> None:
 
 def test_a_plan_for_other_exits_is_refused(make_model) -> None:
     model = make_model(layers=(2, 4))
-    plan = full_plan(model, "ddim", 2, 1.0).with_pairs([(3, 0), (6, 0)])
+    plan = full_plan(model, "ddim", 2, 1.0).with_steps(steps("3", "6"))
     with pytest.raises(InputError, match="depth 3"):
         plan_macs(model, plan)
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyndit.analysis.compare.arms import Arm, Preparation
-from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
+from dyndit.analysis.compare.experiment import Experiment, settings_of
+from dyndit.analysis.compare.experiment import Inputs as GivenInputs
 from dyndit.analysis.compare.peers import Peer, PeerSettings, Workshop, grid, peers
 from dyndit.analysis.compare.peers.ase import FixedExits
 from dyndit.analysis.compare.peers.forecast import Forecast, extrapolate
@@ -23,9 +24,12 @@ from dyndit.analysis.compare.peers.stale import DeepReuse, Stale
 from dyndit.analysis.compare.peers.switch import Switch, TwoModels
 from dyndit.analysis.compare.run import Comparison, in_turn
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models import Inputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
+from dyndit.plans.step import Step
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.sample import sample
@@ -50,8 +54,8 @@ ON = (
 
 SMALL_RECIPE = """
 from dyndit.models import DiTConfig
-from dyndit.training.distill import Train
-from dyndit.training.fit import FitConfig
+from dyndit.training.config import FitConfig
+from dyndit.training.train import Train
 
 train = Train(
     DiTConfig(8, 4, 1, width=16, num_blocks=2, num_heads=2, num_classes=10),
@@ -147,9 +151,10 @@ def test_a_fork_goes_its_own_way(made, settings: PeerSettings) -> None:
     whole = advance(runs, batch, start(runs, batch, "ddim", STEPS), plan, guidance).x
     trajectory = advance(runs, batch, start(runs, batch, "ddim", STEPS), plan, guidance, stop=3)
     fork = trajectory.fork()
-    other = advance(runs, batch, fork, replace(plan, uncond=(0,) * STEPS), guidance, first=3).x
+    unguided = [Step(step.depth) for step in plan.steps]
+    other = advance(runs, batch, fork, plan.with_steps(unguided), guidance, first=3).x
     assert torch.equal(advance(runs, batch, trajectory, plan, guidance, first=3).x, whole)
-    if any(plan.uncond[3:]):
+    if any(plan.uncond_depths[3:]):
         assert not torch.equal(other, whole)
 
 
@@ -182,7 +187,7 @@ def test_the_share_of_blocks_is_what_runs(model, made, settings: PeerSettings, i
 def test_share_of_stale_reuse(every: int, depth: int, guided: list[bool]) -> None:
     steps = len(guided)
     full = DepthPlan.full(tuple(range(steps, 0, -1)), 6, "ddim", 1.5)
-    plan = replace(full, uncond=tuple(6 * g for g in guided))
+    plan = full.with_steps([Step.equal(6, here) for here in guided])
     share = Stale(every, depth).share_of_blocks(plan)
     full_steps = len(range(0, steps, every))
     cond = 6 * full_steps + depth * (steps - full_steps)
@@ -194,16 +199,15 @@ def test_share_of_stale_reuse(every: int, depth: int, guided: list[bool]) -> Non
 
 def test_a_step_between_adds_what_was_kept(model, make_inputs) -> None:
     """At the very inputs of the full step, the reused prediction is the full one's."""
-    from dyndit.models.dynamic import Step
-
     x, t, y = make_inputs(model.backbone)
     peer = DeepReuse(model, Stale(2, 3))
     null = torch.full_like(y, model.backbone.null_class)
     with torch.no_grad():
-        at = [Step(k, x, t, (y, null), (6, 6), (500, 400, 300)) for k in range(3)]
+        branches = Inputs(x, t, y), Inputs(x, t, null)
+        at = [StepInputs(k, branches, Work((6, 6)), (500, 400, 300)) for k in range(3)]
         full, memory = peer.predict(at[0], None)
         again, same = peer.predict(at[1], memory)
-        moved, _ = peer.predict(replace(at[1], x_t=x + 1), memory)
+        moved, _ = peer.predict(replace(at[1], branches=tuple(replace(branch, x=x + 1) for branch in branches)), memory)
         after, later = peer.predict(at[2], same)
     for one, other, far, third in zip(full, again, moved, after, strict=True):
         torch.testing.assert_close(one, other)
@@ -227,7 +231,6 @@ def test_the_forecast_of_what_is_linear_is_exact(slope: float, at: list[float]) 
 def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     """Residuals linear in that variable are forecast exactly; held, or in the other variable, they are not."""
     from dyndit.analysis.compare.peers.stale import Kept
-    from dyndit.models.dynamic import Step
     from dyndit.sampling.solvers import SCHEDULE
 
     times = (999, 700, 450, 200)
@@ -237,7 +240,7 @@ def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     }
     residuals = [torch.full((2, 3, 4), 1.0 + v) for v in where[along]]
     kept = [Kept(k, times[k], residuals[k]) for k in (0, 2)]
-    step = Step(3, torch.zeros(2, 1, 8, 8), torch.zeros(2), (), (), times)
+    step = StepInputs(3, (), Work((6,)), times)
     torch.testing.assert_close(Forecast(2, 2, along).residual(kept, step), residuals[3])
     other = Forecast(2, 2, "snr" if along == "step" else "step").residual(kept, step)
     assert (other - residuals[3]).abs().max() > 0.1
@@ -248,10 +251,10 @@ def test_the_schedule_of_ase_is_the_published_one() -> None:
     """28 blocks, an exit after each: 28, 28, 24, 24, 20, 20, 16, 16, 12, 12 from t = 0 up."""
     full = DepthPlan.full(tuple(range(950, 0, -100)), 28, "ddim", 1.5)
     plan = FixedExits().plan(full, tuple(range(1, 29)))
-    assert plan.cond[::-1] == (28, 28, 24, 24, 20, 20, 16, 16, 12, 12)
-    assert plan.uncond == plan.cond
+    assert plan.depths[::-1] == (28, 28, 24, 24, 20, 20, 16, 16, 12, 12)
+    assert plan.uncond_depths == plan.depths
     sparse = FixedExits().plan(full, (4, 16, 28))
-    assert set(sparse.cond) == {16, 28}
+    assert set(sparse.depths) == {16, 28}
 
 
 @given(share=st.floats(0.2, 1), seed=st.integers(0, 9), layers=st.sets(st.integers(1, 11), min_size=1, max_size=11))
@@ -268,20 +271,20 @@ def test_a_random_plan_costs_what_it_should(share: float, seed: int, layers: set
     assert share - gap / (2 * 9 * 12) < plan.share_of_blocks + 1e-9
     assert plan.share_of_blocks <= share * (1 + 1e-9)
     assert plan == settings.plan(full, depths)
-    plan.check(depths=depths)
+    assert {depth for step in plan.steps for depth in step.exits} <= set(depths)
 
 
 def test_random_plans_differ_by_seed() -> None:
     full = DepthPlan.full(tuple(range(900, 0, -100)), 12, "ddim", 1.5)
-    plans = {RandomPlan(0.5, seed).plan(full, tuple(range(1, 13))).pairs for seed in range(5)}
+    plans = {RandomPlan(0.5, seed).plan(full, tuple(range(1, 13))).steps for seed in range(5)}
     assert len(plans) == 5
 
 
 def test_a_shuffled_plan_has_the_same_steps_elsewhere(model) -> None:
     plan = ramp(full_plan(model, "ddim", 6, 1.5), model.depths, 1)
     control = shuffled(plan, 0)
-    assert sorted(control.pairs) == sorted(plan.pairs)
-    assert control.pairs != plan.pairs
+    assert sorted(map(str, control.steps)) == sorted(map(str, plan.steps))
+    assert control.steps != plan.steps
     assert control.share_of_blocks == plan.share_of_blocks
     assert shuffled(plan, 0) == control != shuffled(plan, 1)
 
@@ -313,7 +316,7 @@ def test_pruned_weights_are_trained_once_and_bound_to_their_trunk(model, make_mo
     assert any(
         not torch.equal(a, b) for a, b in zip(kept.parameters(), first.backbone.parameters(), strict=True)
     )  # fine-tuned, all through
-    monkeypatch.setattr("dyndit.training.distill.fit", None)
+    monkeypatch.setattr("dyndit.training.match.fit", None)
     again = settings.model(model, workshop)
     assert again.identity.backbone == first.identity.backbone
     with pytest.raises(TypeError):
@@ -449,7 +452,7 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
 def test_an_experiments_peers_are_told_apart_in_its_manifest(comparison) -> None:
     ours = comparison.experiment
     settings = [
-        settings_of(replace(ours, peers=(peer,)), Inputs(), load_digits())
+        settings_of(replace(ours, peers=(peer,)), GivenInputs(), load_digits())
         for peer in (*grid(Stale, every=(2,), depth=(2,)), Forecast(2, 2))
     ]
     assert settings[0]["experiment"]["peers"] != settings[1]["experiment"]["peers"]

@@ -36,6 +36,7 @@ from dyndit.analysis.compare.peers.taylorseer import TaylorSeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import steps
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, Trajectory, advance, full_plan, start
 from dyndit.sampling.sample import balanced_labels, sample
@@ -238,11 +239,11 @@ def test_blocks_that_are_not_there_are_refused(digits: DynamicDepth) -> None:
 
 def test_guidance_may_not_stop_half_way(digits: DynamicDepth) -> None:
     half = DepthPlan.full(full_plan(digits, "ddim", STEPS, GUIDED).timesteps, 12, "ddim", GUIDED)
-    half = half.with_pairs([(12, 12)] * 5 + [(12, 0)] * 5)
+    half = half.with_steps(steps(*["12|12"] * 5, *["12"] * 5))
     with pytest.raises(InputError, match="1 branches at step 5, 2 before"):
         draw(FirstBlockCache().model(digits), plan=half)
     with pytest.raises(InputError, match="no guidance at step 0"):
-        draw(FasterCache().model(digits), plan=half.with_pairs([(12, 0)] * 10))
+        draw(FasterCache().model(digits), plan=half.with_steps(steps(*["12"] * 10)))
 
 
 def test_a_missing_package_is_named(digits: DynamicDepth, monkeypatch: pytest.MonkeyPatch) -> None:

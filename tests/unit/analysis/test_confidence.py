@@ -18,7 +18,6 @@ from dyndit.analysis.compare.peers.confidence import (
     threshold,
 )
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models import Inputs
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.models.work import Work

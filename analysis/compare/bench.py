@@ -27,6 +27,7 @@ from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import apply_dyndit, remove_dyndit
+from dyndit.process import DDPM
 from dyndit.runtime import compile_parts
 from dyndit.sampling.loop import picture_generator
 from dyndit.sampling.sample import Samples, balanced_labels, sample
@@ -339,6 +340,8 @@ def _in_pipeline(
     """
     some = next(iter(plans.values()))
     classes = model.backbone.num_classes
+    if not isinstance(model.process, DDPM):
+        raise InputError(f"--in-pipeline: DiTPipeline steps ddpm alone, this model's process is {model.process.name}")
     if some.cfg_scale != 1 and classes != PIPELINE_CLASSES:
         raise InputError(
             f"--cfg-scale {some.cfg_scale:g}: DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one "

@@ -183,7 +183,7 @@ def _training_data(spec: str, image_size: int, channels: int, vae: Path | None, 
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
-    """A sample grid on the way: DDIM, 20 steps, every class."""
+    """A sample grid on the way: 20 steps, every class."""
     from dyndit.pictures import grid
     from dyndit.sampling.sample import balanced_labels
     from dyndit.sampling.sample import sample as draw
@@ -193,6 +193,8 @@ def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
         folder = out / "previews"
         folder.mkdir(exist_ok=True)
         scale = 1.5 if model.backbone.null_class is not None else 1.0
-        grid(draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures).save(
-            folder / f"step-{step:06d}.png"
-        )
+        grid(
+            draw(
+                model, labels, solver=model.process.usual_solver, num_steps=20, cfg_scale=scale, batch_size=40
+            ).pictures
+        ).save(folder / f"step-{step:06d}.png")

@@ -53,7 +53,7 @@ def sample(
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
         num_images: How many.
-        solver: ddpm, ddim, dpmpp, unipc or euler.
+        solver: ddpm, ddim, dpmpp, unipc or euler; of a rectified flow: flow-euler.
         steps: Sampling steps (default: 20, or chosen).
         cfg_scale: Guidance scale; 1 for none.
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
@@ -193,4 +193,6 @@ def _print_stats(result: object) -> None:
     plan = result.plan
     print("  step     t   cond uncond     ms")
     for k, ((cond, uncond), seconds) in enumerate(zip(plan.pairs, result.step_seconds, strict=True)):
-        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {written_cond(cond):>4} {written(uncond):>6}  {1e3 * seconds:7.2f}")
+        print(
+            f"  {k:4d}  {plan.timesteps[k]:4.0f}   {written_cond(cond):>4} {written(uncond):>6}  {1e3 * seconds:7.2f}"
+        )

@@ -66,7 +66,7 @@ def calibrate(
     Args:
         model: A local model folder with exits; the table is written into it.
         budget: Share of full depth's time at the same steps, above 0 and at most 1.
-        solver: ddpm, ddim, dpmpp, unipc or euler.
+        solver: ddpm, ddim, dpmpp, unipc or euler; of a rectified flow: flow-euler.
         steps: Sampling steps (default: 20, or chosen).
         choice: What steps are chosen for.
         step_grid: Step counts to measure full depth at and keep with the table, to choose among (default: 5 7 10 14 20

@@ -135,7 +135,7 @@ def bench(
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
-        solver: ddpm, ddim, dpmpp, unipc or euler.
+        solver: ddpm, ddim, dpmpp, unipc or euler; of a rectified flow: flow-euler.
         steps: Sampling steps.
         cfg_scale: Guidance scale; 1 for none.
         batch_size: Pictures at a time; several are timed one after the other.

@@ -81,6 +81,7 @@ def _trunk(model: DynamicDepth) -> str:
     rows = [f"| {name} | {value} |" for name, value in config.items()]
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
+        f"| process | {model.process} |",
         f"| makes | {'pixels in [-1, 1]' if model.pixel_space else 'latents'} |",
         f"| hash | `{model.trunk_hash()}` |",
     ]
@@ -152,7 +153,7 @@ def _measured(folder: Path) -> str:
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
     guided = model.backbone.null_class is not None
-    drawn = "num_steps=20, cfg_scale=1.5" if guided else "num_steps=20, cfg_scale=1"
+    drawn = f'solver="{model.process.usual_solver}", num_steps=20, cfg_scale={1.5 if guided else 1}'
     if plans:
         name, plan = next(iter(plans.items()))
         drawn = f'plan=dyndit.DepthPlan.load("{name}"), solver="{plan.solver}", num_steps={plan.num_steps}'

@@ -68,7 +68,7 @@ class TwoModels(PeerSettings):
             raise InputError(f"peer {self.name}: needs a workshop to train {self.small} in")
         recipe = recipe_files.find(self.small, "train", Train)
         key = hashlib.sha256(
-            f"{recipe.backbone} {recipe.process} {recipe.fit} {workshop.data.fingerprint}".encode()
+            f"{recipe.backbone} {recipe.process!r} {recipe.fit} {workshop.data.fingerprint}".encode()
         ).hexdigest()
         folder = workshop.out / f"{self._short}-{key[:8]}"
         if not (folder / checkpoints.CONFIG).exists():

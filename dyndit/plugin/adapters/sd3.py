@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dyndit.models.base import Conditioning, State
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead, join_patches
+from dyndit.process import RectifiedFlow
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SD3Adapter(Adapter):
     serves = "SD3Transformer2DModel"
     row_arguments = ("encoder_hidden_states", "pooled_projections")
     guidance = "uncond first"
+    usual_process = RectifiedFlow()
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__(transformer)

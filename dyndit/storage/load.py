@@ -3,7 +3,7 @@
 | what | read and written by |
 |---|---|
 | native folder: config, trunk, exits, and beside them plans, shift table, manifest | `formats/native.py` |
-| published DiT `.pt` | `formats/official.py` |
+| published DiT `.pt`, and those of SiT | `formats/official.py` |
 | diffusers `DiTTransformer2DModel` folder | `formats/diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
 | `org/name` or `org/name@revision`: one of the folders, on the hub | `formats/hub.py` |
@@ -73,8 +73,8 @@ def load(
 
     path_or_hub_id: a path to one of the above, "digits" (ships with the package), or a hub id; a path that is there
     wins. num_heads: attention heads of a `.pt` that does not tell them. revision: of a hub id: branch, tag or commit.
-    process: the process that the weights were trained for, or its name ("ddpm"), where the file does not say; a file
-    that says another is refused.
+    process: the process that the weights were trained for, or its name ("ddpm", "flow"), where the file does not say;
+    a file that says another is refused.
 
     Raises:
         CheckpointError: missing, damaged, edited or foreign, or of another process.

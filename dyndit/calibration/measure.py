@@ -236,7 +236,7 @@ def measure_shifts(
     extractor: FeatureExtractor,
     reference: Moments,
     *,
-    solver: AnySolver = "ddim",
+    solver: AnySolver | None = None,
     num_steps: int = 10,
     cfg_scale: float = 1.5,
     guided_channels: int | None = None,
@@ -252,6 +252,7 @@ def measure_shifts(
     on. options: as of `measure_table`.
     """
     settings = settings or CalibrationSettings()
+    solver = solver or model.process.usual_solver
     sampler = OwnSampler(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
     measure = measure_table if into is None else functools.partial(measure_table_into, into)
     return measure(sampler, extractor, reference, settings=settings, **options)

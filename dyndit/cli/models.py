@@ -196,12 +196,13 @@ def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Pat
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
-    """A sample grid on the way: DDIM, 20 steps, every class."""
+    """A sample grid on the way: 20 steps, every class."""
     from dyndit.pictures import grid, write_png
     from dyndit.sampling.sample import sample as draw
 
     if model.pixel_space:
         labels = model.backbone.condition.in_turn(40)
         scale = 1.5 if model.backbone.condition.guided else 1.0
-        pictures = draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures
+        options = {"solver": model.process.usual_solver, "num_steps": 20, "cfg_scale": scale, "batch_size": 40}
+        pictures = draw(model, labels, **options).pictures
         write_png(out / "previews" / f"step-{step:06d}.png", grid(pictures))

@@ -201,4 +201,4 @@ def _print_stats(result: object) -> None:
     plan = result.plan
     print("  step     t       runs       ms")
     for k, (step, seconds) in enumerate(zip(plan.steps, result.step_seconds, strict=True)):
-        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {step!s:>8}  {1e3 * seconds:7.2f}")
+        print(f"  {k:4d}  {plan.timesteps[k]:4.0f}   {step!s:>8}  {1e3 * seconds:7.2f}")

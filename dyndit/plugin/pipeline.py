@@ -128,12 +128,13 @@ class DynDiTPipeline(DiffusionPipeline):
         cls,
         model_or_folder: DynamicDepth | str | Path,
         *,
-        solver: str = "ddim",
+        solver: str = "",
         vae: AutoencoderKL | str | Path | None = None,
     ) -> "DynDiTPipeline":
         """A pipeline of a model, or of whatever `dyndit.load` takes; a shift table that lies there is its router.
 
-        solver: a name of `dyndit.sampling.solvers.SOLVERS`. vae: an autoencoder or its folder.
+        solver: a name of `dyndit.sampling.solvers.SOLVERS`; by default the usual one of the model's process. vae: an
+        autoencoder or its folder.
 
         Raises:
             InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
@@ -147,7 +148,7 @@ class DynDiTPipeline(DiffusionPipeline):
             model, folder = loaded.model, loaded.folder
         there = folder is not None and (Path(folder) / FILE).exists()
         vae = load_autoencoder(vae) if isinstance(vae, str | Path) else vae
-        scheduler = named_solver(solver, model.process).build(model.process)
+        scheduler = named_solver(solver or model.process.usual_solver, model.process).build(model.process)
         return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
 
     @classmethod

@@ -12,8 +12,9 @@ from functools import cache
 from dyndit.errors import InputError
 from dyndit.process.base import Process
 from dyndit.process.ddpm import DDPM
+from dyndit.process.flow import RectifiedFlow
 
-__all__ = ["DDPM", "Process", "from_config", "processes"]
+__all__ = ["DDPM", "Process", "RectifiedFlow", "from_config", "processes"]
 
 
 @cache

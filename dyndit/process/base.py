@@ -30,7 +30,8 @@ class Process(ABC):
     num_timesteps: ClassVar[int] = 1000
 
     def __str__(self) -> str:
-        return " ".join([self.name, *(f"{name}={value}" for name, value in self.config().items() if name != "name")])
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != f.default}
+        return " ".join([self.name, *(f"{name}={value}" for name, value in values.items())])
 
     def config(self) -> dict[str, object]:
         """Plain data from which `dyndit.process.from_config` builds the same process."""

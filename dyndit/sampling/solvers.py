@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from dyndit.errors import InputError
-from dyndit.process import DDPM, Process
+from dyndit.process import DDPM, Process, RectifiedFlow
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp": Solver(diffusers.DPMSolverMultistepScheduler, {"solver_order": 2, **_MULTISTEP}),
     "unipc": Solver(diffusers.UniPCMultistepScheduler, {"solver_order": 2, **_MULTISTEP}),
     "euler": Solver(diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "flow-euler": Solver(diffusers.FlowMatchEulerDiscreteScheduler, {}, RectifiedFlow),
 }
 
 
@@ -108,6 +109,8 @@ def draws_noise(scheduler: SchedulerMixin) -> bool:
     """
     if isinstance(scheduler, diffusers.EulerDiscreteScheduler | diffusers.DDIMScheduler):
         return False
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return bool(scheduler.config.stochastic_sampling)
     if str(scheduler.config.get("algorithm_type", "sde")).startswith("dpmsolver"):
         return False
     return "generator" in _step_parameters(type(scheduler))

@@ -93,6 +93,7 @@ def _backbone(model: DynamicDepth) -> str:
     rows = [f"| {name} | {value} |" for name, value in config.items()]
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
+        f"| process | {model.process} |",
         f"| makes | {'pixels in [-1, 1]' if model.pixel_space else 'latents'} |",
         f"| hash | `{model.identity.backbone}` |",
     ]
@@ -143,7 +144,7 @@ def _features(folder: Path) -> str:
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
     guided = model.backbone.condition.guided
-    drawn = "num_steps=20, cfg_scale=1.5" if guided else "num_steps=20, cfg_scale=1"
+    drawn = f'solver="{model.process.usual_solver}", num_steps=20, cfg_scale={1.5 if guided else 1}'
     if plans:
         name, plan = next(iter(plans.items()))
         drawn = f'plan=dyndit.DepthPlan.load("{name}"), solver="{plan.solver}", num_steps={plan.num_steps}'

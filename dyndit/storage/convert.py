@@ -12,6 +12,7 @@ from dyndit import files, manifest
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.layers import position_features
+from dyndit.process import DDPM
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
@@ -130,6 +131,8 @@ def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
 
 def _as_published(model: DynamicDepth) -> str:
     """How the published code would run the written weights, which knows nothing of our `args`."""
+    if not isinstance(model.process, DDPM):
+        return f"the published code would take its {model.process} for noise; dyndit.load honours what args record"
     config = DiTConfig(**model.backbone.config())
     published = official.as_published(config)
     others = [field.name for field in fields(config) if getattr(config, field.name) != getattr(published, field.name)]

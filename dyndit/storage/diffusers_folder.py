@@ -139,10 +139,13 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
         f"mlp_ratio {c.mlp_ratio:g}": int(c.width * c.mlp_ratio) == 4 * c.width,
         "a backbone without null class": c.label_dropout > 0,
         f"norm_eps {c.norm_eps:g}": c.norm_eps == _NORM_EPS,
+        f"the time and velocity of {c.convention}": c.convention == "timesteps",
     }
     for found, fits in limits.items():
         if not fits:
-            raise InputError(f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class and norm_eps 1e-6")
+            raise InputError(
+                f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class, norm_eps 1e-6, timesteps"
+            )
     try:
         own_positions(backbone.state_dict())
     except CheckpointError as error:

@@ -2,11 +2,11 @@
 
 | what | read and written by |
 |---|---|
-| native folder: config, backbone, exits, and beside them plans, shift table, manifest | `formats/native.py` |
-| published DiT `.pt` | `formats/official.py` |
-| diffusers `DiTTransformer2DModel` folder | `formats/diffusers_folder.py` |
+| native folder: config, backbone, exits, and beside them plans, shift table, manifest | `native.py` |
+| published DiT `.pt`, and SiT's | `official.py` |
+| diffusers `DiTTransformer2DModel` folder | `diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
-| `org/name` or `org/name@revision`: one of the folders, on the hub | `formats/hub.py` |
+| `org/name` or `org/name@revision`: one of the folders, on the hub | `hub.py` |
 
 Nothing is unpickled beyond tensors, plain data and an `argparse.Namespace`, and everything is loaded strictly.
 """
@@ -70,9 +70,9 @@ def load(
 
     path_or_hub_id: a path to one of the above, "digits" (ships with the package), or a hub id; a path that is there
     wins. num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
-    process: the process that the weights were trained for, or its name ("ddpm"), if the file does not say it. A file
-    that says another is refused. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights' precision;
-    "auto" is bfloat16 on a GPU that computes in it.
+    process: the process that the weights were trained for, or its name ("ddpm", "flow"), if the file does not say it. A
+    file that says another is refused. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights'
+    precision; "auto" is bfloat16 on a GPU that computes in it.
 
     Raises:
         CheckpointError: missing, damaged, edited or foreign, or of another process.

@@ -1,6 +1,7 @@
 """The published DiT checkpoint (Peebles and Xie, github.com/facebookresearch/DiT): a `.pt` of `torch.save`.
 
-In: a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`. Out: `{"ema": state dict, "args":
+In: a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`; SiT's are of the same tensors (Ma
+et al., github.com/willisma/SiT), and their `args` say path_type and prediction. Out: `{"ema": state dict, "args":
 plain data}`, which `torch.load(weights_only=True)` opens. The shapes tell the architecture; what no shape shows is
 written into `args` and honoured where it is found there.
 """
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import written_whole
-from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import CARDS, ClassConditionalDiT, Convention, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.process import RectifiedFlow
 from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of, read_pickled
 
 
@@ -32,14 +34,17 @@ def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -
         InputError: the number of heads is unknown or impossible.
     """
     tensors, args, notes = _contents(path)
-    config, heads_note = _infer(tensors, args, path, num_heads)
+    recorded = args.process()
+    process, more = process_of(recorded, asked, path)
+    foreign = isinstance(process, RectifiedFlow) and "process" not in args.found
+    if foreign:
+        more = (f"{path.name}: time and velocity are taken to be SiT's (1 - t / 1000, x_0 - eps)",)
+    config, heads_note = _infer(tensors, args, path, num_heads, "sit" if foreign else "timesteps")
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, tensors, path)
-    process, more = process_of(args.found.get("process"), asked, path)
     if "trunk" in args.found and args.found["trunk"] != (checksum := backbone.checksum(process=process)):
-        raise CheckpointError(
-            f"{path}: damaged or edited (checksum {checksum}, its args record {args.found['backbone']})"
-        )
+        found = args.found["trunk"]
+        raise CheckpointError(f"{path}: damaged or edited (checksum {checksum}, its args record {found})")
     pixels = args.take("pixel_space", bool, config.in_channels in (1, 3))
     model = DynamicDepth(backbone, pixel_space=pixels, process=process)
     return Loaded(model.eval(), (*notes, heads_note, *more))
@@ -74,6 +79,10 @@ def as_published(config: DiTConfig) -> DiTConfig:
     return replace(config, norm_eps=1e-6, mlp_norm_eps=1e-6, frequency_shift=0)
 
 
+_SIT = ("Linear", "velocity")
+"""What `--path-type` and `--prediction` of SiT's training script are by default: a rectified flow."""
+
+
 @dataclass(frozen=True)
 class _Args:
     """The `args` of a checkpoint. Only what `write` puts there is trusted to mean the backbone's architecture."""
@@ -82,6 +91,24 @@ class _Args:
     found: Mapping[str, object]
     num_classes: int | None = None
     """As the published training script was told, where there is a namespace."""
+    path_type: object = None
+    prediction: object = None
+    """As SiT's training script was told."""
+
+    def process(self) -> object:
+        """What `args` say of the process, as `Process.config()` has it; None where they say nothing.
+
+        Raises:
+            CheckpointError: SiT's script was told to train another process than its default.
+        """
+        if (self.path_type, self.prediction) == (None, None):
+            return self.found.get("process")
+        if (self.path_type, self.prediction) != _SIT:
+            raise CheckpointError(
+                f"{self.path}: args say path_type {self.path_type!r:.40}, prediction {self.prediction!r:.40}; expected "
+                f"{_SIT[0]!r} and {_SIT[1]!r}"
+            )
+        return RectifiedFlow().config()
 
     def take(self, name: str, kind: type, default: object) -> object:
         """An entry of plain data, checked; the default where there is none."""
@@ -105,13 +132,17 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], _Args, tuple[str, ...]]:
         raise CheckpointError(f"{path}: expected a state dict, or a checkpoint holding 'ema' or 'model'")
     if not all(isinstance(name, str) for name in data):
         raise CheckpointError(f"{path}: expected a state dict, with names for its tensors")
+    told = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    flow = (told.get("path_type"), told.get("prediction"))
     if isinstance(args, argparse.Namespace):
-        count = vars(args).get("num_classes")
-        return data, _Args(path, {}, count if isinstance(count, int) else None), notes
-    return data, _Args(path, args if isinstance(args, dict) else {}), notes
+        count = told.get("num_classes")
+        return data, _Args(path, {}, count if isinstance(count, int) else None, *flow), notes
+    return data, _Args(path, told, None, *flow), notes
 
 
-def _infer(tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int | None) -> tuple[DiTConfig, str]:
+def _infer(
+    tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int | None, convention: Convention
+) -> tuple[DiTConfig, str]:
     """The architecture that the shapes tell; the number of heads, which none shows, from `args` or the width."""
     try:
         width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
@@ -150,6 +181,7 @@ def _infer(tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int |
             norm_eps=args.take("norm_eps", float, 1e-6),
             mlp_norm_eps=args.take("mlp_norm_eps", float, 1e-6),
             frequency_shift=shift,
+            convention=args.take("convention", str, convention),
         )
     except InputError as error:
         raise CheckpointError(f"{path}: no class-conditional DiT ({error})") from error

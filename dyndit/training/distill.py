@@ -49,7 +49,7 @@ class Distill:
     fit: FitConfig = _DISTILLING
     data: str = ""
     variance_weight: float = 0.1
-    """Weight of the error on the variance outputs, relative to that on the noise."""
+    """Weight of the error on the variance outputs, relative to that on the noise. 0 where the process has none."""
     null_share: float = 0.3
     """Share of the labels replaced by the null label: guided sampling asks the exits for both branches. Recorded
     calls hold both as they come."""
@@ -197,6 +197,7 @@ class _Distillation:
         self, trained: "_FrozenBackbone | _TaughtBackbone", recipe: Distill, process: Process, states: States
     ) -> None:
         self.trainable, self.recipe, self.states = trained, recipe, states
+        self.variance_weight = recipe.variance_weight if process.has_variance else 0.0
         self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
 
     def loss(
@@ -212,7 +213,7 @@ class _Distillation:
         if self.balance is not None:
             errors = errors * self.balance[inputs.t.long().cpu()].to(errors)[None, :, None]
         depths = errors.new_tensor([1.0] * num_exits + [self.recipe.hold] * (len(errors) - num_exits))
-        parts = errors.new_tensor([1.0, self.recipe.variance_weight])
+        parts = errors.new_tensor([1.0, self.variance_weight])
         return (errors * depths[:, None, None] * parts).sum(dim=(0, 2)).mean(), figures
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:

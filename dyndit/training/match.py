@@ -37,7 +37,8 @@ class Match:
         backbone, kept = model.backbone, tensors_hash(student.state_dict())
         with borrowed(backbone):
             states = partial(noised, model.process, self.null_share, backbone.condition)
-            task = _Matching(student, backbone, self.variance_weight, states)
+            weight = self.variance_weight if model.process.has_variance else 0.0
+            task = _Matching(student, backbone, weight, states)
             identity = f"{model.identity.backbone} {kept} {self.variance_weight} {self.null_share}"
             result = fit(task, data, self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)

@@ -42,6 +42,8 @@ class Train:
     def __post_init__(self) -> None:
         if self.exit_weight <= 0:
             raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
+        if self.backbone.learn_variance and not self.process.has_variance:
+            raise InputError(f"learn_variance True: the process {self.process.name} has no variance; expected False")
 
     def check(self, data: Pictures) -> None:
         """Refuse pictures that are not the backbone's.
@@ -87,7 +89,7 @@ class Train:
         pixels = not isinstance(data, LatentPictures)
         model = DynamicDepth(backbone, exits, pixel_space=pixels, process=self.process)
         task = _Denoising(model, self.exit_weight, preview)
-        identity = f"{config!r} {self.process}"
+        identity = f"{config!r} {self.process!r}"
         if exits is not None:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:

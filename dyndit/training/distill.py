@@ -142,7 +142,7 @@ class Distill:
                 data = self._trajectories(model, Path(out))
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
-            task = _Distillation(trained, self, self._states(model, data))
+            task = _Distillation(trained, self, model.process, self._states(model, data))
             identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
             result = fit(task, data, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
             trained.load_state_dict(result.ema)

@@ -1,4 +1,4 @@
-"""The published DiT checkpoint (Peebles and Xie, github.com/facebookresearch/DiT): a `.pt` of `torch.save`.
+"""Read and write the published DiT checkpoint (Peebles and Xie, github.com/facebookresearch/DiT): a `.pt`.
 
 In: a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`; SiT's are of the same tensors (Ma
 et al., github.com/willisma/SiT), and their `args` say path_type and prediction. Out: `{"ema": state dict, "args":
@@ -26,8 +26,8 @@ from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, p
 def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -> Loaded:
     """Read a published checkpoint.
 
-    num_heads: where neither `args` nor the width tells; a contradiction is refused. asked: the process that the model
-    is to have, as of `process_of`.
+    num_heads: needed if neither `args` nor the width tells it; a contradiction is refused. asked: the process to use,
+    see `process_of`.
 
     Raises:
         CheckpointError: damaged, of another architecture, or of another process.
@@ -51,7 +51,7 @@ def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -
 
 
 def write(model: DynamicDepth, path: Path) -> None:
-    """Write the backbone, and in `args` what its tensors do not show. Exits have no place in this format.
+    """Write the backbone, and in `args` the settings that its tensors do not show. This format cannot hold exits.
 
     Raises:
         InputError: the backbone is no `ClassConditionalDiT`.
@@ -65,17 +65,17 @@ def write(model: DynamicDepth, path: Path) -> None:
         "process": model.process.config(),
         "trunk": backbone.checksum(process=model.process),
     }
-    # Cloned, so that a view is not stored with all of the memory it looks at.
+    # Clone, so that a view is stored without the rest of its memory.
     ema = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
     with written_whole(path) as draft:
         try:
             torch.save({"ema": ema, "args": args}, draft)
-        except RuntimeError as error:  # its word for a full disk
+        except RuntimeError as error:  # torch.save raises it on a full disk
             raise OSError(first_line(error)) from error
 
 
 def as_published(config: DiTConfig) -> DiTConfig:
-    """The same sizes with what the published code hard-codes: how it would run these weights."""
+    """Return the same sizes with the settings that the published code hard-codes."""
     return replace(config, norm_eps=1e-6, mlp_norm_eps=1e-6, frequency_shift=0)
 
 
@@ -85,7 +85,7 @@ _SIT = ("Linear", "velocity")
 
 @dataclass(frozen=True)
 class _Args:
-    """The `args` of a checkpoint. Only what `write` puts there is trusted to mean the backbone's architecture."""
+    """The `args` of a checkpoint. Only `args` that `write` made are trusted for the architecture."""
 
     path: Path
     found: Mapping[str, object]
@@ -111,7 +111,7 @@ class _Args:
         return RectifiedFlow().config()
 
     def take(self, name: str, kind: type, default: object) -> object:
-        """An entry of plain data, checked; the default where there is none."""
+        """Return a checked entry of plain data, or the default if there is no such entry."""
         value = self.found.get(name, default)
         good = isinstance(value, kind) or (kind is float and isinstance(value, int))
         if value is not default and (not good or (kind is not bool and isinstance(value, bool))):
@@ -120,7 +120,7 @@ class _Args:
 
 
 def _contents(path: Path) -> tuple[dict[str, Tensor], _Args, tuple[str, ...]]:
-    """State dict, args, and a note on which part of the file it is."""
+    """Read the state dict, its args, and a note that names the used part of the file."""
     data, notes, args = read_pickled(path), (), None
     if isinstance(data, dict):
         args = data.get("args")
@@ -192,7 +192,7 @@ def _infer(
 
 
 def _heads(args: _Args, path: Path, width: int, given: int | None) -> tuple[int, str]:
-    """The number of heads, and how it was found."""
+    """Return the number of heads, and how it was found."""
     recorded = args.take("num_heads", int, None)
     if recorded is not None:
         if given not in (None, recorded):

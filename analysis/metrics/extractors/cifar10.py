@@ -1,4 +1,4 @@
-"""Extractors of 32x32 colour pictures: two classifiers of CIFAR-10."""
+"""Define the extractors of 32x32 colour pictures: two classifiers of CIFAR-10."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.stride = num_out // num_in  # 2 where a stage begins and the channels double
+        self.stride = num_out // num_in  # 2 if the channels double, at the start of a stage
         self.padding = (num_out - num_in) // 2
         self.conv1 = nn.Conv2d(num_in, num_out, 3, padding=1, stride=self.stride, bias=False)
         self.bn1 = nn.BatchNorm2d(num_out)
@@ -48,9 +48,9 @@ class ResNet20(nn.Module):
 
 
 class CifarVGG(nn.Module):
-    """After VGG (Simonyan and Zisserman 2015): plain 3x3 convolutions and max pooling; a second opinion on CIFAR-10.
+    """Plain 3x3 convolutions and max pooling after VGG (Simonyan and Zisserman 2015): a second CIFAR-10 extractor.
 
-    Shares neither shortcuts, nonlinearity, scaling nor seed with ResNet20.
+    Differs from ResNet20 in shortcuts, nonlinearity, scaling and seed.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class ResNet20Extractor(ClassifierExtractor):
 
 @register_classifier("vgg-cifar10")
 class CifarVGGExtractor(ClassifierExtractor):
-    """`vgg-cifar10`: the same pictures through another classifier, to judge what was calibrated on the first."""
+    """`vgg-cifar10`: another classifier of the same pictures, to score plans calibrated on `resnet20-cifar10`."""
 
     size = 32
     classifier_type = CifarVGG

@@ -1,4 +1,4 @@
-"""Extractors of 8x8 grey digits: two small classifiers with weights in the package."""
+"""Define the extractors of 8x8 grey digits: two small classifiers with weights in the package."""
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ class DigitsClassifier(nn.Module):
 
 
 class DigitsLeNet(nn.Module):
-    """After LeNet-5 (LeCun et al. 1998): wide kernels, tanh, average pooling; a second opinion on 8x8 grey digits.
+    """Wide kernels, tanh and average pooling after LeNet-5 (LeCun et al. 1998): a second extractor of 8x8 grey digits.
 
-    Shares neither layers, nonlinearity, split nor seed with DigitsClassifier; the same recipe trains it.
+    Differs from DigitsClassifier in layers, nonlinearity, split and seed; the same recipe trains it.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class DigitsExtractor(ClassifierExtractor):
 
 @register_classifier("digits-lenet")
 class DigitsLeNetExtractor(DigitsExtractor):
-    """`digits-lenet`: the same pictures through another classifier, to judge what was calibrated on `digits`."""
+    """`digits-lenet`: another classifier of the same pictures, to score plans calibrated on `digits`."""
 
     classifier_type = DigitsLeNet
     packaged = "digits-lenet.safetensors"

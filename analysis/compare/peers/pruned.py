@@ -26,7 +26,7 @@ from dyndit.training.match import Match
 
 @dataclass(frozen=True)
 class Pruned(PeerSettings):
-    """drop: number of dropped blocks. by: keep evenly spread blocks ("spread") or those of most effect ("effect")."""
+    """drop: number of dropped blocks. by: keep evenly spread blocks ("spread") or the most effective ("effect")."""
 
     name: ClassVar[str] = "pruned"
     drop: int

@@ -21,8 +21,8 @@ from dyndit.training.train import Train
 class Controls:
     """Fixed schedules that compete with the searched plan at equal time, at one solver and step count.
 
-    depths: constant depths. The predicted time of each is the budget of a searched plan, its reversal,
-    `num_shuffled` random orders of its steps, and the `num_ramps` ramps closest to the budget from below.
+    depths: constant depths. The predicted time of each depth is a budget for a searched plan and its controls: its
+    reversal, `num_shuffled` random orders of its steps, and the `num_ramps` ramps closest below the budget.
     """
 
     solver: str = "ddim"

@@ -1,7 +1,7 @@
 """Write the report of runs: Markdown, one self-contained HTML file, figures, and report.json, which `verify` checks.
 
-Every number comes from the runs' frames. Each group of equal run, machine, model, extractor, picture count, precision
-and batch size (`runs.GROUP`) has its own tables and its own frontier.
+Every number comes from the runs' frames. Each group of comparable rows (`runs.GROUP`: equal run, machine, model,
+extractor, picture count, precision, ...) has its own tables and frontier.
 """
 
 import math

@@ -70,7 +70,7 @@ class PeerSettings:
         return full
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:
-        """Divide blocks run by the full model's blocks at the same steps with guidance; None if the data decide."""
+        """Return blocks run over the full model's blocks at the same steps with guidance; None if the data decide."""
         return plan.share_of_blocks
 
 

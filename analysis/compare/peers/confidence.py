@@ -109,13 +109,13 @@ class Thresholds:
 
 
 def _guided(predictions: Tensor, channels: int, scale: float) -> Tensor:
-    """(branches, B, C_out, H, W) -> the guided noise prediction (B, C, H, W), float32."""
+    """Guide predictions (branches, B, C_out, H, W) -> the noise prediction (B, C, H, W), float32."""
     eps = predictions[:, :, :channels].float()
     return eps[0] if len(eps) == 1 else eps[1] + scale * (eps[0] - eps[1])
 
 
 def _mean_square(difference: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,)."""
+    """Average squares per picture, (B, C, H, W) -> (B,)."""
     return difference.square().flatten(1).mean(1)
 
 

@@ -1,7 +1,7 @@
 """Run DBCache of the package cache-dit.
 
-If the first blocks' residual hardly changed since the last full step, the cache reuses the middle blocks' residual, or
-forecasts it from the last residuals (TaylorSeer).
+If the first blocks' residual hardly changed since the last full step, the middle blocks do not run. Their residual is
+reused, or forecast from the last residuals (TaylorSeer).
 
 Source: cache-dit (github.com/vipshop/cache-dit), "DBCache"; TaylorSeer: J. Liu et al., ICCV 2025, arXiv:2503.06923.
 Code: cache-dit, an optional package (`pip install "dyndit[peers]"`), through its own adapter for diffusers' DiT.

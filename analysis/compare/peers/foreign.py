@@ -3,8 +3,8 @@
 Both branches go through the transformer in one call, the conditional rows first, as in `DiTPipeline`. Diffusers embeds
 timestep and class once per block, our model only once. So compare these peers' times with `diffusers-full` too.
 
-These libraries keep state inside the modules. The peer takes the state out after every step, passes it on as the
-sampling's memory, and puts it back before the next step. Nothing leaks between samplings, and forks are copies.
+These libraries keep state inside the modules. After every step the peer takes the state out as the sampling's memory,
+and puts it back before the next step. Nothing leaks between samplings, and forks are copies.
 """
 
 from collections.abc import Sequence

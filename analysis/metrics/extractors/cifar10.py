@@ -23,7 +23,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(num_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        """Run the block.  x: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)) + shortcut)
@@ -42,7 +42,7 @@ class ResNet20(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 3, 32, 32), normalised -> (B, 64), the means before `linear`."""
+        """Return the means before `linear`.  x: (B, 3, 32, 32), normalised -> (B, 64)."""
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
@@ -60,13 +60,13 @@ class CifarVGG(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 3, 32, 32) in [-1, 1] -> (B, 64), the values before the last layer."""
+        """Return the values before the last layer.  x: (B, 3, 32, 32) in [-1, 1] -> (B, 64)."""
         for index, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if index else x)
         return F.silu(self.hidden(x.mean((2, 3))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
+        """Return logits.  x: (B, 3, 32, 32) in [-1, 1] -> (B, 10)."""
         return self.linear(self.features(x))
 
 
@@ -87,7 +87,7 @@ class ResNet20Extractor(ClassifierExtractor):
     spatial_layer = "classifier.layer3"  # 8 x 8 x 7 = 448 features
 
     def scale(self, pictures: Tensor) -> Tensor:
-        """Pictures: uint8 (B, 3, 32, 32) -> ImageNet mean and deviation removed."""
+        """Remove ImageNet's mean and deviation from uint8 pictures (B, 3, 32, 32)."""
         mean, std = (torch.tensor(c, device=pictures.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
         return (pictures / 255 - mean) / std
 
@@ -102,5 +102,5 @@ class CifarVGGExtractor(ClassifierExtractor):
     spatial_layer = "classifier.stages.2"  # 8 x 8 x 7 = 448 features
 
     def scale(self, pictures: Tensor) -> Tensor:
-        """Pictures: uint8 (B, 3, 32, 32) -> (B, 3, 32, 32) in [-1, 1]."""
+        """Scale uint8 pictures (B, 3, 32, 32) to [-1, 1]."""
         return pictures.float() / 127.5 - 1

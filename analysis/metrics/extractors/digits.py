@@ -20,14 +20,14 @@ class DigitsClassifier(nn.Module):
         self.drop = nn.Dropout(0.3)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> (B, 64), the values before the last layer."""
+        """Return the values before the last layer.  x: (B, 1, 8, 8) in [0, 1] -> (B, 64)."""
         # SiLU, not ReLU: no unit dies, so the covariance of the features keeps its full rank.
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.silu(conv(x))
         return F.silu(self.hidden(self.drop(x.flatten(1))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
+        """Return logits.  x: (B, 1, 8, 8) in [0, 1] -> (B, 10)."""
         return self.linear(self.drop(self.features(x)))
 
 
@@ -46,13 +46,13 @@ class DigitsLeNet(nn.Module):
         self.drop = nn.Dropout(0.3)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> (B, 64), the values before the last layer."""
+        """Return the values before the last layer.  x: (B, 1, 8, 8) in [0, 1] -> (B, 64)."""
         x = F.avg_pool2d(torch.tanh(self.conv1(x)), 2)
         x = torch.tanh(self.conv2(x))
         return torch.tanh(self.hidden(self.drop(x.flatten(1))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
+        """Return logits.  x: (B, 1, 8, 8) in [0, 1] -> (B, 10)."""
         return self.linear(self.drop(self.features(x)))
 
 
@@ -66,7 +66,7 @@ class DigitsExtractor(ClassifierExtractor):
     spatial_layer = "classifier.conv2"  # 4 x 4 x 7 = 112 features
 
     def scale(self, pictures: Tensor) -> Tensor:
-        """Pictures: uint8 (B, 3, 8, 8) -> grey (B, 1, 8, 8) in [0, 1]."""
+        """Scale uint8 pictures (B, 3, 8, 8) -> grey (B, 1, 8, 8) in [0, 1]."""
         return pictures.float().mean(1, keepdim=True) / 255
 
 

@@ -103,7 +103,7 @@ class Experiment:
     peer_steps: tuple[int, ...] = (10,)
     cfg_scale: float = 1.5
     metrics: tuple[str, ...] = ("fd",)
-    """Metrics of `evaluate` for every arm and block: fd always; kid, is and prc if wanted."""
+    """Metrics of `evaluate` for every arm and block: "fd", and any of "kid", "is", "prc"."""
     more_extractors: tuple[str, ...] = ()
     """More extractors that score the same pictures; no plan is chosen with them."""
     num_blocks: int = 5

@@ -62,7 +62,7 @@ def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPla
 def ramp(
     full: DepthPlan, depths: tuple[int, ...], start: float, end: float | None = None, power: float = 1.0
 ) -> DepthPlan:
-    """Run depth start + (end - start) * u^power; u rises from 0 at the first step to 1 at the last. `end` is L by default."""
+    """Run depth start + (end - start) * u^power (default end: L). u rises from 0 at the first step to 1 at the last."""
     end, last = full.num_blocks if end is None else end, max(full.num_steps - 1, 1)
     wanted = [start + (end - start) * (step / last) ** power for step in range(full.num_steps)]
     return _scheduled(full, depths, wanted, "ramp", start=start, end=end, power=power)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dyndit
 from dyndit.errors import CheckpointError, PlanError
-from dyndit.models import Inputs
+from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan

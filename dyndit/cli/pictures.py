@@ -65,8 +65,6 @@ def sample(
         device: cpu or cuda.
         json_: End with one line of JSON.
     """
-    from rich.console import Console
-
     from dyndit import manifest
     from dyndit.calibration.calibrate import table_for
     from dyndit.models import tensors_hash
@@ -89,7 +87,7 @@ def sample(
         steps = plan.num_steps
     for note in loaded.notes:
         print(note)
-    with progress_bar("sampling", Console(stderr=True)) as advance:
+    with progress_bar("sampling") as advance:
         stored = sample_into(
             out,
             dynamic,

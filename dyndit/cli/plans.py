@@ -85,8 +85,6 @@ def calibrate(
         fresh: Measure the table again even where one is there.
         json_: End with one line of JSON.
     """
-    from rich.console import Console
-
     from dyndit.calibration import calibrate as calibration
     from dyndit.manifest import check_device
     from dyndit.progress import progress_bar
@@ -132,7 +130,7 @@ def calibrate(
             forecast_ages=forecast_ages,
         )
         real = _real_pictures(measuring, extractor, *_picture_shape(dynamic, decoder))
-        with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
+        with progress_bar("measuring distribution shifts") as advance:
             reducing, reference = calibration.reduced(extractor, real)
             table = calibration.measure_shifts(
                 dynamic,
@@ -149,7 +147,7 @@ def calibrate(
     if goal is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID
     if step_grid:
-        with progress_bar("measuring full depth", Console(stderr=True)) as advance:
+        with progress_bar("measuring full depth") as advance:
             table = calibration.measure_bases(
                 dynamic, table, extractor, step_grid=step_grid, into=path, on_progress=advance, **drawing
             )

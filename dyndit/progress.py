@@ -1,8 +1,9 @@
-"""Progress of long work: a bar on a terminal, and a line now and then without a terminal."""
+"""Progress of long work, on standard error: a bar on a terminal, and a line now and then without a terminal."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,33 +15,87 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+Item = TypeVar("Item")
+
+
+class Advance(Protocol):
+    """Says how far the work is. words: what else is known by now, "loss 0.12"; it stays until there are others."""
+
+    def __call__(self, done: int, total: int, words: str | None = None) -> None:
+        """Show it."""
+
 
 @contextmanager
-def progress_bar(title: str, console: Console, every: float = 30.0) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with elapsed and remaining time; yield `advance(done, total)`.
+def progress_bar(
+    title: str, console: Console | None = None, *, shown: bool = True, every: float = 30.0
+) -> Iterator[Advance]:
+    """Show a bar with elapsed and remaining time while open; yield what moves it.
 
-    If the console is not a terminal, print a plain line about every `every` seconds.
+    Where standard error is no terminal, print a line about every `every` seconds, with every news, and at the end. What
+    the first call finds done counts as done before: the time that is left is estimated from the rest.
     """
-    if not console.is_terminal:
-        began = said = time.monotonic()
+    console = console or Console(stderr=True)
+    if not shown:
+        yield lambda _done, _total, _words=None: None
+    elif console.is_terminal:
+        with _on_terminal(title, console) as advance:
+            yield advance
+    else:
+        yield _in_lines(title, console, every)
 
-        def say(done: int, total: int) -> None:
-            nonlocal said
-            now = time.monotonic()
-            if now - said >= every or done == total:
-                left = (now - began) / max(done, 1) * (total - done)
-                console.print(f"{title}: {done} of {total}, {now - began:.0f} s, about {left:.0f} s left")
-                said = now
 
-        yield say
-        return
+def tracked(items: Sequence[Item], title: str, *, shown: bool = True) -> Iterator[Item]:
+    """Yield the items, and show how many are done."""
+    with progress_bar(title, shown=shown) as advance:
+        for done, item in enumerate(items, 1):
+            yield item
+            advance(done, len(items))
+
+
+@contextmanager
+def _on_terminal(title: str, console: Console) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task, before = progress.add_task(title, total=None, words=""), True
+
+        def advance(done: int, total: int, words: str | None = None) -> None:
+            nonlocal before
+            if before:  # what was there before says nothing of the speed
+                progress.reset(task, total=total, completed=done)
+            before = False
+            progress.update(task, completed=done, total=total, **({} if words is None else {"words": words}))
+
+        yield advance
+
+
+def _in_lines(title: str, console: Console, every: float) -> Advance:
+    began = said = time.monotonic()
+    first: tuple[int, float] | None = None
+    known = ""
+
+    def advance(done: int, total: int, words: str | None = None) -> None:
+        nonlocal first, said, known
+        now, known = time.monotonic(), known if words is None else f", {words}"
+        before, since = first = first or (done, now)
+        if words is None and now - said < every and done != total:
+            return
+        said, left = now, ""
+        if before < done < total:
+            left = f", about {_span((now - since) / (done - before) * (total - done))} left"
+        console.print(f"{title}: {done} of {total}, {_span(now - began)}{left}{known}", highlight=False, soft_wrap=True)
+
+    return advance
+
+
+def _span(seconds: float) -> str:
+    """A time to read: "45 s", "12 min", "3.4 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6_000 else f"{seconds / 3600:.1f} h"

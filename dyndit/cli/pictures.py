@@ -71,8 +71,6 @@ def sample(
             on a GPU that computes in it, else own.
         json_: End with one line of JSON.
     """
-    from rich.console import Console
-
     from dyndit.calibration.calibrate import table_for
     from dyndit.models.identity import tensors_hash
     from dyndit.progress import progress_bar
@@ -97,7 +95,7 @@ def sample(
         steps = plan.num_steps
     for note in loaded.notes:
         print(note)
-    with progress_bar("sampling", Console(stderr=True)) as advance:
+    with progress_bar("sampling") as advance:
         stored = sample_into(
             out,
             dynamic,

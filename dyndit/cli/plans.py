@@ -84,8 +84,6 @@ def calibrate(
         fresh: Measure the table again even if there is a table.
         json_: End with one line of JSON.
     """
-    from rich.console import Console
-
     from dyndit.calibration import calibrate as calibration
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
@@ -131,7 +129,7 @@ def calibrate(
             forecast_ages=forecast_ages,
         )
         real = _real_pictures(reference, network, *_picture_shape(dynamic, decoder))
-        with progress_bar("measuring distribution shifts", Console(stderr=True)) as advance:
+        with progress_bar("measuring distribution shifts") as advance:
             reducing, moments = calibration.reduced(network, real)
             table = calibration.measure_shifts(
                 dynamic,
@@ -144,15 +142,15 @@ def calibrate(
                 into=path,
                 on_progress=advance,
             )
-    sampler = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
+    options = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
     if goal is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID
     if step_grid:
-        with progress_bar("measuring full depth", Console(stderr=True)) as advance:
+        with progress_bar("measuring full depth") as advance:
             table = calibration.measure_bases(
-                dynamic, table, network, step_grid=step_grid, into=path, on_progress=advance, **sampler
+                dynamic, table, network, step_grid=step_grid, into=path, on_progress=advance, **options
             )
-    measured = {"table": table, "extractor": network, **sampler}
+    measured = {"table": table, "extractor": network, **options}
     if goal is None:
         plan = calibration.calibrate(
             dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured

@@ -121,6 +121,8 @@ def sample_into(
     options = {"batch_size": batch_size, "strict": strict, "stats": stats}
     drawing = batches(model, [labels[i] for i in numbers], numbers, plan, guidance, solver, seed, **options)
     machine, part, done = manifest.machine(device), _name(wanted), num_images - len(missing)
+    if on_progress is not None:
+        on_progress(done, num_images)
     for drawn in drawing:
         began = time.perf_counter()
         pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from rich.progress import track
 from safetensors import safe_open
 from torch import Tensor
 
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.progress import tracked
 from dyndit.training.data import Pictures
 
 INDEX = "latents.json"
@@ -153,7 +153,7 @@ def encode_latents(
     ]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     vae.to(device)
-    for name, start in track(todo, "encoding", disable=not progress or not todo):
+    for name, start in tracked(todo, "encoding", shown=progress and bool(todo)):
         shard = range(start, min(start + pictures_per_shard, len(pictures)))
         files.write_safetensors(folder / name, _encode(pictures, shard, vae, batch_size))
         hashes[name] = files.sha256(folder / name)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import io
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dyndit import files
 from dyndit.errors import InputError
+from dyndit.progress import progress_bar
 from dyndit.training.config import FitConfig
 
 
 class Log:
-    """Log the losses of every step to losses.csv, to TensorBoard, and to a bar (in a terminal) or plain lines.
+    """Losses of every step: to losses.csv, to TensorBoard, and to the progress that is shown.
 
     Figures stay on the device until `flush`, so that a step does not wait for them.
     """
@@ -37,28 +37,16 @@ class Log:
                     self.path.unlink()
                 else:
                     files.write_text(self.path, kept[kept["step"] <= first].to_csv(index=False))
-        self.console = Console()
-        self.bar: Progress | None = None
-        if show and self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.2f} steps/s "),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.bar.add_task("", total=config.steps, completed=first, loss=float("nan"), rate=0.0)
 
     def __enter__(self) -> Log:
         self.accelerator.init_trackers("tensorboard")
-        if self.bar:
-            self.bar.start()
+        self.open = ExitStack()
+        self.advance = self.open.enter_context(progress_bar("training", shown=self.show))
+        self.advance(self.last, self.config.steps)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+        self.open.close()
         for tracker in self.accelerator.trackers:  # end_training() would also end the process group
             tracker.finish()
 
@@ -75,8 +63,8 @@ class Log:
         names = list(figures[0])
         means = torch.stack([torch.stack([f[name].float() for name in names]) for f in figures]).mean(0)
         self.rows.append((step, learning_rate, ["grad_norm", *names], torch.cat([norm.float()[None], means])))
-        if self.bar:
-            self.bar.advance(self.task)
+        if step < self.config.steps:  # `flush` shows the last
+            self.advance(step, self.config.steps)
 
     def flush(self) -> None:
         """Write out the steps added so far. Raises InputError at the first step whose loss is not finite."""
@@ -103,12 +91,4 @@ class Log:
         rate = (step - self.last) / max(now - self.last_time, 1e-9)
         self.last, self.last_time = step, now
         self.accelerator.log({**means, "steps_per_second": rate}, step=step)
-        if self.bar:
-            self.bar.update(self.task, loss=means["loss"], rate=rate)
-        elif self.show:
-            left = (self.config.steps - step) / rate
-            print(
-                f"step {step}/{self.config.steps}  loss {means['loss']:.4f}  {rate:.2f} steps/s  "
-                f"{left / 60:.1f} min left",
-                flush=True,
-            )
+        self.advance(step, self.config.steps, f"loss {means['loss']:.4f}  {rate:.2f} steps/s")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 
 from dyndit.analysis.metrics.extractors.cifar10 import CifarVGG, CifarVGGExtractor
 from dyndit.errors import InputError
 from dyndit.files import write_safetensors
+from dyndit.progress import tracked
 from dyndit.runtime import keep_freed_memory
 from dyndit.training.data import PictureFolder
 
@@ -60,7 +60,7 @@ def train(pictures: Tensor, classes: Tensor, num_steps: int = NUM_STEPS) -> nn.M
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=num_steps)
-    for _ in track(range(num_steps), "vgg-cifar10"):
+    for _ in tracked(range(num_steps), "vgg-cifar10"):
         picked = torch.randint(0, len(pictures), (BATCH_SIZE,), generator=generator)
         x = augment(pictures[picked].float() / 127.5 - 1, generator)
         logits = model(x.contiguous(memory_format=torch.channels_last))

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from dyndit.analysis.metrics.extractors.digits import DigitsExtractor, DigitsLeNetExtractor
 from dyndit.files import write_safetensors
+from dyndit.progress import tracked
 
 CLASSIFIERS = {"digits": (DigitsExtractor, 0), "digits-lenet": (DigitsLeNetExtractor, 1)}  # extractor, seed
 NUM_STEPS = 2_000
@@ -60,7 +60,7 @@ def train(name: str = "digits") -> tuple[nn.Module, float]:
     model = extractor.classifier_type().train()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
-    for _ in track(range(NUM_STEPS), name):
+    for _ in tracked(range(NUM_STEPS), name):
         rows = torch.randint(0, len(x_train), (BATCH_SIZE,), generator=generator)
         logits = model(augment(x_train[rows], generator))
         loss = F.cross_entropy(logits, train_classes[rows], label_smoothing=0.05)

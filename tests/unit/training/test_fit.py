@@ -401,8 +401,9 @@ def test_a_batch_that_accumulation_cannot_cut_is_refused(tmp_path: Path) -> None
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     fit(Denoise(), DIGITS, replace(CONFIG, checkpoint_every=100), tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 5/12", "step 10/12", "step 12/12"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"training: {step} of 12" for step in (5, 10, 12)]
+    assert all(", loss " in line and "steps/s" in line for line in lines)
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_a_plan_says_who_wrote_it(guided: bool) -> None:
         ramp(base, depths, 4, power=2),
         switch(base, depths, 3, 0.4),
     ]
-    names = [plan.router for plan in (*made, reversed_plan(made[1]))]
-    assert names == ["constant-6", "ramp-4-12-p1", "ramp-4-12-p2", "switch-3-0.4", "reversed-ramp-4-12-p1"]
+    names = [f"{plan.router}:{plan.settings_text}" for plan in (*made, reversed_plan(made[1]))]
+    assert names == ["constant:6", "ramp:4-12-1", "ramp:4-12-2", "switch:3-0.4", "reversed:4-12-1"]
 
 
 @given(base=plans, low=st.floats(0, 20), width=st.floats(0.1, 200))

@@ -127,7 +127,7 @@ def test_published_checkpoints_tell_their_architecture(
     inputs = make_inputs(backbone)
     assert torch.equal(found(*inputs), backbone(*inputs))
     how = "of the card of this width" if changes["width"] == 96 else "64 wide"
-    assert loaded.notes[-1] == f"dit.pt: {changes['num_heads']} attention heads, {how}"
+    assert loaded.notes[-2] == f"dit.pt: {changes['num_heads']} attention heads, {how}"
     assert (len(loaded.notes) == 2) == (wrap is training_checkpoint)
     checkpoints.save(found, tmp_path / "native")
     assert same(dyndit.load(tmp_path / "native").state_dict(), found.state_dict())
@@ -148,7 +148,7 @@ def test_heads_that_no_shape_shows(make_backbone, make_inputs, tmp_path: Path) -
     for bad in (5, 0, -2):
         assert f"--num-heads {bad}" in refused(tmp_path / "dit.pt", InputError, num_heads=bad)
     loaded = checkpoints.inspect(tmp_path / "dit.pt", num_heads=2)
-    assert loaded.notes == ("dit.pt: 2 attention heads, as given",)
+    assert loaded.notes[0] == "dit.pt: 2 attention heads, as given"
     inputs = make_inputs(backbone)
     assert torch.equal(loaded.model(*inputs), backbone(*inputs))
     assert not torch.allclose(dyndit.load(tmp_path / "dit.pt", num_heads=3)(*inputs), backbone(*inputs), atol=1e-4)

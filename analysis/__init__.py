@@ -1,14 +1,12 @@
-"""The analysis suite: reads what a run left on disk, and never reaches into training.
+"""Analyse the files that a run left on disk. The suite never reaches into training.
 
 - `metrics` measure. `sets` and `features` read pictures, `extractors` turn them into features; `infinity`, `kid`,
-  `memorisation` and `paired` compare them; `quality` gathers it all. `macs`, `energy` and `memory` measure cost.
-- `report` shows. `runs` holds the rows, `frontier` sets quality against time, `budgets` says who wins. `write` makes
-  a report of `tables`, `findings`, `figures` and `plan_figures` on a `page`; `verify` checks one against the rows.
-- `compare` runs. `run` measures the `arms` of an `experiment`, `peers` are what a user might pick instead, `bench`
-  times plans.
+  `memorisation` and `paired` compare them; `quality` gathers all figures. `macs`, `energy` and `memory` measure cost.
+- `report` shows. `runs` holds the rows, `frontier` sets quality against time, `budgets` finds the best family.
+  `write` makes a report from `tables`, `findings`, `figures` and `plan_figures` on a `page`; `verify` checks a report.
+- `compare` runs. `run` measures the `arms` of an `experiment`, `peers` are the alternatives, `bench` times plans.
 
-Distances, intervals and times of arms that take turns lie in `dyndit.stats`. Names load on first use: torch-fidelity
-and matplotlib are slow to import.
+`dyndit.stats` holds distances and intervals. Names load on first use: torch-fidelity and matplotlib import slowly.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""dyndit: Diffusion Transformers that stop early, and the measurements that say when that is worth it.
+"""dyndit: Diffusion Transformers that stop early, and measurements of when early stopping pays off.
 
     model = dyndit.load("runs/digits")                 # a folder, a published DiT .pt, "digits" or a hub id
     model(x, t, y)                                      # full depth: the original model, bit for bit
@@ -94,13 +94,13 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name from the module it lives in."""
+    """Import a public name from its module."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.storage.pretrained")  # whatever makes a model, it can be saved
+    import_module(f"{__name__}.storage.pretrained")  # so that every model can be saved
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """The public names, whether they were loaded or not."""
+    """List the public names, loaded or not."""
     return sorted([*globals(), *__all__])

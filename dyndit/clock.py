@@ -20,13 +20,13 @@ Mark = float | torch.cuda.Event
 
 
 class Clock:
-    """Read the seconds at which a device has done what it was given."""
+    """Read the time at which a device has finished its work, in seconds."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given. The CPU always has."""
+        """Wait until the device has finished its work. The CPU never has to wait."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -44,7 +44,7 @@ class Clock:
         return event
 
     def between(self, began: Mark, ended: Mark) -> float:
-        """Return the seconds between two marks. Waits until the device has passed the second."""
+        """Return the seconds between two marks. Wait until the device has passed the second mark."""
         if isinstance(ended, float):
             return ended - began
         ended.synchronize()

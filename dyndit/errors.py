@@ -14,6 +14,6 @@ class PlanError(InputError):
 
 
 def first_line(error: Exception) -> str:
-    """Cut another library's message, which may have many lines, down to its first 120 printable characters."""
+    """Cut another library's message to its first line, at most 120 printable characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return "".join(c for c in lines[0][:120] if c.isprintable())

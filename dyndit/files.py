@@ -85,19 +85,34 @@ def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() if folder else target.is_file()):
         kind = "folder" if folder else "file"
         raise InputError(f"{target}: is no {kind}; expected a {kind} to replace, or nothing")
-    draft = target.with_name(f"{DRAFT}{_host()}-{os.getpid()}-{next(_numbers)}")
+    with written_together(target.parent, target) as draft:
+        yield draft / target.name
+
+
+@contextmanager
+def written_together(folder: Path, about: Path | None = None) -> Iterator[Path]:
+    """Yield a folder to write files in. Each of them lands whole in `folder` when the block ends well.
+
+    about: what the message of an error names in place of `folder`.
+
+    Raises:
+        InputError: as `written_whole`.
+    """
+    draft = folder / f"{DRAFT}{_host()}-{os.getpid()}-{next(_numbers)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
-        path = draft / target.name
-        yield path
-        if not folder:
-            path.chmod(draft.stat().st_mode & 0o666)  # the umask, as mkdir applied it
-        sync(*path.rglob("*"), path)
-        path.replace(target)
-        sync(target.parent)
+        yield draft
+        mode = draft.stat().st_mode & 0o666  # the umask, as mkdir applied it
+        for path in (made := sorted(draft.iterdir())):
+            if path.is_file():
+                path.chmod(mode)
+        sync(*draft.rglob("*"))
+        for path in made:
+            path.replace(folder / path.name)
+        sync(folder)
     except (OSError, SafetensorError) as error:
-        raise _not_written(target, error) from error
+        raise _not_written(about or folder, error) from error
     finally:
         _remove(draft)
 
@@ -268,15 +283,16 @@ def _refuse_constant(name: str) -> float:
 
 
 def _read(path: Path, most: int | None = None) -> bytes:
-    """A file's bytes. Raises OSError also for what would never end: a FIFO, a device, more than `most` bytes."""
-    with _opened(path) as file:
+    """A file's bytes. Raises OSError, also for more than `most` of them."""
+    with opened(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB")
         return file.read()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes. Raises OSError also for what would never end, such as a FIFO."""
     if not stat.S_ISREG(os.stat(path).st_mode) and not Path(path).is_dir():  # noqa: PTH116 - a folder says so itself
         raise OSError(errno.EINVAL, "no regular file")
     with Path(path).open("rb") as file:
@@ -294,7 +310,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: missing, or no safetensors file.
     """
     try:
-        with _opened(path), safe_open(path, "pt") as file:
+        with opened(path), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         return load_file(path), metadata
     except FileNotFoundError as error:
@@ -310,7 +326,7 @@ def sha256(path: Path) -> str:
         CheckpointError: it cannot be read.
     """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error

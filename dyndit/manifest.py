@@ -54,29 +54,33 @@ def claim(
     Raises:
         InputError: the folder holds another run, or files that are none; or a setting is not finite.
     """
-    plain = json.loads(json.dumps(settings, default=str))
     path = out / MANIFEST
-    if path.exists():
+    if not path.exists():
+        text = files.to_json(path, describe(settings, **facts))
         try:
-            found = files.read_json(path)
-        except InputError as error:
-            raise InputError(f"{error}; expected the manifest of a run") from error
-        if not isinstance(theirs := found.get("settings"), dict):
-            raise InputError(f"{path}: damaged (settings {theirs!r:.40}); expected the manifest of a run")
-        absent = "absent"
-        changed = [k for k in sorted(plain.keys() | theirs.keys()) if plain.get(k, absent) != theirs.get(k, absent)]
-        if changed:
-            then, now = (settings.get(changed[0], absent) for settings in (theirs, plain))
-            raise InputError(
-                f"--out {out}: holds another run ({changed[0]} {then!r}, now {now!r}); "
-                "expected an empty folder or the same run"
-            )
-        files.sweep(out)
-        return found
-    text = files.to_json(path, describe(settings, **facts))
-    files.claim(out, shared)
-    files.write_text(path, text)
-    return None
+            files.claim(out, shared)
+        except InputError:
+            if not path.exists():  # else another process of the same run has just claimed it
+                raise
+        else:
+            files.write_text(path, text)
+            return None
+    try:
+        found = files.read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; expected the manifest of a run") from error
+    if not isinstance(theirs := found.get("settings"), dict):
+        raise InputError(f"{path}: damaged (settings {theirs!r:.40}); expected the manifest of a run")
+    plain, absent = json.loads(json.dumps(settings, default=str)), "absent"
+    changed = [k for k in sorted(plain.keys() | theirs.keys()) if plain.get(k, absent) != theirs.get(k, absent)]
+    if changed:
+        then, now = (settings.get(changed[0], absent) for settings in (theirs, plain))
+        raise InputError(
+            f"--out {out}: holds another run ({changed[0]} {then!r}, now {now!r}); "
+            "expected an empty folder or the same run"
+        )
+    files.sweep(out)
+    return found
 
 
 def _version(name: str) -> str:

@@ -1,13 +1,101 @@
-"""Pictures as bytes: colour for the networks that judge them, a grid for the eye."""
+"""Pictures on disk, as bytes for networks, and side by side for the eye."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.files import written_whole
+from dyndit.files import is_draft, opened, written_whole
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+OVERVIEWS = {"grid.png", "samples.png"}
+"""What `dyndit sample` and the reports lay beside single pictures."""
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """Pictures of one size that are read when they are asked for."""
+
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "PictureFiles":
+        """The pictures in a folder, searched in depth and sorted. `OVERVIEWS` are passed over.
+
+        Raises:
+            InputError: there is no folder, or no picture.
+        """
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder, expected a folder of pictures or an .npz file")
+        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name not in OVERVIEWS)
+        if not (paths := tuple(sorted(p for p in found if not is_draft(p.relative_to(folder))))):
+            raise InputError(f"{folder}: no picture found, expected PNG, JPEG or WEBP files")
+        return cls(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the first picture, and so of all."""
+        return read_picture(self.paths[0]).shape[:2]
+
+    def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
+        """Read the pictures in order, as uint8 (B, C, H, W). C is 3 where any picture of a batch has colour, else 1.
+
+        Raises:
+            InputError: a picture is unreadable, or of another size than the first.
+        """
+        for low in range(0, len(self), batch_size):
+            yield as_nchw(self.read(range(low, min(low + batch_size, len(self)))))
+
+    def read(self, numbers: Sequence[int]) -> np.ndarray:
+        """Read some pictures, as uint8 (B, H, W, C). Raises InputError as `batches`."""
+        pictures = [read_picture(self.paths[number]) for number in numbers]
+        for number, picture in zip(numbers, pictures, strict=True):
+            if picture.shape[:2] != self.size:
+                (h, w), (height, width) = picture.shape[:2], self.size
+                raise InputError(
+                    f"{self.paths[number]}: {h}x{w} pixels, expected {height}x{width} as in {self.paths[0].name}"
+                )
+        channels = max(picture.shape[2] for picture in pictures)
+        return np.stack([np.broadcast_to(picture, (*self.size, channels)) for picture in pictures])
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read one picture as uint8 (H, W, 1 or 3). Raises InputError."""
+    try:
+        with opened(path) as file, Image.open(file) as image:
+            image.load()
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
+                raise InputError(f"{path}: {image.mode} pixels, expected 8 bits a channel")
+            if image.has_transparency_data:
+                if image.convert("RGBA").getextrema()[3][0] < 255:  # hidden colours would count
+                    raise InputError(f"{path}: transparent pixels, expected an opaque picture")
+                image = image.convert("RGBA")
+            array = np.asarray(image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB"))
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+        raise InputError(f"{path}: unreadable ({error}), expected a whole picture") from error
+    return array if array.ndim == 3 else array[..., None]
+
+
+def as_nchw(array: np.ndarray) -> Tensor:
+    """(N, H, W, C) -> a contiguous tensor (N, C, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """One picture, uint8 (1 or 3, H, W), for Pillow."""
+    array = picture.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def as_rgb(pictures: Tensor) -> Tensor:
@@ -42,7 +130,6 @@ def grid(pictures: Tensor, columns: int = 10, pad: int = 2, least: int = 320) ->
     for i, picture in enumerate(pictures.cpu()):
         top, left = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
         canvas[:, top : top + height, left : left + width] = picture
-    array = canvas.permute(1, 2, 0).numpy()
-    image = Image.fromarray(array[..., 0] if channels == 1 else array)
+    image = as_image(canvas)
     factor = max(1, least // image.width)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, and a line now and then without a terminal."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from rich.progress import (
 
 @contextmanager
 def progress_bar(title: str, console: Console, every: float = 30.0) -> Iterator[Callable[[int, int], None]]:
-    """A bar with elapsed and remaining time; yields `advance(done, total)`.
+    """Show a bar with elapsed and remaining time; yield `advance(done, total)`.
 
-    Where standard error is no terminal, a plain line about every `every` seconds.
+    If the console is not a terminal, print a plain line about every `every` seconds.
     """
     if not console.is_terminal:
         began = said = time.monotonic()

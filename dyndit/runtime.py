@@ -18,9 +18,9 @@ DTYPES = ("own", "float32", "bfloat16", "float16")
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory in the process instead of giving it back after every large tensor.
 
-    Each activation of more than some hundred KiB is else mapped and unmapped by the kernel, which zeroes its pages
-    every time: of a small DiT on two virtual cores that was a quarter to a third of the time. It serves every arm
-    of a comparison alike. Returns whether the allocator is glibc's and took the settings.
+    Otherwise the kernel maps, zeroes and unmaps every activation above some hundred KiB. For a small DiT on two
+    virtual cores this took a quarter to a third of the time. Every arm of a comparison gains alike. Return True if
+    the allocator is glibc's and took the settings.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -33,10 +33,10 @@ def keep_freed_memory() -> bool:
 
 
 def chosen_device(device: str) -> str:
-    """The device to compute on: "auto" is a GPU if there is one, else the CPU.
+    """Return the device to compute on. "auto" is a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not available.
     """
     import torch
 
@@ -51,12 +51,12 @@ def chosen_device(device: str) -> str:
 
 
 def chosen_dtype(dtype: str, device: str) -> "torch.dtype | None":
-    """The precision to compute in, None for the weights' own.
+    """Return the precision to compute in; None keeps the precision of the weights.
 
-    "auto" is bfloat16 on a GPU that computes in it, else the weights' own. "own" is always theirs.
+    "auto" is bfloat16 on a GPU that computes in it, else None. "own" is always None.
 
     Raises:
-        InputError: there is no such precision.
+        InputError: an unknown precision.
     """
     import torch
 

@@ -6,13 +6,13 @@
 
 Its bias falls as 1/N: compare only sets of equal size, scored against the same reference pictures.
 
-**Intervals** are over seed blocks. Arms that are compared share their seeds block by block, so differences are taken
-within a block: what the seeds do to both arms cancels.
+**Intervals** are over seed blocks. Compared arms share their seeds block by block. Differences are taken within a
+block, so the seeds' common effect on both arms cancels.
 
 **Times**: two processes on few cores slow each other far more than twofold, and a machine drifts while it is measured.
 So every round runs each arm once, the order changes from round to round, and ratios are taken within a round. The
-result is the median of those ratios with a distribution-free interval: one slow round moves neither. To see what the
-method itself adds, pass the same callable twice: the ratio must be 1 (an A/A null).
+result is the median of these ratios with a distribution-free interval: one slow round moves neither. To measure the
+method's own error, pass the same callable twice: the ratio must be 1 (an A/A null).
 """
 
 import math
@@ -66,8 +66,8 @@ def square_root(covariance: Tensor) -> Tensor:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Return the Fréchet distance between the Gaussians with these moments.
 
-    The last trace is the sum of the singular values of A^½ B^½: unlike the square roots of eigenvalues of A B
-    these keep full precision where the covariances have no full rank.
+    The last trace is the sum of the singular values of A^½ B^½. Unlike the square roots of the eigenvalues of A B,
+    singular values keep full precision if the covariances have no full rank.
     """
     root = square_root(a.covariance).T @ square_root(b.covariance)
     traces = a.covariance.trace() + b.covariance.trace()
@@ -78,8 +78,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 class FrechetTo:
     """The Fréchet distance to one fixed reference, for many Gaussians at once: the search's inner loop.
 
-    A prediction may have directions of negative variance, which no pictures have. Clipped to 0 they would still lower
-    the trace, and the worst plan would look best. So the square root is continued oddly: √(-x) = -√x counts against it.
+    A prediction may have directions of negative variance, which no pictures have. Clipped to 0, these directions would
+    lower the trace and make the worst plan look best. So √(-x) = -√x: negative variance counts against the plan.
     """
 
     def __init__(self, reference: Moments) -> None:
@@ -88,14 +88,14 @@ class FrechetTo:
         self.root = square_root(reference.covariance)
 
     def __call__(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """mean: (..., D), covariance: (..., D, D), float64 -> (...,)."""
+        """Return the distances.  mean: (..., D), covariance: (..., D, D), float64 -> (...,)."""
         values = torch.linalg.eigvalsh(self._product(covariance))
         roots = values.sign() * values.abs().sqrt()
         traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + self.trace
         return (mean - self.mean).square().sum(-1) + traces - 2 * roots.sum(-1)
 
     def gradient(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """mean: (..., D), covariance: (..., D, D) -> (dFD/dmean (..., D), dFD/dcovariance (..., D, D)).
+        """Return dFD/dmean (..., D) and dFD/dcovariance (..., D, D).  mean: (..., D), covariance: (..., D, D).
 
         With R Rᵀ = Σ and M = Rᵀ S R: dFD/dm = 2 (m - μ), dFD/dS = 1 - R |M|^-½ Rᵀ. Directions in which M
         vanishes have no finite slope; they count as flat (pseudo-inverse).
@@ -109,14 +109,14 @@ class FrechetTo:
         return 2 * (mean - self.mean), slope
 
     def _product(self, covariance: Tensor) -> Tensor:
-        """Rᵀ S R, made exactly symmetric: it has the eigenvalues of Σ^½ S Σ^½."""
+        """Return Rᵀ S R, made exactly symmetric. It has the eigenvalues of Σ^½ S Σ^½."""
         product = self.root.T @ covariance @ self.root
         return (product + product.mT) / 2
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence limits; NaN limits where there was only one block."""
+    """A mean and its confidence limits. The limits are NaN if there was only one block."""
 
     mean: float
     low: float
@@ -128,7 +128,7 @@ class Interval:
         return (self.high - self.low) / 2
 
     def excludes(self, value: float) -> bool:
-        """Return whether the value lies outside the limits. False without limits."""
+        """Return True if the value lies outside the limits, and False without limits."""
         return self.low > value or self.high < value
 
     def __format__(self, spec: str) -> str:
@@ -160,7 +160,7 @@ def paired_interval(a: Sequence[float], b: Sequence[float] | None = None, confid
 
 
 def non_inferior(difference: Interval, reference: float, margin: float) -> bool:
-    """Return whether quality is unchanged: upper bound of FD(arm) - FD(full) ≤ margin · FD(full).
+    """Return True if quality is unchanged: upper bound of FD(arm) - FD(full) ≤ margin · FD(full).
 
     reference: FD(full), margin: a fraction (0.05 on digits, 0.03 on CIFAR-10). False without limits.
     """
@@ -170,14 +170,14 @@ def non_inferior(difference: Interval, reference: float, margin: float) -> bool:
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], np.ndarray], num_blocks: int, confidence: float = 0.95
 ) -> Interval:
-    """Bootstrap a statistic of the seed blocks that is no plain mean over them, resampling whole blocks.
+    """Bootstrap a statistic over whole seed blocks, for statistics that are not a plain mean over blocks.
 
-    statistic: weights of the blocks, (R, num_blocks), each row summing to 1 -> (R,) values. ±inf says that a value
-    lies beyond what was measured. Up to 8 blocks every resample is counted exactly; beyond that 10,000 are drawn with
-    a fixed seed. Limits: Student's t times the bootstrap's standard error, corrected by √(n / (n - 1)). For a mean
-    this is Student's interval itself; plain percentiles of five blocks cover far less than they say. If some resample
-    is infinite: percentiles, widened for few blocks. Both after Hesterberg, "What Teachers Should Know About the
-    Bootstrap" (2015). One block gives NaN limits, and so does a statistic that some resample leaves undefined.
+    statistic: weights of the blocks, (R, num_blocks), each row summing to 1 -> (R,) values. ±inf marks a value beyond
+    the measured range. Up to 8 blocks, every resample is counted exactly; beyond, 10,000 are drawn with a fixed seed.
+    Limits: Student's t times the bootstrap's standard error, corrected by √(n / (n - 1)). For a mean this is Student's
+    interval itself; plain percentiles of five blocks cover far too little. If some resample is infinite, the limits are
+    percentiles, widened for few blocks. Both follow Hesterberg, "What Teachers Should Know About the Bootstrap" (2015).
+    Limits are NaN for one block, or if the statistic is undefined on some resample.
     """
     mean = float(statistic(np.full((1, num_blocks), 1 / num_blocks))[0])
     if num_blocks < 2 or math.isnan(mean):
@@ -200,7 +200,7 @@ def bootstrap_interval(
 
 @cache
 def _resamples(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count how often each block is drawn in a resample (R, num_blocks); with the chance of each resample (R,)."""
+    """Count how often each resample draws each block (R, num_blocks). Also return each resample's chance (R,)."""
     if num_blocks > 8:
         counts = np.random.default_rng(0).multinomial(num_blocks, [1 / num_blocks] * num_blocks, size=10_000)
         return counts, np.full(len(counts), 1 / len(counts))
@@ -210,10 +210,11 @@ def _resamples(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the median between two order statistics that hold the distribution's median at this confidence or more.
+    """Return the median with two order statistics as limits, at this confidence or more.
 
-    Distribution-free (the count below the median is binomial): of 9 values the 2nd and the 8th, of 60 the 22nd and the
-    39th. NaN limits for fewer than 6 values at 95%. Values that are NaN drop out. `Interval.mean` is the median.
+    Distribution-free, since the count below the median is binomial. Of 9 values the limits are the 2nd and the 8th, of
+    60 the 22nd and the 39th. NaN limits for fewer than 6 values at 95%. NaN values drop out. `Interval.mean` is the
+    median.
     """
     ordered = np.sort(np.asarray(values, float))
     ordered = ordered[np.isfinite(ordered)]
@@ -234,7 +235,7 @@ def relative_width(interval: Interval) -> float:
 
 @dataclass(frozen=True)
 class Reading:
-    """One timed call, or a part of it. joules: NaN unless a meter was read."""
+    """One timed call, or a part of a call. joules: NaN unless a meter was read."""
 
     scope: str
     seconds: float
@@ -245,8 +246,8 @@ class Reading:
 class Repeats:
     """Time arms for `rounds`, then go on until every ratio's interval is narrow or `most` rounds are done.
 
-    until: width of the 95% interval (high - low) as a share of the ratio; 0: time exactly `rounds`. Looking again and
-    again is harmless here: it stops on how wide the interval is, not on where it lies.
+    until: width of the 95% interval (high - low) as a share of the ratio; 0: time exactly `rounds`. Repeated looks are
+    harmless here: the width of the interval decides when to stop, not its place.
     """
 
     rounds: int = 9
@@ -263,7 +264,7 @@ class Repeats:
             raise InputError(f"--max-rounds {self.most}: expected at least --rounds, which is {self.rounds}")
 
     def enough(self, done: int, num_arms: int, narrow: Callable[[], bool]) -> bool:
-        """Return whether to stop after `done` rounds. Past `rounds`: only when all orders came equally often."""
+        """Return True to stop after `done` rounds. Past `rounds`, stop only when all orders came equally often."""
         if done < self.rounds or not self.until:
             return done >= self.rounds
         return done >= self.most or (done % (2 * num_arms) == 0 and narrow())
@@ -284,7 +285,7 @@ def paired_rounds(
 ) -> pd.DataFrame:
     """Let the arms take turns; each call times itself. -> columns round, arm, scope, seconds, joules.
 
-    baseline: the arm whose ratios have to become narrow (default: the first).
+    baseline: every other arm's ratio to this arm has to become narrow (default: the first arm).
     """
     names: list[str] = list(arms)
     rows: list[dict[str, object]] = []
@@ -316,8 +317,8 @@ def paired_times(
     """Time the arms: one row per round and arm, columns round, arm, seconds.
 
     warmup: calls of each arm before the first round, not timed. clock: read before and after each timed call
-    (default: the CPU's); pass the `Clock` of a GPU, where calls return before their work is done.
-    until, max_rounds, baseline: as in `Repeats` and `paired_rounds`.
+    (default: the CPU's clock). For a GPU pass its `Clock`, because calls return before their work is done.
+    until, max_rounds, baseline: see `Repeats` and `paired_rounds`.
     """
     clock = clock or Clock()
 
@@ -347,8 +348,8 @@ def widest_ratio(times: pd.DataFrame, baseline: str) -> float:
 def summarise(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Summarise times: a row per arm with median, q25, q75 (seconds), ratio, median_ratio (Intervals), rounds.
 
-    times: as of `paired_times`. ratio: time over the baseline's in the same round, mean with its 95% interval.
-    median_ratio: median of the same ratios (`median_interval`), which one slow round does not move.
+    times: the output of `paired_times`. ratio: time over the baseline's time in the same round, mean with its 95%
+    interval. median_ratio: median of the same ratios (`median_interval`); one slow round does not move it.
     """
     table = times.pivot(index="round", columns="arm", values="seconds")
     rows = {

@@ -1,1 +1,1 @@
-"""Complete runs as short Python files: choices only, no loops. `studies` holds the experiments behind the log."""
+"""Complete runs as short Python files: choices only, no loops. `studies` holds the experiments of the log."""

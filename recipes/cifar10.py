@@ -3,11 +3,11 @@
     dyndit train cifar10 --data DIR --out runs/cifar10
     dyndit distill cifar10 --model runs/cifar10 --data DIR --out runs/cifar10-exits
 
-DIR holds a subfolder of pictures per class. The exits are those of `finetune_exits`.
+DIR holds a subfolder of pictures per class. The exits are the exits of `finetune_exits`.
 
-Measured so far: the first 200 steps (`--steps 200`) bring the loss from 1.006 (mean of the first 20) to 0.065 (of the
-last 20), at about 4 s a step on 2 cores of an AMD EPYC beside other work, 2026-11-23; with nothing beside, 2.4 s. The
-whole training, and so any quality: not yet measured.
+Measured so far: the first 200 steps (`--steps 200`) bring the loss from 1.006 (mean of the first 20) to 0.065 (mean of
+the last 20). A step takes about 4 s on 2 cores of an AMD EPYC beside other work, 2026-11-23, and 2.4 s without other
+work. The whole training, and so any quality: not yet measured.
 """
 
 from dyndit.models.dit import CARDS

@@ -1,21 +1,21 @@
-"""CIFAR-10 on a CPU: plans at few steps of good solvers, against fewer steps and the strongest peers, by two judges.
+"""CIFAR-10 on a CPU: compare plans at few steps of good solvers with fewer steps and the strongest peers.
 
     dyndit compare cifar10_frontier --model recipes/weights/cifar10 --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10     # resumable
 
-The backbone is the one kept here, or any checkpoint of 32 x 32 pixels and 10 classes; DIR holds a subfolder of pictures
-per class. The backbone's weights stay as they are: wide exits are distilled beside them, with forecasts of what an exit
-lacks. Plans are searched on a table of 10 DDIM steps with a band for each step. The table serves 20 steps and UniPC
-too; two measured plans correct each prediction. A second extractor, `vgg-cifar10`, scores the same pictures, and no
-plan was chosen by it. Products run in bf16, for every arm and in distilling: on a machine without bf16, choose
-`precision="fp32"` for both.
+The backbone is `recipes/weights/cifar10`, or any checkpoint of 32 x 32 pixels and 10 classes. DIR holds a
+subfolder of pictures per class. The backbone's weights stay the same: wide exits are distilled beside them, with
+forecasts of the gap to full depth. Plans are searched on a table of 10 DDIM steps with a band for each step. The table
+serves 20 steps and UniPC too; two measured plans correct each prediction. A second extractor, `vgg-cifar10`, scores the
+same pictures; no plan is chosen by it. Products run in bf16, for every arm and in distilling. On a machine without
+bf16, choose `precision="fp32"` for both.
 
-The peers are FasterCache, which led on the digits, and a guidance interval; full depth without guidance stands beside
-them. The budgets lie below the 60% of the time that the field promises, so a plan that keeps quality saves more.
+The peers are FasterCache, which led on the digits, and a guidance interval. Full depth without guidance is measured
+too. The budgets lie below the 60% of the time that the field promises, so a plan that keeps quality saves more.
 
-Measured: at unchanged quality plans save 70% of the time at 10 UniPC steps by both extractors, and at 20 steps 55% by
-the first and 42 to 43% by the second (docs/results/cifar10). On 2 cores of an AMD EPYC with AVX-512 BF16, 2026-11-28:
-exits 8 minutes, table 15, sampling of 10 blocks 139; the plans took 13 on 2026-11-24.
+Measured (docs/results/cifar10): at unchanged quality plans save 70% of the time at 10 UniPC steps by both extractors.
+At 20 steps they save 55% by the first extractor, and 42 to 43% by the second. On 2 cores of an AMD EPYC with AVX-512
+BF16, 2026-11-28: exits 8 minutes, table 15, sampling of 10 blocks 139; the plans took 13 on 2026-11-24.
 """
 
 from dataclasses import replace
@@ -26,8 +26,8 @@ from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes import cifar10
 
-# The wide exit after 8 layers errs about as little as the plain ones after 9 to 11 do, which are left out. Below half
-# of the time a second pass is out of reach: most steps are one branch, alone or guided by its own exit.
+# Exits after 9 to 11 layers are left out: the wide exit after 8 layers errs about as little as plain exits there.
+# Below half of the time a second pass costs too much: most steps run one branch, alone or guided by its own exit.
 CHOICES = (
     *("12|6", "12", "12|e6", "12|e4"),
     *("8|8", "8|4", "8", "8|e4"),
@@ -56,7 +56,7 @@ experiment = Experiment(
     num_images=500,
     batch_size=50,
     precision="bf16",
-    # Without effect beside the points above; part of the settings that the published runs are known by.
+    # No effect beside the points above. The published runs are identified by these settings too.
     full_solvers=("dpmpp", "ddpm"),
     full_steps=(5, 6, 7, 8, 10, 12, 15, 20, 25),
     dynamic_steps=(10, 20),

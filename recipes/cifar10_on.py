@@ -1,4 +1,4 @@
-"""CIFAR-10, a backbone trained on: from weights that there are, with a learning rate that falls to zero.
+"""CIFAR-10: train a backbone further from given weights, with a learning rate that falls to zero.
 
     dyndit train cifar10_on --model WEIGHTS --data DIR --out runs/cifar10-on        # resumable
 
@@ -6,7 +6,7 @@ WEIGHTS is a checkpoint of the recipe `cifar10`'s shape: 12 layers of width 192.
 
 Measured: from a checkpoint of 3,468 steps of batch 128 this made `recipes/weights/cifar10`. FD-resnet20 of 400 pictures
 at 10 UniPC steps fell from 11.9 to 10.4, FD-vgg from 13.5 to 11.6. It took 57 minutes, 1.7 s a step, on 2 cores of an
-AMD EPYC with AVX-512 BF16 and nothing beside, 2026-11-24.
+AMD EPYC with AVX-512 BF16 without other work, 2026-11-24.
 """
 
 from dataclasses import replace

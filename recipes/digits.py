@@ -6,7 +6,7 @@
     dyndit distill digits --model runs/digits --out runs/exits       # the exits alone
 
 `dyndit/assets/digits.safetensors` holds the weights that `train` gives, in half precision. The quickstart takes about
-6 minutes on 2 CPU cores; its report holds plans against full depth with fewer steps.
+6 minutes on 2 CPU cores; its report compares plans with full depth at fewer steps.
 """
 
 from dyndit.analysis.compare.experiment import Experiment

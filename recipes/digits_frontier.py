@@ -1,9 +1,9 @@
-"""The digits comparison whose figures the README quotes: full depth over steps, plans over budgets, controls.
+"""Digits: compare full depth over steps, plans over budgets, and controls. The README quotes these figures.
 
     dyndit compare digits_frontier --out runs/frontier               # resumable
 
 Measured: plans save 57 to 60% of the time at 10 and 20 steps of DDIM and UniPC, with a Fréchet distance below full
-depth's (docs/results/digits). It took 54 minutes on 2 cores of an AMD EPYC, 2026-11-23; 11 of them are the shift table.
+depth's (docs/results/digits). It took 54 minutes on 2 cores of an AMD EPYC, 2026-11-23: 11 for the table.
 """
 
 from dataclasses import replace

@@ -1,15 +1,15 @@
-"""The digits comparison with every peer: what a user might pick instead of dynamic depth, on the same weights.
+"""Digits: compare plans with every peer that a user might pick instead of dynamic depth, on the same weights.
 
     dyndit compare digits_peers --out runs/peers                     # resumable
 
-Two extractors score every picture: the classifier that the plans are calibrated on, and one that no plan has seen. The
-exits are the quickstart's. The run also trains the small model of the switch and the pruned backbones, in
-`runs/peers/peers`, and finds them there when it goes on. A peer whose package is not installed is left out; the run's
-manifest names the peers that took part.
+Two extractors score every picture: the extractor that plans are calibrated on, and an extractor that no plan has seen.
+The exits are the quickstart's exits. The run also trains the small model of the switch and the pruned backbones, in
+`runs/peers/peers`, and reuses them when it resumes. A peer without its package is left out. The run's manifest names
+the peers that took part.
 
-Measured: from 3 to 5 ms a picture searched plans have the lowest Fréchet distance of all; above, FasterCache is level
-with them, 1.32 against 1.33 (docs/results/peers). It took 45 minutes on 2 cores of an AMD EPYC, 2026-11-23; 11 of them
-came before the first arm (exits, table, searches, small model, pruned backbones).
+Measured (docs/results/peers): from 3 to 5 ms a picture searched plans have the lowest Fréchet distance of all. Above 5
+ms FasterCache is level with them, 1.32 against 1.33. It took 45 minutes on 2 cores of an AMD EPYC, 2026-11-23: 11 came
+before the first arm (exits, table, searches, small model, pruned backbones).
 """
 
 from dataclasses import replace

@@ -1,1 +1,1 @@
-"""Compare arms on the same weights and seeds: what is compared, how it runs, what it is held against."""
+"""Compare arms on the same weights and seeds: experiments, the run, and peers."""

@@ -1,4 +1,4 @@
-"""Arms: what a comparison measures. An arm has fields; its name is only printed, never parsed."""
+"""Define the arms that a comparison measures. An arm has fields; its name is only printed, never parsed."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,26 +13,26 @@ from dyndit.plans.plan import DepthPlan
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is measured: a model under a plan. The plan has the solver and the number of steps."""
+    """A model to measure under a plan. The plan has the solver and the number of steps."""
 
     family: str
-    """"full", "unguided", "searched", "searched-NAME" of a variant, "ramp", a peer's name, ..."""
+    """"full", "unguided", "searched", "searched-NAME" for a variant, "ramp", a peer's name, ..."""
     plan: DepthPlan
     budget: float | None = None
     settings: str = ""
-    """What tells it from other arms of the same family, solver, steps and budget, such as "every2-depth6"."""
+    """Settings that distinguish arms of one family, solver, steps and budget, such as "every2-depth6"."""
     variant: str = ""
-    """Name of the variant that it belongs to."""
+    """Name of the variant that made the arm."""
     plan_file: str = ""
     """Name of the file that holds the plan, if the plan was searched."""
     predicted_fd: float | None = None
     predicted_ms: float | None = None
-    """Per picture, by the table's cost model; None if the arm does not follow its plan."""
+    """Milliseconds per picture by the table's cost model; None if the arm does not follow its plan."""
     model: DynamicDepth | None = None
-    """None: the comparison's own."""
+    """None: the comparison's own model."""
     peer: PeerSettings | None = None
     decided: Decisions | None = None
-    """Depths that the pictures decided by themselves."""
+    """Depths that the confidence router chose for each picture."""
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class Arm:
 
 
 class Source(Protocol):
-    """Makes arms. What it trains, measures or searches lies in the comparison's folder, and is found there again."""
+    """A maker of arms. It stores its weights, tables and plans in the comparison's folder and reuses them."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """The arms of this source; none if the experiment does not ask for them."""
+        """Return the arms of this source; an empty list if the experiment does not ask for them."""

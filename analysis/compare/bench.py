@@ -25,6 +25,7 @@ from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import apply_dyndit, remove_dyndit
+from dyndit.process import DDPM
 from dyndit.sampling.loop import picture_generator
 from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import make_scheduler
@@ -216,6 +217,8 @@ def _in_pipeline(
     """
     some = next(iter(plans.values()))
     classes = model.backbone.condition.num_classes
+    if not isinstance(model.process, DDPM):
+        raise InputError(f"--in-pipeline: DiTPipeline steps ddpm alone, this model's process is {model.process.name}")
     if some.cfg_scale != 1 and classes != PIPELINE_CLASSES:
         raise InputError(
             f"--cfg-scale {some.cfg_scale:g}: DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one "

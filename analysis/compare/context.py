@@ -1,6 +1,6 @@
-"""What every source of arms works with: the model with its exits, the shift table, plans searched on it.
+"""Share the model with its exits, the shift table and the searched plans among all sources of arms.
 
-Every stage leaves its result on disk; what is there and valid is not made again.
+Every stage stores its result on disk. A valid stored result is reused.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ from dyndit.training.exit_errors import exit_error_table
 def model_with_exits(
     experiment: Experiment, backbone: DynamicDepth | None, data: Pictures, out: Path, console: Console
 ) -> DynamicDepth:
-    """The model with its exits, from `out/model` if they are there and whole.
+    """Load the model with its exits from `out/model`, or train it and save it there.
 
-    backbone: the given model; None: it is trained. A model that comes with exits keeps them.
+    backbone: the given model; None: train one. A model that comes with exits keeps them.
     """
     folder = out / "model"
     if (folder / checkpoints.EXITS).exists():
@@ -57,11 +57,11 @@ def model_with_exits(
 
 @dataclass(frozen=True)
 class Context:
-    """One model of a comparison with all that is measured and searched on it.
+    """One model of a comparison, with its measurements and its searched plans.
 
-    references: real pictures as each extractor sees them; plans are calibrated on the first. given: the model as the
-    user gave it, before its exits and maybe its backbone were trained; None: `model`. known: another table; if it holds
-    all that this context's table would, nothing is measured.
+    references: real pictures as each extractor sees them; plans are calibrated on the first extractor. given: the
+    user's model before any training here; None: `model`. known: another table; if it holds every entry of this
+    context's table, nothing is measured.
     """
 
     experiment: Experiment
@@ -75,12 +75,12 @@ class Context:
 
     @property
     def extractor(self) -> Extractor:
-        """What plans are calibrated on."""
+        """The extractor that plans are calibrated on."""
         return self.references[0].extractor
 
     @property
     def backbone(self) -> DynamicDepth:
-        """What exits are distilled from: the model as it was given, without exits."""
+        """The given model without exits; new exits are distilled from it."""
         model = self.given or self.model
         alone = DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process)
         return alone.to(self.model.device)
@@ -92,32 +92,32 @@ class Context:
 
     @property
     def within(self) -> list[float]:
-        """The experiment's budgets that any plan keeps to."""
+        """The experiment's budgets that at least one plan meets."""
         return [budget for budget in self.experiment.budgets if budget >= self.table.least_share]
 
     def full(self, solver: str, steps: int) -> DepthPlan:
-        """Full depth at these steps."""
+        """Return the full-depth plan at these steps."""
         return full_plan(self.model, solver, steps, self.experiment.cfg_scale)
 
     def base(self, solver: str, steps: int) -> Moments:
-        """Full depth's moments at these very steps, on the calibration seeds."""
+        """Return full depth's moments at the same steps, on the calibration seeds."""
         same_guidance = self.table.cfg_scale == self.experiment.cfg_scale
         known = self.table.base_at(solver, steps) if same_guidance else None
         return known or self.moments(self.full(solver, steps))
 
     def moments(self, plan: DepthPlan) -> Moments:
-        """Moments of the features of pictures drawn under a plan, on the calibration seeds."""
+        """Sample pictures under a plan on the calibration seeds and return their features' moments."""
         options = {"num_pictures": self.table.num_pictures, "seed": self.table.seed}
         return measure_moments(self.model, self.extractor, plan, batch_size=self.experiment.batch_size, **options)
 
     def predicted_ms(self, plan: DepthPlan) -> float:
-        """Milliseconds per picture that the table's cost model predicts."""
+        """Predict milliseconds per picture with the table's cost model."""
         return 1e3 * self.table.cost.plan_seconds(plan) / self.table.cost.batch_size
 
     def searched(self, solver: str, steps: int, budgets: Sequence[float]) -> list[tuple[float, DepthPlan, str]]:
-        """Search a plan for each budget -> (budget, plan, its file's name), budgets rising.
+        """Search a plan for each budget -> (budget, plan, name of its file), by rising budget.
 
-        A plan starts from those of smaller budgets. Plans that lie in `out` already are read.
+        A search starts from the plans of smaller budgets. A plan already stored in `out` is read.
         """
         found: list[tuple[float, DepthPlan, str]] = []
         full, base = self.full(solver, steps), None
@@ -134,15 +134,15 @@ class Context:
         return found
 
     def read_plan(self, name: str) -> DepthPlan:
-        """A plan that lies in `out`.
+        """Read a plan from `out`.
 
         Raises:
-            PlanError: it is another model's.
+            PlanError: the plan belongs to another model.
         """
         return bind(DepthPlan.load(self.out / name), self.model, origin=str(self.out / name))
 
     def with_bases(self, solver: str) -> ShiftTable:
-        """The table with full depth's moments at the experiment's `latency_steps`; in its file too."""
+        """Add full depth's moments at the experiment's `latency_steps` to the table and its file; return the table."""
         with progress_bar("measuring full depth", self.console) as advance:
             return measure_bases(
                 self.model,
@@ -170,7 +170,7 @@ class Context:
         return refined(self.table, full, budget, self.moments, rounds=rounds, base=base, smaller=smaller)
 
     def _stored_table(self) -> ShiftTable | None:
-        """The table in `out/model`, if it is there, readable, and of this model and this extractor."""
+        """Return the table in `out/model` if it is readable and belongs to this model and this extractor."""
         path = self._table_file
         if not path.exists():
             return None
@@ -183,7 +183,7 @@ class Context:
             self.console.print(f"{path}: of another model; measured again")
             return None
         if table.extractor_fingerprint != self.extractor.fingerprint:
-            # One that came with the model: a search on it would be for an extractor that nobody asked for.
+            # This table came with the model: searching on it would optimise for another extractor.
             name, of = self.extractor.name, table.extractor
             theirs = of if of != name else f"other weights of {of}"
             self.console.print(f"{path}: of {theirs}, not this comparison's {name}; measured again")
@@ -192,7 +192,7 @@ class Context:
         return table
 
     def _known_table(self) -> ShiftTable | None:
-        """The part of the known table that this context's table would be."""
+        """Return the part of the known table that equals this context's table; None if entries are missing."""
         if self.known is None:
             return None
         experiment, seed = self.experiment, self.experiment.calibration.seed

@@ -1,7 +1,7 @@
-"""One comparison from backbone to report: what `dyndit quickstart` and `dyndit compare` run.
+"""Run one comparison from backbone to report: `dyndit quickstart` and `dyndit compare`.
 
-distil exits -> measure the shift table -> search plans -> make the peers (all of that in `sources`) -> sample every arm
-from the same fresh seeds -> report. Every stage leaves its result on disk; what is there and valid is not done again.
+distil exits -> measure the shift table -> search plans -> make the peers (all in `sources`) -> sample every arm from
+the same fresh seeds -> report. Every stage stores its result on disk. A valid stored result is reused.
 """
 
 import random
@@ -36,7 +36,7 @@ from dyndit.training.data import open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
-    """Run the comparison in `out` and return it; `dyndit.analysis.read_runs(out)` has the figures.
+    """Run the comparison in `out` and return `out`; `dyndit.analysis.read_runs(out)` reads the figures.
 
     Raises:
         InputError: `out` holds another run, or an input does not fit.
@@ -75,24 +75,24 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
 
 
 def _hand_over(table: Path, place: Path) -> None:
-    """Copy the shift table that lies beside the given model; whether it is this model's is seen when it is read."""
+    """Copy the shift table beside the given model. Its reader checks that it belongs to this model."""
     if table.is_file() and not place.exists():
         files.copy(table, place)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The stages that count: every arm sampled and scored, and the report."""
+    """The measuring stages: sample and score every arm, then write the report."""
 
     experiment: Experiment
     model: DynamicDepth
     references: tuple[Measured, ...]
-    """Real pictures as each extractor sees them; plans were calibrated on the first."""
+    """Real pictures as each extractor sees them; plans were calibrated on the first extractor."""
     out: Path
     console: Console
 
     def _macs(self, arms: Iterable[Arm]) -> dict[str, float]:
-        """Multiply-accumulates of the denoiser per picture by arm; where the data may decide (peers), on a batch."""
+        """Count the denoiser's multiply-accumulates per picture of each arm; peers on a batch, as data may decide."""
         num, parts, counted = min(self.experiment.batch_size, self.experiment.num_images), {}, {}
         for arm in arms:
             model = arm.model or self.model
@@ -106,8 +106,8 @@ class Comparison:
     def measure(self, arms: list[Arm]) -> None:
         """Sample and score every arm on every seed block.
 
-        Within a block the arms take turns batch by batch, so that a machine that slows down slows all of them. A block
-        that was broken off is drawn anew by the arms that have no row of it yet.
+        Within a block the arms take turns batch by batch, so a machine that slows down slows all arms. After an
+        interrupted block, the arms without a row draw it again.
         """
         experiment, path = self.experiment, self.out / RUNS
         done = measured(path) if path.exists() else set()
@@ -135,7 +135,7 @@ class Comparison:
                     append_run(path, *self._rows(arm, block, drawn.pop(arm.name), macs[arm.name]))
 
     def report(self, arms: list[Arm]) -> None:
-        """Figures and pages from what lies in `out`."""
+        """Draw the figures and write the pages from the files in `out`."""
         from dyndit.analysis.report import figures, plan_figures, style
         from dyndit.analysis.report.write import write_report
 
@@ -156,7 +156,7 @@ class Comparison:
         write_report(self.out, self.out, margin=self.experiment.margin)
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
-        """Pictures `first` to `first + num - 1` of an arm; every class in turn."""
+        """Draw pictures `first` to `first + num - 1` of an arm, classes in turn."""
         plan = arm.plan
         return sample(
             arm.model or self.model,
@@ -172,10 +172,10 @@ class Comparison:
         )
 
     def _rows(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> list[dict[str, object]]:
-        """Score the batches that one arm drew of one block: a row of runs.csv for each extractor."""
+        """Score the batches of one arm in one block; return a row of runs.csv for each extractor."""
         experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
         pictures = torch.cat([part.pictures for part in drawn])
-        # A peer's blocks are not those of its plan, unless it is one.
+        # A peer that is not a plan runs other blocks than its plan says.
         cond, uncond = plan.mean_depth if arm.peer is None or arm.model is self.model else (None, None)
         share = plan.share_of_blocks if arm.peer is None else arm.peer.share_of_blocks(plan)
         if arm.decided is not None:  # both branches leave together
@@ -224,9 +224,9 @@ class Comparison:
 
 
 def in_turn(arms: list[Arm], block: int, batch: int) -> list[Arm]:
-    """The order in which the arms draw a batch: a random one, then the same backwards.
+    """Order the arms for a batch: at random on even batches, then backwards on odd batches.
 
-    In two batches each arm comes as often before another as after it, so a steady drift cancels between them.
+    Over two batches each arm runs once before and once after every other arm, so a steady drift cancels.
     """
     order = list(arms)
     random.Random(f"{block} {batch // 2}").shuffle(order)

@@ -1,6 +1,6 @@
-"""Where arms come from: full depth, searched plans and their controls, chosen steps, peers, variants, confidence.
+"""Make the arms: full depth, searched plans and controls, chosen step counts, peers, variants, confidence.
 
-A new kind of arm is a class with one method and an entry in `SOURCES`.
+To add a kind of arm, write a class with one method and add it to `SOURCES`.
 """
 
 from dataclasses import dataclass, replace
@@ -28,10 +28,10 @@ from dyndit.sampling.solvers import timesteps_of
 
 @dataclass(frozen=True)
 class FullDepth:
-    """Full depth at every step count, with guidance and without."""
+    """Full depth at every step count, with guidance and without guidance."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """As of `Source`."""
+        """See `Source`."""
         experiment = context.experiment
         solvers = (*experiment.solvers, *experiment.full_solvers)
         points = experiment.full_points or product(solvers, experiment.full_steps)
@@ -43,10 +43,10 @@ class FullDepth:
 
 @dataclass(frozen=True)
 class Searched:
-    """Plans searched at every point and budget, and the controls they are held against."""
+    """Plans searched at every point and budget, and their controls."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """As of `Source`."""
+        """See `Source`."""
         experiment, controls = context.experiment, context.experiment.controls
         budgets = {point: list(experiment.budgets) for point in experiment.dynamic_points}
         shares = {} if controls is None else self._control_budgets(context)
@@ -69,13 +69,13 @@ class Searched:
         return tuple(sorted(plain | {context.model.num_blocks}))
 
     def _control_budgets(self, context: Context) -> dict[int, float]:
-        """Each control's constant depth, and the share of full depth's time it takes."""
+        """Map each control's constant depth to its share of full depth's time."""
         controls, depths = context.experiment.controls, self._control_depths(context)
         full, cost = context.full(controls.solver, controls.steps), context.table.cost
         return {d: round(cost.share_of_time(constant(full, depths, d)), 3) for d in controls.depths}
 
     def _controls(self, context: Context, depth: int, budget: float, searched: DepthPlan) -> list[Arm]:
-        """The constant of this depth, the searched plan reversed and shuffled, and the ramps closest to the budget."""
+        """Return the constant plan, the searched plan reversed and shuffled, and the ramps closest to the budget."""
         controls, depths = context.experiment.controls, self._control_depths(context)
         full = context.full(controls.solver, controls.steps)
         predictor = Predictor(context.table, full.timesteps, context.base(controls.solver, controls.steps))
@@ -97,10 +97,10 @@ class Searched:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Plans whose step count is chosen with them, for a share of full depth's time at the reference's steps."""
+    """Plans with a chosen step count, for a share of full depth's time at the reference steps."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """As of `Source`. Full depth's moments at the step counts are kept in the table's file."""
+        """See `Source`. The table's file keeps full depth's moments at the step counts."""
         experiment, arms = context.experiment, []
         for solver, share in product(experiment.solvers, experiment.latency_budgets):
             name = f"plan-chosen-{solver}-b{share:g}.json"
@@ -118,10 +118,10 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Peers:
-    """What a user might pick instead. What a peer has to train is trained, or found in `out/peers`."""
+    """The alternatives to dynamic depth. A peer's trained weights are kept in `out/peers` and reused."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """As of `Source`."""
+        """See `Source`."""
         experiment, arms = context.experiment, []
         for_peers = PeerContext(context.out / "peers", context.data, experiment.distill.fit, experiment.train)
         for peer in experiment.peers:
@@ -136,14 +136,14 @@ class Peers:
 
 @dataclass(frozen=True)
 class Variants:
-    """Plans made another way. What a variant distils, measures and searches lies in `out/variants`."""
+    """Plans made with other settings. Each variant keeps its exits, table and plans in `out/variants`."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """As of `Source`."""
+        """See `Source`."""
         return [arm for variant in context.experiment.variants for arm in self._of(context, variant)]
 
     def _of(self, context: Context, variant: Variant) -> list[Arm]:
-        """A variant's searched plans; with a backbone of its own, also that at full depth."""
+        """Return a variant's searched plans; with another backbone, also full depth of that backbone."""
         folder, model = context.out / "variants" / variant.name, context.model
         given = context.backbone if variant.train is None else None
         own = replace(context, experiment=variant.applied(context.experiment), out=folder, given=given, known=None)
@@ -166,10 +166,10 @@ class Variants:
 
 @dataclass(frozen=True)
 class Confidence:
-    """The confidence router. Thresholds, and what they decide at every step, are written to `out`."""
+    """The confidence router. Its thresholds and its decisions at every step are written to `out`."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """As of `Source`."""
+        """See `Source`."""
         experiment, settings = context.experiment, context.experiment.confidence
         arms: list[Arm] = []
         if settings is None:
@@ -196,7 +196,7 @@ class Confidence:
 
 
 SOURCES: tuple[Source, ...] = (FullDepth(), Searched(), Chosen(), Peers(), Variants(), Confidence())
-"""Every source, in the order in which arms are made."""
+"""Every source, in the order that makes the arms."""
 
 
 def _searched_arm(context: Context, family: str, budget: float, plan: DepthPlan, file: str) -> Arm:
@@ -205,7 +205,7 @@ def _searched_arm(context: Context, family: str, budget: float, plan: DepthPlan,
 
 
 def _ramps_within(context: Context, full: DepthPlan, depths: tuple[int, ...], budget: float) -> list[DepthPlan]:
-    """The distinct ramps whose predicted time comes closest to the budget from below."""
+    """Return the distinct ramps with the longest predicted time within the budget."""
     family: dict[tuple, DepthPlan] = {}
     for low, high, power in product(depths, depths, (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)):
         if low < high:

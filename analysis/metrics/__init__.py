@@ -1,1 +1,1 @@
-"""Quality, speed and cost: features in, name and value out."""
+"""Measure quality, speed and cost: features in, named values out."""

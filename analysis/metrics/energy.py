@@ -1,7 +1,7 @@
-"""Energy, where the machine counts it: joules of a GPU (NVML) or of the CPU packages (RAPL).
+"""Measure energy, if the machine counts it: joules of a GPU (NVML) or of the CPU packages (RAPL).
 
-Both are counters of the whole device, so other work on it counts too. NVML's is updated every tens of milliseconds:
-read the joules of many calls, not of one. Where nothing can be read there is no meter, and nothing is said about it.
+Both counters cover the whole device, so other work on it counts too. NVML updates its counter every tens of
+milliseconds: measure many calls, not one. A machine without a readable counter has no meter, silently.
 """
 
 import importlib
@@ -22,7 +22,7 @@ class Counter:
     wraps: int = 0
 
     def since(self, before: int) -> int:
-        """Microjoules since `before` was read, the counter having started over at most once."""
+        """Return the microjoules since `before` was read. The counter may have started over once."""
         return (self.read() - before) % self.wraps if self.wraps else self.read() - before
 
 
@@ -35,18 +35,18 @@ class EnergyMeter:
     counters: tuple[Counter, ...]
 
     def start(self) -> Callable[[], float]:
-        """Read the counters -> what gives the joules since."""
+        """Read the counters; return a function that gives the joules since then."""
         before = [counter.read() for counter in self.counters]
         return lambda: sum(c.since(b) for c, b in zip(self.counters, before, strict=True)) / 1e6
 
 
 def energy_meter(device: str = "cpu", powercap: Path = POWERCAP) -> EnergyMeter | None:
-    """The meter of a device; None where there is none or it may not be read."""
+    """Return the meter of a device; None if the device has no readable counter."""
     return nvml(device) if device.startswith("cuda") else rapl(powercap)
 
 
 def rapl(powercap: Path = POWERCAP) -> EnergyMeter | None:
-    """The CPU packages' counters of the Linux kernel, `intel-rapl:N` (AMD's stand there too), parts included."""
+    """Read the Linux kernel's counters of whole CPU packages, `intel-rapl:N` (AMD's too)."""
     counters = []
     for zone in sorted(powercap.glob("intel-rapl:*")):
         if zone.name.count(":") > 1:  # a part of a package: cores, memory
@@ -57,7 +57,7 @@ def rapl(powercap: Path = POWERCAP) -> EnergyMeter | None:
             counter = Counter(
                 lambda path=zone / "energy_uj": int(path.read_text()), int((zone / "max_energy_range_uj").read_text())
             )
-            counter.read()  # root's alone on many systems
+            counter.read()  # only root may read it on many systems
         except (OSError, ValueError):
             continue
         counters.append(counter)
@@ -65,7 +65,7 @@ def rapl(powercap: Path = POWERCAP) -> EnergyMeter | None:
 
 
 def nvml(device: str = "cuda") -> EnergyMeter | None:
-    """The GPU's own counter, by pynvml where it is installed; the GPU is found by its identity, not its number."""
+    """Read the GPU's own counter if pynvml is installed. Find the GPU by its identity, not its number."""
     try:
         library = importlib.import_module("pynvml")
     except ImportError:

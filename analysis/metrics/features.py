@@ -56,7 +56,7 @@ class Measured:
     def num(self) -> int | None:
         """How many pictures; None for statistics that do not say."""
         statistics = self.statistics
-        return len(self._pictures) if statistics is None else statistics.num
+        return len(self._set.source) if statistics is None else statistics.num
 
     @cached_property
     def statistics(self) -> Statistics | None:
@@ -68,7 +68,7 @@ class Measured:
         if found is None:
             return None
         ours = found.extractor == self.extractor.fingerprint if found.extractor else self.extractor.name == "inception"
-        if not ours and self.given.pictures is None:
+        if not ours and self.given.source is None:
             whose = "another extractor's features" if found.extractor else "Inception's features"
             raise InputError(f"{self.given.name}: statistics of {whose}, expected those of {self.extractor.name}")
         return found if ours else None
@@ -94,23 +94,29 @@ class Measured:
             made = moments(self._outputs[name])
             _write(path, {"mean": made.mean, "second": made.second})
             return made
-        return Moments(kept["mean"], kept["second"], len(self._pictures))
+        return Moments(kept["mean"], kept["second"], self.num)
 
-    @cached_property
-    def _pictures(self) -> Tensor:
-        if self.given.pictures is None:
+    @property
+    def _set(self) -> PictureSet:
+        if self.given.source is None:
             raise InputError(f"{self.given.name}: holds statistics, expected pictures for this metric")
-        return self.given.pictures
+        return self.given
 
     @cached_property
-    def _hashes(self) -> list[bytes]:
-        return [hashlib.sha256(p.contiguous().numpy().tobytes()).digest() for p in as_rgb(self._pictures)]
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each picture, in order. Reads them all, and so finds what cannot be read."""
+        return [digest for batch in self._set.batches() for digest in _hashes(batch)]
+
+    def check(self) -> None:
+        """Read all pictures once where the cache asks for their hashes: nothing is refused after hours of work."""
+        if self.cache is not None and self.given.source is not None and self.statistics is None:
+            self.hashes  # noqa: B018
 
     def _file(self, name: str) -> Path | None:
         if self.cache is None:
             return None
-        facts = f"{LAYOUT} {self.extractor.name} {self.extractor.fingerprint} {tuple(self._pictures.shape[2:])}"
-        key = hashlib.sha256(facts.encode() + b"".join(sorted(self._hashes))).hexdigest()[:32]
+        facts = f"{LAYOUT} {self.extractor.name} {self.extractor.fingerprint} {self._set.size}"
+        key = hashlib.sha256(facts.encode() + b"".join(sorted(self.hashes))).hexdigest()[:32]
         return self.cache / f"{key}-{name}.safetensors"
 
     @cached_property
@@ -119,12 +125,19 @@ class Measured:
         kept = [_read(self._file(name), names) for name, names in wanted.items()]
         if all(part is not None for part in kept):
             return {k: v for part in kept for k, v in part.items()}
-        order = sorted(range(len(self._pictures)), key=self._hashes.__getitem__)
-        outputs = self.extractor.outputs(self._pictures, spatial=self.spatial)
-        outputs = {k: v[order] for k, v in outputs.items()}
+        parts, hashes = [], []
+        for batch in self._set.batches():
+            hashes += _hashes(batch)
+            parts.append(self.extractor.outputs(batch, spatial=self.spatial))
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)
+        outputs = {k: torch.cat([part[k] for part in parts])[order] for k in parts[0]}
         for name, names in wanted.items():
             _write(self._file(name), {k: outputs[k] for k in names})
         return outputs
+
+
+def _hashes(batch: Tensor) -> list[bytes]:
+    return [hashlib.sha256(p.contiguous().numpy().tobytes()).digest() for p in as_rgb(batch)]
 
 
 def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:

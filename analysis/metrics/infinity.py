@@ -7,16 +7,16 @@ from dyndit.errors import InputError
 from dyndit.stats import FrechetTo, Moments, moments
 
 NUM_SIZES = 5
-"""Sample sizes that the distance is extrapolated from."""
+"""Number of sample sizes to extrapolate from."""
 
 
 def distance_at_infinity(features: Tensor, reference: Moments) -> float:
     """Extrapolate the Fréchet distance that infinitely many samples would have (Chong & Forsyth 2020).
 
-    features: (N, D), rows in an order that says nothing, N ≥ 10. Linear in 1/N (arXiv:1911.07023), fitted to five sizes
-    N, N/2, ... N/5: size N/k is the mean over k disjoint parts, so that every size sees all the samples and shares
-    their first-order noise; what noise is left grows as k, hence weights 1/k. The reference counts as it is. On
-    Gaussians 8% of the bias is left at N = 10 D, with the other sign, and 23% at 5 D.
+    features: (N, D), rows in random order, N ≥ 10. Fit a line in 1/N (arXiv:1911.07023) to five sizes N, N/2, ... N/5.
+    Size N/k is the mean over k disjoint parts, so every size uses all samples and shares their first-order noise. The
+    remaining noise grows as k, hence weights 1/k. The bias of the reference stays. On Gaussians 8% of the bias is left
+    at N = 10 D, with the other sign, and 23% at 5 D.
     Raises InputError: N < 10.
     """
     if len(features) < 2 * NUM_SIZES:

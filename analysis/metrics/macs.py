@@ -1,12 +1,10 @@
-"""Cost in arithmetic: multiply-accumulates (MACs) and FLOPs, counted by torch's own counter.
+"""Count arithmetic with torch's own counter: multiply-accumulates (MACs) and FLOPs.
 
-The field's "119 Gflops" of DiT-XL/2 are multiply-accumulates; `torch.utils.flop_counter` counts a multiplication and
-an addition apart. Here one is always twice the other, and both are named: FLOPs = 2 · MACs. What is counted are the
-products of matrices, convolutions and attention; elementwise work (norms, activations, modulation) is not, as in the
-papers.
+The "119 Gflops" of DiT-XL/2 in papers are multiply-accumulates. `torch.utils.flop_counter` counts a multiplication and
+an addition separately. Here FLOPs = 2 · MACs. As in the papers, matrix products, convolutions and attention count;
+elementwise work (norms, activations, modulation) does not.
 
-Shapes alone decide, so the parts of a model are counted once, on one fake picture, without computing anything; a plan
-is then a sum.
+Only shapes matter, so the parts of a model are counted once, on one fake picture. The cost of a plan is then a sum.
 """
 
 from collections.abc import Callable
@@ -26,12 +24,12 @@ from dyndit.sampling.sample import sample
 
 
 def flops(macs: int) -> int:
-    """FLOPs as torch counts them: a multiplication and an addition for each multiply-accumulate."""
+    """Return FLOPs as torch counts them: a multiplication and an addition for each multiply-accumulate."""
     return 2 * macs
 
 
 def count_macs(run: Callable[[], object]) -> int:
-    """Multiply-accumulates of whatever `run` computes, eagerly even where modules are compiled."""
+    """Count the multiply-accumulates of `run`; compiled modules run eagerly."""
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2
@@ -39,45 +37,46 @@ def count_macs(run: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of the parts of a model for one row: one picture in one branch. Rows add up."""
+    """Multiply-accumulates of a model's parts for one row: one picture in one branch. Rows add up."""
 
     embed: int
     blocks: tuple[int, ...]
     leave: dict[int, int]
-    """By depth: the exit head, or at full depth the model's own head."""
+    """By depth: the exit head; at full depth the model's own head."""
 
     def branch(self, depth: int) -> int:
-        """One branch of one picture down to `depth`."""
+        """Count one branch of one picture up to `depth` blocks."""
         return self.embed + sum(self.blocks[:depth]) + self.leave[depth]
 
     @property
     def full(self) -> int:
-        """One forward of the whole model for one picture: what the papers' tables give."""
+        """One forward of the whole model for one picture, as in the papers' tables."""
         return self.branch(len(self.blocks))
 
     def plan(self, plan: DepthPlan) -> int:
-        """The denoiser over a whole sampling of one picture: both branches, at every step, to where they leave, and the
-        heads of the exits that guide, or that later steps forecast from.
+        """Count the denoiser over a whole sampling of one picture.
+
+        At every step count both branches up to their depth, and the exit heads for guidance and later forecasts.
 
         Raises:
-            InputError: the plan leaves where this model has no exit.
+            InputError: the plan leaves at a depth without an exit.
         """
         if missing := [depth for step in plan.steps for depth in step.exits if depth not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
         return sum(map(self.work, plan.works))
 
     def work(self, work: Work) -> int:
-        """One step of one picture: its branches, and the exit heads that run on the way."""
+        """Count one step of one picture: its branches, and the exit heads on the way."""
         return sum(map(self.branch, work.depths)) + sum(self.leave[depth] for depth in work.heads_on_the_way)
 
 
 def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
-    """Count the parts of a model, on fake tensors: nothing is computed, whatever the model's size.
+    """Count the parts of a model on fake tensors, without computing them.
 
-    inputs: a call of one row, for families that take more than labels (prompt embeddings); made up otherwise.
+    inputs: a call of one row, for families that take more than labels (prompt embeddings); None: an example.
 
     Raises:
-        InputError: `inputs` are of several rows.
+        InputError: `inputs` have several rows.
     """
     if inputs is not None and len(inputs) != 1:
         raise InputError(f"inputs: {len(inputs)} rows, expected 1")
@@ -97,27 +96,27 @@ def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
 
 
 def plan_macs(model: DynamicDepth, plan: DepthPlan) -> int:
-    """Multiply-accumulates of the denoiser over one sampling of one picture under a plan.
+    """Count the denoiser's multiply-accumulates over one sampling of one picture under a plan.
 
-    Of many plans, count the model once: `model_macs(model).plan(plan)`. A model that does other than its plan says (a
-    cache, which may decide on the data) is counted by `sampling_macs`.
+    For many plans count the model once: `model_macs(model).plan(plan)`. For a model that does not follow its plan
+    (such as a cache) use `sampling_macs`.
     """
     return model_macs(model).plan(plan)
 
 
 def sampling_macs(model: DynamicDepth, plan: DepthPlan, *, label: int = 0, seed: int = 0) -> int:
-    """The same, counted while a picture is really drawn: right for any model, at the price of a sampling."""
+    """Count the same while drawing a real picture: right for any model, at the price of a sampling."""
     options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale}
     return count_macs(lambda: sample(model, [label], plan=plan, seed=seed, batch_size=1, **options))
 
 
 def full_macs(model: DynamicDepth) -> int:
-    """Multiply-accumulates of one forward at full depth for one picture (DiT-XL/2, 256 px: 118.6 G)."""
+    """Count one forward at full depth for one picture in MACs (DiT-XL/2, 256 px: 118.6 G)."""
     return model_macs(model).full
 
 
 def _one_row(model: DynamicDepth) -> Inputs:
-    """An example call of one row, inside the fake mode."""
+    """Make an example call of one row, inside the fake mode."""
     return model.backbone.example(1).to(next(model.parameters()))
 
 

@@ -1,8 +1,8 @@
-"""Does a model repeat its training pictures?
+"""Test if a model repeats its training pictures.
 
-Every sample's distance, in feature space, to its nearest training picture, set against the distances of held-out
-pictures, which nobody can have memorised. One in a hundred of those lies below their 1st percentile; if more of the
-samples do, they lie closer to the training pictures than new pictures of the same kind.
+Measure each sample's distance in feature space to its nearest training picture. Do the same for held-out pictures,
+which the model cannot have memorised. 1% of held-out pictures lie below their 1st percentile. If more than 1% of the
+samples do, the samples lie closer to the training pictures than new pictures.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MIN_HELD_OUT = 100  # fewer have no 1st percentile
 
 @dataclass(frozen=True)
 class Memorisation:
-    """share: of the samples closer than `threshold`, the 1st percentile of the held-out distances; not memorised: 0.01.
+    """share: of samples closer than `threshold`; without memorising 0.01. threshold: 1st held-out percentile.
 
     median_sample, median_held_out: median distances to the nearest training picture.
     """
@@ -32,16 +32,16 @@ class Memorisation:
 
 
 def nearest_distances(features: Tensor, others: Tensor, chunk: int = 1024) -> Tensor:
-    """Distance of each row to the nearest of others. features: (N, D), others: (M, D) -> (N,)."""
+    """Measure each row's distance to the nearest of others. features: (N, D), others: (M, D) -> (N,)."""
     nearest = [others[torch.cdist(rows, others).argmin(1)] for rows in features.split(chunk)]
-    # Distances by matrix product, as above, find the neighbour; a copy's 0 they would blur.
+    # cdist multiplies matrices: exact enough to find the neighbour, but a copy's distance would not be 0.
     return (features - torch.cat(nearest)).norm(dim=1)
 
 
 def check_memorisation(samples: Tensor, train: Tensor, held_out: Tensor, confidence: float = 0.95) -> Memorisation:
-    """Compare features, (N, D) each. Does not depend on the order of rows.
+    """Compare features, (N, D) each. The order of rows does not matter.
 
-    Raises InputError: too few held-out pictures for a 1st percentile, or training pictures among them.
+    Raises InputError: the held-out pictures are too few for a 1st percentile, or include training pictures.
     """
     if len(held_out) < MIN_HELD_OUT:
         raise InputError(f"--held-out: {len(held_out)} pictures, expected at least {MIN_HELD_OUT}")
@@ -57,11 +57,10 @@ def check_memorisation(samples: Tensor, train: Tensor, held_out: Tensor, confide
 
 
 def _limits(ours: Tensor, theirs: Tensor, confidence: float) -> tuple[float, float]:
-    """Limits of the share below the true percentile; both arguments sorted.
+    """Bound the share below the true percentile; both arguments are sorted.
 
-    Two things are uncertain, where the percentile lies and the share below it; each gets half of the error, so the
-    limits hold without assumptions on the distances, at the price of some width. Order statistics bound the percentile,
-    Clopper & Pearson (1934) the shares.
+    The percentile and the share below it are uncertain; each gets half of the error. So the limits hold for any
+    distribution of distances, but are wider. Order statistics bound the percentile, Clopper & Pearson (1934) the share.
     """
     tail = (1 - confidence) / 4
     rank_low, rank_high = stats.binom.ppf((tail, 1 - tail), len(theirs), QUANTILE).astype(int)

@@ -1,4 +1,4 @@
-"""Peak memory of a call: what torch allocated on a GPU, or what a call's tensors held at once on a CPU."""
+"""Measure the peak memory of a call: torch's allocations on a GPU, or the call's own tensors on a CPU."""
 
 import os
 from collections.abc import Callable
@@ -14,11 +14,10 @@ MEANING = {
 
 
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes at the peak of one call, as MEANING says.
+    """Return the bytes at the peak of one call; MEANING defines them.
 
-    On a CPU torch's own allocations are counted, those of the calling thread. The process's resident memory would
-    tell of the allocator besides: freed memory that it keeps, in arenas that `malloc_trim` cannot empty, hides what
-    the next call needs.
+    On a CPU count torch's allocations in the calling thread. Resident memory of the process would mislead: the
+    allocator keeps freed memory in arenas that `malloc_trim` cannot empty, which hides the need of the next call.
     """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -37,7 +36,7 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
 
 
 def _changes(recorded: profile) -> list[int]:
-    """Bytes allocated, and freed (negative), in the order in which that happened."""
+    """Return the bytes allocated, or freed (negative), in order of time."""
     events = recorded.profiler.kineto_results.events()
     found = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
     return [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]

@@ -1,4 +1,4 @@
-"""What a metric is: a function of a `Comparison`, marked `@metric("name")` in any file of this package."""
+"""Define a metric: a function of a `Comparison`, marked `@metric("name")` in any file of this package."""
 
 import importlib
 import pkgutil
@@ -12,12 +12,12 @@ from dyndit.analysis.metrics.paired import Lpips
 from dyndit.analysis.metrics.sets import PictureSet
 
 Figures = dict[str, float | int | str | bool | None]
-"""Named numbers, and what they were computed with."""
+"""Named numbers and their settings."""
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What is compared with what. held_out, full, lpips: only where a metric asks for them."""
+    """The samples and the sets to compare them with. held_out, full, lpips: only if a metric needs them."""
 
     samples: Measured
     reference: Measured
@@ -44,7 +44,7 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 
 @cache
 def metrics_by_name() -> dict[str, Metric]:
-    """Every metric of this package: the files are found by themselves."""
+    """Return every metric of this package by name; the files are found by themselves."""
     for module in pkgutil.iter_modules(metrics.__path__):
         importlib.import_module(f"{metrics.__name__}.{module.name}")
     return dict(_METRICS)

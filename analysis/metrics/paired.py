@@ -1,7 +1,7 @@
-"""How far pictures moved from the full model's of the same seeds. No verdict on quality.
+"""Measure how far pictures moved from the full model's pictures of the same seeds. This is not a measure of quality.
 
-An error made at high noise only changes which picture comes out; the same error at low noise is visible. Paired
-distances count the first as much as the second.
+An error at high noise gives another picture, maybe as good; the same error at low noise is visible. Paired distances
+count both equally.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dyndit.files import read_json
 from dyndit.manifest import MANIFEST
 from dyndit.pictures import as_rgb
 
-MAX_PSNR = 100.0  # dB; equal pictures have no finite one
+MAX_PSNR = 100.0  # dB; equal pictures have no finite PSNR
 MIN_LPIPS_SIZE = 16  # VGG halves pictures four times
 LPIPS_LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer of torchvision's VGG16 -> channels
 PAIRED_SETTINGS = ("model", "labels", "num_images", "seed")
@@ -27,22 +27,22 @@ PAIRED_SETTINGS = ("model", "labels", "num_images", "seed")
 
 @dataclass(frozen=True)
 class Spread:
-    """Over pairs: the median, and the 5th percentile from the worse end."""
+    """The median over pairs, and the 5th percentile from the worse end."""
 
     median: float
     worst: float
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of pairs, dB, at most MAX_PSNR. a, b: uint8 (N, C, H, W) -> (N,)."""
+    """Compute the peak signal-to-noise ratio of pairs, dB, at most MAX_PSNR. a, b: uint8 (N, C, H, W) -> (N,)."""
     errors = (a.double() - b.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(255**2 / errors)).clamp(max=MAX_PSNR)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of pairs (Wang et al. 2004), mean over channels. a, b: uint8 (N, C, H, W) -> (N,).
+    """Compute the structural similarity of pairs (Wang et al. 2004). a, b: uint8 (N, C, H, W) -> (N,), mean over C.
 
-    Window 11x11, a Gaussian of 1.5 pixels, only where it fits; on pictures below 11 pixels the largest odd window.
+    Window: 11x11, a Gaussian of 1.5 pixels, without padding; on pictures below 11 pixels the largest odd window.
     """
     window = _window(min(11, *a.shape[-2:])).expand(a.shape[1], 1, -1, -1)
 
@@ -60,7 +60,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _window(size: int) -> Tensor:
-    """(1, 1, S, S), sums to 1; S is `size` or, so that it has a centre, one less."""
+    """Return a Gaussian window (1, 1, S, S) that sums to 1. S is `size`, less one if `size` is even."""
     size -= 1 - size % 2
     line = torch.exp(-((torch.arange(size, dtype=torch.float64) - size // 2) ** 2) / (2 * 1.5**2))
     line /= line.sum()
@@ -70,8 +70,9 @@ def _window(size: int) -> Tensor:
 class Lpips(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018) on VGG16's features.
 
-    Its weights file (.safetensors, or .pth of tensors alone) holds torchvision's `features.N.weight`, `features.N.bias`
-    of VGG16 and the five `linK.model.1.weight` (1, C, 1, 1) of the LPIPS authors' `weights/v0.1/vgg.pth`.
+    The weights file (.safetensors, or .pth with only tensors) joins two sources. torchvision's VGG16 gives
+    `features.N.weight` and `features.N.bias`. The LPIPS authors' `weights/v0.1/vgg.pth` gives five
+    `linK.model.1.weight` (1, C, 1, 1).
     """
 
     def __init__(self) -> None:
@@ -99,7 +100,7 @@ class Lpips(nn.Module):
 
     @torch.inference_mode()
     def forward(self, a: Tensor, b: Tensor, batch_size: int = 32) -> Tensor:
-        """a, b: uint8 (N, 1 or 3, H, W), at least 16 pixels wide and high -> (N,). Raises InputError."""
+        """Compare pairs.  a, b: uint8 (N, 1 or 3, H, W), H and W at least 16 -> (N,). Raises InputError."""
         if min(a.shape[-2:]) < MIN_LPIPS_SIZE:
             raise InputError(f"--lpips-weights: pictures of {a.shape[-2]}x{a.shape[-1]}, expected at least 16x16")
         pairs = zip(as_rgb(a).split(batch_size), as_rgb(b).split(batch_size), strict=True)
@@ -111,7 +112,7 @@ class Lpips(nn.Module):
         return sum(lin((x - y) ** 2).mean((1, 2, 3)) for lin, (x, y) in zip(lins, maps, strict=True))
 
     def _maps(self, pictures: Tensor) -> list[Tensor]:
-        """Activations of LPIPS_LAYERS, of length 1 at every place."""
+        """Return the activations of LPIPS_LAYERS, normalised to length 1 at every place."""
         shift, scale = (torch.tensor(c).view(3, 1, 1) for c in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
         x, maps = (pictures / 127.5 - 1 - shift) / scale, []
         for number, layer in enumerate(self.features):
@@ -122,7 +123,7 @@ class Lpips(nn.Module):
 
 
 def paired_distances(pictures: Tensor, full: Tensor, lpips: Lpips | None = None) -> dict[str, Spread]:
-    """Compare picture i with the full model's picture i, uint8 (N, C, H, W): "psnr" (dB), "ssim", with weights "lpips".
+    """Compare each picture with the full model's, uint8 (N, C, H, W): "psnr" (dB), "ssim", and "lpips" if given.
 
     Raises InputError: the sets differ in number or size.
     """
@@ -137,9 +138,9 @@ def _spread(values: Tensor, worse: float = 0.05) -> Spread:
 
 
 def check_same_seeds(samples: Path, full: Path) -> None:
-    """Refuse two folders of `dyndit sample` whose pictures do not belong together; folders of others pass.
+    """Refuse two folders of `dyndit sample` with different settings. Other folders pass.
 
-    Raises InputError, naming what differs.
+    Raises InputError: a setting of PAIRED_SETTINGS differs.
     """
     ours, theirs = (_settings(Path(path)) for path in (samples, full))
     if ours is None or theirs is None:

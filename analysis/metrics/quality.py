@@ -19,6 +19,7 @@ from dyndit.analysis.metrics.metric import Comparison, Figures, metric, metrics_
 from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_distances
 from dyndit.analysis.metrics.sets import PictureSet, Statistics, read_set
 from dyndit.errors import InputError
+from dyndit.sampling.store import problem_of
 from dyndit.stats import frechet_distance
 
 DEFAULT_METRICS = ("fd", "kid", "is", "prc")
@@ -121,21 +122,27 @@ def evaluate(
 
     No figure depends on the order of pictures or on batches beyond rounding, but for paired, which pairs by position.
     Compare fd at equal N only: a Gaussian of 256 features scores 37 against itself at N = 500, 3.7 at 5,000. With as
-    few pictures as features a Fréchet distance has no meaning: InputError, unless `force`, which sets "forced". Raises
-    InputError also for unknown metrics, sets that a metric lacks, and pictures that do not fit.
+    few pictures as features a Fréchet distance has no meaning, and an unfinished folder of `dyndit sample` is no set:
+    InputError, unless `force`, which sets "forced". Raises InputError also for unknown metrics, sets that a metric
+    lacks, and pictures that do not fit.
     """
     _check_names(metrics, held_out, full)
     sources = {"samples": samples, "reference": reference, "train": train, "held_out": held_out, "full": full}
+    unfinished = [problem for source in sources.values() if (problem := problem_of(source))]
+    if unfinished and not force:
+        raise InputError(f"{unfinished[0]} (--force takes it as it is)")
     sets = {name: read_set(source, name) for name, source in sources.items() if source is not None}
     _check_pictures(sets)
     if "paired" in metrics and not (isinstance(samples, Tensor) or isinstance(full, Tensor)):
         check_same_seeds(samples, full)
-    forced = _too_few(sets, extractor, metrics, force)
+    forced = _too_few(sets, extractor, metrics, force) or bool(unfinished)
     measured = {
         name: Measured(s, extractor, "sfid" in metrics and name in ("samples", "reference"), cache)
         for name, s in sets.items()
         if name != "full"
     }
+    for part in measured.values():
+        part.check()
     lpips = None if lpips_weights is None or "paired" not in metrics else Lpips.load(lpips_weights)
     comparison = Comparison(**({"train": measured["reference"]} | measured), full=sets.get("full"), lpips=lpips)
     result: Figures = {
@@ -181,9 +188,9 @@ def _check_names(metrics: Sequence[str], held_out: object, full: object) -> None
 def _check_pictures(sets: Mapping[str, PictureSet]) -> None:
     """Refuse statistics where pictures are needed, and pictures of another size than the samples."""
     for name in ("samples", "full"):
-        if name in sets and sets[name].pictures is None:
+        if name in sets and sets[name].source is None:
             raise InputError(f"{sets[name].name}: holds statistics, expected the pictures of the {name}")
-    sizes = {k: f"{s.pictures.shape[-2]}x{s.pictures.shape[-1]}" for k, s in sets.items() if s.pictures is not None}
+    sizes = {k: "{}x{}".format(*s.size) for k, s in sets.items() if s.source is not None}
     for name, size in sizes.items():
         if size != sizes["samples"]:
             raise InputError(f"samples: {sizes['samples']} pixels, expected {size} as in the {name} set")
@@ -196,7 +203,7 @@ def _too_few(sets: Mapping[str, PictureSet], extractor: Extractor, metrics: Sequ
     """
     asked = [("fd", "features", 1), ("sfid", "spatial", 1), ("fd-infinity", "features", NUM_SIZES)]
     asked = [row for row in asked if row[0] in metrics]
-    one = extractor.outputs(sets["samples"].pictures[:1], spatial="sfid" in metrics) if asked else {}
+    one = extractor.outputs(next(sets["samples"].batches(1)), spatial="sfid" in metrics) if asked else {}
     found = False
     for _, output, times in asked:
         dims = one[output].shape[1]

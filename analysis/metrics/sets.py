@@ -1,21 +1,19 @@
 """Sets of pictures on disk: folders, ADM's .npz files (pictures, statistics or both), folders of `dyndit sample`."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dyndit.errors import InputError
 from dyndit.files import write_npz
+from dyndit.pictures import PictureFiles, as_nchw
 from dyndit.stats import Moments
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-OVERVIEWS = {"grid.png", "samples.png"}  # what `dyndit sample` and the reports lay beside single pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +32,36 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class PictureSet:
-    """Pictures, uint8 (N, C, H, W), or statistics of their features, or both. `name` is for messages."""
+    """Pictures, or statistics of their features, or both. `name` is for messages.
+
+    source: the pictures, uint8 (N, C, H, W), or files that are read batch by batch.
+    """
 
     name: str
-    pictures: Tensor | None = None
+    source: Tensor | PictureFiles | None = None
     statistics: Statistics | None = None
+
+    @cached_property
+    def pictures(self) -> Tensor | None:
+        """All pictures in memory, uint8 (N, C, H, W)."""
+        if not isinstance(self.source, PictureFiles):
+            return self.source
+        parts = list(self.source.batches())
+        channels = max(part.shape[1] for part in parts)
+        return torch.cat([part.expand(-1, channels, -1, -1) for part in parts])
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(H, W)."""
+        return self.source.size if isinstance(self.source, PictureFiles) else tuple(self.source.shape[2:])
+
+    def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
+        """The pictures in order, uint8 (B, 1 or 3, H, W). Of files, one batch at a time is in memory."""
+        return (
+            self.source.batches(batch_size)
+            if isinstance(self.source, PictureFiles)
+            else iter(self.source.split(batch_size))
+        )
 
 
 def read_set(source: Path | Tensor, name: str) -> PictureSet:
@@ -47,7 +70,7 @@ def read_set(source: Path | Tensor, name: str) -> PictureSet:
         return PictureSet(name, source)
     path = Path(source)
     if path.suffix != ".npz":
-        return PictureSet(str(path), read_pictures(path))
+        return PictureSet(str(path), PictureFiles.of_folder(path))
     arrays = _read_arrays(path)
     statistics = _statistics(path, arrays) if "mu" in arrays else None
     if statistics is not None and not {"arr_0", "images"} & arrays.keys():
@@ -94,21 +117,7 @@ def read_pictures(path: Path) -> Tensor:
     (grid.png, samples.png) are passed over. Raises InputError: nothing there, unreadable, or sizes that
     differ.
     """
-    path = Path(path)
-    if path.suffix == ".npz":
-        return _pictures(path, _read_arrays(path))
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder, expected a folder of pictures or an .npz file")
-    names = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.name not in OVERVIEWS)
-    if not names:
-        raise InputError(f"{path}: no picture found, expected PNG, JPEG or WEBP files")
-    pictures = [_read_picture(name) for name in names]
-    for name, picture in zip(names, pictures, strict=True):
-        if picture.shape[:2] != pictures[0].shape[:2]:
-            (h, w), (height, width) = picture.shape[:2], pictures[0].shape[:2]
-            raise InputError(f"{name}: {h}x{w} pixels, expected {height}x{width} as in {names[0].name}")
-    channels = max(picture.shape[2] for picture in pictures)
-    return _as_nchw(np.stack([np.broadcast_to(p, (*p.shape[:2], channels)) for p in pictures]))
+    return _pictures(path, _read_arrays(path)) if path.suffix == ".npz" else read_set(path, "").pictures
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -131,28 +140,4 @@ def _pictures(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor:
     array = arrays[key]
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
         raise InputError(f"{path}: {key} is {array.dtype} {array.shape}, expected uint8 (N, H, W, 1 or 3)")
-    return _as_nchw(array)
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    """Return one picture as uint8 (H, W, 1 or 3). Raises InputError."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
-                raise InputError(f"{path}: {image.mode} pixels, expected 8 bits a channel")
-            if image.has_transparency_data:
-                if image.convert("RGBA").getextrema()[3][0] < 255:  # hidden colours would count
-                    raise InputError(f"{path}: transparent pixels, expected an opaque picture")
-                image = image.convert("RGBA")
-            array = np.asarray(image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB"))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
-        raise InputError(f"{path}: unreadable ({error}), expected a whole picture") from error
-    return array if array.ndim == 3 else array[..., None]
-
-
-def _as_nchw(array: np.ndarray) -> Tensor:
-    """(N, H, W, C) -> a contiguous tensor (N, C, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+    return as_nchw(array)

@@ -1,1 +1,1 @@
-"""Runs in, tables, figures and pages out."""
+"""Turn runs into tables, figures and pages."""

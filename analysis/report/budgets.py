@@ -1,7 +1,7 @@
-"""Families of arms against each other: areas between frontiers, and who wins at each budget of time.
+"""Compare families of arms: areas between frontiers, and the best family at each budget of time.
 
-Families are taken as they come in runs.csv; `full` is full depth over its step counts, `searched` this project's plans.
-Everything here works on one group of comparable rows (`runs.GROUP`), with the seed blocks that all arms share.
+Families are named as in runs.csv: `full` is full depth over its step counts, `searched` this project's plans. All
+comparisons stay within one group of rows (`runs.GROUP`) and use the seed blocks that all arms share.
 """
 
 import math
@@ -19,29 +19,28 @@ BASES = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
 
 @dataclass(frozen=True)
 class Arms:
-    """Arms on the seed blocks they share, fastest first."""
+    """Arms on their shared seed blocks, fastest first."""
 
     names: list[str]
     families: np.ndarray
     """(A,)"""
     ms: np.ndarray
-    """(A,) medians over the blocks, in ms per picture."""
+    """(A,) medians over the blocks, ms per picture."""
     fds: np.ndarray
     """(A, N)"""
 
     def pick(self, keep: np.ndarray) -> "Arms":
-        """The arms where `keep` (A,) is true."""
+        """Return the arms with a true value in `keep`, (A,)."""
         names = [name for name, kept in zip(self.names, keep, strict=True) if kept]
         return Arms(names, self.families[keep], self.ms[keep], self.fds[keep])
 
     def of(self, family: str) -> "Arms":
-        """The arms of a family."""
+        """Return the arms of a family."""
         return self.pick(self.families == family)
 
 
 def arms_of(rows: pd.DataFrame) -> Arms:
-    """Rows of one group -> its arms. Arms that lack a block which others have would not be comparable: the blocks
-    that every arm has are kept."""
+    """Make the arms of one group from its rows. Keep only the blocks that every arm has."""
     table = rows.pivot_table(index="arm", columns="block", values="fd", sort=False).dropna(axis="columns")
     first = rows.groupby("arm", sort=False).agg({"family": "first", "ms_per_picture": "median"}).loc[table.index]
     order = np.argsort(first["ms_per_picture"].to_numpy(), kind="stable")
@@ -54,14 +53,15 @@ def arms_of(rows: pd.DataFrame) -> Arms:
 
 
 def areas(runs: pd.DataFrame) -> pd.DataFrame:
-    """Area between each family's frontier and full depth's, of the same solver; one row per solver and family.
+    """Measure the area between each family's frontier and full depth's, per solver; one row per solver and family.
 
-    A frontier here joins the arms that no faster arm equals in mean FD, piecewise linearly in log time, and is flat
-    beyond the last of them: a bad arm more does not move it. Both frontiers are followed over the log time that both
-    families cover. Columns: those of GROUP, solver, family, arms, from_ms, to_ms, area (Interval, FD times ln ms,
-    negative: better than full depth), fd_diff (Interval, the area over the width in log time: the mean difference of
-    FD). The block bootstrap draws the frontiers anew in each resample, so the choice of the best arms is part of the
-    interval. NaN where a family has one arm, or times do not overlap.
+    A frontier joins the arms that no faster arm equals in mean FD, piecewise linearly in log time. It is flat after its
+    last arm, so a bad arm never moves it. The area covers the log time that both families cover. NaN if a family has
+    one arm, or the times do not overlap. Each bootstrap resample of blocks builds new frontiers, so the interval
+    includes the choice of the best arms.
+
+    Columns: GROUP, solver, family, arms, from_ms, to_ms, area (Interval, FD times ln ms; negative: better than full
+    depth), fd_diff (Interval, area over width in log time: the mean difference of FD).
     """
     found = []
     for key, rows in scored_rows(runs).groupby([*GROUP, "solver"], sort=False):
@@ -91,28 +91,28 @@ def _area(ours: Arms, full: Arms) -> dict[str, object]:
 
 
 def _frontier(arms: Arms, weights: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
-    """The frontier of the weighted means of FD at these log times.  weights: (R, N), log_ms: (K,) -> (R, K)."""
+    """Evaluate the frontier of weighted mean FD at these log times.  weights: (R, N), log_ms: (K,) -> (R, K)."""
     lines, times = weights @ arms.fds.T, np.log(arms.ms)
     before = np.minimum.accumulate(np.pad(lines[:, :-1], ((0, 0), (1, 0)), constant_values=np.inf), axis=1)
     return np.stack([np.interp(log_ms, times[new], line[new]) for line, new in zip(lines, lines < before, strict=True)])
 
 
 def budget_grid(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high` ms, twelve to a decade."""
+    """Return round numbers from `low` to `high` ms, twelve per decade."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [ms for k in decades for base in BASES if low <= (ms := float(f"{base}e{k}")) <= high]
 
 
 def winners(runs: pd.DataFrame) -> pd.DataFrame:
-    """The best arm of each family within each budget of time, any solver, and who wins; one row per group and budget.
+    """Find the best arm of each family and the winner within each budget of time; one row per group and budget.
 
-    Columns: those of GROUP, budget_ms, best (family -> (arm, mean FD); families with no arm that fast are not in it),
-    winner (family), arm, margin (Interval: FD of the best other family minus FD of the winner, paired by block), clear
-    (whether it lies above 0), beats_searched (families whose best arm is better than the best searched arm, interval
-    wholly below 0), against_searched (family -> that Interval).
+    Columns: GROUP, budget_ms, best (family -> (arm, mean FD); without families that have no arm so fast), winner
+    (family), arm, margin (Interval: FD of the second-best family minus FD of the winner, paired by block), clear (the
+    margin lies above 0), against_searched (family -> Interval: FD of its best arm minus FD of the best searched arm),
+    beats_searched (families with that interval wholly below 0).
 
-    Arms are named by their mean FD over all blocks. The differences are cross-fitted: in each block they compare the
-    arms that are best in the *other* blocks, so that choosing among many arms is no advantage.
+    All solvers compete. `best` uses the mean FD over all blocks. The differences are cross-fitted: each block compares
+    the arms that are best in the *other* blocks, so a choice among many arms is no advantage.
     """
     found = []
     for key, rows in scored_rows(runs).groupby(GROUP, sort=False):
@@ -151,7 +151,7 @@ def _winner(arms: Arms, budget: float) -> dict[str, object]:
 
 
 def _cross_fitted(fds: np.ndarray) -> np.ndarray:
-    """In each block the FD of the arm that is best in the other blocks.  fds: (A, N) -> (N,)."""
+    """Return in each block the FD of the arm that is best in the other blocks.  fds: (A, N) -> (N,)."""
     if fds.shape[1] < 2:
         return fds[fds.mean(axis=1).argmin()]
     others = fds.sum(axis=1, keepdims=True) - fds
@@ -159,13 +159,15 @@ def _cross_fitted(fds: np.ndarray) -> np.ndarray:
 
 
 def against_full(runs: pd.DataFrame) -> pd.DataFrame:
-    """Time saved at equal quality and quality at equal time, bootstrapped; one row per arm that is not full depth.
+    """Bootstrap the time saved at equal FD and the FD difference at equal time; one row per arm except full depth.
 
-    Here FD is averaged over the blocks of a resample before full depth's frontier is read off (`frontier.summary` does
-    both block by block). Columns: those of GROUP, arm, family, solver, ms, time_saved (Interval of 1 - time / time at
-    which full depth reaches this FD; inf: never in the measured range, -inf: already faster than its fastest arm
-    allows to say), saved_at_least (NaN, or where full depth never gets there 1 - time / its longest time), fd_diff
-    (Interval of FD - FD of full depth at this time, NaN outside the measured range).
+    Average FD over the blocks of a resample before reading full depth's frontier (`frontier.summary` reads it block by
+    block). Columns: GROUP, arm, family, solver, ms, and
+
+    - time_saved: Interval of 1 - time / time of full depth at this FD. inf: full depth never reaches this FD. -inf:
+      even full depth's fastest arm is better.
+    - saved_at_least: 1 - time / full depth's longest time if full depth never reaches this FD; else NaN.
+    - fd_diff: Interval of FD - FD of full depth at this time; NaN outside the measured range.
     """
     found = []
     for key, rows in scored_rows(runs).groupby([*GROUP, "solver"], sort=False):
@@ -202,7 +204,7 @@ def _against_full(both: Arms) -> dict[str, object]:
 
 
 def _saved(ms: float, log_ms: np.ndarray, line: np.ndarray, fd: float) -> float:
-    """1 - ms / time at which the line first reaches this FD; log_ms and line: (K,), rising in time."""
+    """Return 1 - ms / the time when the line first reaches this FD; log_ms and line: (K,), rising in time."""
     if line[0] < fd:
         return -math.inf
     reached = np.flatnonzero(line <= fd)

@@ -1,4 +1,4 @@
-"""What a model card shows that takes this suite to make: the picture of the plans, the table of measured runs."""
+"""Make the parts of a model card that need this suite: the picture of the plans, the table of measured runs."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from dyndit.storage.card import CardExtras
 from dyndit.storage.native import plans_in
 
 MOST_PLANS = 12
-"""Panels of the picture."""
+"""Largest number of panels in the picture."""
 
 
 def card_extras(folder: Path) -> CardExtras:
-    """Draw the plans that lie in a native folder, and set its runs.csv as tables.
+    """Draw the plans of a native folder, and write its runs.csv as tables.
 
     Raises:
         InputError: runs.csv is damaged.
@@ -31,7 +31,7 @@ def _picture(folder: Path) -> bytes | None:
 
 
 def _measured(folder: Path) -> str:
-    """Set the runs as Markdown, a table per machine, metric and setting."""
+    """Write the runs as Markdown, a table per machine, metric and setting."""
     if not (folder / RUNS).is_file():
         return ""
     parts = []

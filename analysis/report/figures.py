@@ -1,4 +1,4 @@
-"""Figures of a run: quality over time, time, spread over seeds, predictions, samples, errors of the exits."""
+"""Draw the figures of a run: quality over time, time, spread over seeds, predictions, samples, errors of the exits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from dyndit.stats import paired_interval
 
 MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
 OTHER_MARKERS = "P", "X", "*", "p", "h", "<", ">", "d", "8", "H"
-# Beyond four families of plans and peers, colours tell families apart instead of step counts.
+# Colours show step counts for up to four families of plans and peers, and families for more.
 FAMILY_COLOURS = (*COLOURS, "#8B4513", "#7B68EE", "#556B2F", "#B22222", "#008B8B", "#C0A000")
 MOST_FAMILIES_BY_STEPS = 4
 
-# Families that are swept over steps, and drawn as lines labelled with them.
+# Families with a sweep over steps: lines, labelled with the number of steps.
 SWEEPS = {
     "full": {"color": INK, "ls": "-", "label": "full depth (label: steps)"},
     "unguided": {"color": "#8a8a8a", "ls": "--", "label": "full depth, no guidance"},
@@ -30,7 +30,7 @@ SWEEPS = {
 
 
 def _arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs -> per arm family, solver, steps, ms (median), fd (mean), half (of its interval), predicted."""
+    """Reduce runs to a row per arm: family, solver, steps, ms (median), fd (mean), half its interval, predicted."""
     rows = []
     for _, arm in runs[runs["role"] == "score"].groupby("arm", sort=False):
         fd = paired_interval(arm["fd"])
@@ -42,7 +42,7 @@ def _arms(runs: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Look:
-    """Colours and markers of the arms that are no sweep of full depth; families as they come, new ones too."""
+    """Colours and markers of all arms except the sweeps of full depth. New families get a look by themselves."""
 
     families: list[str]
     steps: list[int]
@@ -70,7 +70,7 @@ class _Look:
         return MARKERS.get(family) or OTHER_MARKERS[others.index(family) % len(OTHER_MARKERS)]
 
     def key(self, arms: pd.DataFrame) -> list[Line2D]:
-        """Legend entries: a line per sweep, a colour per step count (or family), a marker per family."""
+        """Make the legend: a line per sweep, a colour per step count (or family), a marker per family."""
         present = set(arms["family"])
         key = [Line2D([], [], marker="o", ms=4, **style) for family, style in SWEEPS.items() if family in present]
         if not self.by_family:
@@ -82,11 +82,10 @@ class _Look:
 
 
 def frontier_figure(runs: pd.DataFrame) -> Figure:
-    """FD over time per picture, a panel per solver: full depth over steps, dynamic depth over budgets.
+    """Draw FD over time per picture, a panel per solver: full depth over steps, dynamic depth over budgets.
 
-    Runs of one machine and one model. Bars are 95% intervals of each arm by itself; arms share their seeds,
-    so paired differences are known better. Arms far above the frontier stand at the upper edge with their
-    FD.
+    runs: of one machine and one model. Bars are 95% intervals of each arm alone; paired differences are more precise,
+    as arms share seeds. Arms far above the frontier are drawn at the upper edge with their FD.
     """
     arms, metric = _arms(runs), runs["metric"].iloc[0]
     solvers = list(dict.fromkeys(arms["solver"]))
@@ -138,7 +137,7 @@ def _draw_frontier(axis: Axes, arms: pd.DataFrame, look: _Look, top: float) -> N
 
 
 def _log_time(axis: Axes) -> None:
-    """Log scale with plain numbers, enough of them where the range is less than a decade."""
+    """Set a log scale with plain numbers, more numbers if the range is about a decade or less."""
     axis.set_xscale("log")
     axis.margins(x=0.08)
     axis.autoscale_view()
@@ -148,9 +147,10 @@ def _log_time(axis: Axes) -> None:
 
 
 def time_figure(runs: pd.DataFrame) -> Figure | None:
-    """Time per picture, a bar per arm: in the denoiser, and the rest (solver, decoding); None where none was split.
+    """Draw time per picture, a bar per arm: the denoiser, and the rest (solver, decoding).
 
-    Medians over seed blocks, of one machine. Arms whose denoiser was not timed have one bar.
+    runs: of one machine; times are medians over seed blocks. An arm without a denoiser time has one bar. Return None if
+    no arm has a denoiser time.
     """
     scored = runs[(runs["role"] == "score")]
     arms = scored.groupby("arm", sort=False)[["ms_per_picture", "ms_denoiser"]].median()
@@ -173,7 +173,7 @@ def time_figure(runs: pd.DataFrame) -> Figure | None:
 
 
 def spread_figure(runs: pd.DataFrame) -> Figure:
-    """FD of every arm in every seed block, a line per arm, a colour per block: how far seeds alone move it."""
+    """Draw FD of every arm in every seed block, a line per arm, a colour per block: the effect of seeds alone."""
     scored = runs[runs["role"] == "score"]
     arms = list(dict.fromkeys(scored["arm"]))
     with matplotlib.rc_context(STYLE):
@@ -199,7 +199,7 @@ def _one_line_per_arm(axis: Axes, names: list[str]) -> None:
 
 
 def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
-    """Pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes."""
+    """Draw pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes."""
     strips = []
     for pictures in rows.values():
         few = pictures[:columns].cpu()
@@ -224,9 +224,9 @@ def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
 
 
 def predicted_figure(runs: pd.DataFrame) -> Figure:
-    """FD predicted from the calibration table against FD measured on fresh seeds, a point per plan.
+    """Draw predicted FD (from the calibration table) against measured FD (on fresh seeds), a point per plan.
 
-    Arms without a prediction are left out. On the grey line the additive prediction is exact.
+    Skip arms without a prediction. On the grey line the additive prediction is exact.
     """
     arms, metric = _arms(runs), runs["metric"].iloc[0]
     arms = arms[arms["predicted"].notna()]
@@ -258,7 +258,7 @@ def predicted_figure(runs: pd.DataFrame) -> Figure:
 def error_figure(
     frame: pd.DataFrame, label: str = "mean squared error", xlabel: str = "log-SNR band, noise to picture"
 ) -> Figure:
-    """Heat map of the exits' errors.  frame: index layers, columns bands (log-SNR, timesteps), noisiest first."""
+    """Draw a heat map of the exits' errors.  frame: rows layers, columns bands (log-SNR, timesteps), noisiest first."""
     values = frame.to_numpy(float)
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = panels(1, 1, 6.5, 3.4)
@@ -275,5 +275,5 @@ def error_figure(
 
 
 def _short(labels: Sequence[object]) -> list[str]:
-    """Numbers with one decimal at most, other labels as they are."""
+    """Write numbers with at most one decimal, other labels unchanged."""
     return [f"{x:.1f}".removesuffix(".0") if isinstance(x, (int, float)) else str(x) for x in labels]

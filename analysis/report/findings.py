@@ -1,4 +1,4 @@
-"""What a report says in words: a sentence per finding, each from the tables' own frames."""
+"""Write the findings of a report, a sentence each, from the frames behind its tables."""
 
 import math
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from dyndit.plans.plan import DepthPlan
 
 
 def findings_of(frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float) -> list[str]:
-    """All findings of one group. frame: its `frontier.summary`, rows: its raw rows, folder: where its plans lie."""
+    """Return all findings of one group. frame: its `frontier.summary`, rows: its raw rows, folder: holds its plans."""
     found = headlines(frame, margin) + budget_findings(rows) + frontier_findings(frame, margin)
     return found + unguided_findings(rows) + control_findings(rows) + plan_findings(folder, rows)
 
 
 def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
-    """The result of `frontier.summary` for one group -> its findings, a sentence each."""
+    """Write the findings of one group's `frontier.summary`, a sentence each."""
     dynamic = frame[~frame["family"].isin(["full", "unguided"])]
     found = []
     for (solver, steps), arms in dynamic[dynamic["family"] == "searched"].groupby(["solver", "steps"], sort=False):
@@ -53,9 +53,9 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
 
 
 def frontier_findings(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
-    """The result of `frontier.summary` for one group -> searched plans against the full-depth frontier.
+    """Compare one group's searched plans with the full-depth frontier.  frame: its `frontier.summary`.
 
-    Counted are plans whose time lies between those of 5 and 20 full-depth steps of the same solver.
+    Count plans that take between the times of 5 and 20 full-depth steps of the same solver.
     """
     found = []
     for solver, arms in frame.groupby("solver", sort=False):
@@ -63,7 +63,7 @@ def frontier_findings(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
         if not {5, 20} <= set(full.index):
             continue
         plans = arms[(arms["family"] == "searched") & arms["ms"].between(full[5], full[20])]
-        if plans.empty:  # a solver at full depth alone
+        if plans.empty:  # a solver with full depth only
             continue
         plans = plans[[not math.isnan(d.mean) for d in plans["fd_diff_equal_time"]]]
         above = sum(
@@ -78,9 +78,9 @@ def frontier_findings(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
 
 
 def control_findings(runs: pd.DataFrame) -> list[str]:
-    """Searched plans against constants, reversals and ramps of the same budget, a sentence per family.
+    """Compare searched plans with constants, reversals and ramps of the same budget, a sentence per family.
 
-    Variants stand in a table of their own (`tables.against_searched_table`).
+    Variants have their own table (`tables.against_searched_table`).
     """
     found = []
     table = against_controls(runs)
@@ -100,7 +100,7 @@ def control_findings(runs: pd.DataFrame) -> list[str]:
 
 
 def unguided_findings(runs: pd.DataFrame) -> list[str]:
-    """Searched plans against full depth without guidance at equal time, a sentence per solver."""
+    """Compare searched plans with full depth without guidance at equal time, a sentence per solver."""
     return [
         f"{solver}, against full depth without guidance at equal time: of {len(rows)} searched plans "
         f"{rows['better'].sum()} better, {rows['worse'].sum()} worse (95% interval excludes 0)."
@@ -109,7 +109,7 @@ def unguided_findings(runs: pd.DataFrame) -> list[str]:
 
 
 def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
-    """Mean conditional depth of the searched plans in the noisiest, middle and last third of their steps."""
+    """Report the searched plans' mean conditional depth in the noisiest, middle and last third of the steps."""
     scored = runs[(runs["role"] == "score") & (runs["plan"].fillna("") != "")]
     found = []
     for (solver, steps), group in scored.groupby(["solver", "steps"], sort=False):
@@ -125,7 +125,7 @@ def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
 
 
 def budget_findings(runs: pd.DataFrame) -> list[str]:
-    """Who wins at how many budgets of time, and which families beat the searched plans at equal time."""
+    """Count the budgets that each family wins, and name the families that beat searched plans at equal time."""
     table = winners(runs)
     if table.empty or table["best"].map(len).max() < 2:
         return []
@@ -150,7 +150,7 @@ def budget_findings(runs: pd.DataFrame) -> list[str]:
 
 
 def read_plan(folder: Path, name: str) -> DepthPlan | None:
-    """Return a plan file of a run, from its folder or the `plans` in it; None where it is not there."""
+    """Read a plan file of a run, from its folder or the `plans` folder in it; None if there is no such file."""
     for path in (folder / name, folder / "plans" / name):
         if name and path.is_file():
             return DepthPlan.load(path)

@@ -1,10 +1,9 @@
-"""Quality against time: what the runs say about dynamic depth.
+"""Compare quality and time of every arm with full depth.
 
-`summary` turns the rows of `runs.csv` (`dyndit.analysis.report.runs`) into one row per arm. The reference is always
-full depth: at the same solver and number of steps (paired by seed block), and at equal quality or equal time on the
-full-depth frontier of the same solver, interpolated piecewise linearly in log time. Times are medians over the blocks
-of an arm, as their noise is small beside that of FD. Every comparison of FD is made block by block and then given its
-interval.
+`summary` turns the rows of `runs.csv` (`dyndit.analysis.report.runs`) into one row per arm. The reference is full depth
+with the same solver: at the same number of steps (paired by seed block), and at equal quality or equal time on the
+frontier. The frontier is interpolated piecewise linearly in log time. Times are medians over the blocks of an arm, as
+times vary less than FD. Every comparison of FD is made block by block, then summarised as an interval.
 """
 
 import math
@@ -17,12 +16,12 @@ from dyndit.stats import Interval, non_inferior, paired_interval
 
 
 def time_at_fd(times: np.ndarray, fds: np.ndarray, fd: float) -> float:
-    """Return the shortest time at which a frontier reaches this FD; NaN outside the measured range.
+    """Return the shortest time of a frontier at this FD; NaN outside the measured range.
 
-    times: (K,) rising, fds: (K,). Piecewise linear in log time. Where the frontier crosses the FD more than
-    once, the first crossing counts: full depth gets the benefit.
+    times: (K,) rising, fds: (K,). Piecewise linear in log time. If the frontier crosses the FD more than once, the
+    first crossing counts, in favour of full depth.
     """
-    if fds[0] <= fd:  # already better at its fastest point: how fast it could be is not measured
+    if fds[0] <= fd:  # already better at the fastest point; faster points are not measured
         return float(times[0]) if fds[0] == fd else math.nan
     for k in range(1, len(times)):
         if fds[k] <= fd:
@@ -39,30 +38,29 @@ def fd_at_time(times: np.ndarray, fds: np.ndarray, time: float) -> float:
 
 
 def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
-    """Runs -> one row per arm, from the rows of role "score"; times in ms per picture.
+    """Summarise the rows of role "score" to one row per arm; times in ms per picture.
 
-    | column | what |
+    | column | meaning |
     |---|---|
-    | the columns of GROUP, arm, family, solver, steps, budget | as in runs |
+    | GROUP, arm, family, solver, steps, budget | as in runs |
     | blocks | seed blocks measured |
     | share_of_blocks, mean_depth_cond, mean_depth_uncond | means over blocks |
     | ms, ms_q25, ms_q75 | median and quartiles over blocks |
     | fd | Interval over blocks |
-    | predicted_fd, macs, predicted_ms, kid, is, precision, recall | means over blocks, NaN where there are none |
+    | predicted_fd, macs, predicted_ms, kid, is, precision, recall | means over blocks; NaN if not measured |
     | time_saved | 1 - time / time of full depth, same solver and steps: median of the blocks' ratios |
     | fd_diff | Interval of FD - FD of full depth, same solver and steps, paired by block |
-    | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None without that arm |
-    | time_saved_equal_fd | Interval of 1 - time / time at which full depth reaches this FD |
-    | time_saved_at_least | NaN unless full depth never reaches this FD in some block; then a lower bound (*) |
+    | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None without full depth at these steps |
+    | time_saved_equal_fd | Interval of 1 - time / time of full depth at this FD |
+    | time_saved_at_least | a lower bound (*) if full depth never reaches this FD in some block; else NaN |
     | fd_diff_equal_time | Interval of FD - FD of full depth at this time |
-    | better, worse | whether fd_diff_equal_time lies wholly below, above 0 |
-    | note | why an interpolation is missing |
+    | better, worse | fd_diff_equal_time lies wholly below 0, wholly above 0 |
+    | note | reason of a missing interpolation |
 
-    (*) the mean over blocks of 1 - time / t, where t is the longest time measured for full depth in the blocks
-    that never reach it.
+    (*) mean over blocks of 1 - time / t. t: time of full depth at this FD, or its longest time if it never gets there.
 
-    A block counts in an interpolation only if the full frontier of that block covers it; if any block is not
-    covered the Interval is NaN and the note says so, as an interval over the covered blocks would be biased.
+    An Interval is NaN, with a note, if any block's full-depth frontier does not cover it: an interval over the covered
+    blocks alone would be biased.
     """
     scored = scored_rows(runs)
     rows = [
@@ -74,7 +72,7 @@ def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
 
 
 def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dict[str, object]:
-    """Return the row of `summary` for the rows of one arm; group: all rows it may be compared with."""
+    """Return the row of `summary` for the rows of one arm; group: all rows comparable with it."""
     arm = arm.set_index("block").sort_index()
     first = arm.iloc[0]
     row: dict[str, object] = {
@@ -92,7 +90,7 @@ def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dic
 
 
 def _against_same_steps(arm: pd.DataFrame, full: pd.DataFrame, margin: float) -> dict[str, object]:
-    """Compare with full depth at the same number of steps, in the blocks that both have."""
+    """Compare with full depth at the same number of steps, in the shared blocks."""
     nothing = {"time_saved": math.nan, "fd_diff": Interval(math.nan, math.nan, math.nan), "unchanged": None}
     same = full[full["steps"] == arm["steps"].iloc[0]].set_index("block")
     blocks = arm.index.intersection(same.index)
@@ -152,9 +150,9 @@ def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object
 
 
 def against_unguided(runs: pd.DataFrame) -> pd.DataFrame:
-    """Searched plans against full depth without guidance, at equal time: what guidance costs is a saving too.
+    """Compare searched plans with full depth without guidance at equal time: dropping guidance saves time too.
 
-    One row per searched arm whose time the sweep covers: solver, arm, fd_diff (Interval, paired by block), better,
+    One row per searched arm within the times of the sweep: solver, arm, fd_diff (Interval, paired by block), better,
     worse.
     """
     scored = scored_rows(runs)
@@ -170,11 +168,11 @@ def against_unguided(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
-    """Searched plans held against the fixed schedules made for the same solver, steps and budget of time.
+    """Compare searched plans with all other arms of the same solver, steps and budget of time.
 
     One row per pair: solver, steps, budget, searched and control (arms), family and variant (of the control),
-    time_ratio (median of the blocks' ratios, searched over control), fd_diff (Interval of FD searched - FD control,
-    paired by block), better, worse (whether it lies wholly below, above 0).
+    time_ratio (searched over control, median over blocks), fd_control (mean), fd_diff (Interval of FD searched - FD
+    control, paired by block), better, worse (fd_diff lies wholly below 0, wholly above 0).
     """
     scored = scored_rows(runs)
     scored = scored[scored["family"] != "full"]

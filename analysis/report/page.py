@@ -1,4 +1,4 @@
-"""The report as one HTML file: tables that sort on a click, figures inside the file, nothing from elsewhere."""
+"""Write the report as one HTML file: tables sort on a click, figures are embedded, no other file is loaded."""
 
 import base64
 import html
@@ -55,7 +55,7 @@ for (const table of document.querySelectorAll("table.sort")) {
 
 
 def page(title: str, note: str, body: Sequence[str]) -> str:
-    """The whole file. body: parts made by the functions below."""
+    """Return the whole file. body: parts made by the functions below."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
@@ -67,17 +67,17 @@ def page(title: str, note: str, body: Sequence[str]) -> str:
 
 
 def heading(text: str) -> str:
-    """A section begins."""
+    """Return the heading of a section."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def bullets(items: Sequence[str]) -> str:
-    """Findings, a sentence each."""
+    """Return a list of findings, a sentence each."""
     return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>" if items else ""
 
 
 def sortable(table: Table, headed: bool = True) -> str:
-    """A table that sorts on a click on a heading; `data-v` of a cell holds what it sorts by."""
+    """Return a table that sorts on a click on a heading; `data-v` of a cell holds its sort key."""
     head = "".join(
         f'<th class="{_class(name)}"><button type="button" title="sort">{html.escape(name)}</button></th>'
         for name in table.columns
@@ -102,19 +102,19 @@ def _class(column: str) -> str:
 def _cell(cell: Cell, column: str) -> str:
     value = "" if isinstance(cell.rank, float) and math.isnan(cell.rank) else str(cell.rank)
     if isinstance(cell.rank, float) and math.isinf(cell.rank):
-        value = "1e308" if cell.rank > 0 else "-1e308"  # script knows Infinity by another name
+        value = "1e308" if cell.rank > 0 else "-1e308"  # JavaScript does not parse "inf"
     return f'<td class="{_class(column)}" data-v="{html.escape(value)}">{html.escape(cell.text)}</td>'
 
 
 def figure(png: bytes, caption: str) -> str:
-    """A figure inside the page."""
+    """Return a figure embedded in the page."""
     text = html.escape(caption)
     data = base64.b64encode(png).decode()
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def folded(summary: str, facts: Mapping[str, str]) -> str:
-    """Names and values behind a line that opens on a click."""
+    """Return names and values, hidden behind a line that opens on a click."""
     cells = "</td><td class='text value'>"
     lines = [f"<tr><td class='text'>{html.escape(k)}{cells}{html.escape(v)}</td></tr>" for k, v in facts.items()]
     table = f"<table><tbody>{''.join(lines)}</tbody></table>"

@@ -1,4 +1,4 @@
-"""Figures of plans: depth over the sampling steps, as lines for a few plans and as a map for many."""
+"""Draw plans: depth over the sampling steps, as lines for a few plans and as a map for many plans."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Held, NoGuide, OwnExit, Step
 
 MOST_WORDS = 40
-"""Sampling steps up to which a plan's map has words in it."""
+"""Largest number of sampling steps for which a map has words in its cells."""
 MAP_WORDS = {"+": "4+: exit at 4, the rest forecast", "e": "e4: guided by its own exit at 4", "h": "h: guidance held"}
-"""What the words in the cells of a plan's map mean, by a letter of the word."""
+"""Meaning of the words in the cells of a map, by a letter of the word."""
 
 
 def plan_figure(plans: Mapping[str, DepthPlan]) -> Figure:
@@ -50,17 +50,17 @@ def plan_figure(plans: Mapping[str, DepthPlan]) -> Figure:
 
 
 def _guides(plan: DepthPlan) -> dict[int, int]:
-    """The steps that an own exit guides, counted from 1, and the depth of that exit."""
+    """Return the steps that an own exit guides, counted from 1, with the depth of the exit."""
     return {k: step.guide.depth for k, step in enumerate(plan.steps, 1) if isinstance(step.guide, OwnExit)}
 
 
 def _forecasts(plan: DepthPlan) -> dict[int, int]:
-    """The steps that forecast, counted from 1, and their depth."""
+    """Return the steps that forecast, counted from 1, with their depth."""
     return {k: step.depth for k, step in enumerate(plan.steps, 1) if step.forecast}
 
 
 def _uncond(step: Step) -> float:
-    """Depth of the unconditional branch: 0 without guidance, NaN for guidance without a pass."""
+    """Return the depth of the unconditional branch: 0 without guidance, NaN for guidance without a pass."""
     depths = step.work().depths[1:]
     return depths[0] if depths else 0.0 if step.guide == NoGuide() else np.nan
 
@@ -90,9 +90,9 @@ def _draw_plan(axis: Axes, plan: DepthPlan) -> None:
 def plan_map_figure(plans: Mapping[str, DepthPlan]) -> Figure:
     """Draw a heat map of plans: a row per plan, a column per step, colour: blocks run.
 
-    Panels are branches, by number of steps. 0 blocks: the branch is not run at that step. White: it is not run, and an
-    own exit ("e4") or the held difference ("h") guides. "4+": the exit at 4, and the rest forecast. Words are written
-    up to MOST_WORDS steps, with a key below.
+    Panels are branches, by number of steps. 0 blocks: the branch does not run at that step. White: the branch does not
+    run, and an own exit ("e4") or the held difference ("h") guides. "4+": exit at 4, the rest forecast. Plans of up to
+    MOST_WORDS steps have words, with a key below.
     """
     counts = sorted({plan.num_steps for plan in plans.values()})
     guided = any(plan.guided for plan in plans.values())
@@ -137,7 +137,7 @@ def plan_map_figure(plans: Mapping[str, DepthPlan]) -> Figure:
 
 
 def _word(step: Step, branch: str) -> str:
-    """What is written into a cell of a plan's map; "" for nothing."""
+    """Return the word in a cell of a map; "" for an empty cell."""
     if branch == "cond":
         return f"{step.depth}+" if step.forecast else ""
     return "h" if isinstance(step.guide, Held) else str(step.guide) if isinstance(step.guide, OwnExit) else ""

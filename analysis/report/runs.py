@@ -1,4 +1,4 @@
-"""What a run measured: runs.csv, a row per measured arm and seed block, raw numbers only (`COLUMNS`)."""
+"""Read and write runs.csv: a row per measured arm and seed block, raw numbers only (`COLUMNS`)."""
 
 import csv
 import io
@@ -53,18 +53,18 @@ COLUMNS: dict[str, str] = {
     "variant": "name of the variant that the arm belongs to; empty for the comparison's own arms",
     "settings": "what tells the arm from others of its family, solver, steps and budget, such as every2-depth6",
 }
-QUALITY = ("kid", "is", "precision", "recall")  # measured beside fd, where they are
-# `threads` and `batch_size` tell settings apart and are never computed with, so they are labels.
+QUALITY = ("kid", "is", "precision", "recall")  # optional metrics beside fd
+# `threads` and `batch_size` distinguish settings and enter no computation, so they are labels.
 TEXT = (
     "run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan", "compiled", "dtype",
     "threads", "batch_size", "variant", "settings",
 )  # fmt: skip
-# May be empty in a row; labels (TEXT) may be too.
+# These columns may be empty in a row; labels (TEXT) may be empty too.
 OPTIONAL = (
     "budget", "share_of_blocks", "mean_depth_cond", "mean_depth_uncond", "ms_denoiser", "predicted_fd", "macs",
     "predicted_ms", "peak_memory_mib", "kid", "is", "precision", "recall",
 )  # fmt: skip
-# Arms are never compared, and figures never averaged, across these.
+# Arms are compared, and figures averaged, only within equal values of these columns.
 GROUP = [
     "run", "machine", "model", "extractor", "metric", "cfg_scale", "num_images", "compiled", "dtype", "threads",
     "batch_size",
@@ -72,12 +72,12 @@ GROUP = [
 
 
 def read_runs(path: Path) -> pd.DataFrame:
-    """Return the runs of a CSV or Parquet file, or of the folder that holds runs.csv or runs.parquet.
+    """Read the runs of a CSV or Parquet file, or of a folder with runs.csv or runs.parquet.
 
-    Columns as in COLUMNS, then any others the file has. Parquet needs pyarrow.
+    The columns of COLUMNS come first, then other columns of the file. Parquet needs pyarrow.
 
     Raises:
-        InputError: no such file, a column missing, a value that is no number, or an arm measured twice.
+        InputError: the file or a column is missing, a value is not a number, or an arm was measured twice.
     """
     file = runs_file(path)
     runs = _read_table(file)
@@ -98,7 +98,7 @@ def read_runs(path: Path) -> pd.DataFrame:
 
 
 def runs_file(path: Path) -> Path:
-    """Return the file that holds the runs: `path` itself, or runs.csv, or runs.parquet in it. Raises InputError."""
+    """Return the file of the runs: `path` itself, or runs.csv or runs.parquet in it. Raises InputError."""
     path = Path(path)
     file = path
     if path.is_dir():
@@ -121,14 +121,14 @@ def _read_table(file: Path) -> pd.DataFrame:
 
 
 def _label(value: object) -> str:
-    """Write a label as text: "" if it is missing, `2` for the 2.0 that a column of floats makes of 2."""
+    """Write a label as text: "" for a missing label, `2` for 2.0 (a column of floats turns 2 into 2.0)."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def scored_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that count in results, with every label of GROUP a text, so that none drops out of a group."""
+    """Return the rows of role "score". Write the labels of GROUP as text, so that `groupby` keeps every row."""
     scored = runs[runs["role"] == "score"].copy()
     for name in set(GROUP) & set(TEXT):
         scored[name] = scored[name].map(_label)
@@ -145,12 +145,12 @@ def _require_numbers(file: Path, column: pd.Series, required: bool) -> None:
 
 
 def append_run(path: Path, *rows: Mapping[str, object]) -> None:
-    """Add rows to a runs.csv, made if need be. A kill at any moment leaves the old file or the new one.
+    """Add rows to a runs.csv; create the file if it is missing. A kill at any moment leaves the old or the new file.
 
-    rows: each with a value for each of COLUMNS; None and NaN are written as empty.
+    rows: each has a value for each of COLUMNS; None and NaN are written as empty.
 
     Raises:
-        InputError: a row or the file has an unknown column, or lacks one.
+        InputError: a row or the file has an unknown column, or lacks a column.
     """
     path = Path(path)
     for row in rows:
@@ -172,16 +172,16 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
 
 
 def arm_name(family: str, solver: str, steps: int | str, budget: float | None, settings: str) -> str:
-    """The printed name of an arm, such as "searched-ddim-10-b0.6". Nothing reads a field back out of it."""
+    """Make the printed name of an arm, such as "searched-ddim-10-b0.6". No code parses the name."""
     asked = "" if budget is None or math.isnan(budget) else f"b{budget:g}"
     return "-".join(part for part in (family, solver, str(steps), asked, settings) if part)
 
 
 def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> dict[str, object]:
-    """Make a row of runs.csv from a folder that `dyndit sample` wrote and the figures of `evaluate`.
+    """Make a row of runs.csv from a folder of `dyndit sample` and the figures of `evaluate`.
 
     Raises:
-        InputError: the folder has no such manifest, or no Fréchet distance was computed.
+        InputError: the folder has no manifest of `dyndit sample`, or the figures lack the Fréchet distance.
     """
     path = Path(samples) / MANIFEST
     try:
@@ -192,7 +192,7 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
             "run": run,
             "machine": manifest["machine"],
             "extractor": figures["extractor"],
-            "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # told apart, and seen
+            "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # its own group
             "model": settings["model"],
             "arm": arm_name(plan["router"], settings["solver"], settings["steps"], plan["budget"], plan["settings"]),
             "family": plan["router"],
@@ -224,7 +224,7 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
 
 
 def measured(path: Path, role: str = "score") -> set[tuple[str, int]]:
-    """Return which (arm, block) a runs.csv already holds, so that a run can go on; empty without a file."""
+    """Return every (arm, block) in a runs.csv, so that a run can go on; an empty set without a file."""
     path = Path(path)
     file = path / RUNS if path.is_dir() else path
     if not file.exists():

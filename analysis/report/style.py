@@ -1,7 +1,4 @@
-"""Style of all figures: drawn off screen, in colours that stay apart for colour-blind readers.
-
-They are legible at the width of a README.
-"""
+"""Set the style of all figures: drawn off screen, in colours for colour-blind readers, legible in a README."""
 
 import io
 from pathlib import Path
@@ -16,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from dyndit.files import written_whole
 
 INK, FAINT = "#222222", "#bbbbbb"
-# Okabe and Ito's palette, in an order in which neighbours differ in lightness as well; full depth has INK.
+# Okabe and Ito's palette, ordered so that neighbours also differ in lightness; full depth has INK.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLE = {
     "font.size": 9,
@@ -37,21 +34,21 @@ SAVED = {"dpi": 150, "facecolor": "white"}
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as the suffix says (.png, .svg, .pdf), whole or not at all."""
-    dated = {"metadata": {"Date": None}} if Path(path).suffix == ".svg" else {}  # the same figure is the same file
+    """Write the figure in the format of the suffix (.png, .svg, .pdf), whole or not at all."""
+    dated = {"metadata": {"Date": None}} if Path(path).suffix == ".svg" else {}  # equal figures make equal files
     with written_whole(path) as draft, matplotlib.rc_context({"svg.hashsalt": "dyndit"}):
         figure.savefig(draft, **SAVED, **dated)
 
 
 def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG, the bytes that `save` writes."""
+    """Return the figure as a PNG, the same bytes as from `save`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", **SAVED)
     return buffer.getvalue()
 
 
 def panels(num: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
-    """Return a figure without pyplot's global state, and `num` axes, `columns` to a row."""
+    """Return a figure without pyplot's global state, and `num` axes, `columns` per row."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height * -(-num // columns)), layout="constrained")
         FigureCanvasAgg(figure)

@@ -1,7 +1,6 @@
-"""The tables of a report: what stands in each cell, as text and as the number behind it.
+"""Make the tables of a report: each cell holds a text and the numbers behind it.
 
-A table is made once, and then written as Markdown, as HTML (`page`), to the terminal and into report.json, so that all
-of them say the same.
+Markdown, HTML (`page`), the terminal and report.json all print the same table.
 """
 
 import math
@@ -21,7 +20,7 @@ from dyndit.stats import Interval
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its text, the number it sorts by (or text; NaN: nothing), and the numbers it was printed from."""
+    """A cell: its text, its sort key (number or text; NaN: no key), and the numbers behind the text."""
 
     text: str
     rank: float | str = math.nan
@@ -30,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a report. `derived` says how its numbers come from the raw rows."""
+    """A table of a report. derived: how its numbers follow from the raw rows."""
 
     name: str
     caption: str
@@ -38,7 +37,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     kinds: tuple[str, ...] = ()
-    """Kind of each row, a family where there is one; rows of full depth are set back."""
+    """Kind of each row: its family, if any. Rows of full depth are printed faint."""
 
 
 TEXT_COLUMNS = ("arm", "solver", "note", "family", "winner", "run", "machine", "metric", "settings", "best arm")
@@ -46,16 +45,16 @@ TEXT_COLUMNS = ("arm", "solver", "note", "family", "winner", "run", "machine", "
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the tables. `show` gives the text of a row, `rank` the number it sorts by."""
+    """A column of the tables. show: gives the text of a row. rank: gives its sort key."""
 
     title: str
     show: Callable[[pd.Series], str]
     rank: Callable[[pd.Series], float | str]
     key: str = ""
-    """The summary's column of the numbers, where there are any."""
+    """The summary's column of the numbers; "": no numbers."""
 
     def numbers(self, row: pd.Series) -> tuple[float, ...]:
-        """The numbers a cell is printed from."""
+        """Return the numbers behind the text of a cell."""
         value = row[self.key] if self.key else ()
         if isinstance(value, Interval):
             return value.mean, value.low, value.high
@@ -63,14 +62,14 @@ class Column:
 
 
 def _number(value: float) -> str:
-    """Three digits, or all before the point; a dash for NaN."""
+    """Write three digits, or all digits before the point; a dash for NaN."""
     if math.isnan(value):
         return "–"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def percent(value: float | Interval) -> str:
-    """A share as percent, `38%` or `38 ± 2%`."""
+    """Write a share as percent, `38%` or `38 ± 2%`."""
     if isinstance(value, Interval):
         if math.isnan(value.mean) or math.isnan(value.low):
             return percent(value.mean)
@@ -83,7 +82,7 @@ def _share(value: float) -> str:
 
 
 def _saved_at_equal_fd(row: pd.Series) -> str:
-    """The saving with its interval; "≥ 70%" where full depth never gets as good as this in its measured range."""
+    """Write the saving with its interval; "≥ 70%" if full depth never reaches this FD in its measured range."""
     if math.isnan(row["time_saved_at_least"]):
         return percent(row["time_saved_equal_fd"])
     return f"≥ {row['time_saved_at_least']:.0%}"
@@ -94,7 +93,7 @@ def _verdict(value: bool | None) -> str:
 
 
 def _columns(frame: pd.DataFrame) -> list[Column]:
-    """Return the columns of the tables; the first eight are the terminal's."""
+    """Return the columns of the tables; the terminal shows the first eight."""
     metric = frame["metric"].iloc[0] if len(frame) and frame["metric"].nunique() == 1 else "FD"
     return [
         Column("arm", lambda r: r["arm"], lambda r: r["arm"]),
@@ -134,12 +133,12 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
 
 
 def _work(row: pd.Series) -> str:
-    """Multiply-accumulates of the denoiser, and floating-point operations, which are twice as many."""
+    """Write the denoiser's multiply-accumulates, and its floating-point operations (twice as many)."""
     return "–" if math.isnan(row["macs"]) else f"{_number(row['macs'] / 1e9)} ({_number(2 * row['macs'] / 1e9)})"
 
 
 NUM_TERMINAL, METRIC = 8, 5
-# On 80 columns every heading but the arm's has to break where the figures below it are narrow.
+# On 80 columns every heading above narrow figures has to break, except the arm's heading.
 HEADINGS = {
     "share of blocks": "share of\nblocks",
     "ms per picture": "ms per\npicture",
@@ -153,7 +152,7 @@ def _rows(frame: pd.DataFrame) -> Iterator[pd.Series]:
 
 
 def terminal_table(frame: pd.DataFrame) -> TerminalTable:
-    """The result of `frontier.summary` -> the table that ends a run on the terminal."""
+    """Turn the result of `frontier.summary` into the table that ends a run on the terminal."""
     columns = _columns(frame)[:NUM_TERMINAL]
     metric = columns[METRIC].title.removesuffix(" ± 95%")
     title = None if metric == "FD" else f"FD is {metric}"
@@ -161,7 +160,7 @@ def terminal_table(frame: pd.DataFrame) -> TerminalTable:
     for column in columns:
         text = column.title in ("arm", "solver")
         heading = HEADINGS.get(column.title, "FD\n± 95%" if column.title.endswith("± 95%") else column.title)
-        # Where the terminal is narrow the arm's name folds; figures never do.
+        # On a narrow terminal the arm's name folds; figures never fold.
         table.add_column(heading, justify="left" if text else "right", no_wrap=column.title != "arm", overflow="fold")
     for row in _rows(frame):
         short = arm_name(row["family"], "", "", row["budget"], row["settings"])  # solver and steps have columns here
@@ -172,19 +171,19 @@ def terminal_table(frame: pd.DataFrame) -> TerminalTable:
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    """The result of `frontier.summary` -> a Markdown table, with the verdicts and notes."""
+    """Turn the result of `frontier.summary` into a Markdown table, with verdicts and notes."""
     return as_markdown(arms_table(frame))
 
 
 def as_markdown(table: Table) -> str:
-    """A table as Markdown."""
+    """Write a table as Markdown."""
     lines = [list(table.columns), ["---" if name in TEXT_COLUMNS else "---:" for name in table.columns]]
     lines += [[cell.text.replace("|", "\\|") for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def arms_table(frame: pd.DataFrame) -> Table:
-    """The result of `frontier.summary` -> a row per arm."""
+    """Turn the result of `frontier.summary` into a row per arm."""
     empty = {name for name in QUALITY if frame[name].isna().all()}
     if (frame["note"] == "").all():
         empty.add("note")
@@ -200,7 +199,7 @@ def arms_table(frame: pd.DataFrame) -> Table:
 
 
 def against_full_table(frame: pd.DataFrame) -> Table:
-    """The result of `budgets.against_full` -> a row per arm that is not full depth."""
+    """Turn the result of `budgets.against_full` into a row per arm except full depth."""
     return Table(
         "against full depth",
         "Against full depth's frontier of the same solver, with bootstrap intervals over seed blocks: FD is averaged "
@@ -223,7 +222,7 @@ def against_full_table(frame: pd.DataFrame) -> Table:
 
 
 def against_searched_table(frame: pd.DataFrame) -> Table:
-    """The result of `frontier.against_controls` -> a row per arm that shares a searched plan's steps and budget."""
+    """Turn the result of `frontier.against_controls` into a row per arm with a searched plan's steps and budget."""
     verdicts = ["worse" if row["better"] else "better" if row["worse"] else "–" for row in _rows(frame)]
     differences = [Interval(-d.mean, -d.high, -d.low) for d in frame.get("fd_diff", ())]
     return Table(
@@ -250,7 +249,7 @@ def against_searched_table(frame: pd.DataFrame) -> Table:
 
 
 def areas_table(frame: pd.DataFrame) -> Table:
-    """The result of `budgets.areas` -> a row per solver and family."""
+    """Turn the result of `budgets.areas` into a row per solver and family."""
     return Table(
         "areas",
         "Area between each family's frontier (best FD within a time) and full depth's of the same solver, over the "
@@ -275,7 +274,7 @@ def areas_table(frame: pd.DataFrame) -> Table:
 
 
 def winners_table(frame: pd.DataFrame) -> Table:
-    """The result of `budgets.winners` -> a row per budget of time, a column per family."""
+    """Turn the result of `budgets.winners` into a row per budget of time, a column per family."""
     families = list(dict.fromkeys(name for best in frame["best"] for name in best))
     return Table(
         "winners",
@@ -299,7 +298,7 @@ def winners_table(frame: pd.DataFrame) -> Table:
 
 
 def settings_table(groups: list[pd.DataFrame]) -> Table:
-    """The groups of a report, raw rows of each -> what was measured where."""
+    """List run, machine and settings of each group.  groups: the raw rows of each."""
     return Table(
         "runs",
         "What was measured where. Nothing is averaged or compared across these rows.",
@@ -319,7 +318,7 @@ def settings_table(groups: list[pd.DataFrame]) -> Table:
 
 
 def settings_of(rows: pd.DataFrame) -> str:
-    """Guidance, batch size, precision, compilation and threads of a group, as far as they are known."""
+    """List a group's known settings: guidance, precision, compilation, threads and batch size."""
     first = rows.iloc[0]
     parts = [f"CFG {first['cfg_scale']:g}", first["dtype"], first["compiled"]]
     parts += [f"{first[name]} {name.replace('_', ' ')}" for name in ("threads",) if first[name]]
@@ -328,7 +327,7 @@ def settings_of(rows: pd.DataFrame) -> str:
 
 
 def tables_of(frame: pd.DataFrame, rows: pd.DataFrame) -> list[Table]:
-    """All tables of one group: its summary, and its raw rows. Those without a row are left out."""
+    """Return all tables of one group except empty tables.  frame: its summary, rows: its raw rows."""
     made = [
         winners_table(budgets.winners(rows)),
         against_searched_table(against_controls(rows)),
@@ -352,7 +351,7 @@ def _best_cell(best: tuple[str, float] | None) -> Cell:
 
 
 def _between(interval: Interval, spec: str) -> str:
-    """`-0.52 [-0.61, -0.43]`, a dash for NaN."""
+    """Write `-0.52 [-0.61, -0.43]`; a dash for NaN."""
     if math.isnan(interval.mean):
         return "–"
     limits = [format(limit, spec) for limit in (interval.low, interval.high)]
@@ -360,7 +359,7 @@ def _between(interval: Interval, spec: str) -> str:
 
 
 def _saved_between(row: pd.Series) -> str:
-    """`38% [35%, 41%]`; `≥ 70%` where full depth never gets as good."""
+    """Write `38% [35%, 41%]`; `≥ 70%` if full depth never reaches this FD."""
     saved = row["time_saved"]
     if saved.mean == math.inf:
         return f"≥ {row['saved_at_least']:.0%}" + ("" if math.isinf(saved.low) else f" [{saved.low:.0%}, beyond]")

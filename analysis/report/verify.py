@@ -1,4 +1,4 @@
-"""Checks a written report against the raw rows: every table cell and finding is computed again and compared."""
+"""Check a written report against the raw rows: compute every table cell and finding again and compare."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from dyndit.files import read_json, sha256
 
 @dataclass
 class Printed:
-    """A section as some file prints it: findings, and tables as rows of texts, the heading row first."""
+    """A section as printed in a file: findings, and tables as rows of texts, the heading row first."""
 
     title: str
     findings: list[str] = field(default_factory=list)
@@ -22,11 +22,11 @@ class Printed:
 
 
 def verify(report: Path) -> list[str]:
-    """Return a line for each number of a report that does not follow from the raw rows; none: all is well.
+    """Return a line for each number of a report that does not follow from the raw rows; an empty list: all is well.
 
-    report: the folder, or any of the files `write_report` wrote there. The raw rows are read where report.json says
-    they lie, relative to it; numbers in report.json, report.md and report.html are compared, and the hashes of the runs
-    and figures. Raises InputError: no report.json there, unreadable, or its runs are gone.
+    report: the folder, or any file of `write_report` in it. report.json names the raw rows, relative to itself. Compare
+    the numbers in report.json, report.md and report.html, and the hashes of the runs and figures.
+    Raises InputError: report.json is missing or unreadable, or its runs are missing.
     """
     report = Path(report)
     folder = report if report.is_dir() else report.parent
@@ -53,7 +53,7 @@ def verify(report: Path) -> list[str]:
     there = [name for name in readers if (folder / name).is_file()]
     if not there:
         raise InputError(f"{folder}: neither report.md nor report.html, expected one at least")
-    for name in there:  # a report that is kept may have lost its page, which is large
+    for name in there:  # an archived report may lack its page, which is large
         wrong += _differing(name, readers[name]((folder / name).read_text(encoding="utf-8")), expected)
     return [*wrong, *_differing_figures(folder)]
 
@@ -73,7 +73,7 @@ def _expected(contents: Sequence[Content]) -> list[Printed]:
 
 
 def _differing_numbers(file: str, stored: Sequence[list[dict]], fresh: Sequence[list[dict]]) -> Iterator[str]:
-    """Compare the numbers behind the cells, to 1e-9 of their size, and the texts in report.json."""
+    """Compare the texts in report.json and the numbers behind the cells, to 1e-9 of their size."""
     for old_tables, new_tables in zip(stored, fresh, strict=False):
         for old, new in zip(old_tables, new_tables, strict=False):
             for old_row, new_row in zip(old["rows"], new["rows"], strict=False):
@@ -99,7 +99,7 @@ def _same(a: Sequence, b: Sequence) -> bool:
 
 
 def _differing(file: str, printed: Sequence[Printed], expected: Sequence[Printed]) -> Iterator[str]:
-    """Compare titles, findings and cells as they are printed."""
+    """Compare titles, findings and cells as printed."""
     for found, section in zip(printed, expected, strict=False):
         if found.title != section.title:
             yield f"{file}: section '{found.title}', recomputed '{section.title}'"
@@ -122,7 +122,7 @@ def _differing(file: str, printed: Sequence[Printed], expected: Sequence[Printed
 
 
 def _differing_figures(folder: Path) -> Iterator[str]:
-    """Compare the figures with the hashes in their manifests; of each, one file at least has to be there."""
+    """Compare the figures with the hashes in their manifests. Each figure needs at least one file."""
     for path in sorted(folder.glob("*.manifest.json")):
         files = _load(path)["files"]
         there = [name for name in files if (folder / name).is_file()]
@@ -134,7 +134,7 @@ def _differing_figures(folder: Path) -> Iterator[str]:
 
 
 def read_markdown(text: str) -> list[Printed]:
-    """report.md -> its sections, manifests left out."""
+    """Read the sections of report.md, without manifests."""
     sections, in_table = [], False
     for line in text.splitlines():
         if line.startswith("## "):
@@ -152,14 +152,14 @@ def read_markdown(text: str) -> list[Printed]:
 
 
 def read_html(text: str) -> list[Printed]:
-    """report.html -> its sections, manifests left out."""
+    """Read the sections of report.html, without manifests."""
     reader = _Reader()
     reader.feed(text)
     return reader.sections
 
 
 class _Reader(HTMLParser):
-    """Collects headings, findings and sortable tables."""
+    """A parser that collects headings, findings and sortable tables."""
 
     def __init__(self) -> None:
         super().__init__()

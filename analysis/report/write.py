@@ -1,7 +1,7 @@
-"""The report of runs: Markdown, one self-contained HTML file, figures, and report.json, which `verify` checks.
+"""Write the report of runs: Markdown, one self-contained HTML file, figures, and report.json, which `verify` checks.
 
-Every number comes from the runs' frames. Runs, machines, models, extractors, picture counts, precision and batch sizes
-are kept apart: each such group has its own tables and its own frontier.
+Every number comes from the runs' frames. Each group of comparable rows (`runs.GROUP`: equal run, machine, model,
+extractor, picture count, precision, ...) has its own tables and frontier.
 """
 
 import math
@@ -24,7 +24,7 @@ from dyndit.files import read_json, sha256, write_json, write_text
 
 REPORT = "report.json"
 
-# Figures that a run may have left, in the order shown; the others are drawn here.
+# Figures that a run may contain, in the order shown. This module draws the others (DRAWN).
 CAPTIONS = {
     "plan.png": "Depth over the sampling steps, both guidance branches.",
     "samples.png": "The same seeds side by side: a column per seed, a row per arm.",
@@ -43,13 +43,13 @@ DRAWN = {
 
 @dataclass(frozen=True)
 class Content:
-    """What is said of one group of comparable rows; all of it can be computed again from the rows."""
+    """The findings and tables of one group of comparable rows, all computed from the rows."""
 
     title: str
     findings: list[str]
     tables: list[Table]
     source: Path
-    """The runs file; plans, manifest and the run's own figures lie beside it."""
+    """The runs file; its folder also holds the plans, the manifest and the run's own figures."""
     rows: pd.DataFrame
 
 
@@ -69,10 +69,10 @@ def write_report(
 ) -> Path:
     """Write report.md, report.html, report.json and the figures (PNG, SVG) into `out`; return report.html's path.
 
-    run_dirs: folders with runs.csv (or runs.parquet) and, where there are any, manifest.json, the plans,
-    exit-errors.csv and the figures of CAPTIONS; or the runs files themselves. margin: what counts as unchanged, see
-    `dyndit.stats.non_inferior`. report.html needs no other file and no network. Beside each figure stands a
-    <figure>.manifest.json. Raises InputError: runs missing or damaged, manifest.json unreadable.
+    run_dirs: runs files, or folders with runs.csv (or runs.parquet). Optional in a folder: manifest.json, plans,
+    exit-errors.csv and the figures of CAPTIONS. margin: largest difference of unchanged quality, see
+    `dyndit.stats.non_inferior`. report.html needs no other file and no network. Each figure has a
+    <figure>.manifest.json beside it. Raises InputError: runs are missing or damaged, or manifest.json is unreadable.
     """
     paths = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
     contents = contents_of(paths, margin)
@@ -92,17 +92,17 @@ def write_report(
 
 
 def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
-    """Everything that is printed about these runs, computed from their rows. Raises InputError."""
+    """Compute all printed contents of these runs from their rows. Raises InputError."""
     frames = [(runs_file(path), read_runs(path)) for path in paths]
     groups = [(source, rows) for source, runs in frames for _, rows in runs.groupby(GROUP, sort=False)]
     contents = [_content(source, rows, margin) for source, rows in groups if (rows["role"] == "score").any()]
-    if not contents:  # plans were searched, nothing was scored yet
+    if not contents:  # plans are searched, but no arm is scored yet
         raise InputError(f"{paths[0]}: no row of role 'score', expected at least one")
     return contents
 
 
 def overview(contents: Sequence[Content]) -> Table:
-    """The table of what was measured where."""
+    """Return the table of groups: run, machine and settings of each."""
     return settings_table([scored_rows(content.rows) for content in contents])
 
 
@@ -121,7 +121,7 @@ def _content(source: Path, rows: pd.DataFrame, margin: float) -> Content:
 
 
 def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, object]) -> list[Picture]:
-    """Draw the group's figures into `out`, each with its manifest, and find those the run left."""
+    """Draw the group's figures into `out`, each with its manifest, and add the run's own figures."""
     found = []
     source = {
         "group": {name: str(content.rows[name].iloc[0]) for name in GROUP},
@@ -145,7 +145,7 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
 
 
 def _drawn(content: Content) -> dict[str, Figure]:
-    """The figures that the rows, plans and exit errors of a group allow."""
+    """Draw the figures that the rows, plans and exit errors of a group allow."""
     scored = scored_rows(content.rows)
     drawn = {"frontier": figures.frontier_figure(scored)}
     if scored.groupby("arm")["predicted_fd"].first().notna().sum() > 1:
@@ -162,7 +162,7 @@ def _drawn(content: Content) -> dict[str, Figure]:
 
 
 def _errors_figure(path: Path) -> Figure:
-    """Layer over timestep, from the bands of `tasks.exit_error_table` (equal in timesteps of 0 to 999)."""
+    """Draw layer over timestep, from `training.exit_errors.exit_error_table` (equal bands of timesteps 0 to 999)."""
     errors = pd.read_csv(path)
     num_bands = int(errors["band"].max()) + 1
     table = errors.pivot(index="depth", columns="band", values="noise_error").sort_index(axis=1, ascending=False)
@@ -179,7 +179,7 @@ def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], m
 def _record(
     title: str, contents: Sequence[Content], paths: Sequence[Path], out: Path, margin: float, made: Mapping[str, object]
 ) -> dict[str, object]:
-    """What report.json holds: every printed number, how it was derived, and the files it came from."""
+    """Return the contents of report.json: every printed number, its derivation, and its source files."""
     files = [runs_file(path) for path in paths]
     return {
         "title": title,
@@ -198,7 +198,7 @@ def _record(
 
 
 def table_record(table: Table) -> dict[str, object]:
-    """A table as JSON: cells as printed, and the numbers they were printed from; null: none, infinities are text."""
+    """Turn a table into JSON: cells as printed, and the numbers behind them. NaN is null, infinities are text."""
     return {
         "name": table.name,
         "derived": table.derived,
@@ -216,12 +216,12 @@ def _json_number(value: float) -> float | str | None:
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
-    """Return the manifest as flat text, empty without one. Raises InputError."""
+    """Return the manifest as flat text; empty without a manifest. Raises InputError."""
     return dict(_flat("", read_json(path))) if path.is_file() else {}
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
-    """Nested JSON -> dotted names and text."""
+    """Flatten nested JSON into dotted names and text."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(f"{name}.{key}" if name else str(key), inner)

@@ -1,1 +1,1 @@
-"""Measure what each choice does to pictures, search a plan, measure the plan."""
+"""Measure the effect of each choice on pictures, search a plan, measure the plan."""

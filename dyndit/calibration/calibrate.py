@@ -1,4 +1,4 @@
-"""Search a plan on a table, and measure it."""
+"""Search a plan on a table, and measure the plan."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from dyndit.sampling.solvers import AnySolver, solver_name, timesteps_of
 from dyndit.stats import Interval, Moments, frechet_distance, moments, paired_times, summarise
 
 STEP_GRID = (5, 7, 10, 14, 20)
-"""Step counts worth choosing among: neighbours differ by about 1.4 in time."""
+"""Step counts to choose among: neighbours differ by a factor of about 1.4 in time."""
 
 
 def measure_bases(
@@ -46,13 +46,13 @@ def measure_bases(
     into: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> ShiftTable:
-    """The table with full depth's moments at these step counts too, so that it can choose among them.
+    """Add full depth's moments at these step counts to the table, so that it can choose among them.
 
-    They are drawn on the table's own seeds; those that it holds already are kept. into: the table's file, which is
-    written again after each step count. on_progress(done, all) counts sampling steps.
+    The pictures are drawn on the table's own seeds. Existing moments are kept. into: the table's file, rewritten after
+    each step count. on_progress(done, all) counts sampling steps.
 
     Raises:
-        InputError: the table is another model's or another extractor's, or a step count is out of range.
+        InputError: the table belongs to another model or extractor, or a step count is out of range.
     """
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
@@ -74,7 +74,7 @@ def measure_bases(
 
 
 def check_step_grid(step_grid: Sequence[int]) -> None:
-    """Refuse step counts that no solver has.
+    """Refuse step counts that no solver supports.
 
     Raises:
         InputError: naming the flag.
@@ -94,7 +94,7 @@ def measure_moments(
     batch_size: int = 128,
     to_pictures: ToPictures = to_uint8,
 ) -> Moments:
-    """Moments of the features of `num_pictures` pictures drawn under `plan`, classes in turn."""
+    """Measure the features' moments on `num_pictures` pictures drawn under `plan`, classes in turn."""
     sampler = OwnSampler(
         model, plan.solver, plan.num_steps, plan.cfg_scale, guided_channels, to_pictures, seed, batch_size
     )
@@ -116,42 +116,42 @@ def plan_on_table(
     num_steps: int,
     base: Moments | None = None,
 ) -> DepthPlan:
-    """Search a plan on a stored table, without running the model (but to time it on a device new to the table).
+    """Search a plan on a stored table. The model runs only to time it on a device new to the table.
 
-    base: moments of full depth at these very steps, where they were measured.
+    base: moments of full depth measured at these steps, see `search`.
 
     Raises:
-        InputError: the budget is out of range, or the table is another model's.
+        InputError: the budget is out of range, or the table belongs to another model.
     """
     sampler = OwnSampler(model, solver, num_steps, table.cfg_scale)
     return _searched(sampler, table, budget, base)
 
 
 def _searched(sampler: Sampler, table: ShiftTable, budget: float, base: Moments | None = None) -> DepthPlan:
-    """`plan_on_table`, of any sampler."""
+    """Do the same as `plan_on_table` for any sampler."""
     table = _fitting(sampler, table)
     return search(table, sampler.full, budget, base=base)
 
 
 def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
-    """The table, with the times of the model's device where it was measured on another.
+    """Return the table with the times of the model's device. Measure them if the table has another device's times.
 
     Raises:
-        InputError: the table is another model's.
+        InputError: the table belongs to another model.
     """
     return _fitting(OwnSampler(model, solver, table.num_steps, table.cfg_scale), table)
 
 
 def _fitting(sampler: Sampler, table: ShiftTable) -> ShiftTable:
-    """`table_for`, of any sampler."""
+    """Do the same as `table_for` for any sampler."""
     sampler.bind(table)
-    if table.cost.device != sampler.device:  # the shifts hold anywhere, the times do not
+    if table.cost.device != sampler.device:  # shifts hold on any device, times do not
         table = replace(table, cost=sampler.cost(table.cost.batch_size))
     return table
 
 
 def _extractor_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtractor:
-    """The extractor as the table was measured with it, its features reduced where they were."""
+    """Return the extractor with the table's reduction of features, and refuse another extractor."""
     if table.projection is not None and extractor.projection is None:
         extractor = extractor.projected(table.projection)
     if extractor.fingerprint != table.extractor_fingerprint:
@@ -165,7 +165,7 @@ def _extractor_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtr
 def planned(
     sampler: Sampler, table: ShiftTable, budget: float, extractor: FeatureExtractor | None, refinements: int = 0
 ) -> DepthPlan:
-    """Search a plan on the table and, with an extractor, measure it; first to correct it, where that is asked for."""
+    """Search a plan on the table. With an extractor, correct it by `refinements` and measure it."""
     full = sampler.full
     if table.cfg_scale != full.cfg_scale:
         raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {full.cfg_scale:g}")
@@ -186,7 +186,7 @@ def planned(
 
 
 def _measured(sampler: Sampler, table: ShiftTable, plan: DepthPlan, extractor: FeatureExtractor) -> DepthPlan:
-    """The plan with its distance and full depth's, on fresh pictures, among its figures."""
+    """Add the distances of the plan and of full depth on fresh pictures to the plan's figures."""
 
     def distance(wanted: DepthPlan) -> float:
         return frechet_distance(_moments(sampler, extractor, wanted, table.num_pictures, fresh=True), table.reference)
@@ -217,17 +217,17 @@ def calibrate(
 ) -> DepthPlan:
     """Search a plan for (solver, steps, budget) and report its predicted and measured Fréchet distance.
 
-    The prediction starts from full depth at these very steps, measured on the table's own seeds; the plan's
-    measured distance is on fresh seeds (`table.seed` + 1), as is full depth's next to it. `plan.figures` holds
-    predicted_fd, measured_fd, predicted_fd_full, measured_fd_full, predicted_share_of_time, share_of_blocks.
-    refinements: rounds in which the plan is measured on the table's seeds and the prediction corrected by it.
-    With a table but no extractor nothing is measured. Without a table one is measured first, with `extractor`
-    against `reference`: moments, or real pictures (N, C, H, W) uint8. Keep what `measure_shifts` gives to search
-    other budgets, step counts and solvers on it.
+    The prediction starts from full depth at these steps, measured on the table's own seeds. The distances of the plan
+    and of full depth are measured on fresh seeds (`table.seed` + 1). `plan.figures` holds predicted_fd, measured_fd,
+    predicted_fd_full, measured_fd_full, predicted_share_of_time, share_of_blocks.
+    refinements: rounds that measure the plan on the table's seeds and correct the prediction.
+    With a table but no extractor, nothing is measured. Without a table, a table is measured first, with `extractor`
+    against `reference`: moments, or real pictures (N, C, H, W) uint8. A table of `measure_shifts` can be kept for
+    other budgets, step counts and solvers.
 
     Raises:
-        InputError: the budget is out of range, the table is another model's or of another guidance scale, or
-            neither a table nor what it takes to measure one was given.
+        InputError: the budget is out of range, the table belongs to another model or guidance scale, or without a
+            table the extractor or the reference is missing.
     """
     if table is None:
         extractor, reference = to_measure_with(extractor, reference)
@@ -257,16 +257,16 @@ def calibrate_steps(
     batch_size: int = 128,
     rounds: int = 9,
 ) -> DepthPlan:
-    """Choose the step count with the plan, for a `LatencyBudget` or a `TargetFD`, and measure what was found.
+    """Choose the step count with the plan, for a `LatencyBudget` or a `TargetFD`, and measure the plan.
 
-    It is chosen among the step counts at which the table has full depth's moments with this solver: see
-    `measure_bases`. Besides `calibrate`'s figures `plan.figures` holds reference_steps, predicted_share_of_reference,
-    measured_fd_reference (full depth at the reference's steps, fresh seeds) and measured_share_of_reference with
-    its interval's _low and _high: times of one batch of the table's size, in `rounds` paired rounds, decoding left out.
-    Without an extractor nothing is measured.
+    Candidates are the step counts at which the table has full depth's moments with this solver (`measure_bases`).
+    `plan.figures` holds the figures of `calibrate`, reference_steps and predicted_share_of_reference. It also holds
+    measured_fd_reference (full depth at the reference's steps, fresh seeds) and measured_share_of_reference, with the
+    limits _low and _high. The share compares times of one batch of the table's size in `rounds` paired rounds, without
+    decoding. Without an extractor, nothing is measured.
 
     Raises:
-        InputError: the table is another model's or has no moments to choose by, or the goal is out of reach.
+        InputError: the table belongs to another model or has no moments to choose by, or the goal is out of reach.
     """
     table = table_for(model, table, solver)
     plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver, process=model.process))
@@ -290,7 +290,7 @@ def calibrate_steps(
 def _share_of_time(
     model: DynamicDepth, plan: DepthPlan, reference: DepthPlan, solver: AnySolver, batch_size: int, rounds: int
 ) -> Interval:
-    """Measured time of one batch under a plan as a share of that under another."""
+    """Measure the time of one batch under a plan as a share of its time under the reference plan."""
     labels = model.backbone.condition.in_turn(batch_size)
 
     def drawing(of: DepthPlan) -> Callable[[], object]:
@@ -298,17 +298,17 @@ def _share_of_time(
         return lambda: sample(model, labels, plan=of, solver=solver, **options)
 
     arms = {"reference": drawing(reference), "plan": drawing(plan)}
-    times = paired_times(arms, rounds=rounds, warmup=1)  # pictures end on the host: nothing is under way after a call
+    times = paired_times(arms, rounds=rounds, warmup=1)  # pictures end on the host, so each call has finished
     return summarise(times, "reference").loc["plan", "median_ratio"]
 
 
 def to_measure_with(
     extractor: FeatureExtractor | None, reference: Moments | Tensor | None
 ) -> tuple[FeatureExtractor, Moments]:
-    """What a table is measured with.
+    """Return the extractor and the reference moments to measure a table with.
 
     Raises:
-        InputError: one of them is missing.
+        InputError: the extractor or the reference is missing.
     """
     if extractor is None or reference is None:
         raise InputError("calibrate: no table; expected one, or an extractor and a reference to measure it with")

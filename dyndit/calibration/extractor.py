@@ -1,4 +1,4 @@
-"""What calibration needs of a network that judges pictures. `dyndit.load_extractor` gives one; any other serves too."""
+"""The protocol of feature extractors. `dyndit.load_extractor` returns an extractor; your own class can serve too."""
 
 from typing import Protocol, Self
 
@@ -6,22 +6,22 @@ from torch import Tensor
 
 
 class FeatureExtractor(Protocol):
-    """Turn pictures into features, whose Fréchet distance to real pictures' features is the quality."""
+    """Turn pictures into features. Their Fréchet distance to the features of real pictures measures quality."""
 
     @property
     def name(self) -> str:
-        """The name that tables and messages show, such as `digits`."""
+        """Return the name that tables and messages show, such as `digits`."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that the features depend on. A table is refused with an extractor of another fingerprint."""
+        """Return a hash of all that the features depend on. Tables are refused with another fingerprint."""
 
     @property
     def projection(self) -> Tensor | None:
-        """(D, d), if the network's D features are reduced to d directions."""
+        """Return (D, d) if the network's D features are reduced to d directions, else None."""
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Pictures: (N, 1 or 3, H, W) uint8 -> (N, D) float64 on the host."""
+        """Compute features.  pictures: (N, 1 or 3, H, W) uint8 -> (N, D) float64 on the host."""
 
     def projected(self, projection: Tensor) -> Self:
         """Return the same extractor with features @ projection (D, d), under another fingerprint."""

@@ -32,15 +32,15 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What the table is measured on.
+    """The settings of a table's measurement.
 
     num_bands: bands of steps that are replaced together. Each costs one continuation at full depth per choice.
     choices: the steps to measure, as `Step`s or their text ("8|e4"). Empty: `default_choices` on `num_depths` depths.
-    held: whether the default choices hold the guidance of earlier steps ("8|held").
-    own_guides: whether the default choices are guided by the branch's own exits ("8|e4").
-    forecast_ages: the most steps since full depth at which a forecast ("4+") is measured; it is measured at each age
-    from 1 on, and needs a band for each step. 0: no forecasts.
-    seed: of our own sampling. In a pipeline the caller's function draws the noise.
+    held: add default choices that hold the guidance of earlier steps ("8|held").
+    own_guides: add default choices that are guided by the branch's own exits ("8|e4").
+    forecast_ages: measure forecasts ("4+") at ages 1 to this number of steps since full depth. Forecasts need one band
+    per step. 0: no forecasts.
+    seed: of dyndit's own sampling. In a pipeline the caller's function draws the noise.
     """
 
     num_pictures: int = 512
@@ -61,11 +61,11 @@ class CalibrationSettings:
 def default_choices(
     depths: Sequence[int], guided: bool, num_depths: int = 8, *, held: bool = False, own_guides: bool = False
 ) -> tuple[Step, ...]:
-    """Choices worth measuring: conditional depths on a thinned grid, each with several guides.
+    """Return the choices to measure: conditional depths on a thinned grid, each with several guides.
 
-    Guides are an unconditional pass at the same depth, one at about half of it, and none. held: also the guidance of
-    earlier steps. own_guides: also its own exits at about three quarters and half of it; a shallower exit guides more
-    strongly. The full step is left out.
+    Guides are an unconditional pass at the same depth, a pass at about half the depth, and no guide. held: also the
+    guidance of earlier steps. own_guides: also the branch's own exits at about three quarters and half of the depth.
+    A shallower exit guides more strongly. The full step is omitted.
     """
     full = depths[-1]
     grid = _thinned(depths, num_depths)
@@ -84,14 +84,14 @@ def default_choices(
 
 
 def forecast_choices(depths: Sequence[int], guided: bool, num_depths: int = 8) -> tuple[Step, ...]:
-    """Forecasts worth measuring: from exits up to half of L, without guidance and with that of earlier steps."""
+    """Return the forecasts to measure: exits up to half of L, without guidance and with held guidance."""
     shallow = [d for d in _thinned(depths, num_depths) if 2 * d <= depths[-1]]
     guides = (NoGuide(), Held()) if guided else (NoGuide(),)
     return tuple(Step(depth, guide, forecast=True) for depth in shallow for guide in guides)
 
 
 def _thinned(depths: Sequence[int], num: int) -> list[int]:
-    """At most `num` depths, evenly spread; the shallowest and L stay."""
+    """Return at most `num` depths, evenly spread, with the shallowest depth and L."""
     if len(depths) <= num:
         return list(depths)
     picks = torch.linspace(0, len(depths) - 1, num).round().long().tolist()
@@ -110,11 +110,11 @@ def measure_table(
 ) -> ShiftTable:
     """Measure the paired-seed distribution shifts of every (band, choice) of a sampler.
 
-    Sums over batches are kept in `partial`, from which an interrupted measurement goes on. on_progress(done, all)
+    The file `partial` keeps sums over batches; an interrupted measurement resumes from it. on_progress(done, all)
     counts batches of pictures with a band replaced.
 
     Raises:
-        InputError: fewer pictures than features, or too many features; or forecasts with fewer bands than steps.
+        InputError: fewer pictures than features, too many features, or forecasts with fewer bands than steps.
     """
     settings = settings or CalibrationSettings()
     if settings.num_pictures <= len(reference.mean) or len(reference.mean) > MAX_FEATURES:
@@ -177,7 +177,7 @@ def measure_table(
 
 
 def part_of(table: ShiftTable, sampler: Sampler, settings: CalibrationSettings) -> ShiftTable | None:
-    """What `measure_table` would measure, taken from a table that holds it already; None where this one does not."""
+    """Take the result of `measure_table` from a table that already holds it; None if this table does not."""
     full = sampler.full
     mine = (full.solver, full.num_steps, full.cfg_scale, sampler.identity, sampler.seed)
     mine += (settings.num_pictures, _edges(full, _bands(full, settings)))
@@ -188,19 +188,19 @@ def part_of(table: ShiftTable, sampler: Sampler, settings: CalibrationSettings) 
 
 
 def _bands(full: DepthPlan, settings: CalibrationSettings) -> list[list[int]]:
-    """The steps of each band."""
+    """Return the steps of each band."""
     return [
         band.tolist() for band in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))
     ]
 
 
 def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:
-    """As of `ShiftTable`."""
+    """Return the edges of the bands, see `ShiftTable`."""
     return (*(float(full.timesteps[band[0]]) for band in bands), 0.0)
 
 
 def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-    """The choices to measure, those that forecast once per age; and the ages, empty where nothing is forecast."""
+    """Return the choices to measure, each forecast once per age, and the ages (empty without forecasts)."""
     guided = sampler.full.cfg_scale != 1
     choices = settings.choices or default_choices(
         sampler.depths, guided, settings.num_depths, held=settings.held, own_guides=settings.own_guides
@@ -224,11 +224,11 @@ def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Ste
 def measure_table_into(
     path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: object
 ) -> ShiftTable:
-    """`measure_table`, resumable, with its table in the file `path` at the end."""
+    """Run `measure_table` resumably and save the table in the file `path`."""
     partial = path.with_suffix(".partial")
     measure_table(sampler, extractor, reference, partial=partial, **options).save(path)
     partial.unlink(missing_ok=True)
-    return ShiftTable.load(path)  # rounded as in the file: what is made of it is the same when a run goes on
+    return ShiftTable.load(path)  # rounded as in the file, so that a resumed run gives the same results
 
 
 def measure_shifts(
@@ -236,7 +236,7 @@ def measure_shifts(
     extractor: FeatureExtractor,
     reference: Moments,
     *,
-    solver: AnySolver = "ddim",
+    solver: AnySolver | None = None,
     num_steps: int = 10,
     cfg_scale: float = 1.5,
     guided_channels: int | None = None,
@@ -245,23 +245,24 @@ def measure_shifts(
     into: Path | None = None,
     **options: object,
 ) -> ShiftTable:
-    """`measure_table` of our own sampling.
+    """Run `measure_table` with dyndit's own sampling.
 
-    For each batch of seeds the full trajectory is run once; at each band's first step it forks, the band is run as
-    the choice says, the rest at full depth. into: a file for the table, beside which an interrupted measurement goes
-    on. options: as of `measure_table`.
+    Each batch of seeds runs the full trajectory once. At each band's first step the trajectory forks. The fork runs
+    the band with the choice, then full depth. into: a file for the table; a partial file beside it lets an interrupted
+    measurement resume. options: see `measure_table`.
     """
     settings = settings or CalibrationSettings()
+    solver = solver or model.process.usual_solver
     sampler = OwnSampler(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, settings.seed)
     measure = measure_table if into is None else functools.partial(measure_table_into, into)
     return measure(sampler, extractor, reference, settings=settings, **options)
 
 
 def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtractor, Moments]:
-    """An extractor that a table can be measured with, and the moments of these real pictures (N, C, H, W) uint8.
+    """Reduce an extractor to few features, and return the moments of these real pictures (N, C, H, W) uint8.
 
-    Of more than `MAX_FEATURES` features the `NUM_COMPONENTS` leading principal components of the pictures' are kept:
-    a table holds a matrix per entry, and the search diagonalises thousands of them.
+    Above `MAX_FEATURES` features, keep the `NUM_COMPONENTS` leading principal components of the pictures' features. A
+    table holds a matrix per entry, and the search diagonalises thousands of matrices.
     """
     features = extractor.features(as_rgb(pictures))
     if features.shape[1] > MAX_FEATURES:
@@ -272,7 +273,7 @@ def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtra
 
 
 def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
-    """Sums and number of batches of an interrupted measurement of the very same table, or nothing."""
+    """Read the sums and number of batches of an interrupted measurement of the same table; else return ({}, 0)."""
     if partial is None or not partial.exists():
         return {}, 0
     try:

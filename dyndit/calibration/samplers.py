@@ -1,4 +1,4 @@
-"""How a calibration draws pictures: the protocol, and our own sampling."""
+"""Samplers that draw a calibration's pictures: the protocol, and dyndit's own sampling."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,25 +20,25 @@ from dyndit.sampling.solvers import AnySolver
 from dyndit.sampling.timing import measure_cost
 
 CALIBRATION_SEED = 1_000_003
-"""Far from the seeds 0, 1, ... that a result is scored on."""
+"""Default seed, far from the seeds 0, 1, ... that score a result."""
 
 
 ToPictures = Callable[[Tensor], Tensor]
-"""(B, C, H, W) at the end of a sampling -> (B, C, H, W) uint8: `to_uint8`, or a decoder of latents."""
+"""Convert the final state (B, C, H, W) -> (B, C, H, W) uint8: `to_uint8`, or a decoder of latents."""
 
 
 class Sampler(Protocol):
-    """Draws pictures under plans, the same noise for the same picture number."""
+    """Draws pictures under plans. The same picture number always has the same noise."""
 
     full: DepthPlan
-    """Full depth at every step: the timesteps, the solver and the guidance scale that are calibrated."""
+    """The full plan, with the timesteps, the solver and the guidance scale to calibrate."""
     depths: tuple[int, ...]
     identity: Identity
-    """Of the model: what tables are bound to."""
+    """Identity of the model. Tables are bound to it."""
     seed: int
     device: str
     setting: object
-    """What else the pictures depend on, as plain data."""
+    """Other settings that change the pictures, as plain data."""
 
     def replaced(
         self,
@@ -47,22 +47,22 @@ class Sampler(Protocol):
         choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
-        """Draw the pictures of full depth; then, for each band and each choice, those with that band's steps replaced.
+        """Draw pictures at full depth; then, per band and choice, pictures with that band's steps replaced.
 
-        A band is a run of neighbouring steps; bands may overlap, and come in any order. indices: B picture numbers ->
+        A band is a run of neighbouring steps. Bands may overlap and come in any order. indices: B picture numbers ->
         (B, 1 or 3, H, W) uint8, 1 + bands * choices times. ages: `ages[i]`: steps since full depth for choice i; 0 if
-        it does not forecast. Clipped to the first step; with no step before the band nothing is forecast. Empty where
-        no choice forecasts.
+        it does not forecast. Clipped to the first step. A band at the first step forecasts nothing. Empty if no choice
+        forecasts.
 
         Raises:
-            InputError: ages are given, and this sampler cannot forecast.
+            InputError: ages are given, but this sampler cannot forecast.
         """
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
-        """Pictures under a plan, (N, 1 or 3, H, W) uint8: those that tables are measured on, or fresh ones."""
+        """Draw the table's pictures or fresh pictures under a plan, (N, 1 or 3, H, W) uint8."""
 
     def cost(self, batch_size: int) -> CostModel:
-        """Seconds of the parts of a step, of `batch_size` pictures at a time."""
+        """Measure the seconds of the parts of a step for batches of `batch_size` pictures."""
 
     def bind(self, table: ShiftTable) -> None:
         """Refuse a table of another model.
@@ -74,7 +74,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class OwnSampler:
-    """Our own sampling: a trajectory forks where a band begins, so that nothing before it is run twice."""
+    """dyndit's own sampling. A trajectory forks at the start of a band, so that no earlier step runs twice."""
 
     model: DynamicDepth
     solver: AnySolver = "ddim"
@@ -87,31 +87,31 @@ class OwnSampler:
 
     @cached_property
     def full(self) -> DepthPlan:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         return full_plan(self.model, self.solver, self.num_steps, self.cfg_scale)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         return self.model.depths
 
     @property
     def identity(self) -> Identity:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         return self.model.identity
 
     def bind(self, table: ShiftTable) -> None:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         self.model.check_identity(table.backbone, table.exits, origin="shift table")
 
     @property
     def device(self) -> str:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         return next(self.model.parameters()).device.type
 
     @property
     def setting(self) -> object:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         return self.guided_channels
 
     def replaced(
@@ -121,11 +121,11 @@ class OwnSampler:
         choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
-        """As of `Sampler`. Classes come in turn."""
+        """See `Sampler`. Classes come in turn."""
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)
         batch = batch_in_turn(model, indices, self.seed)
         kept = sorted({choice.depth for choice in choices if choice.forecast})
-        # What a trajectory hands on stands before each step: forks share it, nobody writes to it.
+        # Keep the trajectory before each step. Forks share its memory, and no step writes to it.
         before, trajectory = [], start(model, batch, self.solver, self.num_steps)
         firsts = {band[0] for band in bands}
         for k in range(self.num_steps):
@@ -143,7 +143,7 @@ class OwnSampler:
                 yield self.to_pictures(end.x).cpu()
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
-        """As of `Sampler`: fresh pictures are those of the seed after the table's."""
+        """See `Sampler`. Fresh pictures use the seed after the table's seed."""
         result = sample(
             self.model,
             self.model.backbone.condition.in_turn(num_pictures),
@@ -158,15 +158,15 @@ class OwnSampler:
         return result.pictures if self.model.pixel_space else self.to_pictures(result.latents)
 
     def cost(self, batch_size: int) -> CostModel:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         return measure_cost(self.model, batch_size=batch_size, solver=self.solver, cfg_scale=self.cfg_scale)
 
 
 def replaced_plan(full: DepthPlan, band: Sequence[int], choice: Step) -> DepthPlan:
-    """Full depth, but for the steps of a band."""
+    """Replace the steps of a band in the full plan."""
     return full.with_steps([choice if k in band else step for k, step in enumerate(full.steps)])
 
 
 def batches_of(numbers: range, size: int) -> list[range]:
-    """The numbers in order, `size` at a time."""
+    """Split the numbers in order into batches of `size`."""
     return [numbers[low : low + size] for low in range(0, len(numbers), size)]

@@ -1,6 +1,6 @@
-"""The command line. Every verb is a thin function over the package; what it does, a notebook can call too.
+"""The command line. Every verb is a thin function over the package, and a notebook can call the same functions.
 
-A verb's module is imported when the verb runs, and imports what it needs then, so that `--help` is quick.
+Every verb imports torch and the package only when it runs, so that `--help` is quick.
 """
 
 import importlib
@@ -30,7 +30,7 @@ VERBS: dict[str, str] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb; bad input is one line and exit status 2, with a traceback only under `--debug`."""
+    """Run a verb. Bad input gives one line and exit status 2, and a traceback only with `--debug`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
-    """The functions of all verbs. The help of the verb that is asked about names what its registries hold."""
+    """Return the functions of all verbs. If help is asked for, fill in the names of the registries."""
     found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
     asked = next((word for word in arguments if word in VERBS), None)
     if asked is not None and {"--help", "-h"} & set(arguments):

@@ -1,4 +1,4 @@
-"""Flags that several verbs share, and what they ask for."""
+"""Flags that several verbs share, and functions that read them."""
 
 import json
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Positional = tyro.conf.Positional
 Unnamed = Annotated[T, tyro.conf.arg(name="")]
-"""A group of flags whose names stand without the group's."""
+"""A group of flags without the group's name before each flag."""
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """Which depths to run. Without `--dynamic`, `--plan`, `--budget` or `--router`: the full model.
+    """Choose the depths to run. Without `--dynamic`, `--plan`, `--budget` or `--router`: the full model.
 
     Args:
-        dynamic: Run a plan: the given one, or the one for `--budget`.
-        budget: Share of full depth's time; the plan is searched on the model's stored table.
+        dynamic: Run a plan: the given plan, or a plan for `--budget` (default: 0.6).
+        budget: Share of full depth's time. The plan is searched on the model's stored table.
         plan: A plan file.
         router: A router that needs no calibration, with its settings: "ramp:3" rises evenly from depth 3 to full depth.
             One of {routers}.
@@ -44,14 +44,14 @@ class PlanChoice:
 
 @dataclass(frozen=True)
 class StepChoice:
-    """A time or a quality, in place of a budget at given steps: the step count is chosen with the plan."""
+    """Choose the step count with the plan, for a time or a quality, in place of a budget at given steps."""
 
     latency_budget: float | None = None
-    """Share of the reference time, above 0 and at most 1, for the least predicted distance."""
+    """Share of the reference time, above 0 and at most 1. Find the least predicted distance in it."""
     target_fd: float | None = None
-    """Predicted Fréchet distance to reach in the least time."""
+    """Predicted Fréchet distance. Reach it in the least time."""
     reference_steps: int | None = None
-    """Steps of full depth whose time is the reference (default: those the table was measured at)."""
+    """Steps of full depth whose time is the reference (default: the steps that the table was measured at)."""
 
 
 FULL_DEPTH = PlanChoice()
@@ -61,7 +61,7 @@ AS_GIVEN = StepChoice()
 def chosen_plan(
     dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int, cfg_scale: float
 ) -> "DepthPlan | None":
-    """The plan the flags ask for; None is the full model."""
+    """Return the plan that the flags ask for. None is the full model."""
     from dyndit.calibration.calibrate import plan_on_table
     from dyndit.plans.plan import DepthPlan, bind
     from dyndit.plans.schedules import parse_router
@@ -82,10 +82,10 @@ def chosen_plan(
 
 
 def stored_table(model: str) -> "ShiftTable":
-    """The shift table in a model's folder.
+    """Load the shift table in a model's folder.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no table.
     """
     from dyndit.plans.table import ShiftTable
     from dyndit.storage import load as checkpoints
@@ -97,10 +97,10 @@ def stored_table(model: str) -> "ShiftTable":
 
 
 def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "AutoencoderKL | None":
-    """What turns a model's latents into pictures; None where it makes pictures itself.
+    """Load the autoencoder of a model's latents. A model of pictures gives None.
 
     Raises:
-        InputError: it makes latents, and no autoencoder is given.
+        InputError: the model makes latents, and no autoencoder is given.
     """
     from dyndit.training.latents import load_autoencoder
 
@@ -112,7 +112,7 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":
-    """What steps are to be chosen for; None where the flags leave them as given. others: flags it excludes."""
+    """Return the goal to choose steps for. None: the steps are given. others: flags that exclude a goal."""
     from dyndit.plans.step_counts import LatencyBudget, TargetFD
 
     wanted = {"latency-budget": choice.latency_budget, "target-fd": choice.target_fd}
@@ -134,5 +134,5 @@ def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | 
 
 
 def print_json(figures: dict[str, object]) -> None:
-    """One line, the last that a verb prints."""
+    """Print one line of JSON, as the last line of a verb."""
     print(json.dumps(figures))

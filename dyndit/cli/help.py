@@ -1,4 +1,4 @@
-"""Help texts that name what there is: `{solvers}` in a verb's docstring becomes the names in their registry.
+"""Fill in help texts: `{solvers}` in a verb's docstring becomes the names in the registry of solvers.
 
 Registries are read only when a verb's help is asked for, since they import torch.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 
 def filled(text: str) -> str:
-    """Replace each `{registry}` of a docstring by the names in that registry."""
+    """Replace each `{registry}` of a docstring by the registry's names."""
     for name, names in REGISTRIES.items():
         if (mark := f"{{{name}}}") in text:
             text = text.replace(mark, ", ".join(names()))
@@ -65,4 +65,4 @@ REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
     "processes": _processes,
     "recipes": _recipes,
 }
-"""What a docstring may name: the mark, and what lists the names."""
+"""Registries that a docstring may name, each with the function that lists its names."""

@@ -23,18 +23,18 @@ def train(
     sample_every: int | None = None,
     vae: Path | None = None,
 ) -> None:
-    """Train a backbone, from scratch or on from given weights. A run that was stopped goes on where it was.
+    """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
 
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
         out: Folder for the model, checkpoints, losses and TensorBoard logs.
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
-        model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id. Default: random ones.
-            Their process is the recipe's.
-        steps: Updates, in place of the recipe's.
-        batch_size: Pictures per update, in place of the recipe's.
-        seed: Seed, in place of the recipe's.
-        sample_every: Draw a sample grid every so many steps; 0 for never.
+        model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id (default: random
+            weights). Their process must be the recipe's.
+        steps: Updates (default: the recipe's).
+        batch_size: Pictures per update (default: the recipe's).
+        seed: Seed (default: the recipe's).
+        sample_every: Draw a sample grid after every so many steps; 0 for never.
         vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
     """
     from accelerate import PartialState
@@ -45,7 +45,7 @@ def train(
     from dyndit.training.train import Train
 
     chosen = find(recipe, "train", Train)
-    with PartialState().main_process_first():  # latents are encoded once
+    with PartialState().main_process_first():  # encode latents once
         pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
     start = checkpoints.load(model, process=chosen.process) if model else None
@@ -84,18 +84,18 @@ def distill(
     process: str = "",
     vae: Path | None = None,
 ) -> None:
-    """Train exits on a model's own predictions, and write the model with them.
+    """Train exits on a model's own predictions, and write the model with its exits.
 
-    The backbone stays as it is, bit for bit, unless the recipe trains a copy of it too.
+    The backbone stays the same, bit for bit, unless the recipe also trains a copy of it.
 
     Args:
-        recipe: A recipe's name, such as finetune_exits, or a Python file that defines `distill`; its exits have one
-            of the heads {heads}. Recipes: {recipes}.
+        recipe: A recipe's name, such as finetune_exits, or a Python file that defines `distill`. Exits have one of the
+            heads {heads}. Recipes: {recipes}.
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
-        steps: Updates, in place of the recipe's.
-        batch_size: Pictures per update, in place of the recipe's.
+        steps: Updates (default: the recipe's).
+        batch_size: Pictures per update (default: the recipe's).
         num_heads: Attention heads of a .pt whose width does not tell them.
         process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
@@ -156,11 +156,11 @@ def convert(
     process: str = "",
     revision: str | None = None,
 ) -> None:
-    """Write a model in another format, whole or not at all, and say how far it drifts where it is loaded plainly.
+    """Write a model in another format, whole or not at all, and print how far it drifts if it is loaded plainly.
 
     Args:
         source: A model folder, a published DiT .pt, a diffusers transformer or pipeline folder, "digits", or a hub id.
-        target: Folder to write, or file for --to official; nothing is overwritten.
+        target: Folder to write, or file for --to official. An existing target is refused.
         to: native: a model folder with its card; official: a published DiT .pt; diffusers: the folder of a
             DiTTransformer2DModel.
         num_heads: Attention heads of a .pt whose width does not tell them.
@@ -196,12 +196,13 @@ def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Pat
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
-    """A sample grid on the way: DDIM, 20 steps, every class."""
+    """Draw a sample grid in 20 steps, every class in turn."""
     from dyndit.pictures import grid, write_png
     from dyndit.sampling.sample import sample as draw
 
     if model.pixel_space:
         labels = model.backbone.condition.in_turn(40)
         scale = 1.5 if model.backbone.condition.guided else 1.0
-        pictures = draw(model, labels, num_steps=20, cfg_scale=scale, batch_size=40).pictures
+        options = {"solver": model.process.usual_solver, "num_steps": 20, "cfg_scale": scale, "batch_size": 40}
+        pictures = draw(model, labels, **options).pictures
         write_png(out / "previews" / f"step-{step:06d}.png", grid(pictures))

@@ -1,6 +1,5 @@
 """The verb that draws pictures: sample."""
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +20,6 @@ from dyndit.cli.flags import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dyndit.plans.plan import DepthPlan
 
 
@@ -49,7 +46,7 @@ def sample(
     dtype: str = "auto",
     json_: Json = False,
 ) -> None:
-    """Draw pictures. Picture i depends on (seed, class, i) alone.
+    """Draw pictures. Picture i depends on (seed, class, i) alone. A run that was stopped goes on where it was.
 
     Args:
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
@@ -76,13 +73,12 @@ def sample(
     """
     from rich.console import Console
 
-    from dyndit import files, manifest
     from dyndit.calibration.calibrate import table_for
     from dyndit.models.identity import tensors_hash
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
-    from dyndit.sampling import sample as sampling
     from dyndit.sampling.solvers import timesteps_of
+    from dyndit.sampling.store import sample_into
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
@@ -99,39 +95,14 @@ def sample(
         table = table_for(dynamic, stored_table(folder), solver)
         plan = goal.choose(table, solver, partial(timesteps_of, solver, process=dynamic.process))
         steps = plan.num_steps
-    labels = dynamic.backbone.condition.in_turn(num_images)
-    if class_labels:
-        labels = [class_labels[i % len(class_labels)] for i in range(num_images)]
-    resolved = sampling.resolve_plan(dynamic, plan, solver, steps, cfg_scale)
-    settings = {
-        "verb": "sample",
-        "model": dynamic.identity.backbone,
-        "exits": dynamic.identity.exits,
-        "solver": solver,
-        "steps": steps,
-        "cfg_scale": cfg_scale,
-        "guided_channels": guided_channels,
-        "labels": class_labels or "in turn",
-        "num_images": num_images,
-        "seed": seed,
-        "plan_steps": list(map(str, resolved.steps)),
-        "autoencoder": "" if decoder is None else tensors_hash(decoder.state_dict()),
-    }
-    sampling.check_request(dynamic, labels, batch_size, seed)
-    manifest.claim(out, settings)
     for note in loaded.notes:
         print(note)
     with progress_bar("sampling", Console(stderr=True)) as advance:
-        count = 0
-
-        def on_batch(kept: int) -> None:
-            nonlocal count
-            count += kept
-            advance(count, num_images)
-
-        result = sampling.sample(
+        stored = sample_into(
+            out,
             dynamic,
-            labels,
+            class_labels or None,
+            num_images,
             plan=plan,
             solver=solver,
             num_steps=steps,
@@ -141,51 +112,22 @@ def sample(
             batch_size=batch_size,
             strict=strict,
             stats=stats,
-            on_batch=on_batch,
+            to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
+            autoencoder="" if decoder is None else tensors_hash(decoder.state_dict()),
+            on_progress=advance,
         )
-    began = time.perf_counter()
-    pictures = result.pictures if decoder is None else decode_latents(decoder, result.latents, batch_size)
-    seconds = result.seconds + time.perf_counter() - began
-    _write_pictures(pictures, labels, out)
-    ms = 1e3 * seconds / num_images
-    facts = {
-        "machine": manifest.machine(device),
-        "dtype": str(next(dynamic.parameters()).dtype).removeprefix("torch."),
-        "ms_per_picture": ms,
-        "ms_denoiser": 1e3 * sum(result.network_seconds) / num_images if stats else None,
-        "plan": {
-            "router": resolved.router,
-            "settings": resolved.settings_text,
-            "budget": resolved.budget,
-            "predicted_fd": resolved.figures.get("predicted_fd"),
-            "share_of_blocks": resolved.share_of_blocks,
-            "mean_depth": resolved.mean_depth,
-        },
-    }
-    files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
+    facts, plan = stored.manifest, stored.plan
     if goal is not None:
-        _print_chosen(resolved)
+        _print_chosen(plan)
     if stats:
-        _print_stats(result)
-    print(f"{num_images} pictures in {seconds:.2f} s, {ms:.2f} ms each: {out}")
+        _print_stats(plan, facts["step_seconds"])
+    if stored.num_drawn < num_images:
+        print(f"{num_images - stored.num_drawn} of {num_images} pictures were there already")
+    print(f"{num_images} pictures in {facts['seconds']:.2f} s, {facts['ms_per_picture']:.2f} ms each: {out}")
     if json_:
-        figures = {"out": str(out), "ms_per_picture": ms, "share_of_blocks": resolved.share_of_blocks, "steps": steps}
-        print_json(figures | {"num_images": num_images, "seconds": seconds})
-
-
-def _write_pictures(pictures: "Tensor", labels: list[int], out: Path) -> None:
-    """A PNG each, a grid of the first, and all as ADM's evaluator takes them.  pictures: uint8 (N, C, H, W)."""
-    import numpy as np
-    from PIL import Image
-
-    from dyndit.pictures import grid
-
-    arrays = pictures.permute(0, 2, 3, 1).numpy()
-    for index, (array, label) in enumerate(zip(arrays, labels, strict=True)):
-        squeezed = array[..., 0] if array.shape[-1] == 1 else array
-        Image.fromarray(squeezed).save(out / f"{index:06d}-class{label}.png")
-    grid(pictures[:64]).save(out / "grid.png")
-    np.savez(out / "samples.npz", arr_0=arrays, arr_1=np.asarray(labels))
+        figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}
+        figures |= {"out": str(out), "share_of_blocks": plan.share_of_blocks, "steps": steps}
+        print_json(figures | {"num_images": num_images})
 
 
 def _print_chosen(plan: "DepthPlan") -> None:
@@ -197,8 +139,10 @@ def _print_chosen(plan: "DepthPlan") -> None:
     )
 
 
-def _print_stats(result: object) -> None:
-    plan = result.plan
+def _print_stats(plan: "DepthPlan", step_seconds: "list[float] | None") -> None:
+    if step_seconds is None:
+        print("times per step: not taken while these pictures were drawn; expected --stats from the start")
+        return
     print("  step     t       runs       ms")
-    for k, (step, seconds) in enumerate(zip(plan.steps, result.step_seconds, strict=True)):
-        print(f"  {k:4d}  {plan.timesteps[k]:4d}   {step!s:>8}  {1e3 * seconds:7.2f}")
+    for k, (step, seconds) in enumerate(zip(plan.steps, step_seconds, strict=True)):
+        print(f"  {k:4d}  {plan.timesteps[k]:4.0f}   {step!s:>8}  {1e3 * seconds:7.2f}")

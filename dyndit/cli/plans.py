@@ -49,38 +49,39 @@ def calibrate(
 ) -> None:
     """Write the plan of least predicted Fréchet distance for a solver, a step count and a budget of time.
 
-    The table of distribution shifts is measured once and stored with the model; other budgets, solvers and step
-    counts are searched on it. With --latency-budget or --target-fd the step count is chosen too, among those that
-    full depth was measured at.
+    The table of distribution shifts is measured once and stored with the model. Other budgets, solvers and step
+    counts are searched on it. With --latency-budget or --target-fd the step count is chosen too, among the step counts
+    that full depth was measured at.
 
     Args:
         model: A local model folder with exits; the table is written into it.
         budget: Share of full depth's time at the same steps, above 0 and at most 1.
         solver: One of {solvers}.
         steps: Sampling steps (default: 20, or chosen).
-        choice: What steps are chosen for.
-        step_grid: Step counts to measure full depth at and keep with the table, to choose among (default: 5 7 10 14 20
-            where steps are to be chosen and the table has none of the solver's).
-        out: Where the plan goes (default: beside the model).
-        extractor: What quality is measured with, one of {extractors} (default: what the model's table was measured
-            with, else digits for digits and inception for all others).
+        choice: Goal to choose the steps for.
+        step_grid: Step counts to choose among: full depth is measured at each and stored in the table (default: 5 7 10
+            14 20 if steps are chosen and the table has no step count of the solver).
+        out: File to write the plan to (default: in the model folder).
+        extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
+            table, else digits for digits and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
         reference: Real pictures: "digits", or a picture folder.
         cfg_scale: Guidance scale; 1 for none.
-        num_pictures: Seeds the table is measured on.
-        table_steps: Sampling steps the table is measured at.
-        num_bands: Bands of timesteps the table tells apart.
-        num_depths: Conditional depths it tells apart, at most.
-        refinements: With --budget, rounds in which the plan is measured and the prediction corrected by it.
-        own_guides: It also holds guidance by the model's own exits, which costs a head instead of a second pass.
-        forecast_ages: It also holds exits whose gap to full depth is forecast from up to so many steps ago; 0 for none.
+        num_pictures: Seeds to measure the table on.
+        table_steps: Sampling steps to measure the table at.
+        num_bands: Bands of timesteps in the table.
+        num_depths: Conditional depths in the table, at most.
+        refinements: With --budget, rounds that measure the plan and correct the prediction.
+        own_guides: The table also holds guidance by the model's own exits, which costs a head and no second pass.
+        forecast_ages: The table also holds exits with forecasts of their gap to full depth, from up to so many steps
+            ago; 0 for no forecasts.
         batch_size: Pictures at a time.
         process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         device: auto, cpu or cuda; auto is a GPU if there is one.
-        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
-            on a GPU that computes in it, else own.
-        fresh: Measure the table again even where one is there.
+        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights' precision; auto is
+            bfloat16 on a GPU that computes in it, else own.
+        fresh: Measure the table again even if there is a table.
         json_: End with one line of JSON.
     """
     from rich.console import Console
@@ -169,7 +170,7 @@ def calibrate(
 
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
-    """The table beside the model, where it is this model's at this guidance scale; says which it is."""
+    """Load the model's table if it fits the exits and the guidance scale, else None. Print which."""
     from dyndit.models.identity import same
     from dyndit.plans.step import OwnExit
     from dyndit.plans.table import ShiftTable
@@ -188,14 +189,14 @@ def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "Shif
 
 
 def _distance_name(extractor: "Extractor", table: "ShiftTable") -> str:
-    """What the table's distances are called."""
+    """Return the name of the table's distances."""
     if table.projection is None:
         return extractor.metric_name
     return f"distance on {table.projection.shape[1]} leading components of {extractor.name}"
 
 
 def _print_plan(plan: "DepthPlan", distance: str) -> None:
-    """What a plan was predicted and measured to do."""
+    """Print a plan with its predicted and measured figures."""
     f = plan.figures
     print(plan)
     print(
@@ -215,7 +216,7 @@ def _print_plan(plan: "DepthPlan", distance: str) -> None:
 def _extractor(
     name: str, weights: Path | None, dynamic: "DynamicDepth", table: "ShiftTable | None", device: str
 ) -> "Extractor":
-    """What the flags ask for, else what the table was measured with, else what suits the pictures' size."""
+    """Load the extractor of the flags, else of the table, else the usual extractor for the pictures' size."""
     from dyndit.analysis import load_extractor
 
     usual = "digits" if dynamic.backbone.sample_shape[1:] == (8, 8) else "inception"
@@ -223,7 +224,7 @@ def _extractor(
 
 
 def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
-    """(height, width) and channels of the pictures that a model's sampling ends in."""
+    """Return (height, width) and channels of a model's decoded pictures."""
     channels, *size = dynamic.backbone.sample_shape
     if decoder is None:
         return tuple(size), channels
@@ -232,7 +233,7 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> 
 
 
 def _real_pictures(reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
-    """At most 5,000 pictures of the reference, as uint8."""
+    """Read at most 5,000 pictures of the reference, as uint8."""
     from dyndit.training.data import open_data
 
     spec = reference or ("digits" if extractor.name == "digits" else "")
@@ -242,13 +243,13 @@ def _real_pictures(reference: str, extractor: "Extractor", size: tuple[int, ...]
 
 
 def _spread(pictures: "Pictures", most: int) -> "Tensor":
-    """At most so many pictures, evenly spread over the set, as uint8."""
+    """Read at most `most` pictures, evenly spread over the set, as uint8."""
     count = len(pictures)
     return pictures.uint8() if count <= most else pictures.uint8([i * count // most for i in range(most)])
 
 
 def _print_step_counts(table: "ShiftTable", plan: "DepthPlan", process: "Process") -> None:
-    """What every step count could do in the chosen plan's time."""
+    """Print the predictions for every step count within the chosen plan's time."""
     from dyndit.plans.step_counts import frontier
     from dyndit.sampling.solvers import timesteps_of
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def packaged() -> list[str]:
-    """Names of the recipes that come with the package: first the recipes that people run, then the studies."""
+    """List the recipes that come with the package: first the recipes that people run, then the studies."""
     return [*_modules(recipes), *_modules(studies)]
 
 
@@ -26,16 +26,16 @@ def _modules(package: ModuleType) -> dict[str, str]:
 
 
 def find(recipe: str, attribute: str, kind: type[T]) -> T:
-    """Return what a recipe defines under `attribute`. `recipe`: the name of a packaged one, or a path.
+    """Return a recipe's `attribute`.  recipe: the name of a packaged recipe, or a path.
 
     Raises:
-        InputError: no such recipe, or it defines nothing of the kind.
+        InputError: no such recipe, or its attribute is missing or of another kind.
     """
     modules = _modules(recipes) | _modules(studies)
     if recipe in modules:
         found = getattr(importlib.import_module(modules[recipe]), attribute, None)
     elif Path(recipe).is_file():
-        # A path is run, not imported: the file may lie anywhere. `python FILE` is what its user trusts it with too.
+        # Run a path, do not import it: the file may lie anywhere. Its user trusts it as much as with `python FILE`.
         found = runpy.run_path(recipe, run_name="dyndit_recipe").get(attribute)
     else:
         known = ", ".join(_modules(recipes))

@@ -49,7 +49,8 @@ def evaluate(
         extractor_weights: Its weights, if they do not ship with the package.
         metrics: Any of {metrics}.
         more: What some metrics compare with besides the reference.
-        force: Compute the distance even of fewer pictures than features; the figures are marked as forced.
+        force: Compute the distance even of fewer pictures than features, or of a set that `dyndit sample` has not
+            finished; the figures are marked as forced.
         save_reference: An .npz for the reference's statistics, which can stand for it later (fd, sfid, fd-infinity).
         cache: Folder to keep features in (default: $DYNDIT_CACHE, else $XDG_CACHE_HOME/dyndit, else ~/.cache/dyndit).
         out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed

@@ -1,4 +1,4 @@
-"""Backbones, exits and the model that runs them. A new family is one file here, found by itself."""
+"""Backbones, exits and the model that runs them. To add a family, add one file here; `families()` finds it."""
 
 import importlib
 import pkgutil
@@ -9,7 +9,7 @@ from dyndit.models.base import Backbone
 
 @cache
 def families() -> dict[str, type[Backbone]]:
-    """Every backbone of this package, by the name that `config.json` records."""
+    """Return every backbone class of this package, keyed by its name in `config.json`."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     found = Backbone.__subclasses__()

@@ -1,4 +1,4 @@
-"""What every backbone is: a transformer cut into embed, blocks and head.
+"""The backbone: a transformer cut into embed, blocks and head.
 
 Shape legend, used in every docstring of the package:
 
@@ -22,7 +22,7 @@ from dyndit.process import DDPM, Process
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is called with: x: (B, ...), t: (B,), y: labels (B,) or a `Conditioning` of B rows."""
+    """The arguments of a model call.  x: (B, ...), t: (B,), y: labels (B,) or a `Conditioning` of B rows."""
 
     x: Tensor
     t: Tensor
@@ -38,12 +38,12 @@ class Inputs:
         return replace(self, x=self.x[rows], t=self.t[rows], y=y)
 
     def to(self, like: Tensor) -> Self:
-        """The same call on the device of `like`, x in its precision."""
+        """Move the inputs to the device of `like`, and x to its precision."""
         return replace(self, x=self.x.to(like), t=self.t.to(like.device), y=self.y.to(like.device))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """One batch of several; what is shared is the first's."""
+        """Join several batches into one. Entries that all rows share are taken from the first batch."""
         if len(parts) == 1:
             return parts[0]
         conditions = [part.y for part in parts]
@@ -53,10 +53,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class State:
-    """What a block hands to the next. Every tensor has the batch first; what is no tensor serves all rows.
+    """The state between two blocks. Every tensor has the batch first; other fields serve all rows.
 
-    tokens: (B, N, D), cond: (B, D) the conditioning that an exit head is modulated by (of the class-conditional DiT:
-    the summed timestep and label embedding). Families with more streams subclass this with further fields.
+    tokens: (B, N, D), cond: (B, D) modulates the exit heads. The class-conditional DiT sums the timestep and label
+    embeddings into it. Families with more streams subclass this with further fields.
     """
 
     tokens: Tensor
@@ -78,23 +78,23 @@ class State:
 
 
 class BackboneConfig(Protocol):
-    """The architecture of a backbone as plain data: a dataclass that can build it."""
+    """The architecture of a backbone as plain data: a dataclass that can build the backbone."""
 
     num_blocks: int
 
     def build(self) -> "Backbone":
-        """A freshly initialised backbone."""
+        """Return a freshly initialised backbone."""
 
 
 class Backbone(nn.Module):
     """A transformer that can be run block by block.
 
-    A family defines `embed`, `block`, `head` and `new_exit_head`; nothing else in the package knows its inside.
+    A family defines `embed`, `block`, `head` and `new_exit_head`; the rest of the package calls only these methods.
     `head(block(L - 1, ... block(0, embed(x, t, y))))` is the model's prediction, bit for bit.
     """
 
     family: ClassVar[str]
-    """Name under which `config.json` records the class; families in this package are found by it."""
+    """Name of the class in `config.json`. `families()` finds the class by it."""
 
     num_blocks: int
     width: int
@@ -104,9 +104,9 @@ class Backbone(nn.Module):
     out_channels: int
     """C_out: C, or 2C with a learned variance."""
     condition: ConditionType
-    """What the model is conditioned on."""
+    """The kind of condition, for example `ClassLabels`."""
     usual_process: Process = DDPM()
-    """The process of weights of this family, unless it is known to be another."""
+    """The process assumed for weights of this family unless they name another process."""
 
     @property
     def in_channels(self) -> int:
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         return self.sample_shape[0]
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
-        """x: (B, C, H, W), t: (B,), y: (B,) or a `Conditioning` -> the state before block 0."""
+        """Return the state before block 0.  x: (B, C, H, W), t: (B,), y: (B,) or a `Conditioning`."""
         raise NotImplementedError
 
     def block(self, index: int, state: State) -> State:
@@ -122,39 +122,39 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def block_modules(self) -> list[nn.Module]:
-        """The modules that `block` calls, from the first to the last: what is worth compiling."""
+        """Return the modules that `block` calls, from first to last. `compile_parts` compiles them."""
         raise NotImplementedError
 
     def head(self, state: State) -> Tensor:
-        """The model's own final layer -> (B, C_out, H, W)."""
+        """Run the model's own final layer -> (B, C_out, H, W)."""
         raise NotImplementedError
 
     def new_exit_head(self) -> nn.Module:
-        """A trainable copy of the final layer: (tokens, cond) -> patches that `unpatchify` takes."""
+        """Return a trainable copy of the final layer: (tokens, cond) -> patches that `unpatchify` takes."""
         raise NotImplementedError
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """(B, N, patch * patch * C_out) -> (B, C_out, H, W), the size that `state` was embedded from."""
+        """Join patches to pictures of the input size of `state`.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by which the backbone is known: the same, whichever library's modules hold them."""
+        """Return the weights that identify the backbone. They do not depend on the library whose modules hold them."""
         return self.state_dict()
 
     def unseen(self) -> dict[str, object]:
-        """What changes a prediction and shows in no tensor's name, shape or value (heads, epsilons, frequencies)."""
+        """Return settings that change a prediction but no tensor, for example the number of heads or an epsilon."""
         return {}
 
     def identity(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
         """Name this backbone's weights; exits, plans and tables are bound to the name.
 
-        tensors: the weights as a file will hold them, instead of `tensors()`. process: the model's; a process that is
-        not the family's usual one is part of the name.
+        tensors: the weights as a file will hold them (default: `tensors()`). process: the model's process. A process
+        other than `usual_process` changes the name.
         """
         return identity_of(self.tensors() if tensors is None else tensors, self._unseen_text(process))
 
     def checksum(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
-        """Return an exact checksum of the weights, for files. Arguments as of `identity`."""
+        """Return an exact checksum of the weights, for files. See `identity` for the arguments."""
         return tensors_hash(self.tensors() if tensors is None else tensors, self._unseen_text(process))
 
     def _unseen_text(self, process: Process | None) -> str:
@@ -162,22 +162,22 @@ class Backbone(nn.Module):
         return json.dumps(self.unseen() | other, sort_keys=True)
 
     def config(self) -> dict[str, object]:
-        """Plain data from which `from_config` builds the same architecture."""
+        """Return plain data from which `from_config` builds the same architecture."""
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> Self:
-        """Build from what `config()` returned."""
+        """Build the backbone from the data that `config()` returned."""
         raise NotImplementedError
 
     def example(self, rows: int, generator: torch.Generator | None = None) -> Inputs:
-        """A random call of so many rows, on the CPU in single precision: for tests and for timing."""
+        """Draw random inputs of `rows` rows, on the CPU in single precision, for tests and timing."""
         x = torch.randn((rows, *self.sample_shape), generator=generator)
         t = torch.randint(1000, (rows,), generator=generator)
         return Inputs(x, t, self.condition.example(rows, generator))
 
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""
+        """Predict at full depth.  x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""
         state = self.embed(x, t, y)
         for index in range(self.num_blocks):
             state = self.block(index, state)

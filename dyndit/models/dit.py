@@ -5,6 +5,7 @@ Parameter names are those of the published checkpoints (which are timm's), so th
 """
 
 from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 import torch
 from timm.layers import PatchEmbed
@@ -14,6 +15,9 @@ from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, position_features, zero_linear
+from dyndit.process import Process
+
+Convention = Literal["timesteps", "sit"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class DiTConfig:
     """Of the norms before the MLPs: as the others in the published code, 1e-5 by default in diffusers' DiT."""
     frequency_shift: int = 0
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
+    convention: Convention = "timesteps"
+    """How the weights count time, and which way their velocity points. "timesteps": from 0, the picture, to 1000, and
+    eps - x_0. "sit": SiT's code has 1 - t / 1000 and x_0 - eps; the backbone translates both."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):  # a list, through JSON
@@ -44,6 +51,8 @@ class DiTConfig:
         for name in ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.convention not in get_args(Convention):
+            raise InputError(f"convention {self.convention!r:.40}: expected one of {', '.join(get_args(Convention))}")
         for size in self.size:
             if size < 1:
                 raise InputError(f"image_size {size}: expected at least 1")
@@ -133,8 +142,9 @@ class ClassConditionalDiT(Backbone):
         return asdict(self._config)
 
     def unseen(self) -> dict[str, object]:
-        """Heads, the norms' epsilon, timestep frequencies."""
-        return {name: getattr(self._config, name) for name in _UNSEEN}
+        """Heads, the norms' epsilon, timestep frequencies; and a convention that is not ours."""
+        names = _UNSEEN if self._config.convention == "timesteps" else (*_UNSEEN, "convention")
+        return {name: getattr(self._config, name) for name in names}
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> "ClassConditionalDiT":
@@ -143,6 +153,8 @@ class ClassConditionalDiT(Backbone):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
         """x: (B, C, H, W), t: (B,), y: (B,) -> State."""
+        if self._config.convention == "sit":
+            t = 1 - t / Process.num_timesteps
         return State(self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y))
 
     def block(self, index: int, state: State) -> State:
@@ -172,4 +184,6 @@ class ClassConditionalDiT(Backbone):
         """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         p, (rows, columns) = self._config.patch_size, self._config.grid
         grid = patches.reshape(len(patches), rows, columns, p, p, self.out_channels)
+        if self._config.convention == "sit":
+            grid = -grid
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), self.out_channels, rows * p, columns * p)

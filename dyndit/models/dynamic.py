@@ -24,11 +24,11 @@ from dyndit.process import Process
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What the sampling loop asks of a model at one step.
+    """The inputs of a model at one step of the sampling loop.
 
-    k: the step, from 0. branches: the inputs of each branch, the conditional one first; x is scaled as the network
-    takes it, in the precision of its weights. work: what runs, with one depth per branch. timesteps: of the whole
-    sampling, on the host, falling. uncond_first: stack the unconditional rows first if both branches are equally deep.
+    k: the step, from 0. branches: the inputs of each branch, the conditional branch first. Their x has the scale and
+    the precision that the network takes. work: blocks and heads to run, one depth per branch. timesteps: all timesteps
+    of the sampling, falling, as plain floats. uncond_first: stack the unconditional rows first if depths are equal.
     """
 
     k: int
@@ -39,26 +39,26 @@ class StepInputs:
 
     @property
     def x_t(self) -> Tensor:
-        """The conditional branch's pictures, (B, C, H, W)."""
+        """Return the conditional branch's pictures, (B, C, H, W)."""
         return self.branches[0].x
 
     @property
     def times(self) -> Tensor:
-        """Their timestep, (B,)."""
+        """Return the conditional branch's timesteps, (B,)."""
         return self.branches[0].t
 
     @property
     def labels(self) -> tuple[Condition, ...]:
-        """The condition of each branch."""
+        """Return the condition of each branch."""
         return tuple(branch.y for branch in self.branches)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step leaves for later ones. Never written to, so trajectories that fork share it.
+    """Values that a step leaves for later steps. Never written to, so trajectories that fork share it.
 
-    gaps: what full depth added to exits at the last two full steps. guided: the predictions of both branches at the
-    last step that ran both, the conditional one first; None before such a step.
+    gaps: the exits' gaps to full depth at the last two full steps. guided: both branches' predictions at the last step
+    that ran both, the conditional prediction first; None before such a step.
     """
 
     gaps: tuple[Gaps, ...] = ()
@@ -68,7 +68,7 @@ class Memory:
         return self
 
     def guide_held(self, own: Tensor) -> Tensor | None:
-        """The prediction that guides `own` by the remembered difference, float32; None where nothing is remembered."""
+        """Return the prediction that guides `own` by the remembered difference, float32; None without a memory."""
         if self.guided is None:
             return None
         conditional, unconditional = (prediction.float() for prediction in self.guided)
@@ -80,30 +80,29 @@ _OPTIONS_OF_DIFFUSERS = {
     *("variant", "use_safetensors", "use_flashpack", "quantization_config", "cached_folder", "cache_dir", "token"),
     *("provider", "sess_options", "provider_options", "local_files_only", "force_download", "proxies", "subfolder"),
 }
-"""What `DiffusionPipeline.from_pretrained` passes on to its components, whatever they are."""
+"""Options that `DiffusionPipeline.from_pretrained` passes to every component, used or not."""
 
 
 class Storage(Protocol):
-    """How models are stored: `dyndit.storage.pretrained` is the implementation, and sets `DynamicDepth.storage`.
+    """Saves and loads models. `dyndit.storage.pretrained` implements it and sets `DynamicDepth.storage`.
 
-    The model knows no format, so that formats can know the model.
+    The model imports no file format, so that file formats can import the model.
     """
 
     def save(self, model: DynamicDepth, folder: Path, **options: object) -> None:
-        """As `DynamicDepth.save_pretrained`."""
+        """See `DynamicDepth.save_pretrained`."""
 
     def load(self, path_or_hub_id: str | Path, **options: object) -> DynamicDepth:
-        """As `DynamicDepth.from_pretrained`."""
+        """See `DynamicDepth.from_pretrained`."""
 
     def push(self, model: DynamicDepth, repo_id: str, **options: object) -> str:
-        """As `DynamicDepth.push_to_hub`."""
+        """See `DynamicDepth.push_to_hub`."""
 
 
 class DynamicDepth(ModelMixin):
     """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
 
-    A `ModelMixin`, so that pipelines of diffusers save and load it among their components; how it is stored is
-    `dyndit.storage.load`' native folder.
+    A `ModelMixin`, so that pipelines of diffusers save and load it among their components, as a native folder.
     """
 
     storage: ClassVar[Storage | None] = None
@@ -120,19 +119,19 @@ class DynamicDepth(ModelMixin):
         self.backbone = backbone
         self.exits = exits
         self.pixel_space = pixel_space
-        """Whether pictures are pixels in [-1, 1] (predicted x0 is clamped there) or latents."""
+        """True if pictures are pixels in [-1, 1] (predicted x0 is clamped to it); False for latents."""
         self.process = backbone.usual_process if process is None else process
-        """How noise and picture mix, and what the backbone predicts of the mixture."""
+        """The process: how noise and picture mix, and the quantity that the backbone predicts."""
         self._identity: tuple[str, Identity] | None = None
 
     @property
     def num_blocks(self) -> int:
-        """L, the full depth."""
+        """Return L, the full depth."""
         return self.backbone.num_blocks
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Every depth that can be run, rising; the last is L."""
+        """Return every depth that can be run, rising; the last is L."""
         return (*(self.exits.layers if self.exits is not None else ()), self.num_blocks)
 
     def forward(self, x: Tensor, t: Tensor, y: Condition, depth: int | None = None) -> Tensor:
@@ -149,11 +148,11 @@ class DynamicDepth(ModelMixin):
     def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
         """Run one sampling step: the one function that samplers and the plug-in call.
 
-        memory: None at a sampling's start, later what the step before returned. A model that reuses earlier steps in
-        another way overrides this, and keeps all it needs in the memory, never in itself.
+        memory: None at the first step, later the memory that the step before returned. A model that reuses earlier
+        steps in another way overrides this method. It keeps its state in the memory, never in itself.
 
-        -> the conditional prediction (B, C_out, H, W) and, where the step is guided, the prediction that it is guided
-        by; and the memory for the next step.
+        -> the predictions, each (B, C_out, H, W), and the memory for the next step. The conditional prediction comes
+        first; in a guided step the prediction that guides it follows.
         """
         memory, work, timestep = memory or Memory(), step.work, step.timesteps[step.k]
         passing = work.heads_on_the_way
@@ -191,9 +190,9 @@ class DynamicDepth(ModelMixin):
     ) -> list[Tensor]:
         """Run all branches as one batch. After each exit depth, remove the rows that leave there.
 
-        depths: one of `self.depths` per branch -> a prediction per branch, in the order given, and after them those of
-        the first branch's exits at the depths `passing`, rising and below its own. uncond_first: stack equally deep
-        branches in reverse order.
+        depths: one of `self.depths` per branch. passing: more exits of the first branch, rising, below its own depth.
+        uncond_first: stack equally deep branches in reverse order. -> a prediction per branch, in the order given, then
+        a prediction per exit in `passing`.
         """
         order = sorted(range(len(branches)), key=lambda i: (depths[i], -i if uncond_first else i))
         joined = Inputs.joined([branches[i] for i in order])
@@ -216,13 +215,13 @@ class DynamicDepth(ModelMixin):
         return predictions
 
     def leave(self, state: State, depth: int) -> Tensor:
-        """The prediction from the state after `depth` blocks -> (B, C_out, H, W)."""
+        """Predict from the state after `depth` blocks -> (B, C_out, H, W)."""
         if depth == self.num_blocks:
             return self.backbone.head(state)
         return self.backbone.unpatchify(self.exits.patches(state, depth), state)
 
     def along(self, x: Tensor, t: Tensor, y: Condition, depths: Sequence[int]) -> list[Tensor]:
-        """The predictions at rising depths, in one pass.  -> (B, C_out, H, W) for each."""
+        """Predict at rising depths in one pass.  -> (B, C_out, H, W) per depth."""
         state, done, predictions = self.backbone.embed(x, t, y), 0, []
         for depth in depths:
             for index in range(done, depth):
@@ -232,12 +231,12 @@ class DynamicDepth(ModelMixin):
         return predictions
 
     def every_exit(self, x: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
-        """The prediction at every depth, in one pass.  -> {depth: (B, C_out, H, W)}."""
+        """Predict at every depth in one pass.  -> {depth: (B, C_out, H, W)}."""
         return dict(zip(self.depths, self.along(x, t, y, self.depths), strict=True))
 
     @property
     def identity(self) -> Identity:
-        """Who this model is: exits, plans and tables are bound to it. Computed once, and again after weights change."""
+        """Return the hashes that exits, plans and tables are bound to. Computed again only after weights change."""
         seen = sketch(self.state_dict())
         if self._identity is None or self._identity[0] != seen:
             exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
@@ -245,10 +244,10 @@ class DynamicDepth(ModelMixin):
         return self._identity[1]
 
     def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:
-        """Refuse what was made for another backbone or other exits; an empty hash fits any.
+        """Refuse hashes of another backbone or of other exits. An empty hash fits any model.
 
         Raises:
-            error: naming `origin`, the hash found and the model's.
+            error: naming `origin`, the hash found and the model's hash.
         """
         if not (backbone or exits):
             return
@@ -270,12 +269,12 @@ class DynamicDepth(ModelMixin):
         license: str | None = None,
         **hub: object,
     ) -> None:
-        """Write a native folder with its model card; `push_to_hub` uploads it, with the plans and table lying there.
+        """Write a native folder with its model card. With `push_to_hub`, upload it with the plans and table in it.
 
-        repo_id: "org/name" (default: the folder's name). license: for the card. hub: as in `push_to_hub`.
+        repo_id: "org/name" (default: the folder's name). license: for the card. hub: see `push_to_hub`.
 
         Raises:
-            InputError: the backbone is an adapter's: its own library saves it.
+            InputError: the backbone belongs to an adapter; its own library saves it.
             CheckpointError: the hub refuses.
         """
         options = {"push_to_hub": push_to_hub, "repo_id": repo_id, "license": license, **hub}
@@ -292,31 +291,30 @@ class DynamicDepth(ModelMixin):
         dtype: torch.dtype | None = None,
         **of_diffusers: object,
     ) -> Self:
-        """Load whatever `dyndit.load` recognises, in eval mode.
+        """Load any path or hub id that `dyndit.load` recognises, in eval mode.
 
-        of_diffusers: what it passes to each component of a pipeline about its own file formats (`variant`,
-        `low_cpu_mem_usage`, ...); ignored.
+        of_diffusers: options that diffusers passes to each component of a pipeline, for example `variant`; ignored.
 
         Raises:
-            CheckpointError: missing, damaged or foreign.
-            InputError: an option that is neither ours nor diffusers'.
+            CheckpointError: the checkpoint is missing, damaged or foreign.
+            InputError: an option that neither this method nor diffusers knows.
         """
         if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
             raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
         model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision)
         if wanted := dtype or torch_dtype:
-            for part in model.children():  # `ModelMixin.to` warns of any dtype, whether it matters or not
+            for part in model.children():  # `ModelMixin.to` itself warns of every dtype, even without need
                 part.to(wanted)
         return model
 
     def push_to_hub(self, repo_id: str, *, folder: str | Path | None = None, **hub: object) -> str:
         """Upload the native folder and its model card to the hub -> the address of the commit.
 
-        folder: a native folder of this very model, whose plans and shift table go along. hub: private, token,
+        folder: a native folder of this model; its plans and shift table are uploaded too. hub: private, token,
         revision, commit_message, create_pr, as in `huggingface_hub.HfApi`; license for the card.
 
         Raises:
-            CheckpointError: the folder is of another model, or the hub refuses.
+            CheckpointError: the folder belongs to another model, or the hub refuses.
         """
         return self._stored().push(self, repo_id, folder=folder, **hub)
 
@@ -328,10 +326,10 @@ class DynamicDepth(ModelMixin):
 
 
 def compile_parts(model: DynamicDepth, **options: object) -> None:
-    """Compile every block and every exit head by itself, in place: depths then change without compiling again.
+    """Compile every block and every exit head by itself, in place. Depths then change without compiling again.
 
-    One code for all blocks of a kind and all heads of the same shapes; a guided plan with unequal depths shows it
-    batches of B and of 2B rows. options: of `torch.compile`.
+    Blocks of a kind share one code, and so do heads of the same shapes. A guided plan with unequal depths calls it
+    with B and with 2B rows. options: passed to `torch.compile`.
     """
     heads = [] if model.exits is None else model.exits.part_modules()
     for module in [*model.backbone.block_modules(), *heads]:

@@ -1,5 +1,5 @@
-"""Exit heads: what turns the hidden state after a layer into a prediction. Every form starts as the model's own final
-layer, bit for bit."""
+"""Exit heads turn the hidden state after a block into a prediction. Every head starts as the model's own final layer,
+bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,11 +18,11 @@ HeadName = Literal["adaln-linear", "wide"]
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """Where exits stand and what they are.
+    """Depths and heads of the exits.
 
     layers: depths in 1..L-1 after which an exit stands; empty means the default (`default_layers`).
-    head: "adaln-linear" is the shape of the model's final layer and starts as its copy;
-    "wide" puts an MLP before it, the wider the earlier the exit (`hidden_ratio`).
+    head: "adaln-linear" has the shape of the model's final layer and starts as its copy. "wide" puts an MLP before
+    it; earlier exits get a wider MLP (`hidden_ratio`).
     """
 
     layers: tuple[int, ...] = ()
@@ -43,12 +43,12 @@ class ExitConfig:
 
 
 def default_layers(num_blocks: int) -> tuple[int, ...]:
-    """Every layer of a small model (up to 16 blocks), every fourth of a deep one."""
+    """Return every layer of a small model (up to 16 blocks), or every fourth layer of a deep model."""
     return tuple(range(1, num_blocks) if num_blocks <= 16 else range(4, num_blocks, 4))
 
 
 class AdaLNLinear(nn.Module):
-    """The shape of the model's final layer, initialised as its copy."""
+    """A head with the shape of the model's final layer, initialised as its copy."""
 
     def __init__(self, backbone: Backbone, depth: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class AdaLNLinear(nn.Module):
 
 
 class WideHead(nn.Module):
-    """A modulated MLP, then the final layer's shape."""
+    """A modulated MLP, then a layer with the shape of the model's final layer."""
 
     def __init__(self, backbone: Backbone, hidden: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class WideHead(nn.Module):
 
 
 class HiddenLayer(nn.Module):
-    """The MLP half of an adaLN block, ungated. Starts as the identity: its output map is zero."""
+    """The MLP half of an adaLN block, ungated. It starts as the identity because its output map is zero."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -91,16 +91,16 @@ class HiddenLayer(nn.Module):
 
 
 def hidden_ratio(depth: int, num_blocks: int) -> int:
-    """Width of a wide exit's MLP in multiples of D: 4, as in a block, in the first third of a backbone, then 2, then 0.
+    """Return the width of a wide exit's MLP in multiples of D: 4 in the first third of the backbone, then 2, then 0.
 
-    Few widths, since each is compiled and timed by itself: torch compiles a forward for eight kinds of shapes at most,
-    and each width comes with batches of one row, of a known number and of any.
+    The widths are few because each width is compiled and timed by itself. torch compiles a forward for at most eight
+    kinds of shapes. Each width takes three kinds: batches of one row, of a fixed number and of any number.
     """
     return 4 - 2 * (3 * (depth - 1) // (num_blocks - 1))
 
 
 def wide_head(backbone: Backbone, depth: int) -> nn.Module:
-    """The wide head after `depth` blocks: where little of the backbone is left out, a plain one."""
+    """Return the wide head after `depth` blocks, or a plain head if `hidden_ratio` is 0."""
     ratio = hidden_ratio(depth, backbone.num_blocks)
     return WideHead(backbone, ratio * backbone.width) if ratio else AdaLNLinear(backbone, depth)
 
@@ -109,7 +109,7 @@ HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {
     "adaln-linear": AdaLNLinear,
     "wide": wide_head,
 }
-"""What stands after a number of blocks: (tokens (B, N, D), cond (B, D)) -> patches."""
+"""Builders of a head by name. A head maps (tokens (B, N, D), cond (B, D)) -> patches."""
 
 
 class Exits(nn.Module):
@@ -124,31 +124,31 @@ class Exits(nn.Module):
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
         self.register_parameter("gains", None)
-        """Learned correction of forecasts, (E, 2, NUM_TERMS), where there is one (`dyndit.models.forecasts`)."""
+        """Learned correction of forecasts, (E, 2, NUM_TERMS), or None (`dyndit.models.forecasts`)."""
 
     def gains_of(self, depth: int) -> Tensor | None:
-        """The correction of this exit's forecasts, (2, NUM_TERMS), where one was learned."""
+        """Return the learned correction of this exit's forecasts, (2, NUM_TERMS), or None."""
         return None if self.gains is None else self.gains[self.layers.index(depth)]
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Depths at which an exit stands, rising."""
+        """Return the depths at which an exit stands, rising."""
         return self.config.layers
 
     def patches(self, state: State, depth: int) -> Tensor:
-        """The prediction of the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
+        """Predict at the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
         return self.heads[str(depth)](state.tokens, state.cond)
 
     def part_modules(self) -> list[nn.Module]:
-        """The modules that `patches` calls: what is worth compiling."""
+        """Return the modules that `patches` calls. `compile_parts` compiles them."""
         return list(self.heads.values())
 
     def alike(self) -> dict[int, int]:
-        """By depth, the first depth with a head of the same shapes: what computes, and costs, the same."""
+        """Map each depth to the first depth whose head has the same shapes and therefore the same cost."""
         first: dict[object, int] = {}
         shapes = {d: tuple((n, p.shape) for n, p in self.heads[str(d)].named_parameters()) for d in self.layers}
         return {depth: first.setdefault(shapes[depth], depth) for depth in self.layers}
 
     def describe(self) -> dict[str, object]:
-        """Plain data for the side-car's metadata."""
+        """Return plain data for the side-car's metadata."""
         return asdict(self.config)

@@ -1,13 +1,13 @@
-"""What full depth adds to an exit, forecast from earlier steps.
+"""Forecast the gap between an exit and full depth from earlier steps.
 
-At a step at full depth the gap of an exit is what is left to its prediction, g = eps_L - eps_d. Steps later the exit
-runs alone, and its gap is forecast to first order in the log-SNR l, from the last two steps at full depth:
+At a full-depth step the gap of an exit is the difference g = eps_L - eps_d. At later steps the exit runs alone. Its gap
+is then forecast to first order in the log-SNR l, from the last two full-depth steps:
 
     g(l) ~ g_1 + (l - l_1) (g_1 - g_2) / (l_1 - l_2)
 
-The gap is small where the exit is good, and so is what a wrong forecast can do: an exit bounds the error that features
-of earlier steps bring. A learned correction scales the two terms by 1 + a and 1 + b, linear in a few functions of l and
-of the gap's age; it starts at zero, and is the ridge regression of the gaps that trajectories at full depth have.
+A good exit has a small gap, so a wrong forecast does little harm. A learned correction scales the two terms by 1 + a
+and 1 + b. Both a and b are linear in a few functions of l and of the gap's age. They start at zero and are fitted by
+ridge regression to the gaps of full-depth trajectories.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,24 +23,24 @@ NUM_TERMS = 4
 
 @dataclass(frozen=True)
 class Gaps:
-    """What full depth added to exits at one step: by depth, (B, C_out, H, W) of the conditional branch."""
+    """Gaps of exits to full depth at one step, by depth: (B, C_out, H, W) of the conditional branch."""
 
     timestep: float
     by_depth: Mapping[int, Tensor]
 
 
 def remembered(earlier: Sequence[Gaps], timestep: float, gaps: Mapping[int, Tensor]) -> tuple[Gaps, ...]:
-    """The last two full steps, after one more: the later one last."""
+    """Append one full step and keep the last two, the later step last."""
     return (*earlier[-1:], Gaps(timestep, gaps))
 
 
 def forecast_gap(
     earlier: Sequence[Gaps], depth: int, timestep: float, process: Process, gains: Tensor | None = None
 ) -> Tensor:
-    """The gap of the exit at `depth`, at a later timestep.  -> (B, C_out, H, W).
+    """Forecast the gap of the exit at `depth` at a later timestep.  -> (B, C_out, H, W).
 
-    process: the model's. gains: (2, NUM_TERMS), the learned correction, or None. Of one remembered step the gap is
-    taken as it was.
+    process: the model's process. gains: (2, NUM_TERMS), the learned correction, or None. With only one remembered
+    step, its gap is used unchanged.
     """
     known = [gaps for gaps in earlier if depth in gaps.by_depth]
     level, slope = terms(known, depth, timestep, process)
@@ -51,7 +51,7 @@ def forecast_gap(
 
 
 def terms(known: Sequence[Gaps], depth: int, timestep: float, process: Process) -> tuple[Tensor, Tensor | None]:
-    """The forecast's terms of order 0 and 1, (B, C_out, H, W) each; None for the second, of one remembered step."""
+    """Return the terms of order 0 and 1, (B, C_out, H, W) each. With one remembered step, the second is None."""
     last = known[-1]
     level = last.by_depth[depth]
     if len(known) < 2:
@@ -63,17 +63,17 @@ def terms(known: Sequence[Gaps], depth: int, timestep: float, process: Process) 
 
 
 def basis(timestep: float, since: float, process: Process) -> Tensor:
-    """What the correction is linear in, (NUM_TERMS,): of the log-SNR and of how far it has risen since `since`."""
+    """Return the correction's basis, (NUM_TERMS,): functions of the log-SNR and of its rise since `since`."""
     now = process.log_snr_at(timestep)
     place, age = now / 10, (now - process.log_snr_at(since)) / 5
     return torch.tensor([1.0, place, age, place * age], dtype=torch.float64)
 
 
 class GapRegression:
-    """The correction of every exit's forecasts, by ridge regression on gaps that were seen: zero where none were.
+    """Fit the correction of every exit's forecasts by ridge regression on observed gaps; zero without any gaps.
 
-    Trajectories come as `Gaps` at their successive steps at full depth. Each gap is forecast from those one to
-    `oldest` steps before, and what the plain forecast misses is regressed on its two terms times `basis`.
+    Trajectories come as `Gaps` at successive full-depth steps. Each gap is forecast from the gaps one to `oldest`
+    steps before. The error of the plain forecast is regressed on its two terms times `basis`.
     """
 
     def __init__(self, depths: Sequence[int], process: Process, *, oldest: int = 3, ridge: float = 1e-3) -> None:
@@ -100,7 +100,7 @@ class GapRegression:
         self.missed[row] += torch.kron(columns @ missed, along)
 
     def gains(self) -> Tensor:
-        """-> (E, 2, NUM_TERMS), float32, as `Exits.gains` holds them."""
+        """Solve the regression -> (E, 2, NUM_TERMS), float32, the layout of `Exits.gains`."""
         size = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None]
         damped = self.gram + self.ridge * size * torch.eye(2 * NUM_TERMS, dtype=torch.float64)
         return torch.linalg.solve(damped, self.missed).float().view(-1, 2, NUM_TERMS)

@@ -1,9 +1,9 @@
-"""Who a model is: hashes that exits, plans and tables are bound to.
+"""The identity of a model: hashes that exits, plans and tables are bound to.
 
 An identity is a hash over weights rounded to bfloat16, so a model in half precision is the same model. bfloat16 keeps 8
 bits of a value and float16 keeps 11; rounding through float16 first can end in another bfloat16 value. So there are two
-roundings, straight and through float16. An identity names both where they differ ("a+b"), and two identities are of the
-same model if they share a name. Files carry an exact checksum besides (`tensors_hash`).
+roundings, straight and through float16. An identity names both hashes if they differ ("a+b"). Two identities belong to
+the same model if they share a hash. Files also carry an exact checksum (`tensors_hash`).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from torch import Tensor
 from dyndit.errors import InputError
 
 VERSION_1 = "v1:"
-"""Before a hash of files of version 1: SHA-256 over exact float32 values."""
+"""Prefix of a hash from a file of version 1: SHA-256 over exact float32 values."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Identity:
 
 
 def identity_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
-    """The name of these weights: "a", or "a+b" where the two roundings differ. 16 hexadecimal digits each.
+    """Name these weights: "a", or "a+b" if the two roundings differ. Each has 16 hexadecimal digits.
 
-    more: whatever else tells the model from another with the same tensors.
+    more: text that tells this model from another model with the same tensors.
     """
     straight, through_half = hashlib.sha256(more.encode()), hashlib.sha256(more.encode())
     for name in sorted(tensors):
@@ -43,9 +43,9 @@ def identity_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
-    """An exact checksum: SHA-256 over names, shapes and float32 values, and `more`. 16 hexadecimal digits.
+    """Return an exact checksum: SHA-256 over names, shapes, float32 values and `more`, 16 hexadecimal digits.
 
-    A flipped bit changes it. A model saved in half precision and loaded in single keeps it.
+    A flipped bit changes the checksum. Saving in half precision and loading in single precision keeps it.
     """
     digest = hashlib.sha256(more.encode())
     for name in sorted(tensors):
@@ -56,15 +56,15 @@ def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
 
 
 def same(mine: str, theirs: str) -> bool:
-    """Whether two identities are of the same weights: they share a name."""
+    """Return True if two identities name the same weights: they share a hash."""
     return bool(set(mine.split("+")) & set(theirs.split("+")))
 
 
 def sketch(tensors: Mapping[str, Tensor], samples: int = 8) -> str:
-    """A quick digest of a few values of each weight, and of torch's count of changes to it.
+    """Digest a few values of each weight and torch's count of changes to the weight.
 
-    Training, fusing and replacing weights change it; a change of single values through `.data` may not. It costs
-    microseconds a tensor, where `identity_of` reads every value.
+    Training, fusing and replacing weights change the digest; changing single values through `.data` may not. It costs
+    microseconds a tensor; `identity_of` reads every value.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -86,12 +86,12 @@ def check(
     exact: Identity | None = None,
     error: type[InputError] = InputError,
 ) -> None:
-    """Refuse what was made for another backbone or other exits. An empty hash fits any.
+    """Refuse hashes of another backbone or of other exits. An empty hash fits any model.
 
-    exact: the model's exact checksums, which hashes of version 1 are compared with.
+    exact: the model's exact checksums; hashes of version 1 are compared with them.
 
     Raises:
-        error: naming `origin`, the hash found and the model's.
+        error: naming `origin`, the hash found and the model's hash.
     """
     for what, mine, theirs, checksum in (
         ("backbone", backbone, identity.backbone, exact and exact.backbone),

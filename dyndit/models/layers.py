@@ -1,4 +1,4 @@
-"""Layers of Diffusion Transformers: functions hold the maths, modules the parameters."""
+"""Layers of Diffusion Transformers: functions hold the maths, modules hold the parameters."""
 
 import math
 from functools import partial
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 
 def timestep_features(t: Tensor, size: int, shift: int = 0) -> Tensor:
-    """Sinusoidal features, cosines first.  t: (B,) -> (B, size)."""
+    """Return sinusoidal features, cosines first.  t: (B,) -> (B, size)."""
     half = size // 2
-    # In this order of operations the bits are those of the published code (shift 0) and of diffusers (shift 1).
+    # This order of operations gives the bits of the published code (shift 0) and of diffusers (shift 1).
     exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
     angles = t[:, None].float() * torch.exp(exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def position_features(rows: int, columns: int, width: int) -> Tensor:
-    """Fixed 2-D sin-cos positions: half the width encodes the column, half the row.  -> (rows * columns, width)."""
+    """Encode 2-D positions: half the width encodes the column, half the row.  -> (rows * columns, width)."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
 
     def axis(num: int) -> Tensor:
@@ -31,12 +31,12 @@ def position_features(rows: int, columns: int, width: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x: (B, N, D), shift and scale: (B, D) -> (B, N, D)."""
+    """Scale and shift every token.  x: (B, N, D), shift and scale: (B, D) -> (B, N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class TimestepEmbedder(nn.Module):
-    """t: (B,) -> (B, D): 256 sinusoidal features through a two-layer MLP."""
+    """Embed timesteps: 256 sinusoidal features, then a two-layer MLP.  t: (B,) -> (B, D)."""
 
     num_features = 256
 
@@ -52,7 +52,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y: (B,) -> (B, D). The row after the last class is the null label of classifier-free guidance."""
+    """Embed labels. The row after the last class is the null label of classifier-free guidance.  y: (B,) -> (B, D)."""
 
     def __init__(self, num_classes: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear map to patches; also the shape of an exit head."""
+    """adaLN and a linear map to patches. Exit heads have the same shape."""
 
     def __init__(self, width: int, num_outputs: int, norm_eps: float) -> None:
         super().__init__()

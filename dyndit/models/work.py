@@ -1,4 +1,4 @@
-"""What the network runs at one sampling step: the one description that samplers, costs and the plug-in read."""
+"""The work of one sampling step: samplers, costs and the plug-in all read this description."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -13,26 +13,26 @@ class Work:
     """
 
     depths: tuple[int, ...]
-    """Blocks that each branch runs: the conditional branch first, the unconditional one second where there is one."""
+    """Blocks that each branch runs: the conditional branch first, then the unconditional branch if it runs."""
     own_exit: int = 0
-    """Depth of the conditional branch's exit that guides it; 0: none does."""
+    """Depth of the conditional branch's exit that guides it; 0: no exit guides it."""
     held: bool = False
-    """Guide by the difference that both branches had at the last step that ran both."""
+    """Guide by the difference between both branches at the last step that ran both branches."""
     forecast: bool = False
-    """Add to the conditional exit what full depth would add, forecast from earlier steps."""
+    """Add a forecast of the gap to full depth to the conditional exit's prediction."""
     kept: tuple[int, ...] = ()
     """Exits whose gap to full depth is remembered for later forecasts, rising. Their heads run at this step."""
 
     @property
     def blocks(self) -> int:
-        """Blocks run, over all branches."""
+        """Return the number of blocks run, summed over all branches."""
         return sum(self.depths)
 
     @property
     def heads_on_the_way(self) -> tuple[int, ...]:
-        """Exit heads that run besides those that branches leave by, rising."""
+        """Return the exit heads that run without ending a branch, in rising order."""
         return tuple(sorted({*self.kept, *((self.own_exit,) if self.own_exit else ())}))
 
     def keeping(self, depths: tuple[int, ...]) -> Self:
-        """The same work, with the gaps of these exits remembered too."""
+        """Return this work with the gaps of these exits remembered too."""
         return replace(self, kept=tuple(sorted({*self.kept, *depths})))

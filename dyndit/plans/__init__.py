@@ -1,1 +1,1 @@
-"""Plans as plain data, and the routers that write them."""
+"""Plans as plain data, and the routers that write plans."""

@@ -1,4 +1,4 @@
-"""Ages of forecasts: the number of steps since the last step at full depth, which decides the table entry of a step."""
+"""Ages of forecasts: the number of steps since the last full-depth step. The age decides a step's table entry."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from dyndit.plans.table import ShiftTable
 
 
 class AgedEntries:
-    """The table entry of each step. A choice that forecasts has one entry per age.
+    """Choose the table entry of each step. A choice that forecasts has one entry per age.
 
     The age follows from the steps before it, so a plan is read from its first step to its last.
     """
@@ -19,9 +19,9 @@ class AgedEntries:
     def __init__(
         self, table: ShiftTable, choices: tuple[Step, ...], nearest: Callable[[Step], int], num_steps: int
     ) -> None:
-        """nearest: the index in `choices` of a step that does not forecast, or of the closest one."""
+        """nearest: maps a step without a forecast to the index of its closest entry in `choices`."""
         self.oldest, self.full = max(table.ages), torch.tensor([c.depth == table.num_blocks for c in choices])
-        # Ages are steps of the table; between two steps of a longer sampling less changes.
+        # Ages count steps of the table. A longer sampling changes less between two steps.
         self.pace = table.num_steps / num_steps
         where = {(choice, age): i for i, (choice, age) in enumerate(zip(table.choices, table.ages, strict=True))}
         where[table.full_step, 0] = len(table.choices)
@@ -29,19 +29,19 @@ class AgedEntries:
         self.plain = torch.tensor(plain)
         """`plain[i]`: the index of choice i without its forecast."""
         alone = [where[choices[i], 0] for i in plain]
-        ages = range(self.oldest + 1)  # the first column: no age, so no forecast
+        ages = range(self.oldest + 1)  # the first column has no age, so no forecast
         self.entry = torch.tensor([[where.get((c, age), alone[i]) for age in ages] for i, c in enumerate(choices)])
         self.known = torch.tensor([[(c, age) in where or not c.forecast for age in ages] for c in choices])
 
     def _columns(self, since: Tensor) -> Tensor:
-        """Column of `entry` where full depth was `since` steps ago (0: never)."""
+        """Return the column of `entry` for full depth `since` steps ago (0: never)."""
         column = (since * self.pace - 1e-9).ceil().long()
         return torch.where(column > self.oldest, 0, column)
 
     def taken(self, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Replace forecasts that have no measured age by plain exits.
 
-        choices: (M, K) indices -> the settled indices (M, K), and the table entries they take (M, K).
+        choices: (M, K) indices -> the settled indices (M, K), and their table entries (M, K).
         """
         since, settled, entries = torch.zeros(len(choices), dtype=torch.long), [], []
         for choice in choices.unbind(1):
@@ -53,11 +53,11 @@ class AgedEntries:
         return torch.stack(settled, 1), torch.stack(entries, 1)
 
     def at(self, choice: Tensor) -> Tensor:
-        """The entry that each choice would take at every step of a plan.  choice: (K,) -> (K, P)."""
+        """Return the entry that each choice would take at every step of a plan.  choice: (K,) -> (K, P)."""
         return self.entry[:, self._columns(self._since(choice))].T
 
     def _since(self, choice: Tensor) -> Tensor:
-        """How many steps ago full depth was, at every step; 0: never.  choice: (K,) -> (K,)."""
+        """Count the steps since full depth at every step; 0: never.  choice: (K,) -> (K,)."""
         since, now = [], 0
         for full in self.full[choice].tolist():
             since.append(now)
@@ -65,15 +65,15 @@ class AgedEntries:
         return torch.tensor(since)
 
     def programmed(self, values: Tensor, costs: Tensor, price: float) -> Tensor:
-        """The plan of least sum of values and prices, by a dynamic program over the steps since full depth.
+        """Find the plan of least values plus prices by a dynamic program over the steps since full depth.
 
-        values: (K, entries), what each entry adds at each step; costs: (P,), seconds; price: of a second. -> (K,).
+        values: (K, entries), the value of each entry at each step; costs: (P,), seconds; price: per second. -> (K,).
         """
         num_steps, most = len(values), len(values) + 1
         columns = self._columns(torch.arange(most))
         later, best = torch.zeros(most, dtype=torch.float64), []
         for step in reversed(range(num_steps)):
-            # (P, states): what a choice adds in each state, and what follows from the state after it.
+            # total: (P, states), the value of a choice in each state plus the best value of the later steps.
             state = torch.arange(most)
             after = torch.where(self.full[:, None], 1, torch.where(state > 0, (state + 1).clamp(max=most - 1), 0))
             total = values[step][self.entry[:, columns]] + price * costs[:, None] + later[after]

@@ -1,4 +1,4 @@
-"""What a plan costs in measured time: seconds of the parts of a step, and their sum over a plan."""
+"""The cost of a plan in measured time: seconds of the parts of a step, summed over the plan."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,30 +17,30 @@ class PartTimes:
     exit: float
     head: float
     exits: Mapping[int, float] = field(default_factory=dict)
-    """By depth, the heads that cost other than `exit`."""
+    """Seconds by depth, for heads whose cost differs from `exit`."""
 
     @classmethod
     def from_description(cls, data: dict) -> Self:
-        """Build from what `asdict` gave, also through JSON, whose keys are text."""
+        """Build from the output of `asdict`, also after JSON has turned its keys into text."""
         return cls(**{**data, "exits": {int(depth): seconds for depth, seconds in data["exits"].items()}})
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Measured seconds for `batch_size` pictures: with one branch (B rows), with two (2B rows), and the solver."""
+    """Measured seconds for `batch_size` pictures: one branch (B rows), two branches (2B rows), and the solver."""
 
     batch_size: int
     num_blocks: int
     one: PartTimes
     two: PartTimes
     solver: float
-    """Per step, besides the network: scheduler, guidance, clamping."""
+    """Seconds per step outside the network: scheduler, guidance, clamping."""
     device: str = "cpu"
 
     def step_seconds(self, step: Step) -> float:
-        """Seconds of a step. A guide of its own exit costs that head.
+        """Predict the seconds of a step. A guide by the branch's own exit costs that exit's head.
 
-        A forecast costs its exit's head twice: the step at full depth that it builds on ran the head too.
+        A forecast costs its exit's head twice, because the full-depth step before it ran the head too.
         """
         work = step.work()
         heads = [*work.heads_on_the_way, *((step.depth,) if work.forecast else ())]
@@ -56,15 +56,15 @@ class CostModel:
         return seconds + self._leave(self.one, shallow) + rest
 
     def plan_seconds(self, plan: DepthPlan) -> float:
-        """Predicted seconds from noise to picture for one batch."""
+        """Predict the seconds from noise to picture for one batch."""
         return sum(map(self.step_seconds, plan.steps))
 
     def network_seconds(self, plan: DepthPlan) -> float:
-        """Predicted seconds of those in the network: without the solver's."""
+        """Predict the seconds in the network alone, without the solver."""
         return self.plan_seconds(plan) - plan.num_steps * self.solver
 
     def share_of_time(self, plan: DepthPlan) -> float:
-        """Predicted time as a share of full depth's at the same steps."""
+        """Predict the time as a share of the full plan's time at the same steps."""
         full = self.step_seconds(full_step(plan.num_blocks, plan.cfg_scale))
         return self.plan_seconds(plan) / (full * plan.num_steps)
 
@@ -72,10 +72,10 @@ class CostModel:
         return parts.head if depth == self.num_blocks else parts.exits.get(depth, parts.exit)
 
     def describe(self) -> dict[str, object]:
-        """Plain data."""
+        """Return plain data."""
         return asdict(self)
 
     @classmethod
     def from_description(cls, data: dict) -> Self:
-        """Build from what `describe` gave."""
+        """Build from the output of `describe`."""
         return cls(**{**data, **{rows: PartTimes.from_description(data[rows]) for rows in ("one", "two")}})

@@ -1,4 +1,4 @@
-"""DepthPlan: a table of steps, what to run at each sampling step. Plain data, saved as JSON."""
+"""DepthPlan: the work of each sampling step. Plain data, saved as JSON."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,33 +20,33 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """What runs at every sampling step, from the noisiest step to the last.
+    """The steps of a sampling, from the noisiest step to the last.
 
     A depth of L (`num_blocks`) is the full model. A plan of guidance scale 1 has no guides.
 
     Raises:
-        PlanError: no steps, timesteps that do not fall, another number of steps than timesteps, a depth beyond L, a
+        PlanError: no steps, timesteps that do not fall, unequal numbers of steps and timesteps, a depth beyond L, a
             forecast without an earlier step at full depth, or a guide at guidance scale 1.
     """
 
     timesteps: tuple[float, ...]
-    """The solver's timesteps, falling from noise to picture; whole ones are kept as integers."""
+    """The solver's timesteps, falling from noise to picture. Whole timesteps are kept as integers."""
     steps: tuple[Step, ...]
     num_blocks: int
     solver: str
     router: str = "full"
-    """Who wrote the plan: "full", "ramp", "searched", ..."""
+    """Name of the router that wrote the plan: "full", "ramp", "searched", ..."""
     settings: dict[str, float] = field(default_factory=dict)
-    """How the router was set, such as `{"start": 4, "end": 12, "power": 1}`."""
+    """Settings of the router, for example `{"start": 4, "end": 12, "power": 1}`."""
     cfg_scale: float = 1.0
     budget: float | None = None
-    """Share of the full plan's predicted time the plan was written for."""
+    """Share of the full plan's predicted time that the plan was written for."""
     backbone: str = ""
-    """Identity of the backbone it was calibrated on; "" for a schedule that fits any backbone of this depth."""
+    """Identity of the backbone that the plan was calibrated on; "" if it fits any backbone of this depth."""
     exits: str = ""
-    """Identity of the exits it was calibrated on, likewise."""
+    """Identity of the exits that the plan was calibrated on; "" if it fits any exits."""
     figures: dict[str, float] = field(default_factory=dict, compare=False)
-    """What the router predicted and measured: shares of time and blocks, Fréchet distances."""
+    """Figures that the router predicted or measured: shares of time and blocks, Fréchet distances."""
 
     def __post_init__(self) -> None:
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in self.timesteps)
@@ -75,35 +75,35 @@ class DepthPlan:
 
     @classmethod
     def full(cls, timesteps: Sequence[float], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
-        """The original model at every step; both branches unless `cfg_scale` is 1."""
+        """Return the plan of the original model: both branches at every step unless `cfg_scale` is 1."""
         step = full_step(num_blocks, cfg_scale)
         return cls(tuple(timesteps), (step,) * len(timesteps), num_blocks, solver, cfg_scale=cfg_scale)
 
     @property
     def num_steps(self) -> int:
-        """Number of sampling steps."""
+        """Return the number of sampling steps."""
         return len(self.timesteps)
 
     @property
     def guided(self) -> bool:
-        """Whether any step runs the unconditional branch."""
+        """True if any step runs the unconditional branch."""
         return any(isinstance(step.guide, Unconditional) for step in self.steps)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Blocks that the conditional branch runs at every step."""
+        """Return the blocks that the conditional branch runs at every step."""
         return tuple(step.depth for step in self.steps)
 
     @property
     def uncond_depths(self) -> tuple[int, ...]:
-        """Blocks that the unconditional branch runs at every step; 0 without a pass."""
+        """Return the blocks that the unconditional branch runs at every step; 0 without a pass."""
         return tuple(sum(step.work().depths[1:]) for step in self.steps)
 
     @cached_property
     def works(self) -> tuple[Work, ...]:
-        """What runs at every step: `step.work()`, and the gaps that later forecasts need remembered.
+        """Return the work of every step: `step.work()` with the gaps that later forecasts need.
 
-        A forecast builds on the last two steps at full depth before it.
+        A forecast builds on the last two full-depth steps before it.
         """
         kept: list[set[int]] = [set() for _ in self.steps]
         full: list[int] = []
@@ -117,26 +117,26 @@ class DepthPlan:
 
     @property
     def share_of_blocks(self) -> float:
-        """Blocks run, as a share of the full plan's (of both branches where the guidance scale is not 1)."""
+        """Return the blocks run as a share of the full plan's blocks, over both branches if guided."""
         full = full_step(self.num_blocks, self.cfg_scale).work().blocks
         return sum(step.work().blocks for step in self.steps) / (full * self.num_steps)
 
     @property
     def mean_depth(self) -> tuple[float, float]:
-        """Mean depth of the conditional and of the unconditional branch."""
+        """Return the mean depth of the conditional and of the unconditional branch."""
         return sum(self.depths) / self.num_steps, sum(self.uncond_depths) / self.num_steps
 
     @property
     def settings_text(self) -> str:
-        """The router's settings in a few characters, for names: "4-12-1"."""
+        """Write the router's settings in a few characters for file names: "4-12-1"."""
         return "-".join(f"{value:g}" for value in self.settings.values())
 
     def with_steps(self, steps: Sequence[Step], **changes: object) -> Self:
-        """The same timesteps with other steps."""
+        """Return this plan with other steps at the same timesteps."""
         return replace(self, steps=tuple(steps), **changes)
 
     def difference(self, other: Self) -> list[tuple[int, Step, Step]]:
-        """Steps at which two plans differ: (number, step here, step there).
+        """List the steps at which two plans differ: (number, step here, step there).
 
         Raises:
             PlanError: the plans have different timesteps.
@@ -147,20 +147,20 @@ class DepthPlan:
         return [(k, here, there) for k, (here, there) in enumerate(both) if here != there]
 
     def save(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Write the plan as JSON. An interrupted write leaves no partial file."""
         files.write_json(Path(path), self.to_json())
 
     def to_json(self) -> dict[str, object]:
-        """Plain data; a step is the text that is printed: "12|6", "8|e4", "4+"."""
+        """Return plain data. Each step is its text: "12|6", "8|e4", "4+"."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"format": FORMAT, "version": VERSION, **plain, "steps": list(map(str, self.steps))}
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read JSON of this version or of version 1.
+        """Read a plan from JSON of this version or of version 1.
 
         Raises:
-            PlanError: the file is missing, no JSON, or no plan.
+            PlanError: the file is missing, is not JSON, or is not a plan.
         """
         data = files.read_json(Path(path), PlanError)
         if data.get("format") != FORMAT or data.get("version") not in (1, VERSION):
@@ -172,7 +172,7 @@ class DepthPlan:
             raise PlanError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
-        """A line of timesteps and a line of steps, from the noisiest step to the last."""
+        """Write a line of timesteps and a line of steps, from the noisiest step to the last."""
         router = " ".join([self.router, *(f"{name} {value:g}" for name, value in self.settings.items())])
         head = f"{router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
         words = [str(step) for step in self.steps]
@@ -182,17 +182,17 @@ class DepthPlan:
 
 
 def full_step(num_blocks: int, cfg_scale: float) -> Step:
-    """The original model: both branches unless the guidance scale is 1."""
+    """Return the step of the original model: both branches unless the guidance scale is 1."""
     return Step.equal(num_blocks, cfg_scale != 1)
 
 
 def _of_version_1(data: dict) -> dict[str, object]:
-    """The fields of a plan of version 1, whose depths were whole numbers that meant other things when negative."""
+    """Convert the fields of a version 1 plan. Its depths are whole numbers; negative numbers are codes."""
     cond, uncond = data.pop("cond"), data.pop("uncond")
     if len(cond) != len(uncond):
         raise PlanError(f"plan: {len(cond)} cond depths for {len(uncond)} uncond depths")
     if data.get("cfg_scale", 1.0) == 1:
-        uncond = [0] * len(uncond)  # it never ran
+        uncond = [0] * len(uncond)  # this branch never ran
     data["steps"] = [Step.of_version_1(c, u) for c, u in zip(cond, uncond, strict=True)]
     for ours, theirs in (("backbone", "trunk"), ("exits", "exits")):
         found = data.pop(theirs, "")
@@ -211,9 +211,9 @@ def bind(
 ) -> DepthPlan:
     """Check that a plan fits a model, and return it. This is the only check of a plan.
 
-    full: the full plan of the sampling that is asked for; the plan must have its solver and timesteps. cfg_scale: the
-    guidance scale that is asked for. origin: the file or flag that messages name. check_identity: False lets a plan of
-    another backbone or other exits through (the plug-in's opt-out).
+    full: the full plan of the requested sampling; the plan must have its solver and timesteps. cfg_scale: the
+    requested guidance scale. origin: the file or flag that messages name. check_identity: False accepts a plan of
+    another backbone or of other exits.
 
     Raises:
         PlanError: another depth, backbone, set of exits, solver, guidance scale or timesteps, or a missing exit.
@@ -237,7 +237,7 @@ def bind(
 
 
 Router = Callable[[DepthPlan, tuple[int, ...]], DepthPlan]
-"""Writes a plan: (the full plan of a sampling, the depths there are) -> plan.
+"""Write a plan: (the full plan of a sampling, the model's depths) -> plan.
 
 Example: `functools.partial(ramp, start=4)`.
 """

@@ -14,10 +14,10 @@ from dyndit.stats import FrechetTo, Moments
 
 
 class Predictor:
-    """The prediction of a table at given timesteps: plan -> Fréchet distance to the reference."""
+    """Predict from a table at given timesteps: plan -> Fréchet distance to the reference."""
 
     def __init__(self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None) -> None:
-        """`base`: moments of full depth at these very steps, where they were measured (else the table's)."""
+        """`base`: moments of full depth measured at these steps; by default the table's moments."""
         self.table = table
         self.base = table.base if base is None else base
         self.unbias = self.base.num / (self.base.num - 1)
@@ -33,24 +33,24 @@ class Predictor:
         self.seconds = torch.tensor([table.cost.step_seconds(c) for c in self.choices], dtype=torch.float64)
 
     def coverage(self, choices: Tensor) -> Tensor:
-        """The share of each band that each table entry covers.  choices: (M, K) indices -> (M, bands, P + 1)."""
+        """Return the share of each band per table entry.  choices: (M, K) indices -> (M, bands, P + 1)."""
         taken = choices if self.entries is None else self.entries.taken(choices)[1]
         chosen = torch.nn.functional.one_hot(taken, self.mean.shape[1]).double()
         return torch.einsum("kb,mkp->mbp", self.weights, chosen)
 
     def moments(self, choices: Tensor) -> tuple[Tensor, Tensor]:
-        """choices: (M, K) -> predicted means (M, F) and covariances (M, F, F)."""
+        """Predict moments.  choices: (M, K) -> means (M, F) and covariances (M, F, F)."""
         return self.moments_at(self.coverage(choices))
 
     def moments_at(self, coverage: Tensor) -> tuple[Tensor, Tensor]:
-        """coverage: (M, bands, P + 1), whole steps or shares of them -> means (M, F) and covariances (M, F, F)."""
+        """Predict moments.  coverage: (M, bands, P + 1), shares of steps -> means (M, F), covariances (M, F, F)."""
         a = coverage.flatten(1)
         mean = self.base.mean + a @ self.mean.flatten(0, 1)
         second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
         return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])
 
     def base_through(self, plan: DepthPlan, measured: Moments) -> Moments:
-        """What full depth's moments would have to be for the prediction of this plan to be what was measured of it."""
+        """Return the full-depth moments with which the prediction of this plan equals its measured moments."""
         coverage = self.coverage(self.choice(plan)[None])
         a = coverage.flatten(1)
         mean = measured.mean - (a @ self.mean.flatten(0, 1))[0]
@@ -58,16 +58,16 @@ class Predictor:
         return Moments(mean, second, measured.num)
 
     def distances(self, choices: Tensor) -> Tensor:
-        """choices: (M, K) -> predicted Fréchet distances (M,)."""
+        """Predict Fréchet distances.  choices: (M, K) -> (M,)."""
         return self.frechet(*self.moments(choices))
 
     def slopes(self, choice: Tensor) -> Tensor:
-        """First-order change of the distance per step and choice around a plan.  choice: (K,) -> (K, P + 1)."""
+        """Return the distance's first-order change per step and choice around a plan.  choice: (K,) -> (K, P + 1)."""
         by_entry = self.entry_slopes(choice)
         return by_entry if self.entries is None else by_entry.gather(1, self.entries.at(choice))
 
     def entry_slopes(self, choice: Tensor) -> Tensor:
-        """The same per entry of the table, and for full depth.  choice: (K,) -> (K, entries + 1)."""
+        """Return the slopes per table entry, and for full depth.  choice: (K,) -> (K, entries + 1)."""
         mean, covariance = (m[0] for m in self.moments(choice[None]))
         d_mean, d_covariance = self.frechet.gradient(mean, covariance)
         d_covariance = self.unbias * d_covariance
@@ -76,33 +76,33 @@ class Predictor:
         return self.weights @ per_band
 
     def choice(self, plan: DepthPlan) -> Tensor:
-        """(K,) indices of the plan's steps; a step that the table lacks is replaced by the nearest measured one."""
+        """Return indices (K,) of the plan's steps. A step missing in the table takes the nearest measured step."""
         return torch.tensor([self.nearest(step) for step in plan.steps])
 
     def nearest(self, step: Step) -> int:
-        """Index of the measured choice that is closest: of the same kind of guide if there is one, then in depth."""
+        """Return the index of the closest measured choice: first by kind of guide, then by depth."""
         if step in self.index:
             return self.index[step]
         return int(np.argmin([_distance(choice, step) for choice in self.choices]))
 
     def settled(self, choices: Tensor) -> Tensor:
-        """The choices (M, K) without forecasts from nothing, or from longer ago than was measured: plain exits."""
+        """Replace forecasts that have no measured age by plain exits.  choices: (M, K) -> (M, K)."""
         return choices if self.entries is None else self.entries.taken(choices)[0]
 
     def predict(self, plan: DepthPlan) -> float:
-        """Predicted Fréchet distance of a plan."""
+        """Predict the Fréchet distance of a plan."""
         return self.distances(self.choice(plan)[None]).item()
 
 
 def _distance(one: Step, other: Step) -> int:
-    """How unlike two steps are. Forecasting or not weighs most, then the kind of guide, then depths."""
+    """Measure how much two steps differ: a forecast weighs most, then the kind of guide, then depths."""
     (kind, depth), (other_kind, other_depth) = _place(one), _place(other)
     unlike = 100 * abs(kind - other_kind) + 1000 * (one.forecast != other.forecast)
     return abs(one.depth - other.depth) + abs(depth - other_depth) + unlike
 
 
 def _place(step: Step) -> tuple[int, int]:
-    """Guides on a line, by kind and by depth: a pass (1, d), none (0, 0), held (-1, -1), an own exit (-2, -1 - d)."""
+    """Place guides by kind and depth: a pass (1, d), no guide (0, 0), held (-1, -1), an own exit (-2, -1 - d)."""
     match step.guide:
         case Unconditional(depth):
             return 1, depth

@@ -1,9 +1,9 @@
-"""Plans corrected by measuring a few: search, draw under what was found, move the prediction there, search again.
+"""Plans corrected by measurements: search a plan, draw pictures under it, correct the prediction, search again.
 
-The additive prediction (`searched`) is exact at full depth and gets worse the further a plan is from it. Measured
-moments of a plan p make it exact there instead:
+The additive prediction (`searched`) is exact at full depth and gets worse the further a plan is from full depth.
+Measured moments of a plan p make the prediction exact at p instead:
 
-    m(plan) = m_measured(p) + sum_b sum_q (A[b, q](plan) - A[b, q](p)) dm[b, q]        S likewise
+    m(plan) = m_measured(p) + sum_b sum_q (A[b, q](plan) - A[b, q](p)) dm[b, q]        S in the same way
 
 A round costs one sampling of the table's pictures under a plan, far less than a table.
 """
@@ -20,7 +20,7 @@ from dyndit.plans.table import ShiftTable
 from dyndit.stats import Moments, frechet_distance
 
 Measure = Callable[[DepthPlan], Moments]
-"""Moments of the features of pictures drawn under a plan, on the table's own seeds."""
+"""Measure the features' moments for pictures drawn under a plan, on the table's own seeds."""
 
 
 def refined(
@@ -33,15 +33,14 @@ def refined(
     base: Moments | None = None,
     smaller: Sequence[DepthPlan] = (),
 ) -> DepthPlan:
-    """Of up to `rounds` + 1 plans the one that was measured best; a plan that is found again ends the search.
+    """Return the best measured of up to `rounds` + 1 plans. A plan found twice ends the search.
 
-    base: moments of full depth at these very steps, as of `search`. smaller: plans that this found on this table at
-    smaller budgets; they are started from, and the best of them stays where nothing that is dearer measures better.
-    `plan.figures` holds calibrated_fd besides: the distance measured on the seeds that the plan was chosen on, which
-    flatters it.
+    base: moments of full depth at these steps, see `search`. smaller: plans that this function found on this table at
+    smaller budgets. The search also starts from them, and returns the best of them if no dearer plan measures better.
+    `plan.figures` also holds calibrated_fd, the distance measured on the seeds that chose the plan. It is optimistic.
 
     Raises:
-        InputError: rounds below 1; or as `search`.
+        InputError: rounds below 1, or an error of `search`.
     """
     if rounds < 1:
         raise InputError(f"--refinements {rounds}: expected at least 1")

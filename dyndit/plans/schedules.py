@@ -1,8 +1,7 @@
-"""Fixed schedules: routers whose depth is a function of the step alone. Baselines for every calibrated plan, and its
-starts.
+"""Fixed schedules: routers whose depth depends on the step alone. They are baselines and starts of calibrated plans.
 
-Each takes the full plan (which carries timesteps, solver and guidance) and the depths at which the model can leave;
-wanted depths are rounded to the nearest of those.
+Each schedule takes the full plan, with its timesteps, solver and guidance, and the model's depths. Wanted depths are
+rounded to the nearest depth of the model.
 """
 
 import inspect
@@ -22,16 +21,16 @@ ROUTERS: dict[str, Callable[..., DepthPlan]] = {}
 
 
 def router(function: F) -> F:
-    """Register a router under its function's name; the command line takes it as `--router NAME:SETTINGS`."""
+    """Register a router under its function's name, for `--router NAME:SETTINGS`."""
     ROUTERS[function.__name__] = function
     return function
 
 
 def parse_router(text: str) -> Router:
-    """The router of a text: "ramp:3" or "ramp:3,12,1.5", the settings in the order of the function's arguments.
+    """Read a router such as "ramp:3" or "ramp:3,12,1.5". Settings follow the order of the function's arguments.
 
     Raises:
-        InputError: an unknown router, or settings it does not take.
+        InputError: an unknown router, or settings that the router does not take.
     """
     name, _, rest = text.partition(":")
     if name not in ROUTERS:
@@ -55,7 +54,7 @@ def _scheduled(
 
 @router
 def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPlan:
-    """The same depth at every step."""
+    """Run the same depth at every step."""
     return _scheduled(full, depths, [depth] * full.num_steps, "constant", depth=depth)
 
 
@@ -63,7 +62,7 @@ def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPla
 def ramp(
     full: DepthPlan, depths: tuple[int, ...], start: float, end: float | None = None, power: float = 1.0
 ) -> DepthPlan:
-    """start + (end - start) * u^power, with u from 0 at the noisiest step to 1 at the last; `end` is L by default."""
+    """Run depth start + (end - start) * u^power (default end: L). u rises from 0 at the first step to 1 at the last."""
     end, last = full.num_blocks if end is None else end, max(full.num_steps - 1, 1)
     wanted = [start + (end - start) * (step / last) ** power for step in range(full.num_steps)]
     return _scheduled(full, depths, wanted, "ramp", start=start, end=end, power=power)
@@ -71,25 +70,25 @@ def ramp(
 
 @router
 def switch(full: DepthPlan, depths: tuple[int, ...], depth: float, share: float) -> DepthPlan:
-    """`depth` for the first `share` of the steps, then full depth."""
+    """Run `depth` for the first `share` of the steps, then full depth."""
     shallow = round(share * full.num_steps)
     wanted = [depth] * shallow + [full.num_blocks] * (full.num_steps - shallow)
     return _scheduled(full, depths, wanted, "switch", depth=depth, share=share)
 
 
 def reversed_plan(plan: DepthPlan) -> DepthPlan:
-    """The same depths in the opposite order: deep when noisy. A control, of equal cost by construction."""
+    """Reverse the order of the steps: deep when noisy. This control has the same cost by construction."""
     return plan.with_steps(plan.steps[::-1], router="reversed", figures={})
 
 
 def guidance_interval(plan: DepthPlan, low: float, high: float, process: Process = DDPM()) -> DepthPlan:
-    """The plan with guidance at noise levels in (low, high] alone: no unconditional pass outside.
+    """Limit the plan's guidance to noise levels in (low, high], without an unconditional pass outside.
 
     Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
-    Diffusion Models" (arXiv:2404.07724). As there, a noise level is the noise's standard deviation where the picture's
-    scale is 1 (`Process.noise_level`): with DDPM it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250, 0.01 at 0.
+    Diffusion Models" (arXiv:2404.07724). As in the paper, a noise level is the noise's standard deviation at picture
+    scale 1 (`Process.noise_level`). With DDPM it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250, 0.01 at 0.
 
-    process: the model's.
+    process: the model's process.
 
     Raises:
         InputError: not 0 <= low < high.

@@ -17,10 +17,10 @@ from dyndit.stats import Moments
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How hard to search: starts, kicks (restarts from the best plan, a third of it made random), exact evaluations
-    per move, and the most units moved apart.
+    """The effort of a search.
 
-    Steps beyond `max_units` are moved in groups of neighbours, which keeps 250 steps as quick as 25.
+    num_kicks: restarts from the best plan with a third of its steps made random. evaluations: exact evaluations per
+    move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25.
     """
 
     num_starts: int = 6
@@ -39,13 +39,13 @@ def search(
     settings: SearchSettings | None = None,
     starts: Sequence[DepthPlan] = (),
 ) -> DepthPlan:
-    """The plan of least predicted Fréchet distance within `budget`, a share of the full plan's predicted time.
+    """Find the plan of least predicted Fréchet distance within `budget`, a share of the full plan's predicted time.
 
-    base: moments of full depth at these very steps; by default those that the table holds, else its own steps'.
-    starts: plans of the same steps to start from besides, where they are within the budget.
+    base: moments of full depth at these steps; by default the table's moments at these steps, else its own base.
+    starts: more plans of the same steps to start from; plans above the budget are ignored.
 
     A local search from ramps, constants of every choice and the cheapest plan. Every move changes one or two steps.
-    Moves are ranked by their first-order effect; the best are evaluated exactly, and the best of those is taken.
+    Moves are ranked by their first-order effect. The top moves are evaluated exactly, and the best move is taken.
 
     Raises:
         InputError: the budget is outside (0, 1], or below the cheapest plan.
@@ -87,7 +87,7 @@ def search(
 
 
 def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> list[Tensor]:
-    """Ramps, and constants of every choice, within the budget, best predicted first, and the cheapest plan."""
+    """Return ramps and constants within the budget, best predicted first, then the cheapest plan."""
     plain = [choice for choice in predictor.choices if not choice.forecast]
     depths = tuple(sorted({choice.depth for choice in plain}))
     plans = [full.with_steps([choice] * full.num_steps) for choice in plain] + [
@@ -107,7 +107,7 @@ def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> li
 
 
 def _periodic(predictor: Predictor, num_steps: int) -> list[Tensor]:
-    """Full depth every other step, or every third, ..., as long as ages were measured; each forecast between."""
+    """Return plans with full depth every second, third, ... step, up to the oldest age, and a forecast between."""
     if predictor.entries is None:
         return []
     full, plans = len(predictor.choices) - 1, []
@@ -119,7 +119,7 @@ def _periodic(predictor: Predictor, num_steps: int) -> list[Tensor]:
 
 
 def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch.Generator) -> Tensor:
-    """A third of the steps moved to random choices, then random steps made cheapest until the budget holds."""
+    """Set a third of the steps to random choices, then random steps to the cheapest until the budget holds."""
     before, choice, steps = choice, choice.clone(), len(choice)
     order = torch.randperm(steps, generator=generator)
     moved = order[: max(1, steps // 3)]
@@ -133,7 +133,7 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
 
 
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
-    """Local search from one plan.  choice: (K,) -> (K,), its predicted distance."""
+    """Search locally from one plan.  choice: (K,) -> the improved choice (K,), its predicted distance."""
     num_steps, num_choices = len(choice), len(predictor.choices)
     units = np.array_split(np.arange(num_steps), min(num_steps, settings.max_units))
     member = torch.zeros(len(units), num_steps, dtype=torch.float64)
@@ -150,7 +150,7 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
         for row, move in enumerate(moves):
             for flat in move:
                 candidates[row, units[flat // num_choices]] = flat % num_choices
-        if predictor.entries is not None:  # where a step leaves full depth, forecasts after it may be left with nothing
+        if predictor.entries is not None:  # a forecast may lose the full-depth step that it builds on
             candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
             candidates = candidates[predictor.seconds[candidates].sum(1) <= limit]
         if not len(candidates):
@@ -164,10 +164,10 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
 
 
 def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tensor]:
-    """Plans that the dynamic program finds around one, within the budget.  choice: (K,) -> (1, K) each.
+    """Find plans within the budget around one plan by the dynamic program.  choice: (K,) -> (1, K) each.
 
-    First-order changes hold near the plan they are taken at, so leaving its choices costs a share of what the changes
-    themselves are worth; the price of a second is found by bisection.
+    First-order changes hold only near their plan. So each changed choice pays `reluctance` times the median change.
+    Bisection finds the price of a second.
     """
     values, plans = predictor.entry_slopes(choice), []
     stay = predictor.entries.taken(choice[None])[1][0]
@@ -189,13 +189,13 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
 
 
 def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_choices: int, num: int) -> list[tuple[int, ...]]:
-    """The most promising single and double moves within the spare time, by first-order change.
+    """Return the most promising single and double moves within the spare time, by first-order change.
 
-    gain, cost: (U * P,), a move being unit * P + choice. Of a small table (up to 64 moves) all are returned.
+    gain, cost: (U * P,); the index of a move is unit * P + choice. A small table (up to 64 moves) returns all moves.
     """
     singles = torch.nonzero(cost <= spare).flatten()
     moves = [(gain[i].item(), (int(i),)) for i in singles[gain[singles].argsort()[:num]]]
-    # Doubles: the best bought, with the best bought or the cheapest sold.
+    # Double moves: one of the best buys, with another of the best buys or of the cheapest sales.
     keep = min(len(gain), 128)
     buy = gain.argsort()[:keep]
     sell = (gain / cost.abs().clamp(min=1e-12)).masked_fill(cost >= 0, torch.inf).argsort()[:keep]
@@ -210,14 +210,14 @@ def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_choices: int, nu
         moves.append((total[flat].item(), tuple(double)))
     moves.sort(key=lambda move: move[0])
     if len(gain) > 64:
-        # Singles must not be crowded out by doubles whose first-order sum looks better.
+        # Keep single moves even if the first-order sums of double moves look better.
         moves = moves[:num] + [move for move in moves[num:] if len(move[1]) == 1][: num // 2]
     return list(dict.fromkeys(move for _, move in moves))
 
 
 def router(table: ShiftTable, budget: float) -> Router:
-    """A router that searches a plan on this table, for any steps, within `budget`: `plan=router(table, 0.6)`.
+    """Return a router that searches a plan on this table within `budget`: `plan=router(table, 0.6)`.
 
-    The table's times are those of the machine it was measured on.
+    The times in the table belong to the machine that measured it.
     """
     return lambda full, _depths: search(table, full, budget)

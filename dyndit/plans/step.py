@@ -1,4 +1,4 @@
-"""A step of a plan as typed data: how deep the conditional branch goes, and what guides it."""
+"""A step of a plan as typed data: the depth of the conditional branch, and its guide."""
 
 import re
 from dataclasses import dataclass, field
@@ -30,8 +30,8 @@ class Unconditional:
 class OwnExit:
     """Guidance by the conditional branch's own exit at `depth`, for the price of a head.
 
-    The exit is the weaker model that the prediction is pushed away from, as in autoguidance (Karras et al. 2024,
-    arXiv:2406.02507). Internal Guidance (arXiv:2512.24176) guides by an intermediate head likewise.
+    Guidance pushes the prediction away from the exit, a weaker model, as in autoguidance (Karras et al. 2024,
+    arXiv:2406.02507). Internal Guidance (arXiv:2512.24176) also guides by an intermediate head.
     """
 
     depth: int
@@ -42,7 +42,7 @@ class OwnExit:
 
 @dataclass(frozen=True)
 class Held:
-    """Guidance by the difference that both branches had at the last step that ran both; none before such a step."""
+    """Guidance by the branches' difference at the last step that ran both. Before such a step, nothing guides."""
 
     def __str__(self) -> str:
         return "held"
@@ -57,23 +57,23 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Step:
-    """What runs at one sampling step: `depth` blocks of the conditional branch, and what guides it.
+    """One sampling step: `depth` blocks of the conditional branch, and its guide.
 
-    As text: "12|6" runs 12 blocks with the condition and 6 without; "8|e4" is guided by its own exit at 4; "4+" leaves
-    at 4 and forecasts the rest; "4+|held" also holds the last guidance; "12" is not guided.
+    As text: "12|6" runs 12 blocks with the condition and 6 without. "8|e4" is guided by its own exit at 4. "4+" leaves
+    at 4 and forecasts the rest. "4+|held" also holds the last guidance. "12" is not guided.
 
     Raises:
-        PlanError: a depth below 1, no `Guide`, an own exit that is not below the depth, or a forecast beside an
-            unconditional pass.
+        PlanError: a depth below 1, a guide that is no `Guide`, an own exit not below the depth, or a forecast together
+            with an unconditional pass.
     """
 
     depth: int
     guide: Guide = field(default_factory=NoGuide)
     forecast: bool = False
-    """Add to the exit at `depth` what full depth would add there, forecast from earlier steps at full depth.
+    """Add to the exit at `depth` its gap to full depth, forecast from earlier full-depth steps.
 
-    Extrapolated features serve longer than held ones (TaylorSeer, Liu et al. 2025, arXiv:2503.06923); here only what
-    the exit lacks is extrapolated (`dyndit.models.forecasts`).
+    Extrapolated features serve longer than held features (TaylorSeer, Liu et al. 2025, arXiv:2503.06923). A step
+    extrapolates only the exit's gap (`dyndit.models.forecasts`).
     """
 
     def __post_init__(self) -> None:
@@ -91,11 +91,11 @@ class Step:
 
     @classmethod
     def equal(cls, depth: int, guided: bool) -> Self:
-        """Both branches at `depth`, or the conditional one alone."""
+        """Run both branches at `depth`, or the conditional branch alone if not guided."""
         return cls(depth, Unconditional(depth) if guided else NoGuide())
 
     def work(self) -> Work:
-        """The branches and heads that run: `Step.parse("12|6").work()` is `Work((12, 6))`."""
+        """Return the branches and heads that run: `Step.parse("12|6").work()` is `Work((12, 6))`."""
         match self.guide:
             case Unconditional(depth):
                 return Work((self.depth, depth), forecast=self.forecast)
@@ -107,7 +107,7 @@ class Step:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Every depth that a model needs an exit at (or is L) to run this step."""
+        """Return every depth at which this step reads a prediction: the model's exits, or L."""
         work = self.work()
         return (*work.depths, *work.heads_on_the_way)
 
@@ -117,10 +117,10 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what `str` writes.
+        """Read the text that `str` writes.
 
         Raises:
-            PlanError: it is no step.
+            PlanError: the text is not a step.
         """
         found = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if found is None:
@@ -136,9 +136,9 @@ class Step:
 
     @classmethod
     def of_version_1(cls, cond: int, uncond: int) -> Self:
-        """Read the two whole numbers of plans of version 1.
+        """Read the two whole numbers of a version 1 plan.
 
-        cond: a depth, or minus a depth that forecasts. uncond: a depth; 0: none; -1: held; -1 - d: own exit at d.
+        cond: a depth, or minus a depth that forecasts. uncond: a depth; 0: no guide; -1: held; -1 - d: own exit at d.
         """
         guide: Guide = NoGuide() if uncond == 0 else Held() if uncond == -1 else Unconditional(uncond)
         if uncond < -1:

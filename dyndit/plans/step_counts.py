@@ -1,9 +1,8 @@
-"""Steps and depth together: the step count is chosen with the plan, under one limit of time or of distance.
+"""Choose the step count together with the plan, under one limit of time or of distance.
 
-A plan at half depth and twice the steps takes about as long as full depth at the steps themselves. Which of them makes
-the better pictures is read from one table: the additive prediction (`searched`) starts from full depth's own moments at
-each step count, which the table holds where they were measured (`ShiftTable.bases`), and its seconds are comparable
-across step counts. So plans of every such step count are searched, and the best of them, full depth among them, is it.
+A plan at half depth with twice the steps takes about as long as full depth. One table predicts the better plan. The
+additive prediction (`searched`) starts from full depth's measured moments at each step count (`ShiftTable.bases`), and
+seconds compare across step counts. The search covers every measured step count and full depth, and takes the best plan.
 """
 
 import math
@@ -20,14 +19,14 @@ from dyndit.plans.table import ShiftTable
 ROUTER = "chosen"
 
 TimestepsAt = Callable[[int], tuple[float, ...]]
-"""A number of steps -> the solver's timesteps: `functools.partial(timesteps_of, solver)`."""
+"""Map a number of steps to the solver's timesteps: `functools.partial(timesteps_of, solver)`."""
 
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """The least predicted distance within a share of a reference time: full depth's at `reference_steps`.
+    """The goal of least predicted distance within a share of full depth's time at `reference_steps`.
 
-    reference_steps: by default those that the table was measured at.
+    reference_steps: by default the table's own number of steps.
     """
 
     share: float
@@ -40,14 +39,14 @@ class LatencyBudget:
 
     @property
     def label(self) -> str:
-        """A short name, for files."""
+        """Return a short name for files."""
         return f"b{self.share:g}" + ("" if self.reference_steps is None else f"-of{self.reference_steps}")
 
     def choose(self, table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> DepthPlan:
-        """The plan, at the step count that it is best at.
+        """Return the best plan over all step counts.
 
         Raises:
-            InputError: the table holds no moments of full depth with this solver, or no plan is that quick.
+            InputError: the table has no full-depth moments with this solver, or no plan is quick enough.
         """
         limit = self.share * _reference(table, self.reference_steps)
         found = [_best(table, full, limit) for full in _fulls(table, solver, timesteps_at)]
@@ -65,10 +64,10 @@ class LatencyBudget:
 
 @dataclass(frozen=True)
 class TargetFD:
-    """The least predicted time at a predicted distance of at most `value`.
+    """The goal of least predicted time at a predicted distance of at most `value`.
 
-    The cheapest is found by bisection over budgets, to within `tolerance` of full depth's time at the same steps.
-    reference_steps: of full depth whose time the plan's is told as a share of, by default the table's.
+    Bisection over budgets finds the cheapest plan, to within `tolerance` of full depth's time at the same steps.
+    reference_steps: the plan's time is reported as a share of full depth's time there; by default the table's steps.
     """
 
     value: float
@@ -82,18 +81,18 @@ class TargetFD:
 
     @property
     def label(self) -> str:
-        """A short name, for files."""
+        """Return a short name for files."""
         return f"fd{self.value:g}"
 
     def choose(self, table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> DepthPlan:
-        """The plan, at the step count that it is cheapest at.
+        """Return the cheapest good plan over all step counts.
 
         Raises:
-            InputError: the table holds no moments of full depth with this solver, or predicts no plan to be that good.
+            InputError: the table has no full-depth moments with this solver, or predicts no plan to be good enough.
         """
         cheapest, limit, missed = None, math.inf, []
         for full in _fulls(table, solver, timesteps_at):
-            plan = _best(table, full, limit)  # what this step count can do in the time of the cheapest so far
+            plan = _best(table, full, limit)  # the best at this step count in the time of the cheapest plan so far
             if plan is not None and plan.figures["predicted_fd"] <= self.value:
                 cheapest = self._cheapest(table, full, plan)
                 limit = table.cost.plan_seconds(cheapest)
@@ -105,7 +104,7 @@ class TargetFD:
         return _described(cheapest, table, self.reference_steps, target_fd=self.value)
 
     def _cheapest(self, table: ShiftTable, full: DepthPlan, good: DepthPlan) -> DepthPlan:
-        """The cheapest plan that is good enough, from one that is; a better plan is taken never to be cheaper."""
+        """Bisect from a good plan to the cheapest good plan, assuming that a better plan is never cheaper."""
         whole = table.cost.plan_seconds(full)
         low, high = table.least_share * whole, table.cost.plan_seconds(good)
         while high - low > self.tolerance * whole:
@@ -119,7 +118,7 @@ class TargetFD:
 
 
 Goal = LatencyBudget | TargetFD
-"""What steps and plan are chosen for."""
+"""The goal that chooses the step count and the plan."""
 
 
 def frontier(
@@ -129,13 +128,13 @@ def frontier(
     shares: Sequence[float],
     reference_steps: int | None = None,
 ) -> pd.DataFrame:
-    """What each step count reaches within each share of the reference time: a row for each that has a plan that quick.
+    """Search the best plan per share of the reference time and step count. Without a plan quick enough, omit the row.
 
-    Columns: latency_budget (the share asked for), steps, budget (of full depth's time at these steps), predicted_ms
-    (per picture), predicted_fd, share_of_blocks.
+    Columns: latency_budget (the requested share), steps, budget (share of full depth's time at these steps),
+    predicted_ms (per picture), predicted_fd, share_of_blocks.
 
     Raises:
-        InputError: the table holds no moments of full depth with this solver.
+        InputError: the table has no full-depth moments with this solver.
     """
     rows = []
     for share in shares:
@@ -158,7 +157,7 @@ def frontier(
 
 
 def _fulls(table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> list[DepthPlan]:
-    """Full depth at every step count that the table can predict from, fewest steps first."""
+    """Return the full plan at every measured step count, fewest steps first."""
     counts = table.step_counts(solver)
     if not counts:
         raise InputError(
@@ -169,7 +168,7 @@ def _fulls(table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> list[De
 
 
 def _best(table: ShiftTable, full: DepthPlan, seconds: float) -> DepthPlan | None:
-    """The plan of least predicted distance within this time at these steps; None where the cheapest takes longer."""
+    """Search the plan of least predicted distance within this time; None if the cheapest plan takes longer."""
     share = seconds / table.cost.plan_seconds(full)
     budget = 1.0 if share > 1 - 1e-9 else share
     if budget < table.least_share * (1 - 1e-9):
@@ -186,7 +185,7 @@ def _best(table: ShiftTable, full: DepthPlan, seconds: float) -> DepthPlan | Non
 
 
 def _described(plan: DepthPlan, table: ShiftTable, reference_steps: int | None, **asked: float) -> DepthPlan:
-    """The plan with what was asked for, and its time as a share of the reference's, among its figures."""
+    """Add the request and the plan's share of the reference time to the plan's figures."""
     figures = {
         **asked,
         "reference_steps": float(_steps(table, reference_steps)),
@@ -205,7 +204,7 @@ def _steps(table: ShiftTable, reference_steps: int | None) -> int:
 
 
 def _seconds(table: ShiftTable, steps: int) -> float:
-    """Predicted seconds of full depth."""
+    """Predict the seconds of full depth."""
     return steps * table.cost.step_seconds(table.full_step)
 
 

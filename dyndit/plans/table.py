@@ -1,4 +1,4 @@
-"""The shift table: what each choice does to the distribution of pictures, measured band by band."""
+"""The shift table: the effect of each choice on the distribution of pictures, measured band by band."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from dyndit.stats import Moments
 FORMAT = "dyndit-shift-table"
 VERSION = 2
 FILE = "shift-table.safetensors"
-"""Its name in a model's folder."""
+"""Name of the table in a model's folder."""
 
 
 @dataclass(frozen=True)
 class ShiftTable:
-    """Measured distribution shifts of a model, and what they were measured with.
+    """Measured distribution shifts of a model, and the settings of their measurement.
 
-    edges: bands + 1 timesteps, falling; band b covers (edges[b + 1], edges[b]]. choices: P steps
-    without the full one, whose shift is zero. mean: (bands, P, F), second:
-    (bands, P, F, F), float64, of F features; base and reference: moments of full depth's and of real pictures.
+    edges: bands + 1 timesteps, falling; band b covers (edges[b + 1], edges[b]]. choices: P steps, without the full
+    step, whose shift is zero. mean: (bands, P, F), second: (bands, P, F, F), float64, of F features. base: moments of
+    pictures at full depth. reference: moments of real pictures.
     """
 
     edges: tuple[float, ...]
@@ -50,47 +50,47 @@ class ShiftTable:
     backbone: str = ""
     exits: str = ""
     projection: Tensor | None = None
-    """Directions the extractor's features were reduced to, where they were."""
+    """Directions that the extractor's features were reduced to; None if they were not reduced."""
     ages: tuple[int, ...] = ()
-    """`ages[i]`: steps since full depth for choice i; 0 if it does not forecast. Empty where no choice forecasts."""
+    """`ages[i]`: steps since full depth for choice i; 0 if it does not forecast. Empty if no choice forecasts."""
     bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
-    """Moments of full depth at other (solver, steps) than `base`'s, on the same seeds, where they were measured."""
+    """Moments of full depth measured at other (solver, steps) than `base`, on the same seeds."""
 
     @property
     def full_step(self) -> Step:
-        """The original model."""
+        """Return the step of the original model."""
         return full_step(self.num_blocks, self.cfg_scale)
 
     @property
     def extractor_name(self) -> str:
-        """The extractor's own name, where its features were reduced too."""
+        """Return the extractor's own name, without the suffix of reduced features."""
         return self.extractor if self.projection is None else self.extractor.rsplit("-pca", 1)[0]
 
     @property
     def num_bands(self) -> int:
-        """Number of bands."""
+        """Return the number of bands."""
         return len(self.edges) - 1
 
     @property
     def least_share(self) -> float:
-        """Predicted time of the cheapest plan, as a share of full depth's: no budget can be smaller."""
+        """Return the cheapest plan's predicted share of full depth's time. No budget can be smaller."""
         seconds = [self.cost.step_seconds(choice) for choice in (*self.choices, self.full_step)]
         return min(seconds) / seconds[-1]
 
     def base_at(self, solver: str, num_steps: int) -> Moments | None:
-        """Moments of full depth at these very steps, where they were measured."""
+        """Return the moments of full depth measured at these steps, or None."""
         own = (solver, num_steps) == (self.solver, self.num_steps)
         return self.base if own else self.bases.get((solver, num_steps))
 
     def step_counts(self, solver: str) -> tuple[int, ...]:
-        """The step counts of a solver at which full depth was measured, fewest first."""
+        """Return the step counts of a solver at which full depth was measured, fewest first."""
         measured = {(self.solver, self.num_steps), *self.bases}
         return tuple(sorted(steps for name, steps in measured if name == solver))
 
     def part(self, choices: Sequence[Step], ages: Sequence[int] = ()) -> Self | None:
-        """The table of these choices alone, each at its age where some forecast; None if this table lacks one of them.
+        """Return the table of these choices alone, each at its age; None if this table lacks one of them.
 
-        The result is what would have been measured of them, bit for bit: an entry does not depend on the others.
+        The result equals a measurement of these choices bit for bit, because entries do not depend on each other.
         """
         where = {key: i for i, key in enumerate(zip(self.choices, self.ages or (0,) * len(self.choices), strict=True))}
         picks = [where.get(key) for key in zip(choices, ages or (0,) * len(choices), strict=True)]
@@ -100,17 +100,17 @@ class ShiftTable:
         return replace(self, choices=tuple(choices), ages=tuple(ages), **shifts)
 
     def weights(self, timesteps: Sequence[int]) -> Tensor:
-        """(K, bands): which share of each band every step covers.
+        """Return the share of each band that every step covers, (K, bands).
 
-        Step k covers the timesteps from its own down to the next step's, the last one down to 0. With these weights
-        one table serves other step counts and solvers.
+        Step k covers the timesteps from its own down to the next step's; the last step covers down to 0. With these
+        weights one table serves other step counts and solvers.
         """
         tops = torch.tensor([float(t) for t in timesteps], dtype=torch.float64)
         bottoms = torch.cat([tops[1:], tops.new_zeros(1)])
         edges = torch.tensor(self.edges, dtype=torch.float64)
         high, low = edges[:-1], edges[1:]
         overlap = torch.minimum(tops[:, None], high) - torch.maximum(bottoms[:, None], low)
-        # A band that ends where it begins (a last step at t = 0) belongs whole to the step that stands there.
+        # An empty band (a last step at t = 0) belongs whole to the step at its edge.
         own = (tops[:, None] == high).double()
         return torch.where(high > low, overlap.clamp(min=0) / (high - low).clamp(min=1e-9), own)
 
@@ -147,7 +147,7 @@ class ShiftTable:
         """Read a table.
 
         Raises:
-            CheckpointError: missing, damaged, or no shift table of this version.
+            CheckpointError: the file is missing or damaged, or is not a shift table of this version.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -171,14 +171,14 @@ class ShiftTable:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
 
     def save_pretrained(self, save_directory: str | Path, **ignored: object) -> None:
-        """Write the folder of a pipeline's component: the table, under its usual name."""
+        """Write the table under its usual name into the folder of a pipeline's component."""
         self.save(Path(save_directory) / FILE)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **ignored: object) -> Self:
-        """Read the table in a folder: a pipeline's component, or a model's.
+        """Read the table in the folder of a pipeline's component or of a model.
 
         Raises:
-            CheckpointError: missing, damaged, or no shift table of this version.
+            CheckpointError: the file is missing or damaged, or is not a shift table of this version.
         """
         return cls.load(Path(folder) / FILE)

@@ -6,9 +6,9 @@
     handle.plan = other                                                             # nothing is compiled again
     dyndit.remove_dyndit(pipe)
 
-One hook on the transformer's root runs the adapter's blocks in place of the transformer's forward. Which step a call
-belongs to is read from its timestep; which of its rows are unconditional the family's adapter knows. `Call` is the one
-place with memory, and it starts anew with every pipeline call.
+One hook on the transformer's root runs the adapter's blocks in place of the transformer's forward. The timestep of a
+call tells its step. The family's adapter knows which rows are unconditional. Only `Call` has a memory, and every
+pipeline call starts a new `Call`.
 """
 
 import copy
@@ -46,17 +46,17 @@ def apply_dyndit(
     cfg_scale: float | None = None,
     check_identity: bool = True,
 ) -> "DynDiTHandle":
-    """Make a pipeline, or a transformer, of diffusers run a plan. Its call, its class and its weights stay as they are.
+    """Make a pipeline or a transformer of diffusers run a plan. Its call, its class and its weights do not change.
 
-    exits: trained for this very transformer: a module, or the `exits.safetensors` that training left (or its folder).
-    plan: a plan or its file; or a router, which writes one for each call's timesteps; or None, full depth throughout.
-    cfg_scale: the guidance scale a router's plans are for; anything but 1 says that calls are guided.
+    exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder.
+    plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None for full depth.
+    cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided.
     check_identity: refuse exits and plans of another backbone. The check reads the transformer's weights, some seconds
     per billion parameters; weights in half precision are the same backbone.
 
     Raises:
-        InputError: no adapter serves the transformer, or it has hooks that would not run any more.
-        CheckpointError, PlanError: exits or a plan that cannot be read or belong to something else.
+        InputError: no adapter serves the transformer, or its hooks would no longer run.
+        CheckpointError, PlanError: exits or a plan that cannot be read, or that belong to another model.
     """
     transformer = transformer_of(target)
     _check_hookable(transformer)
@@ -75,15 +75,15 @@ def apply_dyndit(
 
 
 def remove_dyndit(target: Target) -> None:
-    """Take the plug-in off: the transformer is as it was before `apply_dyndit`. Nothing happens where there is none."""
+    """Remove the plug-in and restore the transformer. Without the plug-in, do nothing."""
     transformer = transformer_of(target)
-    if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole since
+    if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit
         transformer = transformer._orig_mod
     remove_hook(transformer, HOOK)
 
 
 class DynDiTHandle:
-    """What `apply_dyndit` gives: the plan to run, and what the last pipeline call did."""
+    """The result of `apply_dyndit`: it holds the plan to run and the record of the last pipeline call."""
 
     def __init__(
         self, model: DynamicDepth, pipeline: DiffusionPipeline | None, cfg_scale: float | None, check_identity: bool
@@ -96,26 +96,26 @@ class DynDiTHandle:
         self._plan: DepthPlan | None = None
         self._router: Router | None = None
         self._timesteps: Tensor | None = None
-        """The scheduler's, in the call that runs."""
+        """The scheduler's timesteps in the running call."""
         self._call = Call()
 
     @property
     def adapter(self) -> Adapter:
-        """The transformer, cut into embed, blocks and head."""
+        """Return the transformer, cut into embed, blocks and head."""
         return self.model.backbone
 
     @property
     def plan(self) -> DepthPlan | None:
-        """The plan that runs: the given one, or the one that the router wrote for the last call; None: full depth."""
+        """Return the given plan, or the plan that the router wrote for the last call; None: full depth."""
         return self._plan
 
     @plan.setter
     def plan(self, plan: DepthPlan | str | Path | Router | None) -> None:
-        """Switch, from the next call of the transformer on. Nothing is compiled again.
+        """Switch the plan from the next call of the transformer on. Nothing is compiled again.
 
         Raises:
             PlanError: the plan does not fit the model, or its file cannot be read.
-            InputError: a router, where the plug-in sits on a bare transformer and sees no scheduler.
+            InputError: a router, but the plug-in sits on a bare transformer and sees no scheduler.
         """
         if isinstance(plan, str | Path):
             plan = DepthPlan.load(plan)
@@ -129,19 +129,19 @@ class DynDiTHandle:
 
     @property
     def router(self) -> Router | None:
-        """What writes a plan for every call, where one was given."""
+        """Return the router that writes a plan for every call, or None."""
         return self._router
 
     def full_plan(self) -> DepthPlan:
-        """The original model at every timestep of the last pipeline call: what searched plans and ramps start from.
+        """Return the full plan at the timesteps of the last pipeline call, as input for searches and ramps.
 
         Raises:
-            InputError: nothing was called yet.
+            InputError: the pipeline was not called yet.
         """
         if not self._call.records:
             raise InputError("plan: no call of the pipeline was seen yet; expected one before")
         timesteps = dict.fromkeys(record.timestep for record in self._call.records)
-        if self._plan is None and self._timesteps is not None:  # as they were before the pipeline rounded them
+        if self._plan is None and self._timesteps is not None:  # take the timesteps before the pipeline rounded them
             times, first = self._timesteps.tolist(), next(iter(timesteps))
             start = min(range(len(times)), key=lambda k: abs(times[k] - first))
             timesteps = dict.fromkeys(times[start : start + self._call.step + 1])
@@ -150,19 +150,19 @@ class DynDiTHandle:
         return DepthPlan.full(tuple(timesteps), self.model.num_blocks, solver, scale)
 
     def stats(self) -> pd.DataFrame:
-        """What the last pipeline call ran.
+        """Return the work of the last pipeline call.
 
         -> a row per step and branch: step, timestep, branch ("cond", "uncond"), rows, depth, blocks (depth times rows)
-        and seconds in the transformer. Branches that ran as one batch share its time out by their blocks.
+        and seconds in the transformer. Branches of one batch share its time in proportion to their blocks.
         """
         return pd.DataFrame([row for record in self._call.records for row in record.rows()], columns=COLUMNS)
 
     def remove(self) -> None:
-        """`remove_dyndit`, of this transformer."""
+        """Remove the plug-in from this transformer. See `remove_dyndit`."""
         remove_dyndit(self.adapter.transformer)
 
     def run(self, *args: object, **kwargs: object) -> object:
-        """One call of the transformer's forward, at the plan's depths."""
+        """Run one call of the transformer's forward at the plan's depths."""
         inputs = self.adapter.read(*args, **kwargs)
         self._follow(inputs.x)
         self._begin()
@@ -174,7 +174,7 @@ class DynDiTHandle:
         return self.adapter.output(prediction, kwargs.get("return_dict", True))
 
     def _predict(self, inputs: Inputs) -> Tensor:
-        """Run the step that a call belongs to, by the same function as the sampler."""
+        """Run the step of a call, by the same function as the sampler."""
         timestep = found = the_timestep(inputs.t) * self.adapter.timestep_scale
         second = self._call.is_second_pass(inputs.x, found)
         k = self._call.step if second else self._step(timestep, inputs.t.dtype)
@@ -195,12 +195,12 @@ class DynDiTHandle:
             step = StepInputs(k, (inputs,), replace(work, depths=work.depths[:1]), timesteps)
             self._call.first, self._call.memory = self.model.predict(step, self._call.memory)
             prediction, ran = self._call.first[0], [("cond", len(inputs), work.depths[0])]
-        seconds = partial(clock.between, began, clock.mark())  # read later: nothing waits for the device here
+        seconds = partial(clock.between, began, clock.mark())  # read later, so that nothing waits for the device here
         self._call.enter(Record(k, timesteps[k], tuple(ran), seconds), found, inputs.x)
         return prediction
 
     def _asked(self, k: int, timestep: float) -> tuple[tuple[float, ...], Work, bool | None]:
-        """Timesteps by step, what step k runs, and whether it is guided; None: no plan says."""
+        """Return timesteps by step, the work of step k, and True if it is guided (None without a plan)."""
         if self._plan is None:
             return (timestep,) * (k + 1), Work((self.model.num_blocks,)), None
         return self._plan.timesteps, self._plan.works[k], self._plan.cfg_scale != 1
@@ -208,10 +208,10 @@ class DynDiTHandle:
     def _stacked(
         self, k: int, inputs: Inputs, work: Work, timesteps: tuple[float, ...]
     ) -> tuple[Tensor, list[tuple[str, int, int]]]:
-        """Run a call that holds both branches. Rows without a pass of their own get the prediction that guides.
+        """Run a call that holds both branches. Rows without a pass of their own get the guiding prediction.
 
-        That prediction is an exit's, or the held one. Without a guide it is the conditional prediction, which makes the
-        pipeline's own arithmetic guide by nothing.
+        It comes from an exit or from held guidance. Without a guide it is the conditional prediction, so that the
+        pipeline's own guidance has no effect.
         """
         half = len(inputs) // 2
         halves = inputs.rows(0, half), inputs.rows(half, None)
@@ -225,7 +225,7 @@ class DynDiTHandle:
         return torch.cat([guide, own] if uncond_first else [own, guide]), ran
 
     def _second(self, inputs: Inputs, work: Work, guided: bool | None) -> tuple[Tensor, list[tuple[str, int, int]]]:
-        """Run the second of two calls on the same latents, or return what guides in its place."""
+        """Run the second of two calls on the same latents, or return the guiding prediction without a pass."""
         depth = self.model.num_blocks if guided is None else sum(work.depths[1:])
         if depth:
             (prediction,) = self.model.run([inputs], [depth])
@@ -236,13 +236,13 @@ class DynDiTHandle:
         return prediction, [("uncond", len(inputs), depth)]
 
     def _step(self, timestep: float, dtype: torch.dtype) -> int:
-        """The step that a call of the transformer belongs to.
+        """Find the step of a transformer call.
 
         Raises:
-            PlanError: the plan has none at this timestep.
+            PlanError: the plan has no step at this timestep.
         """
         last = self._call.records[-1] if self._call.records and timestep <= self._call.timestep else None
-        if self._plan is None:  # full depth throughout: steps are counted, from one rise of the timestep to the next
+        if self._plan is None:  # full depth throughout: count steps until the timestep rises again
             again = self._pipeline is None and timestep == self._call.timestep
             return 0 if last is None or again else last.step + 1
         slack = torch.finfo(dtype).eps * timestep if dtype.is_floating_point else 0.0
@@ -255,9 +255,9 @@ class DynDiTHandle:
         return step
 
     def _follow(self, x: Tensor) -> None:
-        """Exits run where the latents are: the pipeline's own `.to` does not know them.
+        """Move the exits to the latents' device and precision, because the pipeline's own `.to` does not know them.
 
-        On a copy, since the given ones may serve another pipeline, in another precision, too.
+        Move a copy: the given exits may also serve another pipeline in another precision.
         """
         if self._given is None:
             return
@@ -267,7 +267,7 @@ class DynDiTHandle:
             self.model.exits = self._given if same else copy.deepcopy(self._given).to(*there)
 
     def _begin(self) -> None:
-        """Tell a new call of the pipeline: its scheduler has new timesteps. The router writes a plan for them."""
+        """Detect a new pipeline call by the scheduler's new timesteps. The router then writes a plan for them."""
         timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
         if timesteps is self._timesteps:
             return
@@ -277,7 +277,7 @@ class DynDiTHandle:
         self._timesteps = timesteps
 
     def _route(self, timesteps: Tensor) -> None:
-        """Let the router write the plan, where the timesteps are others than those of its last one."""
+        """Let the router write a plan if the timesteps differ from its last plan's timesteps."""
         solver = solver_name(self._pipeline.scheduler)
         scale = 1.0 if self._cfg_scale is None else self._cfg_scale
         full = DepthPlan.full(tuple(dict.fromkeys(timesteps.tolist())), self.model.num_blocks, solver, scale)
@@ -290,10 +290,10 @@ class DynDiTHandle:
         bind(plan, self.model, check_identity=self._check_identity)
 
     def _check_guidance(self, inputs: Inputs, guided: bool, second: bool) -> None:
-        """Refuse a guided call under an unguided plan and the reverse, where the rows tell.
+        """Refuse a guided call under an unguided plan, and the reverse, if the rows show the difference.
 
         Raises:
-            PlanError: naming both.
+            PlanError: naming the plan's and the call's guidance.
         """
         found = True if second else self.adapter.is_guided(inputs)
         if found is not None and found != guided:
@@ -305,10 +305,10 @@ class DynDiTHandle:
             )
 
     def _check_goes_on(self, k: int, work: Work, rows: int) -> None:
-        """Refuse a step that does not go on from the steps before it.
+        """Refuse a step that does not continue the steps before it.
 
         Raises:
-            PlanError: the number of rows changed, or a step that reads the memory of earlier steps comes without them.
+            PlanError: the number of rows changed, or a step needs the memory of earlier steps that did not run.
         """
         records = self._call.records
         before = sum(there for _, there, _ in records[-1].branches) if records else rows
@@ -323,19 +323,19 @@ class DynDiTHandle:
 
 
 class _Hook(ModelHook):
-    """Runs the handle in place of the transformer's forward."""
+    """Run the handle in place of the transformer's forward."""
 
     def __init__(self, handle: DynDiTHandle) -> None:
         super().__init__()
         self.handle = handle
 
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> object:
-        """As `module.forward`."""
+        """See `module.forward`."""
         return self.handle.run(*args, **kwargs)
 
 
 def _check_hookable(transformer: nn.Module) -> None:
-    """Refuse what would be run around: hooks that are there already, and a transformer compiled as a whole."""
+    """Refuse hooks and whole-model compilation, because the plug-in would bypass them."""
     if isinstance(transformer, torch._dynamo.OptimizedModule) or transformer._compiled_call_impl is not None:
         raise InputError(
             "transformer: compiled as a whole, which fixes its depth; expected its blocks compiled one by one, as by "

@@ -1,4 +1,4 @@
-"""Calibrate a user's pipeline with the plug-in on it."""
+"""Calibrate a user's pipeline that has the plug-in."""
 
 import functools
 import hashlib
@@ -31,10 +31,10 @@ HOOK = "dyndit_calibration"
 
 
 Call = Callable[[Sequence[int]], Tensor]
-"""The user's own way to run a pipeline: B picture numbers -> (B, 3, H, W) uint8, one picture for each.
+"""The user's function that runs a pipeline: B picture numbers -> (B, 3, H, W) uint8, one picture per number.
 
-Picture i must be a function of i alone: its own generator, its own prompt, the same at every call. Of a video, return
-the frame to be judged. Numbers run from 0 to 2 * num_pictures - 1; the second half are fresh ones, to measure a plan.
+Picture i must depend on i alone: its own generator and prompt, the same at every call. For a video, return the frame
+to measure. Numbers run from 0 to 2 * num_pictures - 1; the second half are fresh pictures that measure a plan.
 
     def call(indices):
         generators = [dyndit.picture_generator(0, i) for i in indices]
@@ -44,7 +44,7 @@ the frame to be judged. Numbers run from 0 to 2 * num_pictures - 1; the second h
 
 
 class PipelineSampler:
-    """A user's unmodified pipeline, with the plug-in on it; its plan is switched between calls.
+    """A user's unmodified pipeline with the plug-in. The sampler switches the plan between calls.
 
     A pipeline cannot be forked, so every replaced band is a whole run.
     """
@@ -61,13 +61,13 @@ class PipelineSampler:
         batch_size: int = 8,
         rounds: int = 3,
     ) -> None:
-        """Run the pipeline once, for picture 0 at full depth: then its scheduler knows the timesteps.
+        """Run the pipeline once, for picture 0 at full depth, so that its scheduler knows the timesteps.
 
-        cfg_scale: the guidance scale that `call` runs with; 1 where there is no second branch, also of a model with
-        distilled guidance. rounds: whole runs that `cost` takes its medians over.
+        cfg_scale: the guidance scale of `call`; 1 without a second branch, for example with distilled guidance.
+        rounds: whole runs per median of `cost`.
 
         Raises:
-            InputError: `call` returned other things than a picture for each number, or is not guided as said.
+            InputError: `call` did not return one picture per number, or its guidance differs from `cfg_scale`.
         """
         self._handle, self._call, self._batch_size, self._rounds = handle, call, batch_size, rounds
         self._cfg_scale, self._guided = cfg_scale, cfg_scale != 1
@@ -80,21 +80,21 @@ class PipelineSampler:
             pictures = self._pictures((0,))
         self.setting = hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()
         self.device = calls[0].x.device.type
-        # Only the last ones are run where a pipeline starts from a picture (`strength` below 1).
+        # A pipeline that starts from a picture (`strength` below 1) runs only the last timesteps.
         timesteps = pipe.scheduler.timesteps.tolist()[-self._num_steps(calls) :]
         solver = solver_name(pipe.scheduler)
         self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
 
     def _watching(self, calls: list[Inputs]) -> object:
-        """Collect what the transformer is called with."""
+        """Collect the inputs of every transformer call."""
         adapter = self._handle.adapter
         return watching(adapter.transformer, HOOK, lambda *args, **kwargs: calls.append(adapter.read(*args, **kwargs)))
 
     def _num_steps(self, calls: list[Inputs]) -> int:
-        """Steps of one run, from its calls; two calls a step where the branches are apart.
+        """Count the steps of one run from its calls: two calls per step if the branches are separate.
 
         Raises:
-            InputError: the calls are not guided as was said.
+            InputError: the guidance of the calls differs from `cfg_scale`.
         """
         times = [inputs.t[0].item() for inputs in calls]
         found = ((2 if len(times) > 1 and times[0] == times[1] else 1), len(calls[0]))
@@ -127,7 +127,7 @@ class PipelineSampler:
         choices: Sequence[Step],
         ages: Sequence[int] = (),
     ) -> Iterator[Tensor]:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         if ages:
             raise InputError(
                 "forecasts: a pipeline is run whole, so their ages cannot be measured in it; expected none"
@@ -138,19 +138,19 @@ class PipelineSampler:
                 yield self._under(replaced_plan(self.full, band, choice), indices)
 
     def bind(self, table: ShiftTable) -> None:
-        """As of `Sampler`."""
+        """See `Sampler`."""
         self._handle.model.check_identity(table.backbone, table.exits, origin="shift table")
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
-        """As of `Sampler`: fresh pictures have the numbers after the table's."""
+        """See `Sampler`. Fresh pictures have the numbers after the table's pictures."""
         numbers = range(num_pictures, 2 * num_pictures) if fresh else range(num_pictures)
         return torch.cat([self._under(plan, batch) for batch in batches_of(numbers, self._batch_size)])
 
     def cost(self, batch_size: int) -> CostModel:
-        """As of `Sampler`: parts on a captured call of the pipeline, the rest from the time between its calls.
+        """Time the parts on a captured call of the pipeline, and the solver by the time between its calls.
 
         Raises:
-            InputError: the weights are not where the call is (offloaded ones).
+            InputError: the weights are not on the call's device, for example offloaded weights.
         """
         handle, calls = self._handle, []
         numbers = range(batch_size)
@@ -175,7 +175,7 @@ class PipelineSampler:
 def _between(
     transformer: nn.Module, clock: Callable[[], float], calls_per_step: int, run: Callable[[], object]
 ) -> list[float]:
-    """Seconds between the transformer's calls during a run, by step: the solver, guidance, callbacks."""
+    """Measure the seconds between transformer calls of a run, by step: solver, guidance, callbacks."""
     entered: list[float] = []
     left: list[float] = []
     with watching(transformer, HOOK, lambda *_, **__: entered.append(clock()), lambda: left.append(clock())):
@@ -203,16 +203,15 @@ def calibrate_pipeline(
     out: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> DepthPlan:
-    """`calibrate`, for a user's pipeline with the plug-in on it: `handle.plan = calibrate_pipeline(pipe, handle, ...)`.
+    """Calibrate a user's pipeline that has the plug-in: `handle.plan = calibrate_pipeline(pipe, handle, ...)`.
 
-    call: see `Call`. cfg_scale: the guidance scale that it runs with, 1 where it runs no second branch (as with the
-    distilled guidance of Flux). Without a table one is measured: num_bands times the number of choices runs of the
-    pipeline for each picture, besides one at full depth; with `out` it is kept in that folder, where an interrupted
-    measurement goes on and a whole one is used again for other budgets and step counts. on_progress(done, all)
-    counts batches. The handle's plan is afterwards what it was.
+    call: see `Call`. cfg_scale: the guidance scale of `call`; 1 without a second branch, for example with Flux's
+    distilled guidance. table: without a table, measure one: 1 + num_bands * num_choices runs of the pipeline per
+    picture. out: the folder for this table. An interrupted measurement resumes there, and a finished table serves
+    other budgets and step counts. on_progress(done, all) counts batches. The handle's plan is restored at the end.
 
     Raises:
-        InputError: as `calibrate`; or `call` does not return a picture for each number, or is not guided as said.
+        InputError: an error of `calibrate`, or of `PipelineSampler`.
     """
     before = handle.router or handle.plan
     path = None if out is None else Path(out) / FILE

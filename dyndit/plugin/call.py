@@ -1,4 +1,4 @@
-"""One call of a pipeline: which step each call of its transformer belongs to, and what it ran."""
+"""One call of a pipeline: find the step of each transformer call and record its work."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from dyndit.models.dynamic import Memory
 
 
 def find_step(timesteps: Sequence[float], timestep: float, slack: float, last: int) -> int | None:
-    """The step at `timestep`, which may be off by `slack`: a pipeline in half precision rounds it.
+    """Find the step at `timestep`, which may be off by `slack`: a pipeline in half precision rounds it.
 
-    Where rounding leaves several in reach, the next one after step `last` of the same call (-1: a new call), else the
-    nearest. None: there is none in reach.
+    If several steps are within `slack`, return the next step after step `last` of the same call (-1: a new call), else
+    the nearest step. Return None if no step is within `slack`.
     """
     gaps = {k: abs(t - timestep) for k, t in enumerate(timesteps) if abs(t - timestep) <= slack}
     later = [k for k in gaps if k > last] if last >= 0 else []
@@ -28,7 +28,7 @@ COLUMNS = ["step", "timestep", "branch", "rows", "depth", "blocks", "seconds"]
 
 @dataclass(frozen=True)
 class Record:
-    """One call of the transformer: (branch, rows, depth) of what ran as one batch, and its time."""
+    """One call of the transformer: (branch, rows, depth) of each branch in its batch, and its time."""
 
     step: int
     timestep: float
@@ -36,7 +36,7 @@ class Record:
     seconds: Callable[[], float]
 
     def rows(self) -> list[tuple[object, ...]]:
-        """Rows of `stats`."""
+        """Return the rows for `stats`."""
         parts = [
             (branch, rows // 2 if name == "both" else rows, depth)
             for name, rows, depth in self.branches
@@ -51,32 +51,32 @@ class Record:
 
 @dataclass
 class Call:
-    """What one pipeline call leaves from step to step. A new one takes its place when the next call begins."""
+    """The memory of one pipeline call from step to step. The next pipeline call starts a new `Call`."""
 
     records: list[Record] = field(default_factory=list)
     step: int = -1
     timestep: float = float("inf")
-    """As the transformer was given it, rounded to the pipeline's precision."""
+    """Timestep of the last transformer call, rounded to the pipeline's precision."""
     memory: Memory = field(default_factory=Memory)
-    """What steps left for later ones."""
+    """Values that steps leave for later steps."""
     first: list[Tensor] = field(default_factory=list)
-    """What the first of two calls predicted: the conditional prediction and, where it was made there, its guide."""
+    """Predictions of the first of two calls: the conditional prediction, then its guide if that call made it."""
     passes: int = 0
     _latents: Callable[[], Tensor | None] = lambda: None
 
     def is_second_pass(self, x: Tensor, timestep: float) -> bool:
-        """Whether the last call was on these very latents: the same step's other branch.
+        """Return True if the last call had the same latents: this call is the same step's other branch.
 
-        The timestep tells from the next step of a loop that writes into its latents.
+        The timestep tells it from the next step of a loop that writes into its latents.
         """
         return self.passes == 1 and self._latents() is x and self.timestep == timestep
 
     def is_over(self, step: int) -> bool:
-        """Whether a call that begins at `step` belongs to another pipeline call."""
+        """Return True if a transformer call at `step` belongs to a new pipeline call."""
         return step <= self.step
 
     def enter(self, record: Record, timestep: float, x: Tensor) -> None:
-        """Note what was run, and on which latents."""
+        """Record the work and the latents of a transformer call."""
         self.passes = 2 if self.is_second_pass(x, timestep) else 1
         self.records.append(record)
         self.step, self.timestep = record.step, timestep
@@ -84,10 +84,10 @@ class Call:
 
 
 def the_timestep(t: Tensor) -> float:
-    """The one timestep of all rows.
+    """Return the one timestep of all rows.
 
     Raises:
-        InputError: rows of different timesteps, which no plan has.
+        InputError: rows have different timesteps, which no plan allows.
     """
     values = t.tolist()
     if any(value != values[0] for value in values):

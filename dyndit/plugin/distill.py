@@ -18,11 +18,11 @@ def distill_exits(
 ) -> Exits:
     """Train exits for a transformer of diffusers, in place, on calls that `record_calls` recorded.
 
-    target: the pipeline or its transformer, which is only borrowed. out: the folder for checkpoints and the log, where
-    a run that was stopped goes on; at the end it holds `exits.safetensors`, bound to the backbone.
+    target: the pipeline or its transformer; its weights do not change. out: the folder for checkpoints and the log. A
+    stopped run resumes there. At the end the folder holds `exits.safetensors`, bound to the backbone.
 
     Raises:
-        InputError: no adapter serves the transformer, or the calls are not its own.
+        InputError: no adapter serves the transformer, or the calls belong to another transformer.
     """
     model = DynamicDepth(adapt(transformer_of(target)), pixel_space=False)
     calls = calls if isinstance(calls, RecordedCalls) else RecordedCalls(calls)

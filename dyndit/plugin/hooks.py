@@ -1,4 +1,4 @@
-"""Hooks of diffusers on a transformer that somebody else owns: put on by name, taken off without a trace."""
+"""Hooks of diffusers on a transformer of the user: added by name, removed without a trace."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from torch import nn
 from dyndit.errors import InputError
 
 Target = DiffusionPipeline | nn.Module
-"""A pipeline with a transformer, or the transformer."""
+"""A pipeline with a transformer, or the transformer itself."""
 
 
 def transformer_of(target: Target) -> nn.Module:
-    """The transformer of a pipeline, or the module itself.
+    """Return the transformer of a pipeline, or the module itself.
 
     Raises:
-        InputError: the pipeline has none.
+        InputError: the pipeline has no transformer.
     """
     if not isinstance(target, DiffusionPipeline):
         return target
@@ -30,10 +30,10 @@ def transformer_of(target: Target) -> nn.Module:
 
 
 def add_hook(module: nn.Module, hook: ModelHook, name: str) -> None:
-    """Register `hook` on the module itself, outside of the hooks that are there.
+    """Register `hook` on the module, outside of its existing hooks.
 
     Raises:
-        InputError: a hook of this name is there.
+        InputError: the module has a hook of this name already.
     """
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if registry.get_hook(name) is not None:
@@ -43,7 +43,7 @@ def add_hook(module: nn.Module, hook: ModelHook, name: str) -> None:
 
 
 def remove_hook(module: nn.Module, name: str) -> None:
-    """Take the hook off again. Nothing happens where there is none."""
+    """Remove the hook. Without the hook, do nothing."""
     registry: HookRegistry | None = module.__dict__.get("_diffusers_hook")
     if registry is None or registry.get_hook(name) is None:
         return
@@ -51,7 +51,7 @@ def remove_hook(module: nn.Module, name: str) -> None:
     registry.remove_hook(name, recurse=False)
     registry.invalidate_child_registries_cache()
     if "_old_forward" in module.__dict__ and module.__dict__["forward"] is not outermost:
-        # Offloading by accelerate, put on later, runs what it found, and puts it back at the end of a pipeline's call.
+        # Offloading by accelerate, added later, runs the forward that it found and restores it after a pipeline call.
         module._old_forward, module.forward = module.forward, outermost
     # diffusers leaves an instance attribute and an empty registry behind.
     if module.__dict__.get("forward") == type(module).forward.__get__(module):
@@ -67,13 +67,13 @@ def watching(
     on_call: Callable[..., None],
     on_return: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Tell of every call of `module` while open: on_call(*args, **kwargs) before it, on_return() after it.
+    """Report every call of `module` while open: on_call(*args, **kwargs) before it, on_return() after it.
 
-    By torch's own hooks: an offloaded pipeline takes the module's forward, and what diffusers has hooked on it since,
-    off at the end of each of its calls.
+    Use torch's own hooks: an offloaded pipeline resets the module's forward after each of its calls. Later hooks of
+    diffusers are lost with it.
 
     Raises:
-        InputError: something of this name watches already.
+        InputError: a watch of this name is open already.
     """
     watches = module._forward_pre_hooks.values()
     if any(isinstance(watch, _Watch) and watch.name == name for watch in watches):
@@ -89,7 +89,7 @@ def watching(
 
 @dataclass(frozen=True)
 class _Watch:
-    """Told of a call, changes nothing about it."""
+    """Report a call without changing it."""
 
     name: str
     on_call: Callable[..., None]

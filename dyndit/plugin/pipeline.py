@@ -7,7 +7,7 @@
     diffusers.DiffusionPipeline.from_pretrained("pipe")        # once `from dyndit import DynDiTPipeline` was run
     DynDiTPipeline.from_pretrained("org/name")                 # from the hub
 
-Its sampling is `dyndit.sampling.loop`, its pictures are those of `dyndit.sample`. From the hub it is loaded by its own
+It samples with `dyndit.sampling.loop` and makes the same pictures as `dyndit.sample`. Load it from the hub by its own
 class: the base class would fetch neither exits nor shift table, and refuses.
 """
 
@@ -40,22 +40,22 @@ from dyndit.storage import load as checkpoints
 from dyndit.storage.pretrained import DynamicDepth
 from dyndit.training.latents import decode_batch, load_autoencoder
 
-# The table in which diffusers looks up how components that are none of its own models are saved and loaded.
+# diffusers looks up in this table how to save and load components that are not its own models.
 _COMPONENTS = {ShiftTable.__name__: ["save_pretrained", "from_pretrained"]}
 pipeline_loading_utils.LOADABLE_CLASSES[ShiftTable.__module__] = _COMPONENTS
 pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_COMPONENTS)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CFG_SCALE, NUM_STEPS = 1.5, 20
-"""Where neither the call nor its plan or table says."""
+"""Defaults if neither the call nor its plan nor its table sets a value."""
 
 StepEndCallback = Callable[["DynDiTPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-"""(pipeline, step, timestep, tensors by name) -> tensors to go on with, by name."""
+"""(pipeline, step, timestep, tensors by name) -> tensors that replace them, by name."""
 
 
 @dataclass(frozen=True)
 class _Noise:
-    """Where a call's randomness comes from: one of the four; seeds drawn from torch's own generator if none is."""
+    """The source of a call's randomness: `seed`, `seeds` or `generator`; else a seed from torch's own generator."""
 
     seed: int | None
     first_index: int
@@ -63,10 +63,10 @@ class _Noise:
     generator: torch.Generator | list[torch.Generator] | None
 
     def batch(self, labels: list[int], device: torch.device) -> Batch:
-        """The batch of these labels.
+        """Return the batch of these labels.
 
         Raises:
-            InputError: several sources, a number of seeds or generators other than the pictures', or a bad seed.
+            InputError: several sources, not one seed or generator per picture, or a negative seed.
         """
         given = [name for name in ("seed", "seeds", "generator") if getattr(self, name) is not None]
         if len(given) > 1:
@@ -88,11 +88,11 @@ class _Noise:
 
 
 class DynDiTPipeline(DiffusionPipeline):
-    """Class labels to pictures, at the depths of a plan.
+    """Turn class labels into pictures, at the depths of a plan.
 
     transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any scheduler
-    that steps the model's process (`dyndit.sampling.solvers.check_scheduler`); one of learned variance gets the
-    variance. vae: an `AutoencoderKL`, of models that make latents; without it such a pipeline gives latents.
+    that steps the model's process (`dyndit.sampling.solvers.check_scheduler`). A scheduler of learned variance gets the
+    variance. vae: an `AutoencoderKL` for models that make latents; without it the pipeline returns latents.
     router: the shift table that `budget=` searches.
 
     Raises:
@@ -128,15 +128,16 @@ class DynDiTPipeline(DiffusionPipeline):
         cls,
         model_or_folder: DynamicDepth | str | Path,
         *,
-        solver: str = "ddim",
+        solver: str = "",
         vae: AutoencoderKL | str | Path | None = None,
     ) -> "DynDiTPipeline":
-        """A pipeline of a model, or of whatever `dyndit.load` takes; a shift table that lies there is its router.
+        """Build a pipeline from a model, or from any input of `dyndit.load`. A shift table in its folder is the router.
 
-        solver: a name of `dyndit.sampling.solvers.SOLVERS`. vae: an autoencoder or its folder.
+        solver: a name of `dyndit.sampling.solvers.SOLVERS`; by default the usual one of the model's process. vae: an
+        autoencoder or its folder.
 
         Raises:
-            InputError: unknown solver, or a folder that cannot be loaded (CheckpointError).
+            InputError: an unknown solver, or a folder that cannot be loaded (CheckpointError).
         """
         if solver not in SOLVERS:
             raise InputError(f"solver {solver}: expected one of {', '.join(SOLVERS)}")
@@ -147,14 +148,14 @@ class DynDiTPipeline(DiffusionPipeline):
             model, folder = loaded.model, loaded.folder
         there = folder is not None and (Path(folder) / FILE).exists()
         vae = load_autoencoder(vae) if isinstance(vae, str | Path) else vae
-        scheduler = named_solver(solver, model.process).build(model.process)
+        scheduler = named_solver(solver or model.process.usual_solver, model.process).build(model.process)
         return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: object) -> str:
         """Fetch a pipeline from the hub -> its folder.
 
-        The base class fetches what carries the weights' usual name alone, so neither exits nor the shift table.
+        The base class fetches only the usual names of weights, so neither the exits nor the shift table.
         """
         known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         options = {name: options[name] for name in known if options.get(name) is not None}
@@ -183,21 +184,21 @@ class DynDiTPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Draw one picture per label, all in one batch.
 
-        Depth: the original model throughout; or `plan`, a `DepthPlan` or its file; or the plan that the router finds
-        for `budget`, a share of full depth's time. Steps and guidance scale are by default those of the plan, the
-        scale else that of the router's table, else 20 and 1.5 (1 where the model has no null class).
+        Depth: full depth by default; or `plan`, a `DepthPlan` or its file; or `budget`, a share of full depth's time
+        for which the router searches a plan. Steps and guidance scale default to the plan's values, else to the scale
+        of the router's table, else to 20 and 1.5 (1 if the model has no null class).
 
-        guidance_scale: 1 is none. guided_channels: how many channels are guided, None for all; the published DiT
-        guides 3 of 4. guidance_interval: noise levels (low, high] outside which there is no guidance, in the unit of
-        `dyndit.plans.guidance_interval`.
+        guidance_scale: 1 is no guidance. guided_channels: number of guided channels, None for all; the published DiT
+        guides 3 of 4. guidance_interval: noise levels (low, high] to guide at, see
+        `dyndit.plans.schedules.guidance_interval`.
 
-        Noise: `seed` gives picture i the noise of `dyndit.sample`'s picture first_index + i; `seeds`, one per picture,
-        that of its picture 0 at each seed; `generator`, one for all or a list of one per picture, draws it, and a
-        stochastic scheduler's noise too. latents: (B, C, H, W), standard normal, to start from instead.
+        Noise: `seed` gives picture i the noise of picture first_index + i of `dyndit.sample`. `seeds` has one seed per
+        picture, and gives the noise of picture 0 at that seed. `generator`, one for all or a list with one per picture,
+        also draws the noise of a stochastic scheduler. latents: (B, C, H, W), standard normal, replaces the noise.
 
         output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in 0..1, or "latent", the state at the end.
-        callback_on_step_end(pipeline, step, timestep, {"latents": ...}) is called after every step; latents in the
-        dictionary it returns replace those.
+        callback_on_step_end(pipeline, step, timestep, {"latents": ...}) is called after every step. Latents in its
+        returned dictionary replace the state.
 
         Raises:
             InputError: a label or setting out of range, or a plan that does not fit (PlanError).
@@ -241,9 +242,9 @@ class DynDiTPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> DepthPlan:
-        """The plan that a call with these arguments runs (without its guidance interval).
+        """Return the plan that a call with these arguments runs, without its guidance interval.
 
-        A search takes seconds; what it finds can be given to many calls.
+        A search takes seconds; its plan can serve many calls.
 
         Raises:
             InputError: plan and budget are both given, there is no router, or a plan does not fit (PlanError).
@@ -270,7 +271,7 @@ class DynDiTPipeline(DiffusionPipeline):
     def _on_step_end(
         self, callback: StepEndCallback | PipelineCallback | MultiPipelineCallbacks | None, names: Sequence[str]
     ) -> Callable[[int, Tensor, Tensor], Tensor | None] | None:
-        """The sampler's hook around a callback of diffusers' convention."""
+        """Wrap a callback of diffusers' convention as the sampler's hook."""
         if callback is None:
             return None
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
@@ -285,7 +286,7 @@ class DynDiTPipeline(DiffusionPipeline):
         return on_step_end
 
     def _pictures(self, x: Tensor, output_type: str) -> object:
-        """(B, C, H, W) at the end of a sampling -> pictures of a type that is none of latents."""
+        """Convert the final state (B, C, H, W) to pictures of type "pil", "np" or "pt"."""
         x = x if self.transformer.pixel_space else decode_batch(self.vae, x)
         if output_type == "pil":
             arrays = to_uint8(x).cpu().permute(0, 2, 3, 1).numpy()
@@ -305,10 +306,10 @@ def _labels(class_labels: int | Sequence[int] | Tensor) -> list[int]:
 
 
 def _checked(x: Tensor, shape: Sequence[int], what: str) -> Tensor:
-    """The tensor in float32.
+    """Return the tensor in float32.
 
     Raises:
-        InputError: it has another shape.
+        InputError: the tensor has another shape.
     """
     if tuple(x.shape) != tuple(shape):
         raise InputError(f"{what}: latents of shape {tuple(x.shape)}, expected {tuple(shape)}")
@@ -316,8 +317,8 @@ def _checked(x: Tensor, shape: Sequence[int], what: str) -> Tensor:
 
 
 _to_its_device = apply_forward_hook(lambda model: None)
-"""Under `enable_model_cpu_offload` a model moves when its `forward` is called; the loop calls another method."""
+"""Move the model under `enable_model_cpu_offload`. Only a call of `forward` moves it; the loop calls `predict`."""
 
-# `DiffusionPipeline.from_pretrained` looks the class that model_index.json names up in the namespace of diffusers, and
-# has no entry point for classes of other packages.
+# `DiffusionPipeline.from_pretrained` looks up the class in model_index.json in the namespace of diffusers. It has no
+# entry point for classes of other packages.
 diffusers.DynDiTPipeline = DynDiTPipeline

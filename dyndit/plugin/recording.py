@@ -1,4 +1,4 @@
-"""Recording the calls of a pipeline's transformer: the very states, prompts and branches that exits will meet.
+"""Record the calls of a pipeline's transformer: the same states, prompts and branches that exits will meet.
 
 with dyndit.record_calls(pipe, "calls"):
     pipe(prompts, num_inference_steps=20, generator=generators)      # the pipeline's own call, as often as wished
@@ -18,13 +18,13 @@ HOOK = "dyndit_recording"
 
 @contextmanager
 def record_calls(target: Target, out: str | Path) -> Iterator[Recording]:
-    """Record every call of a pipeline's transformer in the folder `out`, while open; add to what is recorded there.
+    """Record every call of a pipeline's transformer in the folder `out` while open. Append to its recorded calls.
 
-    target: the pipeline, or its transformer. Nothing about it changes, and no hook is left behind.
+    target: the pipeline, or its transformer. It does not change, and no hook remains.
 
     Raises:
-        InputError: no adapter serves the transformer, it is being recorded already, or `out` holds other things.
-            From within a call: the call passes what no adapter takes, or no file could hold.
+        InputError: no adapter serves the transformer, it is recorded already, or `out` holds other files. Within a
+            call: an argument that no adapter takes or that no file can hold.
     """
     transformer = transformer_of(target)
     adapter = adapt(transformer)

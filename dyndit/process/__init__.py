@@ -1,7 +1,7 @@
-"""Processes: how noise and picture mix, and what a network predicts. A new process: one file here, found by itself.
+"""Processes: how noise and picture mix, and the quantity that a network predicts.
 
 A process belongs to its model (`DynamicDepth.process`), which saves it in its config. Losses, the sampler, forecasts,
-calibration and peers ask the model's process; nothing in the package has a process of its own.
+calibration and peers use the model's process. To add a process, add one file here; `processes()` finds it.
 """
 
 import importlib
@@ -12,13 +12,14 @@ from functools import cache
 from dyndit.errors import InputError
 from dyndit.process.base import Process
 from dyndit.process.ddpm import DDPM
+from dyndit.process.flow import RectifiedFlow
 
-__all__ = ["DDPM", "Process", "from_config", "processes"]
+__all__ = ["DDPM", "Process", "RectifiedFlow", "from_config", "processes"]
 
 
 @cache
 def processes() -> dict[str, type[Process]]:
-    """Every process of this package, by name."""
+    """Return every process of this package, by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return {process.name: process for process in Process.__subclasses__()}
@@ -28,7 +29,7 @@ def from_config(config: Mapping[str, object]) -> Process:
     """Build the process that `Process.config()` described.
 
     Raises:
-        InputError: another name than that of a process here, or impossible fields.
+        InputError: an unknown name, or impossible fields.
     """
     fields = dict(config)
     name = fields.pop("name", None)

@@ -1,7 +1,7 @@
-"""What a process is: how noise and picture mix, and what a network predicts of the mixture.
+"""The process: how noise and picture mix, and the quantity that a network predicts from the mixture.
 
 Symbols, in every process: x_0 is the picture, eps is standard normal noise, x_t is their mixture at timestep t.
-Timesteps run from 0, the picture, to `num_timesteps`, the noise; a solver goes the other way.
+Timesteps rise from 0, the picture, to `num_timesteps`, the noise. A solver runs in the opposite direction.
 """
 
 import math
@@ -19,21 +19,22 @@ from dyndit.errors import InputError
 
 @dataclass(frozen=True)
 class Process(ABC):
-    """A process, carried by its model. Subclasses are frozen dataclasses whose fields are plain numbers and words."""
+    """A process, held by its model. Subclasses are frozen dataclasses whose fields are plain numbers and words."""
 
     name: ClassVar[str]
-    """Name under which files record the process and the command line asks for it."""
+    """Name of the process in files and on the command line."""
     usual_solver: ClassVar[str]
-    """The solver, by its name in `dyndit.sampling.solvers.SOLVERS`, where nobody asks for another."""
+    """Name of the default solver in `dyndit.sampling.solvers.SOLVERS`."""
     has_variance: ClassVar[bool]
-    """Whether a network may predict a variance in a second half of its channels."""
+    """True if a network may predict a variance in a second half of its channels."""
     num_timesteps: ClassVar[int] = 1000
 
     def __str__(self) -> str:
-        return " ".join([self.name, *(f"{name}={value}" for name, value in self.config().items() if name != "name")])
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != f.default}
+        return " ".join([self.name, *(f"{name}={value}" for name, value in values.items())])
 
     def config(self) -> dict[str, object]:
-        """Plain data from which `dyndit.process.from_config` builds the same process."""
+        """Return plain data from which `dyndit.process.from_config` builds the same process."""
         return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @abstractmethod
@@ -42,7 +43,7 @@ class Process(ABC):
 
     @abstractmethod
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return what the network is to predict from x_t.  -> (B, C, H, W)."""
+        """Return the quantity that the network should predict from x_t.  -> (B, C, H, W)."""
 
     @abstractmethod
     def x_0_of(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
@@ -50,30 +51,30 @@ class Process(ABC):
 
     @abstractmethod
     def clamp(self, prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
-        """Return the prediction whose picture is the given one's, clamped to [-1, 1].
+        """Clamp the picture that a prediction implies to [-1, 1], and return the prediction of the clamped picture.
 
-        prediction: (B, C_out, H, W), of which the first `channels` are clamped. timestep: on the host, so that no
-        device is waited for.
+        prediction: (B, C_out, H, W); the first `channels` are clamped. timestep: a plain float, so that no device has
+        to be waited for.
         """
 
     @abstractmethod
     def noise_level(self, t: float) -> float:
-        """Return the noise's standard deviation where the picture's scale is 1; finite and above 0 at any t."""
+        """Return the noise's standard deviation at picture scale 1. It is finite and above 0 at any t."""
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
         """Return the log of the signal-to-noise ratio (of variances) at these timesteps.  -> float64, on the host."""
 
     def log_snr_at(self, timestep: float) -> float:
-        """Return `log_snr` at one timestep, between whole ones too."""
+        """Return `log_snr` at one timestep, which need not be whole."""
         return -2 * math.log(self.noise_level(float(timestep)))
 
     @abstractmethod
     def path_kl_weights(self) -> Tensor:
-        """Return what a squared error of the prediction weighs at each whole timestep in the KL between two paths.
+        """Return the weight of a squared prediction error at each whole timestep in the KL between two paths.
 
-        1/2 |dlambda/dt| ||d eps||^2 is the integrand, lambda the log-SNR (Kingma et al. 2021, arXiv:2107.00630, the
-        bound in continuous time). Weights have mean 1.  -> one for each of the timesteps 0, 1, ...
+        The integrand is 1/2 |dlambda/dt| ||d eps||^2 with the log-SNR lambda (Kingma et al. 2021, arXiv:2107.00630, the
+        bound in continuous time). Weights have mean 1.  -> one weight per timestep 0, 1, ...
         """
 
     @abstractmethod
@@ -84,19 +85,19 @@ class Process(ABC):
     def loss(
         self, prediction: Tensor, x_0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the training loss and its parts, to be logged.  prediction: (B, C_out, H, W) -> scalar, scalars."""
+        """Return the training loss and its parts for the log.  prediction: (B, C_out, H, W) -> scalar, scalars."""
 
     @abstractmethod
     def scheduler_settings(self) -> dict[str, object]:
-        """Return the arguments by which a scheduler of diffusers is told this process."""
+        """Return the arguments that set a scheduler of diffusers to this process."""
 
     @abstractmethod
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Refuse a scheduler that steps another process.
 
         Raises:
-            InputError: the scheduler's x_t would hold another share of noise than the network takes it to hold, or
-                the scheduler wants another prediction.
+            InputError: the scheduler's x_t has another share of noise than the network expects, or the scheduler wants
+                another prediction.
         """
 
     @abstractmethod
@@ -105,7 +106,7 @@ class Process(ABC):
 
     @abstractmethod
     def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """Scale standard normal noise to the state that a scheduler begins with."""
+        """Scale standard normal noise to a scheduler's first state."""
 
     @abstractmethod
     def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
@@ -113,7 +114,7 @@ class Process(ABC):
 
     @classmethod
     def of(cls, config: Mapping[str, object]) -> Self:
-        """Build from the fields of `config()`, the name left out.
+        """Build the process from the fields of `config()` without the name.
 
         Raises:
             InputError: unknown or impossible fields.

@@ -1,7 +1,7 @@
-"""The process of DDPM: noise is predicted, with a learned variance, on a discrete schedule of variances.
+"""The process of DDPM: the network predicts noise, and may predict a variance, on a discrete schedule of variances.
 
-Symbols are those of Ho et al. 2020 (arXiv:2006.11239, "DDPM") and Nichol and Dhariwal 2021 (arXiv:2102.09672,
-"iDDPM"): beta_t, alpha_bar_t, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+Symbols follow Ho et al. 2020 (arXiv:2006.11239, "DDPM") and Nichol and Dhariwal 2021 (arXiv:2102.09672, "iDDPM"):
+beta_t, alpha_bar_t, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
 """
 
 import math
@@ -33,25 +33,26 @@ class DDPM(Process):
             raise InputError(
                 f"process ddpm: betas {self.beta_start} to {self.beta_end}; expected within (0, 1), rising"
             )
-        # Made at once: tables that are first asked for in inference mode could not be trained with.
+        # Make the tables now: tables first made in inference mode could not be used in training.
         betas = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_bar", torch.cumprod(1 - betas, dim=0))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha_bar / (1 - alpha_bar)) at integer t: twice diffusers' `lambda_t`."""
+        """Return log(alpha_bar / (1 - alpha_bar)) at integer t: twice diffusers' `lambda_t`."""
         alpha_bar = self.alphas_bar[t.long().cpu()]
         return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
 
     def path_kl_weights(self) -> Tensor:
-        """|dlambda/dt| by central differences, scaled to mean 1.  -> (T,)."""
+        """Return |dlambda/dt| by central differences, scaled to mean 1.  -> (T,)."""
         (change,) = torch.gradient(self.log_snr(torch.arange(self.num_timesteps)))
         return change.abs() / change.abs().mean()
 
     def noise_level(self, t: float) -> float:
-        """sigma = sqrt((1 - alpha_bar) / alpha_bar): the noise's standard deviation where the picture's scale is 1.
+        """Return sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise's standard deviation at picture scale 1.
 
-        Between whole timesteps it is interpolated linearly, as diffusers' Euler does. Beyond the last it stays.
+        Between whole timesteps sigma is interpolated linearly, as in diffusers' Euler. Beyond the last timestep it
+        stays constant.
         """
         t = min(t, self.num_timesteps - 1)
         low = int(t)
@@ -59,37 +60,37 @@ class DDPM(Process):
         return level if low == t else level + (t - low) * (self.noise_level(low + 1) - level)
 
     def alpha_bar(self, t: float) -> float:
-        """alpha_bar at a timestep, by `noise_level` between whole ones."""
+        """Return alpha_bar at a timestep. Between whole timesteps it follows from `noise_level`."""
         return self.alphas_bar[int(t)].item() if int(t) == t else 1 / (1 + self.noise_level(t) ** 2)
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped (B, 1, 1, 1), of `like`'s dtype and device."""
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (B, 1, 1, 1), in `like`'s dtype and on its device."""
         alpha_bar = self.alphas_bar[t.long().cpu()].view(-1, *[1] * (like.ndim - 1))
         return tuple(scale.to(like.device, like.dtype) for scale in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t of DDPM, Equation 4.  x_0, eps: (B, C, H, W), t: (B,) -> (B, C, H, W)."""
+        """Mix to x_t by DDPM, Equation 4.  x_0, eps: (B, C, H, W), t: (B,) -> (B, C, H, W)."""
         signal, noise = self.scales(t, x_0)
         return signal * x_0 + noise * eps
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The noise."""
+        """Return the noise."""
         return eps
 
     def x_0_of(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that a noise prediction implies; a variance half is passed over.  -> (B, C, H, W)."""
+        """Return the x_0 that a noise prediction implies. A variance half is ignored.  -> (B, C, H, W)."""
         signal, noise = self.scales(t, x_t)
         return (x_t - noise * prediction[:, : x_t.shape[1]]) / signal
 
     def clamp(self, prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
-        """The noise prediction whose x0 is the given one's, clamped to [-1, 1]; the variance half stays."""
+        """Clamp the implied x_0 to [-1, 1] and return its noise prediction. The variance half does not change."""
         eps, alpha_bar = prediction[:, :channels], self.alpha_bar(timestep)
         signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         x_0 = ((x_t - sigma * eps) / signal).clamp(-1, 1)
         return torch.cat([(x_t - signal * x_0) / sigma, prediction[:, channels:]], dim=1)
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
-        """Whole timesteps, every one as likely as any other."""
+        """Draw whole timesteps uniformly."""
         return torch.randint(self.num_timesteps, (n,), generator=generator)
 
     def loss(
@@ -97,7 +98,7 @@ class DDPM(Process):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """L_simple on the noise plus the variational bound on the variance (iDDPM, Equation 16, one sampled t).
 
-        -> scalar, {"mse", "vb"}; without "vb" where no variance is predicted. The bound of 1000 terms weighs 0.001, so
+        -> scalar, {"mse", "vb"}; without "vb" if no variance is predicted. The bound of 1000 terms weighs 0.001, so
         one sampled term weighs 1.
         """
         prediction, channels = prediction.float(), x_0.shape[1]
@@ -108,7 +109,7 @@ class DDPM(Process):
         return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
     def scheduler_settings(self) -> dict[str, object]:
-        """The betas."""
+        """Return the betas."""
         return {
             "num_train_timesteps": self.num_timesteps,
             "beta_start": self.beta_start,
@@ -117,7 +118,7 @@ class DDPM(Process):
         }
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
-        """Accept what predicts noise on these betas.
+        """Accept a scheduler that predicts noise on these betas.
 
         Raises:
             InputError: a scheduler of flow matching, of another prediction, or of other betas.
@@ -135,21 +136,21 @@ class DDPM(Process):
             )
 
     def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
-        """As the scheduler spaces them."""
+        """Use the scheduler's own spacing."""
         scheduler.set_timesteps(num_steps)
 
     def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """As the scheduler scales it."""
+        """Use the scheduler's own scale."""
         return noise * scheduler.init_noise_sigma
 
     def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """As the scheduler scales it."""
+        """Use the scheduler's own scale."""
         return scheduler.scale_model_input(x, t)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(x_{t-1} | x_t, x_0): DDPM, Equations 6 and 7.
+        """Return the mean and log-variance of q(x_{t-1} | x_t, x_0): DDPM, Equations 6 and 7.
 
-        The variance is 0 at t = 0; as in iDDPM its logarithm there is taken from t = 1.
+        The variance is 0 at t = 0. As in iDDPM, its logarithm at t = 0 is taken from t = 1.
         """
         index = t.long().cpu()
         bar = self.alphas_bar
@@ -172,13 +173,13 @@ class DDPM(Process):
 
 
 def gaussian_kl(mean_a: Tensor, log_var_a: Tensor, mean_b: Tensor, log_var_b: Tensor) -> Tensor:
-    """KL(a || b) of diagonal Gaussians, elementwise, in nats."""
+    """Return KL(a || b) of diagonal Gaussians, elementwise, in nats."""
     ratio = torch.exp(log_var_a - log_var_b) + (mean_a - mean_b) ** 2 * torch.exp(-log_var_b)
     return 0.5 * (ratio - 1 + log_var_b - log_var_a)
 
 
 def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """-log of the mass a Gaussian gives to x's bin of width 2/255 in [-1, 1], elementwise, in nats.
+    """Return -log of a Gaussian's mass in x's bin of width 2/255 in [-1, 1], elementwise, in nats.
 
     DDPM, Equation 13: the outermost bins reach to infinity.
     """
@@ -191,9 +192,9 @@ def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor
 
 
 def variational_bound(process: DDPM, prediction: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """One term of the variational bound per picture, in bits per dimension.  -> (B,).
+    """Return one term of the variational bound per picture, in bits per dimension.  -> (B,).
 
-    prediction: (B, 2C, H, W). The gradient reaches the variance half alone (iDDPM, Section 3.1).
+    prediction: (B, 2C, H, W). The gradient reaches only the variance half (iDDPM, Section 3.1).
     """
     eps, v = prediction.chunk(2, dim=1)
     true_mean, true_log_var = process.posterior(x_0, x_t, t)

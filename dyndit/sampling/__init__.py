@@ -1,1 +1,1 @@
-"""From noise to pictures under a plan."""
+"""Sample from noise to pictures under a plan."""

@@ -1,7 +1,7 @@
 """The one sampling loop: from noise to pictures, a step at a time.
 
-Picture i is a function of (seed, class, index) alone: its noise comes from a generator seeded with (seed, index), that
-of a stochastic solver's step k from one seeded with (seed, index, k).
+Picture i is a function of (seed, class, index) alone. Its first noise comes from a generator of (seed, index). The
+noise of step k of a stochastic solver comes from a generator of (seed, index, k + 1).
 """
 
 import copy
@@ -33,10 +33,10 @@ from dyndit.sampling.solvers import (
 
 
 def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale: float) -> DepthPlan:
-    """The original model at every step.
+    """Plan full depth, the original model, at every step.
 
     Raises:
-        InputError: the solver or the guidance asks for what the model was not trained to predict.
+        InputError: the model was not trained for the solver or the guidance.
     """
     timesteps = timesteps_of(solver, num_steps, model.process)
     backbone, name = model.backbone, solver_name(solver)
@@ -50,7 +50,7 @@ def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale:
             raise InputError(f"--solver {name}: this model predicts no variance; expected one of {others}")
         whole = diffusers.DDPMScheduler | diffusers.DDPMParallelScheduler
         if name != "ddpm" and not isinstance(solver, whole) and backbone.in_channels != 3:
-            # The multistep solvers that know the setting cut every prediction to three channels.
+            # Multistep solvers with this setting cut every prediction to three channels.
             raise InputError(
                 f"scheduler {name}: takes {solver.config.variance_type} variances of 3 channels alone, the model "
                 f"has {backbone.in_channels}; expected variance_type=None"
@@ -59,15 +59,15 @@ def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale:
 
 
 def picture_generator(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of the key alone: (seed, index), or (seed, index, step + 1)."""
+    """Make a CPU generator from a key alone: (seed, index), or (seed, index, step + 1)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def noise(seed: int | Sequence[int], indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal (B, *shape), row i from (seed, indices[i]) alone. Drawn on the CPU on any device.
+    """Draw standard normal (B, *shape) on the CPU, row i from (seed, indices[i]) alone.
 
-    seed: of all rows, or one per row.
+    seed: one for all rows, or one per row.
     """
     keys = zip(_per_row(seed, len(indices)), indices, strict=True)
     return torch.stack([torch.randn(shape, generator=picture_generator(*key)) for key in keys])
@@ -79,9 +79,9 @@ def _per_row(seed: int | Sequence[int], rows: int) -> Sequence[int]:
 
 @dataclass
 class Trajectory:
-    """Where a sampling stands: the state, and the solver's memory. `fork` makes an independent continuation.
+    """The state of a sampling under way: x and the memories of solver and model.
 
-    memory: what the model's last step left for the next (`DynamicDepth.predict`); None at the start.
+    memory: value that the model's last step left for the next step (`DynamicDepth.predict`); None at the start.
     """
 
     x: Tensor
@@ -89,17 +89,16 @@ class Trajectory:
     memory: object = None
 
     def fork(self) -> "Trajectory":
-        """A copy that can be continued another way."""
+        """Copy the trajectory, to continue it in another way."""
         return Trajectory(self.x, copy.deepcopy(self.scheduler), copy.deepcopy(self.memory))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which pictures a batch holds.
+    """The pictures of a batch.
 
-    condition: B rows on the model's device; indices: B host integers; seed: of all pictures, or one per picture.
-    generators: draw all noise where given, instead of those that (seed, index) makes: one for the batch, or a list
-    of one per picture.
+    condition: B rows on the model's device; indices: B host integers; seed: one for all pictures, or one per picture.
+    generators: one for the batch, or a list of one per picture. They replace the generators of (seed, index).
     """
 
     condition: Condition
@@ -109,18 +108,18 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """Where the condition is, and so where the pictures are drawn."""
+        """Device of the condition. The pictures are drawn on it."""
         rows = self.condition
         return rows.device if isinstance(rows, Tensor) else next(iter(rows.rows.values())).device
 
     def noise(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal (B, *shape): what every picture starts from."""
+        """Draw the first noise of every picture, standard normal (B, *shape)."""
         if self.generators is None:
             return noise(self.seed, self.indices, shape).to(self.device)
         return randn_tensor((len(self.indices), *shape), self.generators, self.device, torch.float32)
 
     def generators_of(self, step: int) -> torch.Generator | list[torch.Generator]:
-        """What a stochastic solver draws from at a step: fresh ones, or those given."""
+        """Return the generators of a stochastic solver at a step: the given generators, or fresh ones."""
         if self.generators is not None:
             return self.generators
         keys = zip(_per_row(self.seed, len(self.indices)), self.indices, strict=True)
@@ -128,25 +127,25 @@ class Batch:
 
 
 def batch_in_turn(model: DynamicDepth, indices: Sequence[int], seed: int) -> Batch:
-    """The batch of pictures `indices` of an evaluation set: every class in turn."""
+    """Make the batch of pictures `indices` of an evaluation set: every class in turn."""
     condition = model.backbone.condition
     values = [value for index in indices for value in condition.in_turn(1, index)]
     return Batch(condition.of(values, next(model.parameters()).device), tuple(indices), seed)
 
 
 StepHook = Callable[[int, float, float], None]
-"""(step, seconds of the step, seconds of those in the network); the device is synchronised around both."""
+"""(step, seconds of the step, seconds of the network in it). The device is synchronised around both."""
 
 
 StepEndHook = Callable[[int, Tensor, Tensor], Tensor | None]
-"""(step, its timestep as the scheduler has it, x after the step) -> what x is from there on; None keeps it."""
+"""(step, the scheduler's timestep, x after the step) -> the new x; None keeps x."""
 
 
 @torch.inference_mode()
 def start(
     model: DynamicDepth, batch: Batch, solver: AnySolver, num_steps: int, *, noise: Tensor | None = None
 ) -> Trajectory:
-    """A trajectory at pure noise: the batch's own, or `noise`, standard normal (B, C, H, W)."""
+    """Start a trajectory at the batch's own noise, or at `noise`, standard normal (B, C, H, W)."""
     scheduler = make_scheduler(solver, num_steps, model.process)
     x = batch.noise(model.backbone.sample_shape) if noise is None else noise
     return Trajectory(model.process.first_state(x, scheduler), scheduler)
@@ -166,10 +165,10 @@ def advance(
     on_step_end: StepEndHook | None = None,
     also_keep: Sequence[int] = (),
 ) -> Trajectory:
-    """Run steps `first` to `stop - 1` of the plan on `trajectory`, in place. The loop every sampling goes through.
+    """Run steps `first` to `stop - 1` of the plan on `trajectory`, in place. Every sampling runs this loop.
 
     The solver's state is kept in float32; the network computes in the precision of its weights. also_keep: exits whose
-    gaps are remembered at every step at full depth, whether later steps of the plan need them or not.
+    gaps are stored at every full-depth step, even if the plan does not need them later.
     """
     scheduler, x, dtype = trajectory.scheduler, trajectory.x, next(model.parameters()).dtype
     with_variance, stochastic = takes_variance(scheduler), draws_noise(scheduler)
@@ -211,5 +210,5 @@ def advance(
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to 0..255, rounded without bias.  (B, C, H, W) -> (B, C, H, W) uint8."""
+    """Convert pixels in [-1, 1] to 0..255, rounded without bias.  (B, C, H, W) -> (B, C, H, W) uint8."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)

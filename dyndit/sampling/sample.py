@@ -1,7 +1,7 @@
 """Draw pictures under a plan."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -77,6 +77,22 @@ def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, s
         raise InputError(f"--seed {seed}: expected at least 0")
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One batch of a sampling.
+
+    ids: numbers of the pictures, labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
+    latents. seconds: wall time from noise to there. step_seconds, network_seconds: per step, empty without `stats`.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    x: Tensor
+    seconds: float
+    step_seconds: tuple[float, ...] = ()
+    network_seconds: tuple[float, ...] = ()
+
+
 def sample(
     model: DynamicDepth,
     labels: Sequence[int],
@@ -98,7 +114,7 @@ def sample(
     Picture i has index first_index + i. `strict` pads every batch to `batch_size`, so that kernels see one shape
     and pictures are bit-equal however they are grouped; without it they are equal to 1/255.
     solver: a name of `SOLVERS`, or a diffusers scheduler. `stats` times every step. on_batch(n) is called after each
-    batch of n pictures.
+    batch of n pictures. All pictures are in memory at the end: `draw` holds a batch, `store.sample_into` keeps them.
 
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
@@ -106,36 +122,14 @@ def sample(
     labels = [int(label) for label in labels]
     check_request(model, labels, batch_size, seed)
     plan = resolve_plan(model, plan, solver, num_steps, cfg_scale)
-    guidance, device = Guidance(cfg_scale, guided_channels), next(model.parameters()).device
-    pictures, times, per_step, in_network = [], [], [0.0] * num_steps, [0.0] * num_steps
-
-    def on_step(k: int, seconds: float, network: float) -> None:
-        per_step[k] += seconds
-        in_network[k] += network
-
-    for low in range(0, len(labels), batch_size):
-        mine = list(labels[low : low + batch_size])
-        indices = [first_index + low + i for i in range(len(mine))]
-        kept = len(mine)
-        if strict:
-            mine += [mine[-1]] * (batch_size - kept)
-            indices += [indices[-1]] * (batch_size - kept)
-        batch = Batch(model.backbone.condition.of(mine, device), tuple(indices), seed)
-        began = time.perf_counter()
-        x = advance(
-            model,
-            batch,
-            start(model, batch, solver, num_steps),
-            plan,
-            guidance,
-            on_step=on_step if stats else None,
-        ).x
-        x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
-        times.append(time.perf_counter() - began)
-        pictures.append(x[:kept])
+    drawn = []
+    options = {"batch_size": batch_size, "strict": strict, "stats": stats}
+    ids = range(first_index, first_index + len(labels))
+    for batch in batches(model, labels, ids, plan, Guidance(cfg_scale, guided_channels), solver, seed, **options):
+        drawn.append(batch)
         if on_batch is not None:
-            on_batch(kept)
-    result = torch.cat(pictures)
+            on_batch(len(batch.ids))
+    result = torch.cat([batch.x for batch in drawn])
     empty = torch.empty(0, dtype=torch.uint8)
     return Samples(
         pictures=result if model.pixel_space else empty,
@@ -143,9 +137,9 @@ def sample(
         labels=tuple(labels),
         plan=plan,
         seed=seed,
-        batch_seconds=tuple(times),
-        step_seconds=tuple(per_step) if stats else (),
-        network_seconds=tuple(in_network) if stats else (),
+        batch_seconds=tuple(batch.seconds for batch in drawn),
+        step_seconds=added(batch.step_seconds for batch in drawn),
+        network_seconds=added(batch.network_seconds for batch in drawn),
         settings={
             "solver": plan.solver,
             "num_steps": num_steps,
@@ -157,6 +151,79 @@ def sample(
             "strict": strict,
         },
     )
+
+
+def draw(
+    model: DynamicDepth,
+    labels: Sequence[int],
+    *,
+    ids: Sequence[int] | None = None,
+    plan: DepthPlan | Router | None = None,
+    solver: AnySolver = "ddim",
+    num_steps: int = 20,
+    cfg_scale: float = 1.5,
+    guided_channels: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    strict: bool = False,
+    stats: bool = False,
+) -> Iterator[Drawn]:
+    """Draw one picture per label, a batch at a time: what `sample` collects.
+
+    ids: the pictures' numbers (default: 0, 1, ...). Picture i is a function of (seed, label, i) alone, so that numbers
+    can be shared out over processes: `draw(model, labels[a:b], ids=range(a, b))`.
+
+    Raises:
+        InputError: at once, as `sample`; or numbers below 0, or not as many as labels.
+    """
+    labels = [int(label) for label in labels]
+    check_request(model, labels, batch_size, seed)
+    ids = range(len(labels)) if ids is None else ids
+    if len(ids) != len(labels) or min(ids) < 0:
+        raise InputError(f"ids: {len(ids)} from {min(ids, default=0)} on; expected {len(labels)}, a number per label")
+    plan, guidance = resolve_plan(model, plan, solver, num_steps, cfg_scale), Guidance(cfg_scale, guided_channels)
+    options = {"batch_size": batch_size, "strict": strict, "stats": stats}
+    return batches(model, labels, ids, plan, guidance, solver, seed, **options)
+
+
+def batches(
+    model: DynamicDepth,
+    labels: Sequence[int],
+    ids: Sequence[int],
+    plan: DepthPlan,
+    guidance: Guidance,
+    solver: AnySolver,
+    seed: int,
+    *,
+    batch_size: int,
+    strict: bool = False,
+    stats: bool = False,
+) -> Iterator[Drawn]:
+    """`draw`, of a checked request and a plan that `resolve_plan` gave."""
+    device = next(model.parameters()).device
+    for low in range(0, len(ids), batch_size):
+        mine, indices = list(labels[low : low + batch_size]), list(ids[low : low + batch_size])
+        kept, per_step, in_network = len(mine), [0.0] * plan.num_steps, [0.0] * plan.num_steps
+        if strict:
+            mine += [mine[-1]] * (batch_size - kept)
+            indices += [indices[-1]] * (batch_size - kept)
+
+        def on_step(k: int, seconds: float, network: float, per_step=per_step, in_network=in_network) -> None:
+            per_step[k], in_network[k] = seconds, network
+
+        batch = Batch(model.backbone.condition.of(mine, device), tuple(indices), seed)
+        began = time.perf_counter()
+        trajectory = start(model, batch, solver, plan.num_steps)
+        x = advance(model, batch, trajectory, plan, guidance, on_step=on_step if stats else None).x
+        x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
+        seconds = time.perf_counter() - began
+        times = (tuple(per_step), tuple(in_network)) if stats else ((), ())
+        yield Drawn(tuple(indices[:kept]), tuple(mine[:kept]), x[:kept], seconds, *times)
+
+
+def added(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """The sum of each column: seconds per step, over batches."""
+    return tuple(map(sum, zip(*rows, strict=True)))
 
 
 def balanced_labels(num_images: int, num_classes: int) -> list[int]:

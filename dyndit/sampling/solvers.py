@@ -1,4 +1,4 @@
-"""Solvers: diffusers schedulers, by name or as given, and the checks that they step the model's process."""
+"""Build solvers from diffusers schedulers, by name or as given, and check that they step the model's process."""
 
 import functools
 import inspect
@@ -10,15 +10,15 @@ import torch
 from diffusers import SchedulerMixin
 
 from dyndit.errors import InputError
-from dyndit.process import DDPM, Process
+from dyndit.process import DDPM, Process, RectifiedFlow
 
 
 @dataclass(frozen=True)
 class Solver:
     """A diffusers scheduler, its settings, and the process that it steps.
 
-    Clamping of x0 is done here, in the loop, alike for every solver, so the schedulers' own is off. Spacings give
-    the timesteps linspace(999, 0, K + 1)[:-1] or their nearest in the class: no step is spent at t = 0.
+    The sampling loop clamps x0 alike for every solver, so the schedulers' own clamping is off. Spacings give the
+    timesteps linspace(999, 0, K + 1)[:-1], or the nearest that the class has: no step is spent at t = 0.
     """
 
     scheduler: type[SchedulerMixin]
@@ -28,7 +28,7 @@ class Solver:
     def build(self, process: Process | None = None) -> SchedulerMixin:
         """Build the scheduler, its timesteps not set yet.
 
-        process: the model's, of the class that this solver steps (default: that class with its usual settings).
+        process: the model's process, of the class that this solver steps (default: the class's usual settings).
         """
         return self.scheduler(**(process or self.process()).scheduler_settings(), **self.options)
 
@@ -43,11 +43,12 @@ SOLVERS: dict[str, Solver] = {
         {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"},
     ),
     # DDIM with eta = 0 is DPM-Solver++ of order 1 (Lu et al. 2022, arXiv:2211.01095, Section 4); this class steps
-    # exactly between any two timesteps, where DDIMScheduler takes the previous one to be t - 1000 // K.
+    # exactly between any two timesteps, while DDIMScheduler always steps to t - 1000 // K.
     "ddim": Solver(diffusers.DPMSolverMultistepScheduler, {"solver_order": 1, **_MULTISTEP}),
     "dpmpp": Solver(diffusers.DPMSolverMultistepScheduler, {"solver_order": 2, **_MULTISTEP}),
     "unipc": Solver(diffusers.UniPCMultistepScheduler, {"solver_order": 2, **_MULTISTEP}),
     "euler": Solver(diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "flow-euler": Solver(diffusers.FlowMatchEulerDiscreteScheduler, {}, RectifiedFlow),
 }
 
 
@@ -56,7 +57,7 @@ AnySolver = str | SchedulerMixin
 
 
 def solvers_of(process: Process) -> dict[str, Solver]:
-    """The named solvers that step a process."""
+    """Return the named solvers that step a process."""
     return {name: solver for name, solver in SOLVERS.items() if isinstance(process, solver.process)}
 
 
@@ -77,7 +78,7 @@ def named_solver(name: str, process: Process) -> Solver:
 
 
 def solver_name(solver: AnySolver) -> str:
-    """What plans record: the name in `SOLVERS` of these very settings, else the scheduler's class."""
+    """Return the name that plans record: the name in `SOLVERS` of equal settings, else the scheduler's class."""
     if isinstance(solver, str):
         return solver
     mine = (type(solver), _settings(solver))
@@ -95,19 +96,21 @@ def _settings(scheduler: SchedulerMixin) -> dict[str, object]:
 
 
 def takes_variance(solver: AnySolver) -> bool:
-    """Whether `step` wants the learned-variance half of a prediction."""
+    """Tell whether `step` takes the learned-variance half of a prediction."""
     scheduler = _built(solver) if isinstance(solver, str) else solver
     return scheduler.config.get("variance_type") in ("learned", "learned_range")
 
 
 def draws_noise(scheduler: SchedulerMixin) -> bool:
-    """Whether `step` may draw noise, and wants generators for it.
+    """Tell whether `step` may draw noise, and so needs generators.
 
-    Those known to draw none as they are called here (Euler without churn, DDIM with eta = 0, DPM-Solver on the ODE)
-    take a generator too; making one per picture and step would be for nothing.
+    Euler without churn, DDIM with eta = 0 and DPM-Solver on the ODE also take a generator, but draw no noise here.
+    Making one generator per picture and step for them would be wasted.
     """
     if isinstance(scheduler, diffusers.EulerDiscreteScheduler | diffusers.DDIMScheduler):
         return False
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return bool(scheduler.config.stochastic_sampling)
     if str(scheduler.config.get("algorithm_type", "sde")).startswith("dpmsolver"):
         return False
     return "generator" in _step_parameters(type(scheduler))
@@ -122,8 +125,8 @@ def check_scheduler(scheduler: SchedulerMixin, process: Process) -> None:
     """Refuse a scheduler that the sampling loop cannot call, or that steps another process than the model's.
 
     Raises:
-        InputError: it is no scheduler, runs the network twice a step (Heun, KDPM2), wants more than a prediction to
-            step, or is refused by the process (`Process.check_scheduler`).
+        InputError: it is no scheduler, runs the network twice a step (Heun, KDPM2), needs more than a prediction to
+            step, or the process refuses it (`Process.check_scheduler`).
     """
     name = type(scheduler).__name__
     if not isinstance(scheduler, SchedulerMixin):
@@ -141,13 +144,13 @@ def check_scheduler(scheduler: SchedulerMixin, process: Process) -> None:
 
 
 def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> SchedulerMixin:
-    """A fresh scheduler with its timesteps set; one that is given is left as it is.
+    """Make a fresh scheduler with its timesteps set. A given scheduler is copied, not changed.
 
-    process: the model's.
+    process: the model's process.
 
     Raises:
-        InputError: a solver that is unknown or of another process, a scheduler that `check_scheduler` refuses or that
-            repeats timesteps, or a step count outside 1..1000.
+        InputError: the solver is unknown or of another process, `check_scheduler` refuses the scheduler, timesteps
+            repeat, or the step count is outside 1..1000.
     """
     named = named_solver(solver, process) if isinstance(solver, str) else None
     if not 1 <= num_steps <= process.num_timesteps:
@@ -176,11 +179,11 @@ def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM())
 
 
 def timesteps_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> tuple[float, ...]:
-    """The timesteps of a solver, falling; whole ones are integers."""
+    """Return the timesteps of a solver, falling. Whole timesteps are integers."""
     times = make_scheduler(solver, num_steps, process).timesteps.tolist()
     return tuple(int(t) if float(t).is_integer() else t for t in times)
 
 
 def log_snr_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> tuple[float, ...]:
-    """The log of the signal-to-noise ratio at every step of a solver, rising from noise to picture."""
+    """Return the log of the signal-to-noise ratio at every step of a solver, rising from noise to picture."""
     return tuple(process.log_snr(torch.tensor(timesteps_of(solver, num_steps, process))).tolist())

@@ -1,4 +1,4 @@
-"""Measure what the parts of a step cost on this machine."""
+"""Measure the cost of the parts of a step on this machine."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def measure_cost(
     cfg_scale: float = 1.5,
     rounds: int = 7,
 ) -> CostModel:
-    """Time the parts of a step of our own sampling on this machine: medians over `rounds`, the parts alternating."""
+    """Time the parts of our own sampling step: medians over `rounds`. The parts alternate."""
     backbone, first = model.backbone, next(model.parameters())
 
     def some(rows: int) -> Inputs:
@@ -32,7 +32,7 @@ def measure_cost(
     plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
     condition = backbone.condition.of(backbone.condition.in_turn(batch_size), first.device)
     batch = Batch(condition, tuple(range(batch_size)), seed=0)
-    # The trajectory is prepared ahead: drawing the noise is not part of a step.
+    # Prepare the trajectories ahead: drawing the noise is not part of a step.
     waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
 
     def draw() -> list[float]:
@@ -44,18 +44,18 @@ def measure_cost(
     return measure_parts(model, some(batch_size), some(2 * batch_size), draw, rounds=rounds)
 
 
-@torch.no_grad()  # not inference mode: what a pipeline's modules keep from `draw` is to serve training as well
+@torch.no_grad()  # not inference mode: training may use tensors that a pipeline's modules keep from `draw`
 def measure_parts(
     model: DynamicDepth, one: Inputs, two: Inputs | None, draw: Callable[[], Sequence[float]], *, rounds: int
 ) -> CostModel:
-    """Time the parts on given calls: medians over `rounds`, the parts and a whole sampling alternating within each.
+    """Time the parts on given calls: medians over `rounds`. In each round the parts and a whole sampling alternate.
 
-    one: a branch's B rows; two: both branches' 2B, or None where they run one after the other. draw: sample once
-    -> the seconds of every step besides the network.
+    one: the B rows of a branch; two: the 2B rows of both branches, or None if they run one after the other. draw:
+    sample once -> the seconds of every step outside the network.
     """
     backbone, device = model.backbone, one.x.device
     first_alike = model.exits.alike() if model.exits is not None else {}
-    shallowest = model.depths[0]  # L where there are no exits
+    shallowest = model.depths[0]  # L without exits
     exits = sorted({shallowest, *first_alike.values()})
     parts: dict[str, Callable[[], object]] = {}
 
@@ -79,7 +79,7 @@ def measure_parts(
     draws: list[Sequence[float]] = []
     parts["steps"] = lambda: draws.append(draw())
     seconds = _medians(parts, rounds, Clock(device))
-    rest = [step for measured in draws[1:] for step in measured]  # the first one warms up
+    rest = [step for measured in draws[1:] for step in measured]  # the first draw warms up
 
     def times(name: str, factor: int = 1) -> PartTimes:
         embed, block, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "block", "head"))
@@ -88,7 +88,7 @@ def measure_parts(
         return PartTimes(embed, block / model.num_blocks, leave[shallowest], head, others)
 
     both = times("one", 2) if two is None else times("two")
-    # A pipeline of one step has nothing between its calls.
+    # A pipeline of one step has no time between calls.
     solver = statistics.median(rest) if rest else 0.0
     return CostModel(len(one), model.num_blocks, times("one"), both, solver, device.type)
 

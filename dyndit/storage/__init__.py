@@ -1,1 +1,1 @@
-"""Foreign formats of a class-conditional DiT, one file each: read into the native classes, written from them."""
+"""Read and write models: one file for each format of a class-conditional DiT, and the native folder."""

@@ -1,6 +1,6 @@
-"""Write the model card of a native folder: README.md, made of what lies in the folder.
+"""Write the model card of a native folder: README.md, made from the folder's files.
 
-What takes the analysis suite to make, a picture of the plans and the table of measured runs, is handed in.
+The analysis suite makes the picture of the plans and the table of measured runs; the caller hands them in.
 """
 
 import re
@@ -23,9 +23,9 @@ TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit", "class-condition
 
 @dataclass(frozen=True)
 class CardExtras:
-    """What a card shows beyond the folder's own words; `dyndit.analysis.report.card` makes it.
+    """Parts of a card that `dyndit.analysis.report.card` makes.
 
-    picture: a PNG of the plans; without one the plans are printed. measured: Markdown, the table of measured runs.
+    picture: a PNG of the plans; default: the plans are printed. measured: Markdown, the table of measured runs.
     """
 
     picture: bytes | None = None
@@ -33,13 +33,13 @@ class CardExtras:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a card lies there that is somebody's own."""
+    """Tell whether the folder holds a card that dyndit did not write."""
     path = folder / CARD
     return path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that a card's front matter names."""
+    """Return the licence that a card's front matter names."""
     path = folder / CARD
     if not path.is_file():
         return None
@@ -50,7 +50,7 @@ def license_of(folder: Path) -> str | None:
 def write(model: DynamicDepth, folder: Path, *, license: str | None = None, extras: CardExtras | None = None) -> None:
     """Write the card, and beside it the picture of the plans. A card that dyndit did not write is left alone.
 
-    license: for the front matter (default: what the card there names). extras: the picture and the measured table.
+    license: for the front matter (default: the existing card's licence). extras: the picture and the measured table.
 
     Raises:
         InputError: the licence is no identifier.
@@ -93,6 +93,7 @@ def _backbone(model: DynamicDepth) -> str:
     rows = [f"| {name} | {value} |" for name, value in config.items()]
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
+        f"| process | {model.process} |",
         f"| makes | {'pixels in [-1, 1]' if model.pixel_space else 'latents'} |",
         f"| hash | `{model.identity.backbone}` |",
     ]
@@ -143,7 +144,7 @@ def _features(folder: Path) -> str:
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
     guided = model.backbone.condition.guided
-    drawn = "num_steps=20, cfg_scale=1.5" if guided else "num_steps=20, cfg_scale=1"
+    drawn = f'solver="{model.process.usual_solver}", num_steps=20, cfg_scale={1.5 if guided else 1}'
     if plans:
         name, plan = next(iter(plans.items()))
         drawn = f'plan=dyndit.DepthPlan.load("{name}"), solver="{plan.solver}", num_steps={plan.num_steps}'

@@ -1,4 +1,4 @@
-"""A model of any format the package reads, into any it writes; and how far it drifts where it is loaded plainly."""
+"""Convert a model from one format to another, and measure how far it drifts if it is loaded plainly."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,6 +12,7 @@ from dyndit import files, manifest
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.layers import position_features
+from dyndit.process import DDPM
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
@@ -23,12 +24,12 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""
 
 TIMESTEPS = (20, 250, 500, 750, 980)
-"""At which drift is measured."""
+"""Timesteps to measure drift at."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far two models' predictions are apart: the largest difference, and its RMS over that of the first."""
+    """Difference of two models' predictions: the largest one, and its RMS relative to the RMS of the first model's."""
 
     largest: float
     relative_rms: float
@@ -39,7 +40,7 @@ class Drift:
 
 @torch.inference_mode()
 def predictions(predict: Predict, config: DiTConfig, batch: int = 2) -> Tensor:
-    """Predictions of seeded noise, the same at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W)."""
+    """Predict from the same seeded noise at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, config.in_channels, *config.size, generator=generator)
     y = torch.arange(batch) % config.num_classes
@@ -47,7 +48,7 @@ def predictions(predict: Predict, config: DiTConfig, batch: int = 2) -> Tensor:
 
 
 def drift(reference: Tensor, other: Tensor) -> Drift:
-    """How far `other` is from `reference`."""
+    """Measure how far `other` is from `reference`."""
     difference = (other - reference).double()
     size = reference.double().square().mean().sqrt().clamp(min=1e-300)
     return Drift(difference.abs().max().item(), (difference.square().mean().sqrt() / size).item())
@@ -65,12 +66,11 @@ def convert(
 ) -> tuple[str, ...]:
     """Read a model and write it in another format, whole or not at all -> notes about it, a line each.
 
-    Exits, plans and the shift table go along into folders; an official `.pt` has no place for them. card_extras: makes
-    what a native folder's card shows beyond its files' own words, from that folder
-    (`dyndit.analysis.report.card.card_extras`).
+    Exits, plans and the shift table are copied into folders; an official `.pt` cannot hold them. card_extras: makes
+    the extras of a native folder's card from the folder, for example `dyndit.analysis.report.card.card_extras`.
 
     Raises:
-        InputError: the target is there already, or the format cannot express the model.
+        InputError: the target exists already, or the format cannot express the model.
         CheckpointError: the source is missing, damaged or foreign.
     """
     files.check_free(target, folder=to != "official")
@@ -79,7 +79,7 @@ def convert(
     if to == "official":
         official.write(model, target)
         return (*loaded.notes, *_left_behind(model, folder), _as_published(model))
-    # Before anything is written: it refuses what the class cannot express.
+    # Call this before writing: it refuses models that the class cannot express.
     notes = _in_diffusers(model) if to == "diffusers" else ()
     with files.written_whole(target, folder=True) as partial:
         if to == "native":
@@ -108,7 +108,7 @@ def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:
 
 
 def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
-    """How a plainly loaded folder compares with the model, measured on the class itself."""
+    """Measure how a plainly loaded folder differs from the model, on the diffusers class itself."""
     transformer, config = diffusers_folder.to_diffusers(model), DiTConfig(**model.backbone.config())
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -129,7 +129,9 @@ def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
 
 
 def _as_published(model: DynamicDepth) -> str:
-    """How the published code would run the written weights, which knows nothing of our `args`."""
+    """Measure how the published code, which ignores our `args`, would run the written weights."""
+    if not isinstance(model.process, DDPM):
+        return f"the published code would take its {model.process} for noise; dyndit.load honours what args record"
     config = DiTConfig(**model.backbone.config())
     published = official.as_published(config)
     others = [field.name for field in fields(config) if getattr(config, field.name) != getattr(published, field.name)]

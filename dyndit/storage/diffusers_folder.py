@@ -1,9 +1,9 @@
-"""diffusers' `DiTTransformer2DModel`: a folder with `config.json` and `diffusion_pytorch_model.*`.
+"""Read and write the folder of diffusers' `DiTTransformer2DModel`: `config.json` and `diffusion_pytorch_model.*`.
 
-In: safetensors, whole or in shards, or a `.bin`, read as tensors alone; the class itself is not needed. Out: a folder
-that plain `DiTTransformer2DModel.from_pretrained` loads. What the class has no argument for stands in config.json under
-names that begin with `_dyndit_`, which diffusers passes over: the timestep frequencies above all (0 in the published
-code; the class always starts with 1, see `match_frequencies`).
+In: safetensors, whole or in shards, or a `.bin`, read as tensors alone; diffusers is not needed. Out: a folder that
+plain `DiTTransformer2DModel.from_pretrained` loads. Settings that the class has no argument for stand in config.json
+under names that begin with `_dyndit_`; diffusers ignores these names. The main one is the shift of the timestep
+frequencies: 0 in the published code, while the class always starts with 1 (see `match_frequencies`).
 """
 
 import json
@@ -40,18 +40,17 @@ WEIGHTS = "diffusion_pytorch_model"
 PIXEL_SPACE, LABEL_DROPOUT = "_dyndit_pixel_space", "_dyndit_label_dropout"
 PRIVATE = (FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT, PROCESS)
 CHECKSUM_KEY, CONFIG_KEY = "dyndit_trunk", "dyndit_config"
-"""Names under which the metadata of weights that we wrote records the backbone's hash, and the private names'
-values."""
+"""Metadata of weights that we write: the backbone's hash, and the private names' values."""
 
 _NORM_EPS = 1e-6
-"""Of the norms before attention and before the output, which the class hard-codes."""
+"""Epsilon of the norms before attention and before the output. The class hard-codes it."""
 _FIXED = {
     "activation_fn": "gelu-approximate",
     "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False,
     "attention_bias": True,
 }
-"""What the class could be told and no DiT is."""
+"""Arguments of the class that have one value for every DiT."""
 _DEFAULTS = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -61,22 +60,22 @@ _DEFAULTS = {
     "patch_size": 2,
     "num_embeds_ada_norm": 1000,
 }
-"""The class's own, which a config.json need not repeat."""
+"""Defaults of the class, which a config.json may leave out."""
 _LARGEST, _MOST_PATCHES = 1 << 20, 512
-"""Of a size at all, and of patches across: an edited file is to be refused before it fills the memory."""
+"""Largest value of any size, and most patches across. They refuse an edited file before it fills the memory."""
 
 
 def serves(config: Mapping[str, object]) -> bool:
-    """Whether a config.json is of the class, or of the one that older versions of diffusers kept it in."""
+    """Tell whether a config.json is of the class, or of `Transformer2DModel`, its home in older diffusers."""
     name = config.get("_class_name")
     return name == CLASS or (name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero")
 
 
 def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = None) -> Loaded:
-    """Read a transformer's folder, and `exits.safetensors` where it lies there.
+    """Read a transformer's folder, and its `exits.safetensors` if there is one.
 
-    asked: the process that the model is to have, as of `process_of`. pixel_space: what the folder does not record
-    (default: pixels where there are 1 or 3 channels).
+    asked: the process to use, see `process_of`. pixel_space: used if the folder does not record it (default: pixels
+    for 1 or 3 channels).
 
     Raises:
         CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
@@ -110,7 +109,7 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
 
 
 def write(model: DynamicDepth, folder: Path) -> None:
-    """Write a transformer's folder, with exits.safetensors where the model has exits.
+    """Write a transformer's folder, with exits.safetensors if the model has exits.
 
     Raises:
         InputError: the diffusers class cannot express the model.
@@ -126,7 +125,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
 
 
 def class_config(model: DynamicDepth) -> dict[str, object]:
-    """The config.json of a model: the class's arguments, and the private names it passes over.
+    """Return the config.json of a model: the class's arguments, and the private names that diffusers ignores.
 
     Raises:
         InputError: the class cannot express the model.
@@ -139,10 +138,13 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
         f"mlp_ratio {c.mlp_ratio:g}": int(c.width * c.mlp_ratio) == 4 * c.width,
         "a backbone without null class": c.label_dropout > 0,
         f"norm_eps {c.norm_eps:g}": c.norm_eps == _NORM_EPS,
+        f"the time and velocity of {c.convention}": c.convention == "timesteps",
     }
     for found, fits in limits.items():
         if not fits:
-            raise InputError(f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class and norm_eps 1e-6")
+            raise InputError(
+                f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class, norm_eps 1e-6, timesteps"
+            )
     try:
         own_positions(backbone.state_dict())
     except CheckpointError as error:
@@ -170,7 +172,7 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
 
 
 def to_diffusers(model: DynamicDepth) -> "DiTTransformer2DModel":
-    """The transformer as diffusers' class, in memory, with the model's own timestep frequencies. Exits stay behind.
+    """Convert to diffusers' class in memory, with the model's own timestep frequencies. Exits are left out.
 
     Raises:
         InputError: the class cannot express the model.
@@ -195,13 +197,13 @@ def to_diffusers(model: DynamicDepth) -> "DiTTransformer2DModel":
 def from_diffusers(
     transformer: "DiTTransformer2DModel", pixel_space: bool | None = None, process: AskedProcess = None
 ) -> DynamicDepth:
-    """A native copy of a transformer of diffusers, with the timestep frequencies it has now; without exits.
+    """Copy a transformer of diffusers to the native class, with its present timestep frequencies and without exits.
 
-    pixel_space: whether it makes pixels (default: as its config records, else where it has 1 or 3 channels). process:
-    the one it was trained for, or its name (default: as its config records, else DDPM).
+    pixel_space: True if it makes pixels (default: as its config records, else True for 1 or 3 channels). process: the
+    process that it was trained for, or the process' name (default: as its config records, else DDPM).
 
     Raises:
-        CheckpointError: a variant of the class that is no DiT; frequencies or a process other than its config records.
+        CheckpointError: the transformer is no DiT, or its frequencies or process differ from its config.
     """
     where, shift = Path(CLASS), frequency_shift_of(transformer)
     recorded = transformer.config.get(FREQUENCY_SHIFT, shift)
@@ -229,7 +231,7 @@ def _sealed(config: Mapping[str, object]) -> str:
 def _renamed(
     raw: Mapping[str, object], tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """The architecture that a config.json names, and the tensors under the native names, as far as both agree."""
+    """Return the architecture in a config.json, and the tensors under native names. Refuse weights that do not fit."""
     config = _architecture(raw, path)
     try:
         if (found := num_blocks(tensors)) != config.num_blocks:
@@ -290,7 +292,7 @@ def _architecture(raw: Mapping[str, object], path: Path) -> DiTConfig:
 
 
 def _private(raw: Mapping[str, object], name: str, kind: type, default: object, path: Path) -> object:
-    """What one of our own names records, checked; the default where diffusers wrote the file."""
+    """Return the checked value of a private name. Files that diffusers wrote give the default."""
     value = raw.get(name, default)
     if type(value) is not kind:
         raise CheckpointError(f"{path}: {name} is {value!r:.40}, expected {kind.__name__}")
@@ -298,7 +300,7 @@ def _private(raw: Mapping[str, object], name: str, kind: type, default: object, 
 
 
 def _weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """Tensors, metadata and the file's name; safetensors before pickles."""
+    """Read tensors, metadata and the file's name. Prefer safetensors to pickles."""
     whole, index = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
     pickled, pickled_index = f"{WEIGHTS}.bin", f"{WEIGHTS}.bin.index.json"
     if (folder / whole).exists():
@@ -322,7 +324,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _sharded(folder: Path, index: str, read_shard: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that an index shares out over files of the same folder, each where it says."""
+    """Read the tensors of all files in an index. Each file must hold exactly the tensors that the index gives it."""
     shards = read_json(folder / index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{folder / index}: expected a weight_map from tensors to files")

@@ -1,7 +1,7 @@
-"""Models on the Hugging Face hub: fetched into its cache at a commit, native folders uploaded.
+"""Fetch models from the Hugging Face hub into its cache, and upload native folders.
 
-An id is `org/name` or `org/name@revision`. Only what a model needs is fetched; pickled weights where there are no
-safetensors alone.
+An id is `org/name` or `org/name@revision`. Only a model's own files are fetched, and pickled weights only if there are
+no safetensors.
 """
 
 import re
@@ -25,7 +25,7 @@ _PICKLED = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-*-of-*.bin")
 
 @dataclass(frozen=True)
 class HubId:
-    """A model on the hub, and the branch, tag or commit that is asked for (None: main)."""
+    """A model on the hub. revision: branch, tag or commit; None is main."""
 
     name: str
     revision: str | None = None
@@ -35,10 +35,10 @@ class HubId:
 
 
 def parse(text: str, revision: str | None = None) -> HubId | None:
-    """`org/name` or `org/name@revision` -> what it names; None where it is no hub id.
+    """Parse `org/name` or `org/name@revision`. Any other text gives None.
 
     Raises:
-        CheckpointError: `revision` and the id name different ones.
+        CheckpointError: `revision` and the id name different revisions.
     """
     match = _ID.fullmatch(text)
     if match is None or ".." in text:
@@ -49,13 +49,13 @@ def parse(text: str, revision: str | None = None) -> HubId | None:
 
 
 def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
-    """Download, or find in the cache -> the snapshot's folder, and which commit to pin where none was.
+    """Download, or find in the cache -> the snapshot's folder, and a note on the commit if no commit was pinned.
 
     Raises:
         CheckpointError: no such model or revision, or no connection and nothing in the cache.
     """
     folder = _snapshot(model, (*_SMALL, *_SAFE))
-    # Exits or a table may lie beside a backbone that is pickled.
+    # Look for the weights: exits or a table may lie beside a pickled backbone.
     if not any(any(folder.rglob(name)) for name in ("model.safetensors", "diffusion_pytorch_model*.safetensors")):
         folder = _snapshot(model, (*_SMALL, *_SAFE, *_PICKLED))
     commit = folder.name
@@ -65,7 +65,7 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
 
 
 def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: object) -> str:
-    """Make the repository if need be, and upload the files of a folder that match -> the address of the commit.
+    """Make the repository if needed, and upload matching files of a folder -> the address of the commit.
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.
 
@@ -78,10 +78,10 @@ def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: obj
     options.setdefault("commit_message", "Upload a dyndit model")
     api = HfApi(token=options.pop("token", None))
     try:
-        # The name comes back with the organisation, where none was given.
+        # The hub adds the organisation to a name without one.
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=list(patterns), **options)
-    except Exception as error:  # as many kinds as there are ways for a request to fail
+    except Exception as error:  # a request fails in many ways
         raise CheckpointError(f"{repo_id}: the hub refuses ({_reason(error)})") from error
     return str(commit)
 
@@ -92,7 +92,7 @@ def _snapshot(model: HubId, patterns: tuple[str, ...]) -> Path:
     wanted = [*patterns, *(f"transformer/{pattern}" for pattern in patterns)]
     try:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=wanted))
-    except Exception as error:  # as many kinds as there are ways for a request to fail
+    except Exception as error:  # a request fails in many ways
         raise CheckpointError(
             f"{model}: no such file or folder here, and the hub does not give it ({_reason(error)})"
         ) from error

@@ -1,14 +1,14 @@
-"""Models on disk and on the hub: whatever the field stores a class-conditional DiT in, recognised by content.
+"""Load and save models on disk and on the hub. The content tells the format.
 
-| what | read and written by |
+| format | read and written by |
 |---|---|
-| native folder: config, backbone, exits, and beside them plans, shift table, manifest | `formats/native.py` |
-| published DiT `.pt` | `formats/official.py` |
-| diffusers `DiTTransformer2DModel` folder | `formats/diffusers_folder.py` |
+| native folder: config, backbone, exits, and beside them plans, shift table, manifest | `native.py` |
+| published DiT `.pt`, and SiT's | `official.py` |
+| diffusers `DiTTransformer2DModel` folder | `diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
-| `org/name` or `org/name@revision`: one of the folders, on the hub | `formats/hub.py` |
+| `org/name` or `org/name@revision`: one of the folders, on the hub | `hub.py` |
 
-Nothing is unpickled beyond tensors, plain data and an `argparse.Namespace`, and everything is loaded strictly.
+Only tensors, plain data and an `argparse.Namespace` are unpickled. Missing and extra tensors are refused.
 """
 
 import importlib.resources
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 PIPELINE, TRANSFORMER = "model_index.json", "transformer"
-"""What makes a folder a pipeline of diffusers, and where its denoiser lies."""
+"""File that marks a pipeline's folder of diffusers, and the subfolder of its denoiser."""
 
 _UPLOADED = (CONFIG, WEIGHTS, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs.csv", "manifest.json")
 
@@ -66,13 +66,13 @@ def load(
     device: str = "auto",
     dtype: str = "own",
 ) -> DynamicDepth:
-    """Load a model in eval mode, with its exits where it has any.
+    """Load a model in eval mode, with its exits if it has exits.
 
-    path_or_hub_id: a path to one of the above, "digits" (ships with the package), or a hub id; a path that is there
-    wins. num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
-    process: the process that the weights were trained for, or its name ("ddpm"), if the file does not say it. A file
-    that says another is refused. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights' precision;
-    "auto" is bfloat16 on a GPU that computes in it.
+    path_or_hub_id: a path, "digits" (ships with the package), or a hub id. An existing path wins over a hub id.
+    num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
+    process: the process that the weights were trained for, or its name ("ddpm", "flow"), if the file does not say it. A
+    file that says another is refused. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights'
+    precision; "auto" is bfloat16 on a GPU that computes in it.
 
     Raises:
         CheckpointError: missing, damaged, edited or foreign, or of another process.
@@ -92,7 +92,7 @@ def inspect(
     device: str = "auto",
     dtype: str = "own",
 ) -> Loaded:
-    """`load`, with notes on what was inferred, and the folder its plans and table lie in."""
+    """Load as `load` does. Return also notes on inferred settings, and the folder of the plans and the table."""
     text, path = str(path_or_hub_id), Path(path_or_hub_id)
     wanted = None if path.exists() or text == "digits" else hub.parse(text, revision)
     if revision is not None and wanted is None:
@@ -121,23 +121,23 @@ def inspect(
 
 
 def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
-    """Write the native folder (config, backbone, exits where there are any). `half` stores the backbone in fp16.
+    """Write the native folder: config, backbone, and exits if any. `half` stores the backbone in fp16.
 
     Raises:
-        InputError: the backbone is an adapter's: its own library saves it.
+        InputError: the backbone belongs to another library, which saves it.
     """
     native.write(model, Path(folder), half=half)
 
 
 def save_exits(exits: Exits, path: Path, backbone: str) -> None:
-    """Write the exits as a side-car bound to the backbone of this identity."""
+    """Write the exits to a file of their own, bound to the backbone of this identity."""
     native.write_exits(exits, Path(path), backbone)
 
 
 def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, process: Process | None = None) -> Exits:
-    """Read a side-car. Without `check_identity` shapes alone are compared with the backbone.
+    """Read an exits file. Without `check_identity`, compare only shapes with the backbone.
 
-    process: the model's, where it is not the family's usual one.
+    process: the model's process, if it is not the family's usual process.
 
     Raises:
         CheckpointError: missing, damaged, or of another backbone.
@@ -146,7 +146,7 @@ def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
 
 
 def push(folder: Path, repo_id: str, **options: object) -> str:
-    """Upload a native folder with the plans and the table in it -> the address of the commit.
+    """Upload a native folder with its plans and table -> the address of the commit.
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.
 
@@ -176,7 +176,7 @@ def push_model(
 
 
 def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[str, ...]:
-    """Copy what travels with a model (plans, table, measured runs, the owner's own card) -> the names copied.
+    """Copy a model's companions (plans, table, measured runs, a card of the owner) -> the names copied.
 
     Raises:
         CheckpointError: plans or table do not fit the model.
@@ -191,19 +191,19 @@ def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[st
 
 
 def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
-    """Read a folder by what lies in it."""
+    """Read a folder. Its files tell the format."""
     if (folder / PIPELINE).exists():
         return _read_pipeline(folder, process)
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of a model or of a pipeline")
     config = read_json(path)
-    # diffusers marks every config.json with the class's name; anything else is ours or refused as such.
+    # diffusers writes the class's name into every config.json; any other config is native or refused.
     return diffusers_folder.read(folder, process) if "_class_name" in config else native.read(folder, process)
 
 
 def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
-    """The denoiser of a pipeline's folder. One with a VAE makes latents."""
+    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents."""
     index, transformer = read_json(folder / PIPELINE), folder / TRANSFORMER
     if not transformer.is_dir():
         found = index.get("_class_name")
@@ -218,7 +218,7 @@ def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
 
 
 def _packaged_digits(process: AskedProcess) -> DynamicDepth:
-    """The backbone that `recipes/digits.py` made, from the package's own data."""
+    """Load the backbone that `recipes/digits.py` trained and the package ships."""
     asset = importlib.resources.files("dyndit.assets") / "digits.safetensors"
     with importlib.resources.as_file(asset) as path:
         tensors, _ = read_safetensors(path)

@@ -1,7 +1,7 @@
-"""Tensor names of diffusers' `DiTTransformer2DModel` and the native (published) ones, both ways.
+"""Translate tensor names between diffusers' `DiTTransformer2DModel` and the native (published) names.
 
 diffusers splits `attn.qkv` into thirds, stores the timestep and label embedders once per block, and computes the
-positions anew instead of storing them.
+positions at each load instead of storing them.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from dyndit.errors import CheckpointError
 from dyndit.models.layers import position_features
 
 FREQUENCY_SHIFT = "_dyndit_frequency_shift"
-"""Name in config.json of the shift that the weights were trained with; diffusers keeps it and passes it over."""
+"""Name in config.json of the frequency shift that the weights were trained with. diffusers keeps and ignores it."""
 
 PROCESS = "_dyndit_process"
-"""Likewise, of the process that they were trained for."""
+"""Name in config.json of the process that the weights were trained for."""
 
 _EMBEDDERS = {
     "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
@@ -38,15 +38,15 @@ _BLOCK = {
     "ff.net.2": "mlp.fc2",
 }
 POSITIONS = "pos_embed.pos_embed"
-"""The buffer that diffusers fills anew with each load, and does not store."""
+"""Buffer that diffusers computes at each load and does not store."""
 _THIRDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
 def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
-    """Rename what `DiTTransformer2DModel.state_dict()` holds.  side: patches along an edge of the picture.
+    """Rename the tensors of `DiTTransformer2DModel.state_dict()`.  side: patches along an edge of the picture.
 
     Raises:
-        CheckpointError: a tensor is missing or extra, or blocks have embedders of their own.
+        CheckpointError: a tensor is missing or extra, or blocks have different embedders.
     """
     left = dict(tensors)
 
@@ -62,7 +62,7 @@ def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
     native["pos_embed"] = position_features(side, side, native["x_embedder.proj.weight"].shape[0])[None]
     if POSITIONS in left:
         native["pos_embed"] = take(POSITIONS)
-        own_positions(native)  # refuses learned ones
+        own_positions(native)  # refuses learned positions
     for theirs, ours in _EMBEDDERS.items():
         native[ours] = left.get(f"transformer_blocks.0.norm1.emb.{theirs}", torch.empty(0))
     for index in range(num_blocks(tensors)):
@@ -82,12 +82,12 @@ def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
 
 
 def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name a native state dict as `DiTTransformer2DModel` does; the positions, which it computes, are left out.
+    """Rename a native state dict for `DiTTransformer2DModel`. Leave out the positions, which the class computes.
 
-    Where they were rounded to half precision they go along, under a name that diffusers passes over.
+    Positions that were rounded to half precision are kept, under a name that diffusers ignores.
 
     Raises:
-        CheckpointError: the positions are not the sin-cos ones that diffusers computes.
+        CheckpointError: the positions are not the sin-cos positions that diffusers computes.
     """
     positions = own_positions(tensors)
     theirs = {} if positions is None else {POSITIONS: positions}
@@ -103,10 +103,10 @@ def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def own_positions(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The positions of a native state dict, where rounding set them apart from the computed ones; else None.
+    """Return the positions of a native state dict if they differ from computed positions by rounding, else None.
 
     Raises:
-        CheckpointError: they are others altogether.
+        CheckpointError: they differ by more than rounding.
     """
     found = tensors["pos_embed"]
     side = isqrt(found.shape[1]) if found.ndim == 3 else 0
@@ -120,19 +120,19 @@ def own_positions(tensors: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def num_blocks(tensors: Mapping[str, Tensor]) -> int:
-    """Blocks that a diffusers state dict holds."""
+    """Count the blocks in a diffusers state dict."""
     return 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith("transformer_blocks.")), default=-1)
 
 
 def frequency_shift_of(transformer: nn.Module) -> int:
-    """How its timestep features are spaced: 1 as diffusers builds it, 0 once `match_frequencies` was called."""
+    """Return the shift of the timestep features: 1 as diffusers builds them, or as `match_frequencies` set it."""
     return int(transformer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift)
 
 
 def match_frequencies(transformer: nn.Module, frequency_shift: int) -> None:
-    """Set the timestep features of a `DiTTransformer2DModel`: 0 for weights trained with the published code.
+    """Set the frequency shift of a `DiTTransformer2DModel`: 0 for weights trained with the published code.
 
-    diffusers builds the class with 1 and has no argument for it, so this is to be done after every load.
+    Call it after every load: diffusers builds the class with 1 and has no argument for it.
     """
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = frequency_shift

@@ -1,5 +1,6 @@
-"""The native folder: `config.json`, `model.safetensors`, `exits.safetensors`, and beside them plans, the shift table
-and a manifest. The config is sealed in the backbone's metadata, the backbone and the exits are known by their hashes.
+"""Read and write the native folder: config, backbone, exits, and beside them plans, the shift table and a manifest.
+
+The backbone's metadata repeats the config, so that edits are found. Hashes identify the backbone and the exits.
 """
 
 import json
@@ -26,7 +27,7 @@ TABLE, PLANS = "shift-table.safetensors", "plan-*.json"
 
 
 def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
-    """Write config, backbone, and exits where there are any. `half` stores the backbone in fp16.
+    """Write config, backbone, and exits if any. `half` stores the backbone in fp16.
 
     Raises:
         InputError: the backbone belongs to another library.
@@ -56,9 +57,9 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
 
 
 def read(folder: Path, asked: AskedProcess = None) -> Loaded:
-    """Read a native folder, with its exits where there are any.
+    """Read a native folder, with its exits if any.
 
-    asked: the process that the model is to have, as of `process_of`.
+    asked: the process to use, see `process_of`.
 
     Raises:
         CheckpointError: damaged or edited, of another process, or with exits or plans of another backbone.
@@ -75,8 +76,8 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
     if not known:
         raise CheckpointError(f"{path}: expected a {MODEL_FORMAT} config of version {VERSION}")
     tensors, metadata = read_safetensors(folder / WEIGHTS)
-    # No tensor shows the number of heads, the norm's epsilon or the timestep frequencies: the file tells. Compared
-    # before anything is built, since an edited config may ask for any number of blocks.
+    # Only the config tells the number of heads, the norm's epsilon and the timestep frequencies. Compare it
+    # before building: an edited config may ask for any number of blocks.
     edited = f"{path}: edited; expected the config that {WEIGHTS} was saved with"
     if metadata.get("config") not in (None, json.dumps(config)):
         raise CheckpointError(edited)
@@ -96,7 +97,7 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
 
 
 def write_exits(exits: Exits, path: Path, backbone: str) -> None:
-    """Write the exits as a side-car bound to the backbone of this identity."""
+    """Write the exits to a file of their own, bound to the backbone of this identity."""
     tensors = exits.state_dict()
     metadata = {
         "format": EXITS_FORMAT,
@@ -109,9 +110,9 @@ def write_exits(exits: Exits, path: Path, backbone: str) -> None:
 
 
 def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, process: Process | None = None) -> Exits:
-    """Read a side-car. Without `check_identity` shapes alone are compared with the backbone.
+    """Read an exits file. Without `check_identity`, compare only shapes with the backbone.
 
-    process: the model's, as of `Backbone.identity`.
+    process: the model's process, see `Backbone.identity`.
 
     Raises:
         CheckpointError: missing, damaged, or of another backbone.
@@ -137,10 +138,10 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
 
 
 def plans_in(folder: Path) -> dict[Path, DepthPlan]:
-    """The plans that lie in a folder, by file.
+    """Load the plans in a folder, by file.
 
     Raises:
-        CheckpointError: one of them cannot be read.
+        CheckpointError: a plan cannot be read.
     """
     try:
         return {path: DepthPlan.load(path) for path in sorted(folder.glob(PLANS))}
@@ -152,17 +153,17 @@ def check_plans(folder: Path, model: DynamicDepth) -> None:
     """Refuse a folder with plans of another backbone.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: names the file.
     """
     for path, plan in plans_in(folder).items():
         model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
 
 
 def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
-    """The plans and the shift table in a folder, all of which fit the model.
+    """List the plans and the shift table in a folder, after checking that they fit the model.
 
     Raises:
-        CheckpointError: one of them cannot be read, or is of another backbone or other exits.
+        CheckpointError: a file cannot be read, or is of another backbone or other exits.
     """
     plans = plans_in(folder)
     for path, plan in plans.items():

@@ -1,6 +1,7 @@
-"""The published DiT checkpoint (Peebles and Xie, github.com/facebookresearch/DiT): a `.pt` of `torch.save`.
+"""Read and write the published DiT checkpoint (Peebles and Xie, github.com/facebookresearch/DiT): a `.pt`.
 
-In: a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`. Out: `{"ema": state dict, "args":
+In: a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`; SiT's are of the same tensors (Ma
+et al., github.com/willisma/SiT), and their `args` say path_type and prediction. Out: `{"ema": state dict, "args":
 plain data}`, which `torch.load(weights_only=True)` opens. The shapes tell the architecture; what no shape shows is
 written into `args` and honoured where it is found there.
 """
@@ -16,37 +17,41 @@ from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import written_whole
-from dyndit.models.dit import CARDS, ClassConditionalDiT, DiTConfig
+from dyndit.models.dit import CARDS, ClassConditionalDiT, Convention, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.process import RectifiedFlow
 from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of, read_pickled
 
 
 def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -> Loaded:
     """Read a published checkpoint.
 
-    num_heads: where neither `args` nor the width tells; a contradiction is refused. asked: the process that the model
-    is to have, as of `process_of`.
+    num_heads: needed if neither `args` nor the width tells it; a contradiction is refused. asked: the process to use,
+    see `process_of`.
 
     Raises:
         CheckpointError: damaged, of another architecture, or of another process.
         InputError: the number of heads is unknown or impossible.
     """
     tensors, args, notes = _contents(path)
-    config, heads_note = _infer(tensors, args, path, num_heads)
+    recorded = args.process()
+    process, more = process_of(recorded, asked, path)
+    foreign = isinstance(process, RectifiedFlow) and "process" not in args.found
+    if foreign:
+        more = (f"{path.name}: time and velocity are taken to be SiT's (1 - t / 1000, x_0 - eps)",)
+    config, heads_note = _infer(tensors, args, path, num_heads, "sit" if foreign else "timesteps")
     backbone = built(ClassConditionalDiT, asdict(config), path)
     load_strictly(backbone, tensors, path)
-    process, more = process_of(args.found.get("process"), asked, path)
     if "trunk" in args.found and args.found["trunk"] != (checksum := backbone.checksum(process=process)):
-        raise CheckpointError(
-            f"{path}: damaged or edited (checksum {checksum}, its args record {args.found['backbone']})"
-        )
+        found = args.found["trunk"]
+        raise CheckpointError(f"{path}: damaged or edited (checksum {checksum}, its args record {found})")
     pixels = args.take("pixel_space", bool, config.in_channels in (1, 3))
     model = DynamicDepth(backbone, pixel_space=pixels, process=process)
     return Loaded(model.eval(), (*notes, heads_note, *more))
 
 
 def write(model: DynamicDepth, path: Path) -> None:
-    """Write the backbone, and in `args` what its tensors do not show. Exits have no place in this format.
+    """Write the backbone, and in `args` the settings that its tensors do not show. This format cannot hold exits.
 
     Raises:
         InputError: the backbone is no `ClassConditionalDiT`.
@@ -60,31 +65,53 @@ def write(model: DynamicDepth, path: Path) -> None:
         "process": model.process.config(),
         "trunk": backbone.checksum(process=model.process),
     }
-    # Cloned, so that a view is not stored with all of the memory it looks at.
+    # Clone, so that a view is stored without the rest of its memory.
     ema = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
     with written_whole(path) as draft:
         try:
             torch.save({"ema": ema, "args": args}, draft)
-        except RuntimeError as error:  # its word for a full disk
+        except RuntimeError as error:  # torch.save raises it on a full disk
             raise OSError(first_line(error)) from error
 
 
 def as_published(config: DiTConfig) -> DiTConfig:
-    """The same sizes with what the published code hard-codes: how it would run these weights."""
+    """Return the same sizes with the settings that the published code hard-codes."""
     return replace(config, norm_eps=1e-6, mlp_norm_eps=1e-6, frequency_shift=0)
+
+
+_SIT = ("Linear", "velocity")
+"""What `--path-type` and `--prediction` of SiT's training script are by default: a rectified flow."""
 
 
 @dataclass(frozen=True)
 class _Args:
-    """The `args` of a checkpoint. Only what `write` puts there is trusted to mean the backbone's architecture."""
+    """The `args` of a checkpoint. Only `args` that `write` made are trusted for the architecture."""
 
     path: Path
     found: Mapping[str, object]
     num_classes: int | None = None
     """As the published training script was told, where there is a namespace."""
+    path_type: object = None
+    prediction: object = None
+    """As SiT's training script was told."""
+
+    def process(self) -> object:
+        """What `args` say of the process, as `Process.config()` has it; None where they say nothing.
+
+        Raises:
+            CheckpointError: SiT's script was told to train another process than its default.
+        """
+        if (self.path_type, self.prediction) == (None, None):
+            return self.found.get("process")
+        if (self.path_type, self.prediction) != _SIT:
+            raise CheckpointError(
+                f"{self.path}: args say path_type {self.path_type!r:.40}, prediction {self.prediction!r:.40}; expected "
+                f"{_SIT[0]!r} and {_SIT[1]!r}"
+            )
+        return RectifiedFlow().config()
 
     def take(self, name: str, kind: type, default: object) -> object:
-        """An entry of plain data, checked; the default where there is none."""
+        """Return a checked entry of plain data, or the default if there is no such entry."""
         value = self.found.get(name, default)
         good = isinstance(value, kind) or (kind is float and isinstance(value, int))
         if value is not default and (not good or (kind is not bool and isinstance(value, bool))):
@@ -93,7 +120,7 @@ class _Args:
 
 
 def _contents(path: Path) -> tuple[dict[str, Tensor], _Args, tuple[str, ...]]:
-    """State dict, args, and a note on which part of the file it is."""
+    """Read the state dict, its args, and a note that names the used part of the file."""
     data, notes, args = read_pickled(path), (), None
     if isinstance(data, dict):
         args = data.get("args")
@@ -105,13 +132,17 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], _Args, tuple[str, ...]]:
         raise CheckpointError(f"{path}: expected a state dict, or a checkpoint holding 'ema' or 'model'")
     if not all(isinstance(name, str) for name in data):
         raise CheckpointError(f"{path}: expected a state dict, with names for its tensors")
+    told = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    flow = (told.get("path_type"), told.get("prediction"))
     if isinstance(args, argparse.Namespace):
-        count = vars(args).get("num_classes")
-        return data, _Args(path, {}, count if isinstance(count, int) else None), notes
-    return data, _Args(path, args if isinstance(args, dict) else {}), notes
+        count = told.get("num_classes")
+        return data, _Args(path, {}, count if isinstance(count, int) else None, *flow), notes
+    return data, _Args(path, told, None, *flow), notes
 
 
-def _infer(tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int | None) -> tuple[DiTConfig, str]:
+def _infer(
+    tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int | None, convention: Convention
+) -> tuple[DiTConfig, str]:
     """The architecture that the shapes tell; the number of heads, which none shows, from `args` or the width."""
     try:
         width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
@@ -150,6 +181,7 @@ def _infer(tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int |
             norm_eps=args.take("norm_eps", float, 1e-6),
             mlp_norm_eps=args.take("mlp_norm_eps", float, 1e-6),
             frequency_shift=shift,
+            convention=args.take("convention", str, convention),
         )
     except InputError as error:
         raise CheckpointError(f"{path}: no class-conditional DiT ({error})") from error
@@ -160,7 +192,7 @@ def _infer(tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int |
 
 
 def _heads(args: _Args, path: Path, width: int, given: int | None) -> tuple[int, str]:
-    """The number of heads, and how it was found."""
+    """Return the number of heads, and how it was found."""
     recorded = args.take("num_heads", int, None)
     if recorded is not None:
         if given not in (None, recorded):

@@ -1,4 +1,4 @@
-"""Store models as `DynamicDepth.save_pretrained` and its kin do: in native folders, and on the hub."""
+"""Store models for `DynamicDepth.save_pretrained` and `from_pretrained`, in native folders and on the hub."""
 
 from pathlib import Path
 
@@ -21,18 +21,18 @@ class NativeStorage:
         license: str | None = None,
         **hub: object,
     ) -> None:
-        """As `DynamicDepth.save_pretrained`."""
+        """See `DynamicDepth.save_pretrained`."""
         load.save(model, folder)
         card.write(model, folder, license=license)
         if push_to_hub:
             load.push(folder, repo_id or folder.name, **hub)
 
     def load(self, path_or_hub_id: str | Path, **options: object) -> DynamicDepth:
-        """As `dyndit.load`."""
+        """See `dyndit.load`."""
         return load.load(path_or_hub_id, **options)
 
     def push(self, model: DynamicDepth, repo_id: str, **options: object) -> str:
-        """As `dyndit.storage.load.push_model`."""
+        """See `dyndit.storage.load.push_model`."""
         return load.push_model(model, repo_id, **options)
 
 

@@ -1,4 +1,4 @@
-"""What every format shares: reading pickled tensors without running code, and strict loading."""
+"""Read pickled tensors without running code, and load them strictly. Every format uses this."""
 
 import argparse
 import re
@@ -18,25 +18,25 @@ from dyndit.process import DDPM, Process, from_config
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and what was found out on the way, a line each, for whoever asked."""
+    """A loaded model. notes: inferred settings, a line each."""
 
     model: DynamicDepth
     notes: tuple[str, ...] = ()
     folder: Path | None = None
-    """Where its plans, table and exits lie: the native folder, or the folder of the transformer's weights."""
+    """Folder of the plans, table and exits: the native folder, or the folder of the transformer's weights."""
 
 
 AskedProcess = Process | str | None
-"""The process that a model is asked for with: itself, or its name; None where the file alone is to say."""
+"""The process to load a model with, or its name. None: the file alone says it."""
 
 
 def process_of(recorded: object, asked: AskedProcess, path: Path) -> tuple[Process, tuple[str, ...]]:
-    """Choose the process of a checkpoint -> it, and a note where it is assumed.
+    """Choose the process of a checkpoint -> the process, and a note if it is assumed.
 
-    recorded: what the file says, as `Process.config()` has it; None where it says nothing.
+    recorded: the `Process.config()` in the file; None if the file has none.
 
     Raises:
-        CheckpointError: the file's process is unknown, or another than the one that is asked for.
+        CheckpointError: the file's process is unknown, or differs from the asked process.
     """
     if recorded is None and asked is None:
         note = f"{path.name}: says no process; {DDPM.name} is assumed, --process (or process=) says another"
@@ -54,16 +54,16 @@ def process_of(recorded: object, asked: AskedProcess, path: Path) -> tuple[Proce
 
 
 def read_pickled(path: Path) -> object:
-    """What `torch.save` wrote, as long as it is tensors, plain data and `argparse.Namespace`.
+    """Read a file of `torch.save` that holds only tensors, plain data and `argparse.Namespace`.
 
     Raises:
-        CheckpointError: damaged, or it would have to run code to be read.
+        CheckpointError: the file is damaged, or reading it would run code.
     """
     try:
-        # A file, not a path: of a path torch.load believes the suffix.
+        # Pass a file, not a path: torch.load trusts the suffix of a path.
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # arbitrary bytes, run through an unpickler, raise anything
+    except Exception as error:  # an unpickler may raise anything on arbitrary bytes
         name = type(error).__name__
         unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         found = f"holds {unsafe[1]}" if unsafe else f"damaged or of another kind, {name}: {first_line(error)}"
@@ -74,10 +74,10 @@ def read_pickled(path: Path) -> object:
 
 
 def _damaged_record(path: Path) -> str | None:
-    """The first record of a zip whose checksum does not fit: torch.load does not look at them."""
+    """Return the first record of a zip with a wrong checksum. torch.load does not check them."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.save can be told to leave the checksums out; they are all zero then.
+            # torch.save can leave the checksums out; then they are all zero.
             return archive.testzip() if any(record.CRC for record in archive.infolist()) else None
     except zipfile.BadZipFile:
         with path.open("rb") as file:
@@ -88,10 +88,10 @@ def _damaged_record(path: Path) -> str | None:
 
 
 def built(family: type[Backbone], config: dict[str, object], path: Path) -> Backbone:
-    """A backbone of this architecture.
+    """Build a backbone of this architecture.
 
     Raises:
-        CheckpointError: there is none, or it does not fit the memory.
+        CheckpointError: the architecture is impossible, or does not fit the memory.
     """
     try:
         return family.from_config(config)
@@ -100,10 +100,10 @@ def built(family: type[Backbone], config: dict[str, object], path: Path) -> Back
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load, refusing missing, extra and reshaped tensors, and any that hold no plain floating-point numbers.
+    """Load tensors. Refuse missing, extra and reshaped tensors, and tensors without plain floating-point numbers.
 
     Raises:
-        CheckpointError: naming the first of them.
+        CheckpointError: names the first such tensor.
     """
     own = module.state_dict()
     for problem, names in (
@@ -121,5 +121,5 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
             raise CheckpointError(f"{path}: {name} is {found}, expected plain floating-point numbers")
     try:
         module.load_state_dict({name: t.to(own[name].dtype) for name, t in tensors.items()})
-    except (RuntimeError, NotImplementedError) as error:  # tensors without values, say
+    except (RuntimeError, NotImplementedError) as error:  # for example, tensors without values
         raise CheckpointError(f"{path}: its tensors cannot be read ({first_line(error)})") from error

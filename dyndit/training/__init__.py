@@ -1,1 +1,1 @@
-"""Training a backbone, distilling its exits."""
+"""Train a backbone, and distil its exits."""

@@ -1,4 +1,4 @@
-"""Borrow a backbone: frozen while in use, given back as it came."""
+"""Borrow a backbone: freeze it while in use, then restore it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,10 +11,10 @@ from dyndit.errors import InputError
 
 @contextmanager
 def borrowed(backbone: nn.Module) -> Iterator[None]:
-    """Freeze a backbone, in eval mode; give it back with the flags, the modes and on the device that it came with.
+    """Freeze a backbone, in eval mode. Afterwards restore its flags, its modes and its device.
 
     Raises:
-        InputError: it lies on several devices.
+        InputError: the backbone lies on several devices.
     """
     devices = {tensor.device for tensor in (*backbone.parameters(), *backbone.buffers())}
     if len(devices) > 1:
@@ -33,7 +33,7 @@ def borrowed(backbone: nn.Module) -> Iterator[None]:
 
 
 def precision_of(backbone: nn.Module) -> AbstractContextManager:
-    """Autocast to a backbone's precision, where that is half."""
+    """Autocast to a backbone's precision if it is half precision."""
     parameter = next(backbone.parameters())
     halved = parameter.dtype in (torch.float16, torch.bfloat16)
     return torch.autocast(parameter.device.type, parameter.dtype) if halved else nullcontext()

@@ -1,4 +1,4 @@
-"""What a training run saves and goes on from."""
+"""Save a training run, and resume it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def to_cpu(weights: Weights) -> Weights:
 class Ema:
     """Exponential moving average of the trained parameters (Polyak), one fused lerp per step.
 
-    Own lines in place of diffusers' EMAModel: that one keeps an anonymous list of tensors, while checkpoints
-    here name every tensor; and its step count is state of its own.
+    Not diffusers' EMAModel: it keeps a list of unnamed tensors and its own step count. Our checkpoints name every
+    tensor.
     """
 
     def __init__(self, trainable: nn.Module, decay: float):
@@ -45,26 +45,26 @@ class Ema:
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
     def state_dict(self) -> Weights:
-        """Every entry of the module's state dict; buffers and frozen parameters as they are in the module."""
+        """Return the module's state dict with averages. Buffers and frozen parameters are the module's own."""
         return {**self.trainable.state_dict(), **dict(zip(self.names, self.averages, strict=True))}
 
     @torch.no_grad()
     def load_state_dict(self, weights: Weights) -> None:
-        """Take the averages of a checkpoint."""
+        """Load the averages of a checkpoint."""
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(weights[name])
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a training step changes."""
+    """Everything that a training step changes."""
 
     trainable: nn.Module
     optimizer: torch.optim.AdamW
     ema: Ema
 
     def tensors(self) -> dict[str, Weights]:
-        """Contents of a checkpoint, by file name."""
+        """Return the contents of a checkpoint, by file name."""
         moments = {}
         for index, state in self.optimizer.state_dict()["state"].items():
             moments.update({f"{key}.{self.ema.names[index]}": value for key, value in state.items()})
@@ -86,16 +86,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run: folders step-NNNNNN of safetensors, with hashes, and a state.json.
+    """The checkpoints of one run: folders step-NNNNNN, each of safetensors and a state.json with their hashes.
 
-    A checkpoint is written beside its place and moved there when whole; only then is the oldest deleted. So
-    at every moment, also after a crash or on a full disk, the last complete one is there.
+    A checkpoint is written beside its place, moved there when complete, and only then the oldest is deleted. So
+    the last complete checkpoint always exists, also after a crash or on a full disk.
     """
 
     folder: Path
     config: FitConfig
     data_fingerprint: str
-    identity: str  # what else the run depends on
+    identity: str  # names everything else that the run depends on
     world: int  # number of processes
 
     def save(self, run: Run, step: int) -> Path:
@@ -117,13 +117,13 @@ class Checkpoints:
                 "sha256": hashes,
             }
             files.write_json(draft / "state.json", state)
-            shutil.rmtree(place, ignore_errors=True)  # the same step again: the one before it is there
+            shutil.rmtree(place, ignore_errors=True)  # if this step was saved before; the previous checkpoint remains
         for old in self._all()[self.config.keep_checkpoints :]:
             shutil.rmtree(old)
         return place
 
     def restore(self, run: Run, resume: bool = True, quiet: bool = False) -> int:
-        """Load the newest intact checkpoint into `run` and return its step; 0 if there is none at all."""
+        """Load the newest intact checkpoint into `run` and return its step. Without checkpoints, return 0."""
         found = self._all()
         if not found:
             return 0
@@ -146,7 +146,7 @@ class Checkpoints:
                     file=sys.stderr,
                 )
             if not quiet:
-                # Out of the way of the numbering, so that no broken checkpoint counts as the newest to keep.
+                # Rename broken checkpoints, so that they do not count as the newest to keep.
                 for broken in found[: found.index(place)]:
                     shutil.rmtree(broken.with_name(f"damaged-{broken.name}"), ignore_errors=True)
                     broken.replace(broken.with_name(f"damaged-{broken.name}"))
@@ -156,7 +156,7 @@ class Checkpoints:
         )
 
     def _all(self) -> list[Path]:
-        """Complete checkpoints, newest first."""
+        """List complete checkpoints, newest first."""
         found = [p for p in self.folder.glob("step-*") if p.name[5:].isdecimal()]
         return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 

@@ -1,4 +1,4 @@
-"""How to train: the settings of the training loop."""
+"""Settings of the training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dyndit.errors import InputError
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to train. A step is one update of the weights, whatever the accumulation and the processes."""
+    """Set up the training loop. A step is one update of the weights, over all micro-batches and processes."""
 
     steps: int
     batch_size: int  # pictures per step, over all micro-batches and all processes together
@@ -24,13 +24,13 @@ class FitConfig:
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     accumulation: int = 1  # micro-batches per step
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights, EMA and optimizer stay fp32
-    ema_decay: float = 0.9999  # reached by the warm-up min(decay, (1 + s) / (10 + s))
+    ema_decay: float = 0.9999  # step s uses min(decay, (1 + s) / (10 + s))
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     sample_every: int = 0  # 0: never
-    gradient_checkpointing: bool = False  # switched on in the module by who builds it; the loop cannot know how
+    gradient_checkpointing: bool = False  # the module's builder switches it on; the loop does not
     flip: bool = True  # mirror half of the pictures, if the data allow it
     num_workers: int = 0
     compile: bool = False
@@ -57,7 +57,7 @@ class FitConfig:
             raise InputError(f"ema_decay: found {self.ema_decay}, expected at least 0 and below 1")
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step s = 0, 1, ...: the schedule has no state."""
+        """Return the learning rate of step 0, 1, .... The schedule has no state."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
@@ -66,5 +66,5 @@ class FitConfig:
         return self.learning_rate * 0.5 * (1 + float(np.cos(np.pi * progress)))
 
 
-# Fields that change nothing in the weights a run ends with: they may differ when it is resumed.
+# These fields do not change the final weights, so they may differ when a run is resumed.
 BOOKKEEPING = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "num_workers"}

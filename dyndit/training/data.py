@@ -1,7 +1,7 @@
-"""Pictures to train on (scikit-learn's digits, folders of class subfolders), and which of them a step sees.
+"""Load pictures to train on (scikit-learn's digits, folders of class subfolders), and choose the batch of each step.
 
-Everything here is deterministic: picture i is always the same tensor, and the batch of step s is a pure
-function of (seed, s), so that a training run resumes exactly without storing any random state.
+Picture i is always the same tensor, and the batch of step s is a pure function of (seed, s). So a training run
+resumes exactly without storing any random state.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Pictures(Dataset, ABC):
     image_size: int | tuple[int, int]
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
-    fingerprint: str  # sha256, hexadecimal: a run is resumed, and a cache reused, on the same pictures only
+    fingerprint: str  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every picture."""
+        """Shape (C, H, W) of every picture."""
         return (self.channels, *size_pair(self.image_size))
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Pictures(Dataset, ABC):
 
     @abstractmethod
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
-        """Pictures as a reference set for a metric: (N, C, H, W) uint8, all of them without `indices`."""
+        """Return a reference set for a metric: (N, C, H, W) uint8. Without `indices`, all pictures."""
 
 
 class _Digits(Pictures):
@@ -82,7 +82,7 @@ class _Digits(Pictures):
 
 
 def load_digits() -> Pictures:
-    """Scikit-learn's 1,797 scanned digits, 8x8, one channel, 10 classes; ink 0 to 16 becomes -1 to 1."""
+    """Load scikit-learn's 1,797 scanned digits: 8x8, one channel, 10 classes. Ink 0 to 16 becomes -1 to 1."""
     from sklearn import datasets
 
     bunch = datasets.load_digits()
@@ -90,12 +90,12 @@ def load_digits() -> Pictures:
 
 
 class PictureFolder(Pictures):
-    """A folder with one subfolder per class (in sorted order), pictures searched in depth below each.
+    """A folder with one subfolder per class, in sorted order. Pictures may lie at any depth below a subfolder.
 
-    Every picture is cropped at its centre to the shape of `image_size`, a side or (height, width), and resized to it
-    (bicubic, antialiased). Default: a square, as wide as the shorter side of the first picture. Raises InputError for a
-    folder without pictures or without class subfolders; a picture that cannot be read raises it, naming the file, when
-    it is asked for.
+    Each picture is cropped at its centre to the shape of `image_size`, a side or (height, width), then resized to it
+    (bicubic, antialiased). Default: a square, as wide as the shorter side of the first picture.
+
+    Raises InputError for a folder without pictures or class subfolders. Reading a damaged picture raises it too.
     """
 
     def __init__(self, root: str | Path, image_size: Size | None = None, channels: int = 3, can_flip: bool = True):
@@ -127,8 +127,8 @@ class PictureFolder(Pictures):
             self.labels += [label] * len(files)
         height, width = size_pair(image_size or min(read_picture(self._paths[0], channels).size))
         self.image_size = height if height == width else (height, width)
-        # The bytes are not read: hashing a large set would cost an hour, and names with sizes catch what
-        # happens in practice. Size and channels are hashed as part of what a step sees.
+        # Hash names and sizes, not bytes: hashing the bytes of a large set would take an hour. Image size and
+        # channels are hashed because they change the tensors.
         digest.update(f"{self.image_size} {channels}".encode())
         self.fingerprint = digest.hexdigest()
 
@@ -139,7 +139,7 @@ class PictureFolder(Pictures):
         return self._read(index).float() / 127.5 - 1, self.labels[index]
 
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
-        """Cropped and resized pictures, (N, C, H, W) uint8, decoded one after the other."""
+        """Decode, crop and resize pictures, one after the other -> (N, C, H, W) uint8."""
         return torch.stack([self._read(i) for i in (range(len(self)) if indices is None else indices)])
 
     def _read(self, index: int) -> Tensor:
@@ -149,7 +149,7 @@ class PictureFolder(Pictures):
 
 
 def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:
-    """`"digits"`, or the path of a picture folder (see PictureFolder)."""
+    """Open `"digits"`, or the path of a picture folder (see `PictureFolder`)."""
     if spec == "digits":
         if image_size not in (None, 8) or channels not in (None, 1):
             raise InputError(f"data digits: asked for size {image_size}, channels {channels}; it has 8 and 1")
@@ -162,7 +162,7 @@ def open_data(spec: str, image_size: Size | None = None, channels: int | None = 
 def read_picture(path: str | Path, channels: int = 3) -> Image.Image:
     """Decode a picture file to 8-bit grey (1 channel) or RGB (3): upright, on white, 16 bits scaled to 8.
 
-    Raises InputError naming the file if it is truncated, no picture, or of a depth without a known range.
+    Raises InputError if the file is truncated, no picture, or of a pixel depth without a known range.
     """
     try:
         with Image.open(path) as opened:
@@ -171,20 +171,20 @@ def read_picture(path: str | Path, channels: int = 3) -> Image.Image:
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... for damaged files
         raise InputError(f"{path}: cannot be read as a picture ({error})") from error
     if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
-        # PIL's own convert("L") clips 16-bit levels at 255, which turns most pictures white.
+        # PIL's convert("L") clips 16-bit levels at 255 and so turns most pictures white.
         levels = np.asarray(picture, dtype=np.float64)
         picture = Image.fromarray((levels / 257).round().astype(np.uint8))
     elif picture.mode in ("I", "F"):
         raise InputError(f"{path}: found pixels of mode {picture.mode!r}, expected 8 or 16 bits a channel")
     if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        # Dropping alpha would show whatever colours hide under the transparent pixels.
+        # Composite on white: dropping alpha would show the colours of transparent pixels.
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("L" if channels == 1 else "RGB")
 
 
 def crop_and_resize(picture: Image.Image, size: Size) -> Image.Image:
-    """Cut the largest part of this shape out of the centre, and resize it. A picture that fits comes back untouched.
+    """Crop the largest centred part of this shape, and resize it. A picture of this size is returned unchanged.
 
     size: a side, or (height, width).
     """
@@ -197,12 +197,12 @@ def crop_and_resize(picture: Image.Image, size: Size) -> Image.Image:
 
 
 def size_pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size, which may be the side of a square."""
+    """Return (height, width). An integer size is the side of a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> None:
-    """Refuse pictures that are not what a backbone takes.
+    """Refuse pictures that do not fit a backbone.
 
     exactly: also refuse fewer classes than the backbone has.
 
@@ -221,7 +221,7 @@ def _find_pictures(folder: Path) -> list[str]:
     found = []
     for parent, _, names in os.walk(folder):
         found += [
-            os.path.join(parent, name)  # noqa: PTH118  strings: a Path object each would cost a million-file set 1 GB
+            os.path.join(parent, name)  # noqa: PTH118  strings: Path objects of a million files take 1 GB
             for name in names
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES  # noqa: PTH122
         ]
@@ -239,11 +239,11 @@ def _permutation(num_pictures: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StepBatches(Sampler[list[int]]):
-    """Which pictures step s sees: a pure function of (seed, s), so a run can start at any step.
+    """Choose the pictures of step s: a pure function of (seed, s), so a run can start at any step.
 
-    One permutation per epoch, seeded by (seed, epoch), all joined into one endless stream; step s takes the
-    positions [s·B, (s+1)·B) of it. A step is handed out as `num_slices` equal micro-batches per process, and
-    the processes' slices together make the same batch of B whatever their number.
+    Each epoch has one permutation, seeded by (seed, epoch). Joined, they make an endless stream; step s takes
+    its positions [s·B, (s+1)·B). Each process gets `num_slices` equal micro-batches of a step. Together the processes
+    see the same batch of B pictures for any number of processes.
     """
 
     num_pictures: int
@@ -263,7 +263,7 @@ class StepBatches(Sampler[list[int]]):
             )
 
     def batch(self, step: int) -> np.ndarray:
-        """Indices of the whole batch of `step`, (B,)."""
+        """Return the indices of the whole batch of `step`, (B,)."""
         parts, position, missing = [], step * self.batch_size, self.batch_size
         while missing:
             epoch, offset = divmod(position, self.num_pictures)

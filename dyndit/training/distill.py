@@ -29,7 +29,7 @@ from dyndit.training.recorded import RecordedCalls, recorded_sampling
 from dyndit.training.states import TRAJECTORIES_SEED, Rows, States, noised
 
 _NUM_FORECAST = 128
-"""Trajectories that corrections of forecasts are learned on: eight numbers for each exit."""
+"""Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
 
 
 _DISTILLING = FitConfig(
@@ -39,41 +39,40 @@ _DISTILLING = FitConfig(
 
 @dataclass(frozen=True)
 class Distill:
-    """Train every exit at once on the full model's own predictions; where asked for, the backbone with them.
+    """Train every exit at once on the full model's own predictions. If asked for, train the backbone with them.
 
-    A backbone that trains is a copy. Its teacher is the original, frozen: exits are matched to the teacher's full
-    depth, and so is the copy's own, so that full depth stays what it was.
+    The backbone that trains is a copy; its teacher is the frozen original. The exits and the copy's full depth are
+    both matched to the teacher's full depth, so that full depth stays close to the original.
     """
 
     exits: ExitConfig = field(default_factory=ExitConfig)
     fit: FitConfig = _DISTILLING
     data: str = ""
     variance_weight: float = 0.1
-    """Weight of the error on the variance outputs, relative to that on the noise."""
+    """Weight of the error on the variance outputs, relative to that on the noise. 0 where the process has none."""
     null_share: float = 0.3
-    """Share of the labels replaced by the null label: guided sampling asks the exits for both branches. Recorded
-    calls hold both as they come."""
+    """Share of labels replaced by the null label: guided sampling runs exits on both branches. Recorded calls hold both
+    branches already."""
     backbone: Literal["frozen", "lora", "whole"] = "frozen"
-    """What of the backbone trains: nothing; low-rank adapters on the blocks' linear maps, merged into them at the end;
-    or everything."""
+    """Trained part of the backbone: nothing, everything ("whole"), or low-rank adapters on the blocks' linear maps,
+    merged at the end."""
     hold: float = 10.0
-    """Weight of full depth's error where the backbone trains, relative to that of one exit."""
+    """Weight of full depth's error if the backbone trains, relative to one exit's error."""
     backbone_rate: float = 0.1
-    """Learning rate of what trains of the backbone, as a factor of the exits'."""
+    """Learning rate of the backbone's trained part, as a factor of the exits' learning rate."""
     lora_rank: int = 8
     states: Literal["noised", "sampler"] = "noised"
-    """What exits are to be right on: noised pictures, or the states that the full model's own sampler meets. Recorded
-    calls are used as they are."""
+    """Inputs to train exits on: noised pictures, or the states that the full model's own sampler meets. Recorded calls
+    are used as they are."""
     num_trajectories: int = 512
-    """Of the sampler, every class in turn; each gives `num_steps` states of either guidance branch."""
+    """Trajectories of the sampler, every class in turn. Each gives `num_steps` states of either guidance branch."""
     solver: str = "ddim"
     num_steps: int = 20
     cfg_scale: float = 1.5
     weighting: Literal["even", "path-kl"] = "even"
-    """What an error weighs at its timestep: the same at all, or as in the KL between two processes' paths
-    (`Process.path_kl_weights`)."""
+    """Weight of an error by timestep: equal, or as in the KL between two paths (`Process.path_kl_weights`)."""
     forecasts: bool = False
-    """Whether the exits also learn to correct forecasts (`models.forecasts`), from the sampler's trajectories."""
+    """Also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories."""
 
     def __post_init__(self) -> None:
         for name in ("backbone", "states", "weighting"):
@@ -92,9 +91,8 @@ class Distill:
         """Refuse data and exits that do not fit the model.
 
         Raises:
-            InputError: another size or number of channels, more classes, another backbone's calls, an exit where there
-            is
-                no layer, a choice that the backbone's family does not allow; or the first item cannot be read.
+            InputError: another size or number of channels, more classes, another backbone's calls, an exit after a
+                missing layer, a choice that the backbone's family does not allow; or the first item cannot be read.
         """
         backbone = model.backbone
         self.exits.resolved(backbone.num_blocks)
@@ -111,7 +109,7 @@ class Distill:
         data[0]
 
     def _check_family(self, backbone: Backbone) -> None:
-        """Refuse what needs our own modules, sampler or schedule for a backbone that has others."""
+        """Refuse choices that need our own modules, sampler or schedule, unless the backbone has them."""
         for name in ("backbone", "states", "weighting", "forecasts"):
             if getattr(self, name) != getattr(Distill, name) and not isinstance(backbone, ClassConditionalDiT):
                 found = type(backbone).__name__
@@ -120,19 +118,18 @@ class Distill:
     def run(self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path) -> tuple[DynamicDepth, FitResult]:
         """Return a model with trained exits on the same backbone, or on its trained copy, and the loop's record.
 
-        data: pictures, which are noised, or recorded calls, which are used as they are. The backbone is borrowed: its
-        flags, modes and device are afterwards what they were. The exits are in eval mode, in single precision, and so
-        is a backbone that was trained.
+        data: pictures, which are noised, or recorded calls, which are used as they are. The backbone's flags, modes and
+        device are restored at the end. The exits are in eval mode, in single precision, and so is a trained backbone.
 
         Raises:
-            InputError: as `check`; or the backbone lies on several devices.
+            InputError: see `check`; or the backbone lies on several devices.
         """
         self.check(model, data)
         original = model.backbone
         with borrowed(original):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.fit.seed)
-                # A backbone's heads may be in half precision, and frozen; so would be the copies that exits start from.
+                # Exits start as copies of the backbone's head, which may be in half precision and frozen.
                 exits = Exits(original, self.exits).float().requires_grad_(True)
                 backbone = original if self.backbone == "frozen" else trainable_copy(original)
                 adapters = with_adapters(backbone, self.lora_rank) if self.backbone == "lora" else None
@@ -142,7 +139,7 @@ class Distill:
                 data = self._trajectories(model, Path(out))
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
-            task = _Distillation(trained, self, self._states(model, data))
+            task = _Distillation(trained, self, model.process, self._states(model, data))
             identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
             result = fit(task, data, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
             trained.load_state_dict(result.ema)
@@ -155,12 +152,12 @@ class Distill:
         return dynamic, result
 
     def _choices(self) -> str:
-        """What the result depends on besides the backbone, the exits, the data and `fit`."""
+        """Name every choice that the result depends on besides the backbone, the exits, the data and `fit`."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("exits", "fit", "data")}
         return " ".join(f"{name}={value}" for name, value in own.items())
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
-        """Corrections of forecasts, learned on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
+        """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
         regression, seed = GapRegression(dynamic.exits.layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
         full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
         device = next(dynamic.parameters()).device
@@ -175,7 +172,7 @@ class Distill:
         return regression.gains().to(device)
 
     def _trajectories(self, model: DynamicDepth, out: Path) -> RecordedCalls:
-        """The states that the full model's sampler meets; drawn into `out`, once."""
+        """Return the states that the full model's sampler meets. They are drawn into `out` once."""
         seed = TRAJECTORIES_SEED + self.fit.seed
         name = f"states-{self.solver}-{self.num_steps}-{self.num_trajectories}-g{self.cfg_scale:g}-s{seed}"
         labels = model.backbone.condition.in_turn(self.num_trajectories)
@@ -184,27 +181,28 @@ class Distill:
             return recorded_sampling(model, labels, out / name, **options)
 
     def _states(self, model: DynamicDepth, data: Pictures | RecordedCalls) -> States:
-        """How to make states of this data."""
+        """Return the function that makes inputs of this data."""
         if isinstance(data, RecordedCalls):
             return lambda x, rows, _: data.inputs(x, rows)
         return partial(noised, model.process, self.null_share, model.backbone.condition)
 
 
 class _Distillation:
-    """The task of training exits, alone or with their backbone: `trained` says what."""
+    """Task: train exits, alone or with their backbone, as `trained` says."""
 
     def __init__(
         self, trained: "_FrozenBackbone | _TaughtBackbone", recipe: Distill, process: Process, states: States
     ) -> None:
         self.trainable, self.recipe, self.states = trained, recipe, states
+        self.variance_weight = recipe.variance_weight if process.has_variance else 0.0
         self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
 
     def loss(
         self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over depths of the squared error on noise and variance outputs.  x: (B, ...), y: B rows."""
+        """Sum the squared error on noise and variance outputs over depths.  x: (B, ...), y: B rows."""
         inputs, num_exits = self.states(x, y, generator), len(self.trainable.exits.layers)
-        errors = module(inputs.x, inputs.t, inputs.y)  # those of the exits, and after them full depth's, where it moves
+        errors = module(inputs.x, inputs.t, inputs.y)  # of the exits, then of full depth if it trains
         noise, variance = errors[:num_exits].mean(dim=(0, 1)).detach()
         figures = {"noise": noise, "variance": variance}
         if len(errors) > num_exits:
@@ -212,15 +210,15 @@ class _Distillation:
         if self.balance is not None:
             errors = errors * self.balance[inputs.t.long().cpu()].to(errors)[None, :, None]
         depths = errors.new_tensor([1.0] * num_exits + [self.recipe.hold] * (len(errors) - num_exits))
-        parts = errors.new_tensor([1.0, self.recipe.variance_weight])
+        parts = errors.new_tensor([1.0, self.variance_weight])
         return (errors * depths[:, None, None] * parts).sum(dim=(0, 2)).mean(), figures
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
-        """Exits have no preview: their verdict is the table of errors."""
+        """Draw nothing: exits are checked by the table of errors."""
 
 
 class _FrozenBackbone(nn.Module):
-    """Registers the exits as parameters and keeps the backbone out of the optimiser, the EMA and the checkpoints."""
+    """Register the exits as parameters. Keep the backbone out of the optimiser, the EMA and the checkpoints."""
 
     def __init__(self, dynamic: DynamicDepth) -> None:
         super().__init__()
@@ -228,24 +226,24 @@ class _FrozenBackbone(nn.Module):
         self.dynamic = [dynamic]  # in a list, so that the backbone is no submodule
 
     def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """-> (E, B, 2) squared errors of E exits, see `exit_errors`."""
+        """Return squared errors (E, B, 2) of E exits, see `exit_errors`."""
         dynamic = self.dynamic[0]
         dynamic.backbone.to(x_t.device)
-        # Exits are trained in single precision, whatever their backbone's: autocast meets in the backbone's.
+        # Exits train in single precision. Autocast runs them in the backbone's precision.
         with precision_of(dynamic.backbone):
             return torch.stack(list(exit_errors(dynamic, x_t, t, y).values()))
 
 
 class _TaughtBackbone(nn.Module):
-    """Registers the exits and their backbone; the teacher is kept out of the optimiser, the EMA and the checkpoints."""
+    """Register the exits and their backbone. Keep the teacher out of the optimiser, the EMA and the checkpoints."""
 
     def __init__(self, dynamic: DynamicDepth, teacher: Backbone) -> None:
         super().__init__()
         self.exits, self.backbone = dynamic.exits, dynamic.backbone
-        self.dynamic, self.teacher = [dynamic], [teacher]  # in lists, so that neither is a submodule
+        self.dynamic, self.teacher = [dynamic], [teacher]  # in lists, so that they are no submodules
 
     def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
-        """-> (E + 1, B, 2) squared errors of E exits and of full depth against the teacher, see `depth_errors`."""
+        """Return squared errors (E + 1, B, 2) of E exits and of full depth against the teacher, see `depth_errors`."""
         teacher, x_t = self.teacher[0].to(x_t.device), x_t.float()
         with torch.no_grad(), precision_of(teacher):
             target = teacher(x_t, t, y)

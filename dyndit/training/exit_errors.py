@@ -1,4 +1,4 @@
-"""Each exit's error against the full model, by band of log-SNR."""
+"""Measure each exit's error against the full model, by band of log-SNR."""
 
 import pandas as pd
 import torch
@@ -13,11 +13,10 @@ from dyndit.training.losses import exit_errors
 def exit_error_table(
     model: DynamicDepth, data: Pictures, *, num_pictures: int = 512, num_bands: int = 10, seed: int = 0
 ) -> pd.DataFrame:
-    """Each exit's error against the full model, per band of log-SNR.
+    """Measure each exit's error against the full model, by band of log-SNR, on the device that `Distill` trains on.
 
     Bands are equal in timesteps. Columns: depth, band, log_snr_low, log_snr_high, noise_error (mean square on
     the noise channels), variance_error. A diagnostic: README says why plans are not chosen on it.
-    Measured on the device that `Distill` trains on.
     """
     process, generator = model.process, torch.Generator().manual_seed(seed)
     device = PartialState().device

@@ -1,8 +1,8 @@
-"""The one training loop: backbones and exits are trained by the same `fit`, on accelerate.
+"""Train backbones and exits with one loop, on accelerate.
 
-A step is a pure function of (weights, optimizer state, seed, step): which pictures it sees (`StepBatches`),
-how they are flipped, and every random number of its loss are seeded by the step's number. So a checkpoint
-holds no random state, and a run that was stopped and resumed ends with the same bits as one that was not.
+A step is a pure function of (weights, optimizer state, seed, step). The step's number seeds the choice of pictures
+(`StepBatches`), their flips, and every random number of the loss. So a checkpoint holds no random state, and a
+resumed run ends with the same bits as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dyndit.training.stopping import any_caught, leave, outlive_signals, signals
 
 
 class TrainingData(Protocol):
-    """What is trained on: `Pictures`, or any data set whose item i is (x, y), y a number or a dict of tensors."""
+    """Data to train on: `Pictures`, or any data set whose item i is (x, y). y: a number or a dict of tensors."""
 
     can_flip: bool
     fingerprint: str
@@ -44,10 +44,10 @@ class TrainingData(Protocol):
 
 
 class Task(Protocol):
-    """What is trained, and by which loss.
+    """A module to train, and its loss.
 
-    The loop moves `trainable` and the batches to the device; what else a task holds (a frozen backbone) it moves
-    itself, to `x.device`. Under precision "bf16" the loss runs under autocast.
+    The loop moves `trainable` and the batches to the device. The task moves everything else that it holds, such as a
+    frozen backbone, to `x.device`. Under precision "bf16" the loss runs under autocast.
     """
 
     trainable: nn.Module
@@ -55,24 +55,24 @@ class Task(Protocol):
     def loss(
         self, module: nn.Module, x: Tensor, y: Tensor | dict[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and scalar figures to log, for a batch of the data: of pictures x: (B, C, H, W), y: (B,).
+        """Return a scalar loss, and scalar figures to log, for a batch.  Pictures: x (B, C, H, W), y (B,).
 
-        `module` is `trainable`, prepared for this machine: call it, not `trainable`. Every random number
-        comes from `generator` (on the CPU), which the loop has seeded for this step.
+        `module` is `trainable`, prepared for this machine: call it, not `trainable`. Draw every random number
+        from `generator` (on the CPU), which the loop seeds for this step.
         """
 
     def preview(self, out: Path, step: int, ema: Weights) -> None:
-        """Write pictures for the eye below `out`, from the averaged weights of `trainable`."""
+        """Write sample pictures below `out`, from the averaged weights of `trainable`."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training run leaves, as of its last step; weights on the CPU."""
+    """Result of a training run after its last step. Weights are on the CPU."""
 
-    ema: Weights  # exponential moving average, with the buffers: what to sample from
+    ema: Weights  # exponential moving average, with the buffers; sample from it
     weights: Weights
     losses: pd.DataFrame  # a row per step: step (1-based), loss, learning_rate, grad_norm, the task's figures
-    seconds: float  # of this call; a resumed run's earlier part is not in it
+    seconds: float  # of this call, without a resumed run's earlier part
 
 
 def fit(
@@ -86,19 +86,20 @@ def fit(
     resume: bool = True,
     progress: bool = True,
 ) -> FitResult:
-    """Train `task.trainable` in place on `data`; checkpoints, losses.csv and TensorBoard logs go to `out`.
+    """Train `task.trainable` in place on `data`. Write checkpoints, losses.csv and TensorBoard logs to `out`.
 
-    Goes on from the newest intact checkpoint in `out`, bit for bit as if never stopped; returns at once if
-    that is the last step's. SIGINT and SIGTERM finish the step, write a checkpoint and leave. `identity` is
-    what else the result depends on, say the hash of a frozen backbone: a run resumes under the same one only.
-    `rates` are factors of the learning rate, by the prefix of the parameters' names; 1 for all others.
+    Go on from the newest intact checkpoint in `out`, bit for bit as if never stopped. Return at once if it is the
+    last step's. On SIGINT or SIGTERM, finish the step, write a checkpoint and leave.
 
-    Raises InputError if `out` holds a run of another configuration, identity or other data, or any run
-    without `resume`, and if the loss diverges; CheckpointError if no checkpoint of a run is intact.
+    identity: names everything else that the result depends on, such as the hash of a frozen backbone. A run resumes
+    only under the same identity. rates: factors of the learning rate, by prefix of the parameters' names; 1 for others.
+
+    Raises InputError if the loss diverges, if `out` holds a run of another configuration, identity or other data, or
+    if it holds any run and `resume` is False. Raises CheckpointError if no checkpoint of a run is intact.
     """
     started = time.monotonic()
-    # Precision is left to the autocast below: accelerate would patch the module's forward for good, and
-    # refuses a second precision in one process.
+    # Leave precision to the autocast below. accelerate would patch the module's forward for good, and refuse
+    # a second precision in one process.
     accelerator = Accelerator(
         mixed_precision="no",
         gradient_accumulation_steps=config.accumulation,
@@ -147,7 +148,7 @@ def fit(
                 x, y = (_moved(part, device) for part in next(micro_batches))
                 seed = _seed(config.seed, step, micro, rank)
                 generator.manual_seed(seed)
-                torch.manual_seed(seed)  # for dropout inside of a module, which knows no generator
+                torch.manual_seed(seed)  # for dropout, which takes no generator
                 if flip:
                     mirrored = torch.rand(len(x), generator=generator) < 0.5
                     x = torch.where(mirrored.to(device)[:, None, None, None], x.flip(-1), x)
@@ -167,7 +168,7 @@ def fit(
             due = done == config.steps or done % config.checkpoint_every == 0
             stop = done < config.steps and any_caught(caught, accelerator, step % config.log_every == 0)
             if due or stop or done % config.log_every == 0:
-                log.flush()  # raises if the loss is not finite, so that no broken weights are ever saved
+                log.flush()  # raises if the loss is not finite, so broken weights are never saved
             if due or stop:
                 if is_main:
                     checkpoints.save(run, done)
@@ -206,15 +207,15 @@ def _optimizer(trainable: nn.Module, config: FitConfig, rates: Mapping[str, floa
     def rate(item: tuple[str, nn.Parameter]) -> float:
         return next((factor for prefix, factor in rates.items() if item[0].startswith(prefix)), 1.0)
 
-    # Neighbours of one rate make a group, so that parameters keep the order by which checkpoints name their moments.
+    # Group only neighbours of one rate: checkpoints name moments by the order of the parameters.
     groups = [{"params": [p for _, p in group], "rate": factor} for factor, group in groupby(named, rate)]
-    # One kernel for all parameters of a group: on a CPU the default loops over them in Python.
+    # Fused: one kernel for all parameters of a group. On a CPU the default loops over them in Python.
     return torch.optim.AdamW(groups, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 @contextmanager
 def _training(trainable: nn.Module) -> Iterator[None]:
-    """Put the module into training mode, and back into the mode it came in."""
+    """Put the module into training mode, and afterwards back into its former mode."""
     was_training = {module: module.training for module in trainable.modules()}
     trainable.train()
     try:
@@ -225,7 +226,7 @@ def _training(trainable: nn.Module) -> Iterator[None]:
 
 
 def _own_rng(device: torch.device) -> AbstractContextManager:
-    """Give the caller's global random state back after the loop has seeded it step by step."""
+    """Restore the caller's global random state afterwards: the loop seeds it at every step."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
@@ -233,14 +234,14 @@ def _own_rng(device: torch.device) -> AbstractContextManager:
 def _loading(
     data: TrainingData, batches: StepBatches, num_workers: int, device: torch.device
 ) -> Iterator[Iterator[tuple[Tensor, Tensor | dict[str, Tensor]]]]:
-    """Give the micro-batches, of pictures x: (B, C, H, W) and y: (B,), from workers that outlive caught signals."""
+    """Load the micro-batches with workers that ignore caught signals.  Pictures: x (B, C, H, W), y (B,)."""
     over = multiprocessing.Event()
     loader = DataLoader(
         data,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # a loader draws from the global one otherwise
+        generator=torch.Generator(),  # otherwise a loader draws from the global generator
         worker_init_fn=partial(outlive_signals, over),
     )
     try:

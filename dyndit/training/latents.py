@@ -1,4 +1,4 @@
-"""Pictures as the latents of a diffusers `AutoencoderKL`, encoded once and cached: what latent DiTs train on.
+"""Encode pictures to the latents of a diffusers `AutoencoderKL`, once, and cache them. Latent DiTs train on them.
 
 A latent is z = (sample - shift) · scale of the posterior N(mean, std²) of a picture (Rombach et al. 2022,
 arXiv:2112.10752), with the autoencoder's own `shift_factor` (0 if it has none) and `scaling_factor`.
@@ -27,7 +27,7 @@ INDEX = "latents.json"
 
 @dataclass(frozen=True)
 class _Identity:
-    """What a cache was made from; another one is refused."""
+    """Identify the sources of a cache. A cache of other sources is refused."""
 
     vae_sha256: str
     data_fingerprint: str
@@ -40,8 +40,8 @@ class _Identity:
 class LatentPictures(Pictures):
     """The latents of `source`, (C, h, w) float32, read from a cache that `encode_latents` made.
 
-    Item i is a sample of picture i's posterior, the same at every call; with `use_mode`, its mean. It is not
-    to be flipped: the latent of a mirrored picture is not the mirrored latent.
+    Item i is a sample of picture i's posterior, the same at every call. With `use_mode`, it is the posterior's mean.
+    Latents are never flipped: the latent of a mirrored picture is not the mirrored latent.
     """
 
     can_flip = False
@@ -55,7 +55,7 @@ class LatentPictures(Pictures):
         self.num_classes, self.class_names = source.num_classes, source.class_names
         _, self.channels, height, width = self._shard(0).get_slice("mean").get_shape()
         self.image_size = height if height == width else (height, width)
-        # The shards' hashes and not their origin alone: another machine encodes to other last bits.
+        # Include the shards' hashes: another machine encodes the same pictures to other last bits.
         content = json.dumps([index, use_mode], sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
@@ -75,7 +75,7 @@ class LatentPictures(Pictures):
         return z, int(opened.get_slice("label")[row])
 
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
-        """Return the pictures themselves: a reference set is not to carry the autoencoder's errors."""
+        """Return the pictures themselves, so that a reference set has no errors of the autoencoder."""
         return self.source.uint8(indices)
 
     def _shard(self, number: int) -> safe_open:
@@ -88,10 +88,10 @@ class LatentPictures(Pictures):
 
 
 def load_autoencoder(folder: str | Path) -> AutoencoderKL:
-    """Load a diffusers `AutoencoderKL` folder in fp32, in eval mode; no weight is made up or left over.
+    """Load a diffusers `AutoencoderKL` folder in fp32, in eval mode. Missing and extra weights are refused.
 
-    Raises InputError if it is another kind of model, or its weights are missing, damaged, or not those that
-    its config.json describes.
+    Raises InputError if it is another kind of model, or if its weights are missing or damaged, or do not fit its
+    config.json.
     """
     folder = Path(folder)
     try:
@@ -104,7 +104,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL:
         vae, info = AutoencoderKL.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # OSError, SafetensorError, RuntimeError on shapes: diffusers passes on all
+    except Exception as error:  # diffusers passes on OSError, SafetensorError, RuntimeError on shapes
         raise InputError(f"{folder}: the autoencoder cannot be loaded ({first_line(error)})") from error
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
@@ -126,11 +126,11 @@ def encode_latents(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> LatentPictures:
-    """Encode all pictures into the cache folder `out` (8 bytes a latent value), or reuse what is there.
+    """Encode all pictures into the cache folder `out`, 8 bytes a latent value.
 
-    Shards that are there and intact are kept, so that a stopped run goes on; missing and damaged ones are
-    made again. Raises InputError if the cache belongs to another autoencoder or to other pictures, or if the
-    pictures do not fit the autoencoder.
+    Intact shards are kept, so a stopped run goes on. Missing and damaged shards are encoded again.
+    Raises InputError if the cache belongs to another autoencoder or to other pictures, or if the pictures do not
+    fit the autoencoder.
     """
     vae = load_autoencoder(vae_folder)
     _check_fit(pictures, vae)
@@ -169,19 +169,19 @@ def decode_latents(vae: AutoencoderKL | str | Path, latents: Tensor, batch_size:
     decoded = []
     for z in latents.split(batch_size):
         x = decode_batch(vae, z.to(vae.device))
-        decoded.append((127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu())  # +128 and cut off: unbiased
+        decoded.append((127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu())  # adding 128 before truncation: unbiased
     return torch.cat(decoded)
 
 
 def decode_batch(vae: AutoencoderKL, z: Tensor) -> Tensor:
-    """Decode scaled latents where they are.  (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]."""
+    """Decode scaled latents on their own device.  (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]."""
     z = z.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     return vae.decode(z).sample.float()
 
 
 @torch.no_grad()
 def _encode(pictures: Pictures, indices: range, vae: AutoencoderKL, batch_size: int) -> dict[str, Tensor]:
-    """Posterior of the pictures, and their labels: mean and std (n, C, h, w), label (n,)."""
+    """Encode pictures to their posteriors -> mean and std (n, C, h, w), label (n,)."""
     means, stds, labels = [], [], []
     for first in range(0, len(indices), batch_size):
         items = [pictures[i] for i in indices[first : first + batch_size]]
@@ -193,7 +193,7 @@ def _encode(pictures: Pictures, indices: range, vae: AutoencoderKL, batch_size: 
 
 
 def _open_cache(folder: Path, identity: _Identity) -> dict[str, str]:
-    """Return the hashes of the shards that are there; write an empty index into a new folder."""
+    """Return the hash of each shard in the folder. Write an empty index into a new folder."""
     path = folder / INDEX
     files.sweep(folder)
     if not path.exists():
@@ -232,7 +232,7 @@ def _check_fit(pictures: Pictures, vae: AutoencoderKL) -> None:
 
 
 def _hash_folder(folder: Path) -> str:
-    """Hash the autoencoder's files that count: its weights and its configuration."""
+    """Hash the autoencoder's weights and its configuration."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{path.name} {files.sha256(path)}\n".encode())

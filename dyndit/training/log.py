@@ -1,4 +1,4 @@
-"""Losses of every step: to losses.csv, to TensorBoard, and to the terminal."""
+"""Log the losses of every step to losses.csv, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dyndit.training.config import FitConfig
 
 
 class Log:
-    """Losses of every step: to losses.csv, TensorBoard, and a bar (a terminal) or plain lines (elsewhere).
+    """Log the losses of every step to losses.csv, to TensorBoard, and to a bar (in a terminal) or plain lines.
 
     Figures stay on the device until `flush`, so that a step does not wait for them.
     """
@@ -31,7 +31,7 @@ class Log:
         self.last, self.last_time = first, time.monotonic()
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
-            if self.path.is_file():  # steps after the checkpoint are run, and noted, again
+            if self.path.is_file():  # steps after the checkpoint are run and logged again
                 kept = self.read()
                 if first == 0 or kept.empty:
                     self.path.unlink()
@@ -63,15 +63,15 @@ class Log:
             tracker.finish()
 
     def read(self) -> pd.DataFrame:
-        """Read the log's whole lines; an empty table if there are none."""
+        """Read the log's complete lines. A log without lines gives an empty table."""
         text = files.read_lines(self.path) if self.path.is_file() else ""
         if not text:
             return pd.DataFrame()
-        # Through Python's float: pandas 2 parses to within a bit, and a resumed run's losses are to be equal.
+        # Parse with Python's float: pandas 2 may be a bit off, and a resumed run must have equal losses.
         return pd.read_csv(io.StringIO(text), dtype=str).astype(float).astype({"step": int})
 
     def add(self, step: int, learning_rate: float, norm: Tensor, figures: list[dict[str, Tensor]]) -> None:
-        """Note one step from the figures of its micro-batches."""
+        """Add one step: the means of its micro-batches' figures."""
         names = list(figures[0])
         means = torch.stack([torch.stack([f[name].float() for name in names]) for f in figures]).mean(0)
         self.rows.append((step, learning_rate, ["grad_norm", *names], torch.cat([norm.float()[None], means])))
@@ -79,7 +79,7 @@ class Log:
             self.bar.advance(self.task)
 
     def flush(self) -> None:
-        """Write out what was noted. Raises InputError at the first step whose loss is not finite."""
+        """Write out the steps added so far. Raises InputError at the first step whose loss is not finite."""
         if not self.rows:
             return
         names = self.rows[0][2]

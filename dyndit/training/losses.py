@@ -1,4 +1,4 @@
-"""Losses: training a backbone, alone or with its exits, and distilling its exits."""
+"""Losses to train a backbone, alone or with its exits, and to distil exits."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from dyndit.process import Process
 def denoising_loss(
     model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The process' loss of a model's prediction.  x_0, eps: (B, C, H, W), t, y: (B,) -> scalar, its parts."""
+    """Compute the process' loss of a model's prediction.  x_0, eps: (B, C, H, W), t, y: (B,) -> scalar, its parts."""
     x_t = process.noised(x_0, eps, t)
     return process.loss(model(x_t, t, y), x_0, eps, x_t, t)
 
@@ -18,10 +18,10 @@ def denoising_loss(
 def deep_supervision_loss(
     model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, exit_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`denoising_loss` of full depth, plus `exit_weight` times the mean of the exits'.
+    """Add `exit_weight` times the exits' mean loss to the `denoising_loss` of full depth.
 
-    Deep supervision (Lee et al. 2015, arXiv:1409.5185). model(x_t, t, y): predictions by rising depth, full depth's
-    last. The figures are full depth's, and "exits".
+    Deep supervision (Lee et al. 2015, arXiv:1409.5185). model(x_t, t, y): predictions by rising depth, full depth last.
+    Figures: the parts of full depth's loss, and "exits".
     """
     x_t = process.noised(x_0, eps, t)
     *shallow, full = model(x_t, t, y)
@@ -31,7 +31,7 @@ def deep_supervision_loss(
 
 
 def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
-    """Squared error of every exit against the full model, per picture and output half.
+    """Return the squared error of every exit against the full model, per picture and output half.
 
     -> {depth: (B, 2)}: mean square over the noise channels, and over the variance channels (0 without them).
     """
@@ -41,7 +41,7 @@ def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[
 
 
 def depth_errors(model: DynamicDepth, target: Tensor, x_t: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
-    """`exit_errors` of every depth, the full one last, against a teacher's prediction.  target: (B, C_out, H, W)."""
+    """Return `exit_errors` of every depth, full depth last, against a teacher.  target: (B, C_out, H, W)."""
     return _errors(model.every_exit(x_t, t, y), target, x_t.shape[1])
 
 
@@ -50,7 +50,7 @@ def _errors(predictions: dict[int, Tensor], target: Tensor, channels: int) -> di
 
 
 def halves(error: Tensor, channels: int) -> Tensor:
-    """Mean square over the noise channels, and over the variance channels (0 without them).
+    """Return the mean square over the noise channels, and over the variance channels (0 without them).
 
     error: (B, C_out, H, W) -> (B, 2).
     """

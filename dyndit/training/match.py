@@ -21,14 +21,14 @@ from dyndit.training.states import States, noised
 
 @dataclass(frozen=True)
 class Match:
-    """Train a student backbone on a frozen full model's predictions: what `Distill` does to exits, to a whole model."""
+    """Train a student backbone on a frozen full model's predictions, as `Distill` trains exits."""
 
     fit: FitConfig = _DISTILLING
     variance_weight: float = 0.1
     null_share: float = 0.3
 
     def run(self, model: DynamicDepth, student: Backbone, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
-        """Return the student with its averaged weights, in eval mode, and the loop's record. It is trained in place.
+        """Train the student in place. Return it with its averaged weights, in eval mode, and the loop's record.
 
         Raises:
             InputError: the data do not fit the model.
@@ -37,7 +37,8 @@ class Match:
         backbone, kept = model.backbone, tensors_hash(student.state_dict())
         with borrowed(backbone):
             states = partial(noised, model.process, self.null_share, backbone.condition)
-            task = _Matching(student, backbone, self.variance_weight, states)
+            weight = self.variance_weight if model.process.has_variance else 0.0
+            task = _Matching(student, backbone, weight, states)
             identity = f"{model.identity.backbone} {kept} {self.variance_weight} {self.null_share}"
             result = fit(task, data, self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)
@@ -46,7 +47,7 @@ class Match:
 
 
 class _Matching:
-    """The task of training a student on its teacher's predictions."""
+    """Task: train a student on its teacher's predictions."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, variance_weight: float, states: States) -> None:
         self.trainable, self.teacher, self.variance_weight, self.states = student, teacher, variance_weight, states
@@ -54,7 +55,7 @@ class _Matching:
     def loss(
         self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error on noise and variance outputs.  x: (B, C, H, W), y: (B,)."""
+        """Return the squared error on noise and variance outputs.  x: (B, C, H, W), y: (B,)."""
         inputs = self.states(x, y, generator)
         with torch.no_grad():
             target = self.teacher.to(x.device)(inputs.x, inputs.t, inputs.y)
@@ -62,4 +63,4 @@ class _Matching:
         return noise + self.variance_weight * variance, {"noise": noise.detach(), "variance": variance.detach()}
 
     def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
-        """A student has no preview."""
+        """Draw nothing: a student has no preview."""

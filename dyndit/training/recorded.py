@@ -1,12 +1,12 @@
-"""Calls of a backbone, recorded as its sampler makes them: data to distil exits on, without a picture set.
+"""Record the calls that a sampler makes of a backbone: data to distil exits on, without a picture set.
 
-Noised pictures show exits states that a sampler of few guided steps never reaches; recorded calls are the very states
-that it does reach, with their prompts and both guidance branches, in the proportion in which they come. Our
-own models are recorded by `record_sampling`, the pipelines of diffusers by `dyndit.record_calls`.
+Noised pictures show exits states that a sampler of few guided steps never reaches. Recorded calls are the states that
+the sampler reaches, with their prompts and both guidance branches, in their natural proportion. `record_sampling`
+records our own models, `dyndit.record_calls` the pipelines of diffusers.
 
-On disk: a folder of `call-NNNNNN.safetensors`, one per call of the transformer, each written whole or not at all. It
-holds x, t and the conditioning of every row, as the call had them: a call of 2 x 4,096 x 64 latents and 2 x 512 x 4,096
-prompt features in bf16 takes 9 MB.
+On disk: a folder of `call-NNNNNN.safetensors`, one per call of the transformer, each written whole or not at all. A
+file holds x, t and the conditioning of every row, as the call had them. Example: a call of 2 x 4,096 x 64 latents and
+2 x 512 x 4,096 prompt features in bf16 takes 9 MB.
 """
 
 import bisect
@@ -32,17 +32,16 @@ from dyndit.sampling.sample import Samples, sample
 
 FORMAT, VERSION = "dyndit-call", "1"
 MOST_HASHED = 1_000_000_000
-"""Backbones of more parameters are recorded by their family alone: to hash them takes longer than to record."""
+"""A backbone of more parameters is recorded by its family alone: hashing it takes longer than recording."""
 
 _NAME = re.compile(r"call-(\d{6,})\.safetensors")
 
 
 def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **options: object) -> Samples:
-    """Draw pictures with `sampler.sample(model, labels, **options)` and record the backbone's calls in the folder
-    `out`.
+    """Draw pictures with `sample(model, labels, **options)`, and record the backbone's calls in the folder `out`.
 
     Raises:
-        InputError: as `sample`; or `out` holds other things.
+        InputError: see `sample`; or `out` holds other files.
     """
     recording = Recording.open(Path(out), model.backbone, model.process)
     backbone = _Watched(model.backbone, recording)
@@ -51,10 +50,10 @@ def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **o
 
 
 def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path, **options: object) -> "RecordedCalls":
-    """The calls of `record_sampling(model, labels, folder, **options)`; drawn once, and found in `folder` again.
+    """Return the calls of `record_sampling(model, labels, folder, **options)`. An existing `folder` is read, not drawn.
 
     Raises:
-        InputError: as `record_sampling`; or `folder` holds another backbone's calls.
+        InputError: see `record_sampling`; or `folder` holds another backbone's calls.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -68,7 +67,7 @@ def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path
 
 @dataclass
 class Recording:
-    """A folder that calls are written to; num_calls and num_rows count what this recording added."""
+    """Write calls to a folder. num_calls and num_rows count the calls and rows that this recording added."""
 
     folder: Path
     family: str
@@ -79,10 +78,10 @@ class Recording:
 
     @classmethod
     def open(cls, folder: Path, backbone: Backbone, process: Process | None = None) -> "Recording":
-        """Make the folder, or go on in one of this backbone's calls.
+        """Make the folder, or go on in a folder of this backbone's calls.
 
         Raises:
-            InputError: it holds other things, or another backbone's calls.
+            InputError: the folder holds other files, or another backbone's calls.
         """
         small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
         family, backbone = backbone.family, backbone.identity(process=process) if small else ""
@@ -103,7 +102,7 @@ class Recording:
         """Add a call of the transformer.
 
         Raises:
-            InputError: a shared argument that no file could hold, or one row's argument with other rows.
+            InputError: a shared argument that JSON cannot hold, or a row argument with another number of rows.
         """
         labels = not isinstance(inputs.y, Conditioning)
         rows = {"y": inputs.y} if labels else dict(inputs.y.rows)
@@ -132,7 +131,7 @@ class Recording:
         self.num_rows += len(inputs)
 
     def _plain(self, name: str, value: object) -> object:
-        """A shared argument as JSON holds it."""
+        """Convert a shared argument to plain JSON."""
         try:
             return json.loads(json.dumps(value))
         except (TypeError, ValueError) as error:
@@ -141,9 +140,9 @@ class Recording:
 
 
 class RecordedCalls(Dataset):
-    """The rows of recorded calls, for `training.fit`. Item i is (x, {"t": ..., and the row's conditioning by name}).
+    """Rows of recorded calls, for `training.fit`. Item i is (x, {"t": ..., and the row's conditioning by name}).
 
-    Shapes are those of the calls without their batch: x (C, H, W) or whatever the family's latents are, t ().
+    Items have the calls' shapes without the batch: x (C, H, W), or the shape of the family's latents; t ().
     """
 
     can_flip = False
@@ -152,8 +151,8 @@ class RecordedCalls(Dataset):
         """Read the headers.
 
         Raises:
-            InputError: no folder of recorded calls; calls whose rows differ in shape (another resolution) or whose
-                shared arguments differ; a file that cannot be read.
+            InputError: the folder holds no recorded calls, or a file cannot be read; calls differ in the shape of their
+                rows (another resolution) or in shared arguments.
         """
         self.folder = Path(folder)
         paths = _paths(self.folder) if self.folder.is_dir() else []
@@ -174,7 +173,7 @@ class RecordedCalls(Dataset):
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Row `index` of all calls, in the order in which they were made."""
+        """Return row `index` of all calls, in the order of recording."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._starts, index) - 1
@@ -185,7 +184,7 @@ class RecordedCalls(Dataset):
         return x, {name.removeprefix("rows."): value for name, value in values.items()}
 
     def inputs(self, x: Tensor, rows: dict[str, Tensor]) -> Inputs:
-        """What the transformer is called with for a batch of items.  x: (B, ...), rows: B each."""
+        """Make the transformer's inputs from a batch of items.  x: (B, ...), rows: B each."""
         rows = dict(rows)
         t = rows.pop("t")
         if self._labels:
@@ -197,7 +196,7 @@ class RecordedCalls(Dataset):
         """Refuse another backbone's calls.
 
         Raises:
-            InputError: naming both.
+            InputError: names both backbones.
         """
         found, wanted = self.family, model.backbone.family
         if self.backbone:
@@ -208,7 +207,7 @@ class RecordedCalls(Dataset):
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file says about its call, without its tensors."""
+    """A call's file without its tensors."""
 
     path: Path
     family: str
@@ -217,7 +216,7 @@ class _Header:
     digest: str
     shared: dict[str, object]
     rows: dict[str, tuple[str, list[int]]]
-    """(dtype, shape) of each tensor that has rows."""
+    """Dtype and shape of each tensor that has rows."""
 
     @classmethod
     def read(cls, path: Path) -> "_Header":
@@ -240,7 +239,7 @@ class _Header:
         return self.rows["x"][1][0]
 
     def common(self) -> dict[str, object]:
-        """What all calls of a data set share."""
+        """Return the facts that all calls of a data set share."""
         rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
         return {
             "family": self.family,
@@ -254,7 +253,7 @@ class _Header:
         """Refuse a call that cannot be batched with this one.
 
         Raises:
-            InputError: naming the file and the argument.
+            InputError: names the file and the argument.
         """
         mine, theirs = self.common(), other.common()
         for kind in ("rows", "shared"):
@@ -271,14 +270,14 @@ class _Header:
                 raise InputError(f"{other.path}: {name} {theirs[name]}, but {mine[name]} in {self.path.name}")
 
     def read_shared(self) -> dict[str, object]:
-        """The shared arguments, with their tensors."""
+        """Read the shared arguments, with their tensors."""
         with safe_open(self.path, "pt") as file:
             tensors = {n[7:]: file.get_tensor(n) for n in file.keys() if n[:7] == "shared."}  # noqa: SIM118
         return self.shared | tensors
 
 
 class _Watched(Backbone):
-    """A backbone whose calls are recorded. Its blocks are run by the backbone itself."""
+    """Record a backbone's calls, and pass everything on to the backbone."""
 
     def __init__(self, backbone: Backbone, recording: Recording) -> None:
         super().__init__()
@@ -288,36 +287,36 @@ class _Watched(Backbone):
         self.condition = backbone.condition
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
-        """Record the call, then the backbone's."""
+        """Record the call, then embed with the backbone."""
         self.recording.write(Inputs(x, t, y))
         return self.backbone.embed(x, t, y)
 
     def block(self, index: int, state: State) -> State:
-        """The backbone's."""
+        """See `Backbone`."""
         return self.backbone.block(index, state)
 
     def block_modules(self) -> list[nn.Module]:
-        """The backbone's."""
+        """See `Backbone`."""
         return self.backbone.block_modules()
 
     def head(self, state: State) -> Tensor:
-        """The backbone's."""
+        """See `Backbone`."""
         return self.backbone.head(state)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """The backbone's."""
+        """See `Backbone`."""
         return self.backbone.unpatchify(patches, state)
 
     def identity(self, tensors: dict[str, Tensor] | None = None, process: Process | None = None) -> str:
-        """The backbone's."""
+        """See `Backbone`."""
         return self.backbone.identity(tensors, process)
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The calls in a folder, in order.
+    """List the calls in a folder, in order.
 
     Raises:
-        InputError: there are other things.
+        InputError: the folder holds other files.
     """
     paths = [path for path in folder.iterdir() if not files.is_draft(Path(path.name))]
     if other := sorted(path.name for path in paths if not _NAME.fullmatch(path.name)):
@@ -326,12 +325,12 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _at_rest(value: Tensor) -> Tensor:
-    """A copy of its own on the host, as safetensors asks for."""
+    """Copy a tensor to the host, contiguous, for safetensors."""
     return value.detach().to("cpu", copy=True).contiguous()
 
 
 def _words(value: object) -> str:
-    """A header's entry, for a message: the dtype and shape of rows, or a plain value."""
+    """Describe a header's entry in a message: the dtype and shape of rows, or a plain value."""
     if value is None:
         return "absent"
     if isinstance(value, dict) and "tensor" in value:

@@ -1,4 +1,4 @@
-"""What exits are trained on: noised pictures, recorded calls, or states of the sampler."""
+"""Inputs to train exits on: noised pictures, recorded calls, or states of the sampler."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ from dyndit.models.conditions import Condition, ConditionType
 from dyndit.process import Process
 
 Rows = Tensor | dict[str, Tensor]
-"""What comes with x in a batch of a data set: labels (B,), or tensors of B rows by name."""
+"""Conditions of a batch x: labels (B,), or tensors of B rows by name."""
 
 
 States = Callable[[Tensor, Rows, torch.Generator], Inputs]
-"""What exits are to be right on, made of a batch of the data: (x, rows, generator) -> inputs of the model."""
+"""Makes inputs of the model from a batch of the data: (x, rows, generator) -> inputs. Exits are trained on them."""
 
 
 TRAJECTORIES_SEED = 2_000_003
-"""Of the states to distil on; apart from those of calibration and of scoring."""
+"""Seed of the states to distil on. Calibration and scoring have other seeds."""
 
 
 def noised(

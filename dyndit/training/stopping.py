@@ -1,4 +1,4 @@
-"""Stop a run on a signal, after the step that is under way."""
+"""Stop a run on a signal, after the current step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from accelerate import Accelerator
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list; a second one acts as it always does."""
+    """Collect SIGINT and SIGTERM in a list. A second signal of a kind has its usual effect."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield caught
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -38,20 +38,20 @@ def signals() -> Iterator[list[int]]:
 
 
 def outlive_signals(over: Event, _worker: int) -> None:
-    """Ctrl-C and job managers signal every process; a worker is needed until the step is finished."""
+    """Ignore signals in a worker until `over` is set. Ctrl-C and job managers signal every process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.is_set() else None)
 
 
 def any_caught(caught: list[int], accelerator: Accelerator, meet: bool) -> bool:
-    """Was a signal caught, here or, asked on the steps where all processes `meet`, in any process?"""
+    """Tell whether a signal was caught. With many processes, ask all of them, and only when they `meet`."""
     if accelerator.num_processes == 1:
         return bool(caught)
     return meet and bool(accelerator.reduce(torch.tensor(len(caught), device=accelerator.device)))
 
 
 def leave(caught: list[int], step: int, steps: int, out: Path, say: bool) -> None:
-    """Say where the run stands, and end the process by the signal that was caught."""
+    """Print the run's step, and end the process as the caught signal would."""
     if say:
         print(f"{out}: stopped at step {step} of {steps}; run the same again to go on", file=sys.stderr)
     if signal.SIGINT in caught:

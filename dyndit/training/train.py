@@ -25,7 +25,7 @@ Preview = Callable[[DynamicDepth, Path, int], None]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a backbone of any family, from scratch or on from given weights."""
+    """Train a backbone of any family, from scratch or from given weights."""
 
     backbone: BackboneConfig
     """The architecture, of any family: `CARDS["digits"]`."""
@@ -33,21 +33,23 @@ class Train:
     data: str = ""
     """"digits", or empty: the user names a picture folder."""
     process: Process = DDPM()
-    """How pictures are noised, and what the backbone is to predict."""
+    """Process that noises pictures and defines the target of the backbone's prediction."""
     exits: ExitConfig | None = None
-    """Exits that train with the backbone, on the same loss as it (deep supervision). None: the backbone alone."""
+    """Exits that train with the backbone, on the same loss (deep supervision). None: the backbone alone."""
     exit_weight: float = 1.0
-    """Weight of the mean of the exits' losses, relative to that of full depth."""
+    """Weight of the exits' mean loss, relative to full depth's loss."""
 
     def __post_init__(self) -> None:
         if self.exit_weight <= 0:
             raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
+        if self.backbone.learn_variance and not self.process.has_variance:
+            raise InputError(f"learn_variance True: the process {self.process.name} has no variance; expected False")
 
     def check(self, data: Pictures) -> None:
-        """Refuse pictures that are not the backbone's.
+        """Refuse pictures and exits that do not fit the backbone.
 
         Raises:
-            InputError: another size, number of channels or of classes; an exit where there is no layer; or the first
+            InputError: another size, number of channels or of classes; an exit after a missing layer; or the first
                 picture cannot be read.
         """
         if self.exits is not None:
@@ -56,7 +58,7 @@ class Train:
         data[0]
 
     def outline(self) -> Backbone:
-        """The backbone without weights (on the meta device): what it takes, and what it is conditioned on."""
+        """Build the backbone without weights, on the meta device. It shows the shape and condition that it takes."""
         with torch.device("meta"):
             return self.backbone.build()
 
@@ -65,10 +67,10 @@ class Train:
     ) -> tuple[DynamicDepth, FitResult]:
         """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
 
-        start: whose weights to start from, and to leave as they are; its exits, if any, are not taken over.
+        start: model to copy the backbone's first weights from. Its exits are ignored.
 
         Raises:
-            InputError: as `check`; or `start` is of another shape or process than the recipe's.
+            InputError: see `check`; or `start` is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone
@@ -87,7 +89,7 @@ class Train:
         pixels = not isinstance(data, LatentPictures)
         model = DynamicDepth(backbone, exits, pixel_space=pixels, process=self.process)
         task = _Denoising(model, self.exit_weight, preview)
-        identity = f"{config!r} {self.process}"
+        identity = f"{config!r} {self.process!r}"
         if exits is not None:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:
@@ -98,7 +100,7 @@ class Train:
 
 
 class _Denoising:
-    """The task of training the backbone, with exits where the model has some."""
+    """Task: train the backbone, with its exits if the model has exits."""
 
     def __init__(self, model: DynamicDepth, exit_weight: float, preview: Preview | None) -> None:
         self.model, self.trainable = model, _trained_from_scratch(model)
@@ -107,7 +109,7 @@ class _Denoising:
     def loss(
         self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x: (B, C, H, W), y: (B,). All randomness comes from `generator`."""
+        """Return the loss at random timesteps, and its parts.  x: (B, C, H, W), y: (B,)."""
         process = self.model.process
         t = process.sample_timesteps(len(x), generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
@@ -130,17 +132,17 @@ def _is_shaped_as(backbone: Backbone, config: BackboneConfig) -> bool:
 
 
 def _trained_from_scratch(model: DynamicDepth) -> nn.Module:
-    """The module whose call gives what `_Denoising` judges."""
+    """Return the module that `_Denoising` trains."""
     return model.backbone if model.exits is None else _EveryDepth(model)
 
 
 class _EveryDepth(nn.Module):
-    """A backbone and its exits; a call gives the predictions of all depths, rising."""
+    """Predict at every depth with a backbone and its exits."""
 
     def __init__(self, dynamic: DynamicDepth) -> None:
         super().__init__()
         self.dynamic = dynamic
 
     def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> tuple[Tensor, ...]:
-        """-> E + 1 times (B, C_out, H, W)."""
+        """Return E + 1 predictions (B, C_out, H, W), by rising depth."""
         return tuple(self.dynamic.every_exit(x_t, t, y).values())

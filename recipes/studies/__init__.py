@@ -1,1 +1,1 @@
-"""The experiments behind docs/experiments.md, each readable with one other recipe open at most."""
+"""The experiments of docs/experiments.md. Each reads with at most one other recipe open."""

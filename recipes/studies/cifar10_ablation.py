@@ -1,12 +1,12 @@
-"""CIFAR-10: what are wide heads worth, and does more refinement find better plans, at UniPC-10 and two tight budgets?
+"""CIFAR-10: what are wide heads worth, and does more refinement find better plans? UniPC-10, two tight budgets.
 
     dyndit compare cifar10_ablation --model runs/cifar10/model --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10-ablation     # resumable
 
 `--model` gives the exits and the table of `cifar10_frontier`; without it the run makes them first. "plain-heads"
-distils plain exits on the same backbone and measures a table of its own, on the steps that were chosen for wide exits.
-"refined-8" corrects predictions by up to eight measured plans for each budget, the comparison's own arms (`searched`)
-by up to two.
+distils plain exits on the same backbone and measures its own table, on the steps that were chosen for wide exits.
+"refined-8" corrects predictions by up to eight measured plans for each budget. The comparison's own arms (`searched`)
+use up to two.
 
 Measured (docs/results/cifar10-ablation), Fréchet distance against `searched`, budgets 0.3 / 0.45: plain heads +23.96 /
 +1.07 by resnet20 and +46.39 / +1.82 by vgg; eight refinements -0.25 / -0.24 and +0.56 / -0.38. On 2 cores of an AMD

@@ -1,9 +1,9 @@
-"""The classifier behind the extractor `vgg-cifar10`, which scores pictures of plans calibrated on `resnet20-cifar10`.
+"""Train the classifier of the extractor `vgg-cifar10`. It scores pictures of plans calibrated on `resnet20-cifar10`.
 
     python -m dyndit.recipes.studies.cifar10_classifier TRAIN TEST [OUT]
 
-TRAIN and TEST hold a subfolder of pictures per class. Each picture is shifted by up to four pixels, half of them are
-mirrored. Seed 0.
+TRAIN and TEST hold a subfolder of pictures per class. Each picture is shifted by up to four pixels; half of the
+pictures are mirrored. Seed 0.
 
 Measured: 81.7% of the 10,000 test pictures after 6.4 epochs; 5.5 minutes on 2 cores of an AMD EPYC beside other work,
 2026-11-24.
@@ -41,7 +41,7 @@ def load(folder: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x: (B, 3, 32, 32) -> each picture shifted by up to SHIFT pixels (the edge: black), mirrored or not."""
+    """Shift each picture by up to SHIFT pixels (black edge), and mirror half of them at random.  x: (B, 3, 32, 32)."""
     num = len(x)
     moves = torch.randint(0, 2 * SHIFT + 1, (2, num), generator=generator)
     rows, columns = (move[:, None] + torch.arange(x.shape[-1]) for move in moves)
@@ -74,7 +74,7 @@ def train(pictures: Tensor, classes: Tensor, num_steps: int = NUM_STEPS) -> nn.M
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, pictures: Tensor, classes: Tensor) -> float:
-    """Share of pictures whose class the model gives most probability, in [0, 1]."""
+    """Return the share of pictures that the model classifies correctly, in [0, 1]."""
     right = [
         (model(x.float() / 127.5 - 1).argmax(1) == y).sum()
         for x, y in zip(pictures.split(500), classes.split(500), strict=True)

@@ -1,9 +1,9 @@
-"""CIFAR-10: what are own guides, forecasts and refinement worth, one off at a time, at UniPC-10 and two tight budgets?
+"""CIFAR-10: what are own guides, forecasts and refinement worth, one off at a time? UniPC-10, two tight budgets.
 
     dyndit compare cifar10_levers --model runs/cifar10/model --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10-levers     # resumable
 
-`--model` gives the exits and the table of `cifar10_frontier`; without it the run makes them first. A variant's table is
+`--model` gives the exits and the table of `cifar10_frontier`; without it the run makes them first. A variant uses
 that table without the steps of its lever, so the run measures only the plans that correct predictions.
 
 Measured (docs/results/cifar10-levers), Fréchet distance against all on, budgets 0.3 / 0.45, by resnet20 and by vgg: no

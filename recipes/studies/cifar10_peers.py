@@ -1,13 +1,13 @@
-"""CIFAR-10: how do plans compare with every peer, on your backbone? What `digits_peers` is to the digits.
+"""CIFAR-10: how do plans compare with every peer, on your backbone? `digits_peers` asks the same on the digits.
 
     dyndit compare cifar10_peers --model WEIGHTS --data DIR --extractor-weights resnet20-cifar10.safetensors \\
         --out runs/cifar10-peers                                     # resumable
 
-WEIGHTS is what `dyndit train cifar10` left, or any checkpoint of 32 x 32 pixels and 10 classes; DIR holds a subfolder
-of pictures per class. Scored on 5 blocks of 1,000 pictures by FD-resnet20.
+WEIGHTS is the model of `dyndit train cifar10`, or any checkpoint of 32 x 32 pixels and 10 classes. DIR holds a
+subfolder of pictures per class. FD-resnet20 scores 5 blocks of 1,000 pictures.
 
-Result: not yet measured. Cost, counted: about 1,500 steps of full depth with guidance for each of 5,000 pictures, which
-wants a GPU (`--device cuda`); on 2 CPU cores it is days.
+Result: not yet measured. Cost, counted: about 1,500 steps of full depth with guidance for each of 5,000 pictures. Use a
+GPU (`--device cuda`); on 2 CPU cores it takes days.
 """
 
 from dyndit.analysis.compare.experiment import Controls, Experiment
@@ -28,7 +28,7 @@ experiment = Experiment(
     budgets=(0.45, 0.6, 0.75),
     unguided_steps=(5, 10, 20),
     controls=Controls(solver="ddim", steps=10, depths=(6,), num_shuffled=2),
-    # The switch is left out: its small model would train for as many steps as the backbone did, 40,000.
+    # The switch is left out: its small model would train for 40,000 steps, as the backbone did.
     peers=tuple(
         settings
         for peer in peers().values()

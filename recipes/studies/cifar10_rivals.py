@@ -4,12 +4,13 @@
         --extractor-weights resnet20-cifar10.safetensors --out runs/cifar10-rivals     # resumable
 
 `cifar10_frontier` has two peers at one setting each; this study has every peer at every setting. `--model` gives the
-exits and the table of `cifar10_frontier`; without it the run makes them first. Left out are peers that train (pruned
-blocks, a smaller model), skipped layers, which were far behind on the digits, and random plans.
+exits and the table of `cifar10_frontier`; without it the run makes them first. The study
+leaves out peers that train (pruned blocks, a smaller model), random plans, and skipped layers, which were far behind on
+the digits.
 
 Measured on 3 of the 5 blocks (docs/results/cifar10-rivals): no. 35 of the 37 arms of peers and of no guidance are
-clearly worse than a plan that is no slower, by each extractor; the other two are guidance intervals, level at 40 ms
-and more, where the cheapest plan takes 14. On 2 cores of an AMD EPYC with AVX-512 BF16, 2026-11-28: 13 minutes of
+clearly worse than a plan that is no slower, by each extractor. The other two are guidance intervals, level at 40 ms
+and more; the cheapest plan takes 14. On 2 cores of an AMD EPYC with AVX-512 BF16, 2026-11-28: 13 minutes of
 sampling for the 3 blocks.
 """
 

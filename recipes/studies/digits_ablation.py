@@ -4,7 +4,7 @@
 
 The comparison's own arms (`searched`) have every lever: LoRA on the backbone, wide heads, states of the sampler, errors
 weighted by path KL, own guides, forecasts with a learned correction, two measured plans per budget, a band for each
-step. A variant lacks the lever that its name says. `digits_ablation_training` turns off the levers of the training.
+step. A variant lacks the lever in its name. `digits_ablation_training` turns off the levers of the training.
 
 Measured (docs/results/ablation), Fréchet distance against all on, budgets 0.3 / 0.45, by the extractor that plans are
 calibrated on: no own guides +0.06 / +0.14, no forecasts +0.14 / +0.15, not refined +0.04 / -0.01, 5 bands +0.10 /

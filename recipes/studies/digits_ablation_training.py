@@ -1,10 +1,10 @@
-"""Digits: with every lever on, what is each lever of the exits' training worth, and what are all of them?
+"""Digits: with every lever on, what is each lever of the exits' training worth, and what are all levers together?
 
     dyndit compare digits_ablation_training --out runs/ablation-training   # resumable
 
 The comparison's own arms (`searched`) have every lever, as in `digits_ablation`. Every variant distils exits anew, on
-the backbone as it was given; "plain" is the recipe of `digits_levers`, every lever off. FasterCache and guidance
-intervals stand beside them.
+the given backbone. "plain" is the recipe of `digits_levers`, with every lever off. FasterCache and guidance intervals
+are measured too.
 
 Measured (docs/results/ablation-training), Fréchet distance against all on, budgets 0.3 / 0.45, by the extractor that
 plans are calibrated on: frozen backbone -0.10 / +0.01, plain heads -0.10 / +0.21, noised states +0.06 / -0.04, even

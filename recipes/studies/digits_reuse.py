@@ -2,8 +2,8 @@
 
     dyndit compare digits_reuse --out runs/reuse                     # resumable
 
-The comparison's own arms (`searched`) have a table of 256 seeds with a band for each of 10 steps; the variant's table
-also holds steps that reuse the guidance of the step before.
+The comparison's own arms (`searched`) have a table of 256 seeds with a band for each of 10 steps. The variant's table
+also holds steps that reuse the guidance of the previous step.
 
 Measured (docs/experiments.md, 2026-11-23), Fréchet distance with UniPC by the extractor that plans are calibrated on,
 with reuse against without: 1.56 against 1.28 at budget 0.3, 1.19 and 1.16 at 0.4, 1.13 and 1.10 at 0.5, 1.09 and 1.08

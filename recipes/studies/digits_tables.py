@@ -7,8 +7,8 @@ arms (`searched`) have that table: 128 seeds, a band for each of 10 steps, up to
 
 Measured (docs/results/tables), Fréchet distance against that table's plans, budgets 0.3 / 0.45, by the extractor that
 plans are calibrated on, and seconds of table: 5 bands +0.47 / +0.36 (52 s), 256 seeds -0.09 / -0.07 (218 s), 4 depths
--0.22 / +0.01 (50 s), forecasts -0.09 / +0.01 (179 s); the table itself took 121 s. So a band for each step is what not
-to save on. 13 minutes on 2 cores of an AMD EPYC, 2026-11-28.
+-0.22 / +0.01 (50 s), forecasts -0.09 / +0.01 (179 s); the table itself took 121 s. So keep a band for
+each step. 13 minutes on 2 cores of an AMD EPYC, 2026-11-28.
 """
 
 from dataclasses import replace

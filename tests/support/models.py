@@ -10,6 +10,9 @@ from dyndit.models.dynamic import DynamicDepth
 
 TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
 
+TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY)}
+"""A tiny config of every backbone family. The contract test fails if one is missing."""
+
 
 MakeBackbone = Callable[..., ClassConditionalDiT]
 

@@ -6,8 +6,7 @@ import math
 import os
 import resource
 import string
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from dyndit import files, manifest
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.pictures import write_png
+from support.kills import dies_at, moments
 
 OLD, NEW = "old " * 500, "new " * 700
 WEIGHTS = {f"w{i}": torch.arange(60.0).view(6, 10) + i for i in range(5)}
@@ -41,7 +41,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "a.png": lambda path: write_png(path, Image.fromarray(np.zeros((9, 9), np.uint8))),
     "copy": lambda path: files.copy(Path(__file__), path),
 }
-NUM_MOMENTS = 30
 
 
 def content(path: Path) -> object:
@@ -51,49 +50,12 @@ def content(path: Path) -> object:
     return path.read_bytes() if path.exists() else None
 
 
-def dies_at(moment: int, work: Callable[[], None]) -> bool:
-    """Do the work in a child that dies, without any cleaning up, at its so-and-so-many-th call; whether it did."""
-    pid = os.fork()
-    if pid == 0:
-        left = moment
-
-        def count(frame: object, event: str, _argument: object) -> None:
-            nonlocal left
-            if event in ("call", "c_call"):
-                left -= 1
-                if left < 0:
-                    os._exit(9)
-
-        try:
-            sys.setprofile(count)
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-
-
-def moments(work: Callable[[], None]) -> Iterator[int]:
-    """About `NUM_MOMENTS` moments, evenly spread over the calls that a piece of work makes."""
-    total = 0
-
-    def count(frame: object, event: str, _argument: object) -> None:
-        nonlocal total
-        total += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return iter(range(0, total, max(1, total // NUM_MOMENTS)))
-
-
 @pytest.mark.parametrize(
     ("name", "is_new"), [("a.txt", False), ("a.txt", True), ("a.safetensors", False), ("a.npz", False)]
 )
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(name: str, is_new: bool, tmp_path: Path) -> None:
     write, sample = WRITERS[name], tmp_path / "sample"
-    when = list(moments(lambda: write(sample / name)))
+    when = moments(lambda: write(sample / name))
     new, seen = content(sample / name), set()
     for moment in when:
         folder = tmp_path / str(moment)

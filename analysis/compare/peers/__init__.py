@@ -1,6 +1,6 @@
-"""What a user would pick instead of dynamic depth. A new peer: one file here, found by itself.
+"""Collect the peers: the alternatives to dynamic depth. To add a peer, add one file here; it is found by itself.
 
-All run on the same weights, solver, guidance and sampling loop; `base` says how.
+All peers run on the same weights, solver, guidance and sampling loop; see `base`.
 """
 
 import importlib
@@ -14,7 +14,7 @@ __all__ = ["Peer", "PeerContext", "PeerSettings", "grid", "peers"]
 
 @cache
 def peers() -> dict[str, type[PeerSettings]]:
-    """Every peer of this package, by name. A file whose library is absent says so when its model is asked for."""
+    """Return every peer of this package by name. A peer without its library raises only when its model is made."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return {settings.name: settings for settings in _concrete(PeerSettings)}

@@ -1,12 +1,11 @@
-"""The fixed, time-dependent exit schedule of ASE, on our exits.
+"""Run the fixed, time-dependent exit schedule of ASE on our exits.
 
 Moon et al. (ICML 2024), "A Simple Early Exiting Framework for Accelerated Sampling in Diffusion Models",
-arXiv:2408.05927: the depth is a fixed function of the timestep, deepest near the picture, and the same for both
-guidance branches. Taken from it: ten equal ranges of timesteps, of which each next pair is shallower by an equal number
-of blocks; the schedule in the authors' code (taehong-moon/ee-diffusion, DiT/drop_scheduler.py) is 28, 28, 24, 24, 20,
-20, 16, 16, 12, 12 of 28 blocks from t = 0 up, which is `drop` = 4/7 here. Not taken: there the whole backbone is
-fine-tuned for one schedule and all depths share the final layer. Here the backbone is frozen and each depth has its
-distilled exit, as for every other plan, so what is compared is the schedule.
+arXiv:2408.05927. The depth is a fixed function of the timestep, equal for both guidance branches, deepest near the
+picture. Ten equal ranges of timesteps form five pairs, each pair shallower by an equal number of blocks. The authors'
+code (taehong-moon/ee-diffusion, DiT/drop_scheduler.py) runs 28, 28, 24, 24, 20, 20, 16, 16, 12, 12 of 28 blocks from
+t = 0 up: `drop` = 4/7 here. ASE also fine-tunes the whole backbone for one schedule and shares the final layer. Here
+the backbone is frozen and each depth has its distilled exit, so the comparison tests the schedule alone.
 """
 
 from dataclasses import dataclass
@@ -33,21 +32,21 @@ class FixedExits(PeerSettings):
 
     @classmethod
     def off(cls) -> Self:
-        """Nothing is dropped."""
+        """Drop no block."""
         return cls(0.0)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """The authors' own slope, and a gentler and a steeper one."""
+        """Take the authors' own slope, a gentler slope and a steeper slope."""
         return grid(cls, drop=(2 / 7, 4 / 7, 6 / 7))
 
     @property
     def label(self) -> str:
-        """Two digits tell the slopes apart."""
+        """The slope with two digits, such as "drop0.57"."""
         return f"drop{self.drop:.2f}"
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
-        """Each step's depth from its timestep, at the nearest exit; the deeper of two that are equally near."""
+        """Set each step's depth from its timestep, at the nearest exit; on a tie the deeper exit."""
         steps = []
         for timestep, step in zip(full.timesteps, full.steps, strict=True):
             wanted = full.num_blocks * (1 - self.drop * _stage(timestep))
@@ -57,6 +56,6 @@ class FixedExits(PeerSettings):
 
 
 def _stage(timestep: float) -> float:
-    """0 in the two ranges nearest to the picture, 1 in the two noisiest."""
+    """Return 0 in the two ranges nearest to the picture, rising to 1 in the two noisiest ranges."""
     pairs = NUM_RANGES // 2
     return min(int(timestep * pairs / NUM_TIMESTEPS), pairs - 1) / (pairs - 1)

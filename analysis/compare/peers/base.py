@@ -1,7 +1,7 @@
-"""What every peer is: a frozen dataclass of settings that says which model runs, under which plan.
+"""Define a peer: a frozen dataclass of settings that gives the model to run and its plan.
 
-A peer that is a plan overrides `plan`. One that is none overrides `model` and returns a `Peer`: a `DynamicDepth` on the
-same modules whose `predict` differs, so that the one sampling loop, scoring and timing serve it unchanged.
+A peer that only changes the plan overrides `plan`. Any other peer overrides `model` and returns a `Peer`: a
+`DynamicDepth` on the same modules with another `predict`. Sampling loop, scoring and timing stay the same.
 """
 
 from dataclasses import dataclass, fields
@@ -18,11 +18,11 @@ from dyndit.training.train import Train
 
 @dataclass(frozen=True)
 class PeerContext:
-    """What a peer that has weights of its own may train them with.
+    """Data and budget for a peer that trains its own weights.
 
-    out: a folder for what it trains, where it finds it again; data: the pictures of the comparison; fit: how the exits
-    were distilled, which is the budget that a peer may spend too. train: how the comparison trains its backbone from
-    scratch, for a peer that trains a smaller one; None if the comparison does not say.
+    out: the folder that keeps the trained weights. data: the pictures of the comparison. fit: the exits' distillation
+    settings, also the peer's budget. train: recipe to train a backbone from scratch, for a peer that trains a smaller
+    backbone; None if the comparison has no such recipe.
     """
 
     out: Path
@@ -33,9 +33,9 @@ class PeerContext:
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """A peer and how it is set; subclasses add fields, plain numbers and words.
+    """The settings of a peer. Subclasses add fields: plain numbers and words.
 
-    Every subclass in this package is found by itself (`peers.peers()`) and runs in the test suite.
+    `peers.peers()` finds every subclass in this package, and the test suite runs it.
     """
 
     name: ClassVar[str]
@@ -43,17 +43,17 @@ class PeerSettings:
 
     @classmethod
     def off(cls) -> Self | None:
-        """Settings under which the peer is the full model, bit for bit; None where there are none."""
+        """Return settings that make the peer the full model, bit for bit; None if no settings do."""
         return None
 
     @classmethod
     def available(cls) -> bool:
-        """Whether the library that it runs on is installed."""
+        """Return True if the peer's library is installed."""
         return True
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Settings that spread over what the peer can save on the digits at 10 steps: what a comparison takes."""
+        """Return the settings to compare: spread over the peer's possible savings on the digits at 10 steps."""
         raise NotImplementedError
 
     @property
@@ -62,15 +62,15 @@ class PeerSettings:
         return "-".join(f"{f.name}{_plain(getattr(self, f.name))}" for f in fields(self))
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """What runs; by default the model itself. Only a peer that trains needs a context."""
+        """Return the model to run; by default `model` itself. Only a peer that trains needs a context."""
         return model
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
-        """What it runs: a router. `full` is the full plan, `depths` those of what `model` returned."""
+        """Return the plan to run.  full: the full plan, depths: the depths of the model that `model` returned."""
         return full
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:
-        """Blocks run, over those of the full model at the same steps with guidance; None where the data decide."""
+        """Return blocks run over the full model's blocks at the same steps with guidance; None if the data decide."""
         return plan.share_of_blocks
 
 
@@ -81,15 +81,15 @@ def _plain(value: object) -> str:
 
 
 def grid(settings: type[PeerSettings], **choices: tuple[object, ...]) -> tuple[PeerSettings, ...]:
-    """Every combination: grid(Stale, every=(2, 3), depth=(4, 6))."""
+    """Combine all values: grid(Stale, every=(2, 3), depth=(4, 6)) returns four settings."""
     return tuple(settings(**dict(zip(choices, values, strict=True))) for values in product(*choices.values()))
 
 
 class Peer(DynamicDepth):
-    """The full model's modules, run another way: subclasses override `predict`.
+    """The full model's modules with another way to run them. Subclasses override `predict`.
 
-    What a step leaves for the next goes out in the memory and comes in with it. Nothing is kept in the module: a new
-    trajectory starts with memory None, and a fork gets its own copy.
+    `predict` takes and returns the memory: all that a step keeps for the next step. The module itself keeps nothing. A
+    new trajectory starts with memory None, and a fork gets its own copy.
     """
 
     def __init__(self, model: DynamicDepth, settings: PeerSettings) -> None:

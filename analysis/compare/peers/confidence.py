@@ -1,16 +1,16 @@
-"""The confidence router: at every step each picture leaves where its own estimated error is small.
+"""Route by confidence: at every step each picture leaves at the first exit with a small estimated error.
 
-At some depths d_0 < d_1 < ... the exits' predictions are compared. A picture's signal at d_i is the mean squared
-change of its prediction since d_(i-1); it leaves at d_i where that is below a threshold, and is cut out of the batch,
-which goes on with the rest. Under guidance a picture's two branches leave together, by the change of the guided
-prediction. So a decision depends on the timestep and on the picture alone, never on its batch mates.
+The router compares the exits' predictions at depths d_0 < d_1 < ... A picture's signal at d_i is the mean squared
+change of its prediction since d_(i-1). A picture whose signal is below a threshold leaves at d_i; the rest of the batch
+goes on. Under guidance both branches of a picture leave together, by the change of the guided prediction. A decision
+depends only on the timestep and the picture, never on its batch mates.
 
-Leaving by an exit's own confidence is DeeBERT's (Xin et al. 2020, arXiv:2004.12993), in diffusion DeeDiff's (Tang et
-al. 2023, arXiv:2309.17074, later named AdaDiff), which trains estimators of the error; here nothing is trained.
-Thresholds are calibrated against the true error, as in CALM (Schuster et al. 2022, arXiv:2207.07061): see `threshold`.
+Exits by confidence: DeeBERT (Xin et al. 2020, arXiv:2004.12993). In diffusion, DeeDiff (Tang et al. 2023,
+arXiv:2309.17074, later named AdaDiff) trains estimators of the error; here nothing is trained. Thresholds are
+calibrated against the true error, as in CALM (Schuster et al. 2022, arXiv:2207.07061): see `threshold`.
 
-Which rows go on is known on the device alone, so the host waits for it once for each of d_1, d_2, ... at every step.
-An option: searched plans are the default until it beats them.
+The device decides which rows go on, so the host waits once for each of d_1, d_2, ... at every step. The router is
+optional: searched plans are the default.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,11 @@ MIN_ROWS, NUM_QUANTILES, QUANTILE_95 = 20, 20, 1.645
 
 @dataclass(frozen=True)
 class ConfidenceSettings:
-    """What thresholds are calibrated on.
+    """Settings to calibrate thresholds with.
 
-    targets: mean squared errors of the guided noise prediction against full depth's that rows which leave may have; the
-    noise itself has 1. depths: d_0, d_1, ..., with exits; empty means `default_depths`. num_bands: of timesteps, each
-    with thresholds of its own.
+    targets: allowed mean squared errors of rows that leave, guided noise prediction against full depth (the noise
+    itself has 1). depths: d_0, d_1, ..., with exits; empty: `default_depths`. num_bands: number of timestep bands,
+    each with its own thresholds.
     """
 
     targets: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
@@ -56,7 +56,7 @@ class ConfidenceSettings:
 
 
 def default_depths(depths: Sequence[int]) -> tuple[int, ...]:
-    """The exits nearest to 1/6, 2/6, 3/6 and 4/6 of L, and the one before them to compare the first with."""
+    """Choose the exits nearest to 1/6, 2/6, 3/6 and 4/6 of L, and one exit before them for the first comparison."""
     *exits, full = depths
     if not exits:
         return ()
@@ -66,11 +66,11 @@ def default_depths(depths: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a picture leaves. Plain data.
+    """The signals below which a picture leaves. Plain data.
 
     depths: d_0, d_1, ..., d_m, rising, below L; no picture leaves at d_0. edges: bands + 1 timesteps, falling; band b
-    covers (edges[b + 1], edges[b]]. values: for each band the m signals below which a picture leaves at d_1 to d_m.
-    cfg_scale, target: what they were calibrated for. backbone, exits: identities; "" for thresholds that fit any.
+    covers (edges[b + 1], edges[b]]. values: for each band m thresholds, for d_1 to d_m. cfg_scale, target: calibrated
+    for these. backbone, exits: identities of the model; "" fits any model.
     """
 
     depths: tuple[int, ...]
@@ -82,7 +82,7 @@ class Thresholds:
     exits: str = ""
 
     def at(self, timestep: float) -> tuple[float, ...]:
-        """The thresholds of d_1 to d_m; a timestep beyond the bands takes the nearest."""
+        """Return the thresholds of d_1 to d_m; a timestep beyond the bands takes the nearest band."""
         return self.values[sum(timestep <= edge for edge in self.edges[1:-1])]
 
     def save(self, path: Path) -> None:
@@ -94,7 +94,7 @@ class Thresholds:
         """Read JSON.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or holds no thresholds of this version.
+            CheckpointError: the file is missing, damaged, or not a thresholds file of this version.
         """
         try:
             data = read_json(Path(path))
@@ -109,29 +109,28 @@ class Thresholds:
 
 
 def _guided(predictions: Tensor, channels: int, scale: float) -> Tensor:
-    """(branches, B, C_out, H, W) -> the guided noise prediction (B, C, H, W), float32."""
+    """Guide predictions (branches, B, C_out, H, W) -> the noise prediction (B, C, H, W), float32."""
     eps = predictions[:, :, :channels].float()
     return eps[0] if len(eps) == 1 else eps[1] + scale * (eps[0] - eps[1])
 
 
 def _mean_square(difference: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,)."""
+    """Average squares per picture, (B, C, H, W) -> (B,)."""
     return difference.square().flatten(1).mean(1)
 
 
 class ConfidentDepth(DynamicDepth):
-    """A model whose pictures leave where they are sure. `sample` takes it in place of the model.
+    """A model whose pictures leave when their signal is small. `sample` takes it in place of the model.
 
-    It decides at the steps that the plan runs at full depth (with guidance, where the thresholds are of guided
-    sampling); the others run as planned. Its memory is the record: for every step the depths (B,) that pictures left
-    at.
+    The router decides at steps that the plan runs at full depth in as many branches as the thresholds: two for guided
+    sampling. All other steps run as planned. The memory records, for every step, the depths (B,) that pictures left at.
     """
 
     def __init__(self, model: DynamicDepth, thresholds: Thresholds) -> None:
         """Share the modules of `model`.
 
         Raises:
-            InputError: the thresholds are another model's, or it has no exit at one of their depths.
+            InputError: the thresholds belong to another model, or the model lacks an exit at one of their depths.
         """
         super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         _check_depths(thresholds.depths, self.depths)
@@ -140,7 +139,7 @@ class ConfidentDepth(DynamicDepth):
         self.eval()
 
     def predict(self, step: StepInputs, memory: tuple[Tensor, ...] | None) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """As of `DynamicDepth`."""
+        """See `DynamicDepth`."""
         branches = 1 if self.thresholds.cfg_scale == 1 else 2
         if step.work.depths == (self.num_blocks,) * branches:
             predictions, depths = self._confident(step)
@@ -150,10 +149,10 @@ class ConfidentDepth(DynamicDepth):
         return predictions, (*(memory or ()), depths)
 
     def _confident(self, step: StepInputs) -> tuple[list[Tensor], Tensor]:
-        """The predictions of every branch, and the depths (B,) that the pictures left at."""
+        """Return the predictions of every branch and the depths (B,) that the pictures left at."""
         joined = Inputs.joined(step.branches)
         state, done, branches = self.backbone.embed(joined.x, joined.t, joined.y), 0, len(step.labels)
-        rows = torch.arange(len(step.x_t), device=step.x_t.device)  # the pictures that are still there
+        rows = torch.arange(len(step.x_t), device=step.x_t.device)  # the pictures still in the batch
         depths, left, predictions, before = torch.full_like(rows, self.num_blocks), [], [], None
         limits = (None, *self.thresholds.at(step.timesteps[step.k]), None)
         for depth, limit in zip((*self.thresholds.depths, self.num_blocks), limits, strict=True):
@@ -190,8 +189,8 @@ def _check_depths(depths: tuple[int, ...], there: tuple[int, ...]) -> None:
 class Signals:
     """Signals and true errors along trajectories at full depth.
 
-    signal, error: (K, m, N), of K steps, d_1 to d_m and N pictures: the mean squared change of the guided prediction
-    since the depth before, and its mean squared difference from full depth's.
+    signal: (K, m, N) for K steps, depths d_1 to d_m and N pictures: mean squared change of the guided prediction since
+    the depth before. error: (K, m, N): mean squared difference from full depth's guided prediction.
     """
 
     depths: tuple[int, ...]
@@ -203,10 +202,10 @@ class Signals:
     exits: str = ""
 
     def thresholds(self, target: float, num_bands: int) -> Thresholds:
-        """Thresholds for this mean squared error, depth after depth on the rows that earlier ones leave over.
+        """Choose thresholds for this mean squared error, depth by depth, on the rows that have not left earlier.
 
         Raises:
-            InputError: the target is negative, or there are no bands.
+            InputError: the target is negative, or `num_bands` is below 1.
         """
         if not target >= 0 or num_bands < 1:
             raise InputError(f"confidence target {target:g} in {num_bands} bands: expected 0 or more, and 1 or more")
@@ -224,12 +223,12 @@ class Signals:
 
 
 def threshold(signal: Tensor, error: Tensor, target: float) -> float:
-    """The signal below which rows have a mean error of at most `target`; 0 where none may leave.  Both: (N,).
+    """Return the signal below which rows have a mean error of at most `target`; 0 if no row may leave.  Both: (N,).
 
-    Candidates are the twentieths of the signals, tried from the strictest on, up to the first whose rows' mean error
-    might be above the target: its one-sided 95% bound (normal) is. That order makes it one test at 5% for all
-    candidates (fixed-sequence testing: Angelopoulos et al. 2021, "Learn then Test", arXiv:2110.01052, as used by CALM).
-    The level holds for one depth and band each, and for rows as independent as steps of one picture are.
+    Candidates are the twentieths of the signals, tried from the strictest. Stop at the first candidate whose one-sided
+    95% bound (normal) of the mean error exceeds the target. This order makes one test at 5% of all candidates
+    (fixed-sequence testing: Angelopoulos et al. 2021, "Learn then Test", arXiv:2110.01052, as in CALM). The level holds
+    for each depth and band alone. It treats the steps of one picture as independent rows.
     """
     order = signal.argsort()
     signal, error, best = signal[order], error[order].double(), 0.0
@@ -246,7 +245,7 @@ def threshold(signal: Tensor, error: Tensor, target: float) -> float:
 
 
 class _Recorder(DynamicDepth):
-    """Full depth, whose memory is what every exit on the way would have said: (signal, error), (m, B) each, by step."""
+    """Run full depth and record, at each exit, its signal and its error. Memory: per step two tensors (m, B)."""
 
     def __init__(self, model: DynamicDepth, depths: tuple[int, ...], cfg_scale: float) -> None:
         super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
@@ -254,7 +253,7 @@ class _Recorder(DynamicDepth):
         self.eval()
 
     def predict(self, step: StepInputs, memory: tuple | None) -> tuple[list[Tensor], tuple]:
-        """As of `DynamicDepth`."""
+        """See `DynamicDepth`."""
         joined = Inputs.joined(step.branches)
         every = self.every_exit(joined.x, joined.t, joined.y)
         shape = (len(step.labels), len(step.x_t))
@@ -275,12 +274,12 @@ def record_signals(
     cfg_scale: float = 1.5,
     settings: ConfidenceSettings | None = None,
 ) -> Signals:
-    """Run trajectories at full depth, classes in turn, and keep what the exits on the way would have said.
+    """Run trajectories at full depth, classes in turn, and record each exit's signal and error.
 
-    Thresholds from them hold for states on full depth's trajectories; those of a sampling that leaves early drift away.
+    Thresholds from these signals hold for states of full depth; states of a sampling that leaves early drift away.
 
     Raises:
-        InputError: fewer than two exits, or depths without one.
+        InputError: the model has fewer than two exits, or lacks an exit at one of the depths.
     """
     settings = settings or ConfidenceSettings()
     depths = settings.depths or default_depths(model.depths)
@@ -295,7 +294,7 @@ def record_signals(
 def _memories(
     model: DynamicDepth, plan: DepthPlan, solver: AnySolver, num: int, seed: int, batch_size: int
 ) -> list[tuple]:
-    """Sample `num` pictures, classes in turn -> the memory at the end of every batch."""
+    """Sample `num` pictures, classes in turn; return the memory at the end of every batch."""
     _device, found = next(model.parameters()).device, []
     for indices in batches_of(range(num), batch_size):
         batch = batch_in_turn(model, indices, seed)
@@ -306,8 +305,7 @@ def _memories(
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """What was decided in a sampling. depths: (K, N) of every step and picture; shaken: (K, N), those decided when the
-    picture's x_t is changed a little."""
+    """The depths chosen in a sampling, (K, N) by step and picture. shaken: chosen with a disturbed x_t."""
 
     timesteps: tuple[float, ...]
     depths: Tensor
@@ -315,29 +313,29 @@ class Decisions:
 
     @property
     def mean_depth(self) -> Tensor:
-        """By step, (K,)."""
+        """Mean depth by step, (K,)."""
         return self.depths.double().mean(1)
 
     @property
     def flip_rates(self) -> Tensor:
-        """By step, (K,): the share of pictures whose decision the small change of x_t changes."""
+        """Share of pictures by step, (K,), whose depth changes with the disturbed x_t."""
         return (self.depths != self.shaken).double().mean(1)
 
     def frame(self) -> pd.DataFrame:
-        """A row for each step: step, timestep, mean_depth, flip_rate."""
+        """Return a row for each step: step, timestep, mean_depth, flip_rate."""
         rows = {"timestep": self.timesteps, "mean_depth": self.mean_depth, "flip_rate": self.flip_rates}
         return pd.DataFrame(rows).rename_axis("step").reset_index()
 
 
 class _Shaken(ConfidentDepth):
-    """Decides every step twice; the second time on a disturbed x_t, and only to keep what was decided."""
+    """Decide every step twice: on x_t, and on a disturbed x_t only to record the depths."""
 
     def __init__(self, model: ConfidentDepth, noise: float) -> None:
         super().__init__(model, model.thresholds)
         self.noise = noise
 
     def predict(self, step: StepInputs, memory: tuple | None) -> tuple[list[Tensor], tuple]:
-        """As of `DynamicDepth`."""
+        """See `DynamicDepth`."""
         predictions, (depths,) = super().predict(step, None)
         x = step.x_t
         drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(step.k)).to(x)
@@ -356,10 +354,10 @@ def measure_decisions(
     seed: int = CALIBRATION_SEED + 1,
     noise: float = 0.01,
 ) -> Decisions:
-    """Sample pictures under a plan of a named solver, and decide each step again with Gaussian noise added to x_t.
+    """Sample pictures under a plan, and decide each step again with Gaussian noise added to x_t.
 
-    noise: its standard deviation, as a share of the root mean square of the picture's x_t. The share of decisions that
-    it changes is the flip rate; the definition is ours.
+    plan: has a named solver. noise: standard deviation of the noise over the root mean square of the picture's x_t.
+    The flip rate (our definition) is the share of decisions that the noise changes.
     """
     found = _memories(_Shaken(model, noise), plan, plan.solver, num_pictures, seed, batch_size)
     depths = torch.cat([torch.stack(steps) for steps in found], dim=2)  # (K, 2, N)

@@ -1,9 +1,10 @@
-"""DBCache of the package cache-dit: where the residual of the first blocks hardly changed since the last full step, the
-residual of the middle ones is used again, or forecast from the last ones (TaylorSeer).
+"""Run DBCache of the package cache-dit.
+
+If the first blocks' residual hardly changed since the last full step, the middle blocks do not run. Their residual is
+reused, or forecast from the last residuals (TaylorSeer).
 
 Source: cache-dit (github.com/vipshop/cache-dit), "DBCache"; TaylorSeer: J. Liu et al., ICCV 2025, arXiv:2503.06923.
-Whose code runs: cache-dit, an optional package (`pip install "dyndit[peers]"`), through its own adapter for diffusers'
-DiT.
+Code: cache-dit, an optional package (`pip install "dyndit[peers]"`), through its own adapter for diffusers' DiT.
 """
 
 import os
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def load_cache_dit() -> ModuleType:
-    """The package, which writes of all it does to standard output unless told before it is imported.
+    """Import cache-dit with its log switched off; without that it logs to standard output.
 
     Raises:
-        InputError: it is not installed.
+        InputError: cache-dit is not installed.
     """
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     try:
@@ -38,7 +39,7 @@ def load_cache_dit() -> ModuleType:
 
 
 class DBCachePeer(TransformerPeer):
-    """Keeps the state in the contexts of the package's context manager."""
+    """A peer whose state lies in the contexts of cache-dit's context manager."""
 
     def __init__(self, model: DynamicDepth, settings: "DBCache") -> None:
         super().__init__(model, settings)
@@ -59,21 +60,21 @@ class DBCachePeer(TransformerPeer):
         self._begin = [context._init_kwargs for context in self._manager._cached_context_manager.values()]
 
     def put(self, states: Sequence[object] | None) -> None:
-        """New contexts where a sampling begins: `refresh_context` would empty those of one that goes on."""
+        """Set the contexts; make new ones for a new sampling. `refresh_context` would empty a running sampling's."""
         self._manager._cached_context_manager = {} if states is None else states[0]
         if states is None:
             for settings in self._begin:
                 self._manager.new_context(**settings)
 
     def take(self) -> tuple[object, ...]:
-        """The contexts by name."""
+        """Return the contexts by name."""
         return (self._manager._cached_context_manager,)
 
 
 @dataclass(frozen=True)
 class DBCache(DiffusersCache):
-    """Threshold on mean |r - r'| / mean |r'| of the first blocks' residuals, 0 never skips; order: of the forecast, 0
-    for none; first, last: blocks that run at every step; warmup: steps that run in full.
+    """threshold: on mean |r - r'| / mean |r'| of the first blocks' residuals; 0 never skips. order: of the forecast; 0:
+    no forecast. first, last: numbers of blocks that run at every step. warmup: number of first steps that run in full.
     """
 
     name: ClassVar[str] = "cache-dit"
@@ -92,24 +93,24 @@ class DBCache(DiffusersCache):
 
     @classmethod
     def off(cls) -> Self:
-        """No residual is close enough."""
+        """Never skip: no residual is below threshold 0."""
         return cls(0.0)
 
     @classmethod
     def available(cls) -> bool:
-        """Whether cache-dit is installed."""
+        """Return True if cache-dit is installed."""
         return find_spec("cache_dit") is not None
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """From some steps to most; forecast at the two wider thresholds."""
+        """Skip from some to most steps; forecast at the two wider settings."""
         return cls(0.1), cls(0.2), cls(0.2, 1), cls(0.4, 1)
 
     def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
         """See `DiffusersCache.model`.
 
         Raises:
-            InputError: also where cache-dit is not installed, or there are fewer blocks than are to run at every step.
+            InputError: also if cache-dit is not installed, or `first` + `last` exceeds the number of blocks.
         """
         if self.first + self.last > model.num_blocks:
             raise InputError(

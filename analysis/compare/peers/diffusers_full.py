@@ -1,6 +1,6 @@
-"""Full depth by diffusers' own `DiTTransformer2DModel`, nothing cached: what its caches save time against.
+"""Run full depth with diffusers' own `DiTTransformer2DModel`, without a cache: the reference time of its caches.
 
-Whose code runs: diffusers (`DiTTransformer2DModel`, Apache-2.0).
+Code: diffusers (`DiTTransformer2DModel`, Apache-2.0).
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from dyndit.plans.plan import DepthPlan
 
 @dataclass(frozen=True)
 class DiffusersFull(DiffusersCache):
-    """No settings."""
+    """Full depth by diffusers. It has no settings."""
 
     name: ClassVar[str] = "diffusers-full"
 
     @property
     def label(self) -> str:
-        """There is nothing to set."""
+        """A fixed label, as there are no settings."""
         return "uncached"
 
     @classmethod
     def off(cls) -> Self:
-        """It is the full model."""
+        """Return the only settings: this peer is the full model."""
         return cls()
 
     def share_of_blocks(self, plan: DepthPlan) -> float:
-        """All that the plan has."""
+        """Return the plan's own share."""
         return plan.share_of_blocks

@@ -1,9 +1,11 @@
-"""FasterCache: at low noise the unconditional branch is forecast from the conditional one, by the difference that their
-low and high frequencies had when both were run; meanwhile the conditional branch's attention is forecast too.
+"""Run FasterCache: at low noise forecast the unconditional branch from the conditional branch.
+
+The forecast adds the difference of low and high frequencies from the last step that ran both branches. The conditional
+branch's attention is forecast too.
 
 Source: Z. Lv et al., "FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality", ICLR 2025,
-arXiv:2410.19355. Whose code runs: diffusers, `apply_faster_cache`, told of a DiT's argument `class_labels`, which it
-does not split by itself. Made for videos; a picture is one frame.
+arXiv:2410.19355. Code: diffusers, `apply_faster_cache`, told to split a DiT's argument `class_labels`. The method is
+made for videos; a picture is one frame.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FasterCachePeer(DiffusersPeer):
-    """Tells the cache the timestep, and keeps the rows in the order that it expects."""
+    """A peer that tells the cache the timestep and puts the unconditional rows first."""
 
     uncond_first = True
 
@@ -33,10 +35,10 @@ class FasterCachePeer(DiffusersPeer):
         self.find_states()
 
     def ready(self, step: StepInputs) -> None:
-        """Tell the timestep.
+        """Tell the cache the timestep.
 
         Raises:
-            InputError: there is no unconditional branch.
+            InputError: the step has no unconditional branch.
         """
         if len(step.labels) != 2:
             raise InputError(f"peer {self.settings.name}: no guidance at step {step.k}, expected --cfg-scale above 1")
@@ -45,8 +47,8 @@ class FasterCachePeer(DiffusersPeer):
 
 @dataclass(frozen=True)
 class FasterCache(DiffusersCache):
-    """Below the timestep `below`, the unconditional branch runs at every `uncond`-th step, and the conditional one's
-    attention, where that branch runs alone, at every `attention`-th.
+    """Below timestep `below` the unconditional branch runs at every `uncond`-th step. While the conditional branch runs
+    alone, its attention runs at every `attention`-th step.
     """
 
     name: ClassVar[str] = "faster-cache"
@@ -62,16 +64,16 @@ class FasterCache(DiffusersCache):
 
     @classmethod
     def off(cls) -> Self:
-        """Both branches run at every step, and with both no attention is forecast."""
+        """Run both branches at every step; then no attention is forecast."""
         return cls(1, 1)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Diffusers' own settings, and more of it."""
+        """Take diffusers' own settings (5, 2), a milder one, and one over a wider range of timesteps."""
         return cls(2, 2), cls(5, 2), cls(5, 2, 901)
 
     def attach_with(self, transformer: "DiTTransformer2DModel", timestep: Callable[[], float]) -> None:
-        """Hooks on the transformer and on every attention.  timestep: the present one."""
+        """Hook the cache into the transformer and every attention.  timestep: returns the current timestep."""
         config = FasterCacheConfig(
             spatial_attention_block_skip_range=self.attention,
             spatial_attention_timestep_skip_range=(-1, self.below),
@@ -83,7 +85,7 @@ class FasterCache(DiffusersCache):
             _unconditional_conditional_input_kwargs_identifiers=("hidden_states", "timestep", "class_labels"),
         )
         before = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of being experimental at every use
+        logging.set_verbosity_error()  # it warns at every use that it is experimental
         try:
             apply_faster_cache(transformer, config)
         finally:

@@ -1,9 +1,8 @@
-"""First-block cache: where the first block's residual hardly changed since the last full step, the residual of all
-later blocks is used again.
+"""Run First Block Cache: reuse the residual of all later blocks while the first block's residual hardly changes.
 
 Source: C. Zeyi, ParaAttention, "First Block Cache" (github.com/chengzeyi/ParaAttention), after TeaCache (Liu et al.,
 "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model", CVPR 2025, arXiv:2411.19108).
-Whose code runs: diffusers, `apply_first_block_cache`.
+Code: diffusers, `apply_first_block_cache`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FirstBlockCache(DiffusersCache):
-    """Threshold on mean |r - r'| / mean |r'| of the first block's residuals, over the whole batch; 0 never skips."""
+    """threshold: on mean |r - r'| / mean |r'| of the first block's residuals, over the whole batch; 0 never skips."""
 
     name: ClassVar[str] = "first-block-cache"
     threshold: float = 0.1
@@ -32,14 +31,14 @@ class FirstBlockCache(DiffusersCache):
 
     @classmethod
     def off(cls) -> Self:
-        """Only an equal residual is below 0."""
+        """Never skip: no residual change is below threshold 0."""
         return cls(0.0)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """From some steps to most."""
+        """Skip from some to most steps."""
         return grid(cls, threshold=(0.05, 0.1, 0.2, 0.3))
 
     def attach(self, transformer: "DiTTransformer2DModel") -> None:
-        """Hooks on every block."""
+        """Hook the cache into every block."""
         apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=self.threshold))

@@ -1,9 +1,9 @@
-"""Forecast reuse: the deep blocks' addition is extrapolated from the last two full steps rather than held.
+"""Forecast the deep blocks' residual from the last two full steps.
 
-After TaylorSeer (Liu et al. 2025, "From Reusing to Forecasting", arXiv:2503.06923), which forecasts the features of
-every module from finite differences over its full steps, a Taylor series in the step. Here it is first order, of one
-residual, that of `stale`; in the step, or in log-SNR, the variable that exponential integrators expand in. Until a
-branch has two full steps behind it, the one is held.
+After TaylorSeer (Liu et al. 2025, "From Reusing to Forecasting", arXiv:2503.06923): a Taylor series in the step, by
+finite differences, for the features of every module. Here the series is of first order and forecasts one residual, as
+`stale` keeps it. Its variable is the step, or log-SNR as in exponential integrators. A branch with only one full step
+behind it reuses that residual.
 """
 
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ from dyndit.process import Process
 
 @dataclass(frozen=True)
 class Forecast(Stale):
-    """A full step every `every` steps, `depth` blocks between them, the rest forecast `along` the step or log-SNR."""
+    """A full step every `every` steps. Other steps run `depth` blocks and forecast the rest `along` step or log-SNR."""
 
     name: ClassVar[str] = "forecast"
     along: Literal["step", "snr"] = "step"
 
     @classmethod
     def off(cls) -> Self:
-        """Every step is full."""
+        """Run every step in full."""
         return cls(every=1, depth=1)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """As `stale`, at the shallower depth, along either variable."""
+        """Take the intervals of `stale` at its shallower depth, along either variable."""
         return grid(cls, every=(2, 3), depth=(2,), along=("step", "snr"))
 
     def residual(self, kept: Sequence[Kept], step: StepInputs, process: Process) -> Tensor:
-        """The straight line through the last two full steps, at this one."""
+        """Extrapolate the straight line through the last two full steps to this step."""
         if len(kept) < 2:
             return kept[-1].residual
         ks = (kept[0].k, kept[1].k, step.k)
@@ -47,5 +47,5 @@ class Forecast(Stale):
 
 
 def extrapolate(older: Tensor, newer: Tensor, at_older: float, at_newer: float, at: float) -> Tensor:
-    """The value at `at` of the line through (at_older, older) and (at_newer, newer)."""
+    """Evaluate the line through (at_older, older) and (at_newer, newer) at `at`."""
     return torch.lerp(older, newer, (at - at_older) / (at_newer - at_older))

@@ -1,11 +1,10 @@
-"""Caches of other libraries, on diffusers' version of the very weights (`to_diffusers`): what all of them share.
+"""Run caches of other libraries on diffusers' version of the same weights (`to_diffusers`).
 
-Both branches go through the transformer in one call, the conditional rows first, as `DiTPipeline` has it. It embeds the
-timestep and the class once per block, where ours does so once: `diffusers-full` is the arm that these peers' times are
-to be read against, beside full depth.
+Both branches go through the transformer in one call, the conditional rows first, as in `DiTPipeline`. Diffusers embeds
+timestep and class once per block, our model only once. So compare these peers' times with `diffusers-full` too.
 
-These libraries keep what a step leaves for the next inside the modules. It is taken out after every step, handed on as
-the sampling's memory, and put back before the next: nothing leaks between samplings, and forks are copies.
+These libraries keep state inside the modules. After every step the peer takes the state out as the sampling's memory,
+and puts it back before the next step. Nothing leaks between samplings, and forks are copies.
 """
 
 from collections.abc import Sequence
@@ -35,14 +34,14 @@ NOT_APPLICABLE = {
     "text_kv_cache": "the text cache keeps keys and values of a prompt, which a class-conditional DiT has not: it "
     "finds no block to hook",
 }
-"""Caches of diffusers that are no peers here, and why; the tests show it."""
+"""Caches of diffusers that cannot be peers here, with the reason; the tests prove it."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step left inside the modules.
+    """The state that a step left inside the modules.
 
-    branches: that the step ran; states: of every holder that the peer knows, in its order.
+    branches: number of branches that the step ran. states: one per holder of state, in the peer's order.
     """
 
     branches: int
@@ -50,10 +49,10 @@ class Memory:
 
 
 class TransformerPeer(Peer):
-    """A peer that calls diffusers' transformer as a whole; subclasses say where its code keeps its state."""
+    """A peer that calls diffusers' transformer as a whole. Subclasses read and write the library's state."""
 
     uncond_first: ClassVar[bool] = False
-    """Whether the library wants the unconditional rows first."""
+    """True if the library expects the unconditional rows first."""
 
     def __init__(self, model: DynamicDepth, settings: PeerSettings) -> None:
         super().__init__(model, settings)
@@ -63,7 +62,7 @@ class TransformerPeer(Peer):
         """See `DynamicDepth.predict`.
 
         Raises:
-            InputError: guidance begins or stops within the sampling: what was cached is of other rows.
+            InputError: guidance begins or stops within the sampling, so the cache holds other rows.
         """
         count = len(step.labels)
         if memory is not None and memory.branches != count:
@@ -83,23 +82,23 @@ class TransformerPeer(Peer):
         return [predictions[i] for i in order], Memory(count, self.take())
 
     def call(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x: (N, C, H, W), t, y: (N,) -> (N, C_out, H, W)."""
+        """Call the transformer.  x: (N, C, H, W), t, y: (N,) -> (N, C_out, H, W)."""
         return self.transformer(hidden_states=x, timestep=t, class_labels=y, return_dict=False)[0]
 
     def ready(self, step: StepInputs) -> None:
-        """Attach what depends on the sampling, before a step of it; by default nothing does."""
+        """Prepare the cache for a step, before it runs; by default do nothing."""
 
     def put(self, states: Sequence[object] | None) -> None:
-        """Put the state of a sampling into the modules; None is that of one which begins."""
+        """Put a sampling's state into the modules; None: a sampling begins."""
         raise NotImplementedError
 
     def take(self) -> tuple[object, ...]:
-        """The state that the modules hold."""
+        """Return the state that the modules hold."""
         raise NotImplementedError
 
 
 class DiffusersPeer(TransformerPeer):
-    """One of diffusers' caches, whose hooks keep their state in `StateManager`s or an attribute `state`."""
+    """A peer that runs one of diffusers' caches. Its hooks keep state in a `StateManager` or an attribute `state`."""
 
     def __init__(self, model: DynamicDepth, settings: "DiffusersCache") -> None:
         super().__init__(model, settings)
@@ -107,7 +106,7 @@ class DiffusersPeer(TransformerPeer):
         self.find_states()
 
     def find_states(self) -> None:
-        """Find where the hooks keep their states; to be called whenever hooks were added."""
+        """Find the holders of the hooks' state. Call this after adding hooks."""
         root = HookRegistry.check_if_exists_or_initialize(self.transformer)
         root.invalidate_child_registries_cache()
         registries = [vars(module).get("_diffusers_hook") for module in self.transformer.modules()]
@@ -117,12 +116,12 @@ class DiffusersPeer(TransformerPeer):
         self._stated: list[ModelHook] = [hook for hook in self._hooks if "state" in vars(hook)]
 
     def call(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The transformer in a cache context, which its class has no method for: it lacks `CacheMixin`."""
+        """Call the transformer in a cache context. Its class lacks `CacheMixin`, so call the method unbound."""
         with CacheMixin.cache_context(self.transformer, "both"):
             return super().call(x, t, y)
 
     def put(self, states: Sequence[object] | None) -> None:
-        """New containers where a sampling begins: `reset_stateful_hooks` would empty those of one that goes on."""
+        """Set the states; make new ones for a new sampling. `reset_stateful_hooks` would empty a running sampling's."""
         fresh = [{} for _ in self._managers] + [type(hook.state)() for hook in self._stated]
         states = fresh if states is None else states
         for manager, state in zip(self._managers, states, strict=False):
@@ -131,7 +130,7 @@ class DiffusersPeer(TransformerPeer):
             hook.state = state
 
     def take(self) -> tuple[object, ...]:
-        """A dictionary per manager, then the state of each other hook."""
+        """Return a dictionary per manager, then the state of each other hook."""
         return (*(manager._state_cache for manager in self._managers), *(hook.state for hook in self._stated))
 
 
@@ -143,20 +142,20 @@ class DiffusersCache(PeerSettings):
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Settings that spread over what the peer can save on the digits at 10 DDIM steps."""
+        """See `PeerSettings.chosen`; here at 10 DDIM steps."""
         return (cls(),)
 
     def attach(self, transformer: "DiTTransformer2DModel") -> None:
         """Hook the cache into the transformer."""
 
     def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
-        """The peer over `model`, with a transformer of its own.
+        """Make the peer on `model`, with its own transformer.
 
         Raises:
-            InputError: diffusers' class cannot express the model.
+            InputError: diffusers' class cannot represent the model.
         """
         return self.runs(model, self)
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:
-        """None: blocks run in part, or as the data decide."""
+        """Return None: blocks run in part, or the data decide."""
         return None

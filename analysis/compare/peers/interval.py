@@ -1,7 +1,7 @@
-"""Guidance in an interval of noise levels, at full depth: what dropping guidance alone saves.
+"""Guide only in an interval of noise levels, at full depth: save time by dropping guidance alone.
 
 Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
-Models", arXiv:2404.07724; `routers.schedules.guidance_interval` is the schedule.
+Models", arXiv:2404.07724; `plans.schedules.guidance_interval` is the schedule.
 """
 
 import math
@@ -17,7 +17,7 @@ from dyndit.sampling.solvers import SOLVERS
 
 @dataclass(frozen=True)
 class GuidanceInterval(PeerSettings):
-    """Guidance at noise levels in (low, high] alone; sigma is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250."""
+    """Guidance only at noise levels in (low, high]. Sigma is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250."""
 
     name: ClassVar[str] = "interval"
     low: float
@@ -25,15 +25,15 @@ class GuidanceInterval(PeerSettings):
 
     @classmethod
     def off(cls) -> Self:
-        """An interval of all noise levels."""
+        """Guide at all noise levels."""
         return cls(0.0, math.inf)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Without the noisiest steps, without the last ones, without both."""
+        """Drop guidance at the noisiest steps, at the last steps, at both."""
         return cls(0.0, 17.0), cls(0.5, 1000.0), cls(0.5, 10.0)
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
-        """The full plan without its unconditional branch outside of the interval."""
+        """Drop the full plan's unconditional branch outside the interval."""
         known = SOLVERS.get(full.solver)
         return guidance_interval(full, self.low, self.high, DDPM() if known is None else known.process())

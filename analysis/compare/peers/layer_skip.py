@@ -1,8 +1,8 @@
-"""Layer skip: some blocks never run. No training follows: what a user gets from a setting alone.
+"""Skip some blocks at every step, without training.
 
 Source: diffusers' layer skipping, made for guidance by a weaker model (skip-layer guidance, Stability AI 2024; spatio-
-temporal skip guidance, Hyung et al., arXiv:2411.18664), used here to save time. Whose code runs: diffusers,
-`apply_layer_skip`. It has no state.
+temporal skip guidance, Hyung et al., arXiv:2411.18664), used here to save time. Code: diffusers, `apply_layer_skip`.
+It has no state.
 """
 
 from dataclasses import dataclass
@@ -24,36 +24,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSkip(DiffusersCache):
-    """Indices of the blocks that are skipped, from 0."""
+    """skipped: indices of the skipped blocks, from 0."""
 
     name: ClassVar[str] = "layer-skip"
     skipped: tuple[int, ...] = (3, 7)
 
     @classmethod
     def off(cls) -> Self:
-        """No block is."""
+        """Skip no block."""
         return cls(())
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """One to five of 12 blocks, spread evenly, never the first or the last."""
+        """Skip one to five of 12 blocks, spread evenly, never the first or the last block."""
         return grid(cls, skipped=((6,), (3, 7), (2, 5, 8), (1, 3, 5, 7, 9)))
 
     def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
         """See `DiffusersCache.model`.
 
         Raises:
-            InputError: there is no such block.
+            InputError: the model has no block of that index.
         """
         if bad := [index for index in self.skipped if not 0 <= index < model.num_blocks]:
             raise InputError(f"peer {self.name}: block {bad[0]} skipped, expected 0 to {model.num_blocks - 1}")
         return super().model(model, context)
 
     def share_of_blocks(self, plan: DepthPlan) -> float:
-        """Those that are left."""
+        """Return the share of blocks that still run."""
         return plan.share_of_blocks * (1 - len(set(self.skipped)) / plan.num_blocks)
 
     def attach(self, transformer: "DiTTransformer2DModel") -> None:
-        """Hooks on the skipped blocks."""
-        if self.skipped:  # an empty list is refused
+        """Hook the skipped blocks."""
+        if self.skipped:  # diffusers refuses an empty list
             apply_layer_skip(transformer, LayerSkipConfig(indices=list(self.skipped), fqn="transformer_blocks"))

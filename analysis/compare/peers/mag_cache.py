@@ -1,10 +1,9 @@
-"""MagCache: the blocks' residual is used again while the magnitudes that residuals had in a calibration run say that
-the error adds up to little.
+"""Run MagCache: reuse the blocks' residual while the accumulated error, estimated from residual magnitudes, is small.
 
 Source: Z. Ma et al., "MagCache: Fast Video Generation with Magnitude-Aware Cache", NeurIPS 2025, arXiv:2506.09045.
-Whose code runs: diffusers, `apply_mag_cache`. The ratios of magnitudes it needs depend on model and steps. They are
-measured here, by the paper's formula, on one full-depth DDIM sampling of `PICTURES` pictures (guidance 1.5 where there
-is any), the first time a number of steps is seen: sample once before timing.
+Code: diffusers, `apply_mag_cache`. It needs ratios of magnitudes that depend on the model and the steps. They are
+measured here by the paper's formula, on one full-depth DDIM sampling of `PICTURES` pictures. Guided samplings are
+measured at guidance 1.5. The first sampling with a number of steps measures them: sample once before timing.
 """
 
 from dataclasses import dataclass, field
@@ -29,25 +28,25 @@ PICTURES, SEED, GUIDANCE = 32, 1_000_003, 1.5
 
 @dataclass
 class _Magnitudes:
-    """Ratio of this step's residual to the last one's, mean over tokens of the norms' quotient; 1 at the first."""
+    """Ratios of each step's residual norm to the step before, mean over tokens; 1 at the first step."""
 
     ratios: list[float] = field(default_factory=list)
     entered: Tensor | None = None
     last: Tensor | None = None
 
     def enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Before the first block."""
+        """Keep the input of the first block."""
         self.entered = inputs[0]
 
     def leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """After the last one."""
+        """Append the ratio after the last block."""
         norms = torch.linalg.norm((output - self.entered).float(), dim=-1)
         self.ratios.append(1.0 if self.last is None else (norms / (self.last + 1e-8)).mean().item())
         self.last = norms
 
 
 def magnitude_ratios(model: DynamicDepth, num_steps: int, guided: bool) -> tuple[float, ...]:
-    """The ratio of every step, from one sampling at full depth."""
+    """Measure the ratio of every step on one sampling at full depth."""
     full, found = DiffusersFull().model(model), _Magnitudes()
     blocks = full.transformer.transformer_blocks
     blocks[0].register_forward_pre_hook(found.enter)
@@ -64,7 +63,7 @@ def magnitude_ratios(model: DynamicDepth, num_steps: int, guided: bool) -> tuple
 
 
 class MagCachePeer(DiffusersPeer):
-    """Attaches the cache once the number of steps and of branches is known."""
+    """A peer that attaches the cache when the number of steps and of branches is known."""
 
     def __init__(self, model: DynamicDepth, settings: "MagCache") -> None:
         super().__init__(model, settings)
@@ -72,7 +71,7 @@ class MagCachePeer(DiffusersPeer):
         self._attached: tuple[int, bool] | None = None
 
     def ratios(self, num_steps: int, guided: bool) -> tuple[float, ...]:
-        """`magnitude_ratios` of this model, measured once."""
+        """Return `magnitude_ratios` of this model, measured once."""
         wanted = (num_steps, guided)
         if wanted not in self._ratios:
             alone = DynamicDepth(self.backbone, pixel_space=self.pixel_space, process=self.process)
@@ -80,7 +79,7 @@ class MagCachePeer(DiffusersPeer):
         return self._ratios[wanted]
 
     def ready(self, step: StepInputs) -> None:
-        """Hook the cache in for this many steps, in place of what was hooked in for others."""
+        """Hook in the cache for this number of steps, in place of an older hook."""
         wanted = (len(step.timesteps), len(step.labels) > 1)
         if wanted == self._attached:
             return
@@ -99,7 +98,7 @@ class MagCachePeer(DiffusersPeer):
 
 @dataclass(frozen=True)
 class MagCache(DiffusersCache):
-    """Threshold on the added-up error; skips: steps in a row at most; retention: share of the first steps, in full."""
+    """threshold: on the accumulated error. skips: most steps in a row. retention: share of first steps run in full."""
 
     name: ClassVar[str] = "mag-cache"
     runs: ClassVar[type[DiffusersPeer]] = MagCachePeer
@@ -117,13 +116,13 @@ class MagCache(DiffusersCache):
 
     @classmethod
     def off(cls) -> Self:
-        """No step in a row is skipped."""
+        """Skip no step."""
         return cls(skips=0)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """From some steps to most."""
+        """Skip from some to most steps."""
         return grid(cls, threshold=(0.06, 0.12, 0.24, 0.5))
 
     def attach(self, transformer: "DiTTransformer2DModel") -> None:
-        """Later: see `MagCachePeer.ready`."""
+        """Do nothing yet: see `MagCachePeer.ready`."""

@@ -1,9 +1,9 @@
-"""Static depth pruning: fewer blocks at every step, the rest fine-tuned on the full model's own predictions.
+"""Prune blocks for all steps and fine-tune the others on the full model's own predictions.
 
-The budget is the exits': the same number of steps, batch size, optimiser settings and pictures, and the same targets
-(`tasks.Match`). Blocks go either by place or by effect, the change in the model's prediction when one block alone is
-left out, as one-shot layer pruning of diffusion models ranks them (LAPTOP-Diff, Zhang et al. 2024, arXiv:2404.11098;
-TinyFusion, Fang et al. 2024, arXiv:2412.01199, prunes DiTs and learns which to keep instead).
+The training budget equals the exits' budget: steps, batch size, optimiser settings, pictures and targets
+(`training.match.Match`). Blocks are dropped by place or by effect: the change of the prediction without that block.
+LAPTOP-Diff (Zhang et al. 2024, arXiv:2404.11098) ranks layers of diffusion models in this way. TinyFusion (Fang et al.
+2024, arXiv:2412.01199) prunes DiTs and learns which blocks to keep.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from dyndit.training.match import Match
 
 @dataclass(frozen=True)
 class Pruned(PeerSettings):
-    """drop: how many blocks; by: "spread" keeps evenly spread ones, "effect" those whose absence changes most."""
+    """drop: number of dropped blocks. by: keep evenly spread blocks ("spread") or the most effective ("effect")."""
 
     name: ClassVar[str] = "pruned"
     drop: int
@@ -38,19 +38,19 @@ class Pruned(PeerSettings):
 
     @classmethod
     def off(cls) -> Self:
-        """Nothing is dropped, and nothing trained."""
+        """Drop no block and train nothing."""
         return cls(0)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """A third of twelve blocks gone, and half."""
+        """Drop a third and half of twelve blocks."""
         return grid(cls, drop=(4, 6), by=("effect",))
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """The fine-tuned rest, a model of its own; trained, or loaded from the context.
+        """Train the pruned model, or load it from the context.
 
         Raises:
-            InputError: there is no context, no block would be left, or the backbone is an adapter's.
+            InputError: the context is missing, no block would be left, or an adapter made the backbone.
         """
         if self.drop == 0:
             return DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process).eval()
@@ -73,26 +73,26 @@ class Pruned(PeerSettings):
         return most_effect(effects(model, data), model.num_blocks - self.drop)
 
     def share_of_blocks(self, plan: DepthPlan) -> float:
-        """plan: of the pruned model."""
+        """Return the share of the full model's blocks.  plan: a plan of the pruned model."""
         return plan.share_of_blocks * plan.num_blocks / (plan.num_blocks + self.drop)
 
 
 def evenly_spread(num_blocks: int, keep: int) -> tuple[int, ...]:
-    """`keep` of 0..num_blocks - 1, the first and the last among them where there are two or more."""
+    """Choose `keep` of 0..num_blocks - 1; the first and the last are among two or more."""
     if keep == 1:
         return (0,)
     return tuple(round(i * (num_blocks - 1) / (keep - 1)) for i in range(keep))
 
 
 def most_effect(effect: Sequence[float], keep: int) -> tuple[int, ...]:
-    """The `keep` blocks of the greatest effect, in their order."""
+    """Return the `keep` blocks of greatest effect, in their order."""
     ranked = sorted(range(len(effect)), key=lambda index: (-effect[index], index))
     return tuple(sorted(ranked[:keep]))
 
 
 @torch.no_grad()
 def effects(model: DynamicDepth, data: Pictures, *, num_pictures: int = 256, seed: int = 0) -> list[float]:
-    """Mean squared change of the noise prediction without each block, on noised pictures at timesteps of all sizes."""
+    """Measure the mean squared change of the noise prediction without each block, over all noise levels."""
     process, generator = model.process, torch.Generator().manual_seed(seed)
     items = [data[i] for i in torch.randperm(len(data), generator=generator)[:num_pictures].tolist()]
     x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
@@ -113,10 +113,10 @@ def effects(model: DynamicDepth, data: Pictures, *, num_pictures: int = 256, see
 
 
 def without_blocks(model: DynamicDepth, kept: Sequence[int]) -> ClassConditionalDiT:
-    """A copy of the backbone with these blocks alone, as they are.
+    """Copy the backbone with only the kept blocks, weights unchanged.
 
     Raises:
-        InputError: the backbone is no `ClassConditionalDiT`.
+        InputError: the backbone is not a `ClassConditionalDiT`.
     """
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):

@@ -1,7 +1,7 @@
-"""Pyramid attention broadcast: attention's output is used again at the steps between.
+"""Run pyramid attention broadcast: reuse the output of attention at the steps between.
 
 Source: X. Zhao et al., "Real-Time Video Generation with Pyramid Attention Broadcast", ICLR 2025, arXiv:2408.12588.
-Whose code runs: diffusers, `apply_pyramid_attention_broadcast`. A DiT has spatial self-attention alone.
+Code: diffusers, `apply_pyramid_attention_broadcast`. A DiT only has spatial self-attention.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PyramidPeer(DiffusersPeer):
-    """Tells the cache the timestep."""
+    """A peer that tells the cache the timestep."""
 
     def __init__(self, model: DynamicDepth, settings: "PyramidAttention") -> None:
         super().__init__(model, settings)
@@ -29,13 +29,13 @@ class PyramidPeer(DiffusersPeer):
         self.find_states()
 
     def ready(self, step: StepInputs) -> None:
-        """Tell the timestep."""
+        """Tell the cache the timestep."""
         self._timestep = step.timesteps[step.k]
 
 
 @dataclass(frozen=True)
 class PyramidAttention(DiffusersCache):
-    """Attention runs at every `every`-th step where the timestep is above `above` and below `below`, else at all."""
+    """Attention runs at every `every`-th step between the timesteps `above` and `below`, elsewhere at every step."""
 
     name: ClassVar[str] = "pyramid-attention"
     runs: ClassVar[type[DiffusersPeer]] = PyramidPeer
@@ -51,16 +51,16 @@ class PyramidAttention(DiffusersCache):
 
     @classmethod
     def off(cls) -> Self:
-        """Attention runs at every step."""
+        """Run attention at every step."""
         return cls(1)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Diffusers' own range, every second and every third step."""
+        """Take diffusers' own range, at every second and every third step."""
         return grid(cls, every=(2, 3))
 
     def attach_with(self, transformer: "DiTTransformer2DModel", timestep: Callable[[], float]) -> None:
-        """Hooks on every attention.  timestep: the present one."""
+        """Hook the cache into every attention.  timestep: returns the current timestep."""
         config = PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=self.every,
             spatial_attention_timestep_skip_range=(self.above, self.below),

@@ -1,6 +1,6 @@
-"""Controls: plans drawn at random, at a given number of blocks, or of exactly the cost of another plan.
+"""Draw control plans at random: of a given number of blocks, or of exactly another plan's cost.
 
-A plan that was searched for must beat those that were not.
+A searched plan must beat a random plan.
 """
 
 import random
@@ -15,8 +15,9 @@ from dyndit.plans.step import NoGuide, Step, Unconditional
 
 @dataclass(frozen=True)
 class RandomPlan(PeerSettings):
-    """Random depths of both branches, adding up to `share` of full depth's blocks, or less by under the widest gap
-    between two depths."""
+    """Random depths of both branches. They add up to `share` of full depth's blocks, or less by less than one gap
+    between neighbouring depths.
+    """
 
     name: ClassVar[str] = "random"
     share: float
@@ -28,19 +29,19 @@ class RandomPlan(PeerSettings):
 
     @classmethod
     def off(cls) -> Self:
-        """All blocks: one plan alone has as many."""
+        """Take all blocks: only the full plan has as many."""
         return cls(1.0)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Two draws."""
+        """Draw two plans."""
         return grid(cls, share=(0.6,), seed=(0, 1))
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
         """Draw every depth, then move random ones to the next depth down or up until the sum fits.
 
         Raises:
-            InputError: the shallowest exits at every step are more than `share`.
+            InputError: the shallowest exits at every step exceed `share`.
         """
         drawn = random.Random(self.seed)
         entries = list(full.depths) + [depth for depth in full.uncond_depths if depth]
@@ -67,7 +68,7 @@ class RandomPlan(PeerSettings):
 
 
 def shuffled(plan: DepthPlan, seed: int) -> DepthPlan:
-    """The plan's own steps in a random order: a control of equal cost by construction, as its reversal is."""
+    """Put the plan's own steps in a random order: a control of equal cost, like the reversed plan."""
     steps = list(plan.steps)
     random.Random(seed).shuffle(steps)
     return plan.with_steps(steps, router="shuffled", settings={"seed": seed}, figures={})

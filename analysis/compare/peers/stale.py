@@ -1,9 +1,9 @@
-"""Stale reuse: between full steps, run the first blocks alone and add what the deep ones added last time.
+"""Reuse stale residuals: between full steps run only the first blocks and add the deep blocks' last residual.
 
-The idea is DeepCache's (Ma, Fang and Wang 2023, arXiv:2312.00858: reuse the deep features of a U-Net, recompute the
-shallow ones, a full step every N), brought to transformers by Delta-DiT (Chen et al. 2024, arXiv:2406.01125), which
-keeps what a run of blocks *adds* to its input rather than its output, so that the step's own input still counts. Here
-the rear blocks are cached all through, at a uniform interval; Delta-DiT changes from rear to front blocks on the way.
+DeepCache (Ma, Fang and Wang 2023, arXiv:2312.00858) runs a full step every N and otherwise reuses the deep features of
+a U-Net. Delta-DiT (Chen et al. 2024, arXiv:2406.01125) does so for transformers. It keeps the residual of the blocks,
+not their output, so the step's own input still counts. Here the rear blocks are cached at a uniform interval in all
+steps; Delta-DiT changes from rear to front blocks on the way.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from dyndit.process import Process
 
 @dataclass(frozen=True)
 class Stale(PeerSettings):
-    """A full step every `every` steps; between them `depth` blocks run."""
+    """A full step every `every` steps; the steps between run `depth` blocks."""
 
     name: ClassVar[str] = "stale"
     every: int
@@ -31,16 +31,16 @@ class Stale(PeerSettings):
 
     @classmethod
     def off(cls) -> Self:
-        """Every step is full."""
+        """Run every step in full."""
         return cls(every=1, depth=1)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Every other or third step full, half or a sixth of twelve blocks between."""
+        """Run every second or third step in full, the others with a sixth or half of twelve blocks."""
         return grid(cls, every=(2, 3), depth=(2, 6))
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """Raises InputError: `depth` is none between the first and the last block, or `every` is below 1."""
+        """Make the peer. Raises InputError: `depth` is not 1 to L - 1, or `every` is below 1."""
         if not 1 <= self.depth < model.num_blocks:
             raise InputError(f"{self.name} depth {self.depth}: expected 1 to {model.num_blocks - 1}")
         if self.every < 1:
@@ -48,11 +48,11 @@ class Stale(PeerSettings):
         return DeepReuse(model, self)
 
     def residual(self, kept: Sequence["Kept"], step: StepInputs, process: Process) -> Tensor:
-        """What the deep blocks are taken to add at this step, (B, N, D)."""
+        """Return the deep blocks' residual to add at this step, (B, N, D)."""
         return kept[-1].residual
 
     def share_of_blocks(self, plan: DepthPlan) -> float:
-        """Of a branch's steps, the first is full and every further one that comes `every` steps after the last."""
+        """Count the blocks: in each branch the first step is full, then each step `every` steps after the last full."""
         depths: list[list[int]] = []
         for branch in (plan.depths, plan.uncond_depths):
             last, ran = None, []
@@ -67,7 +67,7 @@ class Stale(PeerSettings):
 
 @dataclass(frozen=True)
 class Kept:
-    """What the blocks after `depth` added to the tokens at a full step, (B, N, D), and which step that was."""
+    """The residual that the blocks after `depth` added to the tokens at full step k, (B, N, D)."""
 
     k: int
     timestep: float
@@ -75,18 +75,18 @@ class Kept:
 
 
 Memory = tuple[tuple[Kept, ...], ...]
-"""Per guidance branch, what its last full steps left, the newest last."""
+"""Per guidance branch the residuals of its last full steps, the newest last."""
 
 NUM_KEPT = 2
 
 
 class DeepReuse(Peer):
-    """Full steps, and steps whose deep part is taken from earlier ones; per branch, by the settings' `residual`."""
+    """Full steps, and steps that add the settings' `residual` instead of running the deep blocks, per branch."""
 
     settings: Stale
 
     def predict(self, step: StepInputs, memory: Memory | None) -> tuple[list[Tensor], Memory]:
-        """Branches that reuse leave after `depth` blocks; the others go on, and what they add there is kept."""
+        """Run branches that reuse for `depth` blocks only; run the others in full and keep their residual."""
         kept = list(memory or ((), ()))
         branches, size = range(len(step.labels)), len(step.x_t)
         due = [not kept[b] or step.k - kept[b][-1].k >= self.settings.every for b in branches]

@@ -64,7 +64,7 @@ class TwoModels(PeerSettings):
             raise InputError(f"peer {self.name}: the experiment has no `train`; expected how its backbone is trained")
         backbone = replace(context.train.backbone, num_blocks=self.depth)
         recipe = replace(context.train, backbone=backbone, exits=None)
-        made_of = f"{recipe.backbone} {recipe.process} {recipe.fit} {context.data.fingerprint}"
+        made_of = f"{recipe.backbone} {recipe.process!r} {recipe.fit} {context.data.fingerprint}"
         key = hashlib.sha256(made_of.encode()).hexdigest()
         folder = context.out / f"{self.name}-depth{self.depth}-{key[:8]}"
         if not (folder / checkpoints.CONFIG).exists():

@@ -1,12 +1,12 @@
-"""TaylorSeer: between full steps, the outputs of modules are forecast by Taylor's formula on finite differences.
+"""Run TaylorSeer: between full steps forecast the modules' outputs by Taylor's formula on finite differences.
 
 Source: J. Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", ICCV 2025,
-arXiv:2503.06923. Whose code runs: diffusers, `apply_taylorseer_cache`.
+arXiv:2503.06923. Code: diffusers, `apply_taylorseer_cache`.
 
-Its own patterns end in "attn" and match no module of a DiT, whose attention is "attn1": left to them, nothing would be
-cached. `what` names the modules instead: "modules" forecasts every block's attention and MLP, as the paper does for
-DiT (the embedders, norms and gates of all blocks still run); "output" forecasts the output projection and skips all
-blocks, diffusers' lite mode. Factors are kept in float32, where diffusers rounds them to bfloat16 by default.
+Diffusers' own patterns end in "attn" and match no module of a DiT, whose attention is "attn1". So `what` names the
+modules. "modules" forecasts every block's attention and MLP, as in the paper; embedders, norms and gates still run.
+"output" forecasts the output projection and skips all blocks (diffusers' lite mode). Factors stay in float32;
+diffusers' default rounds them to bfloat16.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _SKIPPED = {"modules": None, "output": [r"transformer_blocks\.\d+"]}
 
 @dataclass(frozen=True)
 class TaylorSeer(DiffusersCache):
-    """Full steps k, from 0: below `warmup`, then warmup + 1 and every `interval`-th on; order: of the expansion."""
+    """Full steps k, from 0: below `warmup`, then warmup + 1 and every `interval`-th step. order: of the expansion."""
 
     name: ClassVar[str] = "taylorseer"
     interval: int = 3
@@ -48,23 +48,23 @@ class TaylorSeer(DiffusersCache):
 
     @classmethod
     def off(cls) -> Self:
-        """Every step is a full one."""
+        """Run every step in full."""
         return cls(1)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Both kinds, at 2, 3 and 4 steps."""
+        """Take "modules" at intervals 2 and 3, "output" at intervals 2 and 4."""
         return cls(2), cls(3), cls(2, "output"), cls(4, "output")
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:
-        """The full steps' for "output"; None for "modules", which runs parts of every block."""
+        """Return the share of the full steps for "output"; None for "modules", which runs parts of every block."""
         if self.what != "output":
             return None
         full = [k < self.warmup or (k - self.warmup - 1) % self.interval == 0 for k in range(plan.num_steps)]
         return plan.share_of_blocks * sum(full) / plan.num_steps
 
     def attach(self, transformer: "DiTTransformer2DModel") -> None:
-        """Hooks on the modules that are forecast or skipped."""
+        """Hook the modules to forecast or to skip."""
         config = TaylorSeerCacheConfig(
             cache_interval=self.interval,
             disable_cache_before_step=self.warmup,

@@ -1,9 +1,9 @@
-"""Pictures to features: the networks in whose features quality is measured.
+"""Turn uint8 pictures into features with the networks that quality is measured with.
 
-A Fréchet distance on other features than Inception's is called FD-<extractor>, never FID, and compares with no
-published FID. A new extractor: one file here that registers its network, found by itself. Every extractor takes uint8
-pictures. The classifiers are registered with torch-fidelity as well, so its own command line and `calculate_metrics`
-know the names `digits`, `digits-lenet`, `resnet20-cifar10` and `vgg-cifar10` once this package is imported.
+A Fréchet distance on features other than Inception's is called FD-<extractor>, never FID. It does not compare with any
+published FID. To add an extractor, add one file here that registers its network; it is found by itself. Importing this
+package also registers the classifiers with torch-fidelity's command line and `calculate_metrics`, under the names
+`digits`, `digits-lenet`, `resnet20-cifar10` and `vgg-cifar10`.
 """
 
 import importlib
@@ -26,8 +26,8 @@ __all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
 def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
     """Return the extractor of that name, frozen, on the device.
 
-    weights: a file; optional where they are in the package (all but `resnet20-cifar10`) and for `inception`, whose
-    torch-fidelity downloads.
+    weights: a file. Only `resnet20-cifar10` needs a file: the package has the other classifiers' weights, and
+    torch-fidelity downloads Inception's weights.
     Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
     """
     if name not in EXTRACTORS:

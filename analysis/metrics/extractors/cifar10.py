@@ -1,4 +1,4 @@
-"""Extractors of 32x32 colour pictures: two classifiers of CIFAR-10."""
+"""Define the extractors of 32x32 colour pictures: two classifiers of CIFAR-10."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.stride = num_out // num_in  # 2 where a stage begins and the channels double
+        self.stride = num_out // num_in  # 2 if the channels double, at the start of a stage
         self.padding = (num_out - num_in) // 2
         self.conv1 = nn.Conv2d(num_in, num_out, 3, padding=1, stride=self.stride, bias=False)
         self.bn1 = nn.BatchNorm2d(num_out)
@@ -23,7 +23,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(num_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        """Run the block.  x: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)) + shortcut)
@@ -42,15 +42,15 @@ class ResNet20(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 3, 32, 32), normalised -> (B, 64), the means before `linear`."""
+        """Return the means before `linear`.  x: (B, 3, 32, 32), normalised -> (B, 64)."""
         x = F.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
 
 class CifarVGG(nn.Module):
-    """After VGG (Simonyan and Zisserman 2015): plain 3x3 convolutions and max pooling; a second opinion on CIFAR-10.
+    """Plain 3x3 convolutions and max pooling after VGG (Simonyan and Zisserman 2015): a second CIFAR-10 extractor.
 
-    Shares neither shortcuts, nonlinearity, scaling nor seed with ResNet20.
+    Differs from ResNet20 in shortcuts, nonlinearity, scaling and seed.
     """
 
     def __init__(self) -> None:
@@ -60,13 +60,13 @@ class CifarVGG(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 3, 32, 32) in [-1, 1] -> (B, 64), the values before the last layer."""
+        """Return the values before the last layer.  x: (B, 3, 32, 32) in [-1, 1] -> (B, 64)."""
         for index, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if index else x)
         return F.silu(self.hidden(x.mean((2, 3))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
+        """Return logits.  x: (B, 3, 32, 32) in [-1, 1] -> (B, 10)."""
         return self.linear(self.features(x))
 
 
@@ -87,14 +87,14 @@ class ResNet20Extractor(ClassifierExtractor):
     spatial_layer = "classifier.layer3"  # 8 x 8 x 7 = 448 features
 
     def scale(self, pictures: Tensor) -> Tensor:
-        """Pictures: uint8 (B, 3, 32, 32) -> ImageNet mean and deviation removed."""
+        """Remove ImageNet's mean and deviation from uint8 pictures (B, 3, 32, 32)."""
         mean, std = (torch.tensor(c, device=pictures.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
         return (pictures / 255 - mean) / std
 
 
 @register_classifier("vgg-cifar10")
 class CifarVGGExtractor(ClassifierExtractor):
-    """`vgg-cifar10`: the same pictures through another classifier, to judge what was calibrated on the first."""
+    """`vgg-cifar10`: another classifier of the same pictures, to score plans calibrated on `resnet20-cifar10`."""
 
     size = 32
     classifier_type = CifarVGG
@@ -102,5 +102,5 @@ class CifarVGGExtractor(ClassifierExtractor):
     spatial_layer = "classifier.stages.2"  # 8 x 8 x 7 = 448 features
 
     def scale(self, pictures: Tensor) -> Tensor:
-        """Pictures: uint8 (B, 3, 32, 32) -> (B, 3, 32, 32) in [-1, 1]."""
+        """Scale uint8 pictures (B, 3, 32, 32) to [-1, 1]."""
         return pictures.float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Extractors of 8x8 grey digits: two small classifiers with weights in the package."""
+"""Define the extractors of 8x8 grey digits: two small classifiers with weights in the package."""
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,21 @@ class DigitsClassifier(nn.Module):
         self.drop = nn.Dropout(0.3)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> (B, 64), the values before the last layer."""
+        """Return the values before the last layer.  x: (B, 1, 8, 8) in [0, 1] -> (B, 64)."""
         # SiLU, not ReLU: no unit dies, so the covariance of the features keeps its full rank.
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.silu(conv(x))
         return F.silu(self.hidden(self.drop(x.flatten(1))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
+        """Return logits.  x: (B, 1, 8, 8) in [0, 1] -> (B, 10)."""
         return self.linear(self.drop(self.features(x)))
 
 
 class DigitsLeNet(nn.Module):
-    """After LeNet-5 (LeCun et al. 1998): wide kernels, tanh, average pooling; a second opinion on 8x8 grey digits.
+    """Wide kernels, tanh and average pooling after LeNet-5 (LeCun et al. 1998): a second extractor of 8x8 grey digits.
 
-    Shares neither layers, nonlinearity, split nor seed with DigitsClassifier; the same recipe trains it.
+    Differs from DigitsClassifier in layers, nonlinearity, split and seed; the same recipe trains it.
     """
 
     def __init__(self) -> None:
@@ -46,13 +46,13 @@ class DigitsLeNet(nn.Module):
         self.drop = nn.Dropout(0.3)
 
     def features(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> (B, 64), the values before the last layer."""
+        """Return the values before the last layer.  x: (B, 1, 8, 8) in [0, 1] -> (B, 64)."""
         x = F.avg_pool2d(torch.tanh(self.conv1(x)), 2)
         x = torch.tanh(self.conv2(x))
         return torch.tanh(self.hidden(self.drop(x.flatten(1))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
+        """Return logits.  x: (B, 1, 8, 8) in [0, 1] -> (B, 10)."""
         return self.linear(self.drop(self.features(x)))
 
 
@@ -66,13 +66,13 @@ class DigitsExtractor(ClassifierExtractor):
     spatial_layer = "classifier.conv2"  # 4 x 4 x 7 = 112 features
 
     def scale(self, pictures: Tensor) -> Tensor:
-        """Pictures: uint8 (B, 3, 8, 8) -> grey (B, 1, 8, 8) in [0, 1]."""
+        """Scale uint8 pictures (B, 3, 8, 8) -> grey (B, 1, 8, 8) in [0, 1]."""
         return pictures.float().mean(1, keepdim=True) / 255
 
 
 @register_classifier("digits-lenet")
 class DigitsLeNetExtractor(DigitsExtractor):
-    """`digits-lenet`: the same pictures through another classifier, to judge what was calibrated on `digits`."""
+    """`digits-lenet`: another classifier of the same pictures, to score plans calibrated on `digits`."""
 
     classifier_type = DigitsLeNet
     packaged = "digits-lenet.safetensors"

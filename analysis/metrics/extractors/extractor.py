@@ -16,7 +16,7 @@ SPATIAL_CHANNELS = 7  # of the spatial layer, as in ADM's sFID (Nash et al. 2021
 
 
 def state_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors, so the file format does not matter."""
+    """Hash names, types, shapes and bytes of all tensors with SHA-256, so the file format does not matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if not name.endswith("num_batches_tracked"):
@@ -27,33 +27,33 @@ def state_hash(module: nn.Module) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """A network ready to measure with. `fingerprint`: SHA-256 of its weights, for manifests."""
+    """A network to measure with. fingerprint: SHA-256 of its weights, for manifests."""
 
     name: str
     network: FeatureExtractorBase = field(repr=False)
     fingerprint: str
     device: str = "cpu"
     spatial_layer: str = ""
-    """Module of the network whose output, (B, C, H', W'), sFID reads."""
+    """Name of the module whose output, (B, C, H', W'), sFID reads."""
     projection: Tensor | None = field(default=None, repr=False)
-    """(D, d), where features are reduced to d directions."""
+    """(D, d), to reduce features to d directions; None: no reduction."""
 
     def projected(self, projection: Tensor) -> "Extractor":
-        """The same network with features @ projection, float64 (D, d), under a name of its own."""
+        """Return the same network with features @ projection, float64 (D, d), under its own name."""
         digest = hashlib.sha256(self.fingerprint.encode() + projection.double().contiguous().numpy().tobytes())
         name = f"{self.name}-pca{projection.shape[1]}"
         return replace(self, name=name, projection=projection.double(), fingerprint=digest.hexdigest())
 
     @property
     def metric_name(self) -> str:
-        """What a Fréchet distance on these features is called."""
+        """Name of a Fréchet distance on these features: "FID" or "FD-<extractor>"."""
         return "FID" if self.name == "inception" else f"FD-{self.name}"
 
     def _batches(self, pictures: Tensor, batch_size: int, spatial: bool) -> Iterator[tuple[Tensor, ...]]:
         """Yield the network's outputs on the host, batch by batch, as float64."""
         for batch in as_rgb(pictures).split(batch_size):
             layer = self.network.get_submodule(self.spatial_layer) if spatial else None
-            # In single precision whatever precision the pictures were drawn in: features must not differ by it.
+            # Switch autocast off: features must not depend on the precision that the pictures were drawn in.
             with _seen_at(layer) as seen, torch.autocast(torch.device(self.device).type, enabled=False):
                 outputs = self.network(batch.contiguous().to(self.device))
             outputs += tuple(_first_channels(activation) for activation in seen)
@@ -61,9 +61,9 @@ class Extractor:
 
     @torch.inference_mode()
     def outputs(self, pictures: Tensor, batch_size: int = 256, spatial: bool = False) -> dict[str, Tensor]:
-        """Pictures: uint8 (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
+        """Run uint8 pictures (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
 
-        spatial: also "spatial" (N, H' W' 7), the first seven channels of the spatial layer, for sFID. Raises InputError
+        spatial: add "spatial" (N, H' W' 7), the first seven channels of the spatial layer, for sFID. Raises InputError
         for pictures of a wrong size or type.
         """
         if len(pictures) == 0:
@@ -76,18 +76,18 @@ class Extractor:
         return outputs
 
     def features(self, pictures: Tensor, batch_size: int = 256) -> Tensor:
-        """Pictures: uint8 (N, 1 or 3, H, W) -> float64 (N, D) on the host. Raises InputError."""
+        """Return the features of uint8 pictures (N, 1 or 3, H, W), float64 (N, D) on the host. Raises InputError."""
         return self.outputs(pictures, batch_size)["features"]
 
 
 def _first_channels(activation: Tensor) -> Tensor:
-    """activation: (B, C, H, W) -> (B, H W 7). ADM's order, so that its statistics can serve as reference."""
+    """Flatten (B, C, H, W) -> (B, H W 7), in ADM's order, so that ADM's statistics can serve as reference."""
     return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
 @contextmanager
 def _seen_at(layer: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collect what a layer puts out; nothing without a layer."""
+    """Collect the outputs of a layer; without a layer the list stays empty."""
     seen: list[Tensor] = []
     if layer is None:
         yield seen

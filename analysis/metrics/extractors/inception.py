@@ -1,4 +1,4 @@
-"""Inception v3, whose Fréchet distance is called FID."""
+"""Build Inception v3. A Fréchet distance on its features is called FID."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,11 +17,11 @@ def inception(weights: Path | None) -> FeatureExtractorBase:
     """Build torch-fidelity's port of the original Inception. Without a path torch-fidelity downloads the weights.
 
     Raises:
-        CheckpointError: the file is damaged or another network's.
+        CheckpointError: the file is damaged or belongs to another network.
         InputError: the download failed.
     """
     if weights is not None:
-        try:  # torch-fidelity unpickles without restriction, so make sure first that there are only tensors
+        try:  # torch-fidelity unpickles without restriction, so check first that the file holds only tensors
             torch.load(weights, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"{weights}: {first_line(error)}; expected torch-fidelity's Inception") from error

@@ -1,4 +1,4 @@
-"""The registry of extractors, and what the classifiers among them share."""
+"""Register extractors, and share the code of the classifiers among them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from dyndit.errors import CheckpointError, InputError, first_line
 
 Build = Callable[[Path | None], FeatureExtractorBase]
-"""Makes a network from a file of weights, or from those packaged or downloaded. Its outputs: features, logits."""
+"""Build a network from a weights file; None: packaged or downloaded weights. Outputs: features, logits."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An extractor that can be loaded by name. spatial_layer: module of the network whose output sFID reads."""
+    """An extractor to load by name. spatial_layer: the module whose output sFID reads."""
 
     build: Build
     spatial_layer: str
@@ -29,7 +29,7 @@ REGISTRY: dict[str, Entry] = {}
 
 
 def register(name: str, *, spatial_layer: str) -> Callable[[Build], Build]:
-    """Enter a function that makes a network into the registry."""
+    """Register a function that builds a network."""
 
     def enter(build: Build) -> Build:
         REGISTRY[name] = Entry(build, spatial_layer)
@@ -39,7 +39,7 @@ def register(name: str, *, spatial_layer: str) -> Callable[[Build], Build]:
 
 
 def register_classifier(name: str) -> Callable[[type["ClassifierExtractor"]], type["ClassifierExtractor"]]:
-    """Enter a classifier into this registry and into torch-fidelity's."""
+    """Register a classifier here and with torch-fidelity."""
 
     def enter(classifier: type[ClassifierExtractor]) -> type[ClassifierExtractor]:
         if name not in FEATURE_EXTRACTORS_REGISTRY:  # survives importlib.reload in a notebook
@@ -56,16 +56,16 @@ def register_classifier(name: str) -> Callable[[type["ClassifierExtractor"]], ty
 
 
 class ClassifierExtractor(FeatureExtractorBase):
-    """A classifier as torch-fidelity sees it: "64" are its features, "logits" its scores for ten classes.
+    """A classifier for torch-fidelity: output "64" holds features, "logits" the scores of ten classes.
 
-    A subclass says which classifier it runs and how it scales a picture.
+    A subclass sets the classifier and how to scale a picture.
     """
 
     size: int
-    """Height and width of the pictures that it reads."""
+    """Height and width of its input pictures."""
     classifier_type: type[nn.Module]
     packaged: str = ""
-    """File of the weights in `dyndit.assets`; "": they are given by path alone."""
+    """Weights file in `dyndit.assets`; "": the user must give a path."""
     spatial_layer: str
     """Module whose first channels sFID reads."""
 
@@ -78,7 +78,7 @@ class ClassifierExtractor(FeatureExtractorBase):
         self.eval()
 
     def build(self, weights: Path | None) -> nn.Module:
-        """Return the classifier with the weights in the file, or those packaged. Raises InputError, CheckpointError."""
+        """Load the classifier from the file; None: packaged weights. Raises InputError, CheckpointError."""
         if weights is not None:
             return load_strict(self.classifier_type(), weights)
         if not self.packaged:
@@ -87,11 +87,11 @@ class ClassifierExtractor(FeatureExtractorBase):
             return load_strict(self.classifier_type(), path)
 
     def scale(self, pictures: Tensor) -> Tensor:
-        """Pictures: uint8 (B, 3, H, W) -> float32 (B, C, H, W) as the classifier was trained on."""
+        """Scale uint8 (B, 3, H, W) -> float32 (B, C, H, W), the classifier's training range."""
         raise NotImplementedError
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        """Pictures: uint8 (B, 3, size, size) -> one tensor for each requested feature. Raises InputError."""
+        """Run uint8 (B, 3, size, size) -> one tensor for each requested feature. Raises InputError."""
         check_size(self.name, pictures, self.size)
         features = self.classifier.features(self.scale(pictures))
         outputs = {"64": features, "logits": self.classifier.linear(features)}
@@ -99,27 +99,27 @@ class ClassifierExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the outputs."""
+        """Return the names of the outputs."""
         return "64", "logits"
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Return which output a metric of torch-fidelity reads."""
+        """Return the name of the output that a metric of torch-fidelity reads."""
         return {"isc": "logits", "fid": "64", "kid": "64", "prc": "64"}[metric]
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Say no: the size check is Python, and these networks are small."""
+        """Return False: the size check is Python, and these networks are small."""
         return False
 
 
 def load_strict(model: nn.Module, path: Path) -> nn.Module:
-    """Load a .safetensors file whose names, shapes and values all must fit. Raises CheckpointError."""
+    """Load a .safetensors file; all names, shapes and values must fit. Raises CheckpointError."""
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}; expected a readable .safetensors file") from error
-    # A counter that BatchNorm keeps for training; files made for inference leave it out.
+    # BatchNorm counts batches in training; files for inference leave the counter out.
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     kind = type(model).__name__

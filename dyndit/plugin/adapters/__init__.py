@@ -1,7 +1,7 @@
-"""Adapters over diffusers transformers. A new family: one file here, found by itself.
+"""Adapters over diffusers transformers. To add a family, add one file here; `adapters()` finds it.
 
-Each cuts a transformer of diffusers into embed, blocks and head without changing it, so that exits, plans and
-everything built on them work on it in place.
+Each adapter cuts a transformer of diffusers into embed, blocks and head without changing it. Exits and plans then work
+on the transformer in place.
 """
 
 import importlib
@@ -20,14 +20,14 @@ __all__ = ["Adapter", "adapt", "adapters", "collect_exits"]
 
 @cache
 def adapters() -> dict[str, type[Adapter]]:
-    """Every adapter of this package, by the name of the diffusers class it serves."""
+    """Return every adapter of this package, keyed by the name of its diffusers class."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return {adapter.family: adapter for adapter in Adapter.__subclasses__()}
 
 
 def adapt(transformer: nn.Module) -> Adapter:
-    """The adapter over this very transformer: same modules, nothing copied.
+    """Wrap this transformer in its adapter. The modules are shared, not copied.
 
     Raises:
         InputError: no adapter serves its class.
@@ -42,14 +42,14 @@ def adapt(transformer: nn.Module) -> Adapter:
 def collect_exits(
     transformer: nn.Module, exits: Exits | ExitConfig | None = None, /, *args: object, **kwargs: object
 ) -> dict[int, Tensor]:
-    """Predictions at every exit and at full depth, in one pass over the blocks.
+    """Predict at every exit and at full depth, in one pass over the blocks.
 
-    exits: trained ones; or where to stand untrained ones, copies of the model's own head; None puts one at every
-    default layer (`exits.default_layers`). Whatever follows is what the transformer's own forward takes.
+    exits: trained exits; or a config for untrained exits, copies of the model's own head; None puts an exit at every
+    default layer (`exits.default_layers`). args, kwargs: the arguments of the transformer's own forward.
 
-    -> {depth: prediction}, rising, the last L; each of the shape that the transformer predicts: (B, C_out, H, W) of
-    pictures, (B, N, C_out) of Flux's packed tokens, (B, C_out, F, H, W) of videos. The one at L is the transformer's
-    own, bit for bit. Gradients flow as the caller has them: call under `torch.no_grad()` where none are wanted.
+    -> {depth: prediction}, rising, the last at L, in the transformer's own shape: (B, C_out, H, W) for pictures,
+    (B, N, C_out) for Flux's packed tokens, (B, C_out, F, H, W) for videos. The prediction at L equals the transformer's
+    own, bit for bit. Gradients are recorded; call under `torch.no_grad()` to avoid them.
 
     Raises:
         InputError: no adapter serves the transformer's class, or the call uses an argument that its adapter refuses.

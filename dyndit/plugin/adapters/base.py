@@ -1,6 +1,6 @@
-"""What every adapter is: a `Backbone` over a transformer of diffusers that somebody else owns.
+"""The adapter: a `Backbone` over a transformer of diffusers that belongs to the user.
 
-Below it, what several families share: exit heads in the shape of their final layers, and putting patches together.
+Below it stand parts that several families share: exit heads in the shape of final layers, and joining patches.
 """
 
 import inspect
@@ -18,24 +18,24 @@ from dyndit.models.conditions import Condition, Conditioning, GivenRows
 
 
 class Adapter(Backbone):
-    """A transformer of diffusers, cut into embed, blocks and head. Its modules and weights stay what they are.
+    """A transformer of diffusers, cut into embed, blocks and head. Its modules and weights do not change.
 
-    A family defines `embed`, `block`, `head`, `new_exit_head` and `unpatchify`, and says below how its pipelines
-    call the transformer. `embed` gets what `read` took from such a call.
+    A family defines `embed`, `block`, `head`, `new_exit_head` and `unpatchify`. The class variables below describe how
+    its pipelines call the transformer. `embed` gets the output of `read`.
     """
 
     family: ClassVar[str]
-    """Name of the diffusers class that it serves."""
+    """Name of the diffusers class that the adapter serves."""
     row_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of its forward that have the batch first, besides `hidden_states` and `timestep`; or dictionaries of
-    such, whose entries the adapter gets by their own names."""
+    """Arguments of the forward with the batch first, except `hidden_states` and `timestep`. An argument may be a
+    dictionary of such tensors; the adapter gets its entries by their own names."""
     shared_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of its forward that serve the whole batch."""
+    """Arguments of the forward that serve the whole batch."""
     guidance: ClassVar[Literal["cond first", "uncond first", "calls"]] = "uncond first"
-    """Where a guided call of the family's pipelines has its unconditional rows: in the second half of the batch, in
-    the first, or in a second call on the same latents."""
+    """Position of the unconditional rows in a guided call: "cond first": second half of the batch; "uncond first":
+    first half; "calls": a second call on the same latents."""
     timestep_scale: ClassVar[float] = 1.0
-    """The scheduler's timestep, as a multiple of what the forward gets."""
+    """The scheduler's timestep as a multiple of the forward's timestep."""
 
     condition = GivenRows()
 
@@ -45,11 +45,10 @@ class Adapter(Backbone):
         self._signature = inspect.signature(type(transformer).forward)
 
     def read(self, *args: object, **kwargs: object) -> Inputs:
-        """What a call of the transformer's forward passes, as the adapter takes it.
+        """Convert the arguments of a transformer call to `Inputs`.
 
         Raises:
-            InputError: the call uses an argument that this adapter knows nothing of (a ControlNet's residuals, say), or
-                names no timestep.
+            InputError: an argument that this adapter does not know, such as a ControlNet's residuals, or no timestep.
         """
         try:
             call = self._signature.bind(self.transformer, *args, **kwargs).arguments
@@ -66,12 +65,12 @@ class Adapter(Backbone):
         return Inputs(x, t, self._condition(call))
 
     def _says_nothing(self, name: str, value: object) -> bool:
-        """Whether an argument is what it would be without being passed."""
+        """Return True if an argument has its default value or is empty."""
         default = self._signature.parameters[name].default
         return value is None or value is default or (isinstance(value, Mapping) and not value)
 
     def _condition(self, call: dict[str, object]) -> Condition:
-        """The conditioning of a bound call."""
+        """Return the conditioning of a bound call."""
         rows: dict[str, Tensor] = {}
         for name in self.row_arguments:
             value = call.get(name)
@@ -80,10 +79,10 @@ class Adapter(Backbone):
         return Conditioning(rows, {name: call[name] for name in self.shared_arguments if call.get(name) is not None})
 
     def is_guided(self, inputs: Inputs) -> bool | None:
-        """Whether a call has both guidance branches in its batch; None where its rows do not tell.
+        """Return False if the batch of a call cannot hold both guidance branches; None if its rows do not tell.
 
-        Pipelines stack both branches on the same latents, so halves that differ are one branch. Halves that are equal
-        may be two pictures of one seed.
+        Pipelines stack both branches on the same latents, so unequal halves are one branch. Equal halves may be two
+        pictures of one seed.
         """
         half = len(inputs) // 2
         if self.guidance == "calls":
@@ -91,15 +90,15 @@ class Adapter(Backbone):
         return None if len(inputs) == 2 * half and torch.equal(inputs.x[:half], inputs.x[half:]) else False
 
     def output(self, prediction: Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[Tensor]:
-        """A prediction in the shape in which the transformer's forward returns it."""
+        """Wrap a prediction as the transformer's forward returns it."""
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The transformer's own."""
+        """Return the transformer's own weights."""
         return self.transformer.state_dict()
 
     def unseen(self) -> dict[str, object]:
-        """The transformer's whole configuration."""
+        """Return the transformer's whole configuration."""
         return {"class": self.family} | {
             name: value
             for name, value in sorted(self.transformer.config.items())
@@ -108,8 +107,8 @@ class Adapter(Backbone):
 
 
 class ContinuousHead(nn.Module):
-    """The final layer of SD3 and Flux: a norm whose shift and scale are a linear map of the conditioning, then a linear
-    map. Starts as a copy of the model's own."""
+    """The final layer of SD3 and Flux: a norm, then a linear map. A linear map of the conditioning gives the norm's
+    shift and scale. The head starts as a copy of the model's own."""
 
     def __init__(self, norm_out: AdaLayerNormContinuous, proj_out: nn.Linear) -> None:
         super().__init__()
@@ -125,9 +124,9 @@ class ContinuousHead(nn.Module):
 
 
 class TableHead(nn.Module):
-    """The final layer of PixArt and Latte: a norm whose shift and scale are the conditioning plus a learned table
-    ("adaLN-single", Chen et al. 2023, arXiv:2310.00426, Sec. 2.3), then a linear map. Starts as a copy of the model's
-    own."""
+    """The final layer of PixArt and Latte: a norm, then a linear map. The conditioning plus a learned table gives the
+    norm's shift and scale ("adaLN-single", Chen et al. 2023, arXiv:2310.00426, Sec. 2.3). The head starts as a copy of
+    the model's own."""
 
     def __init__(self, norm_out: nn.LayerNorm, scale_shift_table: Tensor, proj_out: nn.Linear) -> None:
         super().__init__()
@@ -136,26 +135,26 @@ class TableHead(nn.Module):
         self.proj_out = linear_copy(proj_out)
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out). Every token, of whichever frame, alike."""
+        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out). All frames share one modulation."""
         shift, scale = (self.scale_shift_table[None] + cond[:, None]).chunk(2, dim=1)
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
 
 
 def linear_copy(linear: nn.Linear) -> nn.Linear:
-    """A trainable copy on the same device, in the same precision."""
+    """Return a trainable copy on the same device, in the same precision."""
     copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
     copy.load_state_dict(linear.state_dict())
     return copy.to(linear.weight)
 
 
 def join_patches(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, rows * columns, patch * patch * C) -> (B, C, rows * patch, columns * patch)."""
+    """Join patches: (B, rows * columns, patch * patch * C) -> (B, C, rows * patch, columns * patch)."""
     grid = patches.reshape(len(patches), rows, columns, patch, patch, -1)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch, columns * patch)
 
 
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask (B, N), 1 keeps and 0 drops, as what is added to attention scores, (B, 1, N); a bias stays what it is."""
+    """Turn a mask (B, N), 1 keep and 0 drop, into a bias on attention scores, (B, 1, N). Return a bias unchanged."""
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(dtype)) * -10000.0)[:, None]

@@ -1,7 +1,7 @@
 """diffusers' `DiTTransformer2DModel` (Peebles and Xie 2022, arXiv:2212.09748).
 
-The step is read from `timestep`. A guided call of `DiTPipeline` stacks [conditional; unconditional]; unconditional
-rows carry the null label, the one after the last class.
+`timestep` tells the step. A guided call of `DiTPipeline` stacks [conditional; unconditional]. Unconditional rows carry
+the null label, which follows the last class.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class _State(State):
 
 
 class DiTAdapter(Adapter):
-    """Blocks take the timestep and the label themselves; each has a copy of the embedder.
+    """The adapter of DiT. Each block takes the timestep and the label, and has its own copy of the embedder.
 
     Raises:
-        CheckpointError: diffusers built it with other timestep frequencies than its config says it was trained with.
+        CheckpointError: diffusers built the transformer with other timestep frequencies than its config records.
     """
 
     family = "DiTTransformer2DModel"
@@ -54,13 +54,13 @@ class DiTAdapter(Adapter):
         return call["class_labels"]
 
     def is_guided(self, inputs: Inputs) -> bool:
-        """The second half of the rows, and no row of the first, carries the null label."""
+        """Return True if all rows of the second half, and no row of the first, carry the null label."""
         null = [label == self.condition.null_label for label in inputs.y.tolist()]
         half = len(null) // 2
         return len(null) == 2 * half and not any(null[:half]) and all(null[half:])
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
-        """x: (B, C, H, W), t: (B,), y: (B,)."""
+        """Return the state before block 0.  x: (B, C, H, W), t: (B,), y: (B,)."""
         tokens = self.transformer.pos_embed(x)
         cond = self.transformer.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=tokens.dtype)
         return _State(tokens, cond, t, y)
@@ -80,18 +80,18 @@ class DiTAdapter(Adapter):
         return _State(tokens, state.cond, state.t, state.y)
 
     def block_modules(self) -> list[nn.Module]:
-        """The blocks."""
+        """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
     def head(self, state: State) -> Tensor:
-        """-> (B, C_out, H, W)."""
+        """Run the model's own final layer -> (B, C_out, H, W)."""
         model = self.transformer
         shift, scale = model.proj_out_1(silu(state.cond)).chunk(2, dim=1)
         tokens = model.norm_out(state.tokens) * (1 + scale[:, None]) + shift[:, None]
         return self.unpatchify(model.proj_out_2(tokens), state)
 
     def new_exit_head(self) -> nn.Module:
-        """The native head, under the native names: exits serve the model in either library."""
+        """Return the native head under its native names, so that exits serve the model in both libraries."""
         model = self.transformer
         head = FinalLayer(self.width, model.proj_out_2.out_features, model.norm_out.eps)
         head.linear.load_state_dict(model.proj_out_2.state_dict())
@@ -104,11 +104,11 @@ class DiTAdapter(Adapter):
         return join_patches(patches, *(side // patch for side in self.sample_shape[1:]), patch)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Under the native names, so that the backbone has one identity in both libraries."""
+        """Return the weights under their native names, so that the backbone has one identity in both libraries."""
         return to_native(self.transformer.state_dict(), self.sample_shape[1] // self.transformer.patch_size)
 
     def unseen(self) -> dict[str, object]:
-        """As of the native class and its process."""
+        """Return the same settings as the native class and its process."""
         process = {} if self.usual_process == DDPM() else {"process": self.usual_process.config()}
         return process | {
             "num_heads": self.transformer.config.num_attention_heads,

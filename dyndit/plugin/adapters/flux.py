@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dyndit.models.base import State
 from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead
+from dyndit.process import RectifiedFlow
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class FluxAdapter(Adapter):
     shared_arguments = ("img_ids", "txt_ids")
     guidance = "calls"
     timestep_scale = 1000.0
+    usual_process = RectifiedFlow()
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__(transformer)

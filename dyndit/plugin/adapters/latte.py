@@ -1,10 +1,10 @@
 """diffusers' `LatteTransformer3DModel`: Latte, video (Ma et al. 2024, arXiv:2401.03048).
 
-A block here is a pair: a spatial one, over the tokens of a frame, and a temporal one, over the frames of a token.
+A block here is a pair: a spatial block over the tokens of a frame, and a temporal block over the frames of a token.
 
-The step is read from `timestep`, which the pipeline passes as the scheduler has it, one per row. A guided call
-(`guidance_scale` above 1) stacks [unconditional; conditional]: the same latents twice, the embedded negative prompt
-first. A row is a video, (C, F, H, W), of F frames.
+`timestep` tells the step; the pipeline passes the scheduler's timestep, one per row. A guided call (`guidance_scale`
+above 1) stacks [unconditional; conditional]: the same latents twice, the embedded negative prompt first. A row is a
+video, (C, F, H, W), of F frames.
 """
 
 from dataclasses import dataclass, replace
@@ -23,17 +23,17 @@ class _State(State):
     text: Tensor
     """(B, F, S, D): the same for every frame."""
     spatial: Tensor
-    """(B, F, 6 D): what every spatial block's own table is added to."""
+    """(B, F, 6 D): modulation of the spatial blocks; each block adds its own table."""
     temporal: Tensor
-    """(B, N, 6 D): likewise of the temporal blocks."""
+    """(B, N, 6 D): modulation of the temporal blocks; each block adds its own table."""
     grid: tuple[int, int, int]
     """Frames; rows and columns of patches."""
     over_time: bool
-    """Whether temporal blocks run at all."""
+    """True if temporal blocks run."""
 
 
 class LatteAdapter(Adapter):
-    """Spatial and temporal blocks in turn."""
+    """The adapter of Latte. Spatial and temporal blocks alternate."""
 
     family = "LatteTransformer3DModel"
     row_arguments = ("encoder_hidden_states",)
@@ -48,7 +48,10 @@ class LatteAdapter(Adapter):
         self.out_channels = transformer.out_channels
 
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
-        """x: (B, C, F, H, W), t: (B,), y: prompt embeddings (B, S, D_text), `enable_temporal_attentions`."""
+        """Return the state before block 0.
+
+        x: (B, C, F, H, W), t: (B,), y: prompt embeddings (B, S, D_text), `enable_temporal_attentions`.
+        """
         model, patch = self.transformer, self.transformer.config.patch_size
         frames = x.shape[2]
         tokens = model.pos_embed(x.transpose(1, 2).flatten(0, 1))
@@ -67,7 +70,7 @@ class LatteAdapter(Adapter):
         )
 
     def block(self, index: int, state: _State) -> State:
-        """Run the pair `index`."""
+        """Run pair `index`."""
         videos, frames = len(state.tokens), state.grid[0]
         tokens = self.transformer.transformer_blocks[index](
             self._frames(state),
@@ -84,7 +87,7 @@ class LatteAdapter(Adapter):
         return replace(state, tokens=tokens.reshape(videos, frames * tokens.shape[1], self.width))
 
     def _over_time(self, index: int, tokens: Tensor, state: _State) -> Tensor:
-        """The temporal block of the pair.  tokens: (B * N, F, D) -> the same shape."""
+        """Run the temporal block of the pair.  tokens: (B * N, F, D) -> the same shape."""
         if index == 0 and state.grid[0] > 1:
             tokens = tokens + self.transformer.temp_pos_embed.to(tokens.dtype)
         return self.transformer.temporal_transformer_blocks[index](
@@ -98,16 +101,16 @@ class LatteAdapter(Adapter):
         )
 
     def _frames(self, state: _State) -> Tensor:
-        """The tokens, a frame a row: (B * F, N, D)."""
+        """Return the tokens with one frame per row: (B * F, N, D)."""
         return state.tokens.reshape(len(state.tokens) * state.grid[0], -1, self.width)
 
     def block_modules(self) -> list[nn.Module]:
-        """Spatial and temporal blocks in turn."""
+        """Return spatial and temporal blocks in turn."""
         pairs = zip(self.transformer.transformer_blocks, self.transformer.temporal_transformer_blocks, strict=True)
         return [block for pair in pairs for block in pair]
 
     def head(self, state: _State) -> Tensor:
-        """-> (B, C_out, F, H, W)."""
+        """Run the model's own final layer -> (B, C_out, F, H, W)."""
         model, frames = self.transformer, state.grid[0]
         cond = state.cond.repeat_interleave(frames, dim=0)
         shift, scale = (model.scale_shift_table[None] + cond[:, None]).chunk(2, dim=1)
@@ -115,7 +118,7 @@ class LatteAdapter(Adapter):
         return self.unpatchify(patches.reshape(len(state.tokens), -1, patches.shape[-1]), state)
 
     def new_exit_head(self) -> nn.Module:
-        """A copy of the final layer."""
+        """Return a copy of the final layer."""
         model = self.transformer
         return TableHead(model.norm_out, model.scale_shift_table, model.proj_out)
 
@@ -128,6 +131,6 @@ class LatteAdapter(Adapter):
 
 
 def _transposed(tokens: Tensor, videos: int) -> Tensor:
-    """(B * F, N, D) -> (B * N, F, D), and the reverse."""
+    """Swap frames and tokens: (B * F, N, D) -> (B * N, F, D), and the reverse."""
     grid = tokens.reshape(videos, -1, *tokens.shape[1:])
     return grid.transpose(1, 2).flatten(0, 1)

@@ -1,10 +1,10 @@
 """diffusers' `PixArtTransformer2DModel`: PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) and PixArt-Sigma (Chen et
 al. 2024, arXiv:2403.04692).
 
-The step is read from `timestep`, which the pipelines pass as the scheduler has it, one per row. A guided call
-(`guidance_scale` above 1) stacks [unconditional; conditional]: the same latents twice, the embedded negative prompt
-first, with its own mask in `encoder_attention_mask`. The 1024-pixel alpha model also gets resolution and aspect ratio,
-a row each, in `added_cond_kwargs`.
+`timestep` tells the step; the pipelines pass the scheduler's timestep, one per row. A guided call (`guidance_scale`
+above 1) stacks [unconditional; conditional]: the same latents twice, the embedded negative prompt first. The prompts'
+masks stand in `encoder_attention_mask`. The 1024-pixel alpha model also gets resolution and aspect ratio, one row per
+picture, in `added_cond_kwargs`.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from dyndit.plugin.adapters.base import Adapter, TableHead, attention_bias, join
 @dataclass(frozen=True)
 class _State(State):
     modulation: Tensor
-    """(B, 6 D): what every block's own table is added to."""
+    """(B, 6 D): modulation of all blocks; each block adds its own table."""
     text: Tensor
     text_bias: Tensor | None
     token_bias: Tensor | None
@@ -28,7 +28,7 @@ class _State(State):
 
 
 class PixArtAdapter(Adapter):
-    """One modulation for all blocks, cross-attention to the text."""
+    """The adapter of PixArt. All blocks share one modulation and attend to the text."""
 
     family = "PixArtTransformer2DModel"
     row_arguments = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "added_cond_kwargs")
@@ -41,7 +41,10 @@ class PixArtAdapter(Adapter):
         self.sample_shape, self.out_channels = (c.in_channels, c.sample_size, c.sample_size), transformer.out_channels
 
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
-        """x: (B, C, H, W), t: (B,), y: prompt embeddings (B, S, D_text), their mask (B, S)."""
+        """Return the state before block 0.
+
+        x: (B, C, H, W), t: (B,), y: prompt embeddings (B, S, D_text), their mask (B, S).
+        """
         model, patch = self.transformer, self.transformer.config.patch_size
         tokens, text = model.pos_embed(x), y["encoder_hidden_states"]
         sizes = {"resolution": y["resolution"], "aspect_ratio": y["aspect_ratio"]}
@@ -65,17 +68,17 @@ class PixArtAdapter(Adapter):
         return replace(state, tokens=tokens)
 
     def block_modules(self) -> list[nn.Module]:
-        """The blocks."""
+        """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
     def head(self, state: State) -> Tensor:
-        """-> (B, C_out, H, W)."""
+        """Run the model's own final layer -> (B, C_out, H, W)."""
         model = self.transformer
         shift, scale = (model.scale_shift_table[None] + state.cond[:, None]).chunk(2, dim=1)
         return self.unpatchify(model.proj_out(model.norm_out(state.tokens) * (1 + scale) + shift), state)
 
     def new_exit_head(self) -> nn.Module:
-        """A copy of the final layer."""
+        """Return a copy of the final layer."""
         model = self.transformer
         return TableHead(model.norm_out, model.scale_shift_table, model.proj_out)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dyndit.models.base import State
 from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead, join_patches
+from dyndit.process import RectifiedFlow
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class SD3Adapter(Adapter):
     family = "SD3Transformer2DModel"
     row_arguments = ("encoder_hidden_states", "pooled_projections")
     guidance = "uncond first"
+    usual_process = RectifiedFlow()
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__(transformer)

@@ -14,7 +14,7 @@ from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
-from dyndit.plans.step import OwnExit, Step
+from dyndit.plans.step import OwnExit, Step, steps
 from dyndit.plugin.adapters import adapt
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
@@ -73,6 +73,18 @@ def test_a_plan_costs_what_its_sampling_computes(make_model, head: str, cfg_scal
         assert counter.get_total_flops() == 2 * flops(plan_macs(model, plan))  # of two pictures
         costs.append(plan_macs(model, plan))
     assert costs[0] < 0.9 * costs[1]  # the plan does save something
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_what_a_plan_remembers_is_counted(make_model, cfg_scale: float) -> None:
+    """Heads that run at full depth for later forecasts; held guidance costs nothing."""
+    model = make_model()
+    guided, unguided = ("6|6", "2+|held", "6|6", "2+|e1", "3+", "2|held"), ("6", "2+", "6", "2+", "3+", "2")
+    plan = full_plan(model, "ddim", 6, cfg_scale).with_steps(steps(*(guided if cfg_scale != 1 else unguided)))
+    assert sampling_macs(model, plan) == plan_macs(model, plan)
+    plain = plan.with_steps([replace(step, forecast=False) for step in plan.steps])
+    leave = model_macs(model).leave
+    assert plan_macs(model, plan) - plan_macs(model, plain) == 2 * (leave[2] + leave[3])
 
 
 def test_each_head_is_counted_as_what_it_is(make_model) -> None:

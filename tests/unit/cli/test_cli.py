@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -147,6 +148,30 @@ def test_sample_writes_pictures_grid_archive_and_manifest(workshop: Path, tmp_pa
     assert archive.shape == (5, 8, 8, 1)
     assert np.array_equal(np.asarray(Image.open(out / "000003-class7.png")), archive[3, ..., 0])
     main([*arguments, *choice])  # the same run again is no other run
+    assert "5 of 5 pictures were there already" in capsys.readouterr().out
+
+
+def test_a_killed_sampling_goes_on(workshop: Path, tmp_path: Path, capsys) -> None:
+    def draw(name: str) -> list[str]:
+        shape = ["--num-images", "160", "--batch-size", "4", "--steps", "4"]
+        return ["sample", str(workshop / "trunk"), *shape, "--out", str(tmp_path / name)]
+
+    with subprocess.Popen([sys.executable, "-m", "dyndit", *draw("killed")]) as process:
+        while len(list((tmp_path / "killed").glob("*.png"))) < 10:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    there = len(list((tmp_path / "killed").glob("*.png")))
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path / "killed"), "--reference", "digits", "--extractor", "digits"])
+    assert f"unfinished, {there} of 160 pictures" in capsys.readouterr().err
+    main(draw("killed"))
+    assert f"{there} of 160 pictures were there already" in capsys.readouterr().out
+    main(draw("undisturbed"))
+    folders = [tmp_path / name for name in ("killed", "undisturbed")]
+    found = [{p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".json"} for folder in folders]
+    assert found[0] == found[1]
+    assert len(found[0]) == 162
 
 
 def test_budget_flag_searches_on_the_stored_table(workshop: Path, tmp_path: Path, capsys) -> None:

@@ -7,14 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dyndit.errors import InputError
-from dyndit.models import families
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.exits import HEADS, ExitConfig, Exits
-from support.models import TINY, randomise
-
-# A tiny config of every backbone family. The contract test fails where one is missing.
-TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY)}
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 
@@ -131,50 +125,6 @@ def test_hashes_bind_trunk_and_exits(make_model) -> None:
     next(model.exits.parameters()).data[0] += 1
     assert model.identity.backbone == backbone
     assert model.identity.exits != same.identity.exits
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", families())
-def test_contract(family: str, head: str, make_inputs) -> None:
-    """What every family and every head must do; both are found by their registries."""
-    assert family in TINY_CONFIGS, f"add a tiny config of {family} to TINY_CONFIGS"
-    backbone: Backbone = families()[family].from_config(TINY_CONFIGS[family]).eval()
-    randomise(backbone, seed=0)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    x, t, y = make_inputs(backbone)
-    expected = backbone(x, t, y)
-    assert expected.shape == (len(x), backbone.out_channels, *x.shape[2:])
-    assert expected.std() > 0.1
-
-    model = DynamicDepth(backbone, Exits(backbone, ExitConfig(head=head))).eval()
-    after = backbone.state_dict()
-    assert after.keys() == before.keys()  # exits are beside the backbone, not in it
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not {p.data_ptr() for p in backbone.parameters()} & {p.data_ptr() for p in model.exits.parameters()}
-    assert torch.equal(model(x, t, y), expected)
-
-    state = backbone.embed(x, t, y)
-    assert len(state.tokens) == len(state.cond) == len(x)
-    for index in range(backbone.num_blocks - 1):
-        state = backbone.block(index, state)
-        own = backbone.head(state)  # fresh exits are the model's own final layer
-        assert torch.equal(model(x, t, y, depth=index + 1), own)
-    randomise(model.exits, seed=1)
-    for depth, prediction in model.every_exit(x, t, y).items():
-        assert prediction.shape == expected.shape
-        assert depth == backbone.num_blocks or not torch.allclose(prediction, by_hand_head(model, x, t, y, depth))
-
-    twin = families()[family].from_config(backbone.config()).eval()
-    twin.load_state_dict(before)
-    assert torch.equal(twin(x, t, y), expected)
-
-
-def by_hand_head(model: DynamicDepth, x, t, y, depth: int) -> torch.Tensor:
-    """The model's own head after `depth` blocks."""
-    state = model.backbone.embed(x, t, y)
-    for index in range(depth):
-        state = model.backbone.block(index, state)
-    return model.backbone.head(state)
 
 
 def test_backbone_says_what_is_missing() -> None:

@@ -52,7 +52,7 @@ def test_gaps_linear_in_log_snr_are_forecast_exactly(times: list[int], seed: int
 
 def test_of_one_remembered_step_the_gap_is_taken_as_it_was() -> None:
     gap = torch.randn(2, 1, 2, 2)
-    assert torch.equal(forecast_gap(remembered((), 900, {2: gap}), 2, 500), gap)
+    assert torch.equal(forecast_gap(remembered((), 900, {2: gap}), 2, 500, PROCESS), gap)
 
 
 def test_two_steps_are_remembered() -> None:
@@ -363,19 +363,3 @@ def test_the_correction_is_learned_with_the_exits_and_forecasts_better(model: Dy
         errors[name] = torch.stack(missed).mean().item()
     assert errors["learned"] < errors["plain"]
     assert basis(500, 500, PROCESS)[2:].abs().sum() == 0
-
-
-def test_figures_mark_what_is_forecast() -> None:
-    from dyndit.analysis.report.plan_figures import plan_figure, plan_map_figure
-
-    plan = DepthPlan((900, 500, 100), steps("6|6", "2+|held", "6"), 6, "ddim", cfg_scale=1.5)
-    figure = plan_map_figure({"one": plan})
-    words = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert words == ["2+", "h"]
-    key = figure.get_supxlabel()
-    assert "forecast" in key
-    assert "held" in key
-    assert "own exit" not in key
-    (axis, *_) = plan_figure({"one": plan}).axes
-    (crosses,) = (line for line in axis.lines if line.get_marker() == "+")
-    assert (list(crosses.get_xdata()), list(crosses.get_ydata())) == ([2], [2])

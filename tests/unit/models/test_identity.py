@@ -93,9 +93,9 @@ def counted(model: DynamicDepth, monkeypatch: pytest.MonkeyPatch) -> tuple[Dynam
     calls: list[str] = []
     identity: Callable[..., str] = type(model.backbone).identity
 
-    def count(self: object, *args: object) -> str:
+    def count(self: object, *args: object, **process: object) -> str:
         calls.append("backbone")
-        return identity(self, *args)
+        return identity(self, *args, **process)
 
     monkeypatch.setattr(type(model.backbone), "identity", count)
     return model, calls

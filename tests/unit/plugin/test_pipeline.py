@@ -119,6 +119,7 @@ def uint8(images: list[Image.Image]) -> Tensor:
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_pictures_are_those_of_sample(model, solver: str, cfg_scale: float, dynamic: bool) -> None:
+    model = DynamicDepth(model.backbone, model.exits, process=SOLVERS[solver].process()).eval()
     plan = rising(model, solver, cfg_scale) if dynamic else None
     pipe = DynDiTPipeline.from_model(model, solver=solver)
     call = {} if dynamic else {"num_inference_steps": STEPS, "guidance_scale": cfg_scale}

@@ -21,7 +21,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Held, NoGuide, OwnExit, Unconditional, steps
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import DynDiTHandle
-from dyndit.process import Schedule
+from dyndit.process import DDPM
 from dyndit.storage.load import EXITS, save_exits
 from support.models import randomise
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
@@ -117,7 +117,7 @@ def first_order(whole: list[tuple[float, dict[int, Tensor]]], depth: int, timest
     if len(whole) == 1:
         return whole[0][1][depth]
     (before, old), (last, new) = whole[-2:]
-    now, later, earlier = (Schedule().log_snr_at(t) for t in (timestep, last, before))
+    now, later, earlier = (DDPM().log_snr_at(t) for t in (timestep, last, before))
     return new[depth] + (now - later) / (later - earlier) * (new[depth] - old[depth])
 
 

@@ -36,6 +36,11 @@ def tiny_dynamic(make_model):
     return make_model()
 
 
+def stepped_by(model: DynamicDepth, solver: str) -> DynamicDepth:
+    """The same modules, of the process that a solver steps."""
+    return DynamicDepth(model.backbone, model.exits, process=SOLVERS[solver].process()).eval()
+
+
 def rising(model, solver: str = "ddim", num_steps: int = 4) -> DepthPlan:
     """A plan that uses several depths, unequal branches, and no second branch once."""
     plan = ramp(full_plan(model, solver, num_steps, 1.5), model.depths, 1)
@@ -46,11 +51,12 @@ def rising(model, solver: str = "ddim", num_steps: int = 4) -> DepthPlan:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_pictures_do_not_depend_on_the_batch(tiny_dynamic, solver: str, dynamic: bool) -> None:
-    plan = rising(tiny_dynamic, solver) if dynamic else None
+    model = stepped_by(tiny_dynamic, solver)
+    plan = rising(model, solver) if dynamic else None
     draw = {"plan": plan, "solver": solver, "num_steps": 4, "seed": 5}
-    whole = sample(tiny_dynamic, LABELS, batch_size=9, **draw).pictures.int()
+    whole = sample(model, LABELS, batch_size=9, **draw).pictures.int()
     for size in (1, 4):
-        parts = sample(tiny_dynamic, LABELS, batch_size=size, **draw).pictures.int()
+        parts = sample(model, LABELS, batch_size=size, **draw).pictures.int()
         assert (whole - parts).abs().max() <= 1
     assert whole.unique().numel() > 10  # otherwise the lines above compare blank pictures
 
@@ -128,9 +134,11 @@ def test_no_step_is_spent_at_zero_noise(solver: str, num_steps: int) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_log_snr_rises_along_every_schedule(solver: str) -> None:
-    values = log_snr_of(solver, 12)
+    process = SOLVERS[solver].process()
+    values = log_snr_of(solver, 12, process)
     assert list(values) == sorted(values)
-    assert values[0] == pytest.approx(-10.118, abs=2e-3)  # t = 999 of the linear schedule
+    first = {"ddpm": -10.118, "flow": -15.201}  # at t = 999 of the linear schedule; half a timestep from pure noise
+    assert values[0] == pytest.approx(first[process.name], abs=2e-3)
     assert values[-1] > 1
 
 
@@ -314,11 +322,11 @@ def test_balanced_labels() -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_pictures_of_a_gpu_are_those_of_the_cpu(make_model, solver: str) -> None:
     """To a few levels: kernels differ, the noise does not."""
-    model = make_model()
+    model = stepped_by(make_model(), solver)
     plan = rising(model, solver)
     draw = {"plan": plan, "solver": solver, "num_steps": 4, "seed": 5}
     here = sample(model, LABELS, **draw).pictures.int()
-    there = sample(make_model().to("cuda"), LABELS, **draw).pictures.int()
+    there = sample(stepped_by(make_model(), solver).to("cuda"), LABELS, **draw).pictures.int()
     assert (here - there).abs().float().mean() < 1
 
 
@@ -394,7 +402,7 @@ def test_noise_levels_between_whole_timesteps_are_eulers() -> None:
 
 
 def test_a_schedulers_traits_are_read_off_it() -> None:
-    named = {name: make_scheduler(name, 3) for name in SOLVERS}
+    named = {name: make_scheduler(name, 3, known.process()) for name, known in SOLVERS.items()}
     assert {name for name, scheduler in named.items() if takes_variance(scheduler)} == {"ddpm"}
     assert {name for name, scheduler in named.items() if draws_noise(scheduler)} == {"ddpm"}
     assert {name: solver_name(scheduler) for name, scheduler in named.items()} == {name: name for name in SOLVERS}

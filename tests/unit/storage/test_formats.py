@@ -23,13 +23,14 @@ from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.plans.step import steps
+from dyndit.plans.table import ShiftTable
 from dyndit.plugin.adapters import adapt
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.convert import convert
 from dyndit.storage.diffusers_folder import FREQUENCY_SHIFT, WEIGHTS, from_diffusers, to_diffusers
-from dyndit.storage.names import frequency_shift_of
+from dyndit.storage.names import frequency_shift_of, match_frequencies
 from dyndit.storage.pretrained import DynamicDepth
 from support.files import Canary, refused, same
 from support.models import TINY, randomise
@@ -168,7 +169,7 @@ def test_diffusers_itself_loads_the_folder(changes: dict, make_model, make_input
             adapt(transformer)
         with pytest.raises(CheckpointError, match="match_frequencies"):
             from_diffusers(transformer)
-    dyndit.match_frequencies(transformer, shift)
+    match_frequencies(transformer, shift)
     torch.testing.assert_close(transformer(x, t, y).sample, model(x, t, y), atol=1e-5, rtol=0)
     exits = checkpoints.load_exits(tmp_path / checkpoints.EXITS, adapt(transformer))
     assert same(exits.state_dict(), model.exits.state_dict())
@@ -860,7 +861,7 @@ def test_companions_of_another_model_do_not_travel(what: str, furnished: Path, t
         replace(dyndit.DepthPlan.load(path), exits="0123").save(path)
     elif what == "table":
         path = furnished / checkpoints.TABLE
-        replace(dyndit.ShiftTable.load(path), exits="0123").save(path)
+        replace(ShiftTable.load(path), exits="0123").save(path)
     else:
         path = furnished / COMPANIONS[0]
         (furnished / checkpoints.EXITS).unlink()
@@ -999,7 +1000,7 @@ def check_every_backend(source: Path, folder: Path, batch: int, steps: int) -> N
     transformer.register_to_config(**{FREQUENCY_SHIFT: 1})  # or nothing of ours would take it as it is
     plain = draw(DynamicDepth(adapt(transformer), pixel_space=True))
     transformer.register_to_config(**{FREQUENCY_SHIFT: 0})
-    dyndit.match_frequencies(transformer, 0)
+    match_frequencies(transformer, 0)
     matched = draw(DynamicDepth(adapt(transformer), pixel_space=True))
     for pictures in (matched, draw(dyndit.load(folder / "diffusers")), draw(dyndit.load(folder / "back.pt"))):
         assert (pictures - expected).abs().max() <= 1

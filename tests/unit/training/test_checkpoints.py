@@ -383,7 +383,7 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_from_pretrained_takes_no_option_it_would_forget(make_model, tmp_path: Path) -> None:
-    dyndit.save(make_model(), tmp_path)
+    checkpoints.save(make_model(), tmp_path)
     dyndit.DynamicDepth.from_pretrained(tmp_path, low_cpu_mem_usage=True, variant=None)
     with pytest.raises(dyndit.InputError, match="option num_head;"):
         dyndit.DynamicDepth.from_pretrained(tmp_path, num_head=2)

@@ -14,7 +14,7 @@ from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.models.layers import position_features
-from dyndit.process import DDPM, Schedule
+from dyndit.process import DDPM
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.sample import balanced_labels
@@ -303,7 +303,7 @@ class Before:
         t = torch.randint(1000, (len(x),), generator=generator)
         eps = torch.randn(x.shape, generator=generator)
         y = torch.where(torch.rand(len(y), generator=generator) < 0.3, self.dynamic.backbone.condition.null_label, y)
-        errors = torch.stack(list(exit_errors(self.dynamic, Schedule().add_noise(x, eps, t), t, y).values()))
+        errors = torch.stack(list(exit_errors(self.dynamic, DDPM().add_noise(x, eps, t), t, y).values()))
         return (errors * errors.new_tensor([1.0, 0.1])).sum(dim=(0, 2)).mean(), {}
 
     def preview(self, *_) -> None:

@@ -61,9 +61,9 @@ AS_GIVEN = StepChoice()
 def chosen_plan(
     dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int, cfg_scale: float
 ) -> "DepthPlan | None":
-    """Return the plan that the flags ask for. None is the full model."""
+    """Return the plan that the flags ask for, not yet bound to the model. None is the full model."""
     from dyndit.calibration.calibrate import plan_on_table
-    from dyndit.plans.plan import DepthPlan, bind
+    from dyndit.plans.plan import DepthPlan
     from dyndit.plans.schedules import parse_router
     from dyndit.sampling.loop import full_plan
 
@@ -73,8 +73,7 @@ def chosen_plan(
     if depth.router is not None:
         return parse_router(depth.router)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
     if depth.plan is not None:
-        full = full_plan(dynamic, solver, steps, cfg_scale)
-        return bind(DepthPlan.load(depth.plan), dynamic, full=full, cfg_scale=cfg_scale, origin=str(depth.plan))
+        return DepthPlan.load(depth.plan)
     if depth.budget is None and not depth.dynamic:
         return None
     budget = 0.6 if depth.budget is None else depth.budget

@@ -73,22 +73,27 @@ def sample(
     """
     from dyndit.calibration.calibrate import table_for
     from dyndit.models.identity import tensors_hash
+    from dyndit.plans.plan import DepthPlan
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
+    from dyndit.sampling.sample import sample_into
     from dyndit.sampling.solvers import timesteps_of
-    from dyndit.sampling.store import sample_into
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
     device = chosen_device(device)
-    goal = goal_of(choice, steps, plan=depth.plan, budget=depth.budget, router=depth.router)
+    others = {"plan": depth.plan, "budget": depth.budget, "router": depth.router}
+    goal = None if choice == AS_GIVEN else goal_of(choice, steps, **others)
     loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device, dtype=dtype)
     dynamic = loaded.model
     decoder = decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
     if goal is None:
         steps = 20 if steps is None else steps
-        plan = chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
+        if depth.plan is not None and depth.budget is None and depth.router is None:
+            plan = DepthPlan.load(depth.plan)
+        else:
+            plan = chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
     else:
         table = table_for(dynamic, stored_table(folder), solver)
         plan = goal.choose(table, solver, partial(timesteps_of, solver, process=dynamic.process))
@@ -111,6 +116,7 @@ def sample(
             strict=strict,
             stats=stats,
             to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
+            origin=str(depth.plan or "plan"),
             autoencoder="" if decoder is None else tensors_hash(decoder.state_dict()),
             on_progress=advance,
         )

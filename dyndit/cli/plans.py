@@ -92,7 +92,7 @@ def calibrate(
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
-    goal = goal_of(choice, steps, budget=budget)
+    goal = None if choice == AS_GIVEN else goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
     if goal is None and not 0 < budget <= 1:

@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 
 def packaged() -> list[str]:
-    """List the recipes that come with the package: first the recipes that people run, then the studies."""
-    return [*_modules(recipes), *_modules(studies)]
+    """List the recipes that people run. Studies are found by their names too."""
+    return list(_modules(recipes))
 
 
 def _modules(package: ModuleType) -> dict[str, str]:

@@ -184,7 +184,7 @@ def bench(
         dynamic, model = loaded.model, str(loaded.folder or model)
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
-    resolve_plan(dynamic, plan, solver, steps, cfg_scale)
+    resolve_plan(dynamic, plan, solver, steps, cfg_scale, origin=str(depth.plan or "plan"))
     if (wanted := chosen_dtype(dtype, device)) is not None:
         dynamic.to(wanted)
     if vae:

@@ -18,8 +18,41 @@ from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import Gaps, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, Identity, check, identity_of, sketch, tensors_hash
-from dyndit.models.work import Work
 from dyndit.process import Process
+
+
+@dataclass(frozen=True)
+class Work:
+    """The branches and heads of one step.
+
+    Example: `Work((12, 6))` runs 12 blocks with the condition and 6 without it; `Work((8,), own_exit=4)` runs 8 blocks
+    and, on the way, the exit head after block 4.
+    """
+
+    depths: tuple[int, ...]
+    """Blocks that each branch runs: the conditional branch first, then the unconditional branch if it runs."""
+    own_exit: int = 0
+    """Depth of the conditional branch's exit that guides it; 0: no exit guides it."""
+    held: bool = False
+    """Guide by the difference between both branches at the last step that ran both branches."""
+    forecast: bool = False
+    """Add a forecast of the gap to full depth to the conditional exit's prediction."""
+    kept: tuple[int, ...] = ()
+    """Exits whose gap to full depth is remembered for later forecasts, rising. Their heads run at this step."""
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of blocks run, summed over all branches."""
+        return sum(self.depths)
+
+    @property
+    def heads_on_the_way(self) -> tuple[int, ...]:
+        """Return the exit heads that run without ending a branch, in rising order."""
+        return tuple(sorted({*self.kept, *((self.own_exit,) if self.own_exit else ())}))
+
+    def keeping(self, depths: tuple[int, ...]) -> Self:
+        """Return this work with the gaps of these exits remembered too."""
+        return replace(self, kept=tuple(sorted({*self.kept, *depths})))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import Self
 
 from dyndit import files
 from dyndit.errors import PlanError
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, Work
 from dyndit.models.identity import VERSION_1
-from dyndit.models.work import Work
 from dyndit.plans.step import NoGuide, Step, Unconditional
 
 FORMAT = "dyndit-plan"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from dyndit.errors import PlanError
-from dyndit.models.work import Work
+from dyndit.models.dynamic import Work
 
 
 @dataclass(frozen=True)

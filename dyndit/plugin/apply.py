@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from dyndit.clock import Clock
 from dyndit.errors import InputError, PlanError
 from dyndit.models.base import Inputs
-from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
 from dyndit.models.exits import Exits
-from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.call import COLUMNS, Call, Record, find_step, the_timestep

@@ -37,7 +37,7 @@ Picture i must depend on i alone: its own generator and prompt, the same at ever
 to measure. Numbers run from 0 to 2 * num_pictures - 1; the second half are fresh pictures that measure a plan.
 
     def call(indices):
-        generators = [dyndit.picture_generator(0, i) for i in indices]
+        generators = [dyndit.sampling.loop.picture_generator(0, i) for i in indices]
         made = pipe([prompts[i] for i in indices], num_inference_steps=20, generator=generators, output_type="pt")
         return (255 * made.images + 0.5).to(torch.uint8).cpu()
 """

@@ -8,11 +8,9 @@ goes on, or one that is shared out over processes, draws the very batches of an 
 at a time.
 """
 
-import hashlib
 import json
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +19,7 @@ from torch import Tensor
 
 from dyndit import files, manifest
 from dyndit.errors import CheckpointError, InputError
-from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures import PictureFiles, as_image, as_nchw, grid, write_png
-from dyndit.plans.plan import DepthPlan, Router
-from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.sample import Drawn, added, batches, check_request, resolve_plan
-from dyndit.sampling.solvers import AnySolver
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
 NUM_IN_GRID = 64
@@ -35,124 +28,19 @@ TIMES = ("machine", "ms_per_picture", "ms_denoiser", "seconds", "step_seconds")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A set of pictures on disk, as far as it is drawn.
+class Drawn:
+    """One batch of a sampling.
 
-    manifest: as the folder holds it. Its "complete" says whether all pictures are there; then it has their times too.
-    num_drawn: pictures that this call added.
+    ids: numbers of the pictures, labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
+    latents. seconds: wall time from noise to there. step_seconds, network_seconds: per step, empty without `stats`.
     """
 
-    folder: Path
-    plan: DepthPlan
-    manifest: dict[str, object]
-    num_drawn: int
-
-
-def sample_into(
-    out: Path,
-    model: DynamicDepth,
-    classes: Sequence[int] | None,
-    num_images: int,
-    *,
-    ids: Sequence[int] | None = None,
-    plan: DepthPlan | Router | None = None,
-    solver: AnySolver = "ddim",
-    num_steps: int = 20,
-    cfg_scale: float = 1.5,
-    guided_channels: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    strict: bool = False,
-    stats: bool = False,
-    to_pictures: Callable[[Tensor], Tensor] | None = None,
-    autoencoder: str = "",
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Stored:
-    """Draw a set of pictures into the folder `out`. Pictures that are there stay; a finished set is left alone.
-
-    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: None takes every
-    class in turn.
-    ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes may share them out and draw into one
-    folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. Whoever adds the last picture finishes the set. A batch
-    that two processes share is drawn by both: cut at multiples of batch_size.
-    to_pictures: the decoder of latents, (B, C, h, w) -> uint8 (B, 3, H, W). autoencoder: its hash, for the manifest.
-    on_progress(done, all) counts pictures. Other options: as of `sample`.
-
-    Raises:
-        InputError: before anything is written: as `sample`, or `out` holds another run or other files. Later: the disk
-            is full, or a picture of the folder is damaged.
-    """
-    labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
-    labels = [int(labels[i % len(labels)]) for i in range(num_images)] if labels else []
-    check_request(model, labels, batch_size, seed)
-    if not model.pixel_space and to_pictures is None:
-        raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
-    wanted = set(range(num_images) if ids is None else ids)
-    if odd := sorted(wanted - set(range(num_images))):
-        raise InputError(f"ids: {odd[0]}; expected 0 to {num_images - 1}")
-    plan = resolve_plan(model, plan, solver, num_steps, cfg_scale)
-    settings = {
-        "verb": "sample",
-        "model": model.identity.backbone,
-        "exits": model.identity.exits,
-        "solver": plan.solver,
-        "steps": num_steps,
-        "cfg_scale": cfg_scale,
-        "guided_channels": guided_channels,
-        "labels": "in turn" if classes is None else tuple(classes),
-        "num_images": num_images,
-        "seed": seed,
-        "plan_steps": list(map(str, plan.steps)),
-        "autoencoder": autoencoder,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-    store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
-    found = manifest.claim(store.folder, settings, complete=False, **facts)
-    missing = store.missing()
-    if found is not None and found.get("complete") is True:
-        if not missing and store.has_overviews:
-            store.drop_times()
-            return Stored(store.folder, plan, found, 0)
-        facts |= {name: found[name] for name in TIMES if name in found}
-        store.describe(settings, complete=False, **facts)
-    todo = [batch for batch in store.batches(batch_size) if not missing.isdisjoint(wanted.intersection(batch))]
-    numbers = [i for batch in todo for i in batch]  # whole batches, but for the set's last
-    guidance, device = Guidance(cfg_scale, guided_channels), str(next(model.parameters()).device)
-    options = {"batch_size": batch_size, "strict": strict, "stats": stats}
-    drawing = batches(model, [labels[i] for i in numbers], numbers, plan, guidance, solver, seed, **options)
-    machine, part, done = manifest.machine(device), _name(wanted), num_images - len(missing)
-    if on_progress is not None:
-        on_progress(done, num_images)
-    for drawn in drawing:
-        began = time.perf_counter()
-        pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
-        # Its times come first: a batch that is there has been timed.
-        store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
-        rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
-        store.add([drawn.ids[row] for row in rows], pictures[rows])
-        done += len(rows)
-        if on_progress is not None:
-            on_progress(done, num_images)
-    if not store.missing():
-        store.finish(settings, facts)
-    return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
-
-
-def _facts(plan: DepthPlan) -> dict[str, object]:
-    """What a manifest says of a plan."""
-    return {
-        "router": plan.router,
-        "settings": plan.settings_text,
-        "budget": plan.budget,
-        "predicted_fd": plan.figures.get("predicted_fd"),
-        "share_of_blocks": plan.share_of_blocks,
-        "mean_depth": plan.mean_depth,
-    }
-
-
-def _name(ids: set[int]) -> str:
-    """A name for some of a set's numbers: each process notes its times in a file of its own."""
-    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:8]
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    x: Tensor
+    seconds: float
+    step_seconds: tuple[float, ...] = ()
+    network_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -288,3 +176,8 @@ def problem_of(source: object) -> str | None:
     if found.get("complete") is True and num == expected:
         return None
     return f"{folder}: unfinished, {num} of {expected} pictures; expected that `dyndit sample` had come to its end"
+
+
+def added(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """The sum of each column: seconds per step, over batches."""
+    return tuple(map(sum, zip(*rows, strict=True)))

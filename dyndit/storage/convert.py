@@ -124,7 +124,7 @@ def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
     match_frequencies(transformer, 1)
     transformer.pos_embed.pos_embed.copy_(position_features(*config.grid, config.width)[None])
     found = drift(matched, predictions(predict, config))
-    call = f"; call dyndit.match_frequencies(transformer, {config.frequency_shift}) after loading"
+    call = f"; call dyndit.storage.names.match_frequencies(transformer, {config.frequency_shift}) after loading"
     return (note, f"loaded plainly ({' and '.join(causes)} of diffusers, not of this model): {found}{call}")
 
 

@@ -210,7 +210,7 @@ def from_diffusers(
     if recorded != shift:
         raise CheckpointError(
             f"{CLASS}: runs with frequency shift {shift}, but its config records {recorded}; expected "
-            f"dyndit.match_frequencies(transformer, {recorded}) after loading"
+            f"dyndit.storage.names.match_frequencies(transformer, {recorded}) after loading"
         )
     raw = dict(transformer.config) | {"_class_name": CLASS, FREQUENCY_SHIFT: shift}
     config, native = _renamed(raw, transformer.state_dict(), where)

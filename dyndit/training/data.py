@@ -151,7 +151,7 @@ class PictureFolder(Pictures):
 def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:
     """Open `"digits"`, or the path of a picture folder (see `PictureFolder`)."""
     if spec == "digits":
-        if image_size not in (None, 8) or channels not in (None, 1):
+        if image_size not in (None, 8, (8, 8)) or channels not in (None, 1):
             raise InputError(f"data digits: asked for size {image_size}, channels {channels}; it has 8 and 1")
         return load_digits()
     if not Path(spec).is_dir():

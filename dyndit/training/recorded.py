@@ -117,7 +117,7 @@ class Recording:
         fixed = {name: _at_rest(value) for name, value in shared.items() if isinstance(value, Tensor)}
         facts = {
             "family": self.family,
-            "trunk": self.backbone,
+            "backbone": self.backbone,
             "labels": labels,
             "digest": tensors_hash(tensors),
             "shared": {name: self._plain(name, value) for name, value in shared.items() if name not in fixed}
@@ -243,7 +243,7 @@ class _Header:
         rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
         return {
             "family": self.family,
-            "trunk": self.backbone,
+            "backbone": self.backbone,
             "labels": self.labels,
             "rows": rows,
             "shared": self.shared,

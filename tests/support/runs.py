@@ -14,7 +14,7 @@ def run_row(**changes) -> dict[str, object]:
         "arm": "full-10", "family": "full", "solver": "ddim", "steps": 10, "cfg_scale": 1.5, "block": 0,
         "seed": 0, "num_images": 100, "share_of_blocks": 1.0, "mean_depth_cond": 12.0,
         "mean_depth_uncond": 12.0, "ms_per_picture": 10.0, "ms_denoiser": 9.0, "fd": 8.0, "role": "score",
-        "plan": "",
+        "plan": "", "variant": "", "settings": "",
     }  # fmt: skip
     return row | changes
 

@@ -47,7 +47,7 @@ class DiTAdapter(Adapter):
         if (trained := c.get(FREQUENCY_SHIFT, found)) != found:
             raise CheckpointError(
                 f"transformer: trained with timestep frequencies of shift {trained}, built by diffusers with {found}; "
-                f"expected dyndit.match_frequencies(transformer, {trained}) after loading"
+                f"expected dyndit.storage.names.match_frequencies(transformer, {trained}) after loading"
             )
 
     def _condition(self, call: dict[str, object]) -> Tensor:

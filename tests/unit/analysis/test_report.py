@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dyndit import cli
 from dyndit.analysis.report.figures import (
     error_figure,
     frontier_figure,
@@ -34,6 +33,7 @@ from dyndit.analysis.report.style import save
 from dyndit.analysis.report.tables import markdown_table, tables_of, terminal_table
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import write_report
+from dyndit.cli import results
 from dyndit.errors import InputError
 from dyndit.files import sha256
 from dyndit.plans.plan import DepthPlan
@@ -169,7 +169,7 @@ def test_controls_are_compared_at_their_budget() -> None:
 def test_variants_stand_in_a_table_and_not_in_sentences() -> None:
     runs = with_controls()
     variants = runs[runs["family"] == "reversed"].assign(
-        arm="searched-wide-b0.5", family="searched-wide", ms_per_picture=10.0
+        arm="searched-wide-b0.5", family="searched-wide", variant="wide", ms_per_picture=10.0
     )
     runs = pd.concat([runs, variants])
     assert not any("wide" in found for found in control_findings(runs))
@@ -182,7 +182,8 @@ def test_variants_stand_in_a_table_and_not_in_sentences() -> None:
 
 
 def test_depth_by_thirds_is_read_from_the_plans(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps({"cond": [1, 1, 4, 6, 12, 12]}))
+    plan = DepthPlan((6, 5, 4, 3, 2, 1), steps("1", "1", "4", "6", "12", "12"), 12, "ddim")
+    plan.save(tmp_path / "plan.json")
     assert "1.0, 5.0, 12.0" in plan_findings(tmp_path, with_controls())[0]
     assert plan_findings(tmp_path / "elsewhere", with_controls()) == []
 
@@ -374,13 +375,13 @@ def test_changed_rows_and_figures_are_found(run_dir: Path, tmp_path: Path) -> No
 
 def test_the_verb_verifies_with_an_exit_status(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    cli.report((run_dir,), out=out)
-    cli.report(verify=out)
+    results.report((run_dir,), out=out)
+    results.report(verify=out)
     assert "every number follows" in capsys.readouterr().out
     text = (out / "report.md").read_text(encoding="utf-8")
     (out / "report.md").write_text(text.replace("| 50% | 5.00 |", "| 50% | 5.50 |"), encoding="utf-8")
     with pytest.raises(SystemExit) as caught:
-        cli.report(verify=out)
+        results.report(verify=out)
     assert caught.value.code == 1
     assert capsys.readouterr().out.splitlines() == ["report.md, searched, ms per picture: '5.50', recomputed '5.00'"]
 
@@ -392,7 +393,7 @@ def test_what_is_no_report_is_refused_in_one_line(run_dir: Path, tmp_path: Path)
     with pytest.raises(InputError, match="lacks 'sources'"):
         verify(tmp_path)
     with pytest.raises(InputError, match="--out DIR, or --verify"):
-        cli.report((run_dir,))
+        results.report((run_dir,))
 
 
 def test_published_runs_without_optional_figures_make_a_report(tmp_path: Path) -> None:

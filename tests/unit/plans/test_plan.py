@@ -46,7 +46,9 @@ def plans(draw: st.DrawFn, *, guided: bool | None = None) -> DepthPlan:
         cfg_scale=draw(st.floats(1.1, 8)) if guided else 1.0,
         budget=draw(st.none() | st.floats(0.01, 1)),
         backbone=draw(st.sampled_from(["", "0123456789abcdef"])),
-        figures=draw(st.dictionaries(st.text(max_size=4), st.floats(allow_nan=False, allow_infinity=False), max_size=2)),
+        figures=draw(
+            st.dictionaries(st.text(max_size=4), st.floats(allow_nan=False, allow_infinity=False), max_size=2)
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyndit.errors import PlanError
-from dyndit.models.work import Work
+from dyndit.models.dynamic import Work
 from dyndit.plans.step import Guide, Held, NoGuide, OwnExit, Step, Unconditional, steps
 
 EXAMPLES = {

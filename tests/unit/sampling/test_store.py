@@ -25,8 +25,8 @@ from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures import grid
 from dyndit.sampling import store as storing
-from dyndit.sampling.sample import draw, sample
-from dyndit.sampling.store import Store, Stored, sample_into
+from dyndit.sampling.sample import Stored, draw, sample, sample_into
+from dyndit.sampling.store import Store
 from support.kills import dies_at, moments
 
 CLASSES, NUM = (3, 7, 1), 11

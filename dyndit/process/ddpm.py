@@ -39,12 +39,12 @@ class DDPM(Process):
         object.__setattr__(self, "alphas_bar", torch.cumprod(1 - betas, dim=0))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha_bar / (1 - alpha_bar)) at integer t: twice diffusers' `lambda_t`."""
+        """Return log(alpha_bar / (1 - alpha_bar)) at integer t: twice diffusers' `lambda_t`."""
         alpha_bar = self.alphas_bar[t.long().cpu()]
         return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
 
     def path_kl_weights(self) -> Tensor:
-        """|dlambda/dt| by central differences, scaled to mean 1.  -> (T,)."""
+        """Take |dlambda/dt| by central differences, scaled to mean 1.  -> (T,)."""
         (change,) = torch.gradient(self.log_snr(torch.arange(self.num_timesteps)))
         return change.abs() / change.abs().mean()
 
@@ -73,29 +73,29 @@ class DDPM(Process):
         return signal * x_0 + noise * eps
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The noise."""
+        """Return the noise."""
         return eps
 
     def x_0_of(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that a noise prediction implies; a variance half is passed over.  -> (B, C, H, W)."""
+        """Solve Equation 4 for x_0, given the noise. A variance half is passed over.  -> (B, C, H, W)."""
         signal, noise = self.scales(t, x_t)
         return (x_t - noise * prediction[:, : x_t.shape[1]]) / signal
 
     def clamp(self, prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
-        """The noise prediction whose x0 is the given one's, clamped to [-1, 1]; the variance half stays."""
+        """Return the noise prediction whose x_0 is clamped to [-1, 1]. The variance half stays as it is."""
         eps, alpha_bar = prediction[:, :channels], self.alpha_bar(timestep)
         signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         x_0 = ((x_t - sigma * eps) / signal).clamp(-1, 1)
         return torch.cat([(x_t - signal * x_0) / sigma, prediction[:, channels:]], dim=1)
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
-        """Whole timesteps, every one as likely as any other."""
+        """Draw whole timesteps, all equally likely.  -> (n,), integers."""
         return torch.randint(self.num_timesteps, (n,), generator=generator)
 
     def loss(
         self, prediction: Tensor, x_0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_simple on the noise plus the variational bound on the variance (iDDPM, Equation 16, one sampled t).
+        """Add L_simple on the noise and the variational bound on the variance (iDDPM, Equation 16, one sampled t).
 
         -> scalar, {"mse", "vb"}; without "vb" where no variance is predicted. The bound of 1000 terms weighs 0.001, so
         one sampled term weighs 1.
@@ -108,7 +108,7 @@ class DDPM(Process):
         return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
     def scheduler_settings(self) -> dict[str, object]:
-        """The betas."""
+        """Return the betas."""
         return {
             "num_train_timesteps": self.num_timesteps,
             "beta_start": self.beta_start,
@@ -117,7 +117,7 @@ class DDPM(Process):
         }
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
-        """Accept what predicts noise on these betas.
+        """Accept schedulers that take noise predictions on these betas.
 
         Raises:
             InputError: a scheduler of flow matching, of another prediction, or of other betas.
@@ -135,15 +135,15 @@ class DDPM(Process):
             )
 
     def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
-        """As the scheduler spaces them."""
+        """Leave the spacing to the scheduler."""
         scheduler.set_timesteps(num_steps)
 
     def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """As the scheduler scales it."""
+        """Scale as the scheduler asks for."""
         return noise * scheduler.init_noise_sigma
 
     def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """As the scheduler scales it."""
+        """Scale as the scheduler asks for."""
         return scheduler.scale_model_input(x, t)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -170,11 +170,12 @@ def advance(
     null = None if guidance.scale == 1 else torch.full_like(batch.labels, model.backbone.null_class)
     channels, kept = model.backbone.in_channels, plan.kept
     clock = device_clock(x) if on_step is not None else float
+    time_dtype = torch.long if all(isinstance(t, int) for t in plan.timesteps) else x.dtype
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
         t, timestep = scheduler.timesteps[k], plan.timesteps[k]
         x_t = model.process.network_input(x, t, scheduler)
-        times = torch.full_like(batch.labels, timestep, dtype=torch.long if isinstance(timestep, int) else x.dtype)
+        times = torch.full_like(batch.labels, timestep, dtype=time_dtype)
         cond, uncond = plan.pairs[k]
         entered = clock()
         both, guide = (uncond > 0, guide_of(uncond)) if guidance.scale != 1 else (False, 0)

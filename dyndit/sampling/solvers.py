@@ -18,7 +18,7 @@ class Solver:
     """A diffusers scheduler, its settings, and the process that it steps.
 
     Clamping of x0 is done here, in the loop, alike for every solver, so the schedulers' own is off. Spacings give
-    the timesteps linspace(999, 0, K + 1)[:-1] or their nearest in the class: no step is spent at t = 0.
+    the timesteps linspace(999, 0, K + 1)[:-1] (of flows 1000) or their nearest in the class: no step is spent at t = 0.
     """
 
     scheduler: type[SchedulerMixin]

@@ -96,7 +96,7 @@ class DDPM(Process):
     def loss(
         self, prediction: Tensor, x_0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_simple on the noise plus the variational bound on the variance (iDDPM, Equation 16, one sampled t).
+        """Add L_simple on the noise and the variational bound on the variance (iDDPM, Equation 16, one sampled t).
 
         -> scalar, {"mse", "vb"}; without "vb" if no variance is predicted. The bound of 1000 terms weighs 0.001, so
         one sampled term weighs 1.

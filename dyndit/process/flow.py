@@ -27,25 +27,25 @@ class RectifiedFlow(Process):
     has_variance: ClassVar[bool] = False
 
     def _share(self, t: Tensor, like: Tensor) -> Tensor:
-        """The share of noise s, shaped (B, 1, 1, 1), of `like`'s dtype and device."""
+        """Return the share of noise s, shaped (B, 1, 1, 1), of `like`'s dtype and device."""
         share = t.double() / self.num_timesteps
         return share.view(-1, *[1] * (like.ndim - 1)).to(like.device, like.dtype)
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(1 - s) x_0 + s eps.  x_0, eps: (B, C, H, W), t: (B,) -> (B, C, H, W)."""
+        """Return (1 - s) x_0 + s eps.  x_0, eps: (B, C, H, W), t: (B,) -> (B, C, H, W)."""
         share = self._share(t, x_0)
         return (1 - share) * x_0 + share * eps
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The velocity dx/ds."""
+        """Return the velocity dx/ds."""
         return eps - x_0
 
     def x_0_of(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        """x_t - s v; channels beyond the velocity's are passed over.  -> (B, C, H, W)."""
+        """Return x_t - s v. Channels beyond the velocity's are passed over.  -> (B, C, H, W)."""
         return x_t - self._share(t, x_t) * prediction[:, : x_t.shape[1]]
 
     def clamp(self, prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
-        """The velocity whose x0 is the given one's, clamped to [-1, 1]. At s = 0 any velocity's x0 is x_t."""
+        """Return the velocity whose x_0 is clamped to [-1, 1]. At s = 0 x_0 is x_t, whatever the velocity."""
         share = timestep / self.num_timesteps
         if share == 0:
             return prediction
@@ -53,38 +53,38 @@ class RectifiedFlow(Process):
         return torch.cat([(x_t - x_0) / share, prediction[:, channels:]], dim=1)
 
     def _inner(self, t: Tensor) -> Tensor:
-        """s, at least half a timestep away from 0 and 1, where there is no noise, or no picture, to speak of."""
+        """Return s, moved to half a timestep from 0 and 1 where it is nearer: there log-SNR is infinite."""
         return t.double().cpu().clamp(0.5, self.num_timesteps - 0.5) / self.num_timesteps
 
     def noise_level(self, t: float) -> float:
-        """s / (1 - s), within half a timestep of either end the value there."""
+        """Return s / (1 - s), with s kept half a timestep from 0 and 1."""
         share = self._inner(torch.tensor(t, dtype=torch.float64)).item()
         return share / (1 - share)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """2 log((1 - s) / s), within half a timestep of either end the value there."""
+        """Return 2 log((1 - s) / s), with s kept half a timestep from 0 and 1."""
         share = self._inner(t)
         return 2 * (torch.log1p(-share) - torch.log(share))
 
     def path_kl_weights(self) -> Tensor:
-        """|dlambda/ds| (1 - s)^2, as the noise that a velocity implies is x_t + (1 - s) v.  -> (T + 1,)."""
+        """Take |dlambda/ds| (1 - s)^2: the noise that a velocity implies is x_t + (1 - s) v.  -> (T + 1,)."""
         share = self._inner(torch.arange(self.num_timesteps + 1))
         weights = (1 - share) / share  # |dlambda/ds| = 2 / (s (1 - s))
         return weights / weights.mean()
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
-        """s is logit-normal, of mean 0 and scale 1: the best density of those that Stable Diffusion 3 compares."""
+        """Draw s logit-normal, mean 0 and scale 1: the best density that Stable Diffusion 3 compares.  -> (n,)."""
         return self.num_timesteps * torch.randn(n, generator=generator).sigmoid()
 
     def loss(
         self, prediction: Tensor, x_0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the velocity.  -> scalar, {"mse"}."""
+        """Take the mean squared error of the velocity.  -> scalar, {"mse"}."""
         mse = (prediction[:, : x_0.shape[1]].float() - self.target(x_0, eps, t)).square().mean()
         return mse, {"mse": mse.detach()}
 
     def scheduler_settings(self) -> dict[str, object]:
-        """The number of timesteps."""
+        """Return the number of timesteps."""
         return {"num_train_timesteps": self.num_timesteps}
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
@@ -105,10 +105,10 @@ class RectifiedFlow(Process):
                 raise InputError(f"scheduler {name}: {setting} {found}; expected {expected}")
 
     def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
-        """s = 1, 1 - 1/K, ..., 1/K, then shifted as the scheduler is told to.
+        """Set s = 1, 1 - 1/K, ..., 1/K; the scheduler then applies its own shift.
 
-        Where nobody says, the flow-matching schedulers of diffusers end at s = 1/1000, and their last step moves
-        nothing; its pipelines tell them these.
+        By default the flow-matching schedulers of diffusers end at s = 1/1000, and their last step moves nothing.
+        Pipelines of diffusers pass these values.
         """
         if isinstance(scheduler, _FLOW_MATCHING):
             scheduler.set_timesteps(num_steps, sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
@@ -116,9 +116,9 @@ class RectifiedFlow(Process):
             scheduler.set_timesteps(num_steps)
 
     def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """The noise itself."""
+        """Return the noise itself."""
         return noise
 
     def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """The state itself."""
+        """Return the state itself."""
         return x

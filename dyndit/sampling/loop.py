@@ -177,12 +177,12 @@ def advance(
         conditions.append(model.backbone.condition.null(batch.condition))
     channels = model.backbone.in_channels
     clock = Clock(x.device) if on_step is not None else float
+    time_dtype = torch.long if all(isinstance(t, int) for t in plan.timesteps) else x.dtype
     for k in range(first, plan.num_steps if stop is None else stop):
         began = clock()
         t, timestep, work = scheduler.timesteps[k], plan.timesteps[k], plan.works[k]
         x_t = model.process.network_input(x, t, scheduler)
-        dtype_of_time = torch.long if isinstance(timestep, int) else x.dtype
-        times = torch.full((len(x),), timestep, dtype=dtype_of_time, device=x.device)
+        times = torch.full((len(x),), timestep, dtype=time_dtype, device=x.device)
         if also_keep and work.depths[0] == plan.num_blocks:
             work = work.keeping(tuple(also_keep))
         entered = clock()

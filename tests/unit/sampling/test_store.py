@@ -24,7 +24,7 @@ from dyndit.analysis.metrics.sets import PictureSet, read_set
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures import grid
-from dyndit.sampling import store as storing
+from dyndit.sampling import sample as sampling
 from dyndit.sampling.sample import Stored, draw, sample, sample_into
 from dyndit.sampling.store import Store
 from support.kills import dies_at, moments
@@ -198,10 +198,10 @@ def test_times_add_up_over_parts(into: Draw, tmp_path: Path, monkeypatch) -> Non
 def test_times_of_two_machines_are_not_mixed(into: Draw, tmp_path: Path, monkeypatch) -> None:
     into(tmp_path, ids=range(8))
     with monkeypatch.context() as patch:
-        patch.setattr(storing.manifest, "machine", lambda *_: "another")
+        patch.setattr(sampling.manifest, "machine", lambda *_: "another")
         into(tmp_path)
     found = manifest_of(tmp_path)
-    assert found["machine"] == storing.manifest.machine("cpu")
+    assert found["machine"] == sampling.manifest.machine("cpu")
     assert found["ms_per_picture"] == pytest.approx(1e3 * found["seconds"] / 8)
     assert found["ms_denoiser"] is found["step_seconds"] is None  # not asked for
 
@@ -212,7 +212,7 @@ def never(*_: object, **__: object) -> None:
 
 def test_a_finished_set_is_left_alone(into: Draw, whole: Path, monkeypatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
-    monkeypatch.setattr(storing, "batches", never)
+    monkeypatch.setattr(sampling, "batches", never)
     stored = into(whole)
     assert (stored.num_drawn, stored.manifest) == (0, manifest_of(whole))
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
@@ -225,7 +225,7 @@ def test_what_a_finished_set_lost_is_made_again(into: Draw, whole: Path, tmp_pat
     (tmp_path / lost).unlink()
     assert into(tmp_path).num_drawn == lost.endswith("1.png")
     assert content(tmp_path) == content(whole)
-    assert {name: manifest_of(tmp_path)[name] for name in storing.TIMES} == {k: before[k] for k in storing.TIMES}
+    assert {name: manifest_of(tmp_path)[name] for name in sampling.TIMES} == {k: before[k] for k in sampling.TIMES}
 
 
 def test_one_batch_is_in_memory(into: Draw, tmp_path: Path, monkeypatch) -> None:
@@ -237,8 +237,8 @@ def test_one_batch_is_in_memory(into: Draw, tmp_path: Path, monkeypatch) -> None
             alive.append(weakref.ref(drawn))
             yield drawn
 
-    original = storing.batches
-    monkeypatch.setattr(storing, "batches", watched)
+    original = sampling.batches
+    monkeypatch.setattr(sampling, "batches", watched)
     into(tmp_path, batch_size=1)
     assert len(alive) == NUM
 

@@ -24,6 +24,7 @@ from dyndit.training.exit_errors import exit_error_table
 from dyndit.training.match import Match
 from dyndit.training.train import Train
 from support.files import same
+from support.tables import COST
 
 DIGITS = load_digits()
 TINY = DiTConfig(8, 4, 1, width=32, num_blocks=4, num_heads=2, num_classes=10, learn_variance=False)
@@ -32,7 +33,7 @@ TRAIN = Train(TINY, FIT, process=RectifiedFlow())
 DISTILL = Distill(
     fit=replace(FIT, steps=20), forecasts=True, weighting="path-kl", solver="flow-euler", num_steps=4, cfg_scale=1.5
 )
-DRAW = {"solver": "flow-euler", "num_steps": 4}
+DRAW = {"solver": "flow-euler", "num_steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,11 @@ def test_a_flow_is_trained_distilled_calibrated_and_sampled(distilled: DynamicDe
     assert distilled.exits.gains is not None
     assert exit_error_table(distilled, DIGITS, num_pictures=16, num_bands=2).notna().all().all()
     extractor, reference = reduced(load_extractor("digits"), DIGITS.uint8())
-    settings = CalibrationSettings(80, 4, 40, num_depths=2, own_guides=True, held=True, forecast_ages=2)
-    table = measure_shifts(distilled, extractor, reference, num_steps=4, settings=settings)
+    settings = CalibrationSettings(80, 3, 40, num_depths=2, forecast_ages=1)
+    table = measure_shifts(distilled, extractor, reference, num_steps=3, settings=settings, cost=COST)
     assert table.solver == "flow-euler"
     plan = calibrate(distilled, budget=0.6, table=table, extractor=extractor, **DRAW)
-    assert plan.timesteps == (1000, 750, 500, 250)
+    assert plan.timesteps == (1000, 666.6666870117188, 333.3333435058594)
     assert plan.backbone == distilled.identity.backbone
     labels = balanced_labels(20, 10)
     pictures = sample(distilled, labels, plan=plan, **DRAW).pictures

@@ -36,6 +36,8 @@ from dyndit.analysis.report.tables import markdown_table, tables_of, terminal_ta
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import digest, write_report
 from dyndit.errors import InputError
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.step import steps
 from support.runs import frame
 
 PLAN = {"timesteps": [999, 749, 499, 249], "cond": [3, 6, 12, 12], "uncond": [0, 3, 6, 12], "num_blocks": 12}
@@ -179,8 +181,9 @@ def test_variants_stand_in_a_table_and_not_in_sentences() -> None:
 
 
 def test_depth_by_thirds_is_read_from_the_plans(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps({"cond": [1, 1, 4, 6, 12, 12]}))
-    assert "1.0, 5.0, 12.0" in plan_findings(tmp_path, with_controls())[0]
+    for texts, thirds in (("1 1 4 6 12 12", "1.0, 5.0, 12.0"), ("12 2+ 4+ 6 12 1+", "7.0, 5.0, 6.5")):
+        DepthPlan((900, 700, 500, 300, 200, 100), steps(*texts.split()), 12, "ddim").save(tmp_path / "plan.json")
+        assert thirds in plan_findings(tmp_path, with_controls())[0]
     assert plan_findings(tmp_path / "elsewhere", with_controls()) == []
 
 

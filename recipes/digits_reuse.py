@@ -18,7 +18,7 @@ experiment = replace(
     unguided_steps=(5, 10),
     controls=None,
     budgets=(0.3, 0.4, 0.5, 0.65),
-    variants=(Variant("reuse", calibration=replace(peers.calibration, reuse=True)),),
+    variants=(Variant("reuse", calibration=replace(peers.calibration, held=True)),),
     peers=tuple(peer for peer in peers.peers if peer.name in ("faster-cache", "interval")),
     metrics=("fd", "kid"),
     num_blocks=5,

@@ -121,7 +121,7 @@ def decoded(tiny: TinyPipeline) -> Callable[[Tensor], Tensor]:
     return to_pictures
 
 
-@pytest.mark.parametrize(("scale", "choices"), [(4.0, CHOICES), (1.0, steps("2", "3"))])
+@pytest.mark.parametrize(("scale", "choices"), [(4.0, CHOICES), (4.0, steps("2|held", "3|e1")), (1.0, steps("2", "3"))])
 def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float, choices) -> None:
     """Same weights, noise, solver and decoder: two ways of sampler, one table."""
     exits = random_exits(tiny)

@@ -402,10 +402,11 @@ def halved(model: DynamicDepth) -> DynamicDepth:
     return copy.eval()
 
 
-def test_half_precision_runs_the_plans_of_the_whole(model) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_runs_the_plans_of_the_whole(model, dtype: torch.dtype) -> None:
     """A plan bound to the model is not refused for the rounded weights."""
     plan = replace(rising(model), backbone=model.identity.backbone, exits=model.identity.exits)
-    half = DynDiTPipeline(halved(model), SOLVERS["ddim"].build(), router=table_of(model)).to(torch.bfloat16)
+    half = DynDiTPipeline(halved(model), SOLVERS["ddim"].build(), router=table_of(model)).to(dtype)
     made = half(LABELS, plan=plan, seed=0, output_type="pt").images
     assert made.dtype == torch.float32
     whole = DynDiTPipeline.from_model(model)(LABELS, plan=plan, seed=0, output_type="pt").images

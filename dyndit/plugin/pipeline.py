@@ -35,7 +35,7 @@ from dyndit.plans.table import FILE, ShiftTable
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, start, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
-from dyndit.sampling.solvers import SOLVERS, named_solver
+from dyndit.sampling.solvers import named_solver
 from dyndit.storage import load as checkpoints
 from dyndit.storage.pretrained import DynamicDepth
 from dyndit.training.latents import decode_batch, load_autoencoder
@@ -139,8 +139,6 @@ class DynDiTPipeline(DiffusionPipeline):
         Raises:
             InputError: an unknown solver, or a folder that cannot be loaded (CheckpointError).
         """
-        if solver not in SOLVERS:
-            raise InputError(f"solver {solver}: expected one of {', '.join(SOLVERS)}")
         if isinstance(model_or_folder, DynamicDepth):
             model, folder = model_or_folder, None
         else:

@@ -84,19 +84,19 @@ class Recording:
             InputError: the folder holds other files, or another backbone's calls.
         """
         small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
-        family, backbone = backbone.family, backbone.identity(process=process) if small else ""
+        family, identity = backbone.family, backbone.identity(process=process) if small else ""
         folder.mkdir(parents=True, exist_ok=True)
         files.sweep(folder)
         paths = _paths(folder)
         if paths:
             there = _Header.read(paths[0])
-            if there.family != family or not same(there.backbone, backbone):
+            if there.family != family or not same(there.backbone, identity):
                 raise InputError(
-                    f"{folder}: holds calls of {there.family} {there.backbone}, this is {family} {backbone}; expected "
+                    f"{folder}: holds calls of {there.family} {there.backbone}, this is {family} {identity}; expected "
                     "another folder"
                 )
         after = int(_NAME.fullmatch(paths[-1].name)[1]) + 1 if paths else 0
-        return cls(folder, family, backbone, _next=after)
+        return cls(folder, family, identity, _next=after)
 
     def write(self, inputs: Inputs) -> None:
         """Add a call of the transformer.

@@ -229,8 +229,8 @@ def test_the_forecast_peer_extrapolates_in_its_variable(along: str) -> None:
     kept = [Kept(k, times[k], residuals[k]) for k in (0, 2)]
     inputs = Inputs(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2))
     step = StepInputs(3, (inputs,), Work((6,)), times)
-    torch.testing.assert_close(Forecast(2, 2, along).residual(kept, step), residuals[3])
-    other = Forecast(2, 2, "snr" if along == "step" else "step").residual(kept, step)
+    torch.testing.assert_close(Forecast(2, 2, along).residual(kept, step, DDPM()), residuals[3])
+    other = Forecast(2, 2, "snr" if along == "step" else "step").residual(kept, step, DDPM())
     assert (other - residuals[3]).abs().max() > 0.1
     assert torch.equal(Forecast(2, 2, along).residual(kept[:1], step, DDPM()), residuals[0])
 

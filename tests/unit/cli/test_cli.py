@@ -136,7 +136,7 @@ def test_sample_writes_pictures_grid_archive_and_manifest(workshop: Path, tmp_pa
     figures = json.loads(text.strip().splitlines()[-1])
     assert figures["num_images"] == 5
     assert figures["share_of_blocks"] < 0.9
-    assert "uncond" in text
+    assert "runs" in text
     names = sorted(p.name for p in out.iterdir())
     assert names == [
         *(f"{i:06d}-class{c}.png" for i, c in enumerate((3, 7, 3, 7, 3))),

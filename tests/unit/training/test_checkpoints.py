@@ -128,7 +128,7 @@ def test_published_checkpoints_tell_their_architecture(
     assert torch.equal(found(*inputs), backbone(*inputs))
     how = "of the card of this width" if changes["width"] == 96 else "64 wide"
     assert loaded.notes[-2] == f"dit.pt: {changes['num_heads']} attention heads, {how}"
-    assert (len(loaded.notes) == 2) == (wrap is training_checkpoint)
+    assert (len(loaded.notes) == 3) == (wrap is training_checkpoint)
     checkpoints.save(found, tmp_path / "native")
     assert same(dyndit.load(tmp_path / "native").state_dict(), found.state_dict())
 

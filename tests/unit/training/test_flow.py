@@ -22,6 +22,7 @@ from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill
 from dyndit.training.exit_errors import exit_error_table
 from dyndit.training.match import Match
+from dyndit.training.recorded import RecordedCalls
 from dyndit.training.train import Train
 from support.files import same
 from support.tables import COST
@@ -97,7 +98,7 @@ def test_exits_are_distilled_and_states_recorded_under_their_own_process_alone(
     with pytest.raises(InputError, match="steps the process flow, but this model's is ddpm"):
         recipe.run(other, DIGITS, tmp_path)
     with pytest.raises(InputError, match="calls of"):
-        dyndit.RecordedCalls(next(tmp_path.glob("states-*"))).check(other)
+        RecordedCalls(next(tmp_path.glob("states-*"))).check(other)
     noised = Distill(fit=replace(FIT, steps=2))
     noised.run(trained, DIGITS, tmp_path / "noised")
     with pytest.raises(InputError, match="identity"):

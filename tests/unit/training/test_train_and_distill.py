@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, Inputs
+from dyndit.models.conditions import ClassLabels
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
@@ -71,7 +72,7 @@ def test_training_returns_the_averaged_weights(tmp_path: Path) -> None:
     model, result = replace(TRAIN, fit=replace(FIT, steps=5)).run(DIGITS, tmp_path)
     assert same(weights(model.backbone), result.ema)
     assert not same(result.ema, result.weights)
-    assert torch.equal(model.backbone.pos_embed[0], position_features(2, BACKBONE.width))  # fixed, not trained
+    assert torch.equal(model.backbone.pos_embed[0], position_features(2, 2, BACKBONE.width))  # fixed, not trained
 
 
 def test_training_depends_on_its_seed_alone(tmp_path: Path) -> None:
@@ -112,9 +113,9 @@ def test_previews_get_the_averaged_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"image_size": 16}, "picture size 8, but the recipe's backbone expects 16"),
-        ({"in_channels": 3}, "channels 1, but the recipe's backbone expects 3"),
-        ({"num_classes": 9}, "classes 10, but the recipe's backbone expects 9"),
+        ({"image_size": 16}, "pictures of 1 x 8 x 8, but the model takes 1 x 16 x 16"),
+        ({"in_channels": 3}, "pictures of 1 x 8 x 8, but the model takes 3 x 8 x 8"),
+        ({"num_classes": 9}, "10 classes, but the model has 9"),
     ],
 )
 def test_training_refuses_other_data(changes: dict, named: str, tmp_path: Path) -> None:
@@ -232,9 +233,9 @@ def test_distillation_shows_the_exits_both_branches(backbone: DynamicDepth, tmp_
 
 def test_distillation_refuses_other_data(make_model, tmp_path: Path) -> None:
     for changes, named in (
-        ({"image_size": 16}, "pictures of 1 x 8 px, but the model takes 1 x 16 px"),
-        ({"in_channels": 3}, "pictures of 1 x 8 px, but the model takes 3 x 8 px"),
-        ({"num_classes": 7}, "classes 10, but the model has 7"),
+        ({"image_size": 16}, "pictures of 1 x 8 x 8, but the model takes 1 x 16 x 16"),
+        ({"in_channels": 3}, "pictures of 1 x 8 x 8, but the model takes 3 x 8 x 8"),
+        ({"num_classes": 7}, "10 classes, but the model has 7"),
     ):
         with pytest.raises(InputError, match=named):
             DISTILL.run(DynamicDepth(make_model(**changes).backbone), DIGITS, tmp_path / "out")
@@ -303,7 +304,7 @@ class Before:
         t = torch.randint(1000, (len(x),), generator=generator)
         eps = torch.randn(x.shape, generator=generator)
         y = torch.where(torch.rand(len(y), generator=generator) < 0.3, self.dynamic.backbone.condition.null_label, y)
-        errors = torch.stack(list(exit_errors(self.dynamic, DDPM().add_noise(x, eps, t), t, y).values()))
+        errors = torch.stack(list(exit_errors(self.dynamic, DDPM().noised(x, eps, t), t, y).values()))
         return (errors * errors.new_tensor([1.0, 0.1])).sum(dim=(0, 2)).mean(), {}
 
     def preview(self, *_) -> None:
@@ -375,11 +376,11 @@ def test_a_slower_trunk_moves_less(backbone: DynamicDepth, tmp_path: Path) -> No
 
 
 def test_adapters_start_as_nothing_and_merge_into_the_weights(make_backbone, make_inputs) -> None:
-    backbone = make_backbone()
-    inputs, backbone = make_inputs(backbone), trainable_copy(backbone)
-    assert same(weights(backbone), weights(backbone))
+    original = make_backbone()
+    inputs, backbone = make_inputs(original), trainable_copy(original)
+    assert same(weights(backbone), weights(original))
     adapters = with_adapters(backbone, 4)
-    assert torch.equal(backbone(*inputs), backbone(*inputs))
+    assert torch.equal(backbone(*inputs), original(*inputs))
     trained = [p for p in backbone.parameters() if p.requires_grad]
     assert {min(p.shape) for p in trained} == {4}
     assert len(trained) == 6 * 4 * 2
@@ -388,9 +389,9 @@ def test_adapters_start_as_nothing_and_merge_into_the_weights(make_backbone, mak
     apart = backbone(*inputs)
     adapters.merge_and_unload()
     torch.testing.assert_close(backbone(*inputs), apart, atol=1e-5, rtol=1e-4)
-    assert (apart - backbone(*inputs)).abs().max() > 0.01
+    assert (apart - original(*inputs)).abs().max() > 0.01
     assert type(backbone) is ClassConditionalDiT
-    assert backbone.state_dict().keys() == backbone.state_dict().keys()
+    assert backbone.state_dict().keys() == original.state_dict().keys()
 
 
 def test_states_of_the_sampler_are_the_samplers(
@@ -444,7 +445,7 @@ def test_path_kl_weights_errors_by_their_timestep() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"trunk": "half"}, "trunk 'half': expected one of frozen, lora, whole"),
+        ({"backbone": "half"}, "backbone 'half': expected one of frozen, lora, whole"),
         ({"states": "x"}, "states 'x': expected one of noised, sampler"),
         ({"weighting": "x"}, "weighting 'x': expected one of even, path-kl"),
         ({"lora_rank": 0}, "lora_rank 0: expected at least 1"),
@@ -461,12 +462,12 @@ def test_distillation_refuses_choices_it_does_not_know(changes: dict, named: str
 class Foreign(Backbone):
     """A backbone of another family."""
 
-    num_blocks, num_classes, null_class, in_channels, image_size = 4, 10, 10, 1, 8
+    num_blocks, sample_shape, condition = 4, (1, 8, 8), ClassLabels(10)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"trunk": "lora"}, {"trunk": "whole"}, {"states": "sampler"}, {"weighting": "path-kl"}],
+    [{"backbone": "lora"}, {"backbone": "whole"}, {"states": "sampler"}, {"weighting": "path-kl"}],
 )
 def test_what_needs_our_own_trunk_says_so(changes: dict) -> None:
     DISTILL.check(DynamicDepth(Foreign()), DIGITS)

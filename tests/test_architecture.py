@@ -26,7 +26,7 @@ LAYERS = (
     "recipes",
     "cli",
 )
-FLOOR = ("assets", "clock", "files", "manifest", "pictures", "process", "progress", "runtime", "stats")
+FLOOR = ("assets", "clock", "discovery", "files", "manifest", "pictures", "process", "progress", "runtime", "stats")
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 

@@ -81,6 +81,8 @@ class BackboneConfig(Protocol):
     """The architecture of a backbone as plain data: a dataclass that can build the backbone."""
 
     num_blocks: int
+    learn_variance: bool
+    """True if the backbone predicts a variance beside the process's target."""
 
     def build(self) -> "Backbone":
         """Return a freshly initialised backbone."""

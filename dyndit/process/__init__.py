@@ -4,11 +4,10 @@ A process belongs to its model (`DynamicDepth.process`), which saves it in its c
 calibration and peers use the model's process. To add a process, add one file here; `processes()` finds it.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
 
+from dyndit.discovery import subclasses_in
 from dyndit.errors import InputError
 from dyndit.process.base import Process
 from dyndit.process.ddpm import DDPM
@@ -20,9 +19,7 @@ __all__ = ["DDPM", "Process", "RectifiedFlow", "from_config", "processes"]
 @cache
 def processes() -> dict[str, type[Process]]:
     """Return every process of this package, by name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return {process.name: process for process in Process.__subclasses__()}
+    return {process.name: process for process in subclasses_in(__name__, __path__, Process)}
 
 
 def from_config(config: Mapping[str, object]) -> Process:

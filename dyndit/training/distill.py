@@ -10,6 +10,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
+from dyndit.models import families
 from dyndit.models.base import Backbone
 from dyndit.models.conditions import Condition
 from dyndit.models.dit import ClassConditionalDiT
@@ -109,11 +110,13 @@ class Distill:
         data[0]
 
     def _check_family(self, backbone: Backbone) -> None:
-        """Refuse choices that need our own modules, sampler or schedule, unless the backbone has them."""
+        """Refuse choices that need a native backbone's sampler or schedule, or adapters on a DiT's blocks."""
+        found = type(backbone)
+        if self.backbone == "lora" and not issubclass(found, ClassConditionalDiT):
+            raise InputError(f"backbone 'lora': needs a ClassConditionalDiT, found {found.__name__}")
         for name in ("backbone", "states", "weighting", "forecasts"):
-            if getattr(self, name) != getattr(Distill, name) and not isinstance(backbone, ClassConditionalDiT):
-                found = type(backbone).__name__
-                raise InputError(f"{name} {getattr(self, name)!r}: needs a ClassConditionalDiT, found {found}")
+            if getattr(self, name) != getattr(Distill, name) and found not in families().values():
+                raise InputError(f"{name} {getattr(self, name)!r}: needs a native backbone, found {found.__name__}")
 
     def run(self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path) -> tuple[DynamicDepth, FitResult]:
         """Return a model with trained exits on the same backbone, or on its trained copy, and the loop's record.

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dyndit.models.base import Backbone
 from dyndit.models.dit import ClassConditionalDiT
 
 if TYPE_CHECKING:
@@ -13,10 +14,10 @@ LINEARS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 """Modules that get adapters: the linear maps of a block, without its modulation."""
 
 
-def trainable_copy(backbone: ClassConditionalDiT) -> ClassConditionalDiT:
+def trainable_copy(backbone: Backbone) -> Backbone:
     """Copy a backbone in single precision, on the same device, with the same trainable parameters as a fresh model."""
     with torch.random.fork_rng(devices=[]):  # building draws weights, which are overwritten below
-        copy = ClassConditionalDiT.from_config(backbone.config())
+        copy = type(backbone).from_config(backbone.config())
     copy.load_state_dict(backbone.state_dict())
     return copy.to(next(backbone.parameters()).device)
 

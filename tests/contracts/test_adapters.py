@@ -305,7 +305,7 @@ def test_branches_of_any_two_depths_equal_separate_calls(tiny: TinyPipeline) -> 
 def test_collect_exits_runs_what_the_exits_are(tiny: TinyPipeline) -> None:
     model, call = with_exits(tiny.transformer), captured(tiny, count=2)[0]
     inputs = model.backbone.read(*call.args, **call.kwargs)
-    predictions = dyndit.collect_exits(tiny.transformer, model.exits, *call.args, **call.kwargs)
+    predictions = collect_exits(tiny.transformer, model.exits, *call.args, **call.kwargs)
     assert tuple(predictions) == model.depths == (1, 2, 3, 4)
     for depth, prediction in predictions.items():
         assert torch.equal(prediction, model.run([inputs], [depth])[0])
@@ -413,7 +413,7 @@ def test_a_transformer_without_an_adapter_is_refused(transformer: nn.Module) -> 
 def test_a_subclass_is_served(tiny: TinyPipeline) -> None:
     kind = type(tiny.transformer)
     tiny.transformer.__class__ = type("Mine", (kind,), {})
-    assert adapt(tiny.transformer).serves == kind.__name__
+    assert adapt(tiny.transformer).family == kind.__name__
 
 
 def test_identity_tells_weights_and_architecture(tiny: TinyPipeline) -> None:

@@ -4,12 +4,11 @@ Each adapter cuts a transformer of diffusers into embed, blocks and head without
 on the transformer in place.
 """
 
-import importlib
-import pkgutil
 from functools import cache
 
 from torch import Tensor, nn
 
+from dyndit.discovery import subclasses_in
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -21,9 +20,7 @@ __all__ = ["Adapter", "adapt", "adapters", "collect_exits"]
 @cache
 def adapters() -> dict[str, type[Adapter]]:
     """Return every adapter of this package, keyed by the name of its diffusers class."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return {adapter.family: adapter for adapter in Adapter.__subclasses__()}
+    return {adapter.family: adapter for adapter in subclasses_in(__name__, __path__, Adapter)}
 
 
 def adapt(transformer: nn.Module) -> Adapter:

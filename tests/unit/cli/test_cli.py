@@ -15,6 +15,7 @@ from PIL import Image
 import dyndit
 from dyndit.analysis.metrics.metric import metrics_by_name
 from dyndit.cli import VERBS, main
+from dyndit.errors import CheckpointError
 from dyndit.plans.search import SearchSettings
 from dyndit.plans.step import Held
 from dyndit.plans.table import ShiftTable
@@ -507,7 +508,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_debug_shows_the_traceback(places: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(dyndit.CheckpointError):
+    with pytest.raises(CheckpointError):
         main(["sample", str(places["root"] / "none"), "--out", str(tmp_path / "out"), "--debug"])
 
 

@@ -517,7 +517,7 @@ def test_a_damaged_router_is_refused(model, tmp_path: Path) -> None:
 
 def test_a_pipeline_of_a_models_folder_has_its_table(model, tmp_path: Path) -> None:
     assert FILE == TABLE
-    dyndit.save(model, tmp_path)
+    model.save_pretrained(tmp_path)
     assert DynDiTPipeline.from_model(tmp_path).router is None
     table_of(model).save(tmp_path / FILE)
     pipe = DynDiTPipeline.from_model(str(tmp_path), solver="dpmpp")

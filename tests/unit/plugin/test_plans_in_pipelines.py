@@ -21,7 +21,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Held, NoGuide, OwnExit, Unconditional, steps
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import DynDiTHandle
-from dyndit.process import DDPM
+from dyndit.process import Process
 from dyndit.storage.load import EXITS, save_exits
 from support.models import randomise
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
@@ -96,7 +96,7 @@ def by_hand(model: DynamicDepth, plan: DepthPlan, inputs: list[tuple[Inputs, ...
         every = model.every_exit(first.x, first.t, first.y)
         own = every[step.depth]
         if step.forecast:
-            own = own + first_order(whole, step.depth, timestep)
+            own = own + first_order(whole, step.depth, timestep, model.process)
         if step.depth == FULL:
             whole.append((timestep, {depth: own - every[depth] for depth in every}))
         guide = own
@@ -112,12 +112,12 @@ def by_hand(model: DynamicDepth, plan: DepthPlan, inputs: list[tuple[Inputs, ...
     return found
 
 
-def first_order(whole: list[tuple[float, dict[int, Tensor]]], depth: int, timestep: float) -> Tensor:
+def first_order(whole: list[tuple[float, dict[int, Tensor]]], depth: int, timestep: float, process: Process) -> Tensor:
     """What full depth would add, along the line through its last two steps, in the log-SNR."""
     if len(whole) == 1:
         return whole[0][1][depth]
     (before, old), (last, new) = whole[-2:]
-    now, later, earlier = (DDPM().log_snr_at(t) for t in (timestep, last, before))
+    now, later, earlier = (process.log_snr_at(t) for t in (timestep, last, before))
     return new[depth] + (now - later) / (later - earlier) * (new[depth] - old[depth])
 
 

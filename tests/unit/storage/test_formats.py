@@ -302,7 +302,8 @@ def test_notes_of_the_verb(model: DynamicDepth, tmp_path: Path, capsys) -> None:
     assert largest > 0.01
     assert lines[2] == (
         "loaded plainly (timestep frequencies of diffusers, not of this model): predictions differ by up to "
-        f"{largest:.2g}, relative RMS {rms:.2g}; call dyndit.match_frequencies(transformer, 0) after loading"
+        f"{largest:.2g}, relative RMS {rms:.2g}; call dyndit.storage.names.match_frequencies(transformer, 0) after "
+        "loading"
     )
     assert dyndit.load(tmp_path / "folder").identity.exits == model.identity.exits
 

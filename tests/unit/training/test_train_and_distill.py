@@ -471,5 +471,5 @@ class Foreign(Backbone):
 )
 def test_what_needs_our_own_trunk_says_so(changes: dict) -> None:
     DISTILL.check(DynamicDepth(Foreign()), DIGITS)
-    with pytest.raises(InputError, match="needs a (native backbone|ClassConditionalDiT), found Foreign"):
+    with pytest.raises(InputError, match=r"needs a (native backbone|ClassConditionalDiT), found Foreign"):
         replace(DISTILL, **changes).check(DynamicDepth(Foreign()), DIGITS)

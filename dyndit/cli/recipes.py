@@ -19,6 +19,11 @@ def packaged() -> list[str]:
     return list(_modules(recipes))
 
 
+def modules() -> dict[str, str]:
+    """Name every packaged recipe, studies included: "digits" -> "dyndit.recipes.digits"."""
+    return _modules(recipes) | _modules(studies)
+
+
 def _modules(package: ModuleType) -> dict[str, str]:
     """Name the recipes of a package: "digits" -> "dyndit.recipes.digits"."""
     found = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
@@ -31,17 +36,15 @@ def find(recipe: str, attribute: str, kind: type[T]) -> T:
     Raises:
         InputError: no such recipe, or its attribute is missing or of another kind.
     """
-    modules = _modules(recipes) | _modules(studies)
-    if recipe in modules:
-        found = getattr(importlib.import_module(modules[recipe]), attribute, None)
+    known = modules()
+    if recipe in known:
+        found = getattr(importlib.import_module(known[recipe]), attribute, None)
     elif Path(recipe).is_file():
         # Run a path, do not import it: the file may lie anywhere. Its user trusts it as much as with `python FILE`.
         found = runpy.run_path(recipe, run_name="dyndit_recipe").get(attribute)
     else:
-        known = ", ".join(_modules(recipes))
-        raise InputError(
-            f"recipe {recipe}: no such file; expected a path, one of {known}, or a study of {studies.__name__}"
-        )
+        expected = f"a path, one of {', '.join(packaged())}, or a study of {studies.__name__}"
+        raise InputError(f"recipe {recipe}: no such file; expected {expected}")
     if not isinstance(found, kind):
         raise InputError(f"recipe {recipe}: defines no `{attribute}`; expected a {kind.__name__}")
     return found

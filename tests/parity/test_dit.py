@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dyndit
 from dyndit.models.base import Backbone, State
+from dyndit.models.conditions import ClassLabels
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import HEADS, ExitConfig, Exits
@@ -334,11 +335,11 @@ class Told(Backbone):
     """A trunk whose prediction is what it was told, and which keeps the timesteps it was asked at."""
 
     family = "told"
-    num_blocks, width, num_classes, null_class, image_size = 1, 1, 10, 10, 8
+    num_blocks, width, condition = 1, 1, ClassLabels(10)
 
     def __init__(self, channels: int, learn_variance: bool) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = channels, channels * (1 + learn_variance)
+        self.sample_shape, self.out_channels = (channels, 8, 8), channels * (1 + learn_variance)
         self.prediction = torch.zeros(0)
         self.unused = nn.Parameter(torch.zeros(1))  # by a trunk's parameters the loop sees what it computes in
         self.asked: list[int] = []

@@ -19,7 +19,7 @@ from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import CheckpointError
 from dyndit.files import write_text
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.identity import Identity
+from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.refined import refined
 from dyndit.plans.search import search
@@ -179,7 +179,8 @@ class Context:
         except CheckpointError as error:
             self.console.print(f"{error}: measured again")
             return None
-        if Identity(table.backbone, table.exits) != self.model.identity:
+        mine = self.model.identity
+        if not (same(table.backbone, mine.backbone) and same(table.exits, mine.exits)):
             self.console.print(f"{path}: of another model; measured again")
             return None
         if table.extractor_fingerprint != self.extractor.fingerprint:

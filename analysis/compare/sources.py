@@ -190,8 +190,9 @@ class Confidence:
                 plan = replace(context.full(*point), router="confidence")
                 decided = measure_decisions(model, plan, num_pictures=settings.num_pictures, seed=settings.seed + 1)
                 arms.append(Arm("confidence", plan, None, f"e{target:g}", model=model, decided=decided))
-        frames = [arm.decided.frame().assign(arm=arm.name) for arm in arms]
-        write_text(context.out / "confidence.csv", pd.concat(frames).to_csv(index=False))
+        if arms:
+            frames = [arm.decided.frame().assign(arm=arm.name) for arm in arms]
+            write_text(context.out / "confidence.csv", pd.concat(frames).to_csv(index=False))
         return arms
 
 

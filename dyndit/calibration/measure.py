@@ -14,7 +14,7 @@ from dyndit.calibration.samplers import CALIBRATION_SEED, OwnSampler, Sampler, T
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_safetensors, write_safetensors
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.identity import Identity
+from dyndit.models.identity import same
 from dyndit.pictures import as_rgb
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
@@ -179,10 +179,12 @@ def measure_table(
 def part_of(table: ShiftTable, sampler: Sampler, settings: CalibrationSettings) -> ShiftTable | None:
     """Take the result of `measure_table` from a table that already holds it; None if this table does not."""
     full = sampler.full
-    mine = (full.solver, full.num_steps, full.cfg_scale, sampler.identity, sampler.seed)
+    identity = sampler.identity
+    if not (same(table.backbone, identity.backbone) and same(table.exits, identity.exits)):
+        return None
+    mine = (full.solver, full.num_steps, full.cfg_scale, sampler.seed)
     mine += (settings.num_pictures, _edges(full, _bands(full, settings)))
-    of_model = Identity(table.backbone, table.exits)
-    theirs = (table.solver, table.num_steps, table.cfg_scale, of_model, table.seed)
+    theirs = (table.solver, table.num_steps, table.cfg_scale, table.seed)
     theirs += (table.num_pictures, table.edges)
     return table.part(*_entries(sampler, settings)) if mine == theirs else None
 

@@ -130,8 +130,10 @@ def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
 
 def _as_published(model: DynamicDepth) -> str:
     """Measure how the published code, which ignores our `args`, would run the written weights."""
-    if not isinstance(model.process, DDPM):
-        return f"the published code would take its {model.process} for noise; dyndit.load honours what args record"
+    if model.process != DDPM():
+        return (
+            f"the published code would sample its {model.process} as {DDPM.name}; dyndit.load honours what args record"
+        )
     config = DiTConfig(**model.backbone.config())
     published = official.as_published(config)
     others = [field.name for field in fields(config) if getattr(config, field.name) != getattr(published, field.name)]

@@ -295,7 +295,7 @@ def _memories(
     model: DynamicDepth, plan: DepthPlan, solver: AnySolver, num: int, seed: int, batch_size: int
 ) -> list[tuple]:
     """Sample `num` pictures, classes in turn; return the memory at the end of every batch."""
-    _device, found = next(model.parameters()).device, []
+    found = []
     for indices in batches_of(range(num), batch_size):
         batch = batch_in_turn(model, indices, seed)
         begun = start(model, batch, solver, plan.num_steps)

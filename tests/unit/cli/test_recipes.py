@@ -40,7 +40,9 @@ def parents(name: str) -> set[str]:
 def test_the_seven_come_first() -> None:
     assert packaged() == SEVEN
     assert list(modules())[:7] == SEVEN
-    assert list(modules())[7:] == sorted(file.stem for file in (ROOT / "studies").glob("*.py") if file.stem != "__init__")
+    assert list(modules())[7:] == sorted(
+        file.stem for file in (ROOT / "studies").glob("*.py") if file.stem != "__init__"
+    )
 
 
 @pytest.mark.parametrize("name", modules())

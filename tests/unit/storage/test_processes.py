@@ -260,4 +260,4 @@ def test_a_recorded_flow_is_not_sampled_as_noise(sit, tmp_path: Path, capsys) ->
             main([verb, str(path), *target, "--process", "ddpm"])
         assert "made for the process flow, but --process ddpm is asked for" in capsys.readouterr().err
     main(["convert", str(path), str(tmp_path / "out.pt"), "--to", "official", "--process", "flow"])
-    assert "the published code would take its flow for noise" in capsys.readouterr().out
+    assert "the published code would sample its flow as ddpm" in capsys.readouterr().out

@@ -30,11 +30,20 @@ dynamic.save_pretrained("runs/mine")
 '''
 
 
+def installed(folder: Path) -> Path:
+    """The package as a wheel lays it out. An editable install finds analysis by code, which no checker runs."""
+    site, checkout = folder / "site", Path(dyndit.__file__).resolve().parents[1]
+    (site / "dyndit").mkdir(parents=True)
+    entries = [path for path in (checkout / "dyndit").iterdir() if not path.is_symlink()]
+    for path in (*entries, checkout / "analysis", checkout / "recipes"):
+        (site / "dyndit" / path.name).symlink_to(path)
+    return site
+
+
 def checked(folder: Path, script: str) -> list[dict]:
     """What strict checking says of a script."""
     (folder / "user.py").write_text(script)
-    root = str(Path(dyndit.__file__).parents[1])
-    config = {"typeCheckingMode": "strict", "include": ["user.py"], "extraPaths": [root]}
+    config = {"typeCheckingMode": "strict", "include": ["user.py"], "extraPaths": [str(installed(folder))]}
     (folder / "pyrightconfig.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "basedpyright", "-p", str(folder), "--pythonpath", sys.executable, "--outputjson"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -128,9 +128,9 @@ def bench(
     """Time a plan against full depth: paired, alternating, warmed up; end to end, the denoiser and the decoder.
 
     Full depth is timed twice under two names: the ratio of the two is the error of the method itself. Rounds go on
-    until the 95% interval of every ratio is narrow enough, or the report says which was not. Beside the times stand
-    multiply-accumulates and FLOPs, peak memory, joules if the machine counts them, the time that the plan's blocks
-    and the measured times of the parts promise, and the time saved as a multiple of that.
+    until the 95% interval of every ratio is narrow enough; otherwise the report names the wide intervals. The report
+    also gives multiply-accumulates, FLOPs, peak memory, and joules if the machine counts them. It gives the time that
+    the parts' measured times promise for the plan, and the share of the promised saving that was reached.
 
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).

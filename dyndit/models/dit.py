@@ -119,7 +119,7 @@ class ClassConditionalDiT(Backbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Set weights: Xavier in linear maps, N(0, 0.02) in embedders, zero in modulations and the output (Sec. 3.2)."""
+        """Set weights: Xavier in linear maps, N(0, 0.02) in embedders, zero in modulations and output (Sec. 3.2)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def subclasses_in(package: str, path: Iterable[str], base: type[T]) -> list[type[T]]:
-    """Import every file of a package and return its subclasses of `base`, those of other subclasses too.
+    """Import every file of a package and return its direct and indirect subclasses of `base`.
 
     package, path: `__name__` and `__path__` of the package.
     """

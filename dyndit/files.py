@@ -1,4 +1,4 @@
-"""Files that must survive: written whole or not at all, read within bounds, known by their hashes.
+"""Write files whole or not at all, read them within bounds, and hash them.
 
 Every writer below works in a draft, a hidden folder beside the target: `.writing-HOST-PID-NUMBER/NAME`. The draft is
 flushed to the disk and renamed over the target, and then the target's folder is flushed. A kill or a power cut at any
@@ -29,7 +29,7 @@ from dyndit.errors import CheckpointError, InputError, first_line
 
 DRAFT = ".writing-"
 MOST_JSON = 64 << 20
-"""Bytes of a JSON file at most: more is refused before it is read."""
+"""Most bytes of a JSON file. A larger file is refused unread."""
 
 _numbers = itertools.count()
 
@@ -39,7 +39,7 @@ def _host() -> str:
 
 
 def is_draft(path: Path) -> bool:
-    """Tell whether a path is, or lies in, what a writer has not finished."""
+    """Tell if a path is an unfinished draft, or lies in a draft."""
     return any(part.startswith(DRAFT) for part in path.parts)
 
 
@@ -52,13 +52,13 @@ def sweep(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 kills
+    if os.name != "posix":  # on Windows signal 0 kills
         return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # the process belongs to another user
         pass
     return True
 
@@ -73,13 +73,13 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Yield a path to write a file or a folder at. It becomes `target` when the block ends well, and goes otherwise.
+    """Yield a path to write a file or a folder at. If the block succeeds, it becomes `target`; else it is removed.
 
-    The path has the target's name, and so its suffix. Nothing is there yet. A file gets the mode that the umask
-    gives a new file, whatever mode its writer chose. A folder replaces an empty folder alone.
+    The path has the target's name, and so its suffix. Nothing exists there yet. A file gets the mode that the umask
+    gives a new file, whatever mode its writer chose. A folder can replace only an empty folder.
 
     Raises:
-        InputError: the target cannot be written, for instance on a full disk; or it is a device, or of another kind.
+        InputError: the target cannot be written, for example on a full disk; or it is a device, or of another kind.
     """
     target = Path(target)
     if target.exists() and not (target.is_dir() if folder else target.is_file()):
@@ -91,9 +91,9 @@ def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def written_together(folder: Path, about: Path | None = None) -> Iterator[Path]:
-    """Yield a folder to write files in. Each of them lands whole in `folder` when the block ends well.
+    """Yield a folder to write files in. If the block succeeds, each file moves whole into `folder`.
 
-    about: what the message of an error names in place of `folder`.
+    about: path that error messages name in place of `folder`.
 
     Raises:
         InputError: as `written_whole`.
@@ -121,12 +121,12 @@ def _not_written(target: Path, error: Exception) -> InputError:
     about = getattr(error, "filename", None)
     other = "" if about is None or is_draft(Path(about)) or Path(about) == target else f" of {about}"
     found = f"{getattr(error, 'strerror', None) or first_line(error)}{other}"
-    final = Path(*(part for part in target.parts if not part.startswith(DRAFT)))  # a file of a folder that is a draft
+    final = Path(*(part for part in target.parts if not part.startswith(DRAFT)))  # target may lie in a draft folder
     return InputError(f"{final}: cannot be written ({found}); expected a place to write to, with room for it")
 
 
 def sync(*paths: Path) -> None:
-    """Flush files and folders to the disk: a rename promises nothing about the content before it."""
+    """Flush files and folders to the disk: a rename alone does not promise that their content is there."""
     for path in paths:
         if path.is_symlink() or (os.name != "posix" and path.is_dir()):  # Windows cannot open folders
             continue
@@ -141,22 +141,22 @@ def sync(*paths: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text as it is: no line end is translated."""
+    """Write UTF-8 text. Line ends are not translated."""
     with written_whole(path) as draft:
         draft.write_bytes(text.encode())
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON, as `to_json` says."""
+    """Write data as JSON, see `to_json`."""
     write_text(path, to_json(path, data))
 
 
 def to_json(path: Path, data: object) -> str:
-    """The text of a JSON file. What JSON does not know becomes text. `path` is for messages.
+    """Convert data to the text of a JSON file. Types that JSON lacks become text.  path: for messages.
 
     Raises:
-        InputError: a number is not finite, which JSON cannot say.
-        ValueError: the data holds itself.
+        InputError: a number is not finite, and JSON cannot hold it.
+        ValueError: the data contains itself.
     """
     try:
         return json.dumps(data, indent=1, default=str, allow_nan=False) + "\n"
@@ -167,7 +167,7 @@ def to_json(path: Path, data: object) -> str:
 
 
 def _not_finite(data: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers within JSON that are not finite, with their names: ("plan.budget", nan)."""
+    """Yield the numbers that are not finite, with their names: ("plan.budget", nan)."""
     if isinstance(data, float) and not math.isfinite(data):
         yield name, data
     elif isinstance(data, dict | list):
@@ -184,7 +184,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata in the header of a safetensors file, where the library leaves it in a random order.
+    """Sort the metadata in the header of a safetensors file: the library writes it in a random order.
 
     The file begins with the header's length, 8 bytes, and the header, JSON padded with spaces.
     """
@@ -193,7 +193,7 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-        if len(text) != size:  # the library writes no blank and escapes as Python does
+        if len(text) != size:  # the library writes no blanks, and escapes as Python does
             raise ValueError(f"{path}: a header of {len(text)} bytes, expected {size}")
         file.seek(8)
         file.write(text)
@@ -212,10 +212,10 @@ def copy(source: Path, target: Path) -> None:
 
 
 def append_lines(path: Path, lines: str) -> None:
-    """Add whole lines to a text file, made if need be.
+    """Add whole lines to a text file. Make the file if it is missing.
 
-    After a kill the file holds its old lines and none, some or all of the new ones. The last may be torn: `read_lines`
-    passes over it, and the next call cuts it off.
+    After a kill the file holds its old lines, and perhaps some of the new lines. The last line may be torn:
+    `read_lines` skips it, and the next call cuts it off.
 
     Raises:
         InputError: the file cannot be written.
@@ -237,7 +237,7 @@ def append_lines(path: Path, lines: str) -> None:
 
 
 def _end_of_lines(file: BinaryIO, block: int = 1 << 16) -> int:
-    """Where the last whole line of a file ends."""
+    """Return the offset at which the last whole line of a file ends."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - block)
@@ -249,10 +249,10 @@ def _end_of_lines(file: BinaryIO, block: int = 1 << 16) -> int:
 
 
 def read_lines(path: Path) -> str:
-    """Read the whole lines of a text file, without a torn last one. A power cut may leave zeros there.
+    """Read the whole lines of a text file. Skip a torn last line, in which a power cut may leave zeros.
 
     Raises:
-        CheckpointError: missing, or no text.
+        CheckpointError: the file is missing, or is no text.
     """
     try:
         data = _read(path).partition(b"\0")[0]
@@ -265,7 +265,7 @@ def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str,
     """Read a JSON object.
 
     Raises:
-        CheckpointError: missing, larger than `MOST_JSON`, no JSON, nested too deep, or no object. `kind` in its place.
+        CheckpointError, or `kind` if given: missing, larger than `MOST_JSON`, no JSON, nested too deep, or no object.
     """
     try:
         data = json.loads(_read(path, MOST_JSON).decode(), parse_constant=_refuse_constant)
@@ -283,7 +283,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _read(path: Path, most: int | None = None) -> bytes:
-    """A file's bytes. Raises OSError, also for more than `most` of them."""
+    """Read a file's bytes. Raises OSError, also if the file has more than `most` bytes."""
     with opened(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB")
@@ -292,8 +292,8 @@ def _read(path: Path, most: int | None = None) -> bytes:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read its bytes. Raises OSError also for what would never end, such as a FIFO."""
-    if not stat.S_ISREG(os.stat(path).st_mode) and not Path(path).is_dir():  # noqa: PTH116 - a folder says so itself
+    """Open a file to read its bytes. Raises OSError also for files that never end, such as a FIFO."""
+    if not stat.S_ISREG(os.stat(path).st_mode) and not Path(path).is_dir():  # noqa: PTH116 - opening a folder fails below
         raise OSError(errno.EINVAL, "no regular file")
     with Path(path).open("rb") as file:
         yield file
@@ -333,10 +333,10 @@ def sha256(path: Path) -> str:
 
 
 def check_free(target: Path, *, folder: bool) -> None:
-    """Refuse a target that is there already; an empty folder may become a folder.
+    """Refuse a target that exists already, unless it is an empty folder and a folder is to be written.
 
     Raises:
-        InputError: naming it.
+        InputError: names the target.
     """
     if folder and target.is_dir() and not any(target.iterdir()):
         return
@@ -345,12 +345,12 @@ def check_free(target: Path, *, folder: bool) -> None:
 
 
 def claim(out: Path, besides: tuple[str, ...] = ()) -> None:
-    """Make the folder of a new run, or take an empty one. Drafts of writers that were killed count as nothing.
+    """Make the folder of a new run, or take an empty folder. Drafts of killed writers do not count.
 
     besides: names that may lie in the folder.
 
     Raises:
-        InputError: there is a file, or a folder with other things, or none can be made.
+        InputError: `out` is a file, holds other names, or cannot be made.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; expected a folder")

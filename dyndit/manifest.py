@@ -1,4 +1,4 @@
-"""Manifests: what a run was made with, and folders that refuse to hold two runs."""
+"""Record how a run was made, in a manifest, and keep two runs out of one folder."""
 
 import datetime
 import importlib.metadata
@@ -19,7 +19,7 @@ PACKAGES = ("dyndit", "torch", "diffusers", "accelerate", "timm", "torch-fidelit
 
 
 def machine(device: str = "cpu") -> str:
-    """A name for the hardware a device is, under which measured times may be compared."""
+    """Name the hardware of a device. Times are compared only under one name."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -31,7 +31,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
-    """A manifest: the run's settings, the code, the machine, and whatever else is to be recorded."""
+    """Make a manifest: the run's settings, the code, the machine, and further facts."""
     name = Path(sys.argv[0]).name
     return {
         "settings": settings,
@@ -47,12 +47,12 @@ def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
 def claim(
     out: Path, settings: dict[str, object], shared: tuple[str, ...] = (), **facts: object
 ) -> dict[str, object] | None:
-    """Make `out` the folder of a run with these settings; return its manifest where the very run is there.
+    """Make `out` the folder of a run with these settings. Return its manifest if it already holds this run.
 
-    shared: names that may lie in the folder before the run claims it. facts: what else the first manifest records.
+    shared: names that may lie in the folder before the run claims it. facts: further entries of a new manifest.
 
     Raises:
-        InputError: the folder holds another run, or files that are none; or a setting is not finite.
+        InputError: the folder holds another run or foreign files, or a setting is not finite.
     """
     path = out / MANIFEST
     if not path.exists():
@@ -60,7 +60,7 @@ def claim(
         try:
             files.claim(out, shared)
         except InputError:
-            if not path.exists():  # else another process of the same run has just claimed it
+            if not path.exists():  # otherwise another process of this run has just claimed it
                 raise
         else:
             files.write_text(path, text)
@@ -91,7 +91,7 @@ def _version(name: str) -> str:
 
 
 def _revision() -> str:
-    """The git revision of a checkout the package runs from, with a mark for local changes."""
+    """Return the git revision of the checkout that the package runs from, with a mark for local changes."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""Pictures on disk, as bytes for networks, and side by side for the eye."""
+"""Read and write pictures, and tile them in a grid."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from dyndit.files import is_draft, opened, written_whole
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 OVERVIEWS = {"grid.png", "samples.png"}
-"""What `dyndit sample` and the reports lay beside single pictures."""
+"""Names of the overviews that `dyndit sample` and the reports write beside single pictures."""
 
 
 @dataclass(frozen=True)
 class PictureFiles:
-    """Pictures of one size that are read when they are asked for."""
+    """Pictures of one size, read from disk on demand."""
 
     paths: tuple[Path, ...]
 
     @classmethod
     def of_folder(cls, folder: Path) -> "PictureFiles":
-        """The pictures in a folder, searched in depth and sorted. `OVERVIEWS` are passed over.
+        """List the pictures in a folder, searched in depth and sorted. `OVERVIEWS` are skipped.
 
         Raises:
             InputError: there is no folder, or no picture.
@@ -43,11 +43,11 @@ class PictureFiles:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the first picture, and so of all."""
+        """Return (H, W) of the first picture. All pictures have this size."""
         return read_picture(self.paths[0]).shape[:2]
 
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
-        """Read the pictures in order, as uint8 (B, C, H, W). C is 3 where any picture of a batch has colour, else 1.
+        """Read the pictures in order, as uint8 (B, C, H, W). C is 3 if a picture of the batch has colour, else 1.
 
         Raises:
             InputError: a picture is unreadable, or of another size than the first.
@@ -76,7 +76,7 @@ def read_picture(path: Path) -> np.ndarray:
             if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
                 raise InputError(f"{path}: {image.mode} pixels, expected 8 bits a channel")
             if image.has_transparency_data:
-                if image.convert("RGBA").getextrema()[3][0] < 255:  # hidden colours would count
+                if image.convert("RGBA").getextrema()[3][0] < 255:  # transparent pixels have hidden colours
                     raise InputError(f"{path}: transparent pixels, expected an opaque picture")
                 image = image.convert("RGBA")
             array = np.asarray(image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB"))
@@ -88,12 +88,12 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def as_nchw(array: np.ndarray) -> Tensor:
-    """(N, H, W, C) -> a contiguous tensor (N, C, H, W)."""
+    """Transpose (N, H, W, C) -> a contiguous tensor (N, C, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 
 
 def as_image(picture: Tensor) -> Image.Image:
-    """One picture, uint8 (1 or 3, H, W), for Pillow."""
+    """Convert a picture, uint8 (1 or 3, H, W), for Pillow."""
     array = picture.permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 

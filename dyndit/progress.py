@@ -1,4 +1,4 @@
-"""Progress of long work, on standard error: a bar on a terminal, and a line now and then without a terminal."""
+"""Show progress of long work on standard error: a bar on a terminal, else a line now and then."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,20 @@ Item = TypeVar("Item")
 
 
 class Advance(Protocol):
-    """Says how far the work is. words: what else is known by now, "loss 0.12"; it stays until there are others."""
+    """Reports how far the work is.  words: further news, for example "loss 0.12"; shown until the next words."""
 
     def __call__(self, done: int, total: int, words: str | None = None) -> None:
-        """Show it."""
+        """Show that `done` of `total` are done."""
 
 
 @contextmanager
 def progress_bar(
     title: str, console: Console | None = None, *, shown: bool = True, every: float = 30.0
 ) -> Iterator[Advance]:
-    """Show a bar with elapsed and remaining time while open; yield what moves it.
+    """Show a bar with elapsed and remaining time while open. Yield the function that moves it.
 
-    Where standard error is no terminal, print a line about every `every` seconds, with every news, and at the end. What
-    the first call finds done counts as done before: the time that is left is estimated from the rest.
+    If standard error is no terminal, print a line about every `every` seconds, at new words, and at the end. Work that
+    the first call reports was done before: it does not count in the estimate of the remaining time.
     """
     console = console or Console(stderr=True)
     if not shown:
@@ -67,7 +67,7 @@ def _on_terminal(title: str, console: Console) -> Iterator[Advance]:
 
         def advance(done: int, total: int, words: str | None = None) -> None:
             nonlocal before
-            if before:  # what was there before says nothing of the speed
+            if before:  # earlier work tells nothing about the speed
                 progress.reset(task, total=total, completed=done)
             before = False
             progress.update(task, completed=done, total=total, **({} if words is None else {"words": words}))
@@ -95,7 +95,7 @@ def _in_lines(title: str, console: Console, every: float) -> Advance:
 
 
 def _span(seconds: float) -> str:
-    """A time to read: "45 s", "12 min", "3.4 h"."""
+    """Write a time: "45 s", "12 min", "3.4 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6_000 else f"{seconds / 3600:.1f} h"

@@ -36,7 +36,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """A label, unique in a comparison: family, solver, steps, budget and settings."""
+        """Return a label, unique in a comparison: family, solver, steps, budget and settings."""
         return arm_name(self.family, self.plan.solver, self.plan.num_steps, self.budget, self.settings)
 
 

@@ -35,10 +35,10 @@ from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.training.latents import decode_latents, load_autoencoder
 
 RANDOM = "random:"
-"""Before a card's name: a model of random weights, for times, which need no others."""
+"""Prefix of a card's name: a model of random weights, which is enough to measure times."""
 
 RANDOM_DECODER = "random:f8"
-"""In place of an autoencoder's folder: one of random weights, in the shape of Stable Diffusion's (8 px a latent)."""
+"""In place of an autoencoder's folder: random weights in the shape of Stable Diffusion's autoencoder, 8 px a latent."""
 
 FULL, AGAIN, NO_PLUGIN = "full", "full again", "no plug-in"
 
@@ -51,7 +51,7 @@ DENOISER, DECODER, TO_LATENTS, TO_UINT8, PIPELINE = (
 )
 
 PIPELINE_CLASSES = 1000
-"""`DiTPipeline` takes the label after 1,000 classes for the null label, whatever the model."""
+"""Number of classes in every `DiTPipeline`: it takes label 1,000 for the null label, whatever the model."""
 
 COLUMNS: dict[str, str] = {
     "model": "the model, as it was asked for",
@@ -76,21 +76,21 @@ COLUMNS: dict[str, str] = {
     "macs": "multiply-accumulates of the denoiser for one picture, whole sampling; FLOPs are twice that",
     "peak_memory_mib": f"cuda: {MEANING['cuda']}; cpu: {MEANING['cpu']}",
 }
-"""What each column of the table that `dyndit bench --out` writes means."""
+"""Meaning of each column in the table that `dyndit bench --out` writes."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """How plans are timed."""
+    """Settings of a benchmark."""
 
     batch_sizes: tuple[int, ...] = (1, 8, 64)
     repeats: Repeats = field(default_factory=Repeats)
     compiled: bool = False
-    """Every block and exit head is compiled first, for all arms alike."""
+    """Compile every block and exit head first, for all arms alike."""
     in_pipeline: bool = False
-    """By the plug-in inside an unmodified `DiTPipeline`, beside the pipeline without it."""
+    """Time the plug-in inside an unmodified `DiTPipeline`, and the pipeline without the plug-in."""
     decoder: AutoencoderKL | None = None
-    """Decodes latents; its time is then part of every arm's."""
+    """Autoencoder that decodes latents; its time then counts for every arm."""
 
     def __post_init__(self) -> None:
         for size in self.batch_sizes or (0,):
@@ -99,7 +99,7 @@ class Bench:
 
 
 def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
-    """A model of random weights with an exit after every layer, of "random:" and a card's name.
+    """Make a model of random weights with an exit after every layer.  spec: "random:" and a card's name.
 
     Raises:
         InputError: no such card.
@@ -116,10 +116,11 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
 
 
 def open_decoder(spec: str, model: DynamicDepth) -> AutoencoderKL:
-    """The autoencoder in a folder, or one of random weights ("random:f8"), on the model's device and in its precision.
+    """Load an autoencoder from a folder, or make one of random weights ("random:f8").  -> on the model's device, in its
+    precision.
 
     Raises:
-        InputError: it is none, or not one of this model's latents.
+        InputError: no autoencoder there, or its latents have other channels than the model's.
     """
     channels, weights = model.backbone.in_channels, next(model.parameters())
     if model.pixel_space:
@@ -138,11 +139,11 @@ def measure(
 ) -> pd.DataFrame:
     """Time one batch of every size under every plan -> a row per timed call and scope, columns as in COLUMNS.
 
-    plans: checked against the model, by the arms' names; the first is what the others are compared with. All are of
-    one solver, step count and guidance scale. name: of the model, for the table.
+    plans: the arms by name; the first is the baseline. They are checked against the model, and share solver, step count
+    and guidance scale. name: the model's name in the table.
 
     Raises:
-        InputError: a pipeline for a guided model of other than 1,000 classes, whose null label it does not know.
+        InputError: a pipeline for a guided model without 1,000 classes: `DiTPipeline` would use a wrong null label.
     """
     settings, first = settings or Bench(), next(iter(plans.values()))
     weights = next(model.parameters())
@@ -185,7 +186,7 @@ def measure(
 def _in_sampler(
     model: DynamicDepth, plans: Mapping[str, DepthPlan], size: int, settings: Bench, meter: EnergyMeter | None
 ) -> dict[str, Callable[[], list[Reading]]]:
-    """A call per plan: one batch drawn whole, and again with the network timed, as that makes a GPU wait between."""
+    """Make a call per plan. It draws a batch twice: timed whole, then per network call (which makes a GPU wait)."""
     labels, decoder = model.backbone.condition.in_turn(size), settings.decoder
     whole = TO_UINT8 if model.pixel_space or decoder is not None else TO_LATENTS
 
@@ -198,7 +199,7 @@ def _in_sampler(
         drawn, decoding = draw(plan, stats=False), 0.0
         if decoder is not None:
             began = time.perf_counter()
-            decode_latents(decoder, drawn.latents, size)  # ends on the host: nothing is under way then
+            decode_latents(decoder, drawn.latents, size)  # ends on the host, so no work is pending
             decoding = time.perf_counter() - began
         readings = [Reading(whole, drawn.seconds + decoding, spent())]
         if decoder is not None:
@@ -211,9 +212,9 @@ def _in_sampler(
 def _in_pipeline(
     model: DynamicDepth, plans: Mapping[str, DepthPlan], size: int, settings: Bench, meter: EnergyMeter | None
 ) -> dict[str, Callable[[], list[Reading]]]:
-    """A call per plan of an unmodified `DiTPipeline` with the plug-in, and of the pipeline without it.
+    """Make a call per plan of an unmodified `DiTPipeline` with the plug-in, and a call without the plug-in.
 
-    Without a decoder of the user's, decoding is by the smallest of autoencoders: a call is sampling and little else.
+    Without the user's decoder, a tiny autoencoder decodes, so that a call is nearly all sampling.
     """
     some = next(iter(plans.values()))
     classes = model.backbone.condition.num_classes
@@ -259,12 +260,12 @@ def _in_pipeline(
 
 
 def _metered(meter: EnergyMeter | None) -> Callable[[], float]:
-    """What gives the joules from now on; NaN without a meter."""
+    """Start the meter -> a function that returns the joules since then; NaN without a meter."""
     return (lambda: math.nan) if meter is None else meter.start()
 
 
 def _predicted(table: pd.DataFrame, plans: Mapping[str, DepthPlan], cost: CostModel, *, decodes: bool) -> pd.Series:
-    """Seconds that the plan and the parts' measured times promise, for each row's scope; NaN for the decoder's own."""
+    """Predict each row's seconds from the plan and the parts' measured times; NaN in the decoder's scope."""
     decoding = table.loc[table["scope"] == DECODER, "seconds"].median() if decodes else 0.0
     whole = table["arm"].map({arm: cost.plan_seconds(plan) for arm, plan in plans.items()})
     network = table["arm"].map({arm: cost.network_seconds(plan) for arm, plan in plans.items()})
@@ -273,7 +274,7 @@ def _predicted(table: pd.DataFrame, plans: Mapping[str, DepthPlan], cost: CostMo
 
 
 def _random_autoencoder(channels: int, *, widths: tuple[int, ...], layers_per_block: int) -> AutoencoderKL:
-    """An autoencoder of these latent channels, of random weights."""
+    """Make an autoencoder of random weights with these latent channels."""
     with torch.random.fork_rng(devices=[]):
         return AutoencoderKL(
             latent_channels=channels,

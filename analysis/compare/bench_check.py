@@ -1,4 +1,4 @@
-"""Check the timing itself on what is known: the same work twice, a sleep, and twice the work."""
+"""Check the timing itself on work of known time: the same work twice, a sleep, and twice the work."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from dyndit.stats import paired_times, summarise
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that the timing itself has to get right."""
+    """Result of one check of the timing."""
 
     name: str
     found: str
@@ -33,7 +33,7 @@ class Work:
 
 
 def known_work(device: str = "cpu") -> Work:
-    """Multiply two matrices, do so twice, sleep for 50 ms."""
+    """Make work of known time: one matrix product, two products, a sleep of 50 ms."""
     side = 4096 if device.startswith("cuda") else 1024
     a, b, out = (torch.full((side, side), 0.5, device=device) for _ in range(3))
     seconds = 0.05
@@ -49,9 +49,9 @@ def known_work(device: str = "cpu") -> Work:
 
 
 def self_check(work: Work, rounds: int = 60) -> list[Check]:
-    """Check that the timing gets right what is known: an A/A null, a sleep, and twice the work.
+    """Check the timing on work of known time: an A/A null, a sleep, and twice the work.
 
-    Leave the machine alone meanwhile. The null's interval is at 95%: one in twenty misses 1 on the quietest machine.
+    Run nothing else meanwhile. The null's interval is at 95%: one in twenty misses 1 even on a quiet machine.
     """
     arms = {"one": work.one, "again": work.one, "two": work.two}
     times = paired_times(arms, rounds=rounds, warmup=3, clock=work.clock)

@@ -1,4 +1,4 @@
-"""Sum up a benchmark's table: a row per arm, made of the raw times alone, and its text."""
+"""Sum up a benchmark's table of raw times: a row per arm, and a text."""
 
 import math
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ from dyndit.stats import Interval, relative_width, summarise
 def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:
     """Sum up `measure`'s rows: a row per batch size, scope and arm.
 
-    Columns: batch_size, scope, arm, rounds; ms, q25, q75 (median and quartiles, of the batch), ms_per_picture; ratio
-    (Interval of the median ratio to the baseline), width (of that interval, as a share of the ratio);
-    predicted_ms, promised (predicted share of the baseline's time), kept (time saved, as a share of what was promised;
-    from the median ratio); macs, flops, peak_memory_mib, joules_per_picture.
+    Columns: batch_size, scope, arm, rounds; ms, q25, q75 (median and quartiles of the batch's time), ms_per_picture;
+    ratio (Interval of the median ratio to the baseline), width (the interval's width, as a share of the ratio);
+    predicted_ms, promised (predicted share of the baseline's time), kept (time saved by the median ratio, as a share of
+    the predicted saving); macs, flops, peak_memory_mib, joules_per_picture.
     """
     rows = []
     for (size, scope), part in times.groupby(["batch_size", "scope"], sort=False):
@@ -51,7 +51,7 @@ def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:
 
 
 def lines(times: pd.DataFrame, until: float = 0.0, baseline: str = FULL) -> list[str]:
-    """Write the report of a benchmark as lines. until: the width of interval asked for, to name arms that missed it."""
+    """Write the report of a benchmark as lines.  until: the requested interval width; wider arms are named."""
     table, facts = verdict(times, baseline), times.iloc[0]
     text = [
         f"{facts['machine']}; {facts['dtype']}, {facts['threads']} CPU threads, {facts['compiled']}; "
@@ -76,12 +76,12 @@ def _baseline_of(part: pd.DataFrame, baseline: str) -> str:
 
 
 def is_null(ratio: Interval) -> bool:
-    """Return whether an A/A ratio shows nothing: its interval covers 1 and it is off by at most 1%."""
+    """Tell if an A/A ratio shows no difference: its interval covers 1, and it is off by at most 1%."""
     return not ratio.excludes(1) and abs(ratio.mean - 1) <= 0.01
 
 
 def span(ratio: Interval) -> str:
-    """Write `0.998 (0.995 to 1.003)`; without limits `0.998`."""
+    """Write a ratio as `0.998 (0.995 to 1.003)`, or as `0.998` if it has no limits."""
     limits = "" if math.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
     return f"{ratio.mean:.3f}{limits}"
 
@@ -98,7 +98,7 @@ def _line(row: pd.Series, baseline: str) -> str:
 
 
 def _remarks(part: pd.DataFrame, until: float) -> Iterable[str]:
-    """Yield a line on the null, and one for each interval that stayed wider than was asked for."""
+    """Yield a line on the A/A null, and a line for each interval wider than `until`."""
     for row in part[part["arm"] == AGAIN].itertuples():
         says = "shows nothing, as it must" if is_null(row.ratio) else "FAILED: this timing is not to be trusted to 1%"
         if math.isnan(row.ratio.low):

@@ -75,24 +75,24 @@ class Context:
 
     @property
     def extractor(self) -> Extractor:
-        """The extractor that plans are calibrated on."""
+        """Return the extractor that plans are calibrated on."""
         return self.references[0].extractor
 
     @property
     def backbone(self) -> DynamicDepth:
-        """The given model without exits; new exits are distilled from it."""
+        """Return the given model without exits; new exits are distilled from it."""
         model = self.given or self.model
         alone = DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process)
         return alone.to(self.model.device)
 
     @cached_property
     def table(self) -> ShiftTable:
-        """The shift table: read from beside the model, taken from `known`, or measured."""
+        """Return the shift table: read from beside the model, taken from `known`, or measured."""
         return self._stored_table() or self._known_table() or self._measured_table()
 
     @property
     def within(self) -> list[float]:
-        """The experiment's budgets that at least one plan meets."""
+        """Return the experiment's budgets that at least one plan meets."""
         return [budget for budget in self.experiment.budgets if budget >= self.table.least_share]
 
     def full(self, solver: str, steps: int) -> DepthPlan:

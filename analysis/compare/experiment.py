@@ -116,12 +116,12 @@ class Experiment:
 
     @property
     def dynamic_points(self) -> tuple[tuple[str, int], ...]:
-        """(solver, steps) at which plans are searched."""
+        """Return the pairs (solver, steps) that plans are searched at."""
         return self.points or tuple(product(self.solvers, self.dynamic_steps))
 
     @property
     def peer_points(self) -> tuple[tuple[str, int], ...]:
-        """(solver, steps) at which peers run."""
+        """Return the pairs (solver, steps) that peers run at."""
         return self.points or tuple(product(self.solvers, self.peer_steps))
 
     def autocast(self, device: str) -> AbstractContextManager:

@@ -1,9 +1,8 @@
-"""Features of picture sets, computed once and kept by content.
+"""Compute features of picture sets once, and keep them by content.
 
-A set is named by its pictures' bytes, whatever their order or their files' names, and an extractor by its weights.
-Rows come in the order of the pictures' hashes: an order that says nothing, and the same for the same pictures, so
-metrics that cut a set into parts do not depend on how it was listed. Files lie in `$DYNDIT_CACHE`, else
-`$XDG_CACHE_HOME/dyndit`, else `~/.cache/dyndit`; a damaged one is computed again.
+The key is the pictures' bytes and the extractor's weights; the order and the names of files do not count. Rows are
+sorted by the pictures' hashes, so metrics that cut a set into parts do not depend on its listing. Files lie in
+`$DYNDIT_CACHE`, else `$XDG_CACHE_HOME/dyndit`, else `~/.cache/dyndit`. A damaged file is computed again.
 """
 
 import hashlib
@@ -23,12 +22,12 @@ from dyndit.files import sweep, write_safetensors
 from dyndit.pictures import as_rgb
 from dyndit.stats import Moments, moments
 
-LAYOUT = 1  # raise it when what is computed from pictures changes
+LAYOUT = 1  # raise it when the features of the same pictures change
 MAIN, SPATIAL = ("features", "logits"), ("spatial",)
 
 
 def cache_folder() -> Path:
-    """Where features are kept."""
+    """Return the folder that features are kept in."""
     if chosen := os.environ.get("DYNDIT_CACHE"):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -36,33 +35,33 @@ def cache_folder() -> Path:
 
 
 class Measured:
-    """What an extractor makes of a set: read from the cache, or computed on first use and written there."""
+    """An extractor's features of a set: read from the cache, or computed on first use and written there."""
 
     def __init__(self, given: PictureSet, extractor: Extractor, spatial: bool = False, cache: Path | None = None):
-        """spatial: compute the spatial features along with the others. cache: a folder, or None for none."""
+        """spatial: compute the spatial features too. cache: a folder; None keeps nothing."""
         self.given, self.extractor, self.spatial, self.cache = given, extractor, spatial, cache
 
     @cached_property
     def features(self) -> Tensor:
-        """(N, D) float64."""
+        """Return the features, (N, D) float64."""
         return self._outputs["features"]
 
     @cached_property
     def logits(self) -> Tensor:
-        """(N, K) float64."""
+        """Return the logits, (N, K) float64."""
         return self._outputs["logits"]
 
     @cached_property
     def num(self) -> int | None:
-        """How many pictures; None for statistics that do not say."""
+        """Return the number of pictures; None if the statistics do not say it."""
         statistics = self.statistics
         return len(self._set.source) if statistics is None else statistics.num
 
     @cached_property
     def statistics(self) -> Statistics | None:
-        """The statistics that came in place of pictures, where they are this extractor's.
+        """Return the given statistics if they are this extractor's, else None: pictures must be computed.
 
-        Raises InputError: there are others, and no pictures.
+        Raises InputError: only statistics of another extractor were given.
         """
         found = self.given.statistics
         if found is None:
@@ -74,7 +73,7 @@ class Measured:
         return found if ours else None
 
     def moments(self, name: str = "features") -> Moments:
-        """Moments of "features" or "spatial", given or computed. Raises InputError: the given ones lack them."""
+        """Return the moments of "features" or "spatial". Raises InputError: given statistics lack them."""
         if self.statistics is None:
             return self._kept_moments(name)
         found = self.statistics.features if name == "features" else self.statistics.spatial
@@ -83,7 +82,7 @@ class Measured:
         return found
 
     def as_statistics(self) -> Statistics:
-        """Everything a reference is needed for later, where only distances of moments are asked."""
+        """Return the moments, which are enough for a reference of Fréchet distances."""
         spatial = self.moments("spatial") if self.spatial else None
         return Statistics(self.moments(), spatial, self.num, self.extractor.fingerprint)
 
@@ -104,11 +103,11 @@ class Measured:
 
     @cached_property
     def hashes(self) -> list[bytes]:
-        """SHA-256 of each picture, in order. Reads them all, and so finds what cannot be read."""
+        """Return the SHA-256 of each picture, in order. Every picture is read, so a damaged one is found."""
         return [digest for batch in self._set.batches() for digest in _hashes(batch)]
 
     def check(self) -> None:
-        """Read all pictures once where the cache asks for their hashes: nothing is refused after hours of work."""
+        """Read all pictures once if the cache needs their hashes, to find damaged pictures before hours of work."""
         if self.cache is not None and self.given.source is not None and self.statistics is None:
             self.hashes  # noqa: B018
 
@@ -141,7 +140,7 @@ def _hashes(batch: Tensor) -> list[bytes]:
 
 
 def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:
-    """Keep tensors. A full or read-only disk costs the cache, not the result."""
+    """Write tensors to the cache. On a full or read-only disk nothing is kept, and nothing is raised."""
     if path is None:
         return
     small = {k: _smallest(v) for k, v in tensors.items()}
@@ -153,7 +152,7 @@ def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:
 
 
 def _read(path: Path | None, names: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """Tensors as float64, or None where there is no such file or a damaged one."""
+    """Read tensors as float64; None if the file is missing or damaged."""
     if path is None or not path.is_file():
         return None
     try:
@@ -166,7 +165,7 @@ def _read(path: Path | None, names: tuple[str, ...]) -> dict[str, Tensor] | None
 
 
 def _smallest(values: Tensor) -> Tensor:
-    """float32 where nothing is lost: networks compute in it."""
+    """Convert to float32 if no value changes: networks compute in float32."""
     single = values.float()
     return (single if torch.equal(single.double(), values) else values).contiguous()
 

@@ -41,7 +41,7 @@ class Macs:
     embed: int
     blocks: tuple[int, ...]
     leave: dict[int, int]
-    """By depth: the exit head; at full depth the model's own head."""
+    """Counts of the exit head by depth; at full depth, of the model's own head."""
 
     def branch(self, depth: int) -> int:
         """Count one branch of one picture up to `depth` blocks."""
@@ -49,7 +49,7 @@ class Macs:
 
     @property
     def full(self) -> int:
-        """One forward of the whole model for one picture, as in the papers' tables."""
+        """Count one forward of the whole model for one picture, as in the papers' tables."""
         return self.branch(len(self.blocks))
 
     def plan(self, plan: DepthPlan) -> int:

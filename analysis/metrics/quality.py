@@ -1,8 +1,7 @@
-"""`evaluate`: two sets of pictures in, named numbers out.
+"""Compare two sets of pictures: `evaluate` returns named numbers.
 
-torch-fidelity computes what it does well, Inception score, precision and recall, from features that are computed here
-once per set. Distances and intervals are this package's (`dyndit.stats`, infinity.py, kid.py, memorisation.py,
-paired.py).
+Features are computed here once per set. torch-fidelity computes Inception score, precision and recall from them. This
+package computes distances and intervals (`dyndit.stats`, infinity.py, kid.py, memorisation.py, paired.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +22,9 @@ from dyndit.sampling.store import problem_of
 from dyndit.stats import frechet_distance
 
 DEFAULT_METRICS = ("fd", "kid", "is", "prc")
-NUM_SPLITS = 10  # of the Inception score
-NEIGHBOURS = 3  # of precision and recall, as ADM
-PAIRED = "paired_"  # prefix of figures that are no verdict
+NUM_SPLITS = 10  # parts of a set for the Inception score
+NEIGHBOURS = 3  # k of precision and recall, as in ADM
+PAIRED = "paired_"  # prefix of figures that judge no model
 
 
 @metric("fd")
@@ -101,10 +100,10 @@ def evaluate(
     lpips_weights: Path | None = None,
     cache: Path | None = None,
 ) -> Figures:
-    """Compare samples with a reference, folders, .npz files or uint8 (N, C, H, W), on the extractor's features.
+    """Compare samples with a reference on the extractor's features. Sets: folders, .npz files or uint8 (N, C, H, W).
 
-    Returns "metric" (FID for Inception, else FD-<extractor>), "extractor", "num_samples", "num_reference" (None for
-    statistics that do not say), "forced", and for each metric
+    Returns "metric" (FID for Inception, else FD-<extractor>), "extractor", "num_samples", "num_reference" (None if the
+    statistics do not say it), "forced", and for each metric
 
     | metric | figures |
     |---|---|
@@ -115,16 +114,17 @@ def evaluate(
     | sfid | sfid: the Fréchet distance on spatial features (Nash et al. 2021) |
     | memorisation | memorised, memorised_low, memorised_high, nearest_sample, nearest_held_out; see memorisation.py |
     | fd-infinity | fd_infinity: extrapolated to infinitely many samples |
-    | paired | paired_psnr_median, paired_psnr_worst, ... ssim, with weights lpips; no verdict, see paired.py |
+    | paired | paired_psnr_median, paired_psnr_worst, ... ssim, with weights lpips; judges no model, see paired.py |
 
     train: training pictures, if not the reference. held_out: real pictures not trained on, for memorisation. full: the
     full model's pictures of the same seeds, for paired. cache: folder to keep features in.
 
-    No figure depends on the order of pictures or on batches beyond rounding, but for paired, which pairs by position.
-    Compare fd at equal N only: a Gaussian of 256 features scores 37 against itself at N = 500, 3.7 at 5,000. With as
-    few pictures as features a Fréchet distance has no meaning, and an unfinished folder of `dyndit sample` is no set:
-    InputError, unless `force`, which sets "forced". Raises InputError also for unknown metrics, sets that a metric
-    lacks, and pictures that do not fit.
+    Beyond rounding no figure depends on batches or on the order of pictures; only paired pairs pictures by position.
+    Compare fd at equal N only: a Gaussian of 256 features scores 37 against itself at N = 500, 3.7 at 5,000.
+
+    Raises:
+        InputError: no more pictures than features, or an unfinished folder of `dyndit sample`, unless `force` is set
+            (which sets "forced"). An unknown metric, a missing set, or pictures that do not fit.
     """
     _check_names(metrics, held_out, full)
     sources = {"samples": samples, "reference": reference, "train": train, "held_out": held_out, "full": full}
@@ -158,10 +158,10 @@ def evaluate(
 
 
 def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",)) -> Figures:
-    """The figures of `evaluate` for pictures, uint8 (N, C, H, W), on a reference that is measured already.
+    """Compute figures of `evaluate` for pictures, uint8 (N, C, H, W), on a measured reference.
 
-    metrics: those that need no other sets: fd, kid, is, prc, sfid, fd-infinity. Does not ask whether the pictures are
-    enough; raises InputError otherwise as `evaluate`.
+    metrics: any that need no other set: fd, kid, is, prc, sfid, fd-infinity. The number of pictures is not checked.
+    Raises InputError as `evaluate`.
     """
     samples = Measured(read_set(pictures, "samples"), reference.extractor, reference.spatial)
     comparison = Comparison(samples, reference, reference)
@@ -171,7 +171,7 @@ def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",
 def reference_statistics(
     reference: Path | Tensor, extractor: Extractor, spatial: bool = False, cache: Path | None = None
 ) -> Statistics:
-    """What `sets.save_statistics` writes: moments that later stand for the reference. Raises InputError."""
+    """Return moments that stand for the reference later, for `sets.save_statistics`. Raises InputError."""
     return Measured(read_set(reference, "reference"), extractor, spatial, cache).as_statistics()
 
 
@@ -186,7 +186,7 @@ def _check_names(metrics: Sequence[str], held_out: object, full: object) -> None
 
 
 def _check_pictures(sets: Mapping[str, PictureSet]) -> None:
-    """Refuse statistics where pictures are needed, and pictures of another size than the samples."""
+    """Refuse statistics if pictures are needed, and pictures of another size than the samples."""
     for name in ("samples", "full"):
         if name in sets and sets[name].source is None:
             raise InputError(f"{sets[name].name}: holds statistics, expected the pictures of the {name}")
@@ -197,9 +197,9 @@ def _check_pictures(sets: Mapping[str, PictureSet]) -> None:
 
 
 def _too_few(sets: Mapping[str, PictureSet], extractor: Extractor, metrics: Sequence[str], force: bool) -> bool:
-    """Whether a Fréchet distance is asked of too few pictures. Raises InputError, unless force.
+    """Tell if a Fréchet distance is asked of too few pictures. Raises InputError, unless force.
 
-    One picture tells the sizes, so that nothing is refused after hours of work.
+    The features of one picture tell the sizes, so that a refusal comes before hours of work.
     """
     asked = [("fd", "features", 1), ("sfid", "spatial", 1), ("fd-infinity", "features", NUM_SIZES)]
     asked = [row for row in asked if row[0] in metrics]
@@ -222,7 +222,7 @@ def _too_few(sets: Mapping[str, PictureSet], extractor: Extractor, metrics: Sequ
 
 
 def _num_for(given: PictureSet, extractor: Extractor, output: str, dims: int) -> int | None:
-    """How many pictures stand behind a set's moments, None if unknown. Raises InputError: the moments do not fit."""
+    """Return the number of pictures behind a set's moments; None if unknown. Raises InputError: moments do not fit."""
     measured = Measured(given, extractor)
     if measured.statistics is not None and (found := len(measured.moments(output).mean)) != dims:
         raise InputError(f"{given.name}: statistics of {found} {output}, expected {dims} as {extractor.name} has")

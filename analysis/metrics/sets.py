@@ -1,4 +1,4 @@
-"""Sets of pictures on disk: folders, ADM's .npz files (pictures, statistics or both), folders of `dyndit sample`."""
+"""Read sets of pictures: folders, also of `dyndit sample`, and ADM's .npz files (pictures, statistics or both)."""
 
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,8 +20,8 @@ from dyndit.stats import Moments
 class Statistics:
     """Moments of a set's features, in place of its pictures.
 
-    spatial: those of the spatial features, where there are any. num: pictures they were taken from, None where the file
-    does not say. extractor: fingerprint of the network; empty in ADM's files, which hold Inception's.
+    spatial: moments of the spatial features, if there are any. num: number of pictures; None if the file does not say
+    it. extractor: fingerprint of the network; empty in ADM's files, which use Inception.
     """
 
     features: Moments
@@ -32,9 +32,9 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class PictureSet:
-    """Pictures, or statistics of their features, or both. `name` is for messages.
+    """Pictures, or statistics of their features, or both.  name: for messages.
 
-    source: the pictures, uint8 (N, C, H, W), or files that are read batch by batch.
+    source: uint8 (N, C, H, W), or files that are read batch by batch.
     """
 
     name: str
@@ -43,7 +43,7 @@ class PictureSet:
 
     @cached_property
     def pictures(self) -> Tensor | None:
-        """All pictures in memory, uint8 (N, C, H, W)."""
+        """Return all pictures in memory, uint8 (N, C, H, W)."""
         if not isinstance(self.source, PictureFiles):
             return self.source
         parts = list(self.source.batches())
@@ -52,11 +52,11 @@ class PictureSet:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """(H, W)."""
+        """Return the pictures' size, (H, W)."""
         return self.source.size if isinstance(self.source, PictureFiles) else tuple(self.source.shape[2:])
 
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
-        """The pictures in order, uint8 (B, 1 or 3, H, W). Of files, one batch at a time is in memory."""
+        """Yield the pictures in order, uint8 (B, 1 or 3, H, W). Files are read one batch at a time."""
         return (
             self.source.batches(batch_size)
             if isinstance(self.source, PictureFiles)
@@ -65,7 +65,7 @@ class PictureSet:
 
 
 def read_set(source: Path | Tensor, name: str) -> PictureSet:
-    """Read what an .npz file or a folder holds; a tensor stands for itself. Raises InputError as `read_pictures`."""
+    """Read an .npz file or a folder, or wrap a tensor. Raises InputError as `read_pictures`."""
     if isinstance(source, Tensor):
         return PictureSet(name, source)
     path = Path(source)
@@ -79,7 +79,7 @@ def read_set(source: Path | Tensor, name: str) -> PictureSet:
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Write an .npz as ADM's, `mu`, `sigma` and if there `mu_s`, `sigma_s`, with `num` and `extractor` besides."""
+    """Write ADM's .npz: `mu`, `sigma`, and `mu_s`, `sigma_s` if given. Add `num` and `extractor`."""
     path = Path(path)
     if path.suffix != ".npz":
         raise InputError(f"{path}: expected a name that ends in .npz")
@@ -114,8 +114,7 @@ def read_pictures(path: Path) -> Tensor:
     """Return the pictures of a folder (searched in depth, sorted) or an .npz file: uint8 (N, C, H, W).
 
     An .npz holds them as ADM's sample sets do: `arr_0` or `images`, uint8 (N, H, W, C). Overview pictures
-    (grid.png, samples.png) are passed over. Raises InputError: nothing there, unreadable, or sizes that
-    differ.
+    (grid.png, samples.png) are skipped. Raises InputError: missing, unreadable, or of different sizes.
     """
     return _pictures(path, _read_arrays(path)) if path.suffix == ".npz" else read_set(path, "").pictures
 

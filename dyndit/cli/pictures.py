@@ -46,21 +46,21 @@ def sample(
     dtype: str = "auto",
     json_: Json = False,
 ) -> None:
-    """Draw pictures. Picture i depends on (seed, class, i) alone. A run that was stopped goes on where it was.
+    """Draw pictures. Picture i depends on (seed, class, i) alone. A stopped run continues.
 
     Args:
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
-        num_images: How many.
+        num_images: Number of pictures.
         solver: One of {solvers}.
         steps: Sampling steps (default: 20, or chosen).
-        cfg_scale: Guidance scale; 1 for none.
+        cfg_scale: Guidance scale; 1 is unguided.
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
         class_labels: Classes, taken in turn; default all of the model's.
         seed: Seed.
         batch_size: Pictures at a time.
         depth: Which depths to run.
-        choice: What steps and depths are chosen for, on the model's stored table.
+        choice: Goal that steps and depths are chosen for, on the model's stored table.
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
         num_heads: Attention heads of a .pt whose width does not tell them.

@@ -66,7 +66,7 @@ def calibrate(
             table, else digits for digits and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
         reference: Real pictures: "digits", or a picture folder.
-        cfg_scale: Guidance scale; 1 for none.
+        cfg_scale: Guidance scale; 1 is unguided.
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.

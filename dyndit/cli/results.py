@@ -1,4 +1,4 @@
-"""Verbs that measure, and show what was measured: evaluate, bench, report, compare, quickstart."""
+"""Verbs that measure and show results: evaluate, bench, report, compare, quickstart."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from dyndit.errors import InputError
 
 @dataclass(frozen=True)
 class MoreSets:
-    """What some metrics compare with besides the reference."""
+    """Sets that some metrics compare with besides the reference."""
 
     train: Path | None = None
     """Training pictures, for memorisation (default: the reference)."""
@@ -48,7 +48,7 @@ def evaluate(
         extractor: One of {extractors}.
         extractor_weights: Its weights, if they do not ship with the package.
         metrics: Any of {metrics}.
-        more: What some metrics compare with besides the reference.
+        more: Sets that some metrics compare with besides the reference.
         force: Compute the distance even of fewer pictures than features, or of a set that `dyndit sample` has not
             finished; the figures are marked as forced.
         save_reference: An .npz for the reference's statistics, which can stand for it later (fd, sfid, fd-infinity).
@@ -85,7 +85,7 @@ def evaluate(
 
 
 def _print_figures(figures: dict[str, object]) -> None:
-    """A line per figure of `evaluate`, intervals beside their figures, paired distances apart."""
+    """Print a line per figure of `evaluate`: intervals beside their figures, paired distances last."""
     ends = ("_low", "_high")
     shown = {k: v for k, v in figures.items() if k not in ("metric", "extractor") and not k.endswith(ends)}
     names = {"fd": figures["metric"], "fd_infinity": f"{figures['metric']}, N=inf", "sfid": f"s{figures['metric']}"}
@@ -128,32 +128,32 @@ def bench(
     """Time a plan against full depth: paired, alternating, warmed up; end to end, the denoiser and the decoder.
 
     Full depth is timed twice under two names: the ratio of the two is the error of the method itself. Rounds go on
-    until the 95% interval of every ratio is narrow enough, or the report says which was not. Beside the times stand
-    multiply-accumulates and FLOPs, peak memory, joules where the machine counts them, the time that the plan's blocks
-    and the measured times of the parts promise, and the time saved as a multiple of that.
+    until the 95% interval of every ratio is narrow enough; otherwise the report names the wide intervals. The report
+    also gives multiply-accumulates, FLOPs, peak memory, and joules if the machine counts them. It gives the time that
+    the parts' measured times promise for the plan, and the share of the promised saving that was reached.
 
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
         solver: One of {solvers}.
         steps: Sampling steps.
-        cfg_scale: Guidance scale; 1 for none.
+        cfg_scale: Guidance scale; 1 is unguided.
         batch_size: Pictures at a time; several are timed one after the other.
         rounds: Timed rounds at least; each runs every arm once.
         until: Go on until the interval (from its low to its high end) of each ratio is below this share of it; 0 times
             exactly --rounds.
-        max_rounds: Rounds at most (default: 60, or --rounds where that is more).
+        max_rounds: Rounds at most (default: 60, or --rounds if that is more).
         num_heads: Attention heads of a .pt whose width does not tell them.
         process: Process of a model that does not say its own, one of {processes}.
         device: auto, cpu or cuda; auto is a GPU if there is one.
         dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
             on a GPU that computes in it, else own.
-        vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for one of random weights.
+        vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for random weights.
         in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
         compile: Compile every block and exit head first, for all arms alike.
-        self_check: Only check the timing itself on what is known (the same twice, a sleep, twice the work); exit
-            status 1 where it fails.
-        out: Where the table of raw times goes (CSV; its columns are in dyndit.analysis.compare.bench.COLUMNS).
+        self_check: Only check the timing on work of known time (the same twice, a sleep, twice the work); exit
+            status 1 if it fails.
+        out: File for the table of raw times (CSV; its columns are in dyndit.analysis.compare.bench.COLUMNS).
         json_: End with one line of JSON.
     """
 
@@ -204,7 +204,7 @@ def bench(
 
 
 def _self_check(device: str, json_: bool) -> None:
-    """Print what the timing finds of what is known; exit status 1 where it is wrong."""
+    """Check the timing on work of known time and print the result. Exit with status 1 if a check fails."""
     from dyndit.analysis.compare import bench_check
 
     checks = bench_check.self_check(bench_check.known_work(device))
@@ -263,7 +263,7 @@ def quickstart(
 
     Args:
         out: Folder of the run; what is there and valid is not done again.
-        from_scratch: Train the backbone too, in place of the one that ships with the package.
+        from_scratch: Train the backbone too, in place of the shipped backbone.
         json_: End with one line of JSON.
     """
     _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)

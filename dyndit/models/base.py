@@ -112,7 +112,7 @@ class Backbone(nn.Module):
 
     @property
     def in_channels(self) -> int:
-        """C."""
+        """Return the number of input channels."""
         return self.sample_shape[0]
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:

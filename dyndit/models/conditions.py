@@ -89,7 +89,7 @@ class ClassLabels:
 
     @property
     def guided(self) -> bool:
-        """True if labels were dropped in training, so that there is a null label."""
+        """Tell if training dropped labels, so that there is a null label."""
         return self.dropout > 0
 
     @property

@@ -1,7 +1,7 @@
 """The class-conditional Diffusion Transformer of Peebles and Xie, "Scalable Diffusion Models with Transformers"
 (ICCV 2023, arXiv:2212.09748), with adaLN-Zero blocks.
 
-Parameter names are those of the published checkpoints (which are timm's), so their state dicts load as they are.
+Parameters have the names of the published checkpoints (and of timm), so published state dicts load directly.
 """
 
 from dataclasses import asdict, dataclass
@@ -37,15 +37,15 @@ class DiTConfig:
     learn_variance: bool = True
     norm_eps: float = 1e-6
     mlp_norm_eps: float = 1e-6
-    """Of the norms before the MLPs: as the others in the published code, 1e-5 by default in diffusers' DiT."""
+    """Epsilon of the norms before the MLPs: 1e-6 in the published code, 1e-5 by default in diffusers' DiT."""
     frequency_shift: int = 0
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
     convention: Convention = "timesteps"
-    """How the weights count time, and which way their velocity points. "timesteps": from 0, the picture, to 1000, and
-    eps - x_0. "sit": SiT's code has 1 - t / 1000 and x_0 - eps; the backbone translates both."""
+    """Time and velocity that the weights expect. "timesteps": time rises from 0 (the picture) to 1000, velocity is
+    eps - x_0. "sit", as in SiT's code: time is 1 - t / 1000, velocity is x_0 - eps. The backbone converts both."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # a list, through JSON
+        if not isinstance(self.image_size, int):  # JSON makes a pair a list
             height, width = self.image_size
             object.__setattr__(self, "image_size", height if height == width else (height, width))
         for name in ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
@@ -63,16 +63,16 @@ class DiTConfig:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width)."""
+        """Return (height, width)."""
         return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Return the rows and columns of patches."""
         return self.size[0] // self.patch_size, self.size[1] // self.patch_size
 
     def build(self) -> "ClassConditionalDiT":
-        """A freshly initialised backbone."""
+        """Make a freshly initialised backbone."""
         return ClassConditionalDiT(self)
 
 
@@ -87,7 +87,7 @@ CARDS: dict[str, DiTConfig] = {
     for size, (blocks, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 } | {
-    # The small presets work on pixels; each is what a recipe of this repository trains.
+    # The small presets work on pixels. A recipe of this repository trains each of them.
     "digits": DiTConfig(8, 2, 1, width=96, num_blocks=12, num_heads=3, num_classes=10),
     "cifar10": DiTConfig(32, 4, 3, width=192, num_blocks=12, num_heads=3, num_classes=10),
 }
@@ -95,7 +95,7 @@ CARDS: dict[str, DiTConfig] = {
 
 
 class ClassConditionalDiT(Backbone):
-    """The standard DiT. Built from a `DiTConfig`; initialised as published."""
+    """The standard DiT, built from a `DiTConfig` and initialised as published."""
 
     family = "class_conditional"
 
@@ -119,7 +119,7 @@ class ClassConditionalDiT(Backbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for linear maps, N(0, 0.02) for embedders, zero for modulations and the output (Sec. 3.2)."""
+        """Set weights: Xavier in linear maps, N(0, 0.02) in embedders, zero in modulations and output (Sec. 3.2)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -138,27 +138,27 @@ class ClassConditionalDiT(Backbone):
         zero_linear(self.final_layer.linear)
 
     def config(self) -> dict[str, object]:
-        """The fields of `DiTConfig`."""
+        """Return the fields of `DiTConfig`."""
         return asdict(self._config)
 
     def unseen(self) -> dict[str, object]:
-        """Heads, the norms' epsilon, timestep frequencies; and a convention that is not ours."""
+        """Return heads, the norms' epsilon, timestep frequencies, and a convention other than "timesteps"."""
         names = _UNSEEN if self._config.convention == "timesteps" else (*_UNSEEN, "convention")
         return {name: getattr(self._config, name) for name in names}
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> "ClassConditionalDiT":
-        """Build from what `config()` returned."""
+        """Build the backbone from the fields of `config()`."""
         return cls(DiTConfig(**config))
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
-        """x: (B, C, H, W), t: (B,), y: (B,) -> State."""
+        """Embed the inputs.  x: (B, C, H, W), t: (B,), y: (B,) -> State."""
         if self._config.convention == "sit":
             t = 1 - t / Process.num_timesteps
         return State(self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y))
 
     def block(self, index: int, state: State) -> State:
-        """Run block `index`; recomputed in the backward pass where gradient checkpointing is on."""
+        """Run block `index`. With gradient checkpointing, the backward pass runs it again."""
         block = self.blocks[index]
         if self.gradient_checkpointing and torch.is_grad_enabled():
             tokens = torch.utils.checkpoint.checkpoint(block, state.tokens, state.cond, use_reentrant=False)
@@ -167,21 +167,21 @@ class ClassConditionalDiT(Backbone):
         return State(tokens, state.cond)
 
     def block_modules(self) -> list[nn.Module]:
-        """The blocks."""
+        """Return the blocks."""
         return list(self.blocks)
 
     def head(self, state: State) -> Tensor:
-        """-> (B, C_out, H, W)."""
+        """Predict from the state after the last block.  -> (B, C_out, H, W)."""
         return self.unpatchify(self.final_layer(state.tokens, state.cond), state)
 
     def new_exit_head(self) -> nn.Module:
-        """A copy of the final layer."""
+        """Return a copy of the final layer."""
         head = FinalLayer(self.width, self.final_layer.linear.out_features, self._config.norm_eps)
         head.load_state_dict(self.final_layer.state_dict())
         return head
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
+        """Join patches to pictures.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         p, (rows, columns) = self._config.patch_size, self._config.grid
         grid = patches.reshape(len(patches), rows, columns, p, p, self.out_channels)
         if self._config.convention == "sit":

@@ -55,7 +55,7 @@ class AdaLNLinear(nn.Module):
         self.final = backbone.new_exit_head()
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
+        """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
         return self.final(tokens, cond)
 
 
@@ -68,7 +68,7 @@ class WideHead(nn.Module):
         self.hidden = HiddenLayer(backbone.width, hidden).to(next(self.final.parameters()))
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
+        """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
         return self.final(self.hidden(tokens, cond), cond)
 
 
@@ -85,7 +85,7 @@ class HiddenLayer(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, D)."""
+        """Add the MLP.  tokens: (B, N, D), cond: (B, D) -> (B, N, D)."""
         shift, scale = self.adaLN_modulation(cond).chunk(2, dim=1)
         return tokens + self.mlp(modulate(self.norm(tokens), shift, scale))
 

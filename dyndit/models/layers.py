@@ -46,7 +46,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t: (B,) -> (B, D)."""
+        """Embed timesteps.  t: (B,) -> (B, D)."""
         features = timestep_features(t, self.num_features, self.frequency_shift)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
 
@@ -59,7 +59,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
 
     def forward(self, y: Tensor) -> Tensor:
-        """y: (B,) -> (B, D)."""
+        """Embed labels.  y: (B,) -> (B, D)."""
         return self.embedding_table(y)
 
 
@@ -77,7 +77,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x: (B, N, D), c: (B, D) -> (B, N, D)."""
+        """Run the block.  x: (B, N, D), c: (B, D) -> (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
@@ -97,7 +97,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x: (B, N, D), c: (B, D) -> (B, N, patch * patch * C_out)."""
+        """Predict patches.  x: (B, N, D), c: (B, D) -> (B, N, patch * patch * C_out)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 

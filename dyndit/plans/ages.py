@@ -19,7 +19,7 @@ class AgedEntries:
     def __init__(
         self, table: ShiftTable, choices: tuple[Step, ...], nearest: Callable[[Step], int], num_steps: int
     ) -> None:
-        """nearest: maps a step without a forecast to the index of its closest entry in `choices`."""
+        """Read the table.  nearest: maps a step without a forecast to the index of its closest entry in `choices`."""
         self.oldest, self.full = max(table.ages), torch.tensor([c.depth == table.num_blocks for c in choices])
         # Ages count steps of the table. A longer sampling changes less between two steps.
         self.pace = table.num_steps / num_steps

@@ -85,7 +85,7 @@ class DepthPlan:
 
     @property
     def guided(self) -> bool:
-        """True if any step runs the unconditional branch."""
+        """Tell if any step runs the unconditional branch."""
         return any(isinstance(step.guide, Unconditional) for step in self.steps)
 
     @property

@@ -17,7 +17,7 @@ class Predictor:
     """Predict from a table at given timesteps: plan -> Fréchet distance to the reference."""
 
     def __init__(self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None) -> None:
-        """`base`: moments of full depth measured at these steps; by default the table's moments."""
+        """Read the table.  base: moments of full depth at these steps (default: the table's moments)."""
         self.table = table
         self.base = table.base if base is None else base
         self.unbias = self.base.num / (self.base.num - 1)

@@ -166,7 +166,7 @@ class DDPM(Process):
         return c_0 * x_0 + c_t * x_t, log_variance
 
     def learned_log_variance(self, v: Tensor, t: Tensor, posterior_log_variance: Tensor) -> Tensor:
-        """iDDPM, Equation 15: v in [-1, 1] interpolates between the posterior's log-variance and log beta_t."""
+        """Interpolate by v in [-1, 1] between the posterior's log-variance and log beta_t (iDDPM, Equation 15)."""
         log_beta = self.betas.log()[t.long().cpu()].view(-1, *[1] * (v.ndim - 1)).to(v.device, v.dtype)
         share = (v + 1) / 2
         return share * log_beta + (1 - share) * posterior_log_variance

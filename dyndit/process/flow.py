@@ -41,7 +41,7 @@ class RectifiedFlow(Process):
         return eps - x_0
 
     def x_0_of(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
-        """Return x_t - s v. Channels beyond the velocity's are passed over.  -> (B, C, H, W)."""
+        """Return x_t - s v. Channels beyond the velocity's are ignored.  -> (B, C, H, W)."""
         return x_t - self._share(t, x_t) * prediction[:, : x_t.shape[1]]
 
     def clamp(self, prediction: Tensor, x_t: Tensor, timestep: float, channels: int) -> Tensor:
@@ -53,7 +53,7 @@ class RectifiedFlow(Process):
         return torch.cat([(x_t - x_0) / share, prediction[:, channels:]], dim=1)
 
     def _inner(self, t: Tensor) -> Tensor:
-        """Return s, moved to half a timestep from 0 and 1 where it is nearer: there log-SNR is infinite."""
+        """Return s, kept half a timestep away from 0 and 1, because log-SNR is infinite there."""
         return t.double().cpu().clamp(0.5, self.num_timesteps - 0.5) / self.num_timesteps
 
     def noise_level(self, t: float) -> float:
@@ -79,7 +79,7 @@ class RectifiedFlow(Process):
     def loss(
         self, prediction: Tensor, x_0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take the mean squared error of the velocity.  -> scalar, {"mse"}."""
+        """Return the mean squared error of the velocity.  -> scalar, {"mse"}."""
         mse = (prediction[:, : x_0.shape[1]].float() - self.target(x_0, eps, t)).square().mean()
         return mse, {"mse": mse.detach()}
 

@@ -108,7 +108,7 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """Device of the condition. The pictures are drawn on it."""
+        """Return the condition's device. The pictures are drawn on it."""
         rows = self.condition
         return rows.device if isinstance(rows, Tensor) else next(iter(rows.rows.values())).device
 

@@ -23,11 +23,11 @@ from dyndit.sampling.store import TIMES, Drawn, Store, added
 
 @dataclass(frozen=True)
 class Samples:
-    """What a sampling gives.
+    """Result of a sampling.
 
-    pictures: (N, C, H, W) uint8 (pixel-space models; else `latents` holds what a decoder takes), labels: (N,),
-    batch_seconds: wall time from noise to uint8, per batch; step_seconds and network_seconds: per step, summed over
-    batches, where `stats` was asked for.
+    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: (N,).
+    batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
+    batches, if `stats` is set.
     """
 
     pictures: Tensor
@@ -42,7 +42,7 @@ class Samples:
 
     @property
     def seconds(self) -> float:
-        """Wall time of all batches."""
+        """Return the wall time of all batches."""
         return sum(self.batch_seconds)
 
 
@@ -68,10 +68,10 @@ def resolve_plan(
 
 
 def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, seed: int) -> None:
-    """Refuse labels the model lacks (it would take them for others), no pictures, and empty batches.
+    """Refuse labels that the model lacks (it would use wrong classes), no pictures, and empty batches.
 
     Raises:
-        InputError: naming the flag.
+        InputError: names the flag.
     """
     model.backbone.condition.of(labels)
     if not labels:
@@ -100,10 +100,10 @@ def sample(
 ) -> Samples:
     """Draw one picture per label.
 
-    Picture i has index first_index + i. `strict` pads every batch to `batch_size`, so that kernels see one shape
-    and pictures are bit-equal however they are grouped; without it they are equal to 1/255.
+    Picture i has index first_index + i. `strict` pads every batch to `batch_size`: kernels then see one shape, and
+    pictures are bit-equal in any grouping. Without `strict` they are equal to 1/255.
     solver: a name of `SOLVERS`, or a diffusers scheduler. `stats` times every step. on_batch(n) is called after each
-    batch of n pictures. All pictures are in memory at the end: `draw` holds a batch, `store.sample_into` keeps them.
+    batch of n pictures. All pictures are in memory at the end; `draw` holds one batch, `sample_into` writes to disk.
 
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
@@ -157,13 +157,13 @@ def draw(
     strict: bool = False,
     stats: bool = False,
 ) -> Iterator[Drawn]:
-    """Draw one picture per label, a batch at a time: what `sample` collects.
+    """Draw one picture per label and yield each batch. `sample` collects them.
 
-    ids: the pictures' numbers (default: 0, 1, ...). Picture i is a function of (seed, label, i) alone, so that numbers
-    can be shared out over processes: `draw(model, labels[a:b], ids=range(a, b))`.
+    ids: the pictures' numbers (default: 0, 1, ...). Picture i is a function of (seed, label, i) alone, so
+    processes can share the numbers: `draw(model, labels[a:b], ids=range(a, b))`.
 
     Raises:
-        InputError: at once, as `sample`; or numbers below 0, or not as many as labels.
+        InputError: raised at the call, as `sample`; or numbers below 0, or another number of ids than labels.
     """
     labels = [int(label) for label in labels]
     check_request(model, labels, batch_size, seed)
@@ -188,7 +188,7 @@ def batches(
     strict: bool = False,
     stats: bool = False,
 ) -> Iterator[Drawn]:
-    """`draw`, of a checked request and a plan that `resolve_plan` gave."""
+    """Draw as `draw`, for a checked request and a plan from `resolve_plan`."""
     device = next(model.parameters()).device
     for low in range(0, len(ids), batch_size):
         mine, indices = list(labels[low : low + batch_size]), list(ids[low : low + batch_size])
@@ -212,10 +212,10 @@ def batches(
 
 @dataclass(frozen=True)
 class Stored:
-    """A set of pictures on disk, as far as it is drawn.
+    """A set of pictures on disk, complete or not.
 
-    manifest: as the folder holds it. Its "complete" says whether all pictures are there; then it has their times too.
-    num_drawn: pictures that this call added.
+    manifest: read from the folder. If "complete" is true, all pictures exist, and the manifest holds their times.
+    num_drawn: number of pictures that this call added.
     """
 
     folder: Path
@@ -245,19 +245,19 @@ def sample_into(
     origin: str = "plan",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Stored:
-    """Draw a set of pictures into the folder `out`. Pictures that are there stay; a finished set is left alone.
+    """Draw a set of pictures into the folder `out`. Existing pictures stay; a finished set does not change.
 
     Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: None takes every
     class in turn.
-    ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes may share them out and draw into one
-    folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. Whoever adds the last picture finishes the set. A batch
-    that two processes share is drawn by both: cut at multiples of batch_size.
+    ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes can share the numbers and draw into one
+    folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. The process that adds the last picture finishes the
+    set. Both processes draw a batch that they share, so cut at multiples of batch_size.
     to_pictures: the decoder of latents, (B, C, h, w) -> uint8 (B, 3, H, W). autoencoder: its hash, for the manifest.
-    origin: what messages call the plan. on_progress(done, all) counts pictures. Other options: as of `sample`.
+    origin: the plan's name in messages. on_progress(done, all) counts pictures. Other options: see `sample`.
 
     Raises:
-        InputError: before anything is written: as `sample`, or `out` holds another run or other files. Later: the disk
-            is full, or a picture of the folder is damaged.
+        InputError: before any write: see `sample`, or `out` holds another run or other files. Later: the disk is full,
+            or a picture of the folder is damaged.
     """
     labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
     labels = [int(labels[i % len(labels)]) for i in range(num_images)] if labels else []
@@ -293,7 +293,7 @@ def sample_into(
         facts |= {name: found[name] for name in TIMES if name in found}
         store.describe(settings, complete=False, **facts)
     todo = [batch for batch in store.batches(batch_size) if not missing.isdisjoint(wanted.intersection(batch))]
-    numbers = [i for batch in todo for i in batch]  # whole batches, but for the set's last
+    numbers = [i for batch in todo for i in batch]  # whole batches; only the last batch of the set may be smaller
     guidance, device = Guidance(cfg_scale, guided_channels), str(next(model.parameters()).device)
     options = {"batch_size": batch_size, "strict": strict, "stats": stats}
     drawing = batches(model, [labels[i] for i in numbers], numbers, plan, guidance, solver, seed, **options)
@@ -303,7 +303,7 @@ def sample_into(
     for drawn in drawing:
         began = time.perf_counter()
         pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
-        # Its times come first: a batch that is there has been timed.
+        # Write times before pictures: every batch on disk then has its time.
         store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
         rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
         store.add([drawn.ids[row] for row in rows], pictures[rows])
@@ -316,7 +316,7 @@ def sample_into(
 
 
 def _facts(plan: DepthPlan) -> dict[str, object]:
-    """What a manifest says of a plan."""
+    """Return the facts about a plan that a manifest holds."""
     return {
         "router": plan.router,
         "settings": plan.settings_text,
@@ -328,15 +328,15 @@ def _facts(plan: DepthPlan) -> dict[str, object]:
 
 
 def _name(ids: set[int]) -> str:
-    """A name for some of a set's numbers: each process notes its times in a file of its own."""
+    """Name some of a set's numbers. Each process writes its times to a file of this name."""
     return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:8]
 
 
 def balanced_labels(num_images: int, num_classes: int) -> list[int]:
-    """Every class in turn: the labels of an evaluation set."""
+    """Return every class in turn: the labels of an evaluation set."""
     return [i % num_classes for i in range(num_images)]
 
 
 def unguided(plan: DepthPlan) -> DepthPlan:
-    """The plan without guides, of the same guidance scale: the extreme of a guidance interval."""
+    """Return the plan without guides at the same guidance scale: an empty guidance interval."""
     return plan.with_steps([replace(step, guide=NoGuide()) for step in plan.steps])

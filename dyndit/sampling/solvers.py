@@ -37,7 +37,7 @@ _MULTISTEP = {"timestep_spacing": "linspace", "final_sigmas_type": "zero"}
 
 
 SOLVERS: dict[str, Solver] = {
-    # The published process: spaced timesteps down to t = 0, learned variance (iDDPM).
+    # Published sampling: spaced timesteps down to t = 0, learned variance (iDDPM).
     "ddpm": Solver(
         diffusers.DDPMScheduler,
         {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"},

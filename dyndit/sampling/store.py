@@ -1,11 +1,10 @@
-"""Sets of pictures on disk, drawn by their numbers: what `dyndit sample` writes.
+"""Store sets of pictures on disk, as `dyndit sample` writes them.
 
-A folder holds a PNG for each picture, `000123-class7.png`, and a `manifest.json`. Once all pictures are there it also
-holds all of them as ADM's evaluator takes them, `samples.npz`, and the first of them side by side, `grid.png`.
+A folder holds a PNG for each picture, `000123-class7.png`, and a `manifest.json`. A finished folder also holds all
+pictures for ADM's evaluator, `samples.npz`, and the first pictures side by side, `grid.png`.
 
-Every file lands whole. Batches are cut from the whole set, whatever numbers are asked for: a run that was killed and
-goes on, or one that is shared out over processes, draws the very batches of an undisturbed one. One batch is in memory
-at a time.
+Every file is written whole. Batches are always cut from the whole set. A resumed run, or a run shared by processes,
+therefore draws the same batches as an undisturbed run. One batch is in memory at a time.
 """
 
 import json
@@ -24,15 +23,15 @@ from dyndit.pictures import PictureFiles, as_image, as_nchw, grid, write_png
 ARCHIVE, GRID = "samples.npz", "grid.png"
 NUM_IN_GRID = 64
 TIMES = ("machine", "ms_per_picture", "ms_denoiser", "seconds", "step_seconds")
-"""What the manifest of a finished set says of its times. `seconds` and `step_seconds` are sums over batches."""
+"""Entries of a finished set's manifest about time. `seconds` and `step_seconds` are sums over batches."""
 
 
 @dataclass(frozen=True)
 class Drawn:
     """One batch of a sampling.
 
-    ids: numbers of the pictures, labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
-    latents. seconds: wall time from noise to there. step_seconds, network_seconds: per step, empty without `stats`.
+    ids: numbers of the pictures. labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
+    latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty without `stats`.
     """
 
     ids: tuple[int, ...]
@@ -45,33 +44,33 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of a set. labels: the class of each picture."""
+    """The folder of a set.  labels: the class of each picture."""
 
     folder: Path
     labels: tuple[int, ...]
 
     def path(self, number: int) -> Path:
-        """Where a picture lies."""
+        """Return the path of a picture."""
         return self.folder / f"{number:06d}-class{self.labels[number]}.png"
 
     def missing(self) -> set[int]:
-        """The numbers of the pictures that are not there."""
+        """Return the numbers of the missing pictures."""
         there = {path.name for path in self.folder.iterdir()}
         return {number for number in range(len(self.labels)) if self.path(number).name not in there}
 
     def batches(self, batch_size: int) -> Iterator[range]:
-        """The numbers of each batch of the whole set."""
+        """Yield the numbers of each batch of the whole set."""
         num = len(self.labels)
         return (range(low, min(low + batch_size, num)) for low in range(0, num, batch_size))
 
     def add(self, numbers: Sequence[int], pictures: Tensor) -> None:
-        """Write pictures, uint8 (B, 1 or 3, H, W)."""
+        """Write pictures.  pictures: uint8 (B, 1 or 3, H, W)."""
         with files.written_together(self.folder) as draft:
             for number, picture in zip(numbers, pictures, strict=True):
                 as_image(picture).save(draft / self.path(number).name)
 
     def note(self, part: str, drawn: Drawn, machine: str, seconds: float) -> None:
-        """Keep the times of a batch until the set is finished. seconds: its wall time, decoding included."""
+        """Keep the times of a batch until the set is finished.  seconds: its wall time, decoding included."""
         row = {"first": drawn.ids[0], "num": len(drawn.ids), "machine": machine, "seconds": seconds}
         row |= {"step_seconds": drawn.step_seconds, "network_seconds": drawn.network_seconds}
         files.append_lines(self.folder / f"times-{part}.jsonl", json.dumps(row) + "\n")
@@ -81,7 +80,7 @@ class Store:
         return sorted(self.folder.glob("times-*.jsonl"))
 
     def times(self) -> dict[str, object]:
-        """The times of the batches drawn so far, on the machine that drew most pictures: what `TIMES` names.
+        """Return the times named in `TIMES`, over the batches of the machine that drew most pictures.
 
         Raises:
             InputError: a file of times is damaged.
@@ -110,13 +109,13 @@ class Store:
         }
 
     def drop_times(self) -> None:
-        """Remove the files of times: the manifest has their sum."""
+        """Remove the files of times. The manifest holds their sums."""
         for path in self._noted:
             path.unlink(missing_ok=True)
 
     @property
     def manifest(self) -> dict[str, object]:
-        """What the folder says of itself."""
+        """Return the folder's manifest."""
         return files.read_json(self.folder / manifest.MANIFEST)
 
     def describe(self, settings: dict[str, object], **facts: object) -> None:
@@ -125,17 +124,17 @@ class Store:
 
     @property
     def has_overviews(self) -> bool:
-        """Whether the archive and the grid are there."""
+        """Tell if the archive and the grid exist."""
         return all((self.folder / name).is_file() for name in (ARCHIVE, GRID))
 
     def finish(self, settings: dict[str, object], facts: dict[str, object]) -> None:
-        """Write the archive, the grid and the manifest of a set whose pictures are all there.
+        """Write the archive, the grid and the manifest of a set once all its pictures exist.
 
         Raises:
             InputError: a picture cannot be read.
         """
         times = self.times()
-        if self.manifest.get("complete") is True:  # another process was quicker, and may have dropped the times
+        if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times
             return
         pictures = PictureFiles(tuple(map(self.path, range(len(self.labels)))))
         _write_archive(self.folder / ARCHIVE, pictures, self.labels)
@@ -146,7 +145,7 @@ class Store:
 
 
 def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], batch_size: int = 256) -> None:
-    """Write the file of `np.savez(path, arr_0=pictures, arr_1=labels)` by batches.  arr_0: uint8 (N, H, W, C)."""
+    """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C)."""
     parts = pictures.batches(batch_size)
     first = next(parts)
     shape = (len(pictures), *first.shape[2:], first.shape[1])
@@ -161,7 +160,7 @@ def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], ba
 
 
 def problem_of(source: object) -> str | None:
-    """Say why a folder of `dyndit sample` is no whole set. None for a finished one, and for any other source."""
+    """Say why a folder of `dyndit sample` is no whole set. Return None for a finished set and for any other source."""
     folder = Path(source) if isinstance(source, str | Path) else None
     if folder is None or not (folder / manifest.MANIFEST).is_file():
         return None
@@ -169,7 +168,7 @@ def problem_of(source: object) -> str | None:
         found = files.read_json(folder / manifest.MANIFEST)
         settings = dict(found["settings"])
     except (CheckpointError, KeyError, TypeError, ValueError):
-        return None  # another's
+        return None  # a manifest of another program
     if settings.get("verb") != "sample":
         return None
     num, expected = sum(1 for _ in folder.glob("*-class*.png")), settings.get("num_images")
@@ -179,5 +178,5 @@ def problem_of(source: object) -> str | None:
 
 
 def added(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """The sum of each column: seconds per step, over batches."""
+    """Sum each column: seconds per step, over batches."""
     return tuple(map(sum, zip(*rows, strict=True)))

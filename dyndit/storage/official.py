@@ -1,9 +1,9 @@
 """Read and write the published DiT checkpoint (Peebles and Xie, github.com/facebookresearch/DiT): a `.pt`.
 
-In: a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`; SiT's are of the same tensors (Ma
-et al., github.com/willisma/SiT), and their `args` say path_type and prediction. Out: `{"ema": state dict, "args":
-plain data}`, which `torch.load(weights_only=True)` opens. The shapes tell the architecture; what no shape shows is
-written into `args` and honoured where it is found there.
+Reads a raw state dict, or a training checkpoint with `ema`, `model`, `opt` and `args`. SiT's checkpoints (Ma et al.,
+github.com/willisma/SiT) have the same tensors, and `args` with path_type and prediction. Writes `{"ema": state dict,
+"args": plain data}`, which `torch.load(weights_only=True)` opens. Shapes tell the architecture. Settings that no shape
+shows are written into `args`, and read from there if present.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def as_published(config: DiTConfig) -> DiTConfig:
 
 
 _SIT = ("Linear", "velocity")
-"""What `--path-type` and `--prediction` of SiT's training script are by default: a rectified flow."""
+"""Defaults of `--path-type` and `--prediction` in SiT's training script: a rectified flow."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ class _Args:
     path: Path
     found: Mapping[str, object]
     num_classes: int | None = None
-    """As the published training script was told, where there is a namespace."""
+    """Option of the published training script, if `args` is its namespace."""
     path_type: object = None
     prediction: object = None
-    """As SiT's training script was told."""
+    """Option of SiT's training script, and so is `path_type`."""
 
     def process(self) -> object:
-        """What `args` say of the process, as `Process.config()` has it; None where they say nothing.
+        """Return the process in `args` in the form of `Process.config()`; None if `args` name no process.
 
         Raises:
             CheckpointError: SiT's script was told to train another process than its default.
@@ -143,7 +143,7 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], _Args, tuple[str, ...]]:
 def _infer(
     tensors: dict[str, Tensor], args: _Args, path: Path, num_heads: int | None, convention: Convention
 ) -> tuple[DiTConfig, str]:
-    """The architecture that the shapes tell; the number of heads, which none shows, from `args` or the width."""
+    """Infer the architecture from the shapes, and the number of heads from `args` or the width."""
     try:
         width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
         num_tokens = tensors["pos_embed"].shape[1]

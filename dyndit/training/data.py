@@ -42,7 +42,7 @@ class Pictures(Dataset, ABC):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of every picture."""
+        """Return the shape (C, H, W) of every picture."""
         return (self.channels, *size_pair(self.image_size))
 
     @abstractmethod

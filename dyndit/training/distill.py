@@ -50,7 +50,7 @@ class Distill:
     fit: FitConfig = _DISTILLING
     data: str = ""
     variance_weight: float = 0.1
-    """Weight of the error on the variance outputs, relative to that on the noise. 0 where the process has none."""
+    """Weight of the variance outputs' error, relative to the noise's error. 0 if the process has no variance."""
     null_share: float = 0.3
     """Share of labels replaced by the null label: guided sampling runs exits on both branches. Recorded calls hold both
     branches already."""

@@ -20,7 +20,7 @@ from dyndit.training.config import FitConfig
 
 
 class Log:
-    """Losses of every step: to losses.csv, to TensorBoard, and to the progress that is shown.
+    """Log of the losses of every step: losses.csv, TensorBoard, and the progress display.
 
     Figures stay on the device until `flush`, so that a step does not wait for them.
     """

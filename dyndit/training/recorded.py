@@ -1,7 +1,7 @@
 """Record the calls that a sampler makes of a backbone: data to distil exits on, without a picture set.
 
-Noised pictures show exits states that a sampler of few guided steps never reaches. Recorded calls are the states that
-the sampler reaches, with their prompts and both guidance branches, in their natural proportion. `record_sampling`
+A sampler of few guided steps never reaches many states of noised pictures. Recorded calls are states that the sampler
+reaches, with their prompts and both guidance branches, in their natural proportion. `record_sampling`
 records our own models, `dyndit.record_calls` the pipelines of diffusers.
 
 On disk: a folder of `call-NNNNNN.safetensors`, one per call of the transformer, each written whole or not at all. A

@@ -42,7 +42,7 @@ class FixedExits(PeerSettings):
 
     @property
     def label(self) -> str:
-        """The slope with two digits, such as "drop0.57"."""
+        """Return the slope with two digits, such as "drop0.57"."""
         return f"drop{self.drop:.2f}"
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:

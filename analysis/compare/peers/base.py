@@ -58,7 +58,7 @@ class PeerSettings:
 
     @property
     def label(self) -> str:
-        """The settings in an arm's name, such as "every2-depth4"."""
+        """Return the settings in an arm's name, such as "every2-depth4"."""
         return "-".join(f"{f.name}{_plain(getattr(self, f.name))}" for f in fields(self))
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:

@@ -313,7 +313,7 @@ class Decisions:
 
     @property
     def mean_depth(self) -> Tensor:
-        """Mean depth by step, (K,)."""
+        """Return the mean depth by step, (K,)."""
         return self.depths.double().mean(1)
 
     @property

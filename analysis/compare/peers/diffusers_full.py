@@ -18,7 +18,7 @@ class DiffusersFull(DiffusersCache):
 
     @property
     def label(self) -> str:
-        """A fixed label, as there are no settings."""
+        """Return a fixed label: there are no settings."""
         return "uncached"
 
     @classmethod

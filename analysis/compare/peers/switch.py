@@ -1,8 +1,8 @@
 """The two-model switch: a smaller model for the first, noisiest steps, then the large one.
 
 T-Stitch (Pan et al. 2024, arXiv:2402.14167) switches between separately trained DiTs of one diffusion process, without
-retraining; DuoDiff (Gallo Fernández et al. 2024, arXiv:2410.09633) trains a shallow and a deep backbone on the same
-objective and switches at a fixed step. Both are this: which model runs is a function of the step alone.
+retraining. DuoDiff (Gallo Fernández et al. 2024, arXiv:2410.09633) trains a shallow and a deep backbone on the same
+objective and switches at a fixed step. In both, the step alone decides which model runs.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from dyndit.storage import load as checkpoints
 
 @dataclass(frozen=True)
 class TwoModels(PeerSettings):
-    """share: of the steps, from the noisiest on, that the small model takes; depth: the small model's blocks.
+    """Settings of the switch.  share: share of steps, the noisiest, that the small model takes. depth: its blocks.
 
-    The small model is trained as the comparison trains its backbone, with fewer blocks and all else alike.
+    The small model is trained like the comparison's backbone, but with fewer blocks.
     """
 
     name: ClassVar[str] = "switch"
@@ -37,24 +37,23 @@ class TwoModels(PeerSettings):
 
     @classmethod
     def off(cls) -> Self:
-        """The large model takes every step."""
+        """Give every step to the large model."""
         return cls(0.0)
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Some, half and most of the steps to the small model."""
+        """Give 30%, 50% and 70% of the steps to the small model."""
         return grid(cls, share=(0.3, 0.5, 0.7))
 
     def num_small_steps(self, num_steps: int) -> int:
-        """How many of the first steps are the small model's."""
+        """Return the number of first steps that the small model takes."""
         return round(self.share * num_steps)
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
         """Train the small model, or load it from the context.
 
         Raises:
-            InputError: there is no context, or it does not say how a backbone is trained; or the small model works on
-                other pictures.
+            InputError: no context, or no recipe for a backbone in it; or the small model works on other pictures.
         """
         if self.share == 0:
             return Switch(model, model, self)
@@ -74,12 +73,12 @@ class TwoModels(PeerSettings):
         return Switch(model, small.to(next(model.parameters()).device), self)
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:
-        """The small model's blocks count as the large one's only where they are as wide, which is not known here."""
+        """Return None if the small model takes steps: its blocks may be narrower, so shares cannot be compared."""
         return plan.share_of_blocks if self.share == 0 else None
 
 
 class Switch(Peer):
-    """The large model's modules, and a small model beside them."""
+    """The large model, which gives the first steps to a small model."""
 
     settings: TwoModels
 
@@ -96,7 +95,7 @@ class Switch(Peer):
         self.small = small.eval()
 
     def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
-        """The model whose step it is predicts every branch at full depth."""
+        """Predict every branch at full depth, by the model that this step belongs to."""
         if step.k < self.settings.num_small_steps(len(step.timesteps)):
             depths = (self.small.num_blocks,) * len(step.labels)
             return self.small.branches(step.x_t, step.times, step.labels, depths), memory

@@ -119,7 +119,7 @@ class ContinuousHead(nn.Module):
         self.to(proj_out.weight)
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
+        """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
         return self.proj_out(self.norm_out(tokens, cond))
 
 
@@ -135,7 +135,7 @@ class TableHead(nn.Module):
         self.proj_out = linear_copy(proj_out)
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out). All frames share one modulation."""
+        """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out). Frames share `cond`."""
         shift, scale = (self.scale_shift_table[None] + cond[:, None]).chunk(2, dim=1)
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
 

@@ -99,7 +99,7 @@ class DiTAdapter(Adapter):
         return head.to(model.proj_out_2.weight)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
+        """Join patches to pictures.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         patch = self.transformer.patch_size
         return join_patches(patches, *(side // patch for side in self.sample_shape[1:]), patch)
 

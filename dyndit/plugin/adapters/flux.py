@@ -1,12 +1,12 @@
 """diffusers' `FluxTransformer2DModel`: FLUX.1 (Black Forest Labs 2024; a paper of the family is arXiv:2506.15742).
 
-Double blocks carry picture and text side by side, single blocks run on both as one; depth counts both kinds, first the
-double ones. The prediction is a velocity. Latents arrive packed, 2 x 2 of them a token: (B, N, C), and leave so.
+Double blocks run on picture and text side by side, single blocks on both as one sequence. Depth counts double blocks
+first, then single blocks. The prediction is a velocity. Latents are packed, 2 x 2 of them a token: (B, N, C).
 
-The step is read from `timestep`, one per row: the pipelines pass the scheduler's divided by 1000, rounded to the
-precision of the latents. `guidance_scale` is an input of the distilled models (`guidance`), no second branch. True
-guidance (`true_cfg_scale` above 1 and a negative prompt) is a second call at every step, on the same latents tensor:
-the first call of a step is conditional, the second unconditional.
+The step is read from `timestep`, one per row: the pipelines pass the scheduler's timestep divided by 1000, rounded to
+the precision of the latents. `guidance_scale` is an input of the distilled models (`guidance`), no second branch. True
+guidance (`true_cfg_scale` above 1 and a negative prompt) makes two calls at every step on the same latents tensor:
+first the conditional call, then the unconditional call.
 """
 
 from dataclasses import dataclass, replace
@@ -24,11 +24,11 @@ from dyndit.process import RectifiedFlow
 class _State(State):
     text: Tensor
     rotary: tuple[Tensor, Tensor]
-    """Cosines and sines of the positions, of text and picture: (S + N, D_head), the same for all rows."""
+    """Cosines and sines of the positions of text, then picture: (S + N, D_head), the same for all rows."""
 
 
 class FluxAdapter(Adapter):
-    """Double blocks, then single ones."""
+    """FLUX.1: double blocks, then single blocks."""
 
     family = "FluxTransformer2DModel"
     row_arguments = ("encoder_hidden_states", "pooled_projections", "guidance")
@@ -42,21 +42,21 @@ class FluxAdapter(Adapter):
         c = transformer.config
         self.num_blocks, self.width = c.num_layers + c.num_single_layers, transformer.inner_dim
         self.out_channels = transformer.out_channels
-        self.sample_shape = (c.in_channels,)  # the model has no size of its own: positions come with the call
+        self.sample_shape = (c.in_channels,)  # the model has no picture size: each call brings its positions
 
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
-        """x: (B, N, C), t: (B,) in 0..1, y: prompt embeddings (B, S, D_text), pooled ones (B, D_pooled), positions."""
+        """Embed.  x: (B, N, C), t: (B,) in 0..1, y: prompt (B, S, D_text), pooled prompt (B, D_pooled), positions."""
         model = self.transformer
         tokens = model.x_embedder(x)
         scales = [v.to(tokens.dtype) * 1000 for v in (t, y["guidance"]) if v is not None]
         cond = model.time_text_embed(*scales, y["pooled_projections"])
         text = model.context_embedder(y["encoder_hidden_states"])
-        # Positions with a batch dimension, the same in every row, are the older calling convention.
+        # Older callers pass positions with a batch dimension, the same in every row.
         ids = [v[0] if v.ndim == 3 else v for v in (y["txt_ids"], y["img_ids"])]
         return _State(tokens, cond, text, model.pos_embed(torch.cat(ids)))
 
     def block(self, index: int, state: _State) -> State:
-        """Run block `index`: a double one, or after the last of them a single one."""
+        """Run block `index`: first the double blocks, then the single blocks."""
         double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
         block = double[index] if index < len(double) else single[index - len(double)]
         text, tokens = block(
@@ -69,18 +69,18 @@ class FluxAdapter(Adapter):
         return replace(state, tokens=tokens, text=text)
 
     def block_modules(self) -> list[nn.Module]:
-        """The double blocks, then the single ones."""
+        """Return the double blocks, then the single blocks."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def head(self, state: State) -> Tensor:
-        """-> (B, N, C_out)."""
+        """Predict from the state after the last block.  -> (B, N, C_out)."""
         model = self.transformer
         return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)
 
     def new_exit_head(self) -> nn.Module:
-        """A copy of the final layer."""
+        """Return a copy of the final layer."""
         return ContinuousHead(self.transformer.norm_out, self.transformer.proj_out)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """(B, N, C_out), which is how the model's own prediction leaves it."""
+        """Return the patches: the model's predictions are packed too.  -> (B, N, C_out)."""
         return patches

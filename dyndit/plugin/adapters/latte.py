@@ -123,7 +123,7 @@ class LatteAdapter(Adapter):
         return TableHead(model.norm_out, model.scale_shift_table, model.proj_out)
 
     def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
-        """(B, F * N, patch * patch * C_out) -> (B, C_out, F, H, W)."""
+        """Join patches to frames.  (B, F * N, patch * patch * C_out) -> (B, C_out, F, H, W)."""
         frames, rows, columns = state.grid
         single = patches.reshape(len(patches) * frames, -1, patches.shape[-1])
         pictures = join_patches(single, rows, columns, self.transformer.config.patch_size)

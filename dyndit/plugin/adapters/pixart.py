@@ -83,5 +83,5 @@ class PixArtAdapter(Adapter):
         return TableHead(model.norm_out, model.scale_shift_table, model.proj_out)
 
     def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
-        """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
+        """Join patches to pictures.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         return join_patches(patches, *state.grid, self.transformer.config.patch_size)

@@ -1,10 +1,10 @@
 """diffusers' `SD3Transformer2DModel`: Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206).
 
-Joint blocks carry picture and text side by side; the last one leaves the text behind. The prediction is a velocity.
+Joint blocks run on picture and text side by side; the last block drops the text. The prediction is a velocity.
 
-The step is read from `timestep`, which the pipelines pass as the scheduler has it, one per row. A guided call
+The step is read from `timestep`: the pipelines pass the scheduler's timestep, one per row. A guided call
 (`guidance_scale` above 1) stacks [unconditional; conditional]: the same latents twice, the embedded negative prompt
-first. Skip-layer guidance makes a third call with `skip_layers`, which is refused.
+first. Skip-layer guidance makes a third call with `skip_layers`, and this call is refused.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class _State(State):
 
 
 class SD3Adapter(Adapter):
-    """Picture and text tokens attend to each other in every block."""
+    """Stable Diffusion 3: picture and text tokens attend to each other in every block."""
 
     family = "SD3Transformer2DModel"
     row_arguments = ("encoder_hidden_states", "pooled_projections")
@@ -40,7 +40,7 @@ class SD3Adapter(Adapter):
         self.sample_shape, self.out_channels = (c.in_channels, c.sample_size, c.sample_size), transformer.out_channels
 
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
-        """x: (B, C, H, W), t: (B,), y: prompt embeddings (B, S, D_text), pooled ones (B, D_pooled)."""
+        """Embed.  x: (B, C, H, W), t: (B,), y: prompt embeddings (B, S, D_text), pooled prompt (B, D_pooled)."""
         model, patch = self.transformer, self.transformer.config.patch_size
         return _State(
             model.pos_embed(x).contiguous(),
@@ -60,18 +60,18 @@ class SD3Adapter(Adapter):
         return replace(state, tokens=tokens, text=text)
 
     def block_modules(self) -> list[nn.Module]:
-        """The blocks."""
+        """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
     def head(self, state: State) -> Tensor:
-        """-> (B, C_out, H, W)."""
+        """Predict from the state after the last block.  -> (B, C_out, H, W)."""
         model = self.transformer
         return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)
 
     def new_exit_head(self) -> nn.Module:
-        """A copy of the final layer."""
+        """Return a copy of the final layer."""
         return ContinuousHead(self.transformer.norm_out, self.transformer.proj_out)
 
     def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
-        """(B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
+        """Join patches to pictures.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         return join_patches(patches, *state.grid, self.transformer.config.patch_size)

@@ -2,7 +2,7 @@
 
     dyndit compare digits_peers --out runs/peers                     # resumable
 
-Two extractors score every picture: the extractor that plans are calibrated on, and an extractor that no plan has seen.
+Two extractors score every picture: one that plans are calibrated on, and one that no plan is chosen by.
 The exits are the quickstart's exits. The run also trains the small model of the switch and the pruned backbones, in
 `runs/peers/peers`, and reuses them when it resumes. A peer without its package is left out. The run's manifest names
 the peers that took part.

@@ -36,6 +36,7 @@ experiment = Experiment(
         for settings in peer.chosen()
     ),
     peer_steps=(10, 20),
+    margin=0.03,
     num_blocks=5,
     num_images=1_000,
     batch_size=125,

@@ -8,9 +8,9 @@ exits and the table of `cifar10_frontier`; without it the run makes them first. 
 leaves out peers that train (pruned blocks, a smaller model), random plans, and skipped layers, which were far behind on
 the digits.
 
-Measured on 3 of the 5 blocks (docs/results/cifar10-rivals): no. 35 of the 37 arms of peers and of no guidance are
-clearly worse than a plan that is no slower, by each extractor. The other two are guidance intervals, level at 40 ms
-and more; the cheapest plan takes 14. On 2 cores of an AMD EPYC with AVX-512 BF16, 2026-11-28: 13 minutes of
+Measured on 3 of the 5 blocks (docs/results/cifar10-rivals): no. 34 of the 37 arms of peers and of no guidance are
+clearly worse, by both extractors, than one plan that is no slower. The other three are the guidance intervals, which
+take 36 ms and more; the cheapest plan takes 14. On 2 cores of an AMD EPYC with AVX-512 BF16, 2026-11-28: 13 minutes of
 sampling for the 3 blocks.
 """
 

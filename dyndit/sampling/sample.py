@@ -332,11 +332,6 @@ def _name(ids: set[int]) -> str:
     return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:8]
 
 
-def balanced_labels(num_images: int, num_classes: int) -> list[int]:
-    """Return every class in turn: the labels of an evaluation set."""
-    return [i % num_classes for i in range(num_images)]
-
-
 def unguided(plan: DepthPlan) -> DepthPlan:
     """Return the plan without guides at the same guidance scale: an empty guidance interval."""
     return plan.with_steps([replace(step, guide=NoGuide()) for step in plan.steps])

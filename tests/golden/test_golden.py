@@ -29,8 +29,9 @@ from dyndit.plans.schedules import guidance_interval, ramp
 from dyndit.plans.step import steps
 from dyndit.plugin.adapters import adapt
 from dyndit.sampling.loop import full_plan
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.sampling.sample import sample
 from dyndit.storage import load as checkpoints
+from support.models import balanced_labels
 from support.tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]

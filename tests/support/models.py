@@ -28,3 +28,8 @@ def randomise(module: nn.Module, seed: int) -> None:
             if parameter.requires_grad:
                 scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def balanced_labels(num_images: int, num_classes: int) -> list[int]:
+    """Every class in turn."""
+    return [i % num_classes for i in range(num_images)]

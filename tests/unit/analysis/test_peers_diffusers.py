@@ -39,8 +39,9 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Step
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, Trajectory, advance, full_plan, start
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.sampling.sample import sample
 from dyndit.storage.diffusers_folder import to_diffusers
+from support.models import balanced_labels
 
 STEPS, GUIDED = 10, 1.5
 NEEDS_CACHE_DIT = pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs the package cache-dit")

@@ -16,10 +16,11 @@ from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.sampling.sample import sample
 from dyndit.sampling.timing import measure_cost
 from dyndit.stats import frechet_distance, moments
 from dyndit.training.data import load_digits
+from support.models import balanced_labels
 
 SETTINGS = CalibrationSettings(num_pictures=80, num_bands=2, batch_size=32, choices=("2|2", "4|2", "6"))
 

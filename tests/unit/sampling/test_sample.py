@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 
 from dyndit.errors import InputError, PlanError
 from dyndit.models.base import State
+from dyndit.models.conditions import ClassLabels
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
@@ -16,7 +17,7 @@ from dyndit.plans.step import NoGuide, Step, Unconditional, steps
 from dyndit.process import DDPM
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, noise, start, to_uint8
-from dyndit.sampling.sample import balanced_labels, sample, unguided
+from dyndit.sampling.sample import sample, unguided
 from dyndit.sampling.solvers import (
     SOLVERS,
     draws_noise,
@@ -26,6 +27,7 @@ from dyndit.sampling.solvers import (
     takes_variance,
     timesteps_of,
 )
+from support.models import balanced_labels
 
 PROCESS = DDPM()
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5]
@@ -314,8 +316,8 @@ def test_plans_that_do_not_fit_are_refused(tiny_dynamic) -> None:
         sample(tiny_dynamic, LABELS, plan=replace(plan, backbone="another"), num_steps=4)
 
 
-def test_balanced_labels() -> None:
-    assert balanced_labels(5, 3) == [0, 1, 2, 0, 1]
+def test_classes_come_in_turn() -> None:
+    assert ClassLabels(3).in_turn(5) == balanced_labels(5, 3) == [0, 1, 2, 0, 1]
 
 
 @pytest.mark.gpu

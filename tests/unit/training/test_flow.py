@@ -16,7 +16,7 @@ from dyndit.models.dit import DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig
 from dyndit.process import DDPM, RectifiedFlow
-from dyndit.sampling.sample import balanced_labels, sample
+from dyndit.sampling.sample import sample
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill
@@ -25,6 +25,7 @@ from dyndit.training.match import Match
 from dyndit.training.recorded import RecordedCalls
 from dyndit.training.train import Train
 from support.files import same
+from support.models import balanced_labels
 from support.tables import COST
 
 DIGITS = load_digits()

@@ -18,7 +18,6 @@ from dyndit.models.layers import position_features
 from dyndit.process import DDPM
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
-from dyndit.sampling.sample import balanced_labels
 from dyndit.storage import load as checkpoints
 from dyndit.training.borrowed import borrowed
 from dyndit.training.config import FitConfig
@@ -31,6 +30,7 @@ from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import exit_errors
 from dyndit.training.recorded import RecordedCalls, recorded_sampling
 from dyndit.training.train import Train
+from support.models import balanced_labels
 
 DIGITS = load_digits()
 BACKBONE = DiTConfig(8, 4, 1, width=48, num_blocks=4, num_heads=2, num_classes=10)

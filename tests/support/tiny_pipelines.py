@@ -4,6 +4,8 @@ Transformers have random weights all through; text encoders, tokenizers and VAEs
 function per adapter, by the name of the class it serves.
 """
 
+import importlib
+import pkgutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -278,9 +280,19 @@ TINY_PIPELINES: dict[str, Callable[[int], TinyPipeline]] = {
 }
 
 
+def _add_families() -> None:
+    """Add the families with a file of their own, `support/families/NAME.py`: its `FAMILY` and its `tiny(seed)`."""
+    from support import families
+
+    for found in pkgutil.iter_modules(families.__path__):
+        module = importlib.import_module(f"{families.__name__}.{found.name}")
+        TINY_PIPELINES[module.FAMILY] = module.tiny
+
+
+_add_families()
+
+
 def tiny_pipeline(serves: str, seed: int = 0) -> TinyPipeline:
     """The tiny pipeline of the adapter that serves this class; a family without one is a failed test, said so."""
-    assert serves in TINY_PIPELINES, (
-        f"add a tiny pipeline of {serves} to TINY_PIPELINES in tests/support/tiny_pipelines.py"
-    )
+    assert serves in TINY_PIPELINES, f"add a tiny pipeline of {serves}: a file in tests/support/families"
     return TINY_PIPELINES[serves](seed)

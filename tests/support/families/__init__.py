@@ -1,0 +1,1 @@
+"""Tiny pipelines, a file per family: `FAMILY`, the diffusers class of its adapter, and `tiny(seed)`."""

@@ -6,7 +6,6 @@ import itertools
 from dataclasses import dataclass
 
 import diffusers
-import torch
 from diffusers import SchedulerMixin
 
 from dyndit.errors import InputError
@@ -35,7 +34,6 @@ class Solver:
 
 _MULTISTEP = {"timestep_spacing": "linspace", "final_sigmas_type": "zero"}
 
-
 SOLVERS: dict[str, Solver] = {
     # Published sampling: spaced timesteps down to t = 0, learned variance (iDDPM).
     "ddpm": Solver(
@@ -51,7 +49,6 @@ SOLVERS: dict[str, Solver] = {
     "flow-euler": Solver(diffusers.FlowMatchEulerDiscreteScheduler, {}, RectifiedFlow),
 }
 
-
 AnySolver = str | SchedulerMixin
 """A name of `SOLVERS`, or any diffusers scheduler that steps the model's process."""
 
@@ -62,11 +59,7 @@ def solvers_of(process: Process) -> dict[str, Solver]:
 
 
 def named_solver(name: str, process: Process) -> Solver:
-    """Look up a solver for a model of this process.
-
-    Raises:
-        InputError: there is no such solver, or it steps another process.
-    """
+    """Look up a solver for a model of this process. Raises InputError if there is none of this name."""
     if name not in SOLVERS:
         raise InputError(f"--solver {name}: expected one of {', '.join(SOLVERS)}")
     if name not in solvers_of(process):
@@ -182,8 +175,3 @@ def timesteps_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -
     """Return the timesteps of a solver, falling. Whole timesteps are integers."""
     times = make_scheduler(solver, num_steps, process).timesteps.tolist()
     return tuple(int(t) if float(t).is_integer() else t for t in times)
-
-
-def log_snr_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> tuple[float, ...]:
-    """Return the log of the signal-to-noise ratio at every step of a solver, rising from noise to picture."""
-    return tuple(process.log_snr(torch.tensor(timesteps_of(solver, num_steps, process))).tolist())

@@ -66,13 +66,10 @@ class State:
         """Return the state of rows `start:stop` of the batch."""
         if start == 0 and stop in (None, len(self.tokens)):
             return self
-        return self._picked(slice(start, stop))
+        return self.take(slice(start, stop))
 
-    def take(self, indices: Tensor) -> Self:
-        """Return the state of these rows of the batch.  indices: (R,), integers."""
-        return self._picked(indices)
-
-    def _picked(self, rows: slice | Tensor) -> Self:
+    def take(self, rows: slice | Tensor) -> Self:
+        """Return the state of these rows of the batch.  rows: a slice, or integers (R,)."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})
 

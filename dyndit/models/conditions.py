@@ -53,11 +53,7 @@ class ConditionType(Protocol):
     """True if there is a null condition. Classifier-free guidance needs it."""
 
     def null(self, like: Condition) -> Condition:
-        """Return the null condition, repeated for the rows of `like`.
-
-        Raises:
-            InputError: there is no null condition.
-        """
+        """Return the null condition, repeated for the rows of `like`. Raises InputError if there is none."""
 
     def dropped(self, condition: Condition, generator: torch.Generator, share: float | None = None) -> Condition:
         """Replace each row by the null condition with probability `share` (default: the model's own dropout).
@@ -69,8 +65,7 @@ class ConditionType(Protocol):
     def of(self, values: Sequence[object], device: torch.device | str = "cpu") -> Condition:
         """Build the condition of these values, one row per value. A class label is a whole number.
 
-        Raises:
-            InputError: naming a value that this model does not know.
+        Raises InputError, naming a value that this model does not know.
         """
 
     def in_turn(self, num: int, first: int = 0) -> list[object]:

@@ -78,9 +78,7 @@ class DiTConfig:
 
 _UNSEEN = ("num_heads", "norm_eps", "mlp_norm_eps", "frequency_shift")
 
-
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-
 
 CARDS: dict[str, DiTConfig] = {
     f"DiT-{size}/{patch}": DiTConfig(num_blocks=blocks, width=width, num_heads=heads, patch_size=patch)

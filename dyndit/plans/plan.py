@@ -135,11 +135,7 @@ class DepthPlan:
         return replace(self, steps=tuple(steps), **changes)
 
     def difference(self, other: Self) -> list[tuple[int, Step, Step]]:
-        """List the steps at which two plans differ: (number, step here, step there).
-
-        Raises:
-            PlanError: the plans have different timesteps.
-        """
+        """List the steps that differ: (number, step here, step there). Raises PlanError for other timesteps."""
         if self.timesteps != other.timesteps:
             raise PlanError(f"plans of {self.num_steps} and {other.num_steps} steps have different timesteps")
         both = zip(self.steps, other.steps, strict=True)

@@ -29,8 +29,7 @@ def router(function: F) -> F:
 def parse_router(text: str) -> Router:
     """Read a router such as "ramp:3" or "ramp:3,12,1.5". Settings follow the order of the function's arguments.
 
-    Raises:
-        InputError: an unknown router, or settings that the router does not take.
+    Raises InputError for an unknown router, or for settings that the router does not take.
     """
     name, _, rest = text.partition(":")
     if name not in ROUTERS:
@@ -84,14 +83,9 @@ def reversed_plan(plan: DepthPlan) -> DepthPlan:
 def guidance_interval(plan: DepthPlan, low: float, high: float, process: Process = DDPM()) -> DepthPlan:
     """Limit the plan's guidance to noise levels in (low, high], without an unconditional pass outside.
 
-    Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
-    Diffusion Models" (arXiv:2404.07724). As in the paper, a noise level is the noise's standard deviation at picture
-    scale 1 (`Process.noise_level`). With DDPM it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250, 0.01 at 0.
-
-    process: the model's process.
-
-    Raises:
-        InputError: not 0 <= low < high.
+    As in Kynkäänniemi et al. 2024 (arXiv:2404.07724), a noise level is the noise's standard deviation at picture scale
+    1 (`Process.noise_level`). With DDPM it is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250, 0.01 at 0.
+    process: the model's process. Raises InputError unless 0 <= low < high.
     """
     if not 0 <= low < high:
         raise InputError(f"guidance interval ({low:g}, {high:g}): expected noise levels 0 <= low < high")

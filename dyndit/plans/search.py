@@ -58,25 +58,18 @@ def search(
     limit = budget * predictor.seconds[-1].item() * full.num_steps * (1 + 1e-9)
     if budget < table.least_share * (1 - 1e-9):
         raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
-    best, best_value = None, float("inf")
     given = [predictor.choice(plan) for plan in starts]
     given = [choice for choice in given if predictor.seconds[choice].sum() <= limit]
-    for choice in given + _starts(predictor, full, limit, settings.num_starts):
-        choice, value = _improve(predictor, choice, limit, settings)
-        if value < best_value:
-            best, best_value = choice, value
+    given += _starts(predictor, full, limit, settings.num_starts)
+    found = [_improve(predictor, choice, limit, settings) for choice in given]
+    best, best_value = min(found, key=lambda improved: improved[1])
     kicks = torch.Generator().manual_seed(0)
     for _ in range(settings.num_kicks):
         choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
         if value < best_value:
             best, best_value = choice, value
-    plan = full.with_steps(
-        [predictor.choices[i] for i in best.tolist()],
-        router="searched",
-        budget=budget,
-        backbone=table.backbone,
-        exits=table.exits,
-    )
+    bound = {"backbone": table.backbone, "exits": table.exits}
+    plan = full.with_steps([predictor.choices[i] for i in best.tolist()], router="searched", budget=budget, **bound)
     figures = {
         "predicted_fd": best_value,
         "predicted_fd_full": predictor.predict(full),

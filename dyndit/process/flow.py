@@ -90,8 +90,7 @@ class RectifiedFlow(Process):
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Accept diffusers' flow-matching schedulers, and solvers told to step a flow (`use_flow_sigmas`).
 
-        Raises:
-            InputError: a scheduler of another process, of another prediction, or of another number of timesteps.
+        Raises InputError for any other, for another prediction, and for another number of timesteps.
         """
         name, config = type(scheduler).__name__, scheduler.config
         if not (isinstance(scheduler, _FLOW_MATCHING) or config.get("use_flow_sigmas")):
@@ -113,7 +112,7 @@ class RectifiedFlow(Process):
         if isinstance(scheduler, _FLOW_MATCHING):
             scheduler.set_timesteps(num_steps, sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
         else:
-            scheduler.set_timesteps(num_steps)
+            super().set_timesteps(scheduler, num_steps)
 
     def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
         """Return the noise itself."""

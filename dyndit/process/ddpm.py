@@ -110,12 +110,8 @@ class DDPM(Process):
 
     def scheduler_settings(self) -> dict[str, object]:
         """Return the betas."""
-        return {
-            "num_train_timesteps": self.num_timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "beta_schedule": "linear",
-        }
+        betas = {"beta_start": self.beta_start, "beta_end": self.beta_end, "beta_schedule": "linear"}
+        return {"num_train_timesteps": self.num_timesteps} | betas
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Accept a scheduler that predicts noise on these betas. Raise InputError for any other."""

@@ -95,11 +95,8 @@ class RectifiedFlow(Process):
         name, config = type(scheduler).__name__, scheduler.config
         if not (isinstance(scheduler, _FLOW_MATCHING) or config.get("use_flow_sigmas")):
             raise InputError(f"scheduler {name}: of another process; expected one of flow matching (rectified flow)")
-        for setting, expected in {
-            "prediction_type": "flow_prediction",
-            "num_train_timesteps": self.num_timesteps,
-            "variance_type": None,
-        }.items():
+        wanted = {"prediction_type": "flow_prediction"} | self.scheduler_settings() | {"variance_type": None}
+        for setting, expected in wanted.items():
             if (found := config.get(setting, expected)) != expected:
                 raise InputError(f"scheduler {name}: {setting} {found}; expected {expected}")
 

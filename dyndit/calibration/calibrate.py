@@ -8,12 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dyndit.calibration.extractor import FeatureExtractor
-from dyndit.calibration.measure import (
-    CalibrationSettings,
-    OnProgress,
-    measure_shifts,
-    reduced,
-)
+from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_shifts, reduced
 from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
@@ -124,13 +119,7 @@ def plan_on_table(
         InputError: the budget is out of range, or the table belongs to another model.
     """
     sampler = OwnSampler(model, solver, num_steps, table.cfg_scale)
-    return _searched(sampler, table, budget, base)
-
-
-def _searched(sampler: Sampler, table: ShiftTable, budget: float, base: Moments | None = None) -> DepthPlan:
-    """Do the same as `plan_on_table` for any sampler."""
-    table = _fitting(sampler, table)
-    return search(table, sampler.full, budget, base=base)
+    return search(_fitting(sampler, table), sampler.full, budget, base=base)
 
 
 def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
@@ -169,9 +158,10 @@ def planned(
     full = sampler.full
     if table.cfg_scale != full.cfg_scale:
         raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {full.cfg_scale:g}")
+    table = _fitting(sampler, table)
     if extractor is None:
-        return _searched(sampler, table, budget)
-    table, extractor = _fitting(sampler, table), _extractor_of(table, extractor)
+        return search(table, full, budget)
+    extractor = _extractor_of(table, extractor)
 
     def measure(plan: DepthPlan) -> Moments:
         return _moments(sampler, extractor, plan, table.num_pictures, fresh=False)

@@ -41,11 +41,7 @@ class Sampler(Protocol):
     """Other settings that change the pictures, as plain data."""
 
     def replaced(
-        self,
-        indices: Sequence[int],
-        bands: Sequence[Sequence[int]],
-        choices: Sequence[Step],
-        ages: Sequence[int] = (),
+        self, indices: Sequence[int], bands: Sequence[Sequence[int]], choices: Sequence[Step], ages: Sequence[int] = ()
     ) -> Iterator[Tensor]:
         """Draw pictures at full depth; then, per band and choice, pictures with that band's steps replaced.
 
@@ -115,11 +111,7 @@ class OwnSampler:
         return self.guided_channels
 
     def replaced(
-        self,
-        indices: Sequence[int],
-        bands: Sequence[Sequence[int]],
-        choices: Sequence[Step],
-        ages: Sequence[int] = (),
+        self, indices: Sequence[int], bands: Sequence[Sequence[int]], choices: Sequence[Step], ages: Sequence[int] = ()
     ) -> Iterator[Tensor]:
         """See `Sampler`. Classes come in turn."""
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)

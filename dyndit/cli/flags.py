@@ -21,7 +21,13 @@ T = TypeVar("T")
 Positional = tyro.conf.Positional
 Unnamed = Annotated[T, tyro.conf.arg(name="")]
 """A group of flags without the group's name before each flag."""
-Json = Annotated[bool, tyro.conf.arg(name="json")]
+NumHeads = Annotated[int | None, tyro.conf.arg(help="Attention heads of a .pt whose width does not tell them.")]
+CfgScale = Annotated[float, tyro.conf.arg(help="Guidance scale; 1 is unguided.")]
+BatchSize = Annotated[int, tyro.conf.arg(help="Pictures at a time.")]
+Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if there is one.")]
+_OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
+Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
 
 
 @dataclass(frozen=True)

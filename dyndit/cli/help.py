@@ -3,66 +3,24 @@
 Registries are read only when a verb's help is asked for, since they import torch.
 """
 
-from collections.abc import Callable, Iterable
+import pkgutil
+
+REGISTRIES = {
+    "solvers": "dyndit.sampling.solvers:SOLVERS",
+    "extractors": "dyndit.analysis.metrics.extractors:EXTRACTORS",
+    "metrics": "dyndit.analysis.metrics.metric:metrics_by_name",
+    "heads": "dyndit.models.exits:HEADS",
+    "routers": "dyndit.plans.schedules:ROUTERS",
+    "processes": "dyndit.process:processes",
+    "recipes": "dyndit.cli.recipes:packaged",
+}
+"""Registries that a docstring may name, each with its names or the function that lists them."""
 
 
 def filled(text: str) -> str:
     """Replace each `{registry}` of a docstring by the registry's names."""
-    for name, names in REGISTRIES.items():
+    for name, place in REGISTRIES.items():
         if (mark := f"{{{name}}}") in text:
-            text = text.replace(mark, ", ".join(names()))
+            names = pkgutil.resolve_name(place)
+            text = text.replace(mark, ", ".join(names() if callable(names) else names))
     return text
-
-
-def _solvers() -> Iterable[str]:
-    from dyndit.sampling.solvers import SOLVERS
-
-    return SOLVERS
-
-
-def _extractors() -> Iterable[str]:
-    from dyndit.analysis.metrics.extractors import EXTRACTORS
-
-    return EXTRACTORS
-
-
-def _metrics() -> Iterable[str]:
-    from dyndit.analysis.metrics.metric import metrics_by_name
-
-    return metrics_by_name()
-
-
-def _heads() -> Iterable[str]:
-    from dyndit.models.exits import HEADS
-
-    return HEADS
-
-
-def _routers() -> Iterable[str]:
-    from dyndit.plans.schedules import ROUTERS
-
-    return ROUTERS
-
-
-def _processes() -> Iterable[str]:
-    from dyndit.process import processes
-
-    return processes()
-
-
-def _recipes() -> Iterable[str]:
-    from dyndit.cli.recipes import packaged
-
-    return packaged()
-
-
-REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
-    "solvers": _solvers,
-    "extractors": _extractors,
-    "metrics": _metrics,
-    "heads": _heads,
-    "routers": _routers,
-    "processes": _processes,
-    "recipes": _recipes,
-}
-"""Registries that a docstring may name, each with the function that lists its names."""

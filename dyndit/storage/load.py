@@ -19,42 +19,22 @@ from pathlib import Path
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_json, read_safetensors
-from dyndit.models.base import Backbone
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.exits import Exits
-from dyndit.process import DDPM, Process, processes
+from dyndit.process import DDPM, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
-from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, VERSION, WEIGHTS
+from dyndit.storage.native import CONFIG, EXITS, PLANS, TABLE, WEIGHTS
 from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
-
-__all__ = [
-    "CONFIG",
-    "EXITS",
-    "EXITS_FORMAT",
-    "MODEL_FORMAT",
-    "PIPELINE",
-    "PLANS",
-    "TABLE",
-    "VERSION",
-    "WEIGHTS",
-    "Loaded",
-    "copy_companions",
-    "inspect",
-    "load",
-    "load_exits",
-    "push",
-    "push_model",
-    "save",
-    "save_exits",
-]
 
 PIPELINE, TRANSFORMER = "model_index.json", "transformer"
 """File that marks a pipeline's folder of diffusers, and the subfolder of its denoiser."""
 
 _UPLOADED = (CONFIG, WEIGHTS, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs.csv", "manifest.json")
+
+save, save_exits, load_exits = native.write, native.write_exits, native.read_exits
+"""Write a native folder; write and read the exits alone."""
 
 
 def load(
@@ -118,31 +98,6 @@ def inspect(
         raise InputError(f"--num-heads {num_heads}: {text} records {found}")
     device = chosen_device(device)
     return replace(loaded, model=loaded.model.to(device, chosen_dtype(dtype, device)))
-
-
-def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
-    """Write the native folder: config, backbone, and exits if any. `half` stores the backbone in fp16.
-
-    Raises:
-        InputError: the backbone belongs to another library, which saves it.
-    """
-    native.write(model, Path(folder), half=half)
-
-
-def save_exits(exits: Exits, path: Path, backbone: str) -> None:
-    """Write the exits to a file of their own, bound to the backbone of this identity."""
-    native.write_exits(exits, Path(path), backbone)
-
-
-def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, process: Process | None = None) -> Exits:
-    """Read an exits file. Without `check_identity`, compare only shapes with the backbone.
-
-    process: the model's process, if it is not the family's usual process.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another backbone.
-    """
-    return native.read_exits(Path(path), backbone, check_identity=check_identity, process=process)
 
 
 def push(folder: Path, repo_id: str, **options: object) -> str:

@@ -88,9 +88,7 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
         raise CheckpointError(f"{folder / WEIGHTS}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
-    exits = None
-    if (folder / EXITS).exists():
-        exits = read_exits(folder / EXITS, backbone, process=process)
+    exits = read_exits(folder / EXITS, backbone, process=process) if (folder / EXITS).exists() else None
     model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
     check_plans(folder, model)
     return Loaded(model, notes, folder)

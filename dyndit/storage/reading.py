@@ -106,10 +106,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
         CheckpointError: names the first such tensor.
     """
     own = module.state_dict()
-    for problem, names in (
-        ("lacks", own.keys() - tensors.keys()),
-        ("has extra", tensors.keys() - own.keys()),
-    ):
+    for problem, names in (("lacks", own.keys() - tensors.keys()), ("has extra", tensors.keys() - own.keys())):
         if names:
             raise CheckpointError(f"{path}: {problem} {len(names)} tensors, first {min(names)}")
     for name, tensor in own.items():

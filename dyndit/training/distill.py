@@ -23,7 +23,7 @@ from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, check_fit
-from dyndit.training.fit import FitResult, fit
+from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors
 from dyndit.training.recorded import RecordedCalls, recorded_sampling
@@ -190,7 +190,7 @@ class Distill:
         return partial(noised, model.process, self.null_share, model.backbone.condition)
 
 
-class _Distillation:
+class _Distillation(Task):
     """Task: train exits, alone or with their backbone, as `trained` says."""
 
     def __init__(
@@ -215,9 +215,6 @@ class _Distillation:
         depths = errors.new_tensor([1.0] * num_exits + [self.recipe.hold] * (len(errors) - num_exits))
         parts = errors.new_tensor([1.0, self.variance_weight])
         return (errors * depths[:, None, None] * parts).sum(dim=(0, 2)).mean(), figures
-
-    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
-        """Draw nothing: exits are checked by the table of errors."""
 
 
 class _FrozenBackbone(nn.Module):

@@ -62,7 +62,7 @@ class Task(Protocol):
         """
 
     def preview(self, out: Path, step: int, ema: Weights) -> None:
-        """Write sample pictures below `out`, from the averaged weights of `trainable`."""
+        """Write sample pictures below `out`, from the averaged weights of `trainable`. By default write nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,9 @@ def fit(
     # Leave precision to the autocast below. accelerate would patch the module's forward for good, and refuse
     # a second precision in one process.
     accelerator = Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=config.accumulation,
-        log_with="tensorboard",
-        project_dir=out,
+        mixed_precision="no", gradient_accumulation_steps=config.accumulation, log_with="tensorboard", project_dir=out
     )
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-        DistributedType.MEGATRON_LM,
-    ):
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(f"accelerate: found {accelerator.distributed_type}, expected one or many plain processes")
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     batches = StepBatches(len(data), config.batch_size, config.seed, 0, config.steps, config.accumulation, rank, world)
@@ -180,12 +173,8 @@ def fit(
                     task.preview(Path(out), done, run.ema.state_dict())
                 accelerator.wait_for_everyone()
 
-    return FitResult(
-        to_cpu(run.ema.state_dict()),
-        to_cpu(trainable.state_dict()),
-        log.read(),
-        time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    return FitResult(to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), seconds)
 
 
 def _seed(*numbers: int) -> int:

@@ -292,23 +292,18 @@ class _Watched(Backbone):
         return self.backbone.embed(x, t, y)
 
     def block(self, index: int, state: State) -> State:
-        """See `Backbone`."""
         return self.backbone.block(index, state)
 
     def block_modules(self) -> list[nn.Module]:
-        """See `Backbone`."""
         return self.backbone.block_modules()
 
     def head(self, state: State) -> Tensor:
-        """See `Backbone`."""
         return self.backbone.head(state)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """See `Backbone`."""
         return self.backbone.unpatchify(patches, state)
 
     def identity(self, tensors: dict[str, Tensor] | None = None, process: Process | None = None) -> str:
-        """See `Backbone`."""
         return self.backbone.identity(tensors, process)
 
 

@@ -22,12 +22,7 @@ TRAJECTORIES_SEED = 2_000_003
 
 
 def noised(
-    process: Process,
-    null_share: float,
-    condition: ConditionType,
-    x: Tensor,
-    y: Condition,
-    generator: torch.Generator,
+    process: Process, null_share: float, condition: ConditionType, x: Tensor, y: Condition, generator: torch.Generator
 ) -> Inputs:
     """Noise pictures at random timesteps, and replace a share of their conditions by the null.  x: (B, C, H, W)."""
     t = process.sample_timesteps(len(x), generator).to(x.device)

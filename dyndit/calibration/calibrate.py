@@ -46,8 +46,7 @@ def measure_bases(
     The pictures are drawn on the table's own seeds. Existing moments are kept. into: the table's file, rewritten after
     each step count. on_progress(done, all) counts sampling steps.
 
-    Raises:
-        InputError: the table belongs to another model or extractor, or a step count is out of range.
+    Raises InputError: the table belongs to another model or extractor, or a step count is out of range.
     """
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
@@ -69,11 +68,7 @@ def measure_bases(
 
 
 def check_step_grid(step_grid: Sequence[int]) -> None:
-    """Refuse step counts that no solver supports.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse step counts that no solver supports. Raises InputError naming the flag."""
     if bad := [steps for steps in step_grid if not 1 <= steps <= Process.num_timesteps]:
         raise InputError(f"--step-grid {bad[0]}: expected 1 to {Process.num_timesteps}")
 
@@ -115,8 +110,7 @@ def plan_on_table(
 
     base: moments of full depth measured at these steps, see `search`.
 
-    Raises:
-        InputError: the budget is out of range, or the table belongs to another model.
+    Raises InputError: the budget is out of range, or the table belongs to another model.
     """
     sampler = OwnSampler(model, solver, num_steps, table.cfg_scale)
     return search(_fitting(sampler, table), sampler.full, budget, base=base)
@@ -125,8 +119,7 @@ def plan_on_table(
 def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
     """Return the table with the times of the model's device. Measure them if the table has another device's times.
 
-    Raises:
-        InputError: the table belongs to another model.
+    Raises InputError: the table belongs to another model.
     """
     return _fitting(OwnSampler(model, solver, table.num_steps, table.cfg_scale), table)
 
@@ -255,8 +248,7 @@ def calibrate_steps(
     limits _low and _high. The share compares times of one batch of the table's size in `rounds` paired rounds, without
     decoding. Without an extractor, nothing is measured.
 
-    Raises:
-        InputError: the table belongs to another model or has no moments to choose by, or the goal is out of reach.
+    Raises InputError: the table belongs to another model or has no moments to choose by, or the goal is out of reach.
     """
     table = table_for(model, table, solver)
     plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver, process=model.process))
@@ -297,8 +289,7 @@ def to_measure_with(
 ) -> tuple[FeatureExtractor, Moments]:
     """Return the extractor and the reference moments to measure a table with.
 
-    Raises:
-        InputError: the extractor or the reference is missing.
+    Raises InputError: the extractor or the reference is missing.
     """
     if extractor is None or reference is None:
         raise InputError("calibrate: no table; expected one, or an extractor and a reference to measure it with")

@@ -113,8 +113,7 @@ def measure_table(
     The file `partial` keeps sums over batches; an interrupted measurement resumes from it. on_progress(done, all)
     counts batches of pictures with a band replaced.
 
-    Raises:
-        InputError: fewer pictures than features, too many features, or forecasts with fewer bands than steps.
+    Raises InputError: fewer pictures than features, too many features, or forecasts with fewer bands than steps.
     """
     settings = settings or CalibrationSettings()
     if settings.num_pictures <= len(reference.mean) or len(reference.mean) > MAX_FEATURES:

@@ -50,8 +50,7 @@ class Sampler(Protocol):
         it does not forecast. Clipped to the first step. A band at the first step forecasts nothing. Empty if no choice
         forecasts.
 
-        Raises:
-            InputError: ages are given, but this sampler cannot forecast.
+        Raises InputError: ages are given, but this sampler cannot forecast.
         """
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
@@ -61,11 +60,7 @@ class Sampler(Protocol):
         """Measure the seconds of the parts of a step for batches of `batch_size` pictures."""
 
     def bind(self, table: ShiftTable) -> None:
-        """Refuse a table of another model.
-
-        Raises:
-            InputError: naming both identities.
-        """
+        """Refuse a table of another model. Raises InputError naming both identities."""
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,7 @@ def chosen_plan(
 
 
 def stored_table(model: str) -> "ShiftTable":
-    """Load the shift table in a model's folder.
-
-    Raises:
-        InputError: there is no table.
-    """
+    """Load the shift table in a model's folder. Raises InputError: there is no table."""
     from dyndit.plans.table import ShiftTable
     from dyndit.storage import load as checkpoints
 
@@ -104,8 +100,7 @@ def stored_table(model: str) -> "ShiftTable":
 def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "AutoencoderKL | None":
     """Load the autoencoder of a model's latents. A model of pictures gives None.
 
-    Raises:
-        InputError: the model makes latents, and no autoencoder is given.
+    Raises InputError: the model makes latents, and no autoencoder is given.
     """
     from dyndit.training.latents import load_autoencoder
 

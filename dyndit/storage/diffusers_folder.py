@@ -77,8 +77,7 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
     asked: the process to use, see `process_of`. pixel_space: used if the folder does not record it (default: pixels
     for 1 or 3 channels).
 
-    Raises:
-        CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
+    Raises CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
     """
     path = folder / CONFIG
     raw = read_json(path)
@@ -111,8 +110,7 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
 def write(model: DynamicDepth, folder: Path) -> None:
     """Write a transformer's folder, with exits.safetensors if the model has exits.
 
-    Raises:
-        InputError: the diffusers class cannot express the model.
+    Raises InputError: the diffusers class cannot express the model.
     """
     config, checksum = class_config(model), model.backbone.checksum(process=model.process)
     tensors = from_native(model.backbone.state_dict())
@@ -127,8 +125,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
 def class_config(model: DynamicDepth) -> dict[str, object]:
     """Return the config.json of a model: the class's arguments, and the private names that diffusers ignores.
 
-    Raises:
-        InputError: the class cannot express the model.
+    Raises InputError: the class cannot express the model.
     """
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):
@@ -174,8 +171,7 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
 def to_diffusers(model: DynamicDepth) -> "DiTTransformer2DModel":
     """Convert to diffusers' class in memory, with the model's own timestep frequencies. Exits are left out.
 
-    Raises:
-        InputError: the class cannot express the model.
+    Raises InputError: the class cannot express the model.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -202,8 +198,7 @@ def from_diffusers(
     pixel_space: True if it makes pixels (default: as its config records, else True for 1 or 3 channels). process: the
     process that it was trained for, or the process' name (default: as its config records, else DDPM).
 
-    Raises:
-        CheckpointError: the transformer is no DiT, or its frequencies or process differ from its config.
+    Raises CheckpointError: the transformer is no DiT, or its frequencies or process differ from its config.
     """
     where, shift = Path(CLASS), frequency_shift_of(transformer)
     recorded = transformer.config.get(FREQUENCY_SHIFT, shift)

@@ -105,8 +105,7 @@ def push(folder: Path, repo_id: str, **options: object) -> str:
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.
 
-    Raises:
-        CheckpointError: the folder is damaged, plans or table do not fit the model, or the hub refuses.
+    Raises CheckpointError: the folder is damaged, plans or table do not fit the model, or the hub refuses.
     """
     loaded = native.read(Path(folder))
     native.companions(Path(folder), loaded.model)
@@ -118,8 +117,7 @@ def push_model(
 ) -> str:
     """Upload a model with its card, and the plans and table of `folder` -> the address of the commit.
 
-    Raises:
-        CheckpointError: plans or table do not fit the model, or the hub refuses.
+    Raises CheckpointError: plans or table do not fit the model, or the hub refuses.
     """
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
@@ -133,8 +131,7 @@ def push_model(
 def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[str, ...]:
     """Copy a model's companions (plans, table, measured runs, a card of the owner) -> the names copied.
 
-    Raises:
-        CheckpointError: plans or table do not fit the model.
+    Raises CheckpointError: plans or table do not fit the model.
     """
     found = [*native.companions(source, model)]
     found += [path for path in (source / "runs.csv", source / "exit-errors.csv") if path.is_file()]

@@ -29,8 +29,7 @@ TABLE, PLANS = "shift-table.safetensors", "plan-*.json"
 def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     """Write config, backbone, and exits if any. `half` stores the backbone in fp16.
 
-    Raises:
-        InputError: the backbone belongs to another library.
+    Raises InputError: the backbone belongs to another library.
     """
     if type(model.backbone) not in families().values():
         name = type(model.backbone).__name__
@@ -61,8 +60,7 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
 
     asked: the process to use, see `process_of`.
 
-    Raises:
-        CheckpointError: damaged or edited, of another process, or with exits or plans of another backbone.
+    Raises CheckpointError: damaged or edited, of another process, or with exits or plans of another backbone.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -112,8 +110,7 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
 
     process: the model's process, see `Backbone.identity`.
 
-    Raises:
-        CheckpointError: missing, damaged, or of another backbone.
+    Raises CheckpointError: missing, damaged, or of another backbone.
     """
     tensors, metadata = read_safetensors(path)
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(EXITS_VERSION)):
@@ -136,11 +133,7 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
 
 
 def plans_in(folder: Path) -> dict[Path, DepthPlan]:
-    """Load the plans in a folder, by file.
-
-    Raises:
-        CheckpointError: a plan cannot be read.
-    """
+    """Load the plans in a folder, by file. Raises CheckpointError: a plan cannot be read."""
     try:
         return {path: DepthPlan.load(path) for path in sorted(folder.glob(PLANS))}
     except PlanError as error:
@@ -148,11 +141,7 @@ def plans_in(folder: Path) -> dict[Path, DepthPlan]:
 
 
 def check_plans(folder: Path, model: DynamicDepth) -> None:
-    """Refuse a folder with plans of another backbone.
-
-    Raises:
-        CheckpointError: names the file.
-    """
+    """Refuse a folder with plans of another backbone. Raises CheckpointError, which names the file."""
     for path, plan in plans_in(folder).items():
         model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
 
@@ -160,8 +149,7 @@ def check_plans(folder: Path, model: DynamicDepth) -> None:
 def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
     """List the plans and the shift table in a folder, after checking that they fit the model.
 
-    Raises:
-        CheckpointError: a file cannot be read, or is of another backbone or other exits.
+    Raises CheckpointError: a file cannot be read, or is of another backbone or other exits.
     """
     plans = plans_in(folder)
     for path, plan in plans.items():

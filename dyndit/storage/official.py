@@ -53,8 +53,7 @@ def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -
 def write(model: DynamicDepth, path: Path) -> None:
     """Write the backbone, and in `args` the settings that its tensors do not show. This format cannot hold exits.
 
-    Raises:
-        InputError: the backbone is no `ClassConditionalDiT`.
+    Raises InputError: the backbone is no `ClassConditionalDiT`.
     """
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):
@@ -98,8 +97,7 @@ class _Args:
     def process(self) -> object:
         """Return the process in `args` in the form of `Process.config()`; None if `args` name no process.
 
-        Raises:
-            CheckpointError: SiT's script was told to train another process than its default.
+        Raises CheckpointError: SiT's script was told to train another process than its default.
         """
         if (self.path_type, self.prediction) == (None, None):
             return self.found.get("process")

@@ -13,8 +13,7 @@ from dyndit.errors import InputError
 def borrowed(backbone: nn.Module) -> Iterator[None]:
     """Freeze a backbone, in eval mode. Afterwards restore its flags, its modes and its device.
 
-    Raises:
-        InputError: the backbone lies on several devices.
+    Raises InputError: the backbone lies on several devices.
     """
     devices = {tensor.device for tensor in (*backbone.parameters(), *backbone.buffers())}
     if len(devices) > 1:

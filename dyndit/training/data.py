@@ -201,8 +201,7 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     exactly: also refuse fewer classes than the backbone has.
 
-    Raises:
-        InputError: another shape, or more classes than the backbone has.
+    Raises InputError: another shape, or more classes than the backbone has.
     """
     if data.shape != tuple(backbone.sample_shape):
         found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))

@@ -124,8 +124,7 @@ class Distill:
         data: pictures, which are noised, or recorded calls, which are used as they are. The backbone's flags, modes and
         device are restored at the end. The exits are in eval mode, in single precision, and so is a trained backbone.
 
-        Raises:
-            InputError: see `check`; or the backbone lies on several devices.
+        Raises InputError: see `check`; or the backbone lies on several devices.
         """
         self.check(model, data)
         original = model.backbone

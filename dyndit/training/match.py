@@ -30,8 +30,7 @@ class Match:
     def run(self, model: DynamicDepth, student: Backbone, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
         """Train the student in place. Return it with its averaged weights, in eval mode, and the loop's record.
 
-        Raises:
-            InputError: the data do not fit the model.
+        Raises InputError: the data do not fit the model.
         """
         Distill(fit=self.fit).check(model, data)
         backbone, kept = model.backbone, tensors_hash(student.state_dict())

@@ -69,8 +69,7 @@ class Train:
 
         start: model to copy the backbone's first weights from. Its exits are ignored.
 
-        Raises:
-            InputError: see `check`; or `start` is of another shape or process than the recipe's.
+        Raises InputError: see `check`; or `start` is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone

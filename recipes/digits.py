@@ -77,7 +77,6 @@ study = replace(
     peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
     metrics=("fd", "kid"),
     more_extractors=("digits-lenet",),
-    num_blocks=5,
     num_images=400,
     batch_size=50,
 )

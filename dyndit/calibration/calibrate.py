@@ -50,8 +50,7 @@ def measure_bases(
     """
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
-    sampler = OwnSampler(model, solver, table.num_steps, table.cfg_scale)
-    sampler.bind(table)
+    model.check_identity(table.backbone, table.exits, origin="shift table")
     extractor, name = _extractor_of(table, extractor), solver_name(solver)
     missing = [steps for steps in full if table.base_at(name, steps) is None]
     for number, steps in enumerate(missing):

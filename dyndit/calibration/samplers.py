@@ -22,7 +22,6 @@ from dyndit.sampling.timing import measure_cost
 CALIBRATION_SEED = 1_000_003
 """Default seed, far from the seeds 0, 1, ... that score a result."""
 
-
 ToPictures = Callable[[Tensor], Tensor]
 """Convert the final state (B, C, H, W) -> (B, C, H, W) uint8: `to_uint8`, or a decoder of latents."""
 

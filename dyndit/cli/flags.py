@@ -1,6 +1,5 @@
 """Flags that several verbs share, and functions that read them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -131,8 +130,3 @@ def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | 
     if choice.target_fd is not None:
         return TargetFD(choice.target_fd, choice.reference_steps)
     return LatencyBudget(choice.latency_budget, choice.reference_steps)
-
-
-def print_json(figures: dict[str, object]) -> None:
-    """Print one line of JSON, as the last line of a verb."""
-    print(json.dumps(figures))

@@ -1,5 +1,6 @@
 """The verb that draws pictures: sample."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ def sample(
     if json_:
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}
         figures |= {"out": str(out), "share_of_blocks": plan.share_of_blocks, "steps": steps}
-        flags.print_json(figures | {"num_images": num_images})
+        print(json.dumps(figures | {"num_images": num_images}))
 
 
 def _print_chosen(plan: "DepthPlan") -> None:

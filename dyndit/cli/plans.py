@@ -1,5 +1,6 @@
 """The verb that makes plans: calibrate."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,7 +158,7 @@ def calibrate(
     _print_plan(plan, _distance_name(network, table))
     print(f"plan: {target}")
     if json_:
-        flags.print_json({"plan": str(target), **plan.figures})
+        print(json.dumps({"plan": str(target), **plan.figures}))
 
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":

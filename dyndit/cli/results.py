@@ -79,7 +79,7 @@ def evaluate(
         append_run(out / RUNS, row)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
-        flags.print_json(figures)
+        print(json.dumps(figures))
 
 
 def _print_figures(figures: dict[str, object]) -> None:
@@ -191,7 +191,7 @@ def bench(
         rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
         shared = ("machine", "device", "dtype", "threads", "compiled")
         recorded = json.loads(times[list(shared)].iloc[0].to_json())
-        flags.print_json(recorded | {"arms": json.loads(rows.to_json(orient="records"))})
+        print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records"))}))
 
 
 def _self_check(device: str, json_: bool) -> None:
@@ -202,7 +202,7 @@ def _self_check(device: str, json_: bool) -> None:
     for check in checks:
         print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
     if json_:
-        flags.print_json({"checks": [vars(check) for check in checks]})
+        print(json.dumps({"checks": [vars(check) for check in checks]}))
     if not all(check.passed for check in checks):
         sys.exit(1)
 
@@ -300,4 +300,4 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: o
         rows = table[["arm", "solver", "steps", "share_of_blocks", "ms", "time_saved"]].copy()
         for name in ("fd", "fd_diff", "time_saved_equal_fd"):
             rows[name] = [[i.mean, i.low, i.high] for i in table[name]]
-        flags.print_json({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))})
+        print(json.dumps({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))}))

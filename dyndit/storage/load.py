@@ -18,7 +18,6 @@ from pathlib import Path
 
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import read_json, read_safetensors
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import DDPM, processes
@@ -149,20 +148,20 @@ def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of a model or of a pipeline")
-    config = read_json(path)
+    config = files.read_json(path)
     # diffusers writes the class's name into every config.json; any other config is native or refused.
     return diffusers_folder.read(folder, process) if "_class_name" in config else native.read(folder, process)
 
 
 def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
     """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents."""
-    index, transformer = read_json(folder / PIPELINE), folder / TRANSFORMER
+    index, transformer = files.read_json(folder / PIPELINE), folder / TRANSFORMER
     if not transformer.is_dir():
         found = index.get("_class_name")
         raise CheckpointError(
             f"{folder}: a {found!r:.60} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline"
         )
-    if "_class_name" not in read_json(transformer / CONFIG):
+    if "_class_name" not in files.read_json(transformer / CONFIG):
         return native.read(transformer, process)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
@@ -173,7 +172,7 @@ def _packaged_digits(process: AskedProcess) -> DynamicDepth:
     """Load the backbone that `recipes/digits.py` trained and the package ships."""
     asset = importlib.resources.files("dyndit.assets") / "digits.safetensors"
     with importlib.resources.as_file(asset) as path:
-        tensors, _ = read_safetensors(path)
+        tensors, _ = files.read_safetensors(path)
         backbone = ClassConditionalDiT(CARDS["digits"])
         load_strictly(backbone, tensors, path)
     return DynamicDepth(backbone, process=process_of(DDPM().config(), process, path)[0]).eval()

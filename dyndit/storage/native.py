@@ -80,15 +80,20 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
     if metadata.get("config") not in (None, json.dumps(config)):
         raise CheckpointError(edited)
     process, notes = process_of(config.get("process"), asked, path)
-    backbone = built(family, arguments, path)
-    load_strictly(backbone, tensors, folder / WEIGHTS)
+    backbone = built(family, arguments, path, tensors, folder / WEIGHTS)
     if (found := backbone.checksum(process=process)) != checksum:
         raise CheckpointError(f"{folder / WEIGHTS}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
+    return completed(folder, backbone, process, pixel_space, notes)
+
+
+def completed(folder: Path, backbone: Backbone, process: Process, pixel_space: bool, notes: tuple[str, ...]) -> Loaded:
+    """Add the exits in a folder to its backbone. Raises CheckpointError: exits or plans of another backbone."""
     exits = read_exits(folder / EXITS, backbone, process=process) if (folder / EXITS).exists() else None
     model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
-    check_plans(folder, model)
+    for path, plan in plans_in(folder).items():
+        model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
     return Loaded(model, notes, folder)
 
 
@@ -138,12 +143,6 @@ def plans_in(folder: Path) -> dict[Path, DepthPlan]:
         return {path: DepthPlan.load(path) for path in sorted(folder.glob(PLANS))}
     except PlanError as error:
         raise CheckpointError(str(error)) from error
-
-
-def check_plans(folder: Path, model: DynamicDepth) -> None:
-    """Refuse a folder with plans of another backbone. Raises CheckpointError, which names the file."""
-    for path, plan in plans_in(folder).items():
-        model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
 
 
 def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:

@@ -85,15 +85,19 @@ def _damaged_record(path: Path) -> str | None:
         return f"the archive, {first_line(error)}"
 
 
-def built(family: type[Backbone], config: dict[str, object], path: Path) -> Backbone:
-    """Build a backbone of this architecture.
+def built(
+    family: type[Backbone], config: dict[str, object], path: Path, tensors: Mapping[str, Tensor], weights: Path
+) -> Backbone:
+    """Build a backbone of the architecture in the file `path`, and load the tensors of the file `weights` strictly.
 
-    Raises CheckpointError: the architecture is impossible, or does not fit the memory.
+    Raises CheckpointError: the architecture is impossible, or does not fit the memory or the tensors.
     """
     try:
-        return family.from_config(config)
+        backbone = family.from_config(config)
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: impossible architecture ({first_line(error)})") from error
+    load_strictly(backbone, tensors, weights)
+    return backbone
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

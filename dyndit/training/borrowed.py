@@ -19,16 +19,25 @@ def borrowed(backbone: nn.Module) -> Iterator[None]:
     if len(devices) > 1:
         raise InputError(f"backbone: lies on {', '.join(sorted(map(str, devices)))}; expected one device")
     flags = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval().requires_grad_(False)
+    with modes_kept(backbone):
+        backbone.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            backbone.to(*devices)
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Restore the modes of a module and of its parts: training or eval."""
+    modes = {part: part.training for part in module.modules()}
     try:
         yield
     finally:
-        backbone.to(*devices)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def precision_of(backbone: nn.Module) -> AbstractContextManager:

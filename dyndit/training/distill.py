@@ -32,7 +32,6 @@ from dyndit.training.states import TRAJECTORIES_SEED, Rows, States, noised
 _NUM_FORECAST = 128
 """Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
 
-
 _DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
 )

@@ -233,13 +233,8 @@ class _Header:
     def common(self) -> dict[str, object]:
         """Return the facts that all calls of a data set share."""
         rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
-        return {
-            "family": self.family,
-            "backbone": self.backbone,
-            "labels": self.labels,
-            "rows": rows,
-            "shared": self.shared,
-        }
+        kept = {name: getattr(self, name) for name in ("family", "backbone", "labels", "shared")}
+        return kept | {"rows": rows}
 
     def check_like(self, other: "_Header") -> None:
         """Refuse a call that cannot be batched with this one.

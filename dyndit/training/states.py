@@ -12,10 +12,8 @@ from dyndit.process import Process
 Rows = Tensor | dict[str, Tensor]
 """Conditions of a batch x: labels (B,), or tensors of B rows by name."""
 
-
 States = Callable[[Tensor, Rows, torch.Generator], Inputs]
 """Makes inputs of the model from a batch of the data: (x, rows, generator) -> inputs. Exits are trained on them."""
-
 
 TRAJECTORIES_SEED = 2_000_003
 """Seed of the states to distil on. Calibration and scoring have other seeds."""

@@ -141,7 +141,8 @@ class Distill:
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))
-            identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
+            own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("exits", "fit", "data"))
+            identity = f"{model.identity.backbone} {exits.config} {' '.join(own)}"
             result = fit(task, data, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
             trained.load_state_dict(result.ema)
             if adapters is not None:
@@ -151,11 +152,6 @@ class Distill:
         if self.forecasts:
             dynamic.exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
-
-    def _choices(self) -> str:
-        """Name every choice that the result depends on besides the backbone, the exits, the data and `fit`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("exits", "fit", "data")}
-        return " ".join(f"{name}={value}" for name, value in own.items())
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""

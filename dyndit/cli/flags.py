@@ -1,6 +1,5 @@
 """Flags that several verbs share, and functions that read them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -21,7 +20,13 @@ T = TypeVar("T")
 Positional = tyro.conf.Positional
 Unnamed = Annotated[T, tyro.conf.arg(name="")]
 """A group of flags without the group's name before each flag."""
-Json = Annotated[bool, tyro.conf.arg(name="json")]
+NumHeads = Annotated[int | None, tyro.conf.arg(help="Attention heads of a .pt whose width does not tell them.")]
+CfgScale = Annotated[float, tyro.conf.arg(help="Guidance scale; 1 is unguided.")]
+BatchSize = Annotated[int, tyro.conf.arg(help="Pictures at a time.")]
+Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if there is one.")]
+_OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
+Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,7 @@ def chosen_plan(
 
 
 def stored_table(model: str) -> "ShiftTable":
-    """Load the shift table in a model's folder.
-
-    Raises:
-        InputError: there is no table.
-    """
+    """Load the shift table in a model's folder. Raises InputError: there is no table."""
     from dyndit.plans.table import ShiftTable
     from dyndit.storage import load as checkpoints
 
@@ -98,8 +99,7 @@ def stored_table(model: str) -> "ShiftTable":
 def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "AutoencoderKL | None":
     """Load the autoencoder of a model's latents. A model of pictures gives None.
 
-    Raises:
-        InputError: the model makes latents, and no autoencoder is given.
+    Raises InputError: the model makes latents, and no autoencoder is given.
     """
     from dyndit.training.latents import load_autoencoder
 
@@ -130,8 +130,3 @@ def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | 
     if choice.target_fd is not None:
         return TargetFD(choice.target_fd, choice.reference_steps)
     return LatencyBudget(choice.latency_budget, choice.reference_steps)
-
-
-def print_json(figures: dict[str, object]) -> None:
-    """Print one line of JSON, as the last line of a verb."""
-    print(json.dumps(figures))

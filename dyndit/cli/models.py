@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dyndit.cli.flags import Positional
+from dyndit.cli import flags
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Positional[str],
+    recipe: flags.Positional[str],
     /,
     out: Path,
     data: str = "",
@@ -73,14 +73,14 @@ def train(
 
 
 def distill(
-    recipe: Positional[str],
+    recipe: flags.Positional[str],
     /,
     model: str,
     out: Path,
     data: str = "",
     steps: int | None = None,
     batch_size: int | None = None,
-    num_heads: int | None = None,
+    num_heads: flags.NumHeads = None,
     process: str = "",
     vae: Path | None = None,
 ) -> None:
@@ -96,7 +96,6 @@ def distill(
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
-        num_heads: Attention heads of a .pt whose width does not tell them.
         process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
     """
@@ -115,12 +114,8 @@ def distill(
     with PartialState().main_process_first():
         pictures = _training_data(data or chosen.data, loaded.model.backbone.sample_shape, vae, out)
     chosen.check(loaded.model, pictures)
-    settings = {
-        "verb": "distill",
-        "recipe": recipe,
-        "data": pictures.fingerprint,
-        "model": loaded.model.identity.backbone,
-    }
+    original = loaded.model.identity.backbone
+    settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size}
@@ -131,14 +126,10 @@ def distill(
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
-    facts = {
-        "fit": vars(fit),
-        "seconds": result.seconds,
-        "exits": dynamic.identity.exits,
-        "trunk": dynamic.identity.backbone,
-    }
+    identity = dynamic.identity
+    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": identity.exits, "trunk": identity.backbone}
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
-    if dynamic.identity.backbone != loaded.model.identity.backbone:
+    if identity.backbone != original:
         moved = result.losses["full"].iloc[-20:].mean()
         print(f"backbone: trained too; full depth's error against the original's noise {moved:.3g} (last 20 steps)")
     print("error of each exit on the noise, by band of log-SNR (from noisy to clean):")
@@ -148,11 +139,11 @@ def distill(
 
 
 def convert(
-    source: Positional[str],
-    target: Positional[Path],
+    source: flags.Positional[str],
+    target: flags.Positional[Path],
     /,
     to: Literal["native", "official", "diffusers"] = "native",
-    num_heads: int | None = None,
+    num_heads: flags.NumHeads = None,
     process: str = "",
     revision: str | None = None,
 ) -> None:
@@ -163,7 +154,6 @@ def convert(
         target: Folder to write, or file for --to official. An existing target is refused.
         to: native: a model folder with its card; official: a published DiT .pt; diffusers: the folder of a
             DiTTransformer2DModel.
-        num_heads: Attention heads of a .pt whose width does not tell them.
         process: Process of a model that does not say its own, one of {processes}.
         revision: Branch, tag or commit of a hub id.
     """

@@ -1,50 +1,38 @@
 """The verb that draws pictures: sample."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dyndit.cli.flags import (
-    AS_GIVEN,
-    FULL_DEPTH,
-    Json,
-    PlanChoice,
-    Positional,
-    StepChoice,
-    Unnamed,
-    chosen_plan,
-    decoder_of,
-    goal_of,
-    print_json,
-    stored_table,
-)
+from dyndit.cli import flags
 
 if TYPE_CHECKING:
     from dyndit.plans.plan import DepthPlan
 
 
 def sample(
-    model: Positional[str],
+    model: flags.Positional[str],
     /,
     out: Path,
     num_images: int = 64,
     solver: str = "ddim",
     steps: int | None = None,
-    cfg_scale: float = 1.5,
+    cfg_scale: flags.CfgScale = 1.5,
     guided_channels: int | None = None,
     class_labels: tuple[int, ...] = (),
     seed: int = 0,
-    batch_size: int = 64,
-    depth: Unnamed[PlanChoice] = FULL_DEPTH,
-    choice: Unnamed[StepChoice] = AS_GIVEN,
+    batch_size: flags.BatchSize = 64,
+    depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
+    choice: flags.Unnamed[flags.StepChoice] = flags.AS_GIVEN,
     strict: bool = False,
     stats: bool = False,
-    num_heads: int | None = None,
+    num_heads: flags.NumHeads = None,
     process: str = "",
     vae: Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    json_: Json = False,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
+    json_: flags.Json = False,
 ) -> None:
     """Draw pictures. Picture i depends on (seed, class, i) alone. A stopped run continues.
 
@@ -54,22 +42,15 @@ def sample(
         num_images: Number of pictures.
         solver: One of {solvers}.
         steps: Sampling steps (default: 20, or chosen).
-        cfg_scale: Guidance scale; 1 is unguided.
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
         class_labels: Classes, taken in turn; default all of the model's.
         seed: Seed.
-        batch_size: Pictures at a time.
         depth: Which depths to run.
         choice: Goal that steps and depths are chosen for, on the model's stored table.
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
-        num_heads: Attention heads of a .pt whose width does not tell them.
         process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL that decodes latents.
-        device: auto, cpu or cuda; auto is a GPU if there is one.
-        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
-            on a GPU that computes in it, else own.
-        json_: End with one line of JSON.
     """
     from dyndit.calibration.calibrate import table_for
     from dyndit.models.identity import tensors_hash
@@ -83,19 +64,19 @@ def sample(
 
     device = chosen_device(device)
     others = {"plan": depth.plan, "budget": depth.budget, "router": depth.router}
-    goal = None if choice == AS_GIVEN else goal_of(choice, steps, **others)
+    goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, **others)
     loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device, dtype=dtype)
     dynamic = loaded.model
-    decoder = decoder_of(dynamic, model, vae, device)
+    decoder = flags.decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
     if goal is None:
         steps = 20 if steps is None else steps
         if depth.plan is not None and depth.budget is None and depth.router is None:
             plan = DepthPlan.load(depth.plan)
         else:
-            plan = chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
+            plan = flags.chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
     else:
-        table = table_for(dynamic, stored_table(folder), solver)
+        table = table_for(dynamic, flags.stored_table(folder), solver)
         plan = goal.choose(table, solver, partial(timesteps_of, solver, process=dynamic.process))
         steps = plan.num_steps
     for note in loaded.notes:
@@ -131,7 +112,7 @@ def sample(
     if json_:
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}
         figures |= {"out": str(out), "share_of_blocks": plan.share_of_blocks, "steps": steps}
-        print_json(figures | {"num_images": num_images})
+        print(json.dumps(figures | {"num_images": num_images}))
 
 
 def _print_chosen(plan: "DepthPlan") -> None:

@@ -18,19 +18,9 @@ from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.storage.names import (
-    FREQUENCY_SHIFT,
-    POSITIONS,
-    PROCESS,
-    frequency_shift_of,
-    from_native,
-    match_frequencies,
-    num_blocks,
-    own_positions,
-    to_native,
-)
-from dyndit.storage.native import CONFIG, EXITS, check_plans, read_exits, write_exits
-from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of, read_pickled
+from dyndit.storage import names
+from dyndit.storage.native import CONFIG, EXITS, completed, write_exits
+from dyndit.storage.reading import AskedProcess, Loaded, built, process_of, read_pickled
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -38,7 +28,7 @@ if TYPE_CHECKING:
 CLASS = "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model"
 PIXEL_SPACE, LABEL_DROPOUT = "_dyndit_pixel_space", "_dyndit_label_dropout"
-PRIVATE = (FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT, PROCESS)
+PRIVATE = (names.FREQUENCY_SHIFT, PIXEL_SPACE, LABEL_DROPOUT, names.PROCESS)
 CHECKSUM_KEY, CONFIG_KEY = "dyndit_trunk", "dyndit_config"
 """Metadata of weights that we write: the backbone's hash, and the private names' values."""
 
@@ -65,57 +55,45 @@ _LARGEST, _MOST_PATCHES = 1 << 20, 512
 """Largest value of any size, and most patches across. They refuse an edited file before it fills the memory."""
 
 
-def serves(config: Mapping[str, object]) -> bool:
-    """Tell whether a config.json is of the class, or of `Transformer2DModel`, its home in older diffusers."""
-    name = config.get("_class_name")
-    return name == CLASS or (name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero")
-
-
 def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = None) -> Loaded:
     """Read a transformer's folder, and its `exits.safetensors` if there is one.
 
     asked: the process to use, see `process_of`. pixel_space: used if the folder does not record it (default: pixels
     for 1 or 3 channels).
 
-    Raises:
-        CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
+    Raises CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
     """
     path = folder / CONFIG
     raw = read_json(path)
     tensors, metadata, name = _weights(folder)
     config, native = _renamed(raw, tensors, path)
-    backbone = built(ClassConditionalDiT, asdict(config), path)
-    load_strictly(backbone, native, folder / name)
-    process, assumed = process_of(raw.get(PROCESS), asked, path)
+    backbone = built(ClassConditionalDiT, asdict(config), path, native, folder / name)
+    process, assumed = process_of(raw.get(names.PROCESS), asked, path)
     checksum = backbone.checksum(process=process)
     if metadata.get(CHECKSUM_KEY, checksum) != checksum or metadata.get(CONFIG_KEY, _sealed(raw)) != _sealed(raw):
         raise CheckpointError(
             f"{folder}: {CONFIG} edited, or {name} damaged (hash {checksum}, recorded {metadata.get(CHECKSUM_KEY)})"
         )
-    exits = read_exits(folder / EXITS, backbone, process=process) if (folder / EXITS).exists() else None
     if pixel_space is None:
         pixel_space = config.in_channels in (1, 3)
     pixel_space = _private(raw, PIXEL_SPACE, bool, pixel_space, path)
     shift = config.frequency_shift
-    how = f"as {FREQUENCY_SHIFT} records" if FREQUENCY_SHIFT in raw else "diffusers' own"
+    how = f"as {names.FREQUENCY_SHIFT} records" if names.FREQUENCY_SHIFT in raw else "diffusers' own"
     notes = (
         f"{folder.name}: {config.num_heads} attention heads, as {CONFIG} records",
         f"{folder.name}: timestep frequencies with shift {shift}, {how}; norm_eps {config.mlp_norm_eps:g} of the MLPs",
         *assumed,
     )
-    model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
-    check_plans(folder, model)
-    return Loaded(model, notes, folder)
+    return completed(folder, backbone, process, pixel_space, notes)
 
 
 def write(model: DynamicDepth, folder: Path) -> None:
     """Write a transformer's folder, with exits.safetensors if the model has exits.
 
-    Raises:
-        InputError: the diffusers class cannot express the model.
+    Raises InputError: the diffusers class cannot express the model.
     """
     config, checksum = class_config(model), model.backbone.checksum(process=model.process)
-    tensors = from_native(model.backbone.state_dict())
+    tensors = names.from_native(model.backbone.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", CHECKSUM_KEY: checksum, CONFIG_KEY: _sealed(config)}
     write_safetensors(folder / f"{WEIGHTS}.safetensors", tensors, metadata)
@@ -127,8 +105,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
 def class_config(model: DynamicDepth) -> dict[str, object]:
     """Return the config.json of a model: the class's arguments, and the private names that diffusers ignores.
 
-    Raises:
-        InputError: the class cannot express the model.
+    Raises InputError: the class cannot express the model.
     """
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):
@@ -146,7 +123,7 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
                 f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class, norm_eps 1e-6, timesteps"
             )
     try:
-        own_positions(backbone.state_dict())
+        names.own_positions(backbone.state_dict())
     except CheckpointError as error:
         raise InputError(f"{CLASS}: {error}") from error
     import diffusers
@@ -154,10 +131,10 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
     return {
         "_class_name": CLASS,
         "_diffusers_version": diffusers.__version__,
-        FREQUENCY_SHIFT: c.frequency_shift,
+        names.FREQUENCY_SHIFT: c.frequency_shift,
         PIXEL_SPACE: model.pixel_space,
         LABEL_DROPOUT: c.label_dropout,
-        PROCESS: model.process.config(),
+        names.PROCESS: model.process.config(),
         **_FIXED,
         "num_attention_heads": c.num_heads,
         "attention_head_dim": c.width // c.num_heads,
@@ -174,20 +151,19 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
 def to_diffusers(model: DynamicDepth) -> "DiTTransformer2DModel":
     """Convert to diffusers' class in memory, with the model's own timestep frequencies. Exits are left out.
 
-    Raises:
-        InputError: the class cannot express the model.
+    Raises InputError: the class cannot express the model.
     """
     from diffusers import DiTTransformer2DModel
 
     config = class_config(model)
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
     transformer = DiTTransformer2DModel(**arguments)
-    tensors = from_native(model.backbone.state_dict())
-    positions = tensors.pop(POSITIONS, None)
+    tensors = names.from_native(model.backbone.state_dict())
+    positions = tensors.pop(names.POSITIONS, None)
     transformer.load_state_dict(tensors)
     if positions is not None:
         transformer.pos_embed.pos_embed.copy_(positions)
-    match_frequencies(transformer, config[FREQUENCY_SHIFT])
+    names.match_frequencies(transformer, config[names.FREQUENCY_SHIFT])
     transformer.register_to_config(**{name: config[name] for name in PRIVATE})
     reference = next(model.backbone.parameters())
     transformer = transformer.to(reference.device).eval()
@@ -202,25 +178,22 @@ def from_diffusers(
     pixel_space: True if it makes pixels (default: as its config records, else True for 1 or 3 channels). process: the
     process that it was trained for, or the process' name (default: as its config records, else DDPM).
 
-    Raises:
-        CheckpointError: the transformer is no DiT, or its frequencies or process differ from its config.
+    Raises CheckpointError: the transformer is no DiT, or its frequencies or process differ from its config.
     """
-    where, shift = Path(CLASS), frequency_shift_of(transformer)
-    recorded = transformer.config.get(FREQUENCY_SHIFT, shift)
+    where, shift = Path(CLASS), names.frequency_shift_of(transformer)
+    recorded = transformer.config.get(names.FREQUENCY_SHIFT, shift)
     if recorded != shift:
         raise CheckpointError(
             f"{CLASS}: runs with frequency shift {shift}, but its config records {recorded}; expected "
             f"dyndit.storage.names.match_frequencies(transformer, {recorded}) after loading"
         )
-    raw = dict(transformer.config) | {"_class_name": CLASS, FREQUENCY_SHIFT: shift}
+    raw = dict(transformer.config) | {"_class_name": CLASS, names.FREQUENCY_SHIFT: shift}
     config, native = _renamed(raw, transformer.state_dict(), where)
-    backbone = built(ClassConditionalDiT, asdict(config), where)
-    load_strictly(backbone, native, where)
     reference = next(transformer.parameters())
     if pixel_space is None:
         pixel_space = _private(raw, PIXEL_SPACE, bool, config.in_channels in (1, 3), where)
-    backbone = backbone.to(reference.device, reference.dtype)
-    process, _ = process_of(raw.get(PROCESS), process, where)
+    backbone = built(ClassConditionalDiT, asdict(config), where, native, where).to(reference.device, reference.dtype)
+    process, _ = process_of(raw.get(names.PROCESS), process, where)
     return DynamicDepth(backbone, pixel_space=pixel_space, process=process).eval()
 
 
@@ -234,12 +207,12 @@ def _renamed(
     """Return the architecture in a config.json, and the tensors under native names. Refuse weights that do not fit."""
     config = _architecture(raw, path)
     try:
-        if (found := num_blocks(tensors)) != config.num_blocks:
+        if (found := names.num_blocks(tensors)) != config.num_blocks:
             raise CheckpointError(f"{path}: num_layers is {config.num_blocks}, but the weights hold {found} blocks")
         width = tensors["pos_embed.proj.weight"].shape[0]
         if width != config.width:
             raise CheckpointError(f"{path}: heads are {config.width} wide in all, but the weights are {width} wide")
-        return config, to_native(tensors, config.image_size // config.patch_size)
+        return config, names.to_native(tensors, config.image_size // config.patch_size)
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
@@ -247,8 +220,9 @@ def _renamed(
 
 
 def _architecture(raw: Mapping[str, object], path: Path) -> DiTConfig:
-    if not serves(raw):
-        raise CheckpointError(f"{path}: holds a {raw.get('_class_name')!r:.60}, expected a {CLASS}")
+    name = raw.get("_class_name")
+    if name != CLASS and (name, raw.get("norm_type")) != ("Transformer2DModel", "ada_norm_zero"):  # in older diffusers
+        raise CheckpointError(f"{path}: holds a {name!r:.60}, expected a {CLASS}")
     for name, value in _FIXED.items():
         if raw.get(name, value) != value:
             raise CheckpointError(f"{path}: {name} is {raw[name]!r:.40}, expected {value!r}")
@@ -264,13 +238,13 @@ def _architecture(raw: Mapping[str, object], path: Path) -> DiTConfig:
         raise CheckpointError(
             f"{path}: sample_size is {sizes['sample_size']}, expected at most {_MOST_PATCHES} patches"
         )
-    shift = _private(raw, FREQUENCY_SHIFT, int, 1, path)
+    shift = _private(raw, names.FREQUENCY_SHIFT, int, 1, path)
     norm_eps, dropout = raw.get("norm_eps", 1e-5), raw.get(LABEL_DROPOUT, 0.1)
     for name, value in (("norm_eps", norm_eps), (LABEL_DROPOUT, dropout)):
         if type(value) not in (int, float) or not 0 < value < 1:
             raise CheckpointError(f"{path}: {name} is {value!r:.40}, expected a number between 0 and 1")
     if shift not in (0, 1):
-        raise CheckpointError(f"{path}: {FREQUENCY_SHIFT} is {shift}, expected 0 or 1")
+        raise CheckpointError(f"{path}: {names.FREQUENCY_SHIFT} is {shift}, expected 0 or 1")
     try:
         return DiTConfig(
             image_size=sizes["sample_size"],

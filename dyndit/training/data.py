@@ -45,9 +45,9 @@ class Pictures(Dataset, ABC):
         """Return the shape (C, H, W) of every picture."""
         return (self.channels, *size_pair(self.image_size))
 
-    @abstractmethod
     def __len__(self) -> int:
         """Return the number of pictures."""
+        return len(self.labels)
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -69,9 +69,6 @@ class _Digits(Pictures):
         self.labels = labels.tolist()
         content = levels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._x[index], self.labels[index]
@@ -119,7 +116,8 @@ class PictureFolder(Pictures):
         for label, folder in enumerate(folders):
             files = _find_pictures(folder)
             if not files:
-                raise InputError(f"{folder}: found no picture, expected {_known_suffixes()} files in it")
+                known = ", ".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
+                raise InputError(f"{folder}: found no picture, expected {known} files in it")
             for path in files:
                 name = os.path.relpath(path, self.root).replace(os.sep, "/")
                 digest.update(f"{name}\0{Path(path).stat().st_size}\0".encode("utf-8", "surrogateescape"))
@@ -131,9 +129,6 @@ class PictureFolder(Pictures):
         # channels are hashed because they change the tensors.
         digest.update(f"{self.image_size} {channels}".encode())
         self.fingerprint = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._read(index).float() / 127.5 - 1, self.labels[index]
@@ -206,8 +201,7 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     exactly: also refuse fewer classes than the backbone has.
 
-    Raises:
-        InputError: another shape, or more classes than the backbone has.
+    Raises InputError: another shape, or more classes than the backbone has.
     """
     if data.shape != tuple(backbone.sample_shape):
         found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
@@ -226,10 +220,6 @@ def _find_pictures(folder: Path) -> list[str]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES  # noqa: PTH122
         ]
     return sorted(found)
-
-
-def _known_suffixes() -> str:
-    return ", ".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
 
 
 @lru_cache(maxsize=4)

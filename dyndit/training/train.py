@@ -69,12 +69,11 @@ class Train:
 
         start: model to copy the backbone's first weights from. Its exits are ignored.
 
-        Raises:
-            InputError: see `check`; or `start` is of another shape or process than the recipe's.
+        Raises InputError: see `check`; or `start` is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone
-        if start is not None and not _is_shaped_as(start.backbone, config):
+        if start is not None and start.backbone.config() != asdict(config):
             found = {name: value for name, value in start.backbone.config().items() if value != vars(config).get(name)}
             raise InputError(f"--model: {type(start.backbone).__name__} with {found}; expected the recipe's {config}")
         if start is not None and start.process != self.process:
@@ -125,10 +124,6 @@ class _Denoising:
         model = copy.deepcopy(self.model)
         _trained_from_scratch(model).load_state_dict(ema)
         self._preview(model.eval(), out, step)
-
-
-def _is_shaped_as(backbone: Backbone, config: BackboneConfig) -> bool:
-    return backbone.config() == asdict(config)
 
 
 def _trained_from_scratch(model: DynamicDepth) -> nn.Module:

@@ -101,8 +101,7 @@ class Bench:
 def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
     """Make a model of random weights with an exit after every layer.  spec: "random:" and a card's name.
 
-    Raises:
-        InputError: no such card.
+    Raises InputError: no such card.
     """
     name = spec.removeprefix(RANDOM)
     if name not in CARDS:
@@ -118,9 +117,7 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
 def open_decoder(spec: str, model: DynamicDepth) -> AutoencoderKL:
     """Load an autoencoder from a folder, or make one of random weights ("random:f8").  -> on the model's device, in its
     precision.
-
-    Raises:
-        InputError: no autoencoder there, or its latents have other channels than the model's.
+    Raises InputError: no autoencoder there, or its latents have other channels than the model's.
     """
     channels, weights = model.backbone.in_channels, next(model.parameters())
     if model.pixel_space:
@@ -141,9 +138,7 @@ def measure(
 
     plans: the arms by name; the first is the baseline. They are checked against the model, and share solver, step count
     and guidance scale. name: the model's name in the table.
-
-    Raises:
-        InputError: a pipeline for a guided model without 1,000 classes: `DiTPipeline` would use a wrong null label.
+    Raises InputError: a pipeline for a guided model without 1,000 classes: `DiTPipeline` would use a wrong null label.
     """
     settings, first = settings or Bench(), next(iter(plans.values()))
     weights = next(model.parameters())

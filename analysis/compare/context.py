@@ -134,11 +134,7 @@ class Context:
         return found
 
     def read_plan(self, name: str) -> DepthPlan:
-        """Read a plan from `out`.
-
-        Raises:
-            PlanError: the plan belongs to another model.
-        """
+        """Read a plan from `out`. Raises PlanError: the plan belongs to another model."""
         return bind(DepthPlan.load(self.out / name), self.model, origin=str(self.out / name))
 
     def with_bases(self, solver: str) -> ShiftTable:

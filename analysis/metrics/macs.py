@@ -56,9 +56,7 @@ class Macs:
         """Count the denoiser over a whole sampling of one picture.
 
         At every step count both branches up to their depth, and the exit heads for guidance and later forecasts.
-
-        Raises:
-            InputError: the plan leaves at a depth without an exit.
+        Raises InputError: the plan leaves at a depth without an exit.
         """
         if missing := [depth for step in plan.steps for depth in step.exits if depth not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
@@ -73,9 +71,7 @@ def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
     """Count the parts of a model on fake tensors, without computing them.
 
     inputs: a call of one row, for families that take more than labels (prompt embeddings); None: an example.
-
-    Raises:
-        InputError: `inputs` have several rows.
+    Raises InputError: `inputs` have several rows.
     """
     if inputs is not None and len(inputs) != 1:
         raise InputError(f"inputs: {len(inputs)} rows, expected 1")

@@ -91,11 +91,7 @@ class Thresholds:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read JSON.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or not a thresholds file of this version.
-        """
+        """Read JSON. Raises CheckpointError: the file is missing, damaged, or not a thresholds file of this version."""
         try:
             data = read_json(Path(path))
             if (data.pop("format", None), data.pop("version", None)) != (FORMAT, VERSION):
@@ -129,8 +125,7 @@ class ConfidentDepth(DynamicDepth):
     def __init__(self, model: DynamicDepth, thresholds: Thresholds) -> None:
         """Share the modules of `model`.
 
-        Raises:
-            InputError: the thresholds belong to another model, or the model lacks an exit at one of their depths.
+        Raises InputError: the thresholds belong to another model, or the model lacks an exit at one of their depths.
         """
         super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         _check_depths(thresholds.depths, self.depths)
@@ -204,8 +199,7 @@ class Signals:
     def thresholds(self, target: float, num_bands: int) -> Thresholds:
         """Choose thresholds for this mean squared error, depth by depth, on the rows that have not left earlier.
 
-        Raises:
-            InputError: the target is negative, or `num_bands` is below 1.
+        Raises InputError: the target is negative, or `num_bands` is below 1.
         """
         if not target >= 0 or num_bands < 1:
             raise InputError(f"confidence target {target:g} in {num_bands} bands: expected 0 or more, and 1 or more")
@@ -277,9 +271,7 @@ def record_signals(
     """Run trajectories at full depth, classes in turn, and record each exit's signal and error.
 
     Thresholds from these signals hold for states of full depth; states of a sampling that leaves early drift away.
-
-    Raises:
-        InputError: the model has fewer than two exits, or lacks an exit at one of the depths.
+    Raises InputError: the model has fewer than two exits, or lacks an exit at one of the depths.
     """
     settings = settings or ConfidenceSettings()
     depths = settings.depths or default_depths(model.depths)

@@ -7,21 +7,17 @@ measured at guidance 1.5. The first sampling with a number of steps measures the
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from torch import Tensor, nn
 
-from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.diffusers_full import DiffusersFull
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.sampling.sample import sample
-
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
 
 PICTURES, SEED, GUIDANCE = 32, 1_000_003, 1.5
 
@@ -51,14 +47,8 @@ def magnitude_ratios(model: DynamicDepth, num_steps: int, guided: bool) -> tuple
     blocks = full.transformer.transformer_blocks
     blocks[0].register_forward_pre_hook(found.enter)
     blocks[-1].register_forward_hook(found.leave)
-    sample(
-        full,
-        model.backbone.condition.in_turn(PICTURES),
-        num_steps=num_steps,
-        cfg_scale=GUIDANCE if guided else 1.0,
-        seed=SEED,
-        batch_size=PICTURES,
-    )
+    labels, scale = model.backbone.condition.in_turn(PICTURES), GUIDANCE if guided else 1.0
+    sample(full, labels, num_steps=num_steps, cfg_scale=scale, seed=SEED, batch_size=PICTURES)
     return tuple(found.ratios)
 
 
@@ -102,27 +92,16 @@ class MagCache(DiffusersCache):
 
     name: ClassVar[str] = "mag-cache"
     runs: ClassVar[type[DiffusersPeer]] = MagCachePeer
+    switched_off: ClassVar = {"skips": 0}
+    """No step skipped."""
+    compared: ClassVar = ((0.06,), (0.12,), (0.24,), (0.5,))
+    """From some to most steps skipped."""
+    least: ClassVar = {"threshold": 0, "skips": 0}
     threshold: float = 0.12
     skips: int = 3
     retention: float = 0.2
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise InputError(f"peer {self.name}: threshold {self.threshold:g}, expected at least 0")
-        if self.skips < 0:
-            raise InputError(f"peer {self.name}: skips {self.skips}, expected at least 0")
+        super().__post_init__()
         if not 0 <= self.retention <= 1:
             raise InputError(f"peer {self.name}: retention {self.retention:g}, expected 0 to 1")
-
-    @classmethod
-    def off(cls) -> Self:
-        """Skip no step."""
-        return cls(skips=0)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Skip from some to most steps."""
-        return grid(cls, threshold=(0.06, 0.12, 0.24, 0.5))
-
-    def attach(self, transformer: "DiTTransformer2DModel") -> None:
-        """Do nothing yet: see `MagCachePeer.ready`."""

@@ -75,9 +75,7 @@ def read_runs(path: Path) -> pd.DataFrame:
     """Read the runs of a CSV or Parquet file, or of a folder with runs.csv or runs.parquet.
 
     The columns of COLUMNS come first, then other columns of the file. Parquet needs pyarrow.
-
-    Raises:
-        InputError: the file or a column is missing, a value is not a number, or an arm was measured twice.
+    Raises InputError: the file or a column is missing, a value is not a number, or an arm was measured twice.
     """
     file = runs_file(path)
     runs = _read_table(file)
@@ -148,9 +146,7 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
     """Add rows to a runs.csv; create the file if it is missing. A kill at any moment leaves the old or the new file.
 
     rows: each has a value for each of COLUMNS; None and NaN are written as empty.
-
-    Raises:
-        InputError: a row or the file has an unknown column, or lacks a column.
+    Raises InputError: a row or the file has an unknown column, or lacks a column.
     """
     path = Path(path)
     for row in rows:
@@ -180,8 +176,7 @@ def arm_name(family: str, solver: str, steps: int | str, budget: float | None, s
 def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> dict[str, object]:
     """Make a row of runs.csv from a folder of `dyndit sample` and the figures of `evaluate`.
 
-    Raises:
-        InputError: the folder has no manifest of `dyndit sample`, or the figures lack the Fréchet distance.
+    Raises InputError: the folder has no manifest of `dyndit sample`, or the figures lack the Fréchet distance.
     """
     path = Path(samples) / MANIFEST
     try:

@@ -42,13 +42,8 @@ RANDOM_DECODER = "random:f8"
 
 FULL, AGAIN, NO_PLUGIN = "full", "full again", "no plug-in"
 
-DENOISER, DECODER, TO_LATENTS, TO_UINT8, PIPELINE = (
-    "denoiser",
-    "decoder",
-    "noise to latents",
-    "noise to uint8",
-    "pipeline call",
-)
+DENOISER, DECODER, PIPELINE = "denoiser", "decoder", "pipeline call"
+TO_LATENTS, TO_UINT8 = "noise to latents", "noise to uint8"
 
 PIPELINE_CLASSES = 1000
 """Number of classes in every `DiTPipeline`: it takes label 1,000 for the null label, whatever the model."""
@@ -93,9 +88,8 @@ class Bench:
     """Autoencoder that decodes latents; its time then counts for every arm."""
 
     def __post_init__(self) -> None:
-        for size in self.batch_sizes or (0,):
-            if size < 1:
-                raise InputError(f"--batch-size {size}: expected at least 1")
+        if (least := min(self.batch_sizes, default=0)) < 1:
+            raise InputError(f"--batch-size {least}: expected at least 1")
 
 
 def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
@@ -216,10 +210,8 @@ def _in_pipeline(
     if not isinstance(model.process, DDPM):
         raise InputError(f"--in-pipeline: DiTPipeline steps ddpm alone, this model's process is {model.process.name}")
     if some.cfg_scale != 1 and classes != PIPELINE_CLASSES:
-        raise InputError(
-            f"--cfg-scale {some.cfg_scale:g}: DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one "
-            f"has {classes}; expected 1"
-        )
+        takes = f"DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one has {classes}"
+        raise InputError(f"--cfg-scale {some.cfg_scale:g}: {takes}; expected 1")
     weights = next(model.parameters())
     transformer = to_diffusers(model).to(weights.device, weights.dtype)
     if settings.compiled:
@@ -235,13 +227,8 @@ def _in_pipeline(
         generators = [picture_generator(0, index) for index in range(size)]
         clock.wait()
         spent, began = _metered(meter), clock()
-        pipe(
-            class_labels=labels,
-            guidance_scale=some.cfg_scale,
-            num_inference_steps=some.num_steps,
-            generator=generators,
-            output_type="pt",
-        )
+        steps = {"num_inference_steps": some.num_steps, "guidance_scale": some.cfg_scale}
+        pipe(class_labels=labels, generator=generators, output_type="pt", **steps)
         return Reading(PIPELINE, clock() - began, spent())
 
     def plugged(plan: DepthPlan) -> list[Reading]:

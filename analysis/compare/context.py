@@ -127,8 +127,7 @@ class Context:
                 plan = self.read_plan(name)
             else:
                 base = base or self.base(solver, steps)
-                smaller = [plan for _, plan, _ in found]
-                plan = self._search(full, budget, base, smaller)
+                plan = self._search(full, budget, base, smaller=[plan for _, plan, _ in found])
                 plan.save(self.out / name)
             found.append((budget, plan, name))
         return found
@@ -139,17 +138,10 @@ class Context:
 
     def with_bases(self, solver: str) -> ShiftTable:
         """Add full depth's moments at the experiment's `latency_steps` to the table and its file; return the table."""
+        options = {"solver": solver, "step_grid": self.experiment.latency_steps, "into": self._table_file}
+        options["batch_size"] = self.experiment.batch_size
         with progress_bar("measuring full depth", self.console) as advance:
-            return measure_bases(
-                self.model,
-                self.table,
-                self.extractor,
-                solver=solver,
-                step_grid=self.experiment.latency_steps,
-                batch_size=self.experiment.batch_size,
-                into=self._table_file,
-                on_progress=advance,
-            )
+            return measure_bases(self.model, self.table, self.extractor, on_progress=advance, **options)
 
     @property
     def _table_file(self) -> Path:

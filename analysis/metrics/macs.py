@@ -76,7 +76,7 @@ def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
     if inputs is not None and len(inputs) != 1:
         raise InputError(f"inputs: {len(inputs)} rows, expected 1")
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        given = _one_row(model) if inputs is None else _faked(inputs, fake)
+        given = model.backbone.example(1).to(next(model.parameters())) if inputs is None else _faked(inputs, fake)
         states = []
 
         def embed() -> None:
@@ -108,11 +108,6 @@ def sampling_macs(model: DynamicDepth, plan: DepthPlan, *, label: int = 0, seed:
 def full_macs(model: DynamicDepth) -> int:
     """Count one forward at full depth for one picture in MACs (DiT-XL/2, 256 px: 118.6 G)."""
     return model_macs(model).full
-
-
-def _one_row(model: DynamicDepth) -> Inputs:
-    """Make an example call of one row, inside the fake mode."""
-    return model.backbone.example(1).to(next(model.parameters()))
 
 
 def _faked(inputs: Inputs, fake: FakeTensorMode) -> Inputs:

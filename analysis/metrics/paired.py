@@ -93,9 +93,8 @@ class Lpips(nn.Module):
             state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
             model.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
         except (OSError, RuntimeError, EOFError, AttributeError, SafetensorError, UnpicklingError) as error:
-            raise CheckpointError(
-                f"--lpips-weights {path}: {first_line(error)}; expected VGG16 and five lin"
-            ) from error
+            found = first_line(error)
+            raise CheckpointError(f"--lpips-weights {path}: {found}; expected VGG16 and five lin") from error
         return model
 
     @torch.inference_mode()

@@ -184,38 +184,27 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
         settings, plan = manifest["settings"], manifest["plan"]
         full = plan["router"] == "full"
         return dict.fromkeys(COLUMNS) | {
+            **{name: settings[name] for name in ("model", "solver", "steps", "cfg_scale", "num_images")},
+            **{name: plan[name] for name in ("share_of_blocks", "predicted_fd", "settings")},
+            **{name: manifest[name] for name in ("machine", "ms_per_picture", "ms_denoiser")},
+            **{name: figures[name] for name in ("extractor", "fd")},
+            **{name: figures.get(name) for name in QUALITY},
             "run": run,
-            "machine": manifest["machine"],
-            "extractor": figures["extractor"],
             "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # its own group
-            "model": settings["model"],
             "arm": arm_name(plan["router"], settings["solver"], settings["steps"], plan["budget"], plan["settings"]),
             "family": plan["router"],
-            "solver": settings["solver"],
-            "steps": settings["steps"],
             "budget": None if full else plan["budget"],
-            "cfg_scale": settings["cfg_scale"],
             "block": settings["seed"],
             "seed": settings["seed"],
-            "num_images": settings["num_images"],
-            "share_of_blocks": plan["share_of_blocks"],
             "mean_depth_cond": plan["mean_depth"][0],
             "mean_depth_uncond": plan["mean_depth"][1],
-            "ms_per_picture": manifest["ms_per_picture"],
-            "ms_denoiser": manifest["ms_denoiser"],
-            "fd": figures["fd"],
-            "predicted_fd": plan["predicted_fd"],
             "role": "score",
             "plan": "",
             "variant": "",
-            "settings": plan["settings"],
-            **{name: figures.get(name) for name in QUALITY},
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--out {run}: {path} and the metrics lack {error}; expected samples of `dyndit sample`, and fd among "
-            "the metrics"
-        ) from error
+        expected = "samples of `dyndit sample`, and fd among the metrics"
+        raise InputError(f"--out {run}: {path} and the metrics lack {error}; expected {expected}") from error
 
 
 def measured(path: Path, role: str = "score") -> set[tuple[str, int]]:

@@ -40,11 +40,9 @@ MIN_ROWS, NUM_QUANTILES, QUANTILE_95 = 20, 20, 1.645
 
 @dataclass(frozen=True)
 class ConfidenceSettings:
-    """Settings to calibrate thresholds with.
+    """targets: mean squared errors allowed to rows that leave, guided prediction against full depth (noise has 1).
 
-    targets: allowed mean squared errors of rows that leave, guided noise prediction against full depth (the noise
-    itself has 1). depths: d_0, d_1, ..., with exits; empty: `default_depths`. num_bands: number of timestep bands,
-    each with its own thresholds.
+    depths: d_0, d_1, ..., with exits; empty: `default_depths`. num_bands: of timesteps, each with its own thresholds.
     """
 
     targets: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
@@ -123,10 +121,7 @@ class ConfidentDepth(DynamicDepth):
     """
 
     def __init__(self, model: DynamicDepth, thresholds: Thresholds) -> None:
-        """Share the modules of `model`.
-
-        Raises InputError: the thresholds belong to another model, or the model lacks an exit at one of their depths.
-        """
+        """Share the modules of `model`. Raises InputError: the thresholds are of another model, or of other exits."""
         super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         _check_depths(thresholds.depths, self.depths)
         self.check_identity(thresholds.backbone, thresholds.exits, origin="thresholds")

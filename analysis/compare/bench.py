@@ -93,10 +93,7 @@ class Bench:
 
 
 def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
-    """Make a model of random weights with an exit after every layer.  spec: "random:" and a card's name.
-
-    Raises InputError: no such card.
-    """
+    """Make "random:CARD": random weights, an exit after every layer. Raises InputError: there is no such card."""
     name = spec.removeprefix(RANDOM)
     if name not in CARDS:
         raise InputError(f"{spec}: no such card; expected {RANDOM} and one of {', '.join(CARDS)}")
@@ -109,8 +106,8 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
 
 
 def open_decoder(spec: str, model: DynamicDepth) -> AutoencoderKL:
-    """Load an autoencoder from a folder, or make one of random weights ("random:f8").  -> on the model's device, in its
-    precision.
+    """Load an autoencoder, or make one of random weights ("random:f8"), on the model's device, in its precision.
+
     Raises InputError: no autoencoder there, or its latents have other channels than the model's.
     """
     channels, weights = model.backbone.in_channels, next(model.parameters())

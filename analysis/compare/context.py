@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -148,8 +149,10 @@ class Context:
         return self.out / "model" / FILE
 
     @property
-    def _calibration_cfg_scale(self) -> float:
-        return self.experiment.calibration_cfg_scale or self.experiment.cfg_scale
+    def _calibration_point(self) -> dict[str, Any]:
+        """Return solver, number of steps and guidance scale that the table is measured at."""
+        experiment, scale = self.experiment, self.experiment.calibration_cfg_scale or self.experiment.cfg_scale
+        return {"solver": experiment.calibration_solver, "num_steps": experiment.calibration_steps, "cfg_scale": scale}
 
     def _search(self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]) -> DepthPlan:
         rounds = self.experiment.refinements
@@ -184,21 +187,12 @@ class Context:
         """Return the part of the known table that equals this context's table; None if entries are missing."""
         if self.known is None:
             return None
-        experiment, seed = self.experiment, self.experiment.calibration.seed
-        points = (experiment.calibration_solver, experiment.calibration_steps, self._calibration_cfg_scale)
-        return part_of(self.known, OwnSampler(self.model, *points, seed=seed), experiment.calibration)
+        calibration = self.experiment.calibration
+        sampler = OwnSampler(self.model, **self._calibration_point, seed=calibration.seed)
+        return part_of(self.known, sampler, calibration)
 
     def _measured_table(self) -> ShiftTable:
-        experiment = self.experiment
+        options = self._calibration_point | {"settings": self.experiment.calibration, "into": self._table_file}
+        reference = self.references[0].moments()
         with progress_bar("measuring distribution shifts", self.console) as advance:
-            return measure_shifts(
-                self.model,
-                self.extractor,
-                self.references[0].moments(),
-                solver=experiment.calibration_solver,
-                num_steps=experiment.calibration_steps,
-                cfg_scale=self._calibration_cfg_scale,
-                settings=experiment.calibration,
-                into=self._table_file,
-                on_progress=advance,
-            )
+            return measure_shifts(self.model, self.extractor, reference, on_progress=advance, **options)

@@ -36,10 +36,7 @@ from dyndit.training.data import open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
-    """Run the comparison in `out` and return `out`; `dyndit.analysis.read_runs(out)` reads the figures.
-
-    Raises InputError: `out` holds another run, or an input does not fit.
-    """
+    """Run the comparison in `out`, and return it. Raises InputError: it holds another run, or an input does not fit."""
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)

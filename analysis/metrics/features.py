@@ -58,10 +58,7 @@ class Measured:
 
     @cached_property
     def statistics(self) -> Statistics | None:
-        """Return the given statistics if they are this extractor's, else None: pictures must be computed.
-
-        Raises InputError: only statistics of another extractor were given.
-        """
+        """Return the given statistics; None if of another extractor. Raises InputError: so, and without pictures."""
         found = self.given.statistics
         if found is None:
             return None

@@ -137,10 +137,7 @@ def _spread(values: Tensor, worse: float = 0.05) -> Spread:
 
 
 def check_same_seeds(samples: Path, full: Path) -> None:
-    """Refuse two folders of `dyndit sample` with different settings. Other folders pass.
-
-    Raises InputError: a setting of PAIRED_SETTINGS differs.
-    """
+    """Raise InputError if two folders of `dyndit sample` differ in PAIRED_SETTINGS. Other folders pass."""
     ours, theirs = (_settings(Path(path)) for path in (samples, full))
     if ours is None or theirs is None:
         return

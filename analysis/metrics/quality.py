@@ -210,11 +210,10 @@ def _too_few(sets: Mapping[str, PictureSet], extractor: Extractor, metrics: Sequ
             if num is None or num > factor * dims:
                 continue
             if not force:
-                raise InputError(
-                    f"{name}: {num} pictures, expected more than {'' if factor == 1 else f'{factor} times '}the {dims} "
-                    f"{'' if output == 'features' else 'spatial '}features of {extractor.name} (--force computes it "
-                    "all the same)"
-                )
+                least = f"{'' if factor == 1 else f'{factor} times '}the {dims}"
+                kind = "features" if output == "features" else "spatial features"
+                expected = f"expected more than {least} {kind} of {extractor.name} (--force computes it all the same)"
+                raise InputError(f"{name}: {num} pictures, {expected}")
             found = True
     return found
 

@@ -1,9 +1,8 @@
 """Compare quality and time of every arm with full depth.
 
-`summary` turns the rows of `runs.csv` (`dyndit.analysis.report.runs`) into one row per arm. The reference is full depth
-with the same solver: at the same number of steps (paired by seed block), and at equal quality or equal time on the
-frontier. The frontier is interpolated piecewise linearly in log time. Times are medians over the blocks of an arm, as
-times vary less than FD. Every comparison of FD is made block by block, then summarised as an interval.
+The reference is full depth with the same solver: at the same number of steps (paired by seed block), and at equal
+quality or equal time on the frontier, which is piecewise linear in log time. Times are medians over the blocks of an
+arm, as times vary less than FD. Every comparison of FD is made block by block, then summarised as an interval.
 """
 
 import math
@@ -21,8 +20,7 @@ MISSING = Interval(math.nan, math.nan, math.nan)
 def time_at_fd(times: np.ndarray, fds: np.ndarray, fd: float) -> float:
     """Return the shortest time of a frontier at this FD; NaN outside the measured range.
 
-    times: (K,) rising, fds: (K,). Piecewise linear in log time. If the frontier crosses the FD more than once, the
-    first crossing counts, in favour of full depth.
+    times: (K,) rising, fds: (K,). Of several crossings the first counts, in favour of full depth.
     """
     if fds[0] <= fd:  # already better at the fastest point; faster points are not measured
         return float(times[0]) if fds[0] == fd else math.nan

@@ -174,10 +174,7 @@ def arm_name(family: str, solver: str, steps: int | str, budget: float | None, s
 
 
 def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> dict[str, object]:
-    """Make a row of runs.csv from a folder of `dyndit sample` and the figures of `evaluate`.
-
-    Raises InputError: the folder has no manifest of `dyndit sample`, or the figures lack the Fréchet distance.
-    """
+    """Make a row from a folder of `dyndit sample` and figures of `evaluate`. Raises InputError: one lacks a part."""
     path = Path(samples) / MANIFEST
     try:
         manifest = read_json(path)

@@ -71,10 +71,9 @@ class Column:
 
 def _filled(name: str, caption: str, derived: str, columns: Sequence[Column], frame: pd.DataFrame) -> Table:
     """Make a table of a row per row of the frame."""
+    titles, kinds = tuple(column.title for column in columns), tuple(frame.get("family", ()))
     rows = tuple(tuple(column.cell(row) for column in columns) for _, row in frame.iterrows())
-    return Table(
-        name, caption, derived, tuple(column.title for column in columns), rows, tuple(frame.get("family", ()))
-    )
+    return Table(name, caption, derived, titles, rows, kinds)
 
 
 def _number(value: float) -> str:

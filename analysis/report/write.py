@@ -114,10 +114,7 @@ class Pages:
 
 
 def write_report(
-    run_dirs: Path | Sequence[Path],
-    out: Path,
-    title: str = "Dynamic depth: quality and time",
-    margin: float = 0.05,
+    run_dirs: Path | Sequence[Path], out: Path, title: str = "Dynamic depth: quality and time", margin: float = 0.05
 ) -> Path:
     """Write report.md, report.html, report.json and the figures (PNG, SVG) into `out`; return report.html's path.
 

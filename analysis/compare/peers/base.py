@@ -24,9 +24,8 @@ from dyndit.training.train import Train
 class PeerContext:
     """Data and budget for a peer that trains its own weights.
 
-    out: the folder that keeps the trained weights. data: the pictures of the comparison. fit: the exits' distillation
-    settings, also the peer's budget. train: recipe to train a backbone from scratch, for a peer that trains a smaller
-    backbone; None if the comparison has no such recipe.
+    out: keeps the weights. data: the pictures of the comparison. fit: the exits' distillation settings, also the peer's
+    budget. train: recipe of a backbone from scratch, for a peer with a smaller one; None: there is no such recipe.
     """
 
     out: Path
@@ -111,8 +110,7 @@ def grid(settings: type[PeerSettings], **choices: tuple[object, ...]) -> tuple[P
 class Peer(DynamicDepth):
     """The full model's modules with another way to run them. Subclasses override `predict`.
 
-    `predict` takes and returns the memory: all that a step keeps for the next step. The module itself keeps nothing. A
-    new trajectory starts with memory None, and a fork gets its own copy.
+    `predict` takes and returns the memory: all that a step keeps for the next. A new trajectory starts with None.
     """
 
     def __init__(self, model: DynamicDepth, settings: PeerSettings) -> None:

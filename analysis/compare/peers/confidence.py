@@ -177,10 +177,9 @@ def _check_depths(depths: tuple[int, ...], there: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Signals:
-    """Signals and true errors along trajectories at full depth.
+    """Mean squares of the guided prediction at full depth's states, (K, m, N): K steps, depths d_1 to d_m, N pictures.
 
-    signal: (K, m, N) for K steps, depths d_1 to d_m and N pictures: mean squared change of the guided prediction since
-    the depth before. error: (K, m, N): mean squared difference from full depth's guided prediction.
+    signal: of the change since the depth before. error: of the difference from full depth.
     """
 
     depths: tuple[int, ...]
@@ -192,10 +191,7 @@ class Signals:
     exits: str = ""
 
     def thresholds(self, target: float, num_bands: int) -> Thresholds:
-        """Choose thresholds for this mean squared error, depth by depth, on the rows that have not left earlier.
-
-        Raises InputError: the target is negative, or `num_bands` is below 1.
-        """
+        """Choose thresholds for this error, depth by depth, for the rows still there. Raises InputError: below 0."""
         if not target >= 0 or num_bands < 1:
             raise InputError(f"confidence target {target:g} in {num_bands} bands: expected 0 or more, and 1 or more")
         bands = torch.arange(len(self.timesteps)).tensor_split(min(num_bands, len(self.timesteps)))
@@ -214,10 +210,9 @@ class Signals:
 def threshold(signal: Tensor, error: Tensor, target: float) -> float:
     """Return the signal below which rows have a mean error of at most `target`; 0 if no row may leave.  Both: (N,).
 
-    Candidates are the twentieths of the signals, tried from the strictest. Stop at the first candidate whose one-sided
-    95% bound (normal) of the mean error exceeds the target. This order makes one test at 5% of all candidates
-    (fixed-sequence testing: Angelopoulos et al. 2021, "Learn then Test", arXiv:2110.01052, as in CALM). The level holds
-    for each depth and band alone. It treats the steps of one picture as independent rows.
+    Try the twentieths of the signals from the strictest. Stop where the one-sided 95% bound (normal) of the mean error
+    exceeds the target. This order makes one test at 5% of all (fixed-sequence testing: Angelopoulos et al. 2021, "Learn
+    then Test", arXiv:2110.01052, as in CALM). The level holds for each depth and band, if rows were independent.
     """
     order = signal.argsort()
     signal, error, best = signal[order], error[order].double(), 0.0

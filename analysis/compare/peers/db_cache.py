@@ -26,9 +26,8 @@ def load_cache_dit() -> ModuleType:
     try:
         import cache_dit
     except ImportError as error:
-        raise InputError(
-            f"peer {DBCache.name}: needs the package cache-dit ({error}); expected pip install dyndit[peers]"
-        ) from error
+        needs = f"needs the package cache-dit ({error})"
+        raise InputError(f"peer {DBCache.name}: {needs}; expected pip install dyndit[peers]") from error
     return cache_dit
 
 

@@ -34,10 +34,7 @@ NOT_APPLICABLE = {
 
 @dataclass(frozen=True)
 class Memory:
-    """The state that a step left inside the modules.
-
-    branches: number of branches that the step ran. states: one per holder of state, in the peer's order.
-    """
+    """The number of branches that a step ran, and the state that it left in each holder, in the peer's order."""
 
     branches: int
     states: tuple[object, ...]
@@ -57,10 +54,8 @@ class TransformerPeer(Peer):
         """See `DynamicDepth`. Raises InputError: guidance begins or stops on the way; the cache holds other rows."""
         count = len(step.labels)
         if memory is not None and memory.branches != count:
-            raise InputError(
-                f"peer {self.settings.name}: {count} branches at step {step.k}, {memory.branches} before; "
-                "expected the same at every step"
-            )
+            found = f"{count} branches at step {step.k}, {memory.branches} before"
+            raise InputError(f"peer {self.settings.name}: {found}; expected the same at every step")
         self.ready(step)
         self.put(None if memory is None else memory.states)
         order = range(count)[::-1] if self.uncond_first else range(count)

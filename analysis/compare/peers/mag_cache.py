@@ -6,7 +6,8 @@ measured here by the paper's formula, on one full-depth DDIM sampling of `PICTUR
 measured at guidance 1.5. The first sampling with a number of steps measures them: sample once before timing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -22,34 +23,19 @@ from dyndit.sampling.sample import sample
 PICTURES, SEED, GUIDANCE = 32, 1_000_003, 1.5
 
 
-@dataclass
-class _Magnitudes:
-    """Ratios of each step's residual norm to the step before, mean over tokens; 1 at the first step."""
-
-    ratios: list[float] = field(default_factory=list)
-    entered: Tensor | None = None
-    last: Tensor | None = None
-
-    def enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Keep the input of the first block."""
-        self.entered = inputs[0]
-
-    def leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Append the ratio after the last block."""
-        norms = torch.linalg.norm((output - self.entered).float(), dim=-1)
-        self.ratios.append(1.0 if self.last is None else (norms / (self.last + 1e-8)).mean().item())
-        self.last = norms
-
-
 def magnitude_ratios(model: DynamicDepth, num_steps: int, guided: bool) -> tuple[float, ...]:
-    """Measure the ratio of every step on one sampling at full depth."""
-    full, found = DiffusersFull().model(model), _Magnitudes()
+    """Measure each step's residual norm over the step before, mean over tokens; 1 at the first step."""
+    full, entered, norms = DiffusersFull().model(model), [], []
+
+    def leave(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        norms.append(torch.linalg.norm((output - entered.pop()).float(), dim=-1))
+
     blocks = full.transformer.transformer_blocks
-    blocks[0].register_forward_pre_hook(found.enter)
-    blocks[-1].register_forward_hook(found.leave)
+    blocks[0].register_forward_pre_hook(lambda _block, inputs: entered.append(inputs[0]))
+    blocks[-1].register_forward_hook(leave)
     labels, scale = model.backbone.condition.in_turn(PICTURES), GUIDANCE if guided else 1.0
     sample(full, labels, num_steps=num_steps, cfg_scale=scale, seed=SEED, batch_size=PICTURES)
-    return tuple(found.ratios)
+    return (1.0, *((now / (before + 1e-8)).mean().item() for before, now in pairwise(norms)))
 
 
 class MagCachePeer(DiffusersPeer):

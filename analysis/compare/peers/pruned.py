@@ -40,10 +40,7 @@ class Pruned(PeerSettings):
             raise InputError(f"pruned {self.label}: expected at least 0 blocks, by spread or effect")
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """Train the pruned model, or load it from the context.
-
-        Raises InputError: the context is missing, no block would be left, or an adapter made the backbone.
-        """
+        """Train the pruned model, or load it. Raises InputError: no context, no block left, or an adapted backbone."""
         if self.drop == 0:
             return DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process).eval()
         if context is None:

@@ -32,10 +32,7 @@ class RandomPlan(PeerSettings):
             raise InputError(f"random share {self.share:g}: expected above 0 and at most 1")
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
-        """Draw every depth, then move random ones to the next depth down or up until the sum fits.
-
-        Raises InputError: the shallowest exits at every step exceed `share`.
-        """
+        """Draw every depth, then move random ones until the sum fits. Raises InputError: `share` is too small."""
         drawn = random.Random(self.seed)
         entries = list(full.depths) + [depth for depth in full.uncond_depths if depth]
         limit = self.share * sum(entries) * (1 + 1e-9)

@@ -39,10 +39,7 @@ class TwoModels(PeerSettings):
         return round(self.share * num_steps)
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """Train the small model, or load it from the context.
-
-        Raises InputError: no context, or no recipe for a backbone in it; or the small model works on other pictures.
-        """
+        """Train the small model, or load it. Raises InputError: no recipe to train it with, or it does not fit."""
         if self.share == 0:
             return Switch(model, model, self)
         if context is None:

@@ -21,10 +21,7 @@ from dyndit.analysis.compare.peers.foreign import DiffusersCache
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 
-_FORECAST = {
-    "modules": [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"],
-    "output": ["proj_out_2"],
-}
+_FORECAST = {"modules": [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"], "output": ["proj_out_2"]}
 _SKIPPED = {"modules": None, "output": [r"transformer_blocks\.\d+"]}
 
 

@@ -21,8 +21,8 @@ from dyndit.training.train import Train
 class Controls:
     """Fixed schedules that compete with the searched plan at equal time, at one solver and step count.
 
-    depths: constant depths. The predicted time of each depth is a budget for a searched plan and its controls: its
-    reversal, `num_shuffled` random orders of its steps, and the `num_ramps` ramps closest below the budget.
+    The predicted time of each constant depth is a budget for a searched plan and its controls: its reversal,
+    `num_shuffled` random orders of its steps, and the `num_ramps` ramps closest below the budget.
     """
 
     solver: str = "ddim"
@@ -36,10 +36,9 @@ class Controls:
 class Variant:
     """An ablation: plans made with other settings and measured beside the comparison's own plans.
 
-    name: its arms have the family "searched-NAME". A variant with another backbone adds "full-NAME": that backbone at
-    full depth. A field left as None is inherited from the experiment. calibration_solver, calibration_steps and
-    calibration_cfg_scale test a table away from its calibration. train: trains another backbone from scratch, with
-    exits from the first step if this recipe says so.
+    Its arms have the family "searched-NAME". A variant with another backbone adds "full-NAME": that backbone at full
+    depth. A field left as None is inherited from the experiment. The calibration's solver, steps and scale test a table
+    away from its calibration. train: trains another backbone from scratch, with exits if this recipe says so.
     """
 
     name: str

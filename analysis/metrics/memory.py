@@ -29,14 +29,9 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     held = peak = 0
-    for change in _changes(recorded):
-        held += change
+    events = recorded.profiler.kineto_results.events()
+    changes = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()  # negative where memory is freed
         peak = max(peak, held)
     return peak
-
-
-def _changes(recorded: profile) -> list[int]:
-    """Return the bytes allocated, or freed (negative), in order of time."""
-    events = recorded.profiler.kineto_results.events()
-    found = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
-    return [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]

@@ -52,8 +52,19 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """Tensors that are added to the tokens on the way, one per interval of blocks. Each has the batch first."""
+
+    samples: tuple[Tensor, ...]
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        """Return the residuals of these rows of the batch."""
+        return replace(self, samples=tuple(sample[rows] for sample in self.samples))
+
+
+@dataclass(frozen=True)
 class State:
-    """The state between two blocks. Every tensor has the batch first; other fields serve all rows.
+    """The state between two blocks. Tensors and residuals have the batch first; other fields serve all rows.
 
     tokens: (B, N, D), cond: (B, D) modulates the exit heads. The class-conditional DiT sums the timestep and label
     embeddings into it. Families with more streams subclass this with further fields.
@@ -68,13 +79,17 @@ class State:
             return self
         return self._picked(slice(start, stop))
 
+    def for_head(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the conditioning that an exit head takes. Families of several streams join them."""
+        return self.tokens, self.cond
+
     def take(self, indices: Tensor) -> Self:
         """Return the state of these rows of the batch.  indices: (R,), integers."""
         return self._picked(indices)
 
     def _picked(self, rows: slice | Tensor) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor | Residuals)})
 
 
 class BackboneConfig(Protocol):
@@ -100,7 +115,7 @@ class Backbone(nn.Module):
 
     num_blocks: int
     width: int
-    """D, the width of `State.cond` and `State.tokens`."""
+    """D, the width of `State.tokens`, and of `State.cond` unless `cond_width` differs."""
     sample_shape: tuple[int, ...]
     """Shape of one picture or latent, (C, H, W), or of one video, (C, T, H, W)."""
     out_channels: int
@@ -109,6 +124,11 @@ class Backbone(nn.Module):
     """The kind of condition, for example `ClassLabels`."""
     usual_process: Process = DDPM()
     """The process assumed for weights of this family unless they name another process."""
+
+    @property
+    def cond_width(self) -> int:
+        """Return the width of `State.cond`."""
+        return self.width
 
     @property
     def in_channels(self) -> int:

@@ -52,19 +52,19 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Residuals:
-    """Tensors that are added to the tokens on the way, one per interval of blocks. Each has the batch first."""
+class PerRow:
+    """Several tensors in one field of a state, each with the batch first. Example: the residuals of a ControlNet."""
 
-    samples: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
-        """Return the residuals of these rows of the batch."""
-        return replace(self, samples=tuple(sample[rows] for sample in self.samples))
+        """Return the tensors of these rows of the batch."""
+        return PerRow(tuple(value[rows] for value in self.values))
 
 
 @dataclass(frozen=True)
 class State:
-    """The state between two blocks. Tensors and residuals have the batch first; other fields serve all rows.
+    """The state between two blocks. A `Tensor` or `PerRow` has the batch first; other fields serve all rows.
 
     tokens: (B, N, D), cond: (B, D) modulates the exit heads. The class-conditional DiT sums the timestep and label
     embeddings into it. Families with more streams subclass this with further fields.
@@ -89,7 +89,7 @@ class State:
 
     def _picked(self, rows: slice | Tensor) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor | Residuals)})
+        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor | PerRow)})
 
 
 class BackboneConfig(Protocol):

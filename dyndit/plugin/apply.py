@@ -44,6 +44,7 @@ def apply_dyndit(
     *,
     cfg_scale: float | None = None,
     check_identity: bool = True,
+    adapter: Adapter | None = None,
 ) -> "DynDiTHandle":
     """Make a pipeline or a transformer of diffusers run a plan. Its call, its class and its weights do not change.
 
@@ -52,6 +53,7 @@ def apply_dyndit(
     cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided.
     check_identity: refuse exits and plans of another backbone. The check reads the transformer's weights, some seconds
     per billion parameters; weights in half precision are the same backbone.
+    adapter: a description of a transformer that no adapter knows (`dyndit.plugin.generic.BlockAdapter`).
 
     Raises:
         InputError: no adapter serves the transformer, or its hooks would no longer run.
@@ -59,7 +61,7 @@ def apply_dyndit(
     """
     transformer = transformer_of(target)
     _check_hookable(transformer)
-    adapter = adapt(transformer)
+    adapter = adapt(transformer, adapter)
     if isinstance(exits, str | Path):
         path = Path(exits)
         exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_identity=check_identity)

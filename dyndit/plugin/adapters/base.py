@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from dyndit.errors import InputError
-from dyndit.models.base import Backbone, Inputs, Residuals
+from dyndit.models.base import Backbone, Inputs, PerRow
 from dyndit.models.conditions import Condition, Conditioning, GivenRows
 
 
@@ -70,7 +70,18 @@ class Adapter(Backbone):
             raise InputError(f"{self.family}: called without {timestep}, which depth depends on")
         x = self._latents(call)
         t = torch.as_tensor(call[timestep], device=x.device).reshape(-1).expand(len(x)).contiguous()
-        return Inputs(x, t, self._condition(call))
+        inputs = Inputs(x, t, self._condition(call))
+        self._check_residuals(inputs)
+        return inputs
+
+    def _check_residuals(self, inputs: Inputs) -> None:
+        """Refuse residuals of other rows: both branches need theirs."""
+        for name, value in inputs.y.rows.items() if isinstance(inputs.y, Conditioning) else ():
+            if "." in name and len(value) != len(inputs):
+                raise InputError(
+                    f"{self.family}: called with {len(value)} rows of {name.partition('.')[0]}, expected {len(inputs)} "
+                    "as of the latents"
+                )
 
     def _latents(self, call: dict[str, object]) -> Tensor:
         """Return the latents of a bound call as one tensor, the batch first."""
@@ -124,11 +135,11 @@ class Adapter(Backbone):
         }
 
 
-def in_order(y: Conditioning, name: str) -> Residuals | None:
+def in_order(y: Conditioning, name: str) -> PerRow | None:
     """Return the residuals of a ControlNet that were passed as argument `name`; None without them."""
     found = {key: value for key, value in y.rows.items() if key.startswith(f"{name}.")}
     samples = sorted(found, key=lambda key: int(key.rpartition(".")[2]))
-    return Residuals(tuple(found[key] for key in samples)) if samples else None
+    return PerRow(tuple(found[key] for key in samples)) if samples else None
 
 
 class ContinuousHead(nn.Module):

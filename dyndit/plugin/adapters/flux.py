@@ -18,7 +18,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from dyndit.models.base import Residuals, State
+from dyndit.models.base import PerRow, State
 from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead, first_image, in_order
 from dyndit.process import RectifiedFlow
@@ -29,9 +29,9 @@ class _State(State):
     text: Tensor
     rotary: tuple[Tensor, Tensor]
     """Cosines and sines of the positions of text, then picture: (S + N, D_head), the same for all rows."""
-    residuals: Residuals | None
+    residuals: PerRow | None
     """Residuals of double blocks."""
-    single_residuals: Residuals | None
+    single_residuals: PerRow | None
     size: int
     """N: number of the picture's tokens."""
 
@@ -96,7 +96,7 @@ class FluxAdapter(Adapter):
             joint_attention_kwargs=None,
         )
         if residuals is not None:
-            tokens = tokens + residuals.samples[index // ceil(len(blocks) / len(residuals.samples))]
+            tokens = tokens + residuals.values[index // ceil(len(blocks) / len(residuals.values))]
         return replace(state, tokens=tokens, text=text)
 
     def block_modules(self) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dyndit.errors import InputError
-from dyndit.models.base import Residuals, State
+from dyndit.models.base import PerRow, State
 from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead, in_order
 from dyndit.process import RectifiedFlow
@@ -35,7 +35,7 @@ class _State(State):
     """(B, S): True for tokens that are no padding; None if no row is padded."""
     still: Tensor | None
     """(B, D): conditioning of the reference images' tokens, if they have one of their own."""
-    residuals: Residuals | None
+    residuals: PerRow | None
     rotary: tuple[Tensor, Tensor]
     """Positions of the picture and of the text, the same for all rows."""
     sizes: tuple[int, ...]
@@ -122,7 +122,7 @@ class QwenImageAdapter(Adapter):
             modulate_index=index_of,
         )
         if state.residuals is not None:
-            samples = state.residuals.samples
+            samples = state.residuals.values
             tokens = tokens + samples[index // ceil(self.num_blocks / len(samples))]
         return replace(state, tokens=tokens, text=text)
 

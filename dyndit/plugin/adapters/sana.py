@@ -14,7 +14,7 @@ from math import atan2
 
 from torch import Tensor, nn
 
-from dyndit.models.base import Residuals, State
+from dyndit.models.base import PerRow, State
 from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, TableHead, attention_bias, in_order, join_patches
 from dyndit.process import RectifiedFlow
@@ -27,7 +27,7 @@ class _State(State):
     text: Tensor
     text_bias: Tensor | None
     token_bias: Tensor | None
-    residuals: Residuals | None
+    residuals: PerRow | None
     """Residual i is added after block i + 1."""
     grid: tuple[int, int]
     """Rows and columns of patches."""
@@ -85,8 +85,8 @@ class SanaAdapter(Adapter):
         tokens = self.transformer.transformer_blocks[index](
             state.tokens, state.token_bias, state.text, state.text_bias, state.modulation, *state.grid
         )
-        if state.residuals is not None and 0 < index <= len(state.residuals.samples):
-            tokens = tokens + state.residuals.samples[index - 1]
+        if state.residuals is not None and 0 < index <= len(state.residuals.values):
+            tokens = tokens + state.residuals.values[index - 1]
         return replace(state, tokens=tokens)
 
     def block_modules(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from dyndit.models.base import Residuals, State
+from dyndit.models.base import PerRow, State
 from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ContinuousHead, in_order, join_patches
 from dyndit.process import RectifiedFlow
@@ -21,7 +21,7 @@ from dyndit.process import RectifiedFlow
 class _State(State):
     text: Tensor | None
     """(B, S, D); None after the last block."""
-    residuals: Residuals | None
+    residuals: PerRow | None
     grid: tuple[int, int]
     """Rows and columns of patches."""
 
@@ -61,7 +61,7 @@ class SD3Adapter(Adapter):
             joint_attention_kwargs=None,
         )
         if state.residuals is not None and not block.context_pre_only:
-            samples = state.residuals.samples
+            samples = state.residuals.values
             tokens = tokens + samples[int(index / (self.num_blocks / len(samples)))]
         return replace(state, tokens=tokens, text=text)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dyndit.errors import InputError
-from dyndit.models.base import Inputs, Residuals, State
+from dyndit.models.base import Inputs, PerRow, State
 from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, ScaleHead
 from dyndit.process import RectifiedFlow
@@ -37,7 +37,7 @@ class _State(State):
     rotary: Tensor
     mask: Tensor | None
     """(B, N + S): True for tokens that are no padding; None if no row is padded."""
-    residuals: Residuals | None
+    residuals: PerRow | None
     after: tuple[int, ...]
     """Blocks that a residual is added after."""
     size: tuple[int, int, int]
@@ -127,14 +127,14 @@ class ZImageAdapter(Adapter):
         tokens, rotary, mask, _ = model._build_unified_sequence(*sequence, None, None, None, None, False, x.device)
         prefix = f"{_CONTROL}."
         control = {int(key.removeprefix(prefix)): value for key, value in y.rows.items() if key.startswith(prefix)}
-        residuals = Residuals(tuple(control.values())) if control else None
+        residuals = PerRow(tuple(control.values())) if control else None
         return _State(tokens, cond, rotary, mask, residuals, after=tuple(control), size=tuple(sizes[0]))
 
     def block(self, index: int, state: _State) -> State:
         """Run block `index`, then add a ControlNet's residual."""
         tokens = self.transformer.layers[index](state.tokens, state.mask, state.rotary, state.cond)
         if index in state.after:
-            tokens = tokens + state.residuals.samples[state.after.index(index)]
+            tokens = tokens + state.residuals.values[state.after.index(index)]
         return replace(state, tokens=tokens)
 
     def block_modules(self) -> list[nn.Module]:

@@ -269,6 +269,18 @@ def test_residuals_reach_every_depth(name: str) -> None:
         assert (with_them[depth] - plain[depth]).abs().max() > 1e-3 * plain[depth].std()
 
 
+def test_residuals_of_other_rows_are_refused() -> None:
+    tiny, calls = sd3_controlnet(), []
+    adapter = adapt(tiny.transformer)
+    watch = tiny.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    tiny.run()
+    watch.remove()
+    name = "block_controlnet_hidden_states"
+    half = {name: [sample[:1] for sample in calls[0][name]]}
+    with pytest.raises(InputError, match=f"called with 1 rows of {name}, expected 2 as of the latents"):
+        adapter.read(**calls[0] | half)
+
+
 REFUSED: dict[str, tuple[Callable[[], TinyPipeline], str]] = {
     "FLUX.2 Klein with kept keys": (lambda: flux2_klein_kv(picture(64, 64)), "kv_cache_mode"),
 }

@@ -206,11 +206,16 @@ def join_patches(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor
 
 
 def first_image(ids: Tensor) -> int:
-    """Count the tokens of the picture; reference images, whose positions begin with another number, follow it.
+    """Count the tokens of the picture, which are all unless reference images follow.
 
-    ids: (N + R, 3 or 4), the positions of all images' tokens.
+    A picture's positions begin with 0. Those of a reference image begin with another number, and start anew.
+    ids: (N + R, 3 or 4), the positions of all images' tokens. Example: (0, 0, 0), (0, 0, 1), (1, 0, 0) has a picture of
+    two tokens.
     """
-    return int((ids[:, 0] == ids[0, 0]).sum())
+    numbers = ids.cpu()
+    others = numbers[:, 0].nonzero()
+    first = int(others[0]) if len(others) else 0
+    return first if first and torch.equal(numbers[first, 1:], numbers[0, 1:]) else len(ids)
 
 
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -2,14 +2,14 @@
 
 Joint blocks run on picture and text side by side. The prediction is a velocity. Latents are packed, 2 x 2 of them a
 token: (B, N, C). Edit pipelines append the tokens of reference images: (B, N + R, C). The prediction covers the
-picture's N tokens; the transformer's own forward also returns R tokens, which the pipelines drop.
+picture's N tokens; the transformer's own forward also returns R tokens, which the pipelines drop. The layered model
+(`use_layer3d_rope`) has a picture of several layers, and one reference image.
 
 The step is read from `timestep`, one per row: the scheduler's timestep divided by 1000. True guidance (`true_cfg_scale`
 above 1 and a negative prompt) makes two calls at every step on the same latents tensor: first the conditional call,
 then the unconditional call. Their texts differ in length, so `read` pads texts, and `embed` cuts them again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -38,12 +38,14 @@ class _State(State):
     residuals: PerRow | None
     rotary: tuple[Tensor, Tensor]
     """Positions of the picture and of the text, the same for all rows."""
-    sizes: tuple[int, ...]
-    """Number of tokens of the picture, then of each reference image."""
+    first: int
+    """Number of tokens of the first image: the picture, or its first layer."""
+    size: int
+    """N: number of the picture's tokens."""
 
     def for_head(self) -> tuple[Tensor, Tensor]:
         """Return the picture's tokens, (B, N, D), and the conditioning."""
-        return self.tokens[:, : self.sizes[0]], self.cond
+        return self.tokens[:, : self.size], self.cond
 
 
 class QwenImageAdapter(Adapter):
@@ -104,14 +106,15 @@ class QwenImageAdapter(Adapter):
             still,
             in_order(y, "controlnet_block_samples"),
             model.pos_embed([shapes], max_txt_seq_len=length, device=x.device),
-            sizes=tuple(map(prod, shapes)),
+            first=prod(shapes[0]),
+            size=sum(map(prod, shapes[:-1] if model.config.use_layer3d_rope else shapes[:1])),
         )
 
     def block(self, index: int, state: _State) -> State:
         """Run block `index`, then add a ControlNet's residual."""
         cond, index_of = state.cond, None
         if state.still is not None:
-            cond, index_of = torch.cat([state.cond, state.still]), _is_reference(state.sizes, state.tokens)
+            cond, index_of = torch.cat([state.cond, state.still]), _is_after(state.first, state.tokens)
         text, tokens = self.transformer.transformer_blocks[index](
             hidden_states=state.tokens,
             encoder_hidden_states=state.text,
@@ -141,10 +144,10 @@ class QwenImageAdapter(Adapter):
 
     def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
         """Return the picture's patches: the model's predictions are packed too.  -> (B, N, C_out)."""
-        return patches[:, : state.sizes[0]]
+        return patches[:, : state.size]
 
 
-def _is_reference(sizes: Sequence[int], tokens: Tensor) -> Tensor:
-    """Return 0 for tokens of the picture and 1 for tokens of reference images.  -> (B, N + R), int32."""
+def _is_after(first: int, tokens: Tensor) -> Tensor:
+    """Return 0 for tokens of the first image and 1 for tokens of the images after it.  -> (B, N + R), int32."""
     places = torch.arange(tokens.shape[1], device=tokens.device)
-    return (places >= sizes[0]).int().expand(len(tokens), -1)
+    return (places >= first).int().expand(len(tokens), -1)

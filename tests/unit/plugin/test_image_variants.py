@@ -16,6 +16,7 @@ from dyndit.errors import InputError
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.step import steps
 from dyndit.plugin.adapters import adapt, collect_exits
+from dyndit.plugin.adapters.base import first_image
 from support.families import flux2, qwen_image, sana, z_image
 from support.models import randomise
 from support.tiny_pipelines import TinyPipeline, quiet, seeded, t5, tiny_pipeline, tokenizer, vae
@@ -332,6 +333,36 @@ def test_qwens_rows_share_one_set_of_positions() -> None:
     with pytest.raises(InputError, match="img_shapes of several sizes"):
         collect_exits(transformer, None, **call, img_shapes=[[(1, 4, 6)], [(1, 6, 4)]])
     assert collect_exits(transformer, None, **call, img_shapes=[[(1, 4, 6)]] * 2)[4].shape == (2, 24, 16)
+
+
+def test_a_layered_picture_has_all_layers_but_the_reference() -> None:
+    transformer = qwen_image.transformer(0, use_layer3d_rope=True, use_additional_t_cond=True)
+    call = {
+        "hidden_states": torch.randn(2, 3 * 24, 16, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "encoder_hidden_states": torch.ones(2, 5, 32),
+        "img_shapes": [[(1, 4, 6)] * 3] * 2,
+        "additional_t_cond": torch.tensor([0, 1]),
+    }
+    predictions = collect_exits(transformer, None, **call)
+    assert {tuple(prediction.shape) for prediction in predictions.values()} == {(2, 48, 16)}
+    assert torch.equal(predictions[4], transformer(**call, return_dict=False)[0][:, :48])
+
+
+IDS = {
+    "a picture alone": ([(0, 0, 0), (0, 0, 1)], 2),
+    "a reference": ([(0, 0, 0), (0, 0, 1), (1, 0, 0)], 2),
+    "two references": ([(0, 0, 0, 0), (10, 0, 0, 0), (10, 0, 1, 0), (20, 0, 0, 0)], 1),
+    "a reference in front": ([(1, 0, 0), (0, 0, 0), (0, 0, 1)], 3),
+    "numbers that are no images": ([(0, 0, 0), (1, 1, 1), (2, 2, 2)], 3),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_picture_ends_where_a_reference_starts(name: str) -> None:
+    """What is not known for a reference image is predicted, as the transformer's own forward does."""
+    ids, size = IDS[name]
+    assert first_image(torch.tensor(ids)) == size
 
 
 @pytest.mark.parametrize("family", [QWEN, z_image.FAMILY])

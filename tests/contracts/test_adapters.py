@@ -247,6 +247,39 @@ WAYS = {
         {"txt_ids": torch.zeros(1, 8, 3), "img_ids": torch.arange(24.0)[None, :, None].expand(1, 24, 3)},
     ),
     "single blocks alone": ("FluxTransformer2DModel", {"num_layers": 0, "num_single_layers": 4}, {}),
+    "guidance as an input of Sana": (
+        "SanaTransformer2DModel",
+        {"guidance_embeds": True},
+        {"guidance": torch.tensor([0.4, 0.9])},
+    ),
+    "Sana's text without a mask": ("SanaTransformer2DModel", {}, {"encoder_attention_mask": None}),
+    "Sana of another time scale": ("SanaTransformer2DModel", {"timestep_scale": 0.001}, {}),
+    "Lumina's texts of one length": (
+        "Lumina2Transformer2DModel",
+        {},
+        {"encoder_attention_mask": (torch.arange(16) < 7).long().expand(2, 16)},
+    ),
+    "Qwen's words masked in the middle": (
+        "QwenImageTransformer2DModel",
+        {},
+        {
+            "encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 32).reshape(2, 8, 32),
+            "encoder_hidden_states_mask": (torch.arange(8) % 3 > 0).long().expand(2, 8),
+        },
+    ),
+    "Qwen's clean references": ("QwenImageTransformer2DModel", {"zero_cond_t": True}, {}),
+    "guidance as an input of FLUX.2": (
+        "Flux2Transformer2DModel",
+        {"guidance_embeds": True},
+        {"guidance": torch.tensor([1.0, 4.0])},
+    ),
+    "FLUX.2's double blocks alone": ("Flux2Transformer2DModel", {"num_layers": 4, "num_single_layers": 0}, {}),
+    "FLUX.2's single blocks alone": ("Flux2Transformer2DModel", {"num_layers": 0, "num_single_layers": 4}, {}),
+    "Z-Image's frames": (
+        "ZImageTransformer2DModel",
+        {},
+        {"x": list(torch.linspace(-1, 1, 2 * 4 * 2 * 8 * 8).sin().reshape(2, 4, 2, 8, 8))},
+    ),
     "frames apart": ("LatteTransformer3DModel", {}, {"enable_temporal_attentions": False}),
     "one frame": (
         "LatteTransformer3DModel",

@@ -1,5 +1,6 @@
 """Pipelines beside a family's first: image to image, inpainting, edits, ControlNets. Depth combines, or is refused."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -7,7 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -39,11 +44,17 @@ def mask() -> Image.Image:
 def variant(family: str, kind: str, given: dict[str, object] | None = None, **settings: object) -> TinyPipeline:
     """The family's tiny pipeline as another pipeline class, with the same components and further settings."""
     tiny = tiny_pipeline(family)
-    pipe = getattr(diffusers, kind)(**tiny.pipe.components, **given or {})
+    pipe = assembled(kind, tiny.pipe.components | (given or {}))
     for name in ("prompt_template_encode", "prompt_template_encode_start_idx"):
         if name in vars(tiny.pipe):
             setattr(pipe, name, getattr(tiny.pipe, name))
     return replace(tiny, pipe=quiet(pipe), settings={**tiny.settings, **settings}, num_steps=4)
+
+
+def assembled(kind: str, parts: dict[str, object]) -> diffusers.DiffusionPipeline:
+    """The pipeline of this class, of those parts that it takes."""
+    accepted = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    return getattr(diffusers, kind)(**{name: part for name, part in parts.items() if name in accepted})
 
 
 def image_to_image(family: str, kind: str, **settings: object) -> Callable[[], TinyPipeline]:
@@ -67,17 +78,35 @@ def sd3_inpainting() -> TinyPipeline:
     return replace(tiny, pipe=quiet(pipe), settings=settings, num_steps=4)
 
 
-def sd3_controlnet() -> TinyPipeline:
+def sd3_controlnet(kind: str = "ControlNet", extra: int = 0, **settings: object) -> TinyPipeline:
     tiny = tiny_pipeline(SD3)
-    config = {**tiny.transformer.config, "num_layers": 2, "extra_conditioning_channels": 0}
-    controlnet = seeded(diffusers.SD3ControlNetModel.from_config(config))
-    return variant(SD3, "StableDiffusion3ControlNetPipeline", {"controlnet": controlnet}, control_image=picture())
+    config = {**tiny.transformer.config, "num_layers": 2, "extra_conditioning_channels": extra}
+    given = {"controlnet": seeded(diffusers.SD3ControlNetModel.from_config(config))}
+    return variant(SD3, f"StableDiffusion3{kind}Pipeline", given, control_image=picture(), **settings)
 
 
-def flux_controlnet() -> TinyPipeline:
+def flux_controlnet(kind: str = "ControlNet", **settings: object) -> TinyPipeline:
     config = {**tiny_pipeline(FLUX).transformer.config, "num_layers": 1, "num_single_layers": 1}
-    controlnet = seeded(diffusers.FluxControlNetModel.from_config(config))
-    return variant(FLUX, "FluxControlNetPipeline", {"controlnet": controlnet}, control_image=picture())
+    given = {"controlnet": seeded(diffusers.FluxControlNetModel.from_config(config))}
+    return variant(FLUX, f"Flux{kind}Pipeline", given, control_image=picture(), **settings)
+
+
+def prompted(tiny: TinyPipeline) -> TinyPipeline:
+    """Pipelines that take no negative prompt."""
+
+    def call(_: int) -> dict[str, object]:
+        return {"prompt": "a red cat"}
+
+    return replace(tiny, guided=call, unguided=call)
+
+
+def flux_with_more_channels(kind: str, channels: int, **settings: object) -> TinyPipeline:
+    """Fill and Control: pictures beside the latents, as more channels of each token."""
+    tiny = tiny_pipeline(FLUX)
+    config = {name: value for name, value in tiny.transformer.config.items() if not name.startswith("_")}
+    transformer = diffusers.FluxTransformer2DModel(**config | {"in_channels": channels, "out_channels": 16})
+    pipe = assembled(kind, tiny.pipe.components | {"transformer": seeded(transformer)})
+    return prompted(replace(tiny, pipe=quiet(pipe), settings={**tiny.settings, **settings}))
 
 
 def sana_controlnet() -> TinyPipeline:
@@ -86,7 +115,7 @@ def sana_controlnet() -> TinyPipeline:
     return variant(sana.FAMILY, "SanaControlNetPipeline", {"controlnet": controlnet}, control_image=picture(64, 96))
 
 
-def sana_sprint() -> TinyPipeline:
+def sana_sprint(kind: str = "SanaSprintPipeline", **settings: object) -> TinyPipeline:
     tiny = tiny_pipeline(sana.FAMILY)
     transformer = sana.transformer(0, guidance_embeds=True, qk_norm="rms_norm_across_heads")
     parts = tiny.pipe.components | {"transformer": transformer, "scheduler": diffusers.SCMScheduler()}
@@ -94,16 +123,17 @@ def sana_sprint() -> TinyPipeline:
     def call(count: int) -> dict[str, object]:
         return {"prompt": ["a red cat", "a moon"][:count]}
 
-    return TinyPipeline(quiet(diffusers.SanaSprintPipeline(**parts)), call, call, sana.SETTINGS, num_steps=2)
+    pipe = quiet(getattr(diffusers, kind)(**parts))
+    return TinyPipeline(pipe, call, call, {**sana.SETTINGS, **settings}, num_steps=2)
 
 
-def qwen_controlnet() -> TinyPipeline:
-    config = {**qwen_image.transformer(0).config, "num_layers": 2}
-    controlnet = seeded(diffusers.QwenImageControlNetModel.from_config(config))
-    return variant(QWEN, "QwenImageControlNetPipeline", {"controlnet": controlnet}, control_image=picture())
+def qwen_controlnet(kind: str = "ControlNet", extra: int = 0, **settings: object) -> TinyPipeline:
+    config = {**qwen_image.transformer(0).config, "num_layers": 2, "extra_condition_channels": extra}
+    given = {"controlnet": seeded(diffusers.QwenImageControlNetModel.from_config(config))}
+    return variant(QWEN, f"QwenImage{kind}Pipeline", given, control_image=picture(), **settings)
 
 
-def qwen_edit(**config: object) -> TinyPipeline:
+def qwen_edit(kind: str = "Edit", given: dict[str, object] | None = None, **config: object) -> TinyPipeline:
     """With embedded prompts: a processor of pictures and text is not needed."""
     tiny = tiny_pipeline(QWEN)
     embeds = {}
@@ -111,9 +141,9 @@ def qwen_edit(**config: object) -> TinyPipeline:
         embeds[f"{name}_embeds"], _ = tiny.pipe.encode_prompt(prompt)
         embeds[f"{name}_embeds_mask"] = torch.ones(embeds[f"{name}_embeds"].shape[:2], dtype=torch.long)
     parts = tiny.pipe.components | {"processor": None, "transformer": qwen_image.transformer(0, **config)}
-    settings = {**qwen_image.SETTINGS, "image": picture()}
+    settings = {**qwen_image.SETTINGS, "image": picture(), **(given or {})}
     return TinyPipeline(
-        quiet(diffusers.QwenImageEditPipeline(**parts)),
+        quiet(getattr(diffusers, f"QwenImage{kind}Pipeline")(**parts)),
         lambda _: {**embeds, "true_cfg_scale": 4.0},
         lambda _: {**embeds, "true_cfg_scale": 1.0},
         settings,
@@ -137,18 +167,18 @@ def flux2_klein_kv(image: Image.Image | None) -> TinyPipeline:
     return TinyPipeline(pipe, lambda _: {"prompt": "a cat"}, lambda _: {"prompt": "a cat"}, settings)
 
 
-def z_image_controlnet() -> TinyPipeline:
+def z_image_controlnet(kind: str = "ControlNet", channels: int = 4, **settings: object) -> TinyPipeline:
     controlnet = diffusers.ZImageControlNetModel(
         control_layers_places=[0, 2],
         control_refiner_layers_places=[0],
-        control_in_dim=4,
+        control_in_dim=channels,
         dim=24,
         n_refiner_layers=1,
         n_heads=2,
         n_kv_heads=2,
     )
     given = {"controlnet": seeded(controlnet)}
-    return variant(z_image.FAMILY, "ZImageControlNetPipeline", given, control_image=picture())
+    return variant(z_image.FAMILY, f"ZImage{kind}Pipeline", given, control_image=picture(), **settings)
 
 
 def pixart_sigma() -> TinyPipeline:
@@ -159,6 +189,7 @@ def pixart_sigma() -> TinyPipeline:
     return replace(tiny, pipe=quiet(diffusers.PixArtSigmaPipeline(*parts)))
 
 
+MASKED = {"image": picture(), "mask_image": mask(), "strength": 0.75}
 KONTEXT = {"image": picture(), "max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
 
 GUIDED: dict[str, Callable[[], TinyPipeline]] = {
@@ -168,35 +199,58 @@ GUIDED: dict[str, Callable[[], TinyPipeline]] = {
     "Flux, image to image": image_to_image(FLUX, "FluxImg2ImgPipeline"),
     "Flux, inpainting": inpainting(FLUX, "FluxInpaintPipeline"),
     "Flux, ControlNet": flux_controlnet,
+    "SD3, ControlNet, inpainting": lambda: sd3_controlnet("ControlNetInpainting", 1, control_mask=mask()),
     "Flux Kontext": lambda: variant(FLUX, "FluxKontextPipeline", **KONTEXT),
     "PixArt-Sigma": pixart_sigma,
     "Sana, ControlNet": sana_controlnet,
     "Qwen-Image, image to image": image_to_image(QWEN, "QwenImageImg2ImgPipeline"),
     "Qwen-Image, inpainting": inpainting(QWEN, "QwenImageInpaintPipeline"),
     "Qwen-Image, ControlNet": qwen_controlnet,
+    "Qwen-Image, ControlNet, inpainting": lambda: qwen_controlnet("ControlNetInpaint", 4, control_mask=mask()),
     "Qwen-Image-Edit": qwen_edit,
+    "Qwen-Image-Edit, several images": lambda: qwen_edit("EditPlus", {"image": [picture(), picture()]}),
+    "Qwen-Image-Edit, inpainting": lambda: qwen_edit("EditInpaint", MASKED),
     "Qwen-Image-Edit of 2511": lambda: qwen_edit(zero_cond_t=True),
     "FLUX.2 Klein with a reference image": lambda: variant(flux2.FAMILY, "Flux2KleinPipeline", image=[picture(64, 64)]),
     "FLUX.2 Klein, inpainting": inpainting(flux2.FAMILY, "Flux2KleinInpaintPipeline"),
     "Z-Image, image to image": image_to_image(z_image.FAMILY, "ZImageImg2ImgPipeline"),
     "Z-Image, inpainting": inpainting(z_image.FAMILY, "ZImageInpaintPipeline"),
     "Z-Image, ControlNet": z_image_controlnet,
+    "Z-Image, ControlNet, inpainting": lambda: z_image_controlnet(
+        "ControlNetInpaint", 9, image=picture(), mask_image=mask()
+    ),
 }
 
 UNGUIDED: dict[str, Callable[[], TinyPipeline]] = {
     "Sana-Sprint": sana_sprint,
+    "Sana-Sprint, image to image": lambda: sana_sprint("SanaSprintImg2ImgPipeline", image=picture(64, 96)),
+    "Flux Fill": lambda: flux_with_more_channels("FluxFillPipeline", 48, image=picture(), mask_image=mask()),
+    "Flux Control": lambda: flux_with_more_channels("FluxControlPipeline", 32, control_image=picture()),
+    "Flux Control, image to image": lambda: flux_with_more_channels(
+        "FluxControlImg2ImgPipeline", 32, control_image=picture(), image=picture()
+    ),
+    "Flux, ControlNet, image to image": lambda: prompted(flux_controlnet("ControlNetImg2Img", image=picture())),
+    "Flux, ControlNet, inpainting": lambda: prompted(flux_controlnet("ControlNetInpaint", **MASKED)),
     "FLUX.2 with a reference image": flux2_dev,
     "FLUX.2 Klein with kept keys, no reference": lambda: flux2_klein_kv(None),
 }
 """Pipelines whose guidance is distilled."""
 
-REFERENCES = ("Flux Kontext", "Qwen-Image-Edit", "Qwen-Image-Edit of 2511", "FLUX.2 Klein with a reference image")
+REFERENCES = (
+    "Flux Kontext",
+    "Qwen-Image-Edit",
+    "Qwen-Image-Edit, several images",
+    "Qwen-Image-Edit of 2511",
+    "FLUX.2 Klein with a reference image",
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Qwen's edit pipeline scales every reference image to a megapixel.
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda *_: (*SIZE[::-1], None))
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_inpaint):
+        monkeypatch.setattr(module, "calculate_dimensions", lambda *_: (*SIZE[::-1], None))
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", lambda *_: SIZE[::-1])
     with torch.no_grad():
         yield
 
@@ -252,10 +306,10 @@ def test_heads_predict_the_picture_and_not_its_references(name: str) -> None:
     assert torch.equal(predictions[4], whole[:, :size])
 
 
-@pytest.mark.parametrize("name", [name for name in GUIDED if "ControlNet" in name])
+@pytest.mark.parametrize("name", [name for name in GUIDED | UNGUIDED if "ControlNet" in name])
 def test_residuals_reach_every_depth(name: str) -> None:
     """Without them each depth predicts something else."""
-    tiny, calls = GUIDED[name](), []
+    tiny, calls = (GUIDED | UNGUIDED)[name](), []
     watch = tiny.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import dyndit
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plugin.adapters import adapt
 from dyndit.storage.load import EXITS, save_exits
+from support.aura_flow import aura_flow, one_sequence
 from support.models import randomise
 from support.tiny_pipelines import TinyPipeline, tiny_pipeline
 
@@ -61,3 +64,15 @@ def test_a_familys_example(title: str, tmp_path: Path, monkeypatch: pytest.Monke
     depths = stats[stats["branch"] == "cond"]["depth"].tolist()
     assert depths[0] < depths[-1] == 4
     assert set(stats["branch"]) == ({"cond", "uncond"} if guided else {"cond"})
+
+
+def test_a_transformer_that_no_adapter_knows() -> None:
+    tiny = aura_flow()
+    expected = tiny.run(guided=False)
+    names: dict = {"dyndit": dyndit, "pipe": tiny.pipe, "one_sequence": one_sequence, "exits": None, "plan": None}
+    exec(example("## A transformer that no adapter knows"), names)
+    assert torch.equal(tiny.run(guided=False), expected)
+    handle = names["handle"]
+    handle.plan = handle.full_plan()
+    assert torch.equal(tiny.run(guided=False), expected)
+    assert handle.adapter is names["adapter"]

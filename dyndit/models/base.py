@@ -52,8 +52,19 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class PerRow:
+    """Several tensors in one field of a state, each with the batch first. Example: the residuals of a ControlNet."""
+
+    values: tuple[Tensor, ...]
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        """Return the tensors of these rows of the batch."""
+        return PerRow(tuple(value[rows] for value in self.values))
+
+
+@dataclass(frozen=True)
 class State:
-    """The state between two blocks. Every tensor has the batch first; other fields serve all rows.
+    """The state between two blocks. A `Tensor` or `PerRow` has the batch first; other fields serve all rows.
 
     tokens: (B, N, D), cond: (B, D) modulates the exit heads. The class-conditional DiT sums the timestep and label
     embeddings into it. Families with more streams subclass this with further fields.
@@ -68,10 +79,14 @@ class State:
             return self
         return self.take(slice(start, stop))
 
+    def for_head(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the conditioning that an exit head takes. Families of several streams join them."""
+        return self.tokens, self.cond
+
     def take(self, rows: slice | Tensor) -> Self:
         """Return the state of these rows of the batch.  rows: a slice, or integers (R,)."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor | PerRow)})
 
 
 class BackboneConfig(Protocol):
@@ -97,7 +112,7 @@ class Backbone(nn.Module):
 
     num_blocks: int
     width: int
-    """D, the width of `State.cond` and `State.tokens`."""
+    """D, the width of `State.tokens`, and of `State.cond` unless `cond_width` differs."""
     sample_shape: tuple[int, ...]
     """Shape of one picture or latent, (C, H, W), or of one video, (C, T, H, W)."""
     out_channels: int
@@ -106,6 +121,11 @@ class Backbone(nn.Module):
     """The kind of condition, for example `ClassLabels`."""
     usual_process: Process = DDPM()
     """The process assumed for weights of this family unless they name another process."""
+
+    @property
+    def cond_width(self) -> int:
+        """Return the width of `State.cond`."""
+        return self.width
 
     @property
     def in_channels(self) -> int:

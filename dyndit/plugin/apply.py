@@ -44,6 +44,7 @@ def apply_dyndit(
     *,
     cfg_scale: float | None = None,
     check_identity: bool = True,
+    adapter: Adapter | None = None,
 ) -> "DynDiTHandle":
     """Make a pipeline or a transformer of diffusers run a plan. Its call, its class and its weights do not change.
 
@@ -52,6 +53,7 @@ def apply_dyndit(
     cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided.
     check_identity: refuse exits and plans of another backbone. The check reads the transformer's weights, some seconds
     per billion parameters; weights in half precision are the same backbone.
+    adapter: a description of a transformer that no adapter knows (`dyndit.plugin.generic.BlockAdapter`).
 
     Raises:
         InputError: no adapter serves the transformer, or its hooks would no longer run.
@@ -59,7 +61,7 @@ def apply_dyndit(
     """
     transformer = transformer_of(target)
     _check_hookable(transformer)
-    adapter = adapt(transformer)
+    adapter = adapt(transformer, adapter)
     if isinstance(exits, str | Path):
         path = Path(exits)
         exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_identity=check_identity)
@@ -170,11 +172,11 @@ class DynDiTHandle:
         except BaseException:
             self._call = Call()
             raise
-        return self.adapter.output(prediction, kwargs.get("return_dict", True))
+        return self.adapter.output(prediction, inputs, kwargs.get("return_dict", True))
 
     def _predict(self, inputs: Inputs) -> Tensor:
         """Run the step of a call, by the same function as the sampler."""
-        timestep = found = the_timestep(inputs.t) * self.adapter.timestep_scale
+        timestep = found = self.adapter.scheduler_timestep(the_timestep(inputs.t))
         second = self._call.is_second_pass(inputs.x, found)
         k = self._call.step if second else self._step(timestep, inputs.t.dtype)
         if not second and self._call.is_over(k):
@@ -244,7 +246,8 @@ class DynDiTHandle:
         if self._plan is None:  # full depth throughout: count steps until the timestep rises again
             again = self._pipeline is None and timestep == self._call.timestep
             return 0 if last is None or again else last.step + 1
-        slack = torch.finfo(dtype).eps * timestep if dtype.is_floating_point else 0.0
+        largest = max(timestep, self.adapter.scheduler_timestep(0.0))  # of time that runs backwards, 0 is the noise
+        slack = torch.finfo(dtype).eps * largest if dtype.is_floating_point else 0.0
         step = find_step(self._plan.timesteps, timestep, slack + 1e-3, -1 if last is None else last.step)
         if step is None:
             raise PlanError(

@@ -38,6 +38,8 @@ class TinyPipeline:
     settings: dict[str, object] = field(default_factory=dict)
     """Arguments of every call."""
     num_steps: int = 3
+    channels: int = 1
+    """The dimension of the latents that has the channels."""
 
     def run(self, *, guided: bool = True, count: int = 1, seed: int = 0, **changes: object) -> Tensor:
         """Call the pipeline as a user does; what comes out, as one tensor."""
@@ -55,6 +57,11 @@ class TinyPipeline:
     def transformer(self) -> nn.Module:
         """The pipeline's own."""
         return self.pipe.transformer
+
+
+def whole(output: tuple[Tensor | list[Tensor], ...]) -> Tensor:
+    """What a transformer returns, as one tensor: that of Z-Image returns a list with a tensor per row."""
+    return torch.stack(output[0]) if isinstance(output[0], list) else output[0]
 
 
 def tokenizer(clip: bool) -> transformers.PreTrainedTokenizerFast:

@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "compare": "results",
     "convert": "models",
     "quickstart": "results",
+    "demo": "demo",
 }
 """The module of this package that defines each verb."""
 

@@ -55,8 +55,9 @@ class Inputs:
 class State:
     """The state between two blocks. Every tensor has the batch first; other fields serve all rows.
 
-    tokens: (B, N, D), cond: (B, D) modulates the exit heads. The class-conditional DiT sums the timestep and label
-    embeddings into it. Families with more streams subclass this with further fields.
+    tokens: (B, N, D), cond: (B, D) modulates the exit heads; (B, N, D) in a call with a timestep per token. The
+    class-conditional DiT sums the timestep and label embeddings into it. Families with more streams subclass this with
+    further fields.
     """
 
     tokens: Tensor
@@ -100,7 +101,7 @@ class Backbone(nn.Module):
 
     num_blocks: int
     width: int
-    """D, the width of `State.cond` and `State.tokens`."""
+    """D, the width of `State.tokens`, and of `State.cond` unless `cond_width` differs."""
     sample_shape: tuple[int, ...]
     """Shape of one picture or latent, (C, H, W), or of one video, (C, T, H, W)."""
     out_channels: int
@@ -109,6 +110,11 @@ class Backbone(nn.Module):
     """The kind of condition, for example `ClassLabels`."""
     usual_process: Process = DDPM()
     """The process assumed for weights of this family unless they name another process."""
+
+    @property
+    def cond_width(self) -> int:
+        """Return the width of `State.cond`."""
+        return self.width
 
     @property
     def in_channels(self) -> int:

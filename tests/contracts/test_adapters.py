@@ -184,8 +184,8 @@ def test_an_adapter_knows_its_sizes(tiny: TinyPipeline) -> None:
     state = adapter.embed(inputs.x, inputs.t, inputs.y)
     assert adapter.num_blocks == 4
     assert state.tokens.shape[::2] == (len(inputs), adapter.width)
-    assert state.cond.shape == (len(inputs), adapter.width)
-    channels = -1 if adapter.family.startswith("Flux") else 1
+    assert state.cond.shape == (len(inputs), adapter.cond_width)
+    channels = -1 if adapter.family.startswith("Flux") else tiny.channels
     assert inputs.x.shape[channels] == adapter.in_channels
     assert call.of(tiny.transformer).shape[channels] == adapter.out_channels
 

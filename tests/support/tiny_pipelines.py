@@ -38,6 +38,8 @@ class TinyPipeline:
     settings: dict[str, object] = field(default_factory=dict)
     """Arguments of every call."""
     num_steps: int = 3
+    channels: int = 1
+    """The dimension of the latents that has the channels."""
 
     def run(self, *, guided: bool = True, count: int = 1, seed: int = 0, **changes: object) -> Tensor:
         """Call the pipeline as a user does; what comes out, as one tensor."""

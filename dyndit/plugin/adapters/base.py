@@ -47,6 +47,9 @@ class Adapter(Backbone):
     def read(self, *args: object, **kwargs: object) -> Inputs:
         """Convert the arguments of a transformer call to `Inputs`.
 
+        A call may have a timestep per token, (B, N): tokens of a given frame have a lower one. The largest is the
+        step's.
+
         Raises:
             InputError: an argument that this adapter does not know, such as a ControlNet's residuals, or no timestep.
         """
@@ -61,8 +64,9 @@ class Adapter(Backbone):
         if call.get("timestep") is None:
             raise InputError(f"{self.family}: called without timestep, which depth depends on")
         x = call["hidden_states"]
-        t = torch.as_tensor(call["timestep"], device=x.device).reshape(-1).expand(len(x)).contiguous()
-        return Inputs(x, t, self._condition(call))
+        t = torch.as_tensor(call["timestep"], device=x.device)
+        t = t.amax(dim=1) if t.ndim == 2 else t.reshape(-1)
+        return Inputs(x, t.expand(len(x)).contiguous(), self._condition(call))
 
     def _says_nothing(self, name: str, value: object) -> bool:
         """Return True if an argument has its default value or is empty."""
@@ -124,9 +128,9 @@ class ContinuousHead(nn.Module):
 
 
 class TableHead(nn.Module):
-    """The final layer of PixArt and Latte: a norm, then a linear map. The conditioning plus a learned table gives the
-    norm's shift and scale ("adaLN-single", Chen et al. 2023, arXiv:2310.00426, Sec. 2.3). The head starts as a copy of
-    the model's own."""
+    """The final layer of PixArt, Latte, Wan and LTX-2: a norm, then a linear map. The conditioning plus a learned table
+    gives the norm's shift and scale ("adaLN-single", Chen et al. 2023, arXiv:2310.00426, Sec. 2.3). The head starts as
+    a copy of the model's own."""
 
     def __init__(self, norm_out: nn.LayerNorm, scale_shift_table: Tensor, proj_out: nn.Linear) -> None:
         super().__init__()
@@ -135,9 +139,18 @@ class TableHead(nn.Module):
         self.proj_out = linear_copy(proj_out)
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out). Frames share `cond`."""
-        shift, scale = (self.scale_shift_table[None] + cond[:, None]).chunk(2, dim=1)
+        """Predict patches.  tokens: (B, N, D), cond: (B, D) or (B, N, D) -> (B, N, patch * patch * C_out)."""
+        shift, scale = shift_and_scale(self.scale_shift_table, cond)
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
+
+
+def shift_and_scale(table: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the conditioning to a learned table.
+
+    table: (2, D), cond: (B, D) or, with a timestep per token, (B, N, D) -> two tensors (B, 1, D) or (B, N, D).
+    """
+    shift, scale = (table + cond.unsqueeze(-2)).unbind(-2)
+    return (shift, scale) if cond.ndim == 3 else (shift[:, None], scale[:, None])
 
 
 def linear_copy(linear: nn.Linear) -> nn.Linear:

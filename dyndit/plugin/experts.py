@@ -3,8 +3,8 @@
     high = dyndit.apply_dyndit(pipe, "exits-high.safetensors", plan_high)
     low = dyndit.apply_dyndit(pipe, "exits-low.safetensors", plan_low, component="transformer_2")
 
-`transformer` runs the timesteps from the boundary up, `transformer_2` those below it. Each expert is a model of its own,
-with its own exits, plan and handle. Its plan has its own timesteps alone.
+`transformer` runs the timesteps from the boundary up, `transformer_2` those below it. Each expert is a model of its
+own, with its own exits, plan and handle. Its plan has its own timesteps alone.
 """
 
 from diffusers import DiffusionPipeline

@@ -111,8 +111,8 @@ class Adapter(Backbone):
 
 
 class ContinuousHead(nn.Module):
-    """The final layer of SD3 and Flux: a norm, then a linear map. A linear map of the conditioning gives the norm's
-    shift and scale. The head starts as a copy of the model's own."""
+    """The final layer of SD3, Flux and HunyuanVideo 1.5: a norm, then a linear map. A linear map of the conditioning
+    gives the norm's shift and scale. The head starts as a copy of the model's own."""
 
     def __init__(self, norm_out: AdaLayerNormContinuous, proj_out: nn.Linear) -> None:
         super().__init__()

@@ -69,7 +69,8 @@ class CogVideoXAdapter(Adapter):
         joint = model.embedding_dropout(model.patch_embed(text, x))
         length = text.shape[1]
         rotary = None if y["rotary_cos"] is None else (y["rotary_cos"], y["rotary_sin"])
-        grid = (x.shape[1] // (config.patch_size_t or 1), x.shape[3] // config.patch_size, x.shape[4] // config.patch_size)
+        patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
+        grid = tuple(size // step for size, step in zip((x.shape[1], *x.shape[3:]), patch, strict=True))
         return _State(joint[:, length:], cond, joint[:, :length], rotary, grid)
 
     def block(self, index: int, state: _State) -> State:

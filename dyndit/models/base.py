@@ -69,6 +69,10 @@ class State:
             return self
         return self._picked(slice(start, stop))
 
+    def for_head(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the conditioning that an exit head takes. Families of several streams join them."""
+        return self.tokens, self.cond
+
     def take(self, indices: Tensor) -> Self:
         """Return the state of these rows of the batch.  indices: (R,), integers."""
         return self._picked(indices)

@@ -137,7 +137,7 @@ class Exits(nn.Module):
 
     def patches(self, state: State, depth: int) -> Tensor:
         """Predict at the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
-        return self.heads[str(depth)](state.tokens, state.cond)
+        return self.heads[str(depth)](*state.for_head())
 
     def part_modules(self) -> list[nn.Module]:
         """Return the modules that `patches` calls. `compile_parts` compiles them."""

@@ -174,7 +174,7 @@ class DynDiTHandle:
         except BaseException:
             self._call = Call()
             raise
-        return self.adapter.output(prediction, kwargs.get("return_dict", True))
+        return self.adapter.output(prediction, inputs, kwargs.get("return_dict", True))
 
     def _predict(self, inputs: Inputs) -> Tensor:
         """Run the step of a call, by the same function as the sampler."""

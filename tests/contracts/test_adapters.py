@@ -21,7 +21,7 @@ from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plans.step import steps
 from dyndit.plugin.adapters import Adapter, adapt, adapters, collect_exits
 from support.models import randomise
-from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
+from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline, whole
 
 FAMILIES = sorted(adapters())
 OBLONG = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "LatteTransformer3DModel")
@@ -47,7 +47,7 @@ class Call:
     def of(self, transformer: nn.Module) -> Tensor:
         """The transformer's own prediction for it."""
         output = transformer(*self.args, **self.kwargs | {"return_dict": False})
-        return output[0]
+        return whole(output)
 
 
 def captured(tiny: TinyPipeline, **changes: object) -> list[Call]:
@@ -170,12 +170,13 @@ def test_adapt_changes_nothing(tiny: TinyPipeline) -> None:
 
 def test_output_has_the_shape_that_the_forward_returns(tiny: TinyPipeline) -> None:
     call, adapter = captured(tiny)[0], adapt(tiny.transformer)
-    prediction = call.of(tiny.transformer)
+    prediction, inputs = call.of(tiny.transformer), adapter.read(*call.args, **call.kwargs)
     theirs = tiny.transformer(*call.args, **call.kwargs | {"return_dict": True})
-    ours = adapter.output(prediction, return_dict=True)
+    ours = adapter.output(prediction, inputs, return_dict=True)
     assert type(ours).__name__ == type(theirs).__name__
-    assert torch.equal(ours.sample, theirs.sample)
-    assert torch.equal(adapter.output(prediction, return_dict=False)[0], theirs[0])
+    assert ours.keys() == theirs.keys()
+    for found in (ours.to_tuple(), adapter.output(prediction, inputs, return_dict=False)):
+        assert all(torch.equal(mine, its) for mine, its in zip(found, theirs.to_tuple(), strict=True))
 
 
 def test_an_adapter_knows_its_sizes(tiny: TinyPipeline) -> None:
@@ -383,7 +384,8 @@ def test_exits_distil(tiny: TinyPipeline) -> None:
 
 def test_unknown_arguments_are_refused_in_one_line(tiny: TinyPipeline) -> None:
     call, adapter = captured(tiny)[0], adapt(tiny.transformer)
-    known = ("self", "hidden_states", "timestep", "return_dict", *adapter.row_arguments, *adapter.shared_arguments)
+    known = ("self", *adapter.latents_arguments, "timestep", "return_dict")
+    known = (*known, *adapter.row_arguments, *adapter.shared_arguments)
     strangers = {name: p.default for name, p in adapter._signature.parameters.items() if name not in known}
     assert set(STRANGERS.get(adapter.family, {})) <= set(strangers)
     assert strangers

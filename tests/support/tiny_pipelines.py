@@ -59,6 +59,11 @@ class TinyPipeline:
         return self.pipe.transformer
 
 
+def whole(output: tuple[Tensor, ...]) -> Tensor:
+    """What a transformer returns, as one tensor: that of LTX-2 predicts sound too."""
+    return output[0] if len(output) == 1 else torch.cat(output, dim=1)
+
+
 def tokenizer(clip: bool) -> transformers.PreTrainedTokenizerFast:
     """A word is a token; CLIP's way puts a token on both sides, T5's one at the end."""
     vocabulary = {word: index for index, word in enumerate(("<pad>", "<unk>", "<s>", "</s>", *WORDS[1:]))}

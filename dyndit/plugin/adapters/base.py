@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
@@ -26,9 +27,11 @@ class Adapter(Backbone):
 
     family: ClassVar[str]
     """Name of the diffusers class that the adapter serves."""
+    latents_arguments: ClassVar[tuple[str, ...]] = ("hidden_states",)
+    """Arguments of the forward that hold the latents."""
     row_arguments: ClassVar[tuple[str, ...]] = ()
-    """Arguments of the forward with the batch first, except `hidden_states` and `timestep`. An argument may be a
-    dictionary of such tensors; the adapter gets its entries by their own names."""
+    """Other arguments of the forward with the batch first, except `timestep`. An argument may be a dictionary of such
+    tensors; the adapter gets its entries by their own names."""
     shared_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of the forward that serve the whole batch."""
     guidance: ClassVar[Literal["cond first", "uncond first", "calls"]] = "uncond first"
@@ -57,16 +60,27 @@ class Adapter(Backbone):
             call = self._signature.bind(self.transformer, *args, **kwargs).arguments
         except TypeError as error:
             raise InputError(f"{self.family}: {error}") from error
-        known = ("self", "hidden_states", "timestep", "return_dict", *self.row_arguments, *self.shared_arguments)
+        known = (
+            "self",
+            *self.latents_arguments,
+            "timestep",
+            "return_dict",
+            *self.row_arguments,
+            *self.shared_arguments,
+        )
         for name, value in call.items():
             if name not in known and not self._says_nothing(name, value):
                 raise InputError(f"{self.family}: called with {name}, which cannot be combined with exits")
         if call.get("timestep") is None:
             raise InputError(f"{self.family}: called without timestep, which depth depends on")
-        x = call["hidden_states"]
+        x = self._latents(call)
         t = torch.as_tensor(call["timestep"], device=x.device)
         t = t.amax(dim=1) if t.ndim == 2 else t.reshape(-1)
         return Inputs(x, t.expand(len(x)).contiguous(), self._condition(call))
+
+    def _latents(self, call: dict[str, object]) -> Tensor:
+        """Return the latents of a bound call as one tensor, the batch first."""
+        return call["hidden_states"]
 
     def _says_nothing(self, name: str, value: object) -> bool:
         """Return True if an argument has its default value or is empty."""
@@ -93,8 +107,8 @@ class Adapter(Backbone):
             return None
         return None if len(inputs) == 2 * half and torch.equal(inputs.x[:half], inputs.x[half:]) else False
 
-    def output(self, prediction: Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Wrap a prediction as the transformer's forward returns it."""
+    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, ...]:
+        """Wrap the prediction for `inputs` as the transformer's forward returns it."""
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from dyndit.training.distill import Distill
 from dyndit.training.losses import exit_errors
 from dyndit.training.recorded import RecordedCalls, Recording, record_sampling
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
+from support.tiny_pipelines import whole as joined
 
 FAMILIES = sorted(TINY_PIPELINES)
 SHORT = FitConfig(steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=1, flip=False)
@@ -80,7 +81,7 @@ def test_every_call_is_recorded_as_it_was_made(family: str, guided: bool, tmp_pa
     """The recorded rows give the very predictions that the transformer gave, and nothing else is changed."""
     tiny = tiny_pipeline(family)
     predictions: list[Tensor] = []
-    watch = tiny.transformer.register_forward_hook(lambda *parts: predictions.append(parts[-1][0].clone()))
+    watch = tiny.transformer.register_forward_hook(lambda *parts: predictions.append(joined(parts[-1]).clone()))
     before, state = weights(tiny.transformer), condition(tiny.transformer)
     plain = tiny.run(guided=guided, count=2)
     predictions.clear()

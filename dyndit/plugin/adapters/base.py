@@ -60,14 +60,8 @@ class Adapter(Backbone):
             call = self._signature.bind(self.transformer, *args, **kwargs).arguments
         except TypeError as error:
             raise InputError(f"{self.family}: {error}") from error
-        known = (
-            "self",
-            *self.latents_arguments,
-            "timestep",
-            "return_dict",
-            *self.row_arguments,
-            *self.shared_arguments,
-        )
+        known = ("self", "timestep", "return_dict", *self.latents_arguments)
+        known = (*known, *self.row_arguments, *self.shared_arguments)
         for name, value in call.items():
             if name not in known and not self._says_nothing(name, value):
                 raise InputError(f"{self.family}: called with {name}, which cannot be combined with exits")

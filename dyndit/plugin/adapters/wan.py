@@ -24,7 +24,9 @@ TEXT, IMAGE, TIMES = "encoder_hidden_states", "encoder_hidden_states_image", "ti
 
 
 @dataclass(frozen=True)
-class _State(State):
+class WanState(State):
+    """The state between two blocks of Wan."""
+
     text: Tensor
     """(B, S, D): features of given pictures, then of the prompt."""
     modulation: Tensor
@@ -82,7 +84,7 @@ class WanAdapter(Adapter):
             image,
             timestep_seq_len=None if times is None else times.shape[1],
         )
-        return _State(
+        return WanState(
             tokens.flatten(2).transpose(1, 2).contiguous(),
             cond,
             text if image is None else torch.cat([image, text], dim=1),
@@ -91,7 +93,7 @@ class WanAdapter(Adapter):
             grid,
         )
 
-    def block(self, index: int, state: _State) -> State:
+    def block(self, index: int, state: WanState) -> State:
         """Run block `index`."""
         block = self.transformer.blocks[index]
         return replace(state, tokens=block(state.tokens, state.text, state.modulation, state.rotary))
@@ -111,7 +113,7 @@ class WanAdapter(Adapter):
         model = self.transformer
         return _Head(model.norm_out, model.scale_shift_table[0], model.proj_out)
 
-    def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
+    def unpatchify(self, patches: Tensor, state: WanState) -> Tensor:
         """Join patches to a video.  (B, N, patch volume * C_out) -> (B, C_out, F, H, W)."""
         patch = self.transformer.config.patch_size
         frames, rows, columns = (size * step for size, step in zip(state.grid, patch, strict=True))

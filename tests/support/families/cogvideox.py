@@ -1,10 +1,13 @@
-"""CogVideoX."""
+"""CogVideoX, from prompts, pictures, videos and control videos."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import diffusers
 import torch
 from torch import nn
 
-from support.tiny_pipelines import NEGATIVE, TEXT_LENGTH, TinyPipeline, prompts, quiet, seeded, t5, tokenizer
+from support.tiny_pipelines import NEGATIVE, TEXT_LENGTH, TinyPipeline, picture, prompts, quiet, seeded, t5, tokenizer
 
 FAMILY = "CogVideoXTransformer3DModel"
 # Latents of 3 frames of 8 x 12.
@@ -62,3 +65,51 @@ def around(pipe: diffusers.DiffusionPipeline, **settings: object) -> TinyPipelin
 
 def tiny(seed: int) -> TinyPipeline:
     return around(diffusers.CogVideoXPipeline(**parts(), transformer=transformer(seed)), num_frames=9)
+
+
+def video() -> list[object]:
+    return [picture(96, 64, seed=index) for index in range(9)]
+
+
+def with_each(tiny: TinyPipeline, name: str, value: object) -> TinyPipeline:
+    """Calls that pass the value once for each picture."""
+
+    def of(call: Callable[[int], dict[str, object]]) -> Callable[[int], dict[str, object]]:
+        return lambda count: call(count) | {name: [value] * count}
+
+    return replace(tiny, guided=of(tiny.guided), unguided=of(tiny.unguided))
+
+
+def image_to_video(seed: int, **changes: object) -> TinyPipeline:
+    """The picture's latents as further channels."""
+    pipe = diffusers.CogVideoXImageToVideoPipeline(**parts(), transformer=transformer(seed, in_channels=8, **changes))
+    return with_each(around(pipe, num_frames=9), "image", picture(96, 64))
+
+
+def control(seed: int) -> TinyPipeline:
+    """The control video's latents as further channels."""
+    pipe = diffusers.CogVideoXFunControlPipeline(**parts(), transformer=transformer(seed, in_channels=8))
+    return with_each(around(pipe), "control_video", video())
+
+
+def video_to_video(seed: int) -> TinyPipeline:
+    """Starts at the second of three steps."""
+    pipe = diffusers.CogVideoXVideoToVideoPipeline(**parts(), transformer=transformer(seed))
+    return with_each(around(pipe, strength=0.7), "video", video())
+
+
+def multistep(seed: int) -> TinyPipeline:
+    """The solver that is handed its own last prediction."""
+    scheduler = diffusers.CogVideoXDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    pipe = diffusers.CogVideoXPipeline(**parts() | {"scheduler": scheduler}, transformer=transformer(seed))
+    return around(pipe, num_frames=9)
+
+
+VERSION_1_5 = {"patch_size_t": 2, "ofs_embed_dim": 24, "sample_frames": 13}
+VARIANTS: dict[str, Callable[[int], TinyPipeline]] = {
+    "cogvideox, picture to video": image_to_video,
+    "cogvideox 1.5, picture to video": lambda seed: image_to_video(seed, **VERSION_1_5),
+    "cogvideox, control": control,
+    "cogvideox, video to video": video_to_video,
+    "cogvideox, multistep": multistep,
+}

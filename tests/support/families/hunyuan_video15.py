@@ -1,10 +1,12 @@
-"""HunyuanVideo 1.5."""
+"""HunyuanVideo 1.5, from prompts and pictures."""
+
+from collections.abc import Callable
 
 import diffusers
 import transformers
 from torch import nn
 
-from support.tiny_pipelines import NEGATIVE, TinyPipeline, prompts, quiet, seeded, t5, tokenizer
+from support.tiny_pipelines import NEGATIVE, TinyPipeline, picture, prompts, quiet, seeded, t5, tokenizer
 
 FAMILY = "HunyuanVideo15Transformer3DModel"
 # Latents of 3 frames of 8 x 12.
@@ -76,3 +78,25 @@ def around(pipe: diffusers.DiffusionPipeline, **settings: object) -> TinyPipelin
 
 def tiny(seed: int) -> TinyPipeline:
     return around(diffusers.HunyuanVideo15Pipeline(**parts(), transformer=transformer(seed)))
+
+
+def image_to_video(seed: int, **changes: object) -> TinyPipeline:
+    """The picture's latents as further channels, and its features among the text."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    pipe = diffusers.HunyuanVideo15ImageToVideoPipeline(
+        **parts(),
+        transformer=transformer(seed, patch_size=1, **changes),
+        image_encoder=seeded(transformers.SiglipVisionModel(config)),
+        feature_extractor=transformers.SiglipImageProcessor(size={"height": 32, "width": 32}),
+    )
+    found = around(pipe, image=picture(48, 32))
+    del found.settings["height"], found.settings["width"]
+    return found
+
+
+VARIANTS: dict[str, Callable[[int], TinyPipeline]] = {
+    "hunyuan, picture to video": image_to_video,
+    "hunyuan, mean flow": lambda seed: image_to_video(seed, use_meanflow=True),
+}

@@ -1,12 +1,16 @@
-"""LTX-2."""
+"""LTX-2, from prompts, pictures and given frames."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import diffusers
 import transformers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from torch import nn
 
-from support.tiny_pipelines import NEGATIVE, TEXT_LENGTH, TinyPipeline, prompts, quiet, seeded, tokenizer
+from support.tiny_pipelines import NEGATIVE, TEXT_LENGTH, TinyPipeline, picture, prompts, quiet, seeded, tokenizer
 
 FAMILY = "LTX2VideoTransformer3DModel"
 # Latents of 3 frames of 8 x 12, and 3 tokens of sound.
@@ -119,3 +123,30 @@ def around(pipe: diffusers.DiffusionPipeline, **settings: object) -> TinyPipelin
 
 def tiny(seed: int) -> TinyPipeline:
     return around(diffusers.LTX2Pipeline(**parts(), transformer=transformer(seed)))
+
+
+def image_to_video(seed: int) -> TinyPipeline:
+    """A timestep per video token: the first frame's is 0."""
+    pipe = diffusers.LTX2ImageToVideoPipeline(**parts(), transformer=transformer(seed))
+    found = around(pipe, image_crf=0)
+
+    def of(call: Callable[[int], dict[str, object]]) -> Callable[[int], dict[str, object]]:
+        return lambda count: call(count) | {"image": [picture(96, 64)] * count}
+
+    return replace(found, guided=of(found.guided), unguided=of(found.unguided))
+
+
+def conditioned(seed: int) -> TinyPipeline:
+    """A frame that is given in part: its tokens have a lower timestep."""
+    pipe = diffusers.LTX2ConditionPipeline(**parts(), transformer=transformer(seed))
+    return around(pipe, conditions=[LTX2VideoCondition(picture(96, 64), index=0, strength=0.6, crf=0)])
+
+
+VERSION_2_3 = {"cross_attn_mod": True, "audio_cross_attn_mod": True, "gated_attn": True, "audio_gated_attn": True}
+VARIANTS: dict[str, Callable[[int], TinyPipeline]] = {
+    "ltx-2, picture to video": image_to_video,
+    "ltx-2, a frame in part": conditioned,
+    "ltx-2.3": lambda seed: around(
+        diffusers.LTX2Pipeline(**parts(), transformer=transformer(seed, **VERSION_2_3, perturbed_attn=True))
+    ),
+}

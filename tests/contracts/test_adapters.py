@@ -24,10 +24,27 @@ from support.models import randomise
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline, whole
 
 FAMILIES = sorted(adapters())
-OBLONG = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "LatteTransformer3DModel")
+OBLONG = (
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "LatteTransformer3DModel",
+    "WanTransformer3DModel",
+    "CogVideoXTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel",
+)
 
 STRANGERS = {
     "SD3Transformer2DModel": {"block_controlnet_hidden_states", "joint_attention_kwargs", "skip_layers"},
+    "WanTransformer3DModel": {"attention_kwargs"},
+    "WanVACETransformer3DModel": {"attention_kwargs"},
+    "CogVideoXTransformer3DModel": {"attention_kwargs", "timestep_cond"},
+    "HunyuanVideo15Transformer3DModel": {"attention_kwargs"},
+    "LTX2VideoTransformer3DModel": {
+        "attention_kwargs",
+        "isolate_modalities",
+        "perturbation_mask",
+        "spatio_temporal_guidance_blocks",
+    },
     "FluxTransformer2DModel": {
         "controlnet_block_samples",
         "controlnet_single_block_samples",
@@ -228,6 +245,48 @@ WAYS = {
     ),
     "single blocks alone": ("FluxTransformer2DModel", {"num_layers": 0, "num_single_layers": 4}, {}),
     "frames apart": ("LatteTransformer3DModel", {}, {"enable_temporal_attentions": False}),
+    "positions in the tokens": (
+        "CogVideoXTransformer3DModel",
+        {"use_rotary_positional_embeddings": False},
+        {"image_rotary_emb": None},
+    ),
+    "learned positions": ("CogVideoXTransformer3DModel", {"use_learned_positional_embeddings": True}, {}),
+    "no norm across attention": ("WanTransformer3DModel", {"cross_attn_norm": False}, {}),
+    "patches of two frames": (
+        "WanTransformer3DModel",
+        {"patch_size": (2, 2, 2)},
+        {"hidden_states": torch.linspace(-1, 1, 2 * 4 * 4 * 8 * 8).sin().reshape(2, 4, 4, 8, 8)},
+    ),
+    "control at full strength": ("WanVACETransformer3DModel", {}, {"control_hidden_states_scale": None}),
+    "volumes of two frames": (
+        "HunyuanVideo15Transformer3DModel",
+        {"patch_size_t": 2},
+        {"hidden_states": torch.linspace(-1, 1, 2 * 9 * 4 * 8 * 8).sin().reshape(2, 9, 4, 8, 8)},
+    ),
+    "positions of its own": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"fps": 24.0, "video_coords": None, "audio_coords": None},
+    ),
+    "interleaved positions": ("LTX2VideoTransformer3DModel", {"rope_type": "interleaved"}, {}),
+    "text from the connectors": (
+        "LTX2VideoTransformer3DModel",
+        {"use_prompt_embeddings": False},
+        {
+            "encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 24).sin().reshape(2, 8, 24),
+            "audio_encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 16).cos().reshape(2, 8, 16),
+        },
+    ),
+    "an older clock across streams": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"use_cross_timestep": False, "audio_timestep": torch.full((2,), 300.0)},
+    ),
+    "attention within the video masked": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"video_self_attention_mask": (torch.arange(288) < 200).float()[None, None].expand(2, 288, 288)},
+    ),
     "one frame": (
         "LatteTransformer3DModel",
         {},

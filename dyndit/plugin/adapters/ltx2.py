@@ -16,6 +16,7 @@ from typing import Self
 
 import torch
 from diffusers.models.transformers.transformer_ltx2 import AudioVisualModelOutput
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -117,7 +118,9 @@ class LTX2Adapter(Adapter):
         # As the call had them: linear maps in half precision round otherwise on slices of one tensor.
         video, sound = x[:, : y[VIDEO_TOKENS]].contiguous(), x[:, y[VIDEO_TOKENS] :].contiguous()
         tokens, sound_tokens = model.proj_in(video), model.audio_proj_in(sound)
-        if model.config.use_keyframes_abs_pos_embedding and (mask := y["video_keyframes_mask"]) is not None:
+        # diffusers 0.38 has neither this setting nor `use_prompt_adaln_single`.
+        keyframes = model.config.get("use_keyframes_abs_pos_embedding", False)
+        if keyframes and (mask := y["video_keyframes_mask"]) is not None:
             tokens = tokens + (mask > 0).to(tokens.dtype) * model.keyframes_abs_pos_embedding.to(tokens.dtype)
         modulation, (cond, sound_cond) = self._modulation(t, y, tokens.dtype)
         constant = self._text(y, x.dtype, len(x)) | self._positions(y, len(x), x.device) | modulation
@@ -144,7 +147,7 @@ class LTX2Adapter(Adapter):
             embedded(model.audio_time_embed, sound_times),
         )
         prompt = prompt_audio = None
-        if model.prompt_modulation and config.use_prompt_adaln_single:
+        if model.prompt_modulation and config.get("use_prompt_adaln_single", True):
             prompt, _ = embedded(model.prompt_adaln, sigma)
             prompt_audio, _ = embedded(model.audio_prompt_adaln, sound_sigma)
         across, sound_across = (sound_sigma, sigma) if y["use_cross_timestep"] else (times, sound_times)
@@ -238,9 +241,7 @@ class LTX2Adapter(Adapter):
         num, half = state.tokens.shape[1], patches.shape[-1] // 2
         return torch.cat([patches[:, :num, :half], patches[:, num:, half:]], dim=1)
 
-    def output(
-        self, prediction: Tensor, inputs: Inputs, return_dict: bool
-    ) -> AudioVisualModelOutput | tuple[Tensor, Tensor]:
+    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, Tensor]:
         """Split a prediction into video and sound."""
         num = inputs.y[VIDEO_TOKENS]
         video, sound = prediction[:, :num], prediction[:, num:]

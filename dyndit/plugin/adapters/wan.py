@@ -54,13 +54,14 @@ class WanAdapter(Adapter):
 
     def _condition(self, call: dict[str, object]) -> Conditioning:
         """Return the conditioning; a first and a last picture (two rows of features each) make one row."""
-        rows = dict(super()._condition(call).rows)
+        condition = super()._condition(call)
+        rows = dict(condition.rows)
         times, batch = call["timestep"], len(call["hidden_states"])
         if isinstance(times, Tensor) and times.ndim == 2:
             rows[TIMES] = times
         if IMAGE in rows and self._takes_two_pictures:
             rows[IMAGE] = rows[IMAGE].reshape(batch, -1, rows[IMAGE].shape[-1])
-        return Conditioning(rows)
+        return replace(condition, rows=rows)
 
     @property
     def _takes_two_pictures(self) -> bool:

@@ -32,11 +32,13 @@ class WanVACEAdapter(WanAdapter):
     def embed(self, x: Tensor, t: Tensor, y: Conditioning) -> State:
         """See `WanAdapter`.  y also has the control video (B, C_control, F, H, W) and a strength per control block."""
         state, video = super().embed(x, t, y), y["control_hidden_states"]
-        control = self.transformer.vace_patch_embedding(video).flatten(2).transpose(1, 2)
-        control = pad(control, (0, 0, 0, state.tokens.shape[1] - control.shape[1]))
+        # Unlike Wan's, the forward leaves tokens as the patch embedding lays them out: half precision shows it.
+        tokens = state.tokens.transpose(1, 2).contiguous().transpose(1, 2)
+        control = self.transformer.vace_patch_embedding(video).flatten(2).transpose(1, 2).contiguous()
+        control = pad(control, (0, 0, 0, tokens.shape[1] - control.shape[1]))
         strengths = y["control_hidden_states_scale"]
         strengths = video.new_ones(len(self.transformer.vace_blocks)) if strengths is None else strengths
-        return _State(**vars(state), control=control, strengths=strengths.unbind())
+        return _State(**vars(state) | {"tokens": tokens}, control=control, strengths=strengths.unbind())
 
     def block(self, index: int, state: _State) -> State:
         """Run block `index` and, if one belongs to it, its control block."""

@@ -12,6 +12,24 @@ from support.tiny_pipelines import TinyPipeline
 FAMILY = "WanVACETransformer3DModel"
 
 
+class Several(diffusers.WanVACEPipeline):
+    """The pipeline, for several control videos at once. The original makes the control of one only."""
+
+    def prepare_video_latents(
+        self, video: Tensor, mask: Tensor, reference_images: list, generator: None, device: torch.device
+    ) -> Tensor:
+        """See the original."""
+        parts = zip(video.split(1), mask.split(1), reference_images, strict=True)
+        make = super().prepare_video_latents
+        return torch.cat([make(own, its, [pictures], generator, device) for own, its, pictures in parts])
+
+    def prepare_masks(self, mask: Tensor, reference_images: list, generator: None) -> Tensor:
+        """See the original."""
+        parts = zip(mask.split(1), reference_images, strict=True)
+        make = super().prepare_masks
+        return torch.cat([make(its, [pictures], generator) for its, pictures in parts])
+
+
 class OneGenerator(TinyPipeline):
     """A pipeline that takes one generator at most, so that pictures get their noise as latents."""
 
@@ -28,7 +46,7 @@ def tiny(seed: int) -> TinyPipeline:
     """Control blocks beside blocks 0 and 2; a control video, and strengths."""
     # The control has both halves of the video's latents (4 each) and the mask at 8 x 8 pixels a latent.
     changes = {"kind": diffusers.WanVACETransformer3DModel, "vace_layers": [0, 2], "vace_in_channels": 72}
-    pipe = diffusers.WanVACEPipeline(**parts(), transformer=transformer(seed, **changes))
+    pipe = Several(**parts(), transformer=transformer(seed, **changes))
     tiny = from_embeddings(around(pipe, conditioning_scale=[1.0, 0.5]))
 
     def of(call: Callable[[int], dict[str, object]]) -> Callable[[int], dict[str, object]]:

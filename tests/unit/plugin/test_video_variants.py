@@ -1,10 +1,12 @@
 """The pipelines of the video families: from pictures and videos, with control, with several timesteps at a step."""
 
+import diffusers
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dyndit
+from dyndit.errors import InputError
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.step import steps
 from dyndit.plugin.adapters import adapt
@@ -93,3 +95,70 @@ def test_a_new_exit_on_the_final_state_predicts_as_the_model(tiny: TinyPipeline)
     for head in ("adaln-linear", "wide"):
         found = adapter.unpatchify(Exits(adapter, ExitConfig(head=head)).patches(state, 1), state)
         torch.testing.assert_close(found, expected, atol=1e-5 * expected.std().item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("switched_on", "argument"),
+    [
+        ({"stg_scale": 1.0}, "spatio_temporal_guidance_blocks"),
+        ({"modality_scale": 3.0}, "isolate_modalities"),
+        ({"attention_kwargs": {"scale": 0.5}}, "attention_kwargs"),
+    ],
+)
+def test_further_guidance_of_ltx_2_is_refused(switched_on: dict[str, object], argument: str) -> None:
+    tiny = ltx2.tiny(0)
+    handle = plugged(tiny, 4.0)
+    expected = tiny.run()
+    with pytest.raises(InputError, match=f"^LTX2Video.*: called with {argument}, which cannot be combined with exits$"):
+        tiny.run(**switched_on)
+    assert torch.equal(tiny.run(), expected), "a refused call leaves nothing behind"
+    handle.remove()
+
+
+def test_sound_of_other_channels_than_the_video_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"^LTX2Video.*: channels \(4, 4\) of video, \(6, 4\) of sound; expected the same"
+    ):
+        adapt(ltx2.transformer(0, audio_in_channels=6))
+
+
+def test_sound_leaves_early_too() -> None:
+    tiny = ltx2.tiny(0)
+
+    def both() -> tuple[Tensor, Tensor]:
+        made = tiny.pipe(
+            num_inference_steps=3, **tiny.settings, **tiny.guided(1), generator=torch.Generator().manual_seed(0)
+        )
+        return torch.as_tensor(made.frames), made.audio
+
+    video, sound = both()
+    handle = plugged(tiny, 4.0)
+    assert all(torch.equal(mine, its) for mine, its in zip(both(), (video, sound), strict=True))
+    handle.plan = handle.full_plan().with_steps(steps("2|1", "3", "4|4"))
+    for mine, its in zip(both(), (video, sound), strict=True):
+        assert (mine - its).abs().max() > 0.05 * its.std()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        diffusers.WanAnimateTransformer3DModel,
+        diffusers.SkyReelsV2Transformer3DModel,
+        diffusers.ChronoEditTransformer3DModel,
+        diffusers.LTXVideoTransformer3DModel,
+        diffusers.HunyuanVideoTransformer3DModel,
+    ],
+)
+def test_relatives_without_an_adapter_are_refused_by_name(kind: type[nn.Module]) -> None:
+    with pytest.raises(InputError, match=f"^transformer {kind.__name__}: expected one of .*WanTransformer3DModel"):
+        adapt(object.__new__(kind))
+
+
+def test_adaptive_guidance_of_two_branches_works() -> None:
+    tiny = hunyuan_video15.tiny(0)
+    tiny.pipe.guider = diffusers.AdaptiveProjectedGuidance(guidance_scale=4.0)
+    expected = tiny.run()
+    handle = plugged(tiny, 4.0)
+    assert torch.equal(tiny.run(), expected)
+    handle.plan = handle.full_plan().with_steps(steps("4|4", "3+|held", "2|e1"))
+    assert (tiny.run() - expected).abs().max() > 0.05 * expected.std()

@@ -37,6 +37,9 @@ class Adapter(Backbone):
     guidance: ClassVar[Literal["cond first", "uncond first", "calls"]] = "uncond first"
     """Position of the unconditional rows in a guided call: "cond first": second half of the batch; "uncond first":
     first half; "calls": a second call on the same latents."""
+    timestep_per_token: ClassVar[bool] = False
+    """True if a call may have a timestep per token, (B, N): tokens of a given frame have a lower one. The largest is
+    the step's."""
     timestep_scale: ClassVar[float] = 1.0
     """The scheduler's timestep as a multiple of the forward's timestep."""
 
@@ -49,9 +52,6 @@ class Adapter(Backbone):
 
     def read(self, *args: object, **kwargs: object) -> Inputs:
         """Convert the arguments of a transformer call to `Inputs`.
-
-        A call may have a timestep per token, (B, N): tokens of a given frame have a lower one. The largest is the
-        step's.
 
         Raises:
             InputError: an argument that this adapter does not know, such as a ControlNet's residuals, or no timestep.
@@ -69,7 +69,9 @@ class Adapter(Backbone):
             raise InputError(f"{self.family}: called without timestep, which depth depends on")
         x = self._latents(call)
         t = torch.as_tensor(call["timestep"], device=x.device)
-        t = t.amax(dim=1) if t.ndim == 2 else t.reshape(-1)
+        t = t.amax(dim=1) if t.ndim == 2 and self.timestep_per_token else t.reshape(-1)
+        if len(t) not in (1, len(x)):
+            raise InputError(f"{self.family}: called with {len(t)} timesteps for {len(x)} rows, which depth depends on")
         return Inputs(x, t.expand(len(x)).contiguous(), self._condition(call))
 
     def _latents(self, call: dict[str, object]) -> Tensor:

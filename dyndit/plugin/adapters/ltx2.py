@@ -84,6 +84,7 @@ class LTX2Adapter(Adapter):
     )
     shared_arguments = ("num_frames", "height", "width", "fps", "audio_num_frames", "use_cross_timestep")
     guidance = "uncond first"
+    timestep_per_token = True
     usual_process = RectifiedFlow()
 
     def __init__(self, transformer: nn.Module) -> None:

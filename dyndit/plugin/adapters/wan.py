@@ -43,6 +43,7 @@ class WanAdapter(Adapter):
     family = "WanTransformer3DModel"
     row_arguments = (TEXT, IMAGE)
     guidance = "calls"
+    timestep_per_token = True
     usual_process = RectifiedFlow()
 
     def __init__(self, transformer: nn.Module) -> None:

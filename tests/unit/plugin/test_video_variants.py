@@ -162,3 +162,9 @@ def test_adaptive_guidance_of_two_branches_works() -> None:
     assert torch.equal(tiny.run(), expected)
     handle.plan = handle.full_plan().with_steps(steps("4|4", "3+|held", "2|e1"))
     assert (tiny.run() - expected).abs().max() > 0.05 * expected.std()
+
+
+def test_a_timestep_per_token_is_refused_where_the_model_has_none() -> None:
+    adapter = adapt(cogvideox.transformer(0))
+    with pytest.raises(InputError, match=r"^CogVideoX.*: called with 144 timesteps for 2 rows"):
+        adapter.read(torch.zeros(2, 3, 4, 8, 12), torch.zeros(2, 8, 32), torch.zeros(2, 72))

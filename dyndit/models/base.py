@@ -66,8 +66,9 @@ class PerRow:
 class State:
     """The state between two blocks. A `Tensor` or `PerRow` has the batch first; other fields serve all rows.
 
-    tokens: (B, N, D), cond: (B, D) modulates the exit heads. The class-conditional DiT sums the timestep and label
-    embeddings into it. Families with more streams subclass this with further fields.
+    tokens: (B, N, D), cond: (B, D) modulates the exit heads; (B, N, D) in a call with a timestep per token. The
+    class-conditional DiT sums the timestep and label embeddings into it. Families with more streams subclass this with
+    further fields.
     """
 
     tokens: Tensor

@@ -31,7 +31,9 @@ def position_features(rows: int, columns: int, width: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift every token.  x: (B, N, D), shift and scale: (B, D) -> (B, N, D)."""
+    """Scale and shift every token.  x: (B, N, D), shift and scale: (B, D) or (B, N, D) -> (B, N, D)."""
+    if shift.ndim == 3:
+        return x * (1 + scale) + shift
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 

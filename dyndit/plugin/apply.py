@@ -30,6 +30,7 @@ from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.call import COLUMNS, Call, Record, find_step, the_timestep
+from dyndit.plugin.experts import own_timesteps, transformers_in
 from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
@@ -43,6 +44,7 @@ def apply_dyndit(
     plan: DepthPlan | str | Path | Router | None = None,
     *,
     cfg_scale: float | None = None,
+    component: str = "transformer",
     check_identity: bool = True,
     adapter: Adapter | None = None,
 ) -> "DynDiTHandle":
@@ -51,6 +53,7 @@ def apply_dyndit(
     exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder.
     plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None for full depth.
     cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided.
+    component: the pipeline's transformer to serve. Wan 2.2 has two, see `dyndit.plugin.experts`.
     check_identity: refuse exits and plans of another backbone. The check reads the transformer's weights, some seconds
     per billion parameters; weights in half precision are the same backbone.
     adapter: a description of a transformer that no adapter knows (`dyndit.plugin.generic.BlockAdapter`).
@@ -59,7 +62,7 @@ def apply_dyndit(
         InputError: no adapter serves the transformer, or its hooks would no longer run.
         CheckpointError, PlanError: exits or a plan that cannot be read, or that belong to another model.
     """
-    transformer = transformer_of(target)
+    transformer = transformer_of(target, component)
     _check_hookable(transformer)
     adapter = adapt(transformer, adapter)
     if isinstance(exits, str | Path):
@@ -76,11 +79,12 @@ def apply_dyndit(
 
 
 def remove_dyndit(target: Target) -> None:
-    """Remove the plug-in and restore the transformer. Without the plug-in, do nothing."""
-    transformer = transformer_of(target)
-    if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit
-        transformer = transformer._orig_mod
-    remove_hook(transformer, HOOK)
+    """Remove the plug-in and restore the transformer, or all of a pipeline's. Without the plug-in, do nothing."""
+    found = transformers_in(target) if isinstance(target, DiffusionPipeline) else []
+    for transformer in found or [transformer_of(target)]:
+        if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit
+            transformer = transformer._orig_mod
+        remove_hook(transformer, HOOK)
 
 
 class DynDiTHandle:
@@ -275,14 +279,14 @@ class DynDiTHandle:
             return
         self._call = Call()
         if self._router is not None:
-            self._route(timesteps)
+            self._route(own_timesteps(self._pipeline, self.adapter.transformer).tolist())
         self._timesteps = timesteps
 
-    def _route(self, timesteps: Tensor) -> None:
+    def _route(self, timesteps: list[float]) -> None:
         """Let the router write a plan if the timesteps differ from its last plan's timesteps."""
         solver = solver_name(self._pipeline.scheduler)
         scale = 1.0 if self._cfg_scale is None else self._cfg_scale
-        full = DepthPlan.full(tuple(dict.fromkeys(timesteps.tolist())), self.model.num_blocks, solver, scale)
+        full = DepthPlan.full(tuple(dict.fromkeys(timesteps)), self.model.num_blocks, solver, scale)
         if self._plan is None or (self._plan.timesteps, self._plan.solver) != (full.timesteps, solver):
             plan = self._router(full, self.model.depths)
             self._check(plan)

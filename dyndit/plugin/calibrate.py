@@ -22,6 +22,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Step
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.apply import DynDiTHandle
+from dyndit.plugin.experts import own_timesteps
 from dyndit.plugin.hooks import watching
 from dyndit.sampling.solvers import solver_name
 from dyndit.sampling.timing import measure_parts
@@ -81,7 +82,7 @@ class PipelineSampler:
         self.setting = hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()
         self.device = calls[0].x.device.type
         # A pipeline that starts from a picture (`strength` below 1) runs only the last timesteps.
-        timesteps = pipe.scheduler.timesteps.tolist()[-self._num_steps(calls) :]
+        timesteps = own_timesteps(pipe, handle.adapter.transformer).tolist()[-self._num_steps(calls) :]
         solver = solver_name(pipe.scheduler)
         self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
 

@@ -32,6 +32,9 @@ OBLONG = (
     "SanaTransformer2DModel",
     "Lumina2Transformer2DModel",
     "ZImageTransformer2DModel",
+    "WanTransformer3DModel",
+    "CogVideoXTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel",
 )
 
 STRANGERS = {
@@ -42,6 +45,16 @@ STRANGERS = {
     "QwenImageTransformer2DModel": {"attention_kwargs", "guidance"},
     "Flux2Transformer2DModel": {"joint_attention_kwargs", "kv_cache", "kv_cache_mode"},
     "ZImageTransformer2DModel": {"joint_attention_kwargs", "siglip_feats", "image_noise_mask"},
+    "WanTransformer3DModel": {"attention_kwargs"},
+    "WanVACETransformer3DModel": {"attention_kwargs"},
+    "CogVideoXTransformer3DModel": {"attention_kwargs", "timestep_cond"},
+    "HunyuanVideo15Transformer3DModel": {"attention_kwargs"},
+    "LTX2VideoTransformer3DModel": {
+        "attention_kwargs",
+        "isolate_modalities",
+        "perturbation_mask",
+        "spatio_temporal_guidance_blocks",
+    },
 }
 """Arguments whose silent loss would be worst: adapters may never come to know them by accident."""
 
@@ -192,8 +205,8 @@ def test_output_has_the_shape_that_the_forward_returns(tiny: TinyPipeline) -> No
     ours = adapter.output(prediction, inputs, return_dict=True)
     assert type(ours).__name__ == type(theirs).__name__
     assert type(ours[0]) is type(theirs[0])
-    for found in (ours, adapter.output(prediction, inputs, return_dict=False)):
-        assert torch.equal(whole(found), whole(theirs))
+    for found in (ours.to_tuple(), adapter.output(prediction, inputs, return_dict=False)):
+        assert torch.equal(whole(found), whole(theirs.to_tuple()))
 
 
 def test_an_adapter_knows_its_sizes(tiny: TinyPipeline) -> None:
@@ -281,6 +294,48 @@ WAYS = {
         {"x": list(torch.linspace(-1, 1, 2 * 4 * 2 * 8 * 8).sin().reshape(2, 4, 2, 8, 8))},
     ),
     "frames apart": ("LatteTransformer3DModel", {}, {"enable_temporal_attentions": False}),
+    "positions in the tokens": (
+        "CogVideoXTransformer3DModel",
+        {"use_rotary_positional_embeddings": False},
+        {"image_rotary_emb": None},
+    ),
+    "learned positions": ("CogVideoXTransformer3DModel", {"use_learned_positional_embeddings": True}, {}),
+    "no norm across attention": ("WanTransformer3DModel", {"cross_attn_norm": False}, {}),
+    "patches of two frames": (
+        "WanTransformer3DModel",
+        {"patch_size": (2, 2, 2)},
+        {"hidden_states": torch.linspace(-1, 1, 2 * 4 * 4 * 8 * 8).sin().reshape(2, 4, 4, 8, 8)},
+    ),
+    "control at full strength": ("WanVACETransformer3DModel", {}, {"control_hidden_states_scale": None}),
+    "volumes of two frames": (
+        "HunyuanVideo15Transformer3DModel",
+        {"patch_size_t": 2},
+        {"hidden_states": torch.linspace(-1, 1, 2 * 9 * 4 * 8 * 8).sin().reshape(2, 9, 4, 8, 8)},
+    ),
+    "positions of its own": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"fps": 24.0, "video_coords": None, "audio_coords": None},
+    ),
+    "interleaved positions": ("LTX2VideoTransformer3DModel", {"rope_type": "interleaved"}, {}),
+    "text from the connectors": (
+        "LTX2VideoTransformer3DModel",
+        {"use_prompt_embeddings": False},
+        {
+            "encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 24).sin().reshape(2, 8, 24),
+            "audio_encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 16).cos().reshape(2, 8, 16),
+        },
+    ),
+    "an older clock across streams": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"use_cross_timestep": False, "audio_timestep": torch.full((2,), 300.0)},
+    ),
+    "attention within the video masked": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"video_self_attention_mask": (torch.arange(288) < 200).float()[None, None].expand(2, 288, 288)},
+    ),
     "one frame": (
         "LatteTransformer3DModel",
         {},

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -60,8 +62,16 @@ class TinyPipeline:
 
 
 def whole(output: tuple[Tensor | list[Tensor], ...]) -> Tensor:
-    """What a transformer returns, as one tensor: that of Z-Image returns a list with a tensor per row."""
-    return torch.stack(output[0]) if isinstance(output[0], list) else output[0]
+    """What a transformer returns, as one tensor: Z-Image returns a list with a tensor per row, LTX-2 sound too."""
+    if isinstance(output[0], list):
+        return torch.stack(output[0])
+    return output[0] if len(output) == 1 else torch.cat(output, dim=1)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of smooth random colours."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def tokenizer(clip: bool) -> transformers.PreTrainedTokenizerFast:

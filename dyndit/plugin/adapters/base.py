@@ -40,6 +40,9 @@ class Adapter(Backbone):
     guidance: ClassVar[Literal["cond first", "uncond first", "calls"]] = "uncond first"
     """Position of the unconditional rows in a guided call: "cond first": second half of the batch; "uncond first":
     first half; "calls": a second call on the same latents."""
+    timestep_per_token: ClassVar[bool] = False
+    """True if a call may have a timestep per token, (B, N): tokens of a given frame have a lower one. The largest is
+    the step's."""
     timestep_scale: float = 1.0
     """The scheduler's timestep as a multiple of the forward's timestep."""
 
@@ -69,8 +72,11 @@ class Adapter(Backbone):
         if call.get(timestep) is None:
             raise InputError(f"{self.family}: called without {timestep}, which depth depends on")
         x = self._latents(call)
-        t = torch.as_tensor(call[timestep], device=x.device).reshape(-1).expand(len(x)).contiguous()
-        inputs = Inputs(x, t, self._condition(call))
+        t = torch.as_tensor(call[timestep], device=x.device)
+        t = t.amax(dim=1) if t.ndim == 2 and self.timestep_per_token else t.reshape(-1)
+        if len(t) not in (1, len(x)):
+            raise InputError(f"{self.family}: called with {len(t)} timesteps for {len(x)} rows, which depth depends on")
+        inputs = Inputs(x, t.expand(len(x)).contiguous(), self._condition(call))
         self._check_residuals(inputs)
         return inputs
 
@@ -143,7 +149,7 @@ def in_order(y: Conditioning, name: str) -> PerRow | None:
 
 
 class ContinuousHead(nn.Module):
-    """The final layer of SD3, Flux, FLUX.2 and Qwen-Image: a norm, then a linear map. A linear map of the conditioning
+    """The final layer of SD3, FLUX, Qwen-Image and Hunyuan: a norm, then a linear map. A map of the conditioning
     gives the norm's shift and scale. The head starts as a copy of the model's own."""
 
     def __init__(self, norm_out: AdaLayerNormContinuous, proj_out: nn.Linear) -> None:
@@ -176,9 +182,9 @@ class ScaleHead(nn.Module):
 
 
 class TableHead(nn.Module):
-    """The final layer of PixArt, Latte and Sana: a norm, then a linear map. The conditioning plus a learned table gives
-    the norm's shift and scale ("adaLN-single", Chen et al. 2023, arXiv:2310.00426, Sec. 2.3). The head starts as a copy
-    of the model's own."""
+    """The final layer of PixArt, Latte, Sana, Wan and LTX-2: a norm, then a linear map. The conditioning plus a learned
+    table gives the norm's shift and scale ("adaLN-single", Chen et al. 2023, arXiv:2310.00426, Sec. 2.3). The head
+    starts as a copy of the model's own."""
 
     def __init__(self, norm_out: nn.LayerNorm, scale_shift_table: Tensor, proj_out: nn.Linear) -> None:
         super().__init__()
@@ -187,9 +193,18 @@ class TableHead(nn.Module):
         self.proj_out = linear_copy(proj_out)
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out). Frames share `cond`."""
-        shift, scale = (self.scale_shift_table[None] + cond[:, None]).chunk(2, dim=1)
+        """Predict patches.  tokens: (B, N, D), cond: (B, D) or (B, N, D) -> (B, N, patch * patch * C_out)."""
+        shift, scale = shift_and_scale(self.scale_shift_table, cond)
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
+
+
+def shift_and_scale(table: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the conditioning to a learned table.
+
+    table: (2, D), cond: (B, D) or, with a timestep per token, (B, N, D) -> two tensors (B, 1, D) or (B, N, D).
+    """
+    shift, scale = (table + cond.unsqueeze(-2)).unbind(-2)
+    return (shift, scale) if cond.ndim == 3 else (shift[:, None], scale[:, None])
 
 
 def linear_copy(linear: nn.Linear) -> nn.Linear:

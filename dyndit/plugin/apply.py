@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from dyndit.clock import Clock
@@ -27,10 +27,13 @@ from dyndit.errors import InputError, PlanError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
 from dyndit.models.exits import Exits
+from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, Router, bind
+from dyndit.plugin import checks
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.call import COLUMNS, Call, Record, find_step, the_timestep
 from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
+from dyndit.plugin.weights import Look
 from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
 
@@ -58,9 +61,10 @@ def apply_dyndit(
         CheckpointError, PlanError: exits or a plan that cannot be read, or that belong to another model.
     """
     transformer = transformer_of(target)
-    _check_hookable(transformer)
+    checks.check_hookable(transformer, HOOK)
     adapter = adapt(transformer)
-    if isinstance(exits, str | Path):
+    from_file = isinstance(exits, str | Path)
+    if from_file:
         path = Path(exits)
         exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_identity=check_identity)
     if exits is not None and max(exits.layers) >= adapter.num_blocks:
@@ -68,6 +72,8 @@ def apply_dyndit(
         raise InputError(f"exits: one after layer {deepest}, but the transformer has {adapter.num_blocks} blocks")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     handle = DynDiTHandle(DynamicDepth(adapter, exits), pipeline, cfg_scale, check_identity)
+    if from_file and check_identity:
+        handle.bind_exits()
     handle.plan = plan
     add_hook(transformer, _Hook(handle), HOOK)
     return handle
@@ -92,10 +98,18 @@ class DynDiTHandle:
         self._given = model.exits
         self._pipeline, self._cfg_scale = pipeline, cfg_scale
         self._check_identity = check_identity
+        self._exits_for = ""
+        """Identity of the backbone that the exits are bound to; "" if they are not."""
+        self._look: Look | None = None
+        """The weights as they were when everything bound to them was checked; None if something does not fit them."""
+        self._bound = False
+        """True if the plan or the exits are bound to the weights."""
         self._plan: DepthPlan | None = None
         self._router: Router | None = None
         self._timesteps: Tensor | None = None
         """The scheduler's timesteps in the running call."""
+        self._times: tuple[float, ...] = ()
+        """The same as plain numbers; empty on a bare transformer. A solver of order 2 has some twice."""
         self._call = Call()
 
     @property
@@ -177,13 +191,13 @@ class DynDiTHandle:
         timestep = found = the_timestep(inputs.t) * self.adapter.timestep_scale
         second = self._call.is_second_pass(inputs.x, found)
         k = self._call.step if second else self._step(timestep, inputs.t.dtype)
-        if not second and self._call.is_over(k):
+        if not second and self._call.is_over(k, self._evaluations(timestep)):
             self._call = Call()
         timesteps, work, guided = self._asked(k, timestep)
-        if guided is not None and (second or not self._call.records):
-            self._check_guidance(inputs, guided, second)
+        self._look_around(inputs, guided is not None)
         if guided is not None:
-            self._check_goes_on(k, work, len(inputs))
+            checks.check_goes_on(self._plan, self._call, k, work, len(inputs))
+            checks.check_guidance(self.adapter, inputs, guided, self._call, second=second)
         clock = Clock(inputs.x.device)
         began = clock.mark()
         if second:
@@ -195,7 +209,7 @@ class DynDiTHandle:
             self._call.first, self._call.memory = self.model.predict(step, self._call.memory)
             prediction, ran = self._call.first[0], [("cond", len(inputs), work.depths[0])]
         seconds = partial(clock.between, began, clock.mark())  # read later, so that nothing waits for the device here
-        self._call.enter(Record(k, timesteps[k], tuple(ran), seconds), found, inputs.x)
+        self._call.enter(Record(k, timesteps[k], tuple(ran), seconds), found, inputs.x, second=second)
         return prediction
 
     def _asked(self, k: int, timestep: float) -> tuple[tuple[float, ...], Work, bool | None]:
@@ -253,6 +267,41 @@ class DynDiTHandle:
             )
         return step
 
+    def _evaluations(self, timestep: float) -> int:
+        """Return how often the solver of the running call evaluates the step at this timestep."""
+        nearest = min(self._times, key=lambda time: abs(time - timestep), default=timestep)
+        return max(1, self._times.count(nearest))
+
+    def _look_around(self, inputs: Inputs, planned: bool) -> None:
+        """Refuse what changed around the plug-in since it was put on, or since the last call.
+
+        Raises:
+            InputError: another hook or a call that depth cannot be combined with.
+            PlanError: weights that are no longer those that the plan or the exits are bound to.
+        """
+        new, transformer = not self._call.records, self.adapter.transformer
+        if new:
+            checks.check_beside(transformer)
+        if new and planned:
+            checks.check_processors(transformer)
+        if planned:
+            checks.check_rows(inputs, self.adapter)
+        if not (planned and self._bound):
+            return
+        if self._look is not None and (
+            self._look.glance(transformer, self._given)
+            if not new
+            else Look.at(transformer, self._given).unchanged(self._look)
+        ):
+            return
+        self._check(self._plan)
+        if self._look is None:
+            raise PlanError(
+                f"exits: made for backbone {self._exits_for}, but the transformer's weights are "
+                f"{self.model.identity.backbone} now; expected them unchanged, any LoRA unloaded, or apply_dyndit with "
+                f"check_identity=False"
+            )
+
     def _follow(self, x: Tensor) -> None:
         """Move the exits to the latents' device and precision, because the pipeline's own `.to` does not know them.
 
@@ -271,6 +320,7 @@ class DynDiTHandle:
         if timesteps is self._timesteps:
             return
         self._call = Call()
+        self._times = () if timesteps is None else tuple(timesteps.tolist())
         if self._router is not None:
             self._route(timesteps)
         self._timesteps = timesteps
@@ -285,40 +335,20 @@ class DynDiTHandle:
             self._check(plan)
             self._plan = plan
 
+    def bind_exits(self) -> None:
+        """Bind the exits to the transformer's weights as they are now."""
+        self._exits_for = self.model.identity.backbone
+
     def _check(self, plan: DepthPlan) -> None:
+        """Check that a plan fits, and remember the weights if the exits fit them too.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
         bind(plan, self.model, check_identity=self._check_identity)
-
-    def _check_guidance(self, inputs: Inputs, guided: bool, second: bool) -> None:
-        """Refuse a guided call under an unguided plan, and the reverse, if the rows show the difference.
-
-        Raises:
-            PlanError: naming the plan's and the call's guidance.
-        """
-        found = True if second else self.adapter.is_guided(inputs)
-        if found is not None and found != guided:
-            words = {True: "guided", False: "unguided"}
-            raise PlanError(f"plan: made for {words[guided]} sampling, but the pipeline's call is {words[found]}")
-        if guided and self.adapter.guidance != "calls" and len(inputs) % 2:
-            raise PlanError(
-                f"plan: made for guided sampling, but the call has {len(inputs)} rows; expected two branches"
-            )
-
-    def _check_goes_on(self, k: int, work: Work, rows: int) -> None:
-        """Refuse a step that does not continue the steps before it.
-
-        Raises:
-            PlanError: the number of rows changed, or a step needs the memory of earlier steps that did not run.
-        """
-        records = self._call.records
-        before = sum(there for _, there, _ in records[-1].branches) if records else rows
-        if rows != before:
-            raise PlanError(f"plan: called with {rows} rows at step {k}, {before} before; expected guidance to stay on")
-        missing = k - len({record.step for record in records} & set(range(k)))
-        if missing and (work.forecast or work.held):
-            raise PlanError(
-                f"plan: step {k} ({self._plan.steps[k]}) builds on the steps before it, of which this call left out "
-                f"{missing}; expected a call that runs the whole plan"
-            )
+        self._bound = bool(self._exits_for or (self._check_identity and (plan.backbone or plan.exits)))
+        fits = not self._exits_for or (self._bound and same(self._exits_for, self.model.identity.backbone))
+        self._look = Look.at(self.adapter.transformer, self._given) if self._bound and fits else None
 
 
 class _Hook(ModelHook):
@@ -328,26 +358,21 @@ class _Hook(ModelHook):
         super().__init__()
         self.handle = handle
 
+    def __deepcopy__(self, _memo: object) -> "_Hook":
+        return _Hook(self.handle)  # no copy of the pipeline; `pre_forward` refuses the copied transformer
+
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[tuple, dict[str, object]]:
+        """Refuse a copy: the hook in it would run the weights of the original."""
+        if module is not self.handle.adapter.transformer:
+            raise InputError(
+                "transformer: a copy of one that has the plug-in, which would run the original's weights; expected "
+                "remove_dyndit(copy), then apply_dyndit on it"
+            )
+        return args, kwargs
+
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> object:
         """See `module.forward`."""
         return self.handle.run(*args, **kwargs)
-
-
-def _check_hookable(transformer: nn.Module) -> None:
-    """Refuse hooks and whole-model compilation, because the plug-in would bypass them."""
-    if isinstance(transformer, torch._dynamo.OptimizedModule) or transformer._compiled_call_impl is not None:
-        raise InputError(
-            "transformer: compiled as a whole, which fixes its depth; expected its blocks compiled one by one, as by "
-            "`for block in transformer.transformer_blocks: block.compile(fullgraph=True)`"
-        )
-    registry: HookRegistry | None = transformer.__dict__.get("_diffusers_hook")
-    names = list(registry.hooks) if registry is not None else []
-    if HOOK in names:
-        raise InputError("transformer: has the plug-in already; expected `handle.plan = ...`, or remove_dyndit first")
-    if names:
-        raise InputError(f"transformer: has the hook {names[0]}; expected apply_dyndit before other hooks are added")
-    if "_hf_hook" in transformer.__dict__:
-        raise InputError("transformer: is offloaded already; expected apply_dyndit before enable_model_cpu_offload")
 
 
 def _place(exits: Exits) -> tuple[torch.device, torch.dtype]:

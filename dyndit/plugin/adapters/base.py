@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, Inputs
 from dyndit.models.conditions import Condition, Conditioning, GivenRows
+from dyndit.plugin.weights import added_scales, added_tensors, own_tensors
 
 
 class Adapter(Backbone):
@@ -94,16 +95,24 @@ class Adapter(Backbone):
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the transformer's own weights."""
-        return self.transformer.state_dict()
+        """Return the transformer's own weights, and those of low-rank adapters that count in a call."""
+        return own_tensors(self.transformer) | added_tensors(self.transformer)
 
     def unseen(self) -> dict[str, object]:
-        """Return the transformer's whole configuration."""
-        return {"class": self.family} | {
-            name: value
-            for name, value in sorted(self.transformer.config.items())
-            if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list)
-        }
+        """Return the transformer's whole configuration, and the scales of low-rank adapters that count in a call."""
+        return (
+            {"class": self.family}
+            | self._added()
+            | {
+                name: value
+                for name, value in sorted(self.transformer.config.items())
+                if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list)
+            }
+        )
+
+    def _added(self) -> dict[str, object]:
+        scales = added_scales(self.transformer)
+        return {"adapters": scales} if scales else {}
 
 
 class ContinuousHead(nn.Module):

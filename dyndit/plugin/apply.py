@@ -31,7 +31,7 @@ from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plugin import checks
 from dyndit.plugin.adapters import Adapter, adapt
-from dyndit.plugin.call import COLUMNS, Call, Record, find_step, the_timestep
+from dyndit.plugin.call import COLUMNS, SLACK, Call, Record, find_step, plan_at_call, the_timestep
 from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.plugin.weights import Look
 from dyndit.sampling.solvers import solver_name
@@ -105,6 +105,8 @@ class DynDiTHandle:
         self._bound = False
         """True if the plan or the exits are bound to the weights."""
         self._plan: DepthPlan | None = None
+        self._running: DepthPlan | None = None
+        """The plan at the timesteps of the running call; None before its first step."""
         self._router: Router | None = None
         self._timesteps: Tensor | None = None
         """The scheduler's timesteps in the running call."""
@@ -138,7 +140,12 @@ class DynDiTHandle:
         if plan is not None and router is None:
             self._check(plan)
         self._plan, self._router, self._timesteps = (None if router else plan), router, None
-        self._call = Call()
+        self._call, self._running = Call(), None
+
+    @property
+    def running(self) -> DepthPlan | None:
+        """Return the plan of the last call: `plan`, rescaled if the call has other timesteps (`DepthPlan.at`)."""
+        return self._running
 
     @property
     def router(self) -> Router | None:
@@ -189,14 +196,20 @@ class DynDiTHandle:
     def _predict(self, inputs: Inputs) -> Tensor:
         """Run the step of a call, by the same function as the sampler."""
         timestep = found = the_timestep(inputs.t) * self.adapter.timestep_scale
+        slack = torch.finfo(inputs.t.dtype).eps * timestep if inputs.t.is_floating_point() else 0.0
+        if self._running is None and self._plan is not None:
+            scheduler = None if self._pipeline is None else self._pipeline.scheduler
+            self._running = plan_at_call(
+                self._plan, self._times, timestep, slack + SLACK, scheduler, self.model.process
+            )
         second = self._call.is_second_pass(inputs.x, found)
-        k = self._call.step if second else self._step(timestep, inputs.t.dtype)
+        k = self._call.step if second else self._step(timestep, slack + SLACK)
         if not second and self._call.is_over(k, self._evaluations(timestep)):
             self._call = Call()
         timesteps, work, guided = self._asked(k, timestep)
         self._look_around(inputs, guided is not None)
         if guided is not None:
-            checks.check_goes_on(self._plan, self._call, k, work, len(inputs))
+            checks.check_goes_on(self._running, self._call, k, work, len(inputs))
             checks.check_guidance(self.adapter, inputs, guided, self._call, second=second)
         clock = Clock(inputs.x.device)
         began = clock.mark()
@@ -216,7 +229,7 @@ class DynDiTHandle:
         """Return timesteps by step, the work of step k, and True if it is guided (None without a plan)."""
         if self._plan is None:
             return (timestep,) * (k + 1), Work((self.model.num_blocks,)), None
-        return self._plan.timesteps, self._plan.works[k], self._plan.cfg_scale != 1
+        return self._running.timesteps, self._running.works[k], self._running.cfg_scale != 1
 
     def _stacked(
         self, k: int, inputs: Inputs, work: Work, timesteps: tuple[float, ...]
@@ -248,7 +261,7 @@ class DynDiTHandle:
             prediction = self._call.first[-1].to(self._call.first[0].dtype)
         return prediction, [("uncond", len(inputs), depth)]
 
-    def _step(self, timestep: float, dtype: torch.dtype) -> int:
+    def _step(self, timestep: float, slack: float) -> int:
         """Find the step of a transformer call.
 
         Raises:
@@ -258,12 +271,16 @@ class DynDiTHandle:
         if self._plan is None:  # full depth throughout: count steps until the timestep rises again
             again = self._pipeline is None and timestep == self._call.timestep
             return 0 if last is None or again else last.step + 1
-        slack = torch.finfo(dtype).eps * timestep if dtype.is_floating_point else 0.0
-        step = find_step(self._plan.timesteps, timestep, slack + 1e-3, -1 if last is None else last.step)
+        plan = self._running
+        step = find_step(plan.timesteps, timestep, slack, -1 if last is None else last.step)
         if step is None:
+            unseen = "a bare transformer, whose scheduler the plug-in cannot see"
+            where = (
+                unseen if self._pipeline is None else f"this {type(self._pipeline).__name__}, whose scheduler has none"
+            )
             raise PlanError(
-                f"plan: made for {self._plan.num_steps} steps of {self._plan.solver or 'its solver'}, none of them at "
-                f"timestep {timestep:g}; expected the scheduler and the number of steps it was made for"
+                f"plan: made for {plan.num_steps} steps of {plan.solver or 'its solver'}, none of them at timestep "
+                f"{timestep:g}; the call comes from {where} there; expected apply_dyndit on the pipeline that is called"
             )
         return step
 
@@ -319,7 +336,7 @@ class DynDiTHandle:
         timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
         if timesteps is self._timesteps:
             return
-        self._call = Call()
+        self._call, self._running = Call(), None
         self._times = () if timesteps is None else tuple(timesteps.tolist())
         if self._router is not None:
             self._route(timesteps)

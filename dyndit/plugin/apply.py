@@ -12,6 +12,7 @@ pipeline call starts a new `Call`.
 """
 
 import copy
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,23 +27,32 @@ from dyndit.clock import Clock
 from dyndit.errors import InputError, PlanError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
-from dyndit.models.exits import Exits
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, Router, bind
+from dyndit.plans.schedules import skips
 from dyndit.plugin import checks
 from dyndit.plugin.adapters import Adapter, adapt
-from dyndit.plugin.call import COLUMNS, SLACK, Call, Record, find_step, plan_at_call, the_timestep
+from dyndit.plugin.call import COLUMNS, Call, Record, the_timestep
+from dyndit.plugin.call_plan import CallPlan
 from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
 from dyndit.plugin.weights import Look
 from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
 
 HOOK = "dyndit_dynamic_depth"
+USUAL_EXITS = ExitConfig()
+UNTRAINED = (
+    "apply_dyndit: exits that were not trained: every second step skips most blocks and forecasts what they would add. "
+    "Distilled exits (record_calls, distill_exits) and a calibrated plan (calibrate_pipeline) leave out more at every "
+    "step, for less change in the pictures."
+)
+_log = logging.getLogger(__name__)
 
 
 def apply_dyndit(
     target: Target,
-    exits: Exits | str | Path | None,
+    exits: Exits | ExitConfig | str | Path | None = USUAL_EXITS,
     plan: DepthPlan | str | Path | Router | None = None,
     *,
     cfg_scale: float | None = None,
@@ -50,9 +60,12 @@ def apply_dyndit(
 ) -> "DynDiTHandle":
     """Make a pipeline or a transformer of diffusers run a plan. Its call, its class and its weights do not change.
 
-    exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder.
-    plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None for full depth.
-    cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided.
+    exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder. A config:
+    untrained exits, copies of the model's own head. None: no exits.
+    plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None: `skips` for
+    untrained exits, else full depth.
+    cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided. None: each call
+    shows whether it is guided.
     check_identity: refuse exits and plans of another backbone. The check reads the transformer's weights, some seconds
     per billion parameters; weights in half precision are the same backbone.
 
@@ -67,6 +80,11 @@ def apply_dyndit(
     if from_file:
         path = Path(exits)
         exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_identity=check_identity)
+    if isinstance(exits, ExitConfig):
+        exits = Exits(adapter, exits).requires_grad_(False).eval()
+        if plan is None:
+            plan = skips
+            _log.warning(UNTRAINED)
     if exits is not None and max(exits.layers) >= adapter.num_blocks:
         deepest = max(exits.layers)
         raise InputError(f"exits: one after layer {deepest}, but the transformer has {adapter.num_blocks} blocks")
@@ -96,7 +114,6 @@ class DynDiTHandle:
         self.model = model
         """The adapter with its exits; `model.depths` are the depths that a plan can use."""
         self._given = model.exits
-        self._pipeline, self._cfg_scale = pipeline, cfg_scale
         self._check_identity = check_identity
         self._exits_for = ""
         """Identity of the backbone that the exits are bound to; "" if they are not."""
@@ -104,14 +121,7 @@ class DynDiTHandle:
         """The weights as they were when everything bound to them was checked; None if something does not fit them."""
         self._bound = False
         """True if the plan or the exits are bound to the weights."""
-        self._plan: DepthPlan | None = None
-        self._running: DepthPlan | None = None
-        """The plan at the timesteps of the running call; None before its first step."""
-        self._router: Router | None = None
-        self._timesteps: Tensor | None = None
-        """The scheduler's timesteps in the running call."""
-        self._times: tuple[float, ...] = ()
-        """The same as plain numbers; empty on a bare transformer. A solver of order 2 has some twice."""
+        self._plans = CallPlan(model, pipeline, cfg_scale, self._check)
         self._call = Call()
 
     @property
@@ -122,7 +132,7 @@ class DynDiTHandle:
     @property
     def plan(self) -> DepthPlan | None:
         """Return the given plan, or the plan that the router wrote for the last call; None: full depth."""
-        return self._plan
+        return self._plans.plan
 
     @plan.setter
     def plan(self, plan: DepthPlan | str | Path | Router | None) -> None:
@@ -134,23 +144,18 @@ class DynDiTHandle:
         """
         if isinstance(plan, str | Path):
             plan = DepthPlan.load(plan)
-        router = plan if callable(plan) else None
-        if router is not None and self._pipeline is None:
-            raise InputError("plan: a router needs the scheduler's timesteps; expected apply_dyndit on the pipeline")
-        if plan is not None and router is None:
-            self._check(plan)
-        self._plan, self._router, self._timesteps = (None if router else plan), router, None
-        self._call, self._running = Call(), None
+        self._plans.give(plan)
+        self._call = Call()
 
     @property
     def running(self) -> DepthPlan | None:
         """Return the plan of the last call: `plan`, rescaled if the call has other timesteps (`DepthPlan.at`)."""
-        return self._running
+        return self._plans.running
 
     @property
     def router(self) -> Router | None:
         """Return the router that writes a plan for every call, or None."""
-        return self._router
+        return self._plans.router
 
     def full_plan(self) -> DepthPlan:
         """Return the full plan at the timesteps of the last pipeline call, as input for searches and ramps.
@@ -161,12 +166,13 @@ class DynDiTHandle:
         if not self._call.records:
             raise InputError("plan: no call of the pipeline was seen yet; expected one before")
         timesteps = dict.fromkeys(record.timestep for record in self._call.records)
-        if self._plan is None and self._timesteps is not None:  # take the timesteps before the pipeline rounded them
-            times, first = self._timesteps.tolist(), next(iter(timesteps))
+        plans = self._plans
+        if plans.plan is None and plans.times:  # take the timesteps before the pipeline rounded them
+            times, first = plans.times, next(iter(timesteps))
             start = min(range(len(times)), key=lambda k: abs(times[k] - first))
             timesteps = dict.fromkeys(times[start : start + self._call.step + 1])
-        solver = "" if self._pipeline is None else solver_name(self._pipeline.scheduler)
-        scale = (self._cfg_scale or 1.0) if self._plan is None else self._plan.cfg_scale
+        solver = "" if plans.pipeline is None else solver_name(plans.pipeline.scheduler)
+        scale = (plans.cfg_scale or 1.0) if plans.plan is None else plans.plan.cfg_scale
         return DepthPlan.full(tuple(timesteps), self.model.num_blocks, solver, scale)
 
     def stats(self) -> pd.DataFrame:
@@ -185,7 +191,8 @@ class DynDiTHandle:
         """Run one call of the transformer's forward at the plan's depths."""
         inputs = self.adapter.read(*args, **kwargs)
         self._follow(inputs.x)
-        self._begin()
+        if self._plans.begin(lambda: self._looks_guided(inputs)):
+            self._call = Call()
         try:
             prediction = self._predict(inputs)
         except BaseException:
@@ -197,19 +204,18 @@ class DynDiTHandle:
         """Run the step of a call, by the same function as the sampler."""
         timestep = found = the_timestep(inputs.t) * self.adapter.timestep_scale
         slack = torch.finfo(inputs.t.dtype).eps * timestep if inputs.t.is_floating_point() else 0.0
-        if self._running is None and self._plan is not None:
-            scheduler = None if self._pipeline is None else self._pipeline.scheduler
-            self._running = plan_at_call(
-                self._plan, self._times, timestep, slack + SLACK, scheduler, self.model.process
-            )
         second = self._call.is_second_pass(inputs.x, found)
-        k = self._call.step if second else self._step(timestep, slack + SLACK)
-        if not second and self._call.is_over(k, self._evaluations(timestep)):
-            self._call = Call()
+        if second:
+            k = self._call.step
+            self._plans.turn_guided(k)
+        else:
+            k = self._step(timestep, slack)
+            if self._call.is_over(k, self._plans.evaluations(timestep)):
+                self._call = Call()
         timesteps, work, guided = self._asked(k, timestep)
         self._look_around(inputs, guided is not None)
         if guided is not None:
-            checks.check_goes_on(self._running, self._call, k, work, len(inputs))
+            checks.check_goes_on(self._plans.running, self._call, k, work, len(inputs))
             checks.check_guidance(self.adapter, inputs, guided, self._call, second=second)
         clock = Clock(inputs.x.device)
         began = clock.mark()
@@ -227,9 +233,10 @@ class DynDiTHandle:
 
     def _asked(self, k: int, timestep: float) -> tuple[tuple[float, ...], Work, bool | None]:
         """Return timesteps by step, the work of step k, and True if it is guided (None without a plan)."""
-        if self._plan is None:
+        plan = self._plans.running
+        if plan is None:
             return (timestep,) * (k + 1), Work((self.model.num_blocks,)), None
-        return self._running.timesteps, self._running.works[k], self._running.cfg_scale != 1
+        return plan.timesteps, plan.works[k], plan.cfg_scale != 1
 
     def _stacked(
         self, k: int, inputs: Inputs, work: Work, timesteps: tuple[float, ...]
@@ -262,32 +269,17 @@ class DynDiTHandle:
         return prediction, [("uncond", len(inputs), depth)]
 
     def _step(self, timestep: float, slack: float) -> int:
-        """Find the step of a transformer call.
-
-        Raises:
-            PlanError: the plan has no step at this timestep.
-        """
+        """Find the step of a transformer call."""
         last = self._call.records[-1] if self._call.records and timestep <= self._call.timestep else None
-        if self._plan is None:  # full depth throughout: count steps until the timestep rises again
-            again = self._pipeline is None and timestep == self._call.timestep
-            return 0 if last is None or again else last.step + 1
-        plan = self._running
-        step = find_step(plan.timesteps, timestep, slack, -1 if last is None else last.step)
-        if step is None:
-            unseen = "a bare transformer, whose scheduler the plug-in cannot see"
-            where = (
-                unseen if self._pipeline is None else f"this {type(self._pipeline).__name__}, whose scheduler has none"
-            )
-            raise PlanError(
-                f"plan: made for {plan.num_steps} steps of {plan.solver or 'its solver'}, none of them at timestep "
-                f"{timestep:g}; the call comes from {where} there; expected apply_dyndit on the pipeline that is called"
-            )
-        return step
+        if self._plans.plan is not None:
+            return self._plans.step(timestep, slack, -1 if last is None else last.step)
+        # Full depth throughout: count steps until the timestep rises again.
+        again = self._plans.pipeline is None and timestep == self._call.timestep
+        return 0 if last is None or again else last.step + 1
 
-    def _evaluations(self, timestep: float) -> int:
-        """Return how often the solver of the running call evaluates the step at this timestep."""
-        nearest = min(self._times, key=lambda time: abs(time - timestep), default=timestep)
-        return max(1, self._times.count(nearest))
+    def _looks_guided(self, inputs: Inputs) -> bool:
+        """Tell if a call seems to be guided. A family that calls once per branch shows it at its second call."""
+        return self.adapter.guidance != "calls" and self.adapter.is_guided(inputs) is not False
 
     def _look_around(self, inputs: Inputs, planned: bool) -> None:
         """Refuse what changed around the plug-in since it was put on, or since the last call.
@@ -311,7 +303,7 @@ class DynDiTHandle:
             else Look.at(transformer, self._given).unchanged(self._look)
         ):
             return
-        self._check(self._plan)
+        self._check(self._plans.plan)
         if self._look is None:
             raise PlanError(
                 f"exits: made for backbone {self._exits_for}, but the transformer's weights are "
@@ -330,27 +322,6 @@ class DynDiTHandle:
         if _place(self.model.exits) != there:
             same = _place(self._given) == there
             self.model.exits = self._given if same else copy.deepcopy(self._given).to(*there)
-
-    def _begin(self) -> None:
-        """Detect a new pipeline call by the scheduler's new timesteps. The router then writes a plan for them."""
-        timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
-        if timesteps is self._timesteps:
-            return
-        self._call, self._running = Call(), None
-        self._times = () if timesteps is None else tuple(timesteps.tolist())
-        if self._router is not None:
-            self._route(timesteps)
-        self._timesteps = timesteps
-
-    def _route(self, timesteps: Tensor) -> None:
-        """Let the router write a plan if the timesteps differ from its last plan's timesteps."""
-        solver = solver_name(self._pipeline.scheduler)
-        scale = 1.0 if self._cfg_scale is None else self._cfg_scale
-        full = DepthPlan.full(tuple(dict.fromkeys(timesteps.tolist())), self.model.num_blocks, solver, scale)
-        if self._plan is None or (self._plan.timesteps, self._plan.solver) != (full.timesteps, solver):
-            plan = self._router(full, self.model.depths)
-            self._check(plan)
-            self._plan = plan
 
     def bind_exits(self) -> None:
         """Bind the exits to the transformer's weights as they are now."""

@@ -4,17 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
-from dyndit.errors import InputError, PlanError
+from dyndit.errors import InputError
 from dyndit.models.dynamic import Memory
-from dyndit.plans.plan import DepthPlan
-from dyndit.process import Process
-from dyndit.sampling.solvers import scheduler_class
-
-SLACK = 1e-3
-"""Two timesteps this near are the same, beside the rounding of a pipeline in half precision."""
 
 
 def find_step(timesteps: Sequence[float], timestep: float, slack: float, last: int) -> int | None:
@@ -28,38 +21,6 @@ def find_step(timesteps: Sequence[float], timestep: float, slack: float, last: i
     if len(gaps) > 1 and later:
         return min(later)
     return min(gaps, key=gaps.get, default=None)
-
-
-def plan_at_call(
-    plan: DepthPlan,
-    times: Sequence[float],
-    timestep: float,
-    slack: float,
-    scheduler: SchedulerMixin | None,
-    process: Process,
-) -> DepthPlan:
-    """Rescale a plan to the timesteps of a pipeline's call, unless the rest of the call has the plan's own timesteps.
-
-    times: the scheduler's timesteps; empty on a bare transformer. timestep: of the call's first step; a call that
-    starts from a picture leaves out the steps before it. A timestep off by `slack` is the same.
-
-    Raises:
-        PlanError: the scheduler is another solver than the plan's.
-    """
-    times = tuple(dict.fromkeys(times))
-    rest = times[min(range(len(times)), key=lambda k: abs(times[k] - timestep), default=0) :]
-    if not rest or abs(rest[0] - timestep) > slack:
-        return plan  # another scheduler's call: its timestep is looked for in the plan itself
-    own = plan.timesteps[-len(rest) :]
-    if len(own) == len(rest) and all(abs(a - b) <= SLACK for a, b in zip(own, rest, strict=True)):
-        return plan
-    found = type(scheduler).__name__
-    if plan.solver and scheduler_class(plan.solver) != found:
-        raise PlanError(
-            f"plan: made for {plan.num_steps} steps of {plan.solver}, but the pipeline runs {len(times)} of {found}; "
-            f"expected the plan's solver, which may take another number of steps, or the plan's own timesteps"
-        )
-    return plan.at(times, process)
 
 
 COLUMNS = ["step", "timestep", "branch", "rows", "depth", "blocks", "seconds"]

@@ -345,6 +345,8 @@ class _Hook(ModelHook):
     def __init__(self, handle: DynDiTHandle) -> None:
         super().__init__()
         self.handle = handle
+        # Compiling the transformer as a whole must not trace the plan, which changes from call to call.
+        self._run = torch.compiler.disable(handle.run)
 
     def __deepcopy__(self, _memo: object) -> "_Hook":
         return _Hook(self.handle)  # no copy of the pipeline; `pre_forward` refuses the copied transformer
@@ -360,7 +362,7 @@ class _Hook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> object:
         """See `module.forward`."""
-        return self.handle.run(*args, **kwargs)
+        return self._run(*args, **kwargs)
 
 
 def _place(exits: Exits) -> tuple[torch.device, torch.dtype]:

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from dyndit.models.identity import plain
+
 SAMPLES = 8
 
 
@@ -118,5 +120,5 @@ def _versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _picked(tensor: Tensor) -> Tensor:
     """Pick a few values of a tensor, evenly spread, float32."""
-    flat = tensor.detach().flatten()
+    flat = plain(tensor).flatten()
     return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float()

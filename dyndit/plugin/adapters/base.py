@@ -121,6 +121,7 @@ class ContinuousHead(nn.Module):
 
     def __init__(self, norm_out: AdaLayerNormContinuous, proj_out: nn.Linear) -> None:
         super().__init__()
+        check_copies(norm_out.linear)
         widths = (proj_out.in_features, norm_out.linear.in_features)
         self.norm_out = AdaLayerNormContinuous(*widths, elementwise_affine=False, eps=norm_out.norm.eps)
         self.norm_out.load_state_dict(norm_out.state_dict())
@@ -149,8 +150,21 @@ class TableHead(nn.Module):
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
 
 
+def check_copies(linear: nn.Linear) -> None:
+    """Refuse a quantised layer of the head, because an exit starts as a trainable copy of it.
+
+    Raises:
+        InputError: naming the kind of its weight.
+    """
+    weight = linear.weight.data
+    if type(weight) is not Tensor or not weight.is_floating_point():
+        kind = str(weight.dtype).removeprefix("torch.") if type(weight) is Tensor else type(weight).__name__
+        raise InputError(f"transformer: its head is quantised; expected floating-point weights, not {kind}")
+
+
 def linear_copy(linear: nn.Linear) -> nn.Linear:
     """Return a trainable copy on the same device, in the same precision."""
+    check_copies(linear)
     copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
     copy.load_state_dict(linear.state_dict())
     return copy.to(linear.weight)

@@ -16,6 +16,7 @@ from diffusers.hooks.context_parallel import ContextParallelGatherHook
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import dyndit
 from dyndit.errors import InputError
@@ -99,7 +100,11 @@ def test_blocks_compiled_one_by_one(family: str, before: bool) -> None:
             block.compile(fullgraph=True, backend="eager")
 
     tiny, _ = either_way(family, compile_blocks, before=before)
+    counters.clear()
+    torch._dynamo.reset()
     near(tiny.run(), expected_of(family))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
     torch._dynamo.reset()
 
 
@@ -121,7 +126,7 @@ def test_compiled_as_a_whole_before_is_refused() -> None:
 
 
 def test_compiled_as_a_whole_after() -> None:
-    """The plug-in breaks the graph, and the picture is the same at each of several depths."""
+    """The plug-in is left out of the graph, and the picture is the same at each of several depths."""
     torch._dynamo.reset()
     tiny = tiny_pipeline(SD3)
     handle = plug(tiny)
@@ -192,16 +197,29 @@ def test_quantised_linears(family: str, before: bool) -> None:
 def test_torchao_linears() -> None:
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
-    def put_on(tiny: TinyPipeline) -> None:
-        torchao.quantize_(tiny.transformer, torchao.Int8WeightOnlyConfig())
+    def put_on(tiny: TinyPipeline, where: str = "blocks") -> None:
+        torchao.quantize_(
+            tiny.transformer,
+            torchao.Int8WeightOnlyConfig(),
+            filter_fn=lambda module, name: isinstance(module, nn.Linear) and where in name,
+        )
 
     for before in (True, False):
         tiny, handle = either_way(SD3, put_on, before=before)
-        picture = tiny.run()
-        exact = expected_of(SD3)
+        picture, exact = tiny.run(), expected_of(SD3)
+        assert not torch.equal(picture, exact)
         assert (picture - exact).abs().mean() < 0.1 * exact.std()
         bound = replace(handle.plan, backbone=adapt(tiny_pipeline(SD3).transformer).identity())
         refused(lambda handle=handle, bound=bound: setattr(handle, "plan", bound), "backbone")
+    tiny = tiny_pipeline(SD3)
+    put_on(tiny, "")
+    refused(lambda: plug(tiny), "its head is quantised")
+
+
+def test_a_quantised_head_has_no_copies() -> None:
+    tiny = tiny_pipeline(SD3)
+    tiny.transformer.proj_out.weight = nn.Parameter(tiny.transformer.proj_out.weight.char(), requires_grad=False)
+    refused(lambda: plug(tiny), "its head is quantised; expected")
 
 
 @BEFORE
@@ -311,6 +329,7 @@ def test_vae_tiling_and_slicing(before: bool) -> None:
     plain = tiny_pipeline(SD3)
     put_on(plain)
     tiny, handle = either_way(SD3, put_on, before=before)
+    tiny.run()
     handle.plan = handle.full_plan()
     assert torch.equal(tiny.run(output_type="pt", count=2), plain.run(output_type="pt", count=2))
 

@@ -171,13 +171,14 @@ class Backbone(nn.Module):
         tensors: the weights as a file will hold them (default: `tensors()`). process: the model's process. A process
         other than `usual_process` changes the name.
         """
-        return identity_of(self.tensors() if tensors is None else tensors, self._unseen_text(process))
+        return identity_of(self.tensors() if tensors is None else tensors, self.unseen_text(process))
 
     def checksum(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
         """Return an exact checksum of the weights, for files. See `identity` for the arguments."""
-        return tensors_hash(self.tensors() if tensors is None else tensors, self._unseen_text(process))
+        return tensors_hash(self.tensors() if tensors is None else tensors, self.unseen_text(process))
 
-    def _unseen_text(self, process: Process | None) -> str:
+    def unseen_text(self, process: Process | None) -> str:
+        """Write `unseen` and a process other than the usual one as text, for hashes."""
         other = {} if process in (None, self.usual_process) else {"process": process.config()}
         return json.dumps(self.unseen() | other, sort_keys=True)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan, Router
-from dyndit.plans.step import NoGuide, Step, Unconditional
+from dyndit.plans.step import Held, NoGuide, Step, Unconditional
 from dyndit.process import DDPM, Process
 
 F = TypeVar("F", bound=Callable[..., DepthPlan])
@@ -73,6 +73,35 @@ def switch(full: DepthPlan, depths: tuple[int, ...], depth: float, share: float)
     shallow = round(share * full.num_steps)
     wanted = [depth] * shallow + [full.num_blocks] * (full.num_steps - shallow)
     return _scheduled(full, depths, wanted, "switch", depth=depth, share=share)
+
+
+@router
+def skips(
+    full: DepthPlan, depths: tuple[int, ...], start: float = 1, end: float | None = None, every: float = 2
+) -> DepthPlan:
+    """Run full depth every few steps, and between them skip the last blocks, with a forecast of what they would add.
+
+    It needs no training: exits that are copies of the model's own final layer serve, because blocks are residual. The
+    first two steps and the last are at full depth; a skipping step runs depth start + (end - start) * u, with u as in
+    `ramp` (default end: half of L), and holds the guidance of the last full step.
+
+    every: steps from one full step to the next.
+
+    Raises:
+        InputError: `every` is below 2.
+    """
+    if every < 2:
+        raise InputError(f"--router skips: every {every:g}; expected at least 2 steps from one full step to the next")
+    end, last = full.num_blocks / 2 if end is None else end, max(full.num_steps - 1, 1)
+    shallow = [depth for depth in depths if depth < full.num_blocks]
+    steps, since = [], 0
+    for k, whole in enumerate(full.steps):
+        since = 0 if k < 2 or k == last or since + 1 >= every or not shallow else since + 1
+        wanted = start + (end - start) * k / last
+        guide = Held() if isinstance(whole.guide, Unconditional) else NoGuide()
+        nearest = min(shallow, key=lambda depth: (abs(depth - wanted), depth), default=full.num_blocks)
+        steps.append(Step(nearest, guide, forecast=True) if since else whole)
+    return full.with_steps(steps, router="skips", settings={"start": start, "end": end, "every": every})
 
 
 def reversed_plan(plan: DepthPlan) -> DepthPlan:

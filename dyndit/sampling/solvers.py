@@ -79,6 +79,11 @@ def solver_name(solver: AnySolver) -> str:
     return next((name for name, theirs in named if theirs == mine), type(solver).__name__)
 
 
+def scheduler_class(name: str) -> str:
+    """Return the class of the scheduler that a plan's solver names."""
+    return SOLVERS[name].scheduler.__name__ if name in SOLVERS else name
+
+
 @functools.cache
 def _built(name: str) -> SchedulerMixin:
     return SOLVERS[name].build()

@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, Inputs, PerRow
 from dyndit.models.conditions import Condition, Conditioning, GivenRows
+from dyndit.plugin.weights import added_scales, added_tensors, own_tensors
 
 
 class Adapter(Backbone):
@@ -129,16 +130,24 @@ class Adapter(Backbone):
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the transformer's own weights."""
-        return self.transformer.state_dict()
+        """Return the transformer's own weights, and those of low-rank adapters that count in a call."""
+        return own_tensors(self.transformer) | added_tensors(self.transformer)
 
     def unseen(self) -> dict[str, object]:
-        """Return the transformer's whole configuration."""
-        return {"class": self.family} | {
-            name: value
-            for name, value in sorted(self.transformer.config.items())
-            if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list)
-        }
+        """Return the transformer's whole configuration, and the scales of low-rank adapters that count in a call."""
+        return (
+            {"class": self.family}
+            | self._added()
+            | {
+                name: value
+                for name, value in sorted(self.transformer.config.items())
+                if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list)
+            }
+        )
+
+    def _added(self) -> dict[str, object]:
+        scales = added_scales(self.transformer)
+        return {"adapters": scales} if scales else {}
 
 
 def in_order(y: Conditioning, name: str) -> PerRow | None:
@@ -154,6 +163,7 @@ class ContinuousHead(nn.Module):
 
     def __init__(self, norm_out: AdaLayerNormContinuous, proj_out: nn.Linear) -> None:
         super().__init__()
+        check_copies(norm_out.linear)
         widths = (proj_out.in_features, norm_out.linear.in_features)
         options = {"eps": norm_out.norm.eps, "bias": norm_out.linear.bias is not None}
         self.norm_out = AdaLayerNormContinuous(*widths, elementwise_affine=False, **options)
@@ -207,8 +217,21 @@ def shift_and_scale(table: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
     return (shift, scale) if cond.ndim == 3 else (shift[:, None], scale[:, None])
 
 
+def check_copies(linear: nn.Linear) -> None:
+    """Refuse a quantised layer of the head, because an exit starts as a trainable copy of it.
+
+    Raises:
+        InputError: naming the kind of its weight.
+    """
+    weight = linear.weight.data
+    if type(weight) is not Tensor or not weight.is_floating_point():
+        kind = str(weight.dtype).removeprefix("torch.") if type(weight) is Tensor else type(weight).__name__
+        raise InputError(f"transformer: its head is quantised; expected floating-point weights, not {kind}")
+
+
 def linear_copy(linear: nn.Linear) -> nn.Linear:
     """Return a trainable copy on the same device, in the same precision."""
+    check_copies(linear)
     copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
     copy.load_state_dict(linear.state_dict())
     return copy.to(linear.weight)

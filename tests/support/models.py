@@ -7,10 +7,15 @@ from torch import nn
 
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.video import VideoConfig
 
 TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
 
-TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY)}
+TINY_VIDEO = VideoConfig(
+    num_frames=3, image_size=(8, 12), patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10
+)
+
+TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY), "video": vars(TINY_VIDEO)}
 """A tiny config of every backbone family. The contract test fails if one is missing."""
 
 

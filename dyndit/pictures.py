@@ -1,4 +1,7 @@
-"""Read and write pictures, and tile them in a grid."""
+"""Read and write pictures and clips, and tile them in a grid.
+
+A clip's file is a PNG with all frames side by side. Its text entry `dyndit-frames` holds their number.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dyndit.errors import InputError
@@ -16,11 +20,12 @@ from dyndit.files import is_draft, opened, written_whole
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 OVERVIEWS = {"grid.png", "samples.png"}
 """Names of the overviews that `dyndit sample` and the reports write beside single pictures."""
+FRAMES = "dyndit-frames"
 
 
 @dataclass(frozen=True)
 class PictureFiles:
-    """Pictures of one size, read from disk on demand."""
+    """Pictures or clips of one size, read from disk on demand."""
 
     paths: tuple[Path, ...]
 
@@ -41,12 +46,14 @@ class PictureFiles:
         return len(self.paths)
 
     @cached_property
-    def size(self) -> tuple[int, int]:
-        """Return (H, W) of the first picture. All pictures have this size."""
-        return read_picture(self.paths[0]).shape[:2]
+    def size(self) -> tuple[int, ...]:
+        """Return (H, W) of the first picture, or (T, H, W) of a clip. All pictures have this size."""
+        return read_picture(self.paths[0]).shape[:-1]
 
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
         """Read the pictures in order, as uint8 (B, C, H, W). C is 3 if a picture of the batch has colour, else 1.
+
+        Clips are (B, C, T, H, W).
 
         Raises:
             InputError: a picture is unreadable, or of another size than the first.
@@ -55,23 +62,24 @@ class PictureFiles:
             yield as_nchw(self.read(range(low, min(low + batch_size, len(self)))))
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """Read some pictures, as uint8 (B, H, W, C). Raises InputError as `batches`."""
+        """Read some pictures, as uint8 (B, H, W, C) or (B, T, H, W, C). Raises InputError as `batches`."""
         pictures = [read_picture(self.paths[number]) for number in numbers]
         for number, picture in zip(numbers, pictures, strict=True):
-            if picture.shape[:2] != self.size:
-                (h, w), (height, width) = picture.shape[:2], self.size
+            if picture.shape[:-1] != self.size:
+                found, expected = ("x".join(map(str, size)) for size in (picture.shape[:-1], self.size))
                 raise InputError(
-                    f"{self.paths[number]}: {h}x{w} pixels, expected {height}x{width} as in {self.paths[0].name}"
+                    f"{self.paths[number]}: {found} pixels, expected {expected} as in {self.paths[0].name}"
                 )
-        channels = max(picture.shape[2] for picture in pictures)
+        channels = max(picture.shape[-1] for picture in pictures)
         return np.stack([np.broadcast_to(picture, (*self.size, channels)) for picture in pictures])
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """Read one picture as uint8 (H, W, 1 or 3). Raises InputError."""
+    """Read one picture as uint8 (H, W, 1 or 3), or one clip as (T, H, W, 1 or 3). Raises InputError."""
     try:
         with opened(path) as file, Image.open(file) as image:
             image.load()
+            frames = image.info.get(FRAMES)
             if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255
                 raise InputError(f"{path}: {image.mode} pixels, expected 8 bits a channel")
             if image.has_transparency_data:
@@ -83,28 +91,53 @@ def read_picture(path: Path) -> np.ndarray:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
         raise InputError(f"{path}: unreadable ({error}), expected a whole picture") from error
-    return array if array.ndim == 3 else array[..., None]
+    array = array if array.ndim == 3 else array[..., None]
+    return array if frames is None else _cut(array, frames, path)
+
+
+def _cut(strip: np.ndarray, frames: object, path: Path) -> np.ndarray:
+    """Cut a strip of frames.  (H, T W, C) -> (T, H, W, C). Raises InputError: their number does not fit."""
+    height, width, channels = strip.shape
+    num = int(frames) if isinstance(frames, str) and frames.isdecimal() else 0
+    if num < 1 or width % num:
+        raise InputError(f"{path}: {FRAMES} {frames!r:.20}, expected a number that divides the width, {width}")
+    return strip.reshape(height, num, width // num, channels).transpose(1, 0, 2, 3)
 
 
 def as_nchw(array: np.ndarray) -> Tensor:
-    """Transpose (N, H, W, C) -> a contiguous tensor (N, C, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+    """Transpose (N, H, W, C) -> a contiguous tensor (N, C, H, W); of clips (N, T, H, W, C) -> (N, C, T, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
 
 
 def as_image(picture: Tensor) -> Image.Image:
-    """Convert a picture, uint8 (1 or 3, H, W), for Pillow."""
+    """Convert a picture, uint8 (1 or 3, H, W), for Pillow. Frames of a clip stand side by side."""
+    if picture.ndim == 4:
+        picture = picture.transpose(1, 2).flatten(2)
     array = picture.permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
+def as_png(picture: Tensor, path: Path) -> None:
+    """Write a picture, or a clip as `PictureFiles` reads it, at a path in a draft."""
+    text = PngInfo()
+    if picture.ndim == 4:
+        text.add_text(FRAMES, str(picture.shape[1]))
+    as_image(picture).save(path, pnginfo=text if picture.ndim == 4 else None)
+
+
+def frames_of(pictures: Tensor) -> Tensor:
+    """Return the frames of clips as pictures.  (N, C, T, H, W) -> (N T, C, H, W). Pictures are returned unchanged."""
+    return pictures.transpose(1, 2).flatten(0, 1) if pictures.ndim == 5 else pictures
+
+
 def as_rgb(pictures: Tensor) -> Tensor:
-    """Repeat grey as colour.  pictures: (N, 1 or 3, H, W) uint8, else InputError -> (N, 3, H, W) uint8."""
-    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+    """Repeat grey as colour.  pictures: (N, 1 or 3, H, W) uint8, or clips, else InputError -> (N, 3, H, W) uint8."""
+    if pictures.dtype != torch.uint8 or pictures.ndim not in (4, 5) or pictures.shape[1] not in (1, 3):
         raise InputError(
             f"pictures: {str(pictures.dtype).removeprefix('torch.')} of shape {tuple(pictures.shape)}, "
             "expected uint8 (N, 1 or 3, H, W)"
         )
-    return pictures.expand(-1, 3, -1, -1)
+    return pictures.expand(-1, 3, *pictures.shape[2:])
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
@@ -116,8 +149,10 @@ def write_png(path: Path, picture: Image.Image) -> None:
 def grid(pictures: Tensor, columns: int = 10, pad: int = 2, least: int = 320) -> Image.Image:
     """Tile pictures row by row on white, enlarged without smoothing to at least `least` pixels across.
 
-    pictures: (N, C, H, W) uint8, C 1 or 3.
+    pictures: (N, C, H, W) uint8, C 1 or 3. A clip has a row of its own, a frame a column.
     """
+    if pictures.ndim == 5:
+        columns, pictures = pictures.shape[2], frames_of(pictures)
     count, channels, height, width = pictures.shape
     columns = min(columns, count)
     rows = -(-count // columns)

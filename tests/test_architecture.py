@@ -27,7 +27,19 @@ LAYERS = (
     "demo",
     "cli",
 )
-FLOOR = ("assets", "clock", "discovery", "files", "manifest", "pictures", "process", "progress", "runtime", "stats")
+FLOOR = (
+    "assets",
+    "clips",
+    "clock",
+    "discovery",
+    "files",
+    "manifest",
+    "pictures",
+    "process",
+    "progress",
+    "runtime",
+    "stats",
+)
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 

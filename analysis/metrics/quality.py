@@ -18,6 +18,7 @@ from dyndit.analysis.metrics.metric import Comparison, Figures, metric, metrics_
 from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_distances
 from dyndit.analysis.metrics.sets import PictureSet, Statistics, read_set
 from dyndit.errors import InputError
+from dyndit.pictures import frames_of
 from dyndit.sampling.store import problem_of
 from dyndit.stats import frechet_distance
 
@@ -82,7 +83,7 @@ def _memorisation(c: Comparison) -> Figures:
 
 @metric("paired")
 def _paired(c: Comparison) -> Figures:
-    spreads = paired_distances(c.samples.given.pictures, c.full.pictures, c.lpips)
+    spreads = paired_distances(frames_of(c.samples.given.pictures), frames_of(c.full.pictures), c.lpips)
     named = {f"{PAIRED}{name}": spread for name, spread in spreads.items()}
     return {k: v for name, s in named.items() for k, v in ((f"{name}_median", s.median), (f"{name}_worst", s.worst))}
 
@@ -102,6 +103,8 @@ def evaluate(
 ) -> Figures:
     """Compare samples with a reference on the extractor's features. Sets: folders, .npz files or uint8 (N, C, H, W).
 
+    Sets of clips are uint8 (N, C, T, H, W).
+
     Returns "metric" (FID for Inception, else FD-<extractor>), "extractor", "num_samples", "num_reference" (None if the
     statistics do not say it), "forced", and for each metric
 
@@ -114,7 +117,7 @@ def evaluate(
     | sfid | sfid: the Fréchet distance on spatial features (Nash et al. 2021) |
     | memorisation | memorised, memorised_low, memorised_high, nearest_sample, nearest_held_out; see memorisation.py |
     | fd-infinity | fd_infinity: extrapolated to infinitely many samples |
-    | paired | paired_psnr_median, paired_psnr_worst, ... ssim, with weights lpips; judges no model, see paired.py |
+    | paired | paired_psnr_median, paired_psnr_worst, ... ssim, with weights lpips (of frames); judges no model, see paired.py |
 
     train: training pictures, if not the reference. held_out: real pictures not trained on, for memorisation. full: the
     full model's pictures of the same seeds, for paired. cache: folder to keep features in.
@@ -188,7 +191,7 @@ def _check_pictures(sets: Mapping[str, PictureSet]) -> None:
     for name in ("samples", "full"):
         if name in sets and sets[name].source is None:
             raise InputError(f"{sets[name].name}: holds statistics, expected the pictures of the {name}")
-    sizes = {k: "{}x{}".format(*s.size) for k, s in sets.items() if s.source is not None}
+    sizes = {k: "x".join(map(str, s.size)) for k, s in sets.items() if s.source is not None}
     for name, size in sizes.items():
         if size != sizes["samples"]:
             raise InputError(f"samples: {sizes['samples']} pixels, expected {size} as in the {name} set")

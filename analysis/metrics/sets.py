@@ -48,11 +48,11 @@ class PictureSet:
             return self.source
         parts = list(self.source.batches())
         channels = max(part.shape[1] for part in parts)
-        return torch.cat([part.expand(-1, channels, -1, -1) for part in parts])
+        return torch.cat([part.expand(-1, channels, *part.shape[2:]) for part in parts])
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Return the pictures' size, (H, W)."""
+        """Return the pictures' size, (H, W), or (T, H, W) of clips."""
         return self.source.size if isinstance(self.source, PictureFiles) else tuple(self.source.shape[2:])
 
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
@@ -111,7 +111,8 @@ def _moments(path: Path, arrays: Mapping[str, np.ndarray], mean: str, covariance
 def read_pictures(path: Path) -> Tensor:
     """Return the pictures of a folder (searched in depth, sorted) or an .npz file: uint8 (N, C, H, W).
 
-    An .npz holds them as ADM's sample sets do: `arr_0` or `images`, uint8 (N, H, W, C). Overview pictures
+    An .npz holds them as ADM's sample sets do: `arr_0` or `images`, uint8 (N, H, W, C); clips have one axis more,
+    (N, T, H, W, C) in the file and (N, C, T, H, W) here. Overview pictures
     (grid.png, samples.png) are skipped. Raises InputError: missing, unreadable, or of different sizes.
     """
     return _pictures(path, _read_arrays(path)) if path.suffix == ".npz" else read_set(path, "").pictures
@@ -135,6 +136,6 @@ def _pictures(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor:
     if key is None:
         raise InputError(f"{path}: holds statistics, expected pictures, an array 'arr_0' or 'images'")
     array = arrays[key]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
+    if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] not in (1, 3) or not array.size:
         raise InputError(f"{path}: {key} is {array.dtype} {array.shape}, expected uint8 (N, H, W, 1 or 3)")
     return as_nchw(array)

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from dyndit.analysis.report.style import COLOURS, FAINT, INK, STYLE, number_log, panels
+from dyndit.pictures import frames_of
 from dyndit.stats import paired_interval
 
 MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
@@ -196,10 +197,13 @@ def _one_line_per_arm(axis: Axes, names: list[str]) -> None:
 
 
 def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
-    """Draw pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes."""
+    """Draw pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes.
+
+    Of clips (N, C, T, H, W) all frames of the first are drawn, then of the next, up to `columns` frames.
+    """
     strips = []
     for pictures in rows.values():
-        few = pictures[:columns].cpu()
+        few = frames_of(pictures)[:columns].cpu()
         few = few.expand(-1, 3, -1, -1) if few.shape[1] == 1 else few
         pad = max(1, few.shape[-1] // 16)
         framed = torch.nn.functional.pad(few, (pad,) * 4, value=255)

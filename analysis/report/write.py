@@ -28,6 +28,7 @@ REPORT = "report.json"
 CAPTIONS = {
     "plan.png": "Depth over the sampling steps, both guidance branches.",
     "samples.png": "The same seeds side by side: a column per seed, a row per arm.",
+    "frames.png": "All frames of the first clips, the same seeds in every row: a row per arm.",
     "errors.png": "Error of each exit against the full model, per band of log-SNR.",
 }
 DRAWN = {

@@ -37,6 +37,8 @@ REGISTRIES = {
     "routers": "dyndit.plans.schedules:ROUTERS",
     "processes": "dyndit.process:processes",
     "recipes": "dyndit.cli.recipes:packaged",
+    "families": "dyndit.cli.recipes:quickstarts",
+    "data_sets": "dyndit.training.data:PACKAGED",
 }
 """Registries whose names stand for `{solvers}` and the like in a verb's docstring. They import torch."""
 

@@ -28,7 +28,7 @@ def train(
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
         out: Folder for the model, checkpoints, losses and TensorBoard logs.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: One of {data_sets}, or a folder of pictures with a subfolder per class (default: the recipe's).
         model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id (default: random
             weights). Their process must be the recipe's.
         steps: Updates (default: the recipe's).
@@ -93,7 +93,7 @@ def distill(
             heads {heads}. Recipes: {recipes}.
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: One of {data_sets}, or a folder of pictures with a subfolder per class (default: the recipe's).
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         process: Process of a model that does not say its own, one of {processes}.
@@ -167,15 +167,18 @@ def convert(
 
 
 def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:
-    from dyndit.training.data import open_data
+    from dyndit.training.data import PACKAGED, open_data
 
     if not spec:
-        raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
+        names = ", ".join(PACKAGED)
+        raise InputError(
+            f"--data: missing; expected a folder of pictures with a subfolder per class, or one of {names}"
+        )
     channels, *size = shape
     if vae is None and channels not in (1, 3):
         raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
     if vae is None:
-        return open_data(spec, None if spec == "digits" else tuple(size), channels)
+        return open_data(spec, None if spec in PACKAGED else tuple(size), channels)
     from dyndit.training.latents import encode_latents, load_autoencoder
 
     encoder = load_autoencoder(vae)

@@ -21,6 +21,7 @@ def sample(
     cfg_scale: flags.CfgScale = 1.5,
     guided_channels: int | None = None,
     class_labels: tuple[int, ...] = (),
+    shape: tuple[int, ...] = (),
     seed: int = 0,
     batch_size: flags.BatchSize = 64,
     depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
@@ -34,7 +35,9 @@ def sample(
     dtype: flags.Dtype = "auto",
     json_: flags.Json = False,
 ) -> None:
-    """Draw pictures. Picture i depends on (seed, class, i) alone. A stopped run continues.
+    """Draw pictures or clips. Picture i depends on (seed, class, i) alone. A stopped run continues.
+
+    A clip is a PNG of all its frames; the first 64 clips are GIF and MP4 files too.
 
     Args:
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
@@ -44,6 +47,7 @@ def sample(
         steps: Sampling steps (default: 20, or chosen).
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
         class_labels: Classes, taken in turn; default all of the model's.
+        shape: Frames, height and width of the clips, of a model of clips (default: the model's own).
         seed: Seed.
         depth: Which depths to run.
         choice: Goal that steps and depths are chosen for, on the model's stored table.
@@ -53,6 +57,7 @@ def sample(
         vae: Folder of a diffusers AutoencoderKL that decodes latents.
     """
     from dyndit.calibration.calibrate import table_for
+    from dyndit.clips import NO_MP4, writes_mp4
     from dyndit.models.identity import tensors_hash
     from dyndit.plans.plan import DepthPlan
     from dyndit.progress import progress_bar
@@ -96,6 +101,7 @@ def sample(
             batch_size=batch_size,
             strict=strict,
             stats=stats,
+            shape=(dynamic.backbone.in_channels, *shape) if shape else None,
             to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
             origin=str(depth.plan or "plan"),
             autoencoder="" if decoder is None else tensors_hash(decoder.state_dict()),
@@ -108,6 +114,8 @@ def sample(
         _print_stats(plan, facts["step_seconds"])
     if stored.num_drawn < num_images:
         print(f"{num_images - stored.num_drawn} of {num_images} pictures were there already")
+    if len(dynamic.backbone.sample_shape) == 4 and not writes_mp4():
+        print(NO_MP4)
     print(f"{num_images} pictures in {facts['seconds']:.2f} s, {facts['ms_per_picture']:.2f} ms each: {out}")
     if json_:
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}

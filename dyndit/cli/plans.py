@@ -63,9 +63,9 @@ def calibrate(
             14 20 if steps are chosen and the table has no step count of the solver).
         out: File to write the plan to (default: in the model folder).
         extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
-            table, else digits for digits and inception for all others).
+            table, else digits for digits, moving-digits for clips and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        reference: Real pictures: "digits", or a picture folder.
+        reference: Real pictures: one of {data_sets}, or a picture folder (default: the extractor's own data set).
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -208,15 +208,16 @@ def _print_plan(plan: "DepthPlan", distance: str) -> None:
 def _extractor(
     name: str, weights: Path | None, dynamic: "DynamicDepth", table: "ShiftTable | None", device: str
 ) -> "Extractor":
-    """Load the extractor of the flags, else of the table, else the usual extractor for the pictures' size."""
+    """Load the extractor of the flags, else of the table, else the usual extractor for the pictures' shape."""
     from dyndit.analysis import load_extractor
 
-    usual = "digits" if dynamic.backbone.sample_shape[1:] == (8, 8) else "inception"
+    shape = dynamic.backbone.sample_shape
+    usual = "moving-digits" if len(shape) == 4 else "digits" if shape[1:] == (8, 8) else "inception"
     return load_extractor(name or (usual if table is None else table.extractor_name), weights, device)
 
 
 def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
-    """Return (height, width) and channels of a model's decoded pictures."""
+    """Return (height, width), or (frames, height, width), and channels of a model's decoded pictures."""
     channels, *size = dynamic.backbone.sample_shape
     if decoder is None:
         return tuple(size), channels
@@ -226,9 +227,9 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> 
 
 def _real_pictures(reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
     """Read at most 5,000 pictures of the reference, evenly spread over the set, as uint8."""
-    from dyndit.training.data import open_data
+    from dyndit.training.data import PACKAGED, open_data
 
-    spec = reference or ("digits" if extractor.name == "digits" else "")
+    spec = reference or (extractor.name if extractor.name in PACKAGED else "")
     if not spec:
         raise InputError("--reference: missing; expected a folder of real pictures")
     pictures, most = open_data(spec, size, channels), 5000

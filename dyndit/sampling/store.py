@@ -1,7 +1,8 @@
 """Store sets of pictures on disk, as `dyndit sample` writes them.
 
 A folder holds a PNG for each picture, `000123-class7.png`, and a `manifest.json`. A finished folder also holds all
-pictures for ADM's evaluator, `samples.npz`, and the first pictures side by side, `grid.png`.
+pictures for ADM's evaluator, `samples.npz`, and the first pictures side by side, `grid.png`. A clip's PNG has all its
+frames side by side; a finished folder also holds a GIF and an MP4 of each of the first clips, and of their grid.
 
 Every file is written whole. Batches are always cut from the whole set. A resumed run, or a run shared by processes,
 therefore draws the same batches as an undisturbed run. One batch is in memory at a time.
@@ -17,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dyndit import files, manifest
+from dyndit import clips, files, manifest
 from dyndit.errors import CheckpointError, InputError
-from dyndit.pictures import PictureFiles, as_image, as_nchw, grid, write_png
+from dyndit.pictures import PictureFiles, as_nchw, as_png, grid, write_png
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
 NUM_IN_GRID = 64
@@ -31,7 +32,7 @@ TIMES = ("machine", "ms_per_picture", "ms_denoiser", "seconds", "step_seconds")
 class Drawn:
     """One batch of a sampling.
 
-    ids: numbers of the pictures. labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
+    ids: numbers of the pictures. labels: their classes. x: (B, C, ...) on the host, uint8 of a pixel-space model, else
     latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty without `stats`.
     """
 
@@ -60,10 +61,10 @@ class Store:
         return {number for number in range(len(self.labels)) if self.path(number).name not in there}
 
     def add(self, numbers: Sequence[int], pictures: Tensor) -> None:
-        """Write pictures.  pictures: uint8 (B, 1 or 3, H, W)."""
+        """Write pictures.  pictures: uint8 (B, 1 or 3, H, W), or clips (B, 1 or 3, T, H, W)."""
         with files.written_together(self.folder) as draft:
             for number, picture in zip(numbers, pictures, strict=True):
-                as_image(picture).save(draft / self.path(number).name)
+                as_png(picture, draft / self.path(number).name)
 
     def note(self, part: str, drawn: Drawn, machine: str, seconds: float) -> None:
         """Keep the times of a batch until the set is finished.  seconds: its wall time, decoding included."""
@@ -125,14 +126,26 @@ class Store:
             return
         pictures = PictureFiles(tuple(map(self.path, range(len(self.labels)))))
         _write_archive(self.folder / ARCHIVE, pictures, self.labels)
-        first = pictures.read(range(min(NUM_IN_GRID, len(pictures))))
-        write_png(self.folder / GRID, grid(as_nchw(first)))
+        first = as_nchw(pictures.read(range(min(NUM_IN_GRID, len(pictures)))))
+        write_png(self.folder / GRID, grid(first))
+        if first.ndim == 5:
+            self._write_clips(first)
         self.describe(settings, complete=True, **times | facts)
         self.drop_times()
 
+    def _write_clips(self, first: Tensor) -> None:
+        """Write a GIF and an MP4 of each of these clips, and of their grid.  first: uint8 (N, C, T, H, W)."""
+        with files.written_together(self.folder) as draft:
+            clips.write(draft / Path(GRID).stem, clips.side_by_side(first))
+            for number, clip in enumerate(first):
+                clips.write(draft / self.path(number).stem, clips.frames(clip))
+
 
 def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], batch_size: int = 256) -> None:
-    """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C)."""
+    """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C).
+
+    Clips are (N, T, H, W, C).
+    """
     parts = pictures.batches(batch_size)
     first = next(parts)
     shape = (len(pictures), *first.shape[2:], first.shape[1])
@@ -141,7 +154,7 @@ def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], ba
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in (first, *parts):
-                file.write(part.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                file.write(part.movedim(1, -1).contiguous().numpy().tobytes())
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(file, np.asarray(labels))
 

@@ -1,7 +1,6 @@
-"""Load pictures to train on (scikit-learn's digits, folders of class subfolders), and choose the batch of each step.
+"""Load pictures and clips to train on: scikit-learn's digits, standing or moving, and folders of class subfolders.
 
-Picture i is always the same tensor, and the batch of step s is a pure function of (seed, s). So a training run
-resumes exactly without storing any random state.
+Picture i is always the same tensor.
 """
 
 from __future__ import annotations
@@ -9,41 +8,52 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone
+from dyndit.training import moving
 
-Size = int | tuple[int, int]
-"""The side of a square, or (height, width)."""
+Size = int | tuple[int, int] | tuple[int, int, int]
+"""The side of a square, (height, width), or (frames, height, width) of a clip."""
 
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Pictures(Dataset, ABC):
-    """Labelled pictures of one shape. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int."""
+    """Labelled pictures of one shape, or clips. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int.
+
+    Clips are (C, T, H, W). They may have several shapes; `shape` is the usual one.
+    """
 
     num_classes: int
     class_names: tuple[str, ...]
     channels: int
-    image_size: int | tuple[int, int]
+    image_size: int | tuple[int, ...]  # a side, (height, width), or (frames, height, width)
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
     fingerprint: str  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
 
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Numbers of the items of each shape, the usual shape first. A batch is of one group. Empty: one shape."""
+
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) of every picture."""
-        return (self.channels, *size_pair(self.image_size))
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape (C, H, W) of every picture, or the usual shape (C, T, H, W) of a clip."""
+        size = self.image_size
+        return (self.channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of all items, the usual shape first."""
+        return (self.shape,)
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -84,6 +94,50 @@ def load_digits() -> Pictures:
 
     bunch = datasets.load_digits()
     return _Digits(bunch.images.astype(np.float32), bunch.target)
+
+
+class _MovingDigits(Pictures):
+    """Clips (1, T, 16, 16) of bouncing scans. A reference set has the usual shape throughout."""
+
+    num_classes, channels, image_size = 10, 1, moving.SHAPES[0]
+    class_names = tuple("0123456789")
+    can_flip = False
+
+    def __init__(self, levels: np.ndarray, labels: np.ndarray, num: int):
+        self._levels, self._scans_of = levels, [np.flatnonzero(labels == k) for k in range(10)]
+        self.labels = [i % 10 for i in range(num)]
+        number_of = np.array([moving.shape_number(i) for i in range(num)])
+        self.groups = tuple(tuple(np.flatnonzero(number_of == k).tolist()) for k in range(len(moving.SHAPES)))
+        drawn = np.concatenate([self._clip(i).ravel() for i in range(0, num, 80)])  # a sample: it shows other motion
+        self.fingerprint = hashlib.sha256(levels.tobytes() + labels.tobytes() + drawn.tobytes()).hexdigest()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((1, *shape) for shape in moving.SHAPES)
+
+    def _clip(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        shape = shape or moving.SHAPES[moving.shape_number(index)]
+        return moving.clip(self._levels, self._scans_of[self.labels[index]], index, shape)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self._clip(index)).float().unsqueeze(0) / 8 - 1, self.labels[index]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        wanted = range(len(self)) if indices is None else indices
+        levels = torch.from_numpy(np.stack([self._clip(i, self.image_size) for i in wanted]))
+        return (levels.float() * 255 / 16).round().to(torch.uint8).unsqueeze(1)
+
+
+def load_moving_digits() -> Pictures:
+    """Load 4,800 clips of one or two bouncing scans of a class: 8 frames of 16 x 16, and other shapes."""
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    return _MovingDigits(bunch.images.astype(np.uint8), bunch.target.astype(np.uint8), moving.NUM_CLIPS)
+
+
+PACKAGED: dict[str, Callable[[], Pictures]] = {"digits": load_digits, "moving-digits": load_moving_digits}
+"""Data sets that need no files, by name."""
 
 
 class PictureFolder(Pictures):
@@ -144,13 +198,18 @@ class PictureFolder(Pictures):
 
 
 def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:
-    """Open `"digits"`, or the path of a picture folder (see `PictureFolder`)."""
-    if spec == "digits":
-        if image_size not in (None, 8, (8, 8)) or channels not in (None, 1):
-            raise InputError(f"data digits: asked for size {image_size}, channels {channels}; it has 8 and 1")
-        return load_digits()
+    """Open a data set of `PACKAGED`, or the path of a picture folder (see `PictureFolder`)."""
+    if spec in PACKAGED:
+        data = PACKAGED[spec]()
+        if image_size not in (None, data.image_size, data.shape[1:]) or channels not in (None, data.channels):
+            found = f"{data.image_size} and {data.channels}"
+            raise InputError(f"data {spec}: asked for size {image_size}, channels {channels}; it has {found}")
+        return data
     if not Path(spec).is_dir():
-        raise InputError(f"data: found {spec!r}, expected 'digits' or a folder with a subfolder per class")
+        names = " or ".join(map(repr, PACKAGED))
+        raise InputError(f"data: found {spec!r}, expected {names} or a folder with a subfolder per class")
+    if isinstance(image_size, tuple) and len(image_size) == 3:
+        raise InputError(f"data {spec}: a folder of pictures, but the model takes clips; expected 'moving-digits'")
     return PictureFolder(spec, image_size, channels or 3)
 
 
@@ -203,9 +262,12 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     Raises InputError: another shape, or more classes than the backbone has.
     """
-    if data.shape != tuple(backbone.sample_shape):
-        found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
-        raise InputError(f"data: pictures of {found}, but the model takes {expected} (channels, height, width)")
+    refused = [shape for shape in data.shapes[1:] if not backbone.accepts(shape)]
+    if data.shape != tuple(backbone.sample_shape) or refused:
+        shapes = (refused[0] if refused else data.shape, backbone.sample_shape)
+        found, expected = (" x ".join(map(str, shape)) for shape in shapes)
+        axes = "channels, height, width" if len(backbone.sample_shape) == 3 else "channels, frames, height, width"
+        raise InputError(f"data: pictures of {found}, but the model takes {expected} ({axes})")
     known = getattr(backbone.condition, "num_classes", data.num_classes)
     if data.num_classes > known or (exactly and data.num_classes != known):
         raise InputError(f"data: {data.num_classes} classes, but the model has {known}")
@@ -220,52 +282,3 @@ def _find_pictures(folder: Path) -> list[str]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES  # noqa: PTH122
         ]
     return sorted(found)
-
-
-@lru_cache(maxsize=4)
-def _permutation(num_pictures: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_pictures)
-
-
-@dataclass(frozen=True)
-class StepBatches(Sampler[list[int]]):
-    """Choose the pictures of step s: a pure function of (seed, s), so a run can start at any step.
-
-    Each epoch has one permutation, seeded by (seed, epoch). Joined, they make an endless stream; step s takes
-    its positions [s·B, (s+1)·B). Each process gets `num_slices` equal micro-batches of a step. Together the processes
-    see the same batch of B pictures for any number of processes.
-    """
-
-    num_pictures: int
-    batch_size: int  # B: pictures per step, over all micro-batches and processes
-    seed: int
-    start: int = 0
-    stop: int = 2**62
-    num_slices: int = 1
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self):
-        if self.batch_size % (self.num_slices * self.world):
-            raise InputError(
-                f"batch_size: found {self.batch_size}, expected a multiple of accumulation x processes "
-                f"({self.num_slices} x {self.world})"
-            )
-
-    def batch(self, step: int) -> np.ndarray:
-        """Return the indices of the whole batch of `step`, (B,)."""
-        parts, position, missing = [], step * self.batch_size, self.batch_size
-        while missing:
-            epoch, offset = divmod(position, self.num_pictures)
-            part = _permutation(self.num_pictures, self.seed, epoch)[offset : offset + missing]
-            parts.append(part)
-            position, missing = position + len(part), missing - len(part)
-        return np.concatenate(parts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            slices = self.batch(step).reshape(self.num_slices, self.world, -1)
-            yield from slices[:, self.rank].tolist()
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.num_slices

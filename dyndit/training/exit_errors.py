@@ -20,7 +20,8 @@ def exit_error_table(
     """
     process, generator = model.process, torch.Generator().manual_seed(seed)
     device = PartialState().device
-    pick = torch.randperm(len(data), generator=generator)[:num_pictures].tolist()
+    usual = data.groups[0] if data.groups else range(len(data))  # clips of one shape
+    pick = [usual[k] for k in torch.randperm(len(usual), generator=generator)[:num_pictures].tolist()]
     items = [data[i] for i in pick]
     x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
     edges = torch.linspace(0, process.num_timesteps, num_bands + 1).long()

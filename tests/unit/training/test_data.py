@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dyndit.errors import InputError
-from dyndit.training.data import PictureFolder, StepBatches, load_digits, open_data, read_picture
+from dyndit.training.batches import StepBatches
+from dyndit.training.data import PictureFolder, load_digits, open_data, read_picture
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options) -> Path:

@@ -103,7 +103,7 @@ def evaluate(
 ) -> Figures:
     """Compare samples with a reference on the extractor's features. Sets: folders, .npz files or uint8 (N, C, H, W).
 
-    Sets of clips are uint8 (N, C, T, H, W).
+    Sets of clips are uint8 (N, C, T, H, W); "paired" compares their frames.
 
     Returns "metric" (FID for Inception, else FD-<extractor>), "extractor", "num_samples", "num_reference" (None if the
     statistics do not say it), "forced", and for each metric
@@ -117,7 +117,7 @@ def evaluate(
     | sfid | sfid: the Fréchet distance on spatial features (Nash et al. 2021) |
     | memorisation | memorised, memorised_low, memorised_high, nearest_sample, nearest_held_out; see memorisation.py |
     | fd-infinity | fd_infinity: extrapolated to infinitely many samples |
-    | paired | paired_psnr_median, paired_psnr_worst, ... ssim, with weights lpips (of frames); judges no model, see paired.py |
+    | paired | paired_psnr_median, paired_psnr_worst, ... ssim, with weights lpips; judges no model, see paired.py |
 
     train: training pictures, if not the reference. held_out: real pictures not trained on, for memorisation. full: the
     full model's pictures of the same seeds, for paired. cache: folder to keep features in.

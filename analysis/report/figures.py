@@ -96,13 +96,14 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
         main = arms[arms["family"].isin(["full", "searched"])]
         main = arms if main.empty else main
         low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
-        top = high + 0.08 * (high - low)
+        span = (high - low) or 1.0  # a lone row has no extent
+        top = high + 0.08 * span
         look = _Look.of(arms)
         for axis, solver in zip(axes, solvers, strict=True):
             _draw_frontier(axis, arms[arms["solver"] == solver], look, top)
             axis.set(title=solver, xlabel="ms per picture, noise to uint8")
             _log_time(axis)
-        axes[0].set_ylim(low - 0.06 * (high - low), top)
+        axes[0].set_ylim(low - 0.06 * span, top)
         for axis in axes[:: min(2, len(solvers))]:
             axis.set_ylabel(f"{metric} (lower is better)")
         key = look.key(arms)

@@ -264,7 +264,7 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
     """
     refused = [shape for shape in data.shapes[1:] if not backbone.accepts(shape)]
     if data.shape != tuple(backbone.sample_shape) or refused:
-        shapes = (refused[0] if refused else data.shape, backbone.sample_shape)
+        shapes = (data.shape if data.shape != tuple(backbone.sample_shape) else refused[0], backbone.sample_shape)
         found, expected = (" x ".join(map(str, shape)) for shape in shapes)
         axes = "channels, height, width" if len(backbone.sample_shape) == 3 else "channels, frames, height, width"
         raise InputError(f"data: pictures of {found}, but the model takes {expected} ({axes})")

@@ -32,7 +32,7 @@ train = Train(
     ),
     data="moving-digits",
     fit=FitConfig(
-        steps=1_500,
+        steps=1_800,
         batch_size=64,
         learning_rate=1e-3,
         warmup_steps=100,

@@ -18,7 +18,7 @@ from dyndit.storage.native import TABLE, plans_in
 
 CARD, PICTURE = "README.md", "plans.png"
 MARK = "<!-- Written by dyndit from the files beside it. Without this line dyndit leaves the card alone. -->"
-TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit", "class-conditional-image-generation")
+TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def card(
     model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None, extras: CardExtras
 ) -> str:
     """Return the card's text.  plans: by file name."""
-    tags = "\n".join(f"- {tag}" for tag in TAGS)
+    kind = "video" if len(model.backbone.sample_shape) == 4 else "image"
+    task = f"class-conditional-{kind}-generation"
+    tags = "\n".join(f"- {tag}" for tag in (*TAGS, task))
     named = f"license: {license}\n" if license else ""
     parts = [
         f"---\nlibrary_name: dyndit\n{named}tags:\n{tags}\n---",

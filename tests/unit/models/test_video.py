@@ -1,15 +1,17 @@
 """Properties of the spatial-temporal DiT: clips of any shape, pictures as clips of one frame, no batch mates."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.video import VideoConfig, VideoDiT, rotary, rotated
+from dyndit.plugin.pipeline import DynDiTPipeline
 from support.models import TINY_VIDEO, randomise
 
 
@@ -137,3 +139,25 @@ def test_clips_that_patches_do_not_fill_are_refused(backbone: VideoDiT) -> None:
     assert not backbone.accepts((1, 0, 8, 8))
     assert not backbone.accepts((2, 3, 8, 8))
     assert not backbone.accepts((1, 8, 8))
+
+
+def test_blocks_are_one_graph_each(backbone: VideoDiT) -> None:
+    model = DynamicDepth(backbone, Exits(backbone, ExitConfig(layers=(2,)))).eval()
+    calls = [call(3, 8, 12), call(1, 8, 8)]
+    with torch.no_grad():
+        expected = [model(*each, depth) for each in calls for depth in (2, 6)]
+        compile_parts(model, backend="eager")
+        found = [model(*each, depth) for each in calls for depth in (2, 6)]
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_pipelines_of_pictures_refuse_clips_and_cards_name_them(backbone: VideoDiT, tmp_path: Path) -> None:
+    model = DynamicDepth(backbone).eval()
+    with pytest.raises(InputError, match="makes clips; expected a model of pictures"):
+        DynDiTPipeline.from_model(model)
+    model.save_pretrained(tmp_path)
+    assert "class-conditional-video-generation" in (tmp_path / "README.md").read_text()
+    again = DynamicDepth.from_pretrained(tmp_path)
+    assert again.identity == model.identity
+    assert again.backbone.config() == backbone.config()

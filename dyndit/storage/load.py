@@ -4,7 +4,7 @@
 |---|---|
 | native folder: config, backbone, exits, and beside them plans, shift table, manifest | `native.py` |
 | published DiT `.pt`, and SiT's | `official.py` |
-| diffusers `DiTTransformer2DModel` folder | `diffusers_folder.py` |
+| diffusers `DiTTransformer2DModel` or `SD3Transformer2DModel` folder | `diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
 | `org/name` or `org/name@revision`: one of the folders, on the hub | `hub.py` |
 

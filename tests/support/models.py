@@ -7,10 +7,25 @@ from torch import nn
 
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.mmdit import MMDiTConfig
 
 TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
 
-TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY)}
+TINY_MMDIT = MMDiTConfig(
+    image_size=8,
+    patch_size=4,
+    in_channels=1,
+    width=24,
+    num_blocks=4,
+    num_heads=2,
+    text_width=16,
+    pooled_width=16,
+    text_length=5,
+    vocabulary=("a", "number", "three", "seven", "bold", "tilted"),
+    prompts=("a three", "number seven, bold"),
+)
+
+TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY), "mmdit": vars(TINY_MMDIT)}
 """A tiny config of every backbone family. The contract test fails if one is missing."""
 
 

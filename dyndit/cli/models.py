@@ -177,15 +177,18 @@ def convert(
 
 
 def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:
-    from dyndit.training.data import open_data
+    from dyndit.training.data import PACKAGED, open_data
 
     if not spec:
-        raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
+        names = ", ".join(PACKAGED)
+        raise InputError(
+            f"--data: missing; expected a folder of pictures with a subfolder per class, or one of {names}"
+        )
     channels, *size = shape
     if vae is None and channels not in (1, 3):
         raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
     if vae is None:
-        return open_data(spec, None if spec == "digits" else tuple(size), channels)
+        return open_data(spec, None if spec in PACKAGED else tuple(size), channels)
     from dyndit.training.latents import encode_latents, load_autoencoder
 
     encoder = load_autoencoder(vae)

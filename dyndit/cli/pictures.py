@@ -18,6 +18,7 @@ from dyndit.cli.flags import (
     print_json,
     stored_table,
 )
+from dyndit.errors import InputError
 
 if TYPE_CHECKING:
     from dyndit.plans.plan import DepthPlan
@@ -33,6 +34,7 @@ def sample(
     cfg_scale: float = 1.5,
     guided_channels: int | None = None,
     class_labels: tuple[int, ...] = (),
+    prompt: tuple[str, ...] = (),
     seed: int = 0,
     batch_size: int = 64,
     depth: Unnamed[PlanChoice] = FULL_DEPTH,
@@ -57,6 +59,7 @@ def sample(
         cfg_scale: Guidance scale; 1 is unguided.
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
         class_labels: Classes, taken in turn; default all of the model's.
+        prompt: Captions of a model of captions, taken in turn, such as "number seven, bold"; default the model's own.
         seed: Seed.
         batch_size: Pictures at a time.
         depth: Which depths to run.
@@ -81,6 +84,8 @@ def sample(
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
+    if class_labels and prompt:
+        raise InputError("--class-labels and --prompt: both given; expected one of them")
     device = chosen_device(device)
     others = {"plan": depth.plan, "budget": depth.budget, "router": depth.router}
     goal = None if choice == AS_GIVEN else goal_of(choice, steps, **others)
@@ -104,7 +109,7 @@ def sample(
         stored = sample_into(
             out,
             dynamic,
-            class_labels or None,
+            class_labels or prompt or None,
             num_images,
             plan=plan,
             solver=solver,

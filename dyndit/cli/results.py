@@ -64,10 +64,10 @@ def evaluate(
     from dyndit.analysis.metrics.quality import reference_statistics
     from dyndit.analysis.report.runs import RUNS, row_of_samples
     from dyndit.runtime import chosen_device
-    from dyndit.training.data import open_data
+    from dyndit.training.data import PACKAGED, open_data
 
     device = chosen_device(device)
-    real = open_data("digits").uint8() if reference == "digits" else Path(reference)
+    real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
     figures = compare(samples, real, network, metrics, force, cache=kept, **vars(more))

@@ -55,7 +55,9 @@ class Words:
             words = words_of(caption)
             if unknown := [word for word in words if word not in self.vocabulary]:
                 known = ", ".join(self.vocabulary)
-                raise InputError(f"--prompt {caption!r:.60}: unknown word {unknown[0]!r:.30}; expected words of {known}")
+                raise InputError(
+                    f"--prompt {caption!r:.60}: unknown word {unknown[0]!r:.30}; expected words of {known}"
+                )
             if not 1 <= len(words) <= self.length:
                 raise InputError(f"--prompt {caption!r:.60}: {len(words)} words; expected 1 to {self.length}")
         return list(values)
@@ -107,9 +109,7 @@ class Encoded:
         expanded = {name: value.to(like.rows[name]).expand_as(like.rows[name]) for name, value in rows.items()}
         return Conditioning({name: value.contiguous() for name, value in expanded.items()})
 
-    def dropped(
-        self, condition: Conditioning, generator: torch.Generator, share: float | None = None
-    ) -> Conditioning:
+    def dropped(self, condition: Conditioning, generator: torch.Generator, share: float | None = None) -> Conditioning:
         """See `ConditionType`."""
         share = self.dropout if share is None else share
         lost = torch.rand(len(condition.rows[POOLED]), generator=generator) < share

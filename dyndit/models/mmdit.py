@@ -113,7 +113,12 @@ class MMDiTConfig:
 
 def with_text_encoder(config: MMDiTConfig, encoder: Encoded) -> MMDiTConfig:
     """Return the architecture for captions under a text encoder, in place of words or labels."""
-    text = {"vocabulary": (), "num_classes": 0, "text_encoder": encoder.folder, "text_encoder_hash": encoder.fingerprint}
+    text = {
+        "vocabulary": (),
+        "num_classes": 0,
+        "text_encoder": encoder.folder,
+        "text_encoder_hash": encoder.fingerprint,
+    }
     widths = {"text_width": encoder.width, "pooled_width": encoder.pooled_width, "text_length": encoder.length}
     return replace(config, **text, **widths)
 
@@ -280,9 +285,7 @@ class StreamBlock(nn.Module):
     pre_only: it gives queries, keys and values, and is not updated: without projection, MLP and gates.
     """
 
-    def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float, qk_norm: bool, pre_only: bool = False
-    ) -> None:
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: bool, pre_only: bool = False) -> None:
         super().__init__()
         self.pre_only = pre_only
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)

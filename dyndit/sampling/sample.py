@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dyndit import manifest
 from dyndit.errors import InputError
+from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.step import NoGuide
@@ -25,14 +26,15 @@ from dyndit.sampling.store import TIMES, Drawn, Store, added
 class Samples:
     """Result of a sampling.
 
-    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: (N,).
+    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
+    the caption of each picture.
     batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
     batches, if `stats` is set.
     """
 
     pictures: Tensor
     latents: Tensor | None
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
     plan: DepthPlan
     seed: int
     batch_seconds: tuple[float, ...] = ()
@@ -67,24 +69,27 @@ def resolve_plan(
     return bind(written, model, full=full, cfg_scale=cfg_scale, origin=origin)
 
 
-def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, seed: int) -> None:
+def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int, seed: int) -> list[Value]:
     """Refuse labels that the model lacks (it would use wrong classes), no pictures, and empty batches.
+
+    -> the labels as plain numbers or text.
 
     Raises:
         InputError: names the flag.
     """
-    model.backbone.condition.of(labels)
+    labels = model.backbone.condition.plain(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: expected at least 1")
     if seed < 0:
         raise InputError(f"--seed {seed}: expected at least 0")
+    return labels
 
 
 def sample(
     model: DynamicDepth,
-    labels: Sequence[int],
+    labels: Sequence[Value],
     *,
     plan: DepthPlan | Router | None = None,
     solver: AnySolver = "ddim",
@@ -98,7 +103,7 @@ def sample(
     stats: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Samples:
-    """Draw one picture per label.
+    """Draw one picture per label: the number of a class, or a caption for a model of captions.
 
     Picture i has index first_index + i. `strict` pads every batch to `batch_size`: kernels then see one shape, and
     pictures are bit-equal in any grouping. Without `strict` they are equal to 1/255.
@@ -108,8 +113,7 @@ def sample(
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
-    labels = [int(label) for label in labels]
-    check_request(model, labels, batch_size, seed)
+    labels = check_request(model, labels, batch_size, seed)
     plan = resolve_plan(model, plan, solver, num_steps, cfg_scale)
     drawn = []
     options = {"batch_size": batch_size, "strict": strict, "stats": stats}
@@ -144,7 +148,7 @@ def sample(
 
 def draw(
     model: DynamicDepth,
-    labels: Sequence[int],
+    labels: Sequence[Value],
     *,
     ids: Sequence[int] | None = None,
     plan: DepthPlan | Router | None = None,
@@ -165,8 +169,7 @@ def draw(
     Raises:
         InputError: raised at the call, as `sample`; or numbers below 0, or another number of ids than labels.
     """
-    labels = [int(label) for label in labels]
-    check_request(model, labels, batch_size, seed)
+    labels = check_request(model, labels, batch_size, seed)
     ids = range(len(labels)) if ids is None else ids
     if len(ids) != len(labels) or min(ids) < 0:
         raise InputError(f"ids: {len(ids)} from {min(ids, default=0)} on; expected {len(labels)}, a number per label")
@@ -177,7 +180,7 @@ def draw(
 
 def batches(
     model: DynamicDepth,
-    labels: Sequence[int],
+    labels: Sequence[Value],
     ids: Sequence[int],
     plan: DepthPlan,
     guidance: Guidance,
@@ -227,7 +230,7 @@ class Stored:
 def sample_into(
     out: Path,
     model: DynamicDepth,
-    classes: Sequence[int] | None,
+    classes: Sequence[Value] | None,
     num_images: int,
     *,
     ids: Sequence[int] | None = None,
@@ -247,8 +250,8 @@ def sample_into(
 ) -> Stored:
     """Draw a set of pictures into the folder `out`. Existing pictures stay; a finished set does not change.
 
-    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: None takes every
-    class in turn.
+    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: numbers of
+    classes, or captions; None takes every class, or the model's own prompts, in turn.
     ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes can share the numbers and draw into one
     folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. The process that adds the last picture finishes the
     set. Both processes draw a batch that they share, so cut at multiples of batch_size.
@@ -260,8 +263,8 @@ def sample_into(
             or a picture of the folder is damaged.
     """
     labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
-    labels = [int(labels[i % len(labels)]) for i in range(num_images)] if labels else []
-    check_request(model, labels, batch_size, seed)
+    labels = [labels[i % len(labels)] for i in range(num_images)] if labels else []
+    labels = check_request(model, labels, batch_size, seed)
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
     wanted = set(range(num_images) if ids is None else ids)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dyndit.errors import InputError
 from dyndit.files import write_text, written_whole
+from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.plans.plan import DepthPlan
@@ -153,8 +154,16 @@ def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
     return (
         "## Use\n\n```python\nimport dyndit\n"
         'model = dyndit.load("PATH_OR_HUB_ID")  # this folder, or its id on the hub\n'
-        f"{result} = dyndit.sample(model, labels=[0], {drawn}).{result}\n```"
+        f"{result} = dyndit.sample(model, labels={_asked(model)}, {drawn}).{result}\n```"
     )
+
+
+def _asked(model: DynamicDepth) -> list[Value]:
+    """Return a label or a caption to ask for."""
+    try:
+        return model.backbone.condition.in_turn(1)
+    except InputError:  # a model of captions without prompts of its own
+        return ["CAPTION"]
 
 
 def _number(value: float | None) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyndit import files, manifest
 from dyndit.models.base import Inputs
+from dyndit.models.conditions import ClassLabels
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import DDPM
@@ -39,8 +40,13 @@ class Drift:
 
 @torch.inference_mode()
 def predictions(predict: Predict, model: DynamicDepth, batch: int = 2) -> Tensor:
-    """Predict from the same seeded inputs of `model` at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W)."""
-    inputs = model.backbone.example(batch, torch.Generator().manual_seed(0))
+    """Predict from the same seeded inputs of `model` at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W).
+
+    Class labels are 0, 1, ...; other conditions are examples.
+    """
+    condition, inputs = model.backbone.condition, model.backbone.example(batch, torch.Generator().manual_seed(0))
+    if isinstance(condition, ClassLabels):
+        inputs = replace(inputs, y=condition.of(condition.in_turn(batch)))
     return torch.stack([predict(replace(inputs, t=torch.full((batch,), t))) for t in TIMESTEPS])
 
 

@@ -115,14 +115,10 @@ class DiTLayout:
         config = self._architecture(raw, path)
         try:
             if (found := num_blocks(tensors)) != config.num_blocks:
-                raise CheckpointError(
-                    f"{path}: num_layers is {config.num_blocks}, but the weights hold {found} blocks"
-                )
+                raise CheckpointError(f"{path}: num_layers is {config.num_blocks}, but the weights hold {found} blocks")
             width = tensors["pos_embed.proj.weight"].shape[0]
             if width != config.width:
-                raise CheckpointError(
-                    f"{path}: heads are {config.width} wide in all, but the weights are {width} wide"
-                )
+                raise CheckpointError(f"{path}: heads are {config.width} wide in all, but the weights are {width} wide")
             return asdict(config), to_native(tensors, config.image_size // config.patch_size)
         except CheckpointError as error:
             raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error

@@ -15,7 +15,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.process import DDPM, Process
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures, check_fit
+from dyndit.training.data import Pictures, Rows, as_condition, check_fit, conditioned
 from dyndit.training.fit import FitResult, fit
 from dyndit.training.latents import LatentPictures
 from dyndit.training.losses import deep_supervision_loss, denoising_loss
@@ -94,7 +94,7 @@ class Train:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:
             identity += f" on from {start.identity.backbone}"
-        result = fit(task, data, self.fit, out, identity=identity)
+        result = fit(task, conditioned(data, backbone.condition), self.fit, out, identity=identity)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 
@@ -107,13 +107,13 @@ class _Denoising:
         self.exit_weight, self._preview = exit_weight, preview
 
     def loss(
-        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss at random timesteps, and its parts.  x: (B, C, H, W), y: (B,)."""
+        """Return the loss at random timesteps, and its parts.  x: (B, C, H, W), y: B rows."""
         process = self.model.process
         t = process.sample_timesteps(len(x), generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
-        y = self.model.backbone.condition.dropped(y, generator)
+        y = self.model.backbone.condition.dropped(as_condition(y), generator)
         if self.model.exits is None:
             return denoising_loss(module, process, x, t, eps, y)
         return deep_supervision_loss(module, process, x, t, eps, y, self.exit_weight)

@@ -34,7 +34,6 @@ TOLERANCES = {torch.float64: 5e-5, torch.float32: 5e-5}
 """Of the prediction's size. Features of timesteps are computed in single precision in either case."""
 
 
-
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():

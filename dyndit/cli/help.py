@@ -56,6 +56,18 @@ def _recipes() -> Iterable[str]:
     return packaged()
 
 
+def _families() -> Iterable[str]:
+    from dyndit.cli.recipes import quickstarts
+
+    return quickstarts()
+
+
+def _data_sets() -> Iterable[str]:
+    from dyndit.training.data import PACKAGED
+
+    return PACKAGED
+
+
 REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
     "solvers": _solvers,
     "extractors": _extractors,
@@ -64,5 +76,7 @@ REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
     "routers": _routers,
     "processes": _processes,
     "recipes": _recipes,
+    "families": _families,
+    "data_sets": _data_sets,
 }
 """Registries that a docstring may name, each with the function that lists its names."""

@@ -9,6 +9,7 @@ from dyndit.errors import InputError
 
 if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
+    from dyndit.training.train import Train
 
 
 def train(
@@ -21,6 +22,8 @@ def train(
     batch_size: int | None = None,
     seed: int | None = None,
     sample_every: int | None = None,
+    process: str = "",
+    text_encoder: Path | None = None,
     vae: Path | None = None,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
@@ -28,13 +31,16 @@ def train(
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
         out: Folder for the model, checkpoints, losses and TensorBoard logs.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: One of {data_sets}, or a folder of pictures with a subfolder per class (default: the recipe's).
         model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id (default: random
             weights). Their process must be the recipe's.
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         seed: Seed (default: the recipe's).
         sample_every: Draw a sample grid after every so many steps; 0 for never.
+        process: Process to train under, one of {processes} (default: the recipe's).
+        text_encoder: Folder of a frozen text encoder of transformers, with its tokenizer: a model of captions takes its
+            features in place of embedding the words itself.
         vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
     """
     from accelerate import PartialState
@@ -44,7 +50,7 @@ def train(
     from dyndit.storage import load as checkpoints
     from dyndit.training.train import Train
 
-    chosen = find(recipe, "train", Train)
+    chosen = _changed(find(recipe, "train", Train), recipe, process, text_encoder)
     with PartialState().main_process_first():  # encode latents once
         pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
@@ -52,6 +58,10 @@ def train(
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     if start is not None:
         settings["from"] = start.identity.backbone
+    if process:
+        settings["process"] = process
+    if text_encoder is not None:
+        settings["text_encoder"] = chosen.backbone.text_encoder_hash
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
@@ -93,7 +103,7 @@ def distill(
             heads {heads}. Recipes: {recipes}.
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: One of {data_sets}, or a folder of pictures with a subfolder per class (default: the recipe's).
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         num_heads: Attention heads of a .pt whose width does not tell them.
@@ -174,6 +184,24 @@ def convert(
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
     print(f"model: {target}")
+
+
+def _changed(chosen: "Train", recipe: str, process: str, text_encoder: Path | None) -> "Train":
+    """Return a recipe under another process, or with features of a text encoder."""
+    from dyndit.models.captions import encoder_condition
+    from dyndit.models.mmdit import MMDiTConfig, with_text_encoder
+    from dyndit.process import processes
+
+    if process:
+        if process not in processes():
+            raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
+        chosen = chosen.under(processes()[process]())
+    if text_encoder is not None:
+        if not isinstance(chosen.backbone, MMDiTConfig):
+            kind = type(chosen.backbone).__name__
+            raise InputError(f"--text-encoder {text_encoder}: {recipe} trains a {kind}; expected an MMDiTConfig")
+        chosen = replace(chosen, backbone=with_text_encoder(chosen.backbone, encoder_condition(text_encoder)))
+    return chosen
 
 
 def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:

@@ -29,7 +29,7 @@ def sample(
     /,
     out: Path,
     num_images: int = 64,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int | None = None,
     cfg_scale: float = 1.5,
     guided_channels: int | None = None,
@@ -54,7 +54,7 @@ def sample(
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
         num_images: Number of pictures.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps (default: 20, or chosen).
         cfg_scale: Guidance scale; 1 is unguided.
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
@@ -91,6 +91,7 @@ def sample(
     goal = None if choice == AS_GIVEN else goal_of(choice, steps, **others)
     loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device, dtype=dtype)
     dynamic = loaded.model
+    solver = solver or dynamic.process.usual_solver
     decoder = decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
     if goal is None:

@@ -44,7 +44,7 @@ def evaluate(
 
     Args:
         samples: Folder of pictures (searched in depth) or an .npz file.
-        reference: The same of real pictures, an .npz of ADM (pictures or statistics), or "digits".
+        reference: The same of real pictures, an .npz of ADM (pictures or statistics), or one of {data_sets}.
         extractor: One of {extractors}.
         extractor_weights: Its weights, if they do not ship with the package.
         metrics: Any of {metrics}.
@@ -107,7 +107,7 @@ def bench(
     model: Positional[str] = "",
     /,
     depth: Unnamed[PlanChoice] = FULL_DEPTH,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int = 20,
     cfg_scale: float = 1.5,
     batch_size: tuple[int, ...] = (1, 8, 64),
@@ -135,7 +135,7 @@ def bench(
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps.
         cfg_scale: Guidance scale; 1 is unguided.
         batch_size: Pictures at a time; several are timed one after the other.
@@ -182,6 +182,7 @@ def bench(
     else:
         loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
         dynamic, model = loaded.model, str(loaded.folder or model)
+    solver = solver or dynamic.process.usual_solver
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
     resolve_plan(dynamic, plan, solver, steps, cfg_scale, origin=str(depth.plan or "plan"))
@@ -255,18 +256,29 @@ def report(
 
 
 def quickstart(
-    out: Path = Path("runs/quickstart"),
+    family: str = "digits",
+    out: Path | None = None,
     from_scratch: bool = False,
     json_: Json = False,
 ) -> None:
-    """Make the digits model dynamic and measure what that saves: a few minutes on two CPU cores.
+    """Make a model of digits dynamic and measure what that saves: a few minutes on two CPU cores.
 
     Args:
-        out: Folder of the run; what is there and valid is not done again.
+        family: One of {families}. Only the first ships with its backbone; the others train theirs.
+        out: Folder of the run; what is there and valid is not done again (default: runs/quickstart, or
+            runs/quickstart-FAMILY).
         from_scratch: Train the backbone too, in place of the shipped backbone.
         json_: End with one line of JSON.
     """
-    _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)
+    from dyndit.analysis.compare.experiment import Experiment
+    from dyndit.cli.recipes import find, quickstarts
+
+    if family not in (known := quickstarts()):
+        raise InputError(f"--family {family}: expected one of {', '.join(known)}")
+    recipe = known[family]
+    out = out or Path("runs/quickstart" if family == "digits" else f"runs/quickstart-{family}")
+    ships = bool(find(recipe, "quickstart", Experiment).model)
+    _compare(recipe, "quickstart", out, from_scratch=from_scratch or not ships, json_=json_)
 
 
 def compare(

@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,13 @@ class Train:
             raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
         if self.backbone.learn_variance and not self.process.has_variance:
             raise InputError(f"learn_variance True: the process {self.process.name} has no variance; expected False")
+
+    def under(self, process: Process) -> Self:
+        """Return the recipe under another process. A process without a variance gets a backbone without one."""
+        backbone = self.backbone
+        if backbone.learn_variance and not process.has_variance:
+            backbone = replace(backbone, learn_variance=False)
+        return replace(self, process=process, backbone=backbone)
 
     def check(self, data: Pictures) -> None:
         """Refuse pictures and exits that do not fit the backbone.

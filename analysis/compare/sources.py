@@ -78,7 +78,7 @@ class Searched:
         """Return the constant plan, the searched plan reversed and shuffled, and the ramps closest to the budget."""
         controls, depths = context.experiment.controls, self._control_depths(context)
         full = context.full(controls.solver, controls.steps)
-        predictor = Predictor(context.table, full.timesteps, context.base(controls.solver, controls.steps))
+        predictor = Predictor(context.table, full.timesteps, context.base(controls.solver, controls.steps), full.calls)
         plans = [constant(full, depths, depth), reversed_plan(searched)]
         plans += [shuffled(searched, seed) for seed in range(controls.num_shuffled)]
         plans += _ramps_within(context, full, depths, budget)

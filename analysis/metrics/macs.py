@@ -62,7 +62,7 @@ class Macs:
         """
         if missing := [depth for step in plan.steps for depth in step.exits if depth not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
-        return sum(map(self.work, plan.works))
+        return sum(n * self.work(work) for n, work in zip(plan.calls_by_step, plan.works, strict=True))
 
     def work(self, work: Work) -> int:
         """Count one step of one picture: its branches, and the exit heads on the way."""

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import dyndit
+import dyndit.analysis as dyndit_analysis
 from dyndit.analysis.compare.experiment import Experiment
+from dyndit.analysis.report.verify import verify
 from dyndit.cli import main
 from dyndit.cli.recipes import find, quickstarts
 from dyndit.models.captions import Encoded
@@ -22,6 +24,8 @@ from dyndit.training.train import Train
 from support.tiny_pipelines import clip, tokenizer
 
 TINY = """
+from dyndit.analysis.compare.experiment import Experiment
+from dyndit.calibration.measure import CalibrationSettings
 from dyndit.models.exits import ExitConfig
 from dyndit.models.mmdit import MMDiTConfig
 from dyndit.process import RectifiedFlow
@@ -37,6 +41,12 @@ train = Train(
     fit, "captioned-digits", RectifiedFlow(),
 )
 distill = Distill(ExitConfig(), fit, "captioned-digits")
+experiment = Experiment(
+    model="", data="captioned-digits", extractor="digits", train=train, distill=distill,
+    calibration=CalibrationSettings(num_pictures=80, num_bands=2, batch_size=40),
+    calibration_solver="flow-euler", calibration_steps=2, full_steps=(2, 3), dynamic_steps=(3,), budgets=(0.7,),
+    solvers=("flow-heun",), full_solvers=("flow-euler",), num_blocks=2, num_images=70, batch_size=35,
+)
 """
 
 
@@ -106,6 +116,19 @@ def test_a_calibration_of_captions_names_no_reference_by_itself(workshop: Path, 
     assert "--reference: missing; expected a folder of real pictures, or one of digits, captioned-digits" in (
         capsys.readouterr().err
     )
+
+
+def test_a_comparison_reports_it_as_any_family(workshop: Path, tmp_path: Path) -> None:
+    main(["compare", str(workshop / "recipe.py"), "--model", str(workshop / "model"), "--out", str(tmp_path / "run")])
+    runs = dyndit_analysis.read_runs(tmp_path / "run")
+    assert set(runs["arm"]) == {f"full-{s}-{n}" for s in ("flow-heun", "flow-euler") for n in (2, 3)} | {
+        "searched-flow-heun-3-b0.7"
+    }
+    macs = runs.groupby("arm")["macs"].first()
+    assert macs["full-flow-heun-3"] / macs["full-flow-euler-3"] == pytest.approx(5 / 3)
+    assert 0.3 < macs["searched-flow-heun-3-b0.7"] / macs["full-flow-heun-3"] < 0.9
+    assert (tmp_path / "run" / "report.html").exists()
+    assert verify(tmp_path / "run") == []
 
 
 def test_features_of_a_text_encoder_take_the_place_of_words(workshop: Path, tmp_path: Path) -> None:

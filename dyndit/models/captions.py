@@ -99,8 +99,8 @@ class Encoded:
 
     @property
     def guided(self) -> bool:
-        """Tell if training dropped captions, so that the null caption is known."""
-        return self.dropout > 0
+        """Tell if training dropped captions, and the encoder of the null caption is there."""
+        return self.dropout > 0 and bool(self.folder)
 
     def null(self, like: Conditioning) -> Conditioning:
         """See `ConditionType`."""

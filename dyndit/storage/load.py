@@ -23,12 +23,14 @@ from dyndit.models.base import Backbone
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
-from dyndit.process import DDPM, Process, processes
+from dyndit.process import DDPM, Process, RectifiedFlow, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
+from dyndit.storage.names import PROCESS
 from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, VERSION, WEIGHTS
 from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
+from dyndit.storage.sd3_layout import SD3Layout
 
 __all__ = [
     "CONFIG",
@@ -203,18 +205,36 @@ def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
 
 
 def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
-    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents."""
+    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents.
+
+    The time shift of a rectified flow is the pipeline's scheduler's, if the denoiser records no process of its own.
+    """
     index, transformer = read_json(folder / PIPELINE), folder / TRANSFORMER
     if not transformer.is_dir():
         found = index.get("_class_name")
         raise CheckpointError(
             f"{folder}: a {found!r:.60} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline"
         )
-    if "_class_name" not in read_json(transformer / CONFIG):
+    raw = read_json(transformer / CONFIG)
+    if "_class_name" not in raw:
         return native.read(transformer, process)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if process is None and PROCESS not in raw and SD3Layout().serves(raw) and scheduler.exists():
+        process = _flow_of(scheduler)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
     return diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
+
+
+def _flow_of(path: Path) -> RectifiedFlow | None:
+    """Return the rectified flow that a flow-matching scheduler's config steps; None for any other scheduler."""
+    config = read_json(path)
+    if not str(config.get("_class_name")).startswith("FlowMatch") or config.get("use_dynamic_shifting"):
+        return None
+    try:
+        return RectifiedFlow(time_shift=config.get("shift", 1.0))
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _packaged_digits(process: AskedProcess) -> DynamicDepth:

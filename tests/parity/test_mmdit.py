@@ -17,11 +17,13 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.mmdit import MMDiT, MMDiTConfig
 from dyndit.process import RectifiedFlow
+from dyndit.sampling.solvers import make_scheduler
 from dyndit.storage import diffusers_folder
 from dyndit.storage import load as checkpoints
 from dyndit.storage.diffusers_folder import from_diffusers, to_diffusers
 from support.models import TINY_MMDIT, randomise
 from support.reference_mmdit import Architecture, random_weights, reference_mmdit
+from support.tiny_pipelines import tiny_pipeline
 
 ARCHITECTURES = {
     "latents": Architecture(8, 8, 2, 4, width=48, num_blocks=3, num_heads=4, text_width=20, pooled_width=12),
@@ -149,6 +151,25 @@ def test_diffusers_weights_give_its_own_bits_natively_and_back(name: str, tmp_pa
     assert dyndit.load(tmp_path / "ours").identity == loaded.identity
     reference = reference_mmdit(loaded.backbone.state_dict(), arch, x, t, text, pooled)
     torch.testing.assert_close(expected, reference, atol=5e-5 * expected.std().item(), rtol=0)
+
+
+def test_a_pipelines_scheduler_tells_the_time_shift(tmp_path: Path) -> None:
+    tiny = tiny_pipeline("SD3Transformer2DModel").pipe
+    tiny.scheduler.save_pretrained(tmp_path / "scheduler")
+    transformer = theirs(ARCHITECTURES["latents"])
+    transformer.save_pretrained(tmp_path / "transformer")
+    index = {"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = dyndit.load(tmp_path)
+    assert (loaded.process, loaded.pixel_space) == (RectifiedFlow(time_shift=3.0), False)
+    scheduler = make_scheduler("flow-euler", 5, loaded.process)
+    tiny.scheduler.set_timesteps(sigmas=[1, 0.8, 0.6, 0.4, 0.2])  # as the pipeline sets them
+    torch.testing.assert_close(scheduler.timesteps, tiny.scheduler.timesteps)
+    assert dyndit.load(tmp_path, process="flow").process == RectifiedFlow()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": -1}))
+    with pytest.raises(dyndit.InputError, match=r"scheduler_config\.json: .*time_shift -1"):
+        dyndit.load(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{}, {"vocabulary": (), "num_classes": 3}], ids=["words", "labels"])

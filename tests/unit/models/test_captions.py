@@ -157,3 +157,8 @@ def test_features_from_elsewhere_take_no_prompts() -> None:
         condition.of(["a moon"])
     with pytest.raises(InputError, match="no prompts of its own"):
         condition.in_turn(1)
+    rows = condition.example(2)
+    assert not condition.guided
+    assert condition.dropped(rows, torch.Generator(), share=1.0) is rows
+    with pytest.raises(InputError, match="without a null caption"):
+        condition.null(rows)

@@ -1,10 +1,12 @@
 """The MM-DiT: two streams, a text that the last block only reads, and the same bits however it is run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import dyndit
 from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.mmdit import MMDiT
@@ -96,6 +98,14 @@ def test_blocks_and_heads_compile_as_whole_graphs(model: DynamicDepth) -> None:
         compile_parts(model, backend="eager")
         for depth, prediction in model.every_exit(call.x, call.t, call.y).items():
             assert torch.equal(prediction, expected[depth])
+
+
+def test_its_card_shows_a_prompt(model: DynamicDepth, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "- text-to-image\n" in card
+    assert "dyndit.sample(model, labels=['a three'], solver=\"flow-euler\", num_steps=20, cfg_scale=1.5)" in card
+    assert dyndit.load(tmp_path).identity == model.identity
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

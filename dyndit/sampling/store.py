@@ -150,7 +150,9 @@ class Store:
 
 def _word(label: Value) -> str:
     """Write a label for a file's name: 7 -> "class7", "A three, bold" -> "a-three-bold"."""
-    return "-".join(re.findall(r"[a-z0-9]+", label.lower()))[:60] if isinstance(label, str) else f"class{label}"
+    if not isinstance(label, str):
+        return f"class{label}"
+    return "-".join(re.findall(r"[a-z0-9]+", label.lower()))[:60] or "caption"
 
 
 def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[Value], batch_size: int = 256) -> None:

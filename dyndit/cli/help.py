@@ -38,6 +38,12 @@ def _heads() -> Iterable[str]:
     return HEADS
 
 
+def _conditionings() -> Iterable[str]:
+    from dyndit.models.conditioning import CONDITIONINGS
+
+    return CONDITIONINGS
+
+
 def _routers() -> Iterable[str]:
     from dyndit.plans.schedules import ROUTERS
 
@@ -61,6 +67,7 @@ REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
     "extractors": _extractors,
     "metrics": _metrics,
     "heads": _heads,
+    "conditionings": _conditionings,
     "routers": _routers,
     "processes": _processes,
     "recipes": _recipes,

@@ -21,6 +21,7 @@ def train(
     batch_size: int | None = None,
     seed: int | None = None,
     sample_every: int | None = None,
+    conditioning: str = "",
     vae: Path | None = None,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
@@ -35,6 +36,7 @@ def train(
         batch_size: Pictures per update (default: the recipe's).
         seed: Seed (default: the recipe's).
         sample_every: Draw a sample grid after every so many steps; 0 for never.
+        conditioning: How blocks learn of timestep and label, one of {conditionings} (default: the recipe's).
         vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
     """
     from accelerate import PartialState
@@ -45,11 +47,15 @@ def train(
     from dyndit.training.train import Train
 
     chosen = find(recipe, "train", Train)
+    if conditioning:
+        chosen = chosen.with_backbone(conditioning=conditioning)
     with PartialState().main_process_first():  # encode latents once
         pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
     start = checkpoints.load(model, process=chosen.process) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
+    if conditioning:
+        settings["conditioning"] = conditioning
     if start is not None:
         settings["from"] = start.identity.backbone
     with PartialState().main_process_first():

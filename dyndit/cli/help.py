@@ -38,6 +38,12 @@ def _heads() -> Iterable[str]:
     return HEADS
 
 
+def _cards() -> Iterable[str]:
+    from dyndit.models.dit import CARDS
+
+    return CARDS
+
+
 def _conditionings() -> Iterable[str]:
     from dyndit.models.conditioning import CONDITIONINGS
 
@@ -67,6 +73,7 @@ REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
     "extractors": _extractors,
     "metrics": _metrics,
     "heads": _heads,
+    "cards": _cards,
     "conditionings": _conditionings,
     "routers": _routers,
     "processes": _processes,

@@ -1,10 +1,10 @@
-"""Verbs that make models: train, distill, convert."""
+"""Verbs that make models, and one that describes them: train, distill, convert, info."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dyndit.cli.flags import Positional
+from dyndit.cli.flags import Json, Positional, print_json
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
@@ -180,6 +180,66 @@ def convert(
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
     print(f"model: {target}")
+
+
+def info(
+    model: Positional[str],
+    /,
+    layers: tuple[int, ...] = (),
+    head: str = "adaln-linear",
+    conditioning: str = "",
+    batch_size: int = 1,
+    cfg_scale: float = 1.5,
+    dtype: str = "own",
+    tflops: float | None = None,
+    num_heads: int | None = None,
+    process: str = "",
+    json_: Json = False,
+) -> None:
+    """Print a model's parameters, tokens, arithmetic at each exit, and its estimated time and memory. Nothing is run.
+
+    Args:
+        model: A card, one of {cards}; or a model folder, a published DiT .pt, "digits", or a hub id.
+        layers: Exits of a card (default: after every layer, or every fourth of a deep model).
+        head: Head of a card's exits, one of {heads}.
+        conditioning: How a card's blocks learn of timestep and label, one of {conditionings}.
+        batch_size: Pictures of the call whose memory is estimated.
+        cfg_scale: Guidance scale; 1 is one pass a picture, any other two.
+        dtype: Precision: own, float32, bfloat16 or float16.
+        tflops: TFLOP/s to estimate times with (default: this machine's rate of matrix products). A model with a shift
+            table has measured times.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own, one of {processes}.
+        json_: End with one line of JSON.
+    """
+    from dyndit.analysis.metrics.describe import describe, outline
+    from dyndit.models.dit import CARDS
+    from dyndit.models.exits import ExitConfig
+    from dyndit.plans.table import ShiftTable
+    from dyndit.runtime import chosen_dtype
+    from dyndit.storage import load as checkpoints
+
+    if tflops is not None and tflops <= 0:
+        raise InputError(f"--tflops {tflops:g}: expected above 0")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: expected at least 1")
+    card, cost = model in CARDS and not Path(model).exists() and model != "digits", None
+    if card:
+        changes = {"conditioning": conditioning} if conditioning else {}
+        described = outline(model, ExitConfig(layers, head), **changes)
+    else:
+        if layers or conditioning:
+            flag = f"--layers {layers[0]}" if layers else f"--conditioning {conditioning}"
+            raise InputError(f"{flag}: {model} has its own; expected a card with it")
+        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device="cpu")
+        described, table = loaded.model, (loaded.folder or Path(model)) / checkpoints.TABLE
+        cost = ShiftTable.load(table).cost if table.is_file() and tflops is None else None
+    rate = None if tflops is None else 1e12 * tflops
+    rows, precision = batch_size * (1 if cfg_scale == 1 else 2), chosen_dtype(dtype, "cpu")
+    found = describe(model, described, rows=rows, dtype=precision, rate=rate, cost=cost)
+    print("\n".join(found.lines()))
+    if json_:
+        print_json(found.record())
 
 
 def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:

@@ -87,7 +87,8 @@ _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28,
 
 
 CARDS: dict[str, DiTConfig] = {
-    f"DiT-{size}/{patch}": DiTConfig(num_blocks=blocks, width=width, num_heads=heads, patch_size=patch)
+    f"DiT-{size}/{patch}{suffix}": DiTConfig(side, patch, num_blocks=blocks, width=width, num_heads=heads)
+    for suffix, side in (("", 32), ("-512", 64))
     for size, (blocks, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 } | {
@@ -95,7 +96,8 @@ CARDS: dict[str, DiTConfig] = {
     "digits": DiTConfig(8, 2, 1, width=96, num_blocks=12, num_heads=3, num_classes=10),
     "cifar10": DiTConfig(32, 4, 3, width=192, num_blocks=12, num_heads=3, num_classes=10),
 }
-"""The twelve models of the paper (Table 1; 256 px: latents of 32 x 32 x 4) and the small presets."""
+"""The twelve models of the paper (Table 1) for 256 px (latents of 32 x 32 x 4) and, with "-512", for 512 px, and the
+small presets."""
 
 
 class ClassConditionalDiT(Backbone):

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from dyndit.cli.flags import Json, Positional, print_json
+from dyndit.cli.flags import Json, Positional, also, print_json
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
@@ -12,15 +12,21 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Positional[str],
+    recipe: Positional[str] = "published",
     /,
-    out: Path,
-    data: str = "",
+    out: Annotated[Path | None, also("results-dir")] = None,
+    data: Annotated[str, also("data-path")] = "",
     model: str = "",
     steps: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
+    epochs: int | None = None,
+    batch_size: Annotated[int | None, also("global-batch-size")] = None,
+    seed: Annotated[int | None, also("global-seed")] = None,
     sample_every: int | None = None,
+    log_every: int | None = None,
+    checkpoint_every: Annotated[int | None, also("ckpt-every")] = None,
+    num_workers: int | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
     conditioning: str = "",
     vae: Path | None = None,
 ) -> None:
@@ -28,39 +34,68 @@ def train(
 
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
-        out: Folder for the model, checkpoints, losses and TensorBoard logs.
+        out: Folder for the model, checkpoints, losses and TensorBoard logs (always needed).
         data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
-        model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id (default: random
-            weights). Their process must be the recipe's.
+        model: A card, such as DiT-B/4: train its architecture from random weights. Or weights to start from: a model
+            folder, a published DiT .pt, "digits", or a hub id; their process must be the recipe's.
         steps: Updates (default: the recipe's).
+        epochs: Passes over the data, in place of --steps.
         batch_size: Pictures per update (default: the recipe's).
         seed: Seed (default: the recipe's).
         sample_every: Draw a sample grid after every so many steps; 0 for never.
+        log_every: Log the losses after every so many steps.
+        checkpoint_every: Write a checkpoint after every so many steps.
+        num_workers: Processes that read pictures.
+        image_size: Side of a card's pictures: 256 (the default) or 512.
+        num_classes: Classes of the backbone (default: the recipe's, or 1000 of a card).
         conditioning: How blocks learn of timestep and label, one of {conditionings} (default: the recipe's).
-        vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
+        vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder. mse
+            or ema for the published ones (default of a card: ema).
     """
     from accelerate import PartialState
 
     from dyndit import files, manifest
     from dyndit.cli.recipes import find
+    from dyndit.models.dit import CARDS
     from dyndit.storage import load as checkpoints
+    from dyndit.storage.published import card_of
     from dyndit.training.train import Train
 
-    chosen = find(recipe, "train", Train)
-    if conditioning:
-        chosen = chosen.with_backbone(conditioning=conditioning)
+    if out is None:
+        raise InputError("--out: missing; expected a folder for the run")
+    if steps is not None and epochs is not None:
+        raise InputError(f"--steps {steps} and --epochs {epochs}: both given; expected one of them")
+    chosen, card = find(recipe, "train", Train), ""
+    if model.startswith("DiT-") and not Path(model).exists():
+        card, model = card_of(model, image_size), ""
+        chosen = replace(chosen, backbone=CARDS[card])
+        vae = vae or Path("ema")
+    elif image_size is not None:
+        raise InputError(f"--image-size {image_size}: belongs to a card; expected --model CARD with it")
+    shape = {"conditioning": conditioning or None, "num_classes": num_classes}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    chosen = chosen.with_backbone(**shape)
     with PartialState().main_process_first():  # encode latents once
         pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
     start = checkpoints.load(model, process=chosen.process) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
-    if conditioning:
-        settings["conditioning"] = conditioning
+    settings |= shape | ({"card": card} if card else {})
     if start is not None:
         settings["from"] = start.identity.backbone
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",))
-    changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
+    if epochs is not None:
+        steps = max(1, epochs * len(pictures) // (batch_size or chosen.fit.batch_size))
+    changes = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "sample_every": sample_every,
+        "log_every": log_every,
+        "checkpoint_every": checkpoint_every,
+        "num_workers": num_workers,
+    }
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
     model, result = chosen.run(pictures, out, start=start, preview=_preview)
@@ -252,8 +287,10 @@ def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Pat
         raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
     if vae is None:
         return open_data(spec, None if spec == "digits" else tuple(size), channels)
+    from dyndit.storage.published import autoencoder
     from dyndit.training.latents import encode_latents, load_autoencoder
 
+    vae = autoencoder(vae)
     encoder = load_autoencoder(vae)
     factor = 2 ** (len(encoder.config.block_out_channels) - 1)
     return encode_latents(

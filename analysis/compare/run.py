@@ -190,7 +190,7 @@ class Comparison:
             "solver": plan.solver,
             "steps": plan.num_steps,
             "budget": arm.budget,
-            "cfg_scale": experiment.cfg_scale,
+            "cfg_scale": plan.cfg_scale,
             "block": block,
             "seed": block,
             "num_images": experiment.num_images,

@@ -17,6 +17,7 @@ from dyndit import manifest
 from dyndit.analysis.report import figures, page, plan_figures, style
 from dyndit.analysis.report.findings import findings_of, read_plan
 from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.guidance import guidance_figure, sweep_of
 from dyndit.analysis.report.runs import GROUP, read_runs, runs_file, scored_rows
 from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
 from dyndit.errors import InputError
@@ -37,6 +38,7 @@ DRAWN = {
     "predicted": "Predicted against measured; on the grey line the additive prediction is exact.",
     "plan-map": "Blocks run at each sampling step, a row per plan.",
     "exit-errors": "Error of each exit against the full model, layer over timestep.",
+    "guidance": "Quality over the guidance scale, a line per way to guide. Bars are 95% intervals over seed blocks.",
     "time": "Time per picture, in the denoiser and elsewhere.",
     "spread": "The Fréchet distance of every arm in every seed block.",
 }
@@ -86,6 +88,7 @@ def write_report(
     pictures = []
     for k, content in enumerate(contents):
         pictures.append(_pictures(content, out, "" if len(contents) == 1 else f"-{k + 1}", made))
+    pictures[0] += _sweeps(contents, out, made)
     write_text(out / "report.md", _markdown(title, contents, pictures, manifests, out, margin))
     write_text(out / "report.html", _html(title, contents, pictures, manifests, margin))
     write_json(out / REPORT, _record(title, contents, paths, out, margin, made))
@@ -142,6 +145,26 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
             facts = {"figure": name, "files": {link: sha256(file)}, "drawn by": "the run, see its manifest.json"}
             _write_manifest(out / f"{file.stem}{suffix}.manifest.json", content, facts, made)
             found.append(Picture(file, caption))
+    return found
+
+
+def _sweeps(contents: Sequence[Content], out: Path, made: Mapping[str, object]) -> list[Picture]:
+    """Draw the guidance sweep of each source that has one. Its rows are in several groups, one per scale."""
+    found = []
+    for k, source in enumerate(dict.fromkeys(content.source for content in contents)):
+        mine = [content for content in contents if content.source == source]
+        sweep = sweep_of(pd.concat([scored_rows(content.rows) for content in mine]))
+        if len(sweep):
+            name = "guidance" if k == 0 else f"guidance-{k + 1}"
+            files = [out / f"{name}.png", out / f"{name}.svg"]
+            drawn = guidance_figure(sweep)
+            for file in files:
+                style.save(drawn, file)
+            lines = [int(row) + 2 for row in sweep.index]  # the heading is line 1
+            facts = {"figure": "guidance", "lines of the runs file": lines}
+            facts |= {"files": {file.name: sha256(file) for file in files}}
+            _write_manifest(out / f"{name}.manifest.json", mine[0], facts, made)
+            found.append(Picture(files[0], DRAWN["guidance"]))
     return found
 
 

@@ -128,7 +128,7 @@ def chosen_plan(
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: both given; expected one of them")
     if depth.router is not None:
-        return parse_router(depth.router)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
+        return parse_router(depth.router, dynamic.process)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
     if depth.plan is not None:
         return DepthPlan.load(depth.plan)
     if depth.budget is None and not depth.dynamic:

@@ -6,7 +6,7 @@
 Each is trained from three seeds, on all digits or on 5,000 pictures of CIFAR-10, and samples at full depth. Differences
 to adaLN-Zero are paired by seed. OUT becomes a run with its report. OUT/models holds every backbone.
 
-Not yet measured: about an hour on digits and half a day on CIFAR-10 are expected on 2 cores, not timed.
+Which is best is not yet measured; the runs are not timed.
 """
 
 import sys

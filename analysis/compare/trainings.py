@@ -100,7 +100,8 @@ def _family(trainings: Trainings, name: str) -> str:
 
 
 def _arm(trainings: Trainings, name: str) -> str:
-    return arm_name(_family(trainings, name), trainings.solver, trainings.steps, None, name)
+    family = _family(trainings, name)
+    return arm_name(family, trainings.solver, trainings.steps, None, name if family == "full" else "")
 
 
 def _trained(recipe: Train, pictures: Pictures, out: Path, name: str) -> tuple[DynamicDepth, dict[str, float]]:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dyndit.analysis.report.style import COLOURS, INK, STYLE, panels
+from dyndit.analysis.report.style import COLOURS, INK, STYLE, number_log, panels
 from dyndit.stats import Interval, paired_interval
 
 
@@ -16,7 +16,7 @@ def trainings_figure(costs: pd.DataFrame, runs: pd.DataFrame, names: Sequence[st
     """Draw a point per kind of backbone, with 95% intervals over training seeds, labelled with name and tokens.
 
     costs: name, seed, training_flops, tokens, loss. runs: rows of runs.csv whose `settings` are the names. A line
-    joins the points by rising compute.
+    joins the points by rising compute if compute differs much.
     """
     metric = runs["metric"].iloc[0]
     names = sorted(names, key=lambda name: costs[costs["name"] == name]["training_flops"].iloc[0])
@@ -38,10 +38,14 @@ def trainings_figure(costs: pd.DataFrame, runs: pd.DataFrame, names: Sequence[st
 def _draw(
     axis: Axes, x: Sequence[float], y: Sequence[Interval], labels: Sequence[str], xlabel: str, ylabel: str
 ) -> None:
-    axis.plot(x, [value.mean for value in y], color=INK, lw=0.8, alpha=0.4)
+    spread = max(x) > 1.5 * min(x)
+    if spread:
+        axis.plot(x, [value.mean for value in y], color=INK, lw=0.8, alpha=0.4)
     for k, (place, value, label) in enumerate(zip(x, y, labels, strict=True)):
         half = float(np.nan_to_num(value.half))
         axis.errorbar(place, value.mean, half, marker="o", ms=5, ls="", capsize=2, color=COLOURS[k % 6], label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    if max(x) > 1.5 * min(x):
+    if spread:
         axis.set_xscale("log")
+        if max(x) < 1e4:  # milliseconds: plain numbers; FLOPs keep powers of ten
+            number_log(axis.xaxis, (1, 2, 5))

@@ -43,7 +43,7 @@ def alike(backbone: DiTConfig, fit: FitConfig) -> dict[str, Train]:
 STUDIES = {
     "digits": Trainings(alike(DIGITS, FIT), "digits", "digits"),
     "cifar10": Trainings(
-        alike(CIFAR10, replace(FIT, steps=4_000, batch_size=64)), "", "resnet20-cifar10", num_pictures=5_000
+        alike(CIFAR10, replace(FIT, steps=4_000, batch_size=64)), "", "vgg-cifar10", num_pictures=5_000
     ),
 }
 

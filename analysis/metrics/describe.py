@@ -114,9 +114,9 @@ def describe(
         timed_by = f"measured parts, batches of {cost.batch_size} on {cost.device}"
     elif rate is None:
         rate = products_per_second(model.backbone.width, dtype)
-        timed_by = f"at least, at {rate / 1e9:.4g} GFLOP/s, this machine's products of matrices"
+        timed_by = f"at least, at {rate / 1e9:,.0f} GFLOP/s, this machine's products of matrices"
     else:
-        timed_by = f"at least, at {rate / 1e9:.4g} GFLOP/s as given"
+        timed_by = f"at least, at {rate / 1e9:,.0f} GFLOP/s as given"
 
     def milliseconds(depth: int) -> float:
         if cost is not None:

@@ -173,13 +173,14 @@ class Comparison:
             uncond, share = cond * plan.guided, cond / plan.num_blocks
         figures = {
             **{name: getattr(arm, name) for name in ("family", "budget", "variant", "settings", "predicted_ms")},
-            **{name: getattr(experiment, name) for name in ("cfg_scale", "num_images", "batch_size")},
+            **{name: getattr(experiment, name) for name in ("num_images", "batch_size")},
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
             "model": self.model.identity.backbone,
             "arm": arm.name,
             "solver": plan.solver,
             "steps": plan.num_steps,
+            "cfg_scale": plan.cfg_scale,
             "block": block,
             "seed": block,
             "share_of_blocks": share,

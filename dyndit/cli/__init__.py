@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "report": "results",
     "compare": "results",
     "convert": "models",
+    "info": "models",
     "quickstart": "results",
     "demo": "demo",
 }
@@ -34,6 +35,8 @@ REGISTRIES = {
     "extractors": "dyndit.analysis.metrics.extractors:EXTRACTORS",
     "metrics": "dyndit.analysis.metrics.metric:metrics_by_name",
     "heads": "dyndit.models.exits:HEADS",
+    "cards": "dyndit.models.dit:CARDS",
+    "conditionings": "dyndit.models.conditioning:CONDITIONINGS",
     "routers": "dyndit.plans.schedules:ROUTERS",
     "processes": "dyndit.process:processes",
     "recipes": "dyndit.cli.recipes:packaged",

@@ -116,11 +116,12 @@ def class_config(model: DynamicDepth) -> dict[str, object]:
         "a backbone without null class": c.label_dropout > 0,
         f"norm_eps {c.norm_eps:g}": c.norm_eps == _NORM_EPS,
         f"the time and velocity of {c.convention}": c.convention == "timesteps",
+        f"the conditioning {c.conditioning}": c.conditioning == "adaln-zero",
     }
     for found, fits in limits.items():
         if not fits:
             raise InputError(
-                f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class, norm_eps 1e-6, timesteps"
+                f"{CLASS} cannot hold {found}; expected mlp_ratio 4, a null class, norm_eps 1e-6, timesteps, adaln-zero"
             )
     try:
         names.own_positions(backbone.state_dict())

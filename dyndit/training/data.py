@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,35 @@ class PictureFolder(Pictures):
         picture = crop_and_resize(read_picture(self._paths[index], self.channels), self.image_size)
         array = np.array(picture).reshape(*size_pair(self.image_size), self.channels)
         return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+class Some(Pictures):
+    """The first `num` pictures of a set, every class in turn as far as it has pictures.
+
+    Raises InputError if the set has fewer pictures.
+    """
+
+    def __init__(self, source: Pictures, num: int):
+        if not 1 <= num <= len(source):
+            raise InputError(f"data: asked for {num} pictures, found {len(source)}")
+        of_class = [[i for i, y in enumerate(source.labels) if y == k] for k in range(source.num_classes)]
+        rounds = zip_longest(*of_class)
+        self.source, self._indices = source, [i for each in rounds for i in each if i is not None][:num]
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
+        self.labels = [source.labels[i] for i in self._indices]
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[self._indices[index]]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        """See `Pictures`."""
+        wanted = range(len(self)) if indices is None else indices
+        return self.source.uint8([self._indices[i] for i in wanted])
 
 
 def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:

@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,17 @@ class Train:
             raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
         if self.backbone.learn_variance and not self.process.has_variance:
             raise InputError(f"learn_variance True: the process {self.process.name} has no variance; expected False")
+
+    def with_backbone(self, **changes: object) -> Self:
+        """Return the recipe with other fields of its backbone's config, for example conditioning="adaln".
+
+        Raises:
+            InputError: the config has no such field, or the value is impossible.
+        """
+        if odd := sorted(changes.keys() - {field.name for field in fields(self.backbone)}):
+            family = type(self.backbone).__name__
+            raise InputError(f"--{odd[0]} {changes[odd[0]]}: a {family} has no such choice; expected none")
+        return replace(self, backbone=replace(self.backbone, **changes))
 
     def check(self, data: Pictures) -> None:
         """Refuse pictures and exits that do not fit the backbone.

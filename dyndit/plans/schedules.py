@@ -29,7 +29,8 @@ def router(function: F) -> F:
 def parse_router(text: str, process: Process = DDPM()) -> Router:
     """Read a router such as "ramp:3" or "ramp:3,12,1.5". Settings follow the order of the function's arguments.
 
-    process: the model's process, for routers that ask for noise levels. Raises InputError for an unknown router, or for settings that the router does not take.
+    process: the model's process, for routers that ask for noise levels. Raises InputError for an unknown
+    router, or for settings that the router does not take.
     """
     name, _, rest = text.partition(":")
     if name not in ROUTERS:

@@ -11,28 +11,22 @@
 
 from importlib import import_module
 
-_HOME = {
-    "Extractor": "metrics.extractors",
-    "load_extractor": "metrics.extractors",
-    "distance_at_infinity": "metrics.infinity",
-    "kernel_distance": "metrics.kid",
-    "check_memorisation": "metrics.memorisation",
-    "paired_distances": "metrics.paired",
-    "evaluate": "metrics.quality",
-    "read_pictures": "metrics.sets",
-    "read_set": "metrics.sets",
-    "save_statistics": "metrics.sets",
-    "append_run": "report.runs",
-    "measured": "report.runs",
-    "read_runs": "report.runs",
-    "summary": "report.frontier",
-    "full_macs": "metrics.macs",
-    "plan_macs": "metrics.macs",
-    "markdown_table": "report.tables",
-    "terminal_table": "report.tables",
-    "write_report": "report.write",
-    "verify": "report.verify",
+_NAMES = {
+    "metrics.extractors": ("Extractor", "load_extractor"),
+    "metrics.infinity": ("distance_at_infinity",),
+    "metrics.kid": ("kernel_distance",),
+    "metrics.macs": ("full_macs", "plan_macs"),
+    "metrics.memorisation": ("check_memorisation",),
+    "metrics.paired": ("paired_distances",),
+    "metrics.quality": ("evaluate",),
+    "metrics.sets": ("read_pictures", "read_set", "save_statistics"),
+    "report.frontier": ("summary",),
+    "report.runs": ("append_run", "measured", "read_runs"),
+    "report.tables": ("markdown_table", "terminal_table"),
+    "report.verify": ("verify",),
+    "report.write": ("write_report",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_HOME)
 

@@ -12,58 +12,33 @@ Names load on first use, so that `import dyndit` is quick.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dyndit.analysis.metrics.extractors import load_extractor
-    from dyndit.calibration.calibrate import calibrate
-    from dyndit.calibration.measure import CalibrationSettings
-    from dyndit.errors import InputError
-    from dyndit.models.base import Backbone, State
-    from dyndit.models.conditions import ClassLabels
-    from dyndit.models.exits import ExitConfig
-    from dyndit.plans.plan import DepthPlan
-    from dyndit.plans.schedules import ramp
-    from dyndit.plans.step import Step
-    from dyndit.plugin.apply import apply_dyndit, remove_dyndit
-    from dyndit.plugin.calibrate import calibrate_pipeline
-    from dyndit.plugin.distill import distill_exits
-    from dyndit.plugin.pipeline import DynDiTPipeline
-    from dyndit.plugin.recording import record_calls
-    from dyndit.sampling.sample import sample
-    from dyndit.storage.load import load
-    from dyndit.storage.pretrained import DynamicDepth
-    from dyndit.training.config import FitConfig
-    from dyndit.training.data import open_data
-    from dyndit.training.distill import Distill
-    from dyndit.training.train import Train
+if TYPE_CHECKING:  # `as` marks the names as public for type checkers
+    from dyndit.analysis.metrics.extractors import load_extractor as load_extractor
+    from dyndit.calibration.calibrate import calibrate as calibrate
+    from dyndit.calibration.measure import CalibrationSettings as CalibrationSettings
+    from dyndit.errors import InputError as InputError
+    from dyndit.models.base import Backbone as Backbone
+    from dyndit.models.base import State as State
+    from dyndit.models.conditions import ClassLabels as ClassLabels
+    from dyndit.models.exits import ExitConfig as ExitConfig
+    from dyndit.plans.plan import DepthPlan as DepthPlan
+    from dyndit.plans.schedules import ramp as ramp
+    from dyndit.plans.step import Step as Step
+    from dyndit.plugin.apply import apply_dyndit as apply_dyndit
+    from dyndit.plugin.apply import remove_dyndit as remove_dyndit
+    from dyndit.plugin.calibrate import calibrate_pipeline as calibrate_pipeline
+    from dyndit.plugin.distill import distill_exits as distill_exits
+    from dyndit.plugin.pipeline import DynDiTPipeline as DynDiTPipeline
+    from dyndit.plugin.recording import record_calls as record_calls
+    from dyndit.sampling.sample import sample as sample
+    from dyndit.storage.load import load as load
+    from dyndit.storage.pretrained import DynamicDepth as DynamicDepth
+    from dyndit.training.config import FitConfig as FitConfig
+    from dyndit.training.data import open_data as open_data
+    from dyndit.training.distill import Distill as Distill
+    from dyndit.training.train import Train as Train
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Backbone",
-    "CalibrationSettings",
-    "ClassLabels",
-    "DepthPlan",
-    "Distill",
-    "DynDiTPipeline",
-    "DynamicDepth",
-    "ExitConfig",
-    "FitConfig",
-    "InputError",
-    "State",
-    "Step",
-    "Train",
-    "apply_dyndit",
-    "calibrate",
-    "calibrate_pipeline",
-    "distill_exits",
-    "load",
-    "load_extractor",
-    "open_data",
-    "ramp",
-    "record_calls",
-    "remove_dyndit",
-    "sample",
-]
 
 _HOME = {
     "Backbone": "models.base",
@@ -91,6 +66,8 @@ _HOME = {
     "remove_dyndit": "plugin.apply",
     "sample": "sampling.sample",
 }
+
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> object:

@@ -93,10 +93,7 @@ def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
 def written_together(folder: Path, about: Path | None = None) -> Iterator[Path]:
     """Yield a folder to write files in. If the block succeeds, each file moves whole into `folder`.
 
-    about: path that error messages name in place of `folder`.
-
-    Raises:
-        InputError: as `written_whole`.
+    about: path that error messages name in place of `folder`. Raises InputError as `written_whole`.
     """
     draft = folder / f"{DRAFT}{_host()}-{os.getpid()}-{next(_numbers)}"
     try:
@@ -304,11 +301,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata.
-
-    Raises:
-        CheckpointError: missing, or no safetensors file.
-    """
+    """Read tensors and metadata. Raises CheckpointError if the file is missing, or no safetensors file."""
     try:
         with opened(path), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -320,11 +313,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def sha256(path: Path) -> str:
-    """Hash a file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """Hash a file. Raises CheckpointError if it cannot be read."""
     try:
         with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -333,11 +322,7 @@ def sha256(path: Path) -> str:
 
 
 def check_free(target: Path, *, folder: bool) -> None:
-    """Refuse a target that exists already, unless it is an empty folder and a folder is to be written.
-
-    Raises:
-        InputError: names the target.
-    """
+    """Raise InputError if a target exists already, unless it is an empty folder and a folder is to be written."""
     if folder and target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():

@@ -28,8 +28,7 @@ class PictureFiles:
     def of_folder(cls, folder: Path) -> "PictureFiles":
         """List the pictures in a folder, searched in depth and sorted. `OVERVIEWS` are skipped.
 
-        Raises:
-            InputError: there is no folder, or no picture.
+        Raises InputError if there is no folder, or no picture.
         """
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder, expected a folder of pictures or an .npz file")
@@ -99,11 +98,7 @@ def as_image(picture: Tensor) -> Image.Image:
 
 
 def as_rgb(pictures: Tensor) -> Tensor:
-    """Repeat grey as colour.  pictures: (N, 1 or 3, H, W) uint8 -> (N, 3, H, W) uint8.
-
-    Raises:
-        InputError: pictures of another type or shape.
-    """
+    """Repeat grey as colour.  pictures: (N, 1 or 3, H, W) uint8, else InputError -> (N, 3, H, W) uint8."""
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
         raise InputError(
             f"pictures: {str(pictures.dtype).removeprefix('torch.')} of shape {tuple(pictures.shape)}, "

@@ -33,11 +33,7 @@ def keep_freed_memory() -> bool:
 
 
 def chosen_device(device: str) -> str:
-    """Return the device to compute on. "auto" is a GPU if there is one, else the CPU.
-
-    Raises:
-        InputError: the device is not available.
-    """
+    """Return the device to compute on, or raise InputError. "auto" is a GPU if there is one, else the CPU."""
     import torch
 
     if device == "auto":
@@ -51,12 +47,9 @@ def chosen_device(device: str) -> str:
 
 
 def chosen_dtype(dtype: str, device: str) -> "torch.dtype | None":
-    """Return the precision to compute in; None keeps the precision of the weights.
+    """Return the precision to compute in, or raise InputError. None, for "own", keeps the precision of the weights.
 
-    "auto" is bfloat16 on a GPU that computes in it, else None. "own" is always None.
-
-    Raises:
-        InputError: an unknown precision.
+    "auto" is bfloat16 on a GPU that computes in it, else None.
     """
     import torch
 

@@ -294,7 +294,7 @@ def paired_rounds(
         arms[name]()
 
     def narrow() -> bool:
-        return widest_ratio(_frame(rows), baseline) <= repeats.until
+        return _widest_ratio(_frame(rows), baseline) <= repeats.until
 
     done = 0
     while not repeats.enough(done, len(names), narrow):
@@ -312,13 +312,12 @@ def paired_times(
     clock: Callable[[], float] | None = None,
     until: float = 0.0,
     max_rounds: int = 60,
-    baseline: str | None = None,
 ) -> pd.DataFrame:
     """Time the arms: one row per round and arm, columns round, arm, seconds.
 
     warmup: calls of each arm before the first round, not timed. clock: read before and after each timed call
     (default: the CPU's clock). For a GPU pass its `Clock`, because calls return before their work is done.
-    until, max_rounds, baseline: see `Repeats` and `paired_rounds`.
+    until, max_rounds: see `Repeats`.
     """
     clock = clock or Clock()
 
@@ -330,11 +329,10 @@ def paired_times(
     for name in list(arms) * warmup:
         arms[name]()
     calls = {name: (lambda run=run: timed(run)) for name, run in arms.items()}
-    repeats = Repeats(rounds, until, max_rounds, warmup=0)
-    return paired_rounds(calls, repeats, baseline)[["round", "arm", "seconds"]]
+    return paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0))[["round", "arm", "seconds"]]
 
 
-def widest_ratio(times: pd.DataFrame, baseline: str) -> float:
+def _widest_ratio(times: pd.DataFrame, baseline: str) -> float:
     """Return the widest relative interval of any arm's median ratio to the baseline, over scopes with the baseline."""
     widths = [0.0]
     for _, part in times.groupby("scope"):

@@ -6,10 +6,14 @@
     dyndit distill digits --model runs/digits --out runs/exits       # the exits alone
 
 `dyndit/assets/digits.safetensors` holds the weights that `train` gives, in half precision. The quickstart takes about
-6 minutes on 2 CPU cores; its report compares plans with full depth at fewer steps.
+6 minutes on 2 CPU cores; its report compares plans with full depth at fewer steps. The studies on digits vary `study`.
 """
 
+from dataclasses import replace
+
 from dyndit.analysis.compare.experiment import Experiment
+from dyndit.analysis.compare.peers.faster_cache import FasterCache
+from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.models.dit import CARDS
 from dyndit.models.exits import ExitConfig
@@ -60,3 +64,20 @@ quickstart = Experiment(
     num_images=120,
     batch_size=60,
 )
+
+study = replace(
+    quickstart,
+    calibration=CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64),
+    calibration_solver="unipc",
+    solvers=("unipc",),
+    full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
+    unguided_steps=(5, 10),
+    dynamic_steps=(10,),
+    budgets=(0.3, 0.45),
+    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
+    metrics=("fd", "kid"),
+    more_extractors=("digits-lenet",),
+    num_images=400,
+    batch_size=50,
+)
+"""Two tight budgets at 10 UniPC steps; the table has a band for each step. A study says what else it changes."""

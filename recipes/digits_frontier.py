@@ -20,6 +20,5 @@ experiment = replace(
     budgets=(0.45, 0.55, 0.65, 0.75, 0.85),
     unguided_steps=(5, 10, 20),
     controls=Controls(solver="ddim", steps=10, depths=(6,)),
-    num_blocks=5,
     num_images=500,
 )

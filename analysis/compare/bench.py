@@ -42,13 +42,8 @@ RANDOM_DECODER = "random:f8"
 
 FULL, AGAIN, NO_PLUGIN = "full", "full again", "no plug-in"
 
-DENOISER, DECODER, TO_LATENTS, TO_UINT8, PIPELINE = (
-    "denoiser",
-    "decoder",
-    "noise to latents",
-    "noise to uint8",
-    "pipeline call",
-)
+DENOISER, DECODER, PIPELINE = "denoiser", "decoder", "pipeline call"
+TO_LATENTS, TO_UINT8 = "noise to latents", "noise to uint8"
 
 PIPELINE_CLASSES = 1000
 """Number of classes in every `DiTPipeline`: it takes label 1,000 for the null label, whatever the model."""
@@ -93,17 +88,12 @@ class Bench:
     """Autoencoder that decodes latents; its time then counts for every arm."""
 
     def __post_init__(self) -> None:
-        for size in self.batch_sizes or (0,):
-            if size < 1:
-                raise InputError(f"--batch-size {size}: expected at least 1")
+        if (least := min(self.batch_sizes, default=0)) < 1:
+            raise InputError(f"--batch-size {least}: expected at least 1")
 
 
 def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
-    """Make a model of random weights with an exit after every layer.  spec: "random:" and a card's name.
-
-    Raises:
-        InputError: no such card.
-    """
+    """Make "random:CARD": random weights, an exit after every layer. Raises InputError: there is no such card."""
     name = spec.removeprefix(RANDOM)
     if name not in CARDS:
         raise InputError(f"{spec}: no such card; expected {RANDOM} and one of {', '.join(CARDS)}")
@@ -116,11 +106,9 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
 
 
 def open_decoder(spec: str, model: DynamicDepth) -> AutoencoderKL:
-    """Load an autoencoder from a folder, or make one of random weights ("random:f8").  -> on the model's device, in its
-    precision.
+    """Load an autoencoder, or make one of random weights ("random:f8"), on the model's device, in its precision.
 
-    Raises:
-        InputError: no autoencoder there, or its latents have other channels than the model's.
+    Raises InputError: no autoencoder there, or its latents have other channels than the model's.
     """
     channels, weights = model.backbone.in_channels, next(model.parameters())
     if model.pixel_space:
@@ -141,9 +129,7 @@ def measure(
 
     plans: the arms by name; the first is the baseline. They are checked against the model, and share solver, step count
     and guidance scale. name: the model's name in the table.
-
-    Raises:
-        InputError: a pipeline for a guided model without 1,000 classes: `DiTPipeline` would use a wrong null label.
+    Raises InputError: a pipeline for a guided model without 1,000 classes: `DiTPipeline` would use a wrong null label.
     """
     settings, first = settings or Bench(), next(iter(plans.values()))
     weights = next(model.parameters())
@@ -221,10 +207,8 @@ def _in_pipeline(
     if not isinstance(model.process, DDPM):
         raise InputError(f"--in-pipeline: DiTPipeline steps ddpm alone, this model's process is {model.process.name}")
     if some.cfg_scale != 1 and classes != PIPELINE_CLASSES:
-        raise InputError(
-            f"--cfg-scale {some.cfg_scale:g}: DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one "
-            f"has {classes}; expected 1"
-        )
+        takes = f"DiTPipeline guides models of {PIPELINE_CLASSES} classes alone, this one has {classes}"
+        raise InputError(f"--cfg-scale {some.cfg_scale:g}: {takes}; expected 1")
     weights = next(model.parameters())
     transformer = to_diffusers(model).to(weights.device, weights.dtype)
     if settings.compiled:
@@ -240,13 +224,8 @@ def _in_pipeline(
         generators = [picture_generator(0, index) for index in range(size)]
         clock.wait()
         spent, began = _metered(meter), clock()
-        pipe(
-            class_labels=labels,
-            guidance_scale=some.cfg_scale,
-            num_inference_steps=some.num_steps,
-            generator=generators,
-            output_type="pt",
-        )
+        steps = {"num_inference_steps": some.num_steps, "guidance_scale": some.cfg_scale}
+        pipe(class_labels=labels, generator=generators, output_type="pt", **steps)
         return Reading(PIPELINE, clock() - began, spent())
 
     def plugged(plan: DepthPlan) -> list[Reading]:

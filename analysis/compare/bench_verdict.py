@@ -21,11 +21,12 @@ def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:
     """
     rows = []
     for (size, scope), part in times.groupby(["batch_size", "scope"], sort=False):
-        firsts, table = part.groupby("arm").first(), summarise(part, _baseline_of(part, baseline))
-        joules = part.groupby("arm")["joules"].mean()
+        arms = list(part["arm"].unique())
+        base = baseline if baseline in arms else arms[0]
+        firsts, table, joules = part.groupby("arm").first(), summarise(part, base), part.groupby("arm")["joules"].mean()
         for arm, row in table.iterrows():
             facts, ratio = firsts.loc[arm], row["median_ratio"]
-            promised = facts["predicted_seconds"] / firsts.loc[_baseline_of(part, baseline), "predicted_seconds"]
+            promised = facts["predicted_seconds"] / firsts.loc[base, "predicted_seconds"]
             rows.append(
                 {
                     "batch_size": int(size),
@@ -68,11 +69,6 @@ def lines(times: pd.DataFrame, until: float = 0.0, baseline: str = FULL) -> list
     for size, part in table.groupby("batch_size", sort=False):
         text += _resources(part.groupby("arm", sort=False).last(), size, str(facts["device"]), facts["energy_source"])
     return text
-
-
-def _baseline_of(part: pd.DataFrame, baseline: str) -> str:
-    arms = list(part["arm"].unique())
-    return baseline if baseline in arms else arms[0]
 
 
 def is_null(ratio: Interval) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -127,41 +128,31 @@ class Context:
                 plan = self.read_plan(name)
             else:
                 base = base or self.base(solver, steps)
-                smaller = [plan for _, plan, _ in found]
-                plan = self._search(full, budget, base, smaller)
+                plan = self._search(full, budget, base, smaller=[plan for _, plan, _ in found])
                 plan.save(self.out / name)
             found.append((budget, plan, name))
         return found
 
     def read_plan(self, name: str) -> DepthPlan:
-        """Read a plan from `out`.
-
-        Raises:
-            PlanError: the plan belongs to another model.
-        """
+        """Read a plan from `out`. Raises PlanError: the plan belongs to another model."""
         return bind(DepthPlan.load(self.out / name), self.model, origin=str(self.out / name))
 
     def with_bases(self, solver: str) -> ShiftTable:
         """Add full depth's moments at the experiment's `latency_steps` to the table and its file; return the table."""
+        options = {"solver": solver, "step_grid": self.experiment.latency_steps, "into": self._table_file}
+        options["batch_size"] = self.experiment.batch_size
         with progress_bar("measuring full depth", self.console) as advance:
-            return measure_bases(
-                self.model,
-                self.table,
-                self.extractor,
-                solver=solver,
-                step_grid=self.experiment.latency_steps,
-                batch_size=self.experiment.batch_size,
-                into=self._table_file,
-                on_progress=advance,
-            )
+            return measure_bases(self.model, self.table, self.extractor, on_progress=advance, **options)
 
     @property
     def _table_file(self) -> Path:
         return self.out / "model" / FILE
 
     @property
-    def _calibration_cfg_scale(self) -> float:
-        return self.experiment.calibration_cfg_scale or self.experiment.cfg_scale
+    def _calibration_point(self) -> dict[str, Any]:
+        """Return solver, number of steps and guidance scale that the table is measured at."""
+        experiment, scale = self.experiment, self.experiment.calibration_cfg_scale or self.experiment.cfg_scale
+        return {"solver": experiment.calibration_solver, "num_steps": experiment.calibration_steps, "cfg_scale": scale}
 
     def _search(self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]) -> DepthPlan:
         rounds = self.experiment.refinements
@@ -196,21 +187,12 @@ class Context:
         """Return the part of the known table that equals this context's table; None if entries are missing."""
         if self.known is None:
             return None
-        experiment, seed = self.experiment, self.experiment.calibration.seed
-        points = (experiment.calibration_solver, experiment.calibration_steps, self._calibration_cfg_scale)
-        return part_of(self.known, OwnSampler(self.model, *points, seed=seed), experiment.calibration)
+        calibration = self.experiment.calibration
+        sampler = OwnSampler(self.model, **self._calibration_point, seed=calibration.seed)
+        return part_of(self.known, sampler, calibration)
 
     def _measured_table(self) -> ShiftTable:
-        experiment = self.experiment
+        options = self._calibration_point | {"settings": self.experiment.calibration, "into": self._table_file}
+        reference = self.references[0].moments()
         with progress_bar("measuring distribution shifts", self.console) as advance:
-            return measure_shifts(
-                self.model,
-                self.extractor,
-                self.references[0].moments(),
-                solver=experiment.calibration_solver,
-                num_steps=experiment.calibration_steps,
-                cfg_scale=self._calibration_cfg_scale,
-                settings=experiment.calibration,
-                into=self._table_file,
-                on_progress=advance,
-            )
+            return measure_shifts(self.model, self.extractor, reference, on_progress=advance, **options)

@@ -21,8 +21,8 @@ from dyndit.training.train import Train
 class Controls:
     """Fixed schedules that compete with the searched plan at equal time, at one solver and step count.
 
-    depths: constant depths. The predicted time of each depth is a budget for a searched plan and its controls: its
-    reversal, `num_shuffled` random orders of its steps, and the `num_ramps` ramps closest below the budget.
+    The predicted time of each constant depth is a budget for a searched plan and its controls: its reversal,
+    `num_shuffled` random orders of its steps, and the `num_ramps` ramps closest below the budget.
     """
 
     solver: str = "ddim"
@@ -36,10 +36,9 @@ class Controls:
 class Variant:
     """An ablation: plans made with other settings and measured beside the comparison's own plans.
 
-    name: its arms have the family "searched-NAME". A variant with another backbone adds "full-NAME": that backbone at
-    full depth. A field left as None is inherited from the experiment. calibration_solver, calibration_steps and
-    calibration_cfg_scale test a table away from its calibration. train: trains another backbone from scratch, with
-    exits from the first step if this recipe says so.
+    Its arms have the family "searched-NAME". A variant with another backbone adds "full-NAME": that backbone at full
+    depth. A field left as None is inherited from the experiment. The calibration's solver, steps and scale test a table
+    away from its calibration. train: trains another backbone from scratch, with exits if this recipe says so.
     """
 
     name: str
@@ -55,6 +54,21 @@ class Variant:
         """Return the experiment with this variant's choices."""
         own = {name: value for name, value in vars(self).items() if name != "name"}
         return replace(experiment, **{name: value for name, value in own.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class GuidanceSweep:
+    """Guidance scales to run full depth at, for one solver and step count, and ways to guide.
+
+    exits: depths of exits that guide in place of the unconditional pass (Internal Guidance, arXiv:2512.24176).
+    intervals: noise levels (low, high] to guide at (arXiv:2404.07724). The report draws quality over the scale.
+    """
+
+    scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+    solver: str = "ddim"
+    steps: int = 20
+    exits: tuple[int, ...] = ()
+    intervals: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,8 @@ class Experiment:
     """Step counts to choose from. The chosen plans are arms of the family "chosen"."""
     unguided_steps: tuple[int, ...] = ()
     """Step counts of full depth without guidance: a plan may save time by depth or by dropping guidance."""
+    guidance: GuidanceSweep | None = None
+    """Sweep of the guidance scale; None: `cfg_scale` alone."""
     controls: Controls | None = None
     variants: tuple[Variant, ...] = ()
     """Other ways to make exits and plans, each searched at every solver, step count and budget."""
@@ -113,6 +129,11 @@ class Experiment:
     """bf16: run the networks of all arms, peers too, under autocast. Extractors never run under autocast."""
     margin: float = 0.05
     """Non-inferiority margin, as a share of full depth's Fréchet distance."""
+
+    @property
+    def full_depth_points(self) -> tuple[tuple[str, int], ...]:
+        """Return the pairs (solver, steps) that full depth runs at."""
+        return self.full_points or tuple(product((*self.solvers, *self.full_solvers), self.full_steps))
 
     @property
     def dynamic_points(self) -> tuple[tuple[str, int], ...]:

@@ -36,10 +36,20 @@ from dyndit.training.data import open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
-    """Run the comparison in `out` and return `out`; `dyndit.analysis.read_runs(out)` reads the figures.
+    """Run the comparison in `out`, and return it. Raises InputError: see `prepare`."""
+    context = prepare(experiment, out, inputs, console)
+    comparison = Comparison(experiment, context.model, context.references, out, context.console)
+    with experiment.autocast(context.model.device.type):
+        arms = [arm for source in SOURCES for arm in source.arms(context)]
+        comparison.measure(arms)
+        comparison.report(arms)
+    return out
 
-    Raises:
-        InputError: `out` holds another run, or an input does not fit.
+
+def prepare(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Context:
+    """Load or make the model with its exits in `out/model`, and read the real pictures.
+
+    Raises InputError: `out` holds another run, or an input does not fit.
     """
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
@@ -61,23 +71,13 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     }
     manifest.claim(out, settings_of(experiment, inputs, data) | identity)
     model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
-    if given is not None and given.exits is not None:
-        _hand_over(Path(inputs.model or experiment.model) / checkpoints.TABLE, out / "model" / checkpoints.TABLE)
+    if given is not None and given.exits is not None:  # its table; the reader checks that it belongs to the model
+        table, place = (folder / checkpoints.TABLE for folder in (Path(named), out / "model"))
+        if table.is_file() and not place.exists():
+            files.copy(table, place)
     real = PictureSet(inputs.data or experiment.data, data.uint8())
     references = tuple(Measured(real, extractor) for extractor in extractors)
-    context = Context(experiment, model, references, data, out, console, given)
-    comparison = Comparison(experiment, model, references, out, console)
-    with experiment.autocast(inputs.device):
-        arms = [arm for source in SOURCES for arm in source.arms(context)]
-        comparison.measure(arms)
-        comparison.report(arms)
-    return out
-
-
-def _hand_over(table: Path, place: Path) -> None:
-    """Copy the shift table beside the given model. Its reader checks that it belongs to this model."""
-    if table.is_file() and not place.exists():
-        files.copy(table, place)
+    return Context(experiment, model, references, data, out, console, given)
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,8 @@ class Comparison:
         experiment, path = self.experiment, self.out / RUNS
         done = measured(path) if path.exists() else set()
         batches, size = -(-experiment.num_images // experiment.batch_size), experiment.batch_size
-        missing = {
-            block: [arm for arm in arms if (arm.name, block) not in done] for block in range(experiment.num_blocks)
-        }
+        blocks = range(experiment.num_blocks)
+        missing = {block: [arm for arm in arms if (arm.name, block) not in done] for block in blocks}
         total = batches * experiment.num_blocks * len(arms)
         count = total - batches * sum(map(len, missing.values()))
         if count < total:
@@ -157,19 +156,10 @@ class Comparison:
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
         """Draw pictures `first` to `first + num - 1` of an arm, classes in turn."""
-        plan = arm.plan
-        return sample(
-            arm.model or self.model,
-            self.model.backbone.condition.in_turn(num, first),
-            plan=plan,
-            solver=plan.solver,
-            num_steps=plan.num_steps,
-            cfg_scale=plan.cfg_scale,
-            seed=seed,
-            first_index=first,
-            batch_size=self.experiment.batch_size,
-            stats=stats,
-        )
+        plan, labels = arm.plan, self.model.backbone.condition.in_turn(num, first)
+        options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale, "stats": stats}
+        options |= {"seed": seed, "first_index": first, "batch_size": self.experiment.batch_size}
+        return sample(arm.model or self.model, labels, plan=plan, **options)
 
     def _rows(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> list[dict[str, object]]:
         """Score the batches of one arm in one block; return a row of runs.csv for each extractor."""
@@ -182,18 +172,17 @@ class Comparison:
             cond = arm.decided.mean_depth.mean().item()
             uncond, share = cond * plan.guided, cond / plan.num_blocks
         figures = {
+            **{name: getattr(arm, name) for name in ("family", "budget", "variant", "settings", "predicted_ms")},
+            **{name: getattr(experiment, name) for name in ("num_images", "batch_size")},
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
             "model": self.model.identity.backbone,
             "arm": arm.name,
-            "family": arm.family,
             "solver": plan.solver,
             "steps": plan.num_steps,
-            "budget": arm.budget,
-            "cfg_scale": experiment.cfg_scale,
+            "cfg_scale": plan.cfg_scale,
             "block": block,
             "seed": block,
-            "num_images": experiment.num_images,
             "share_of_blocks": share,
             "mean_depth_cond": cond,
             "mean_depth_uncond": uncond,
@@ -201,26 +190,18 @@ class Comparison:
             "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
             "role": "score",
             "plan": "" if arm.variant else arm.plan_file,
-            "variant": arm.variant,
-            "settings": arm.settings,
             "macs": macs,
-            "predicted_ms": arm.predicted_ms,
             "compiled": "eager",
             "dtype": "bf16 autocast" if experiment.precision == "bf16" else str(parameter.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "batch_size": experiment.batch_size,
         }
-        return [
-            dict.fromkeys(COLUMNS)
-            | figures
-            | {
-                "extractor": real.extractor.name,
-                "metric": real.extractor.metric_name,
-                "predicted_fd": arm.predicted_fd if real is self.references[0] else None,
-            }
-            | {k: v for k, v in score(pictures, real, experiment.metrics).items() if k in COLUMNS}
-            for real in self.references
-        ]
+        rows = []
+        for real in self.references:
+            row = figures | {"extractor": real.extractor.name, "metric": real.extractor.metric_name}
+            row["predicted_fd"] = arm.predicted_fd if real is self.references[0] else None
+            scores = score(pictures, real, experiment.metrics)
+            rows.append(dict.fromkeys(COLUMNS) | row | {k: v for k, v in scores.items() if k in COLUMNS})
+        return rows
 
 
 def in_turn(arms: list[Arm], block: int, batch: int) -> list[Arm]:

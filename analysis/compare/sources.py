@@ -1,9 +1,9 @@
-"""Make the arms: full depth, searched plans and controls, chosen step counts, peers, variants, confidence.
+"""Make the arms: full depth, guidance, searched plans and controls, chosen step counts, peers, variants, confidence.
 
 To add a kind of arm, write a class with one method and add it to `SOURCES`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -12,6 +12,7 @@ import pandas as pd
 from dyndit.analysis.compare.arms import Arm, Source
 from dyndit.analysis.compare.context import Context, model_with_exits
 from dyndit.analysis.compare.experiment import Variant
+from dyndit.analysis.compare.guidance import Guided
 from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
@@ -26,22 +27,18 @@ from dyndit.sampling.sample import unguided
 from dyndit.sampling.solvers import timesteps_of
 
 
-@dataclass(frozen=True)
 class FullDepth:
     """Full depth at every step count, with guidance and without guidance."""
 
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`."""
         experiment = context.experiment
-        solvers = (*experiment.solvers, *experiment.full_solvers)
-        points = experiment.full_points or product(solvers, experiment.full_steps)
-        plans = [context.full(*point) for point in points]
+        plans = [context.full(*point) for point in experiment.full_depth_points]
         points = experiment.unguided_points or product(experiment.solvers, experiment.unguided_steps)
         plans += [replace(unguided(context.full(*point)), router="unguided") for point in points]
         return [Arm(plan.router, plan, predicted_ms=context.predicted_ms(plan)) for plan in plans]
 
 
-@dataclass(frozen=True)
 class Searched:
     """Plans searched at every point and budget, and their controls."""
 
@@ -82,20 +79,14 @@ class Searched:
         plans = [constant(full, depths, depth), reversed_plan(searched)]
         plans += [shuffled(searched, seed) for seed in range(controls.num_shuffled)]
         plans += _ramps_within(context, full, depths, budget)
-        return [
-            Arm(
-                plan.router,
-                plan,
-                budget,
-                plan.settings_text,
-                predicted_fd=predictor.predict(plan),
-                predicted_ms=context.predicted_ms(plan),
-            )
-            for plan in plans
-        ]
+
+        def arm(plan: DepthPlan) -> Arm:
+            predicted = {"predicted_fd": predictor.predict(plan), "predicted_ms": context.predicted_ms(plan)}
+            return Arm(plan.router, plan, budget, plan.settings_text, **predicted)
+
+        return list(map(arm, plans))
 
 
-@dataclass(frozen=True)
 class Chosen:
     """Plans with a chosen step count, for a share of full depth's time at the reference steps."""
 
@@ -108,15 +99,13 @@ class Chosen:
                 plan = context.read_plan(name)
             else:
                 goal = LatencyBudget(share, experiment.latency_reference_steps)
-                plan = goal.choose(
-                    context.with_bases(solver), solver, partial(timesteps_of, solver, process=context.model.process)
-                )
+                timesteps = partial(timesteps_of, solver, process=context.model.process)
+                plan = goal.choose(context.with_bases(solver), solver, timesteps)
                 plan.save(context.out / name)
             arms.append(_searched_arm(context, "chosen", share, plan, name))
         return arms
 
 
-@dataclass(frozen=True)
 class Peers:
     """The alternatives to dynamic depth. A peer's trained weights are kept in `out/peers` and reused."""
 
@@ -134,7 +123,6 @@ class Peers:
         return arms
 
 
-@dataclass(frozen=True)
 class Variants:
     """Plans made with other settings. Each variant keeps its exits, table and plans in `out/variants`."""
 
@@ -164,7 +152,6 @@ class Variants:
         return [replace(arm, model=own.model, variant=variant.name) for arm in arms]
 
 
-@dataclass(frozen=True)
 class Confidence:
     """The confidence router. Its thresholds and its decisions at every step are written to `out`."""
 
@@ -175,13 +162,8 @@ class Confidence:
         if settings is None:
             return arms
         context.console.print("calibrating the confidence router")
-        signals = record_signals(
-            context.model,
-            solver=experiment.calibration_solver,
-            num_steps=experiment.calibration_steps,
-            cfg_scale=experiment.cfg_scale,
-            settings=settings,
-        )
+        point = {"solver": experiment.calibration_solver, "num_steps": experiment.calibration_steps}
+        signals = record_signals(context.model, cfg_scale=experiment.cfg_scale, settings=settings, **point)
         for target in settings.targets:
             thresholds = signals.thresholds(target, settings.num_bands)
             thresholds.save(context.out / f"thresholds-e{target:g}.json")
@@ -196,7 +178,7 @@ class Confidence:
         return arms
 
 
-SOURCES: tuple[Source, ...] = (FullDepth(), Searched(), Chosen(), Peers(), Variants(), Confidence())
+SOURCES: tuple[Source, ...] = (FullDepth(), Guided(), Searched(), Chosen(), Peers(), Variants(), Confidence())
 """Every source, in the order that makes the arms."""
 
 

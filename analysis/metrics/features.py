@@ -12,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.sets import PictureSet, Statistics
-from dyndit.errors import InputError
-from dyndit.files import sweep, write_safetensors
+from dyndit.errors import CheckpointError, InputError
+from dyndit.files import read_safetensors, sweep, write_safetensors
 from dyndit.pictures import as_rgb
 from dyndit.stats import Moments, moments
 
@@ -59,10 +58,7 @@ class Measured:
 
     @cached_property
     def statistics(self) -> Statistics | None:
-        """Return the given statistics if they are this extractor's, else None: pictures must be computed.
-
-        Raises InputError: only statistics of another extractor were given.
-        """
+        """Return the given statistics; None if of another extractor. Raises InputError: so, and without pictures."""
         found = self.given.statistics
         if found is None:
             return None
@@ -153,14 +149,13 @@ def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:
 
 def _read(path: Path | None, names: tuple[str, ...]) -> dict[str, Tensor] | None:
     """Read tensors as float64; None if the file is missing or damaged."""
-    if path is None or not path.is_file():
+    if path is None:
         return None
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
-            whole = file.metadata()["hash"] == _hash(tensors)
-    except (OSError, SafetensorError, KeyError, TypeError):
+        tensors, metadata = read_safetensors(path)
+    except CheckpointError:
         return None
+    whole = tensors.keys() == set(names) and metadata.get("hash") == _hash(tensors)
     return {k: v.double() for k, v in tensors.items()} if whole else None
 
 

@@ -42,6 +42,8 @@ class Macs:
     blocks: tuple[int, ...]
     leave: dict[int, int]
     """Counts of the exit head by depth; at full depth, of the model's own head."""
+    tokens: int = 0
+    """Length of the sequence that the blocks run on."""
 
     def branch(self, depth: int) -> int:
         """Count one branch of one picture up to `depth` blocks."""
@@ -53,13 +55,7 @@ class Macs:
         return self.branch(len(self.blocks))
 
     def plan(self, plan: DepthPlan) -> int:
-        """Count the denoiser over a whole sampling of one picture.
-
-        At every step count both branches up to their depth, and the exit heads for guidance and later forecasts.
-
-        Raises:
-            InputError: the plan leaves at a depth without an exit.
-        """
+        """Count the denoiser over a sampling of one picture. Raises InputError: a depth of the plan has no exit."""
         if missing := [depth for step in plan.steps for depth in step.exits if depth not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
         return sum(n * self.work(work) for n, work in zip(plan.calls_by_step, plan.works, strict=True))
@@ -72,15 +68,12 @@ class Macs:
 def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
     """Count the parts of a model on fake tensors, without computing them.
 
-    inputs: a call of one row, for families that take more than labels (prompt embeddings); None: an example.
-
-    Raises:
-        InputError: `inputs` have several rows.
+    inputs: a call of one row; None: an example. Raises InputError: `inputs` have several rows.
     """
     if inputs is not None and len(inputs) != 1:
         raise InputError(f"inputs: {len(inputs)} rows, expected 1")
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        given = _one_row(model) if inputs is None else _faked(inputs, fake)
+        given = model.backbone.example(1).to(next(model.parameters())) if inputs is None else _faked(inputs, fake)
         states = []
 
         def embed() -> None:
@@ -91,15 +84,11 @@ def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
             blocks.append(count_macs(lambda index=index: states.append(model.backbone.block(index, states[-1]))))
             if index + 1 in model.depths:
                 leave[index + 1] = count_macs(lambda depth=index + 1: model.leave(states[-1], depth))
-    return Macs(embedding, tuple(blocks), leave)
+    return Macs(embedding, tuple(blocks), leave, states[0].tokens.shape[1])
 
 
 def plan_macs(model: DynamicDepth, plan: DepthPlan) -> int:
-    """Count the denoiser's multiply-accumulates over one sampling of one picture under a plan.
-
-    For many plans count the model once: `model_macs(model).plan(plan)`. For a model that does not follow its plan
-    (such as a cache) use `sampling_macs`.
-    """
+    """Count `Macs.plan` of a model. A model that does not follow its plan, such as a cache, needs `sampling_macs`."""
     return model_macs(model).plan(plan)
 
 
@@ -112,11 +101,6 @@ def sampling_macs(model: DynamicDepth, plan: DepthPlan, *, label: int = 0, seed:
 def full_macs(model: DynamicDepth) -> int:
     """Count one forward at full depth for one picture in MACs (DiT-XL/2, 256 px: 118.6 G)."""
     return model_macs(model).full
-
-
-def _one_row(model: DynamicDepth) -> Inputs:
-    """Make an example call of one row, inside the fake mode."""
-    return model.backbone.example(1).to(next(model.parameters()))
 
 
 def _faked(inputs: Inputs, fake: FakeTensorMode) -> Inputs:

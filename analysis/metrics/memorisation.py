@@ -20,10 +20,7 @@ MIN_HELD_OUT = 100  # fewer have no 1st percentile
 
 @dataclass(frozen=True)
 class Memorisation:
-    """share: of samples closer than `threshold`; without memorising 0.01. threshold: 1st held-out percentile.
-
-    median_sample, median_held_out: median distances to the nearest training picture.
-    """
+    """share: of samples closer than `threshold`, the 1st held-out percentile. median_*: of the nearest distances."""
 
     share: Interval
     threshold: float
@@ -39,10 +36,7 @@ def nearest_distances(features: Tensor, others: Tensor, chunk: int = 1024) -> Te
 
 
 def check_memorisation(samples: Tensor, train: Tensor, held_out: Tensor, confidence: float = 0.95) -> Memorisation:
-    """Compare features, (N, D) each. The order of rows does not matter.
-
-    Raises InputError: the held-out pictures are too few for a 1st percentile, or include training pictures.
-    """
+    """Compare features, (N, D) each. Raises InputError: too few held-out pictures, or training pictures among them."""
     if len(held_out) < MIN_HELD_OUT:
         raise InputError(f"--held-out: {len(held_out)} pictures, expected at least {MIN_HELD_OUT}")
     theirs = nearest_distances(held_out, train).sort().values

@@ -93,9 +93,8 @@ class Lpips(nn.Module):
             state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
             model.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
         except (OSError, RuntimeError, EOFError, AttributeError, SafetensorError, UnpicklingError) as error:
-            raise CheckpointError(
-                f"--lpips-weights {path}: {first_line(error)}; expected VGG16 and five lin"
-            ) from error
+            found = first_line(error)
+            raise CheckpointError(f"--lpips-weights {path}: {found}; expected VGG16 and five lin") from error
         return model
 
     @torch.inference_mode()
@@ -138,10 +137,7 @@ def _spread(values: Tensor, worse: float = 0.05) -> Spread:
 
 
 def check_same_seeds(samples: Path, full: Path) -> None:
-    """Refuse two folders of `dyndit sample` with different settings. Other folders pass.
-
-    Raises InputError: a setting of PAIRED_SETTINGS differs.
-    """
+    """Raise InputError if two folders of `dyndit sample` differ in PAIRED_SETTINGS. Other folders pass."""
     ours, theirs = (_settings(Path(path)) for path in (samples, full))
     if ours is None or theirs is None:
         return

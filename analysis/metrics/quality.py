@@ -121,10 +121,8 @@ def evaluate(
 
     Beyond rounding no figure depends on batches or on the order of pictures; only paired pairs pictures by position.
     Compare fd at equal N only: a Gaussian of 256 features scores 37 against itself at N = 500, 3.7 at 5,000.
-
-    Raises:
-        InputError: no more pictures than features, or an unfinished folder of `dyndit sample`, unless `force` is set
-            (which sets "forced"). An unknown metric, a missing set, or pictures that do not fit.
+    Raises InputError: no more pictures than features, or an unfinished folder of `dyndit sample`, unless `force` is set
+    (which sets "forced"). An unknown metric, a missing set, or pictures that do not fit.
     """
     _check_names(metrics, held_out, full)
     sources = {"samples": samples, "reference": reference, "train": train, "held_out": held_out, "full": full}
@@ -212,11 +210,10 @@ def _too_few(sets: Mapping[str, PictureSet], extractor: Extractor, metrics: Sequ
             if num is None or num > factor * dims:
                 continue
             if not force:
-                raise InputError(
-                    f"{name}: {num} pictures, expected more than {'' if factor == 1 else f'{factor} times '}the {dims} "
-                    f"{'' if output == 'features' else 'spatial '}features of {extractor.name} (--force computes it "
-                    "all the same)"
-                )
+                least = f"{'' if factor == 1 else f'{factor} times '}the {dims}"
+                kind = "features" if output == "features" else "spatial features"
+                expected = f"expected more than {least} {kind} of {extractor.name} (--force computes it all the same)"
+                raise InputError(f"{name}: {num} pictures, {expected}")
             found = True
     return found
 

@@ -57,11 +57,9 @@ class PictureSet:
 
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
         """Yield the pictures in order, uint8 (B, 1 or 3, H, W). Files are read one batch at a time."""
-        return (
-            self.source.batches(batch_size)
-            if isinstance(self.source, PictureFiles)
-            else iter(self.source.split(batch_size))
-        )
+        if isinstance(self.source, PictureFiles):
+            return self.source.batches(batch_size)
+        return iter(self.source.split(batch_size))
 
 
 def read_set(source: Path | Tensor, name: str) -> PictureSet:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from dyndit.analysis.report.frontier import MISSING
 from dyndit.analysis.report.runs import GROUP, scored_rows
 from dyndit.stats import Interval, bootstrap_interval, paired_interval
 
-MISSING = Interval(math.nan, math.nan, math.nan)
 BASES = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
 
 
@@ -126,15 +126,11 @@ def winners(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _winner(arms: Arms, budget: float) -> dict[str, object]:
     families = {name: arms.of(name) for name in dict.fromkeys(arms.families)}
-    best = {}
-    for name, family in families.items():
-        means = family.fds.mean(axis=1)
-        best[name] = (family.names[int(means.argmin())], float(means.min()))
+    means = {name: family.fds.mean(axis=1) for name, family in families.items()}
+    best = {name: (families[name].names[int(fds.argmin())], float(fds.min())) for name, fds in means.items()}
     ranked = sorted(best, key=lambda name: best[name][1])
     chosen = {name: _cross_fitted(family.fds) for name, family in families.items()}
-    margin = MISSING
-    if len(ranked) > 1:
-        margin = paired_interval(chosen[ranked[1]], chosen[ranked[0]])
+    margin = MISSING if len(ranked) < 2 else paired_interval(chosen[ranked[1]], chosen[ranked[0]])
     against = {}
     if "searched" in chosen:
         against = {name: paired_interval(fd, chosen["searched"]) for name, fd in chosen.items() if name != "searched"}

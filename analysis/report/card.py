@@ -15,12 +15,7 @@ MOST_PLANS = 12
 
 
 def card_extras(folder: Path) -> CardExtras:
-    """Draw the plans of a native folder, and write its runs.csv as tables.
-
-    Raises:
-        InputError: runs.csv is damaged.
-        CheckpointError: a plan cannot be read.
-    """
+    """Draw the plans of a native folder, and write its runs.csv as tables. Raises InputError: a file is damaged."""
     return CardExtras(_picture(folder), _measured(folder))
 
 

@@ -152,17 +152,14 @@ def time_figure(runs: pd.DataFrame) -> Figure | None:
     runs: of one machine; times are medians over seed blocks. An arm without a denoiser time has one bar. Return None if
     no arm has a denoiser time.
     """
-    scored = runs[(runs["role"] == "score")]
-    arms = scored.groupby("arm", sort=False)[["ms_per_picture", "ms_denoiser"]].median()
+    arms = runs[runs["role"] == "score"].groupby("arm", sort=False)[["ms_per_picture", "ms_denoiser"]].median()
     if arms["ms_denoiser"].isna().all():
         return None
-    denoiser = arms["ms_denoiser"].fillna(0.0)
-    known = arms["ms_denoiser"].notna()
-    places = np.arange(len(arms))
+    denoiser, known = arms["ms_denoiser"].fillna(0.0), arms["ms_denoiser"].notna()
+    rest, places = arms["ms_per_picture"] - denoiser, np.arange(len(arms))
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = panels(1, 1, 7.5, 0.165 * len(arms) + 1.0)
         axis.barh(places, denoiser, 0.72, color=COLOURS[1], label="denoiser")
-        rest = arms["ms_per_picture"] - denoiser
         axis.barh(places[known], rest[known], 0.72, left=denoiser[known], color=COLOURS[4], label="rest")
         if (~known).any():
             axis.barh(places[~known], rest[~known], 0.72, color=FAINT, label="not split")

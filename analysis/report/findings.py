@@ -1,7 +1,6 @@
 """Write the findings of a report, a sentence each, from the frames behind its tables."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +81,7 @@ def control_findings(runs: pd.DataFrame) -> list[str]:
 
     Variants have their own table (`tables.against_searched_table`).
     """
-    found = []
-    table = against_controls(runs)
+    found, table = [], against_controls(runs)
     if table.empty:
         return found
     for (solver, steps, budget, family), rows in table.groupby(["solver", "steps", "budget", "family"], sort=False):
@@ -115,8 +113,8 @@ def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
     for (solver, steps), group in scored.groupby(["solver", "steps"], sort=False):
         plans = [plan.depths for name in group["plan"].unique() if (plan := read_plan(folder, name))]
         if plans and steps >= 3:
-            thirds = [np.mean([np.mean(part) for part in parts]) for parts in zip(*map(_thirds, plans), strict=True)]
-            depths = ", ".join(f"{depth:.1f}" for depth in thirds)
+            parts = zip(*(np.array_split(depths, 3) for depths in plans), strict=True)
+            depths = ", ".join(f"{np.mean([np.mean(part) for part in third]):.1f}" for third in parts)
             found.append(
                 f"{solver}, {int(steps)} steps: mean conditional depth over {len(plans)} searched plans in the "
                 f"noisiest, middle and last third of the steps: {depths}."
@@ -135,11 +133,8 @@ def budget_findings(runs: pd.DataFrame) -> list[str]:
     found = [f"Best within a budget of time, of {len(table)} budgets: {', '.join(parts)}."]
     if not table["against_searched"].map(bool).any():
         return found
-    beaten: dict[str, list[float]] = {}
-    for budget, families in zip(table["budget_ms"], table["beats_searched"], strict=True):
-        for family in families:
-            beaten.setdefault(family, []).append(budget)
-    text = "; ".join(f"{family} (within {', '.join(f'{b:g}' for b in ms)} ms)" for family, ms in beaten.items())
+    beaten = table.explode("beats_searched").groupby("beats_searched", sort=False)["budget_ms"]
+    text = "; ".join(f"{family} (within {', '.join(f'{b:g}' for b in ms)} ms)" for family, ms in beaten)
     slow = table.loc[~table["against_searched"].map(bool), "budget_ms"]
     within = f"; no searched plan is as fast as {', '.join(f'{b:g}' for b in slow)} ms" if len(slow) else ""
     found.append(
@@ -155,7 +150,3 @@ def read_plan(folder: Path, name: str) -> DepthPlan | None:
         if name and path.is_file():
             return DepthPlan.load(path)
     return None
-
-
-def _thirds(depths: Sequence[int]) -> list[np.ndarray]:
-    return np.array_split(np.asarray(depths), 3)

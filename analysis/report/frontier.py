@@ -1,9 +1,8 @@
 """Compare quality and time of every arm with full depth.
 
-`summary` turns the rows of `runs.csv` (`dyndit.analysis.report.runs`) into one row per arm. The reference is full depth
-with the same solver: at the same number of steps (paired by seed block), and at equal quality or equal time on the
-frontier. The frontier is interpolated piecewise linearly in log time. Times are medians over the blocks of an arm, as
-times vary less than FD. Every comparison of FD is made block by block, then summarised as an interval.
+The reference is full depth with the same solver: at the same number of steps (paired by seed block), and at equal
+quality or equal time on the frontier, which is piecewise linear in log time. Times are medians over the blocks of an
+arm, as times vary less than FD. Every comparison of FD is made block by block, then summarised as an interval.
 """
 
 import math
@@ -14,12 +13,14 @@ import pandas as pd
 from dyndit.analysis.report.runs import GROUP, QUALITY, scored_rows
 from dyndit.stats import Interval, non_inferior, paired_interval
 
+LABELS = ("arm", "family", "solver", "steps", "budget", "variant", "settings")
+MISSING = Interval(math.nan, math.nan, math.nan)
+
 
 def time_at_fd(times: np.ndarray, fds: np.ndarray, fd: float) -> float:
     """Return the shortest time of a frontier at this FD; NaN outside the measured range.
 
-    times: (K,) rising, fds: (K,). Piecewise linear in log time. If the frontier crosses the FD more than once, the
-    first crossing counts, in favour of full depth.
+    times: (K,) rising, fds: (K,). Of several crossings the first counts, in favour of full depth.
     """
     if fds[0] <= fd:  # already better at the fastest point; faster points are not measured
         return float(times[0]) if fds[0] == fd else math.nan
@@ -62,24 +63,17 @@ def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
     An Interval is NaN, with a note, if any block's full-depth frontier does not cover it: an interval over the covered
     blocks alone would be biased.
     """
-    scored = scored_rows(runs)
-    rows = [
-        _summarise_arm(arm, group, margin)
-        for _, group in scored.groupby(GROUP, sort=False)
-        for _, arm in group.groupby("arm", sort=False)
-    ]
-    return pd.DataFrame(rows)
+    groups = [group for _, group in scored_rows(runs).groupby(GROUP, sort=False)]
+    arms = [(arm, group) for group in groups for _, arm in group.groupby("arm", sort=False)]
+    return pd.DataFrame([_summarise_arm(arm, group, margin) for arm, group in arms])
 
 
 def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dict[str, object]:
     """Return the row of `summary` for the rows of one arm; group: all rows comparable with it."""
     arm = arm.set_index("block").sort_index()
     first = arm.iloc[0]
-    row: dict[str, object] = {
-        name: first[name] for name in (*GROUP, "arm", "family", "solver", "steps", "budget", "variant", "settings")
-    }
-    row["steps"] = int(first["steps"])
-    row["blocks"] = len(arm)
+    row: dict[str, object] = {name: first[name] for name in (*GROUP, *LABELS)}
+    row |= {"steps": int(first["steps"]), "blocks": len(arm)}
     row |= {k: arm[k].mean() for k in ("share_of_blocks", "mean_depth_cond", "mean_depth_uncond")}
     ms = arm["ms_per_picture"]
     row |= {"ms": ms.median(), "ms_q25": ms.quantile(0.25), "ms_q75": ms.quantile(0.75)}
@@ -91,11 +85,10 @@ def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dic
 
 def _against_same_steps(arm: pd.DataFrame, full: pd.DataFrame, margin: float) -> dict[str, object]:
     """Compare with full depth at the same number of steps, in the shared blocks."""
-    nothing = {"time_saved": math.nan, "fd_diff": Interval(math.nan, math.nan, math.nan), "unchanged": None}
     same = full[full["steps"] == arm["steps"].iloc[0]].set_index("block")
     blocks = arm.index.intersection(same.index)
     if arm["family"].iloc[0] == "full" or blocks.empty:
-        return nothing
+        return {"time_saved": math.nan, "fd_diff": MISSING, "unchanged": None}
     ours, theirs = arm.loc[blocks], same.loc[blocks]
     difference = paired_interval(ours["fd"], theirs["fd"])
     return {
@@ -107,15 +100,8 @@ def _against_same_steps(arm: pd.DataFrame, full: pd.DataFrame, margin: float) ->
 
 def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object]:
     """Compare with full depth at equal FD and at equal time, block by block."""
-    missing = Interval(math.nan, math.nan, math.nan)
-    row = {
-        "time_saved_equal_fd": missing,
-        "time_saved_at_least": math.nan,
-        "fd_diff_equal_time": missing,
-        "better": False,
-        "worse": False,
-        "note": "",
-    }
+    row = {"time_saved_equal_fd": MISSING, "time_saved_at_least": math.nan, "fd_diff_equal_time": MISSING}
+    row |= {"better": False, "worse": False, "note": ""}
     if arm["family"].iloc[0] == "full":
         return row
     times = full.groupby("steps")["ms_per_picture"].median().sort_values()
@@ -135,9 +121,8 @@ def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object
         above = sum(fd > line[0] for line, fd in zip(frontiers, fds, strict=True))
         if not above:
             longest = float(times.iloc[-1])
-            row["time_saved_at_least"] = float(
-                np.mean([1 - ms / (t if math.isfinite(t) else longest) for t in equal_fd])
-            )
+            least = [1 - ms / (t if math.isfinite(t) else longest) for t in equal_fd]
+            row["time_saved_at_least"] = float(np.mean(least))
         where = "above the fastest" if above else "below the best"
         notes.append(f"FD {where} full-depth arm in {sum(map(math.isnan, equal_fd))} of {len(blocks)} blocks")
     equal_time = [fd_at_time(times.to_numpy(), line, ms) for line in frontiers]
@@ -155,9 +140,8 @@ def against_unguided(runs: pd.DataFrame) -> pd.DataFrame:
     One row per searched arm within the times of the sweep: solver, arm, fd_diff (Interval, paired by block), better,
     worse.
     """
-    scored = scored_rows(runs)
     rows = []
-    for _, group in scored.groupby([*GROUP, "solver"], sort=False):
+    for _, group in scored_rows(runs).groupby([*GROUP, "solver"], sort=False):
         sweep = group[group["family"] == "unguided"]
         for name, arm in group[group["family"] == "searched"].groupby("arm", sort=False):
             found = _against_frontier(arm.set_index("block").sort_index(), sweep)
@@ -177,7 +161,7 @@ def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
     scored = scored_rows(runs)
     scored = scored[scored["family"] != "full"]
     rows = []
-    for key, group in scored.groupby([*GROUP, "solver", "steps", "budget"], sort=False):
+    for (*_, solver, steps, budget), group in scored.groupby([*GROUP, "solver", "steps", "budget"], sort=False):
         searched = group[group["family"] == "searched"].set_index("block").sort_index()
         for control, theirs in group[group["family"] != "searched"].groupby("arm", sort=False):
             theirs = theirs.set_index("block").sort_index()
@@ -186,18 +170,10 @@ def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
                 continue
             ours, others = searched.loc[blocks], theirs.loc[blocks]
             difference = paired_interval(ours["fd"], others["fd"])
-            rows.append(
-                dict(zip(("solver", "steps", "budget"), key[-3:], strict=True))
-                | {
-                    "searched": ours["arm"].iloc[0],
-                    "control": control,
-                    "family": others["family"].iloc[0],
-                    "variant": others["variant"].iloc[0],
-                    "time_ratio": float((ours["ms_per_picture"] / others["ms_per_picture"]).median()),
-                    "fd_control": float(others["fd"].mean()),
-                    "fd_diff": difference,
-                    "better": difference.high < 0,
-                    "worse": difference.low > 0,
-                }
-            )
+            row = {"solver": solver, "steps": steps, "budget": budget}
+            row |= {"searched": ours["arm"].iloc[0], "control": control}
+            row |= {name: others[name].iloc[0] for name in ("family", "variant")}
+            row["time_ratio"] = float((ours["ms_per_picture"] / others["ms_per_picture"]).median())
+            row |= {"fd_control": float(others["fd"].mean()), "fd_diff": difference}
+            rows.append(row | {"better": difference.high < 0, "worse": difference.low > 0})
     return pd.DataFrame(rows)

@@ -83,11 +83,10 @@ def sortable(table: Table, headed: bool = True) -> str:
         for name in table.columns
     )
     kinds = table.kinds or ("",) * len(table.rows)
-    lines = []
-    for row, kind in zip(table.rows, kinds, strict=True):
-        cells = "".join(map(_cell, row, table.columns))
-        lines.append(f'<tr class="{html.escape(kind)}">{cells}</tr>')
-    body = "\n".join(lines)
+    body = "\n".join(
+        f'<tr class="{html.escape(kind)}">{"".join(map(_cell, row, table.columns))}</tr>'
+        for row, kind in zip(table.rows, kinds, strict=True)
+    )
     return (
         (f"<h3>{html.escape(table.name.capitalize())}</h3>" if headed else "")
         + f'<p class="caption">{html.escape(table.caption)}</p>'

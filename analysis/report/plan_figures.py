@@ -112,12 +112,8 @@ def plan_map_figure(plans: Mapping[str, DepthPlan]) -> Figure:
                 words_of = [[_word(step, branch) for step in plan.steps] for plan in group.values()]
                 image = axis.pcolormesh(table, vmin=0, vmax=most, cmap="cividis", edgecolors="white", linewidth=0.3)
                 axis.set_title(f"{title}, {table.shape[1]} steps", fontsize=9)
-                style = {
-                    "fontsize": 5.5,
-                    "ha": "center",
-                    "va": "center",
-                    "color": "white" if branch == "cond" else "black",
-                }
+                style = {"fontsize": 5.5, "ha": "center", "va": "center"}
+                style["color"] = "white" if branch == "cond" else "black"
                 for row, column in np.argwhere(np.array(words_of) != "") if count <= MOST_WORDS else ():
                     axis.text(column + 0.5, row + 0.5, words_of[row][column], **style)
                     words.add(words_of[row][column])

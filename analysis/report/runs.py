@@ -75,9 +75,7 @@ def read_runs(path: Path) -> pd.DataFrame:
     """Read the runs of a CSV or Parquet file, or of a folder with runs.csv or runs.parquet.
 
     The columns of COLUMNS come first, then other columns of the file. Parquet needs pyarrow.
-
-    Raises:
-        InputError: the file or a column is missing, a value is not a number, or an arm was measured twice.
+    Raises InputError: the file or a column is missing, a value is not a number, or an arm was measured twice.
     """
     file = runs_file(path)
     runs = _read_table(file)
@@ -148,9 +146,7 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
     """Add rows to a runs.csv; create the file if it is missing. A kill at any moment leaves the old or the new file.
 
     rows: each has a value for each of COLUMNS; None and NaN are written as empty.
-
-    Raises:
-        InputError: a row or the file has an unknown column, or lacks a column.
+    Raises InputError: a row or the file has an unknown column, or lacks a column.
     """
     path = Path(path)
     for row in rows:
@@ -178,49 +174,34 @@ def arm_name(family: str, solver: str, steps: int | str, budget: float | None, s
 
 
 def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> dict[str, object]:
-    """Make a row of runs.csv from a folder of `dyndit sample` and the figures of `evaluate`.
-
-    Raises:
-        InputError: the folder has no manifest of `dyndit sample`, or the figures lack the Fréchet distance.
-    """
+    """Make a row from a folder of `dyndit sample` and figures of `evaluate`. Raises InputError: one lacks a part."""
     path = Path(samples) / MANIFEST
     try:
         manifest = read_json(path)
         settings, plan = manifest["settings"], manifest["plan"]
         full = plan["router"] == "full"
         return dict.fromkeys(COLUMNS) | {
+            **{name: settings[name] for name in ("model", "solver", "steps", "cfg_scale", "num_images")},
+            **{name: plan[name] for name in ("share_of_blocks", "predicted_fd", "settings")},
+            **{name: manifest[name] for name in ("machine", "ms_per_picture", "ms_denoiser")},
+            **{name: figures[name] for name in ("extractor", "fd")},
+            **{name: figures.get(name) for name in QUALITY},
             "run": run,
-            "machine": manifest["machine"],
-            "extractor": figures["extractor"],
             "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # its own group
-            "model": settings["model"],
             "arm": arm_name(plan["router"], settings["solver"], settings["steps"], plan["budget"], plan["settings"]),
             "family": plan["router"],
-            "solver": settings["solver"],
-            "steps": settings["steps"],
             "budget": None if full else plan["budget"],
-            "cfg_scale": settings["cfg_scale"],
             "block": settings["seed"],
             "seed": settings["seed"],
-            "num_images": settings["num_images"],
-            "share_of_blocks": plan["share_of_blocks"],
             "mean_depth_cond": plan["mean_depth"][0],
             "mean_depth_uncond": plan["mean_depth"][1],
-            "ms_per_picture": manifest["ms_per_picture"],
-            "ms_denoiser": manifest["ms_denoiser"],
-            "fd": figures["fd"],
-            "predicted_fd": plan["predicted_fd"],
             "role": "score",
             "plan": "",
             "variant": "",
-            "settings": plan["settings"],
-            **{name: figures.get(name) for name in QUALITY},
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--out {run}: {path} and the metrics lack {error}; expected samples of `dyndit sample`, and fd among "
-            "the metrics"
-        ) from error
+        expected = "samples of `dyndit sample`, and fd among the metrics"
+        raise InputError(f"--out {run}: {path} and the metrics lack {error}; expected {expected}") from error
 
 
 def measured(path: Path, role: str = "score") -> set[tuple[str, int]]:

@@ -4,8 +4,9 @@ Markdown, HTML (`page`), the terminal and report.json all print the same table.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,20 +46,34 @@ TEXT_COLUMNS = ("arm", "solver", "note", "family", "winner", "run", "machine", "
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the tables. show: gives the text of a row. rank: gives its sort key."""
+    """A column of a table."""
 
     title: str
-    show: Callable[[pd.Series], str]
-    rank: Callable[[pd.Series], float | str]
-    key: str = ""
-    """The summary's column of the numbers; "": no numbers."""
+    value: str | Callable[[pd.Series], Any]
+    """The frame's column of the values, or how to compute a value from a row: a number, an Interval, text; None."""
+    show: Callable[[Any], str] = str
+    text: Callable[[pd.Series], str] | None = None
+    """Text of a row, if the value alone does not say it."""
+    rank: Callable[[pd.Series], float] | None = None
+    """Sort key of a row, if it is not the number as a float."""
 
-    def numbers(self, row: pd.Series) -> tuple[float, ...]:
-        """Return the numbers behind the text of a cell."""
-        value = row[self.key] if self.key else ()
-        if isinstance(value, Interval):
-            return value.mean, value.low, value.high
-        return (float(value),) if isinstance(value, (int, float)) else ()
+    def cell(self, row: pd.Series) -> Cell:
+        """Return the cell of a row of the frame; a dash for None."""
+        value = row[self.value] if isinstance(self.value, str) else self.value(row)
+        if value is None:
+            return Cell("–")
+        text = self.show(value) if self.text is None else self.text(row)
+        if isinstance(value, str):
+            return Cell(text, text)
+        numbers = (value.mean, value.low, value.high) if isinstance(value, Interval) else (float(value),)
+        return Cell(text, numbers[0] if self.rank is None else self.rank(row), numbers)
+
+
+def _filled(name: str, caption: str, derived: str, columns: Sequence[Column], frame: pd.DataFrame) -> Table:
+    """Make a table of a row per row of the frame."""
+    titles, kinds = tuple(column.title for column in columns), tuple(frame.get("family", ()))
+    rows = tuple(tuple(column.cell(row) for column in columns) for _, row in frame.iterrows())
+    return Table(name, caption, derived, titles, rows, kinds)
 
 
 def _number(value: float) -> str:
@@ -92,49 +107,66 @@ def _verdict(value: bool | None) -> str:
     return {None: "–", True: "yes", False: "no"}[value]
 
 
+def _negative(value: Interval) -> Interval:
+    return Interval(-value.mean, -value.high, -value.low)
+
+
+def _work(macs: float) -> str:
+    """Write the denoiser's multiply-accumulates, and its floating-point operations (twice as many)."""
+    return "–" if math.isnan(macs) else f"{_number(macs / 1e9)} ({_number(2 * macs / 1e9)})"
+
+
+def _between(interval: Interval) -> str:
+    """Write `-0.52 [-0.61, -0.43]`; a dash for NaN."""
+    if math.isnan(interval.mean):
+        return "–"
+    limits = "" if math.isnan(interval.low) else f" [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return f"{interval.mean:+.2f}{limits}"
+
+
+def _saved_between(row: pd.Series) -> str:
+    """Write `38% [35%, 41%]`; `≥ 70%` if full depth never reaches this FD."""
+    saved = row["time_saved"]
+    if saved.mean == math.inf:
+        return f"≥ {row['saved_at_least']:.0%}" + ("" if math.isinf(saved.low) else f" [{saved.low:.0%}, beyond]")
+    if not math.isfinite(saved.mean):
+        return "–"
+    limits = ["beyond" if math.isinf(limit) else f"{limit:.0%}" for limit in (saved.low, saved.high)]
+    return f"{saved.mean:.0%}" + ("" if math.isnan(saved.low) else f" [{', '.join(limits)}]")
+
+
+SIGNED = "{:+.2f}".format
+ARM, SOLVER, MS = Column("arm", "arm"), Column("solver", "solver"), Column("ms per picture", "ms", _number)
+
+
 def _columns(frame: pd.DataFrame) -> list[Column]:
-    """Return the columns of the tables; the terminal shows the first eight."""
+    """Return the columns of the arms; the terminal shows the first eight."""
     metric = frame["metric"].iloc[0] if len(frame) and frame["metric"].nunique() == 1 else "FD"
     return [
-        Column("arm", lambda r: r["arm"], lambda r: r["arm"]),
-        Column("solver", lambda r: r["solver"], lambda r: r["solver"]),
-        Column("steps", lambda r: str(r["steps"]), lambda r: r["steps"], "steps"),
-        Column(
-            "share of blocks",
-            lambda r: percent(r["share_of_blocks"]),
-            lambda r: r["share_of_blocks"],
-            "share_of_blocks",
-        ),
-        Column("ms per picture", lambda r: _number(r["ms"]), lambda r: r["ms"], "ms"),
-        Column(f"{metric} ± 95%", lambda r: str(r["fd"]), lambda r: r["fd"].mean, "fd"),
-        Column("time saved vs full depth", lambda r: percent(r["time_saved"]), lambda r: r["time_saved"], "time_saved"),
+        ARM,
+        SOLVER,
+        Column("steps", "steps", rank=lambda r: r["steps"]),
+        Column("share of blocks", "share_of_blocks", percent),
+        MS,
+        Column(f"{metric} ± 95%", "fd"),
+        Column("time saved vs full depth", "time_saved", percent),
         Column(
             "time saved at equal FD",
-            _saved_at_equal_fd,
-            lambda r: np.fmax(r["time_saved_equal_fd"].mean, r["time_saved_at_least"]),
             "time_saved_equal_fd",
+            text=_saved_at_equal_fd,
+            rank=lambda r: np.fmax(r["time_saved_equal_fd"].mean, r["time_saved_at_least"]),
         ),
-        Column("FD − full depth, same steps", lambda r: f"{r['fd_diff']:+.2f}", lambda r: r["fd_diff"].mean, "fd_diff"),
-        Column("quality unchanged", lambda r: _verdict(r["unchanged"]), lambda r: _verdict(r["unchanged"])),
-        Column(
-            "FD − full depth, same time",
-            lambda r: f"{r['fd_diff_equal_time']:+.2f}",
-            lambda r: r["fd_diff_equal_time"].mean,
-            "fd_diff_equal_time",
-        ),
-        Column("KID × 1000", lambda r: _number(1e3 * r["kid"]), lambda r: r["kid"], "kid"),
-        Column("IS", lambda r: _number(r["is"]), lambda r: r["is"], "is"),
-        Column("precision", lambda r: _share(r["precision"]), lambda r: r["precision"], "precision"),
-        Column("recall", lambda r: _share(r["recall"]), lambda r: r["recall"], "recall"),
-        Column("predicted ms", lambda r: _number(r["predicted_ms"]), lambda r: r["predicted_ms"], "predicted_ms"),
-        Column("GMACs (GFLOPs) per picture", _work, lambda r: r["macs"], "macs"),
-        Column("note", lambda r: r["note"], lambda r: r["note"]),
+        Column("FD − full depth, same steps", "fd_diff", SIGNED),
+        Column("quality unchanged", lambda r: _verdict(r["unchanged"])),
+        Column("FD − full depth, same time", "fd_diff_equal_time", SIGNED),
+        Column("KID × 1000", "kid", lambda kid: _number(1e3 * kid)),
+        Column("IS", "is", _number),
+        Column("precision", "precision", _share),
+        Column("recall", "recall", _share),
+        Column("predicted ms", "predicted_ms", _number),
+        Column("GMACs (GFLOPs) per picture", "macs", _work),
+        Column("note", "note"),
     ]
-
-
-def _work(row: pd.Series) -> str:
-    """Write the denoiser's multiply-accumulates, and its floating-point operations (twice as many)."""
-    return "–" if math.isnan(row["macs"]) else f"{_number(row['macs'] / 1e9)} ({_number(2 * row['macs'] / 1e9)})"
 
 
 NUM_TERMINAL, METRIC = 8, 5
@@ -145,10 +177,6 @@ HEADINGS = {
     "time saved vs full depth": "saved\nvs full",
     "time saved at equal FD": "saved at\nequal FD",
 }
-
-
-def _rows(frame: pd.DataFrame) -> Iterator[pd.Series]:
-    return (row for _, row in frame.iterrows())
 
 
 def terminal_table(frame: pd.DataFrame) -> TerminalTable:
@@ -162,11 +190,10 @@ def terminal_table(frame: pd.DataFrame) -> TerminalTable:
         heading = HEADINGS.get(column.title, "FD\n± 95%" if column.title.endswith("± 95%") else column.title)
         # On a narrow terminal the arm's name folds; figures never fold.
         table.add_column(heading, justify="left" if text else "right", no_wrap=column.title != "arm", overflow="fold")
-    for row in _rows(frame):
+    for _, row in frame.iterrows():
         short = arm_name(row["family"], "", "", row["budget"], row["settings"])  # solver and steps have columns here
-        table.add_row(
-            short, *(column.show(row) for column in columns[1:]), style="dim" if row["family"] == "full" else ""
-        )
+        texts = [column.cell(row).text for column in columns[1:]]
+        table.add_row(short, *texts, style="dim" if row["family"] == "full" else "")
     return table
 
 
@@ -187,133 +214,113 @@ def arms_table(frame: pd.DataFrame) -> Table:
     empty = {name for name in QUALITY if frame[name].isna().all()}
     if (frame["note"] == "").all():
         empty.add("note")
-    columns = [column for column in _columns(frame) if (column.key or column.title) not in empty]
-    return Table(
+    return _filled(
         "arms",
         "Every arm that was measured.",
         "frontier.summary of the rows of role score: medians of time, means of FD and paired differences over blocks",
-        tuple(column.title for column in columns),
-        tuple(tuple(Cell(c.show(row), c.rank(row), c.numbers(row)) for c in columns) for row in _rows(frame)),
-        tuple(frame["family"]),
+        [column for column in _columns(frame) if column.value not in empty],
+        frame,
     )
 
 
 def against_full_table(frame: pd.DataFrame) -> Table:
     """Turn the result of `budgets.against_full` into a row per arm except full depth."""
-    return Table(
+    return _filled(
         "against full depth",
         "Against full depth's frontier of the same solver, with bootstrap intervals over seed blocks: FD is averaged "
         "over the blocks before the frontier is read off. Limits that read 'beyond' lie outside full depth's measured "
         "range.",
         "budgets.against_full: block bootstrap of frontiers of mean FD, piecewise linear in log time",
-        ("arm", "solver", "ms per picture", "time saved at equal FD [95%]", "FD − full depth at equal time [95%]"),
-        tuple(
-            (
-                Cell(row["arm"], row["arm"]),
-                Cell(row["solver"], row["solver"]),
-                _cell(_number(row["ms"]), row["ms"]),
-                _interval_cell(_saved_between(row), row["time_saved"]),
-                _interval_cell(_between(row["fd_diff"], "+.2f"), row["fd_diff"]),
-            )
-            for row in _rows(frame)
-        ),
-        tuple(frame["family"]),
+        [
+            ARM,
+            SOLVER,
+            MS,
+            Column("time saved at equal FD [95%]", "time_saved", text=_saved_between),
+            Column("FD − full depth at equal time [95%]", "fd_diff", _between),
+        ],
+        frame,
     )
 
 
 def against_searched_table(frame: pd.DataFrame) -> Table:
     """Turn the result of `frontier.against_controls` into a row per arm with a searched plan's steps and budget."""
-    verdicts = ["worse" if row["better"] else "better" if row["worse"] else "–" for row in _rows(frame)]
-    differences = [Interval(-d.mean, -d.high, -d.low) for d in frame.get("fd_diff", ())]
-    return Table(
+    return _filled(
         "against the searched plan",
         "Every other arm that was made for the same solver, steps and budget of time: fixed schedules, variants, other "
         "routers. Its FD less the searched plan's, paired by block; its time over the searched plan's; better or worse "
         "where the 95% interval excludes 0.",
         "frontier.against_controls: paired differences of FD over blocks, median of the blocks' ratios of time",
-        ("arm", "solver", "steps", "budget", "FD − searched plan ± 95%", "verdict", "time over searched plan's"),
-        tuple(
-            (
-                Cell(row["control"], row["control"]),
-                Cell(row["solver"], row["solver"]),
-                _cell(f"{row['steps']:g}", row["steps"]),
-                _cell(f"{row['budget']:g}", row["budget"]),
-                _interval_cell(f"{difference:+.2f}", difference),
-                Cell(verdict, verdict),
-                _cell(f"{1 / row['time_ratio']:.2f}", 1 / row["time_ratio"]),
-            )
-            for row, difference, verdict in zip(_rows(frame), differences, verdicts, strict=True)
-        ),
-        tuple(frame.get("family", ())),
+        [
+            Column("arm", "control"),
+            SOLVER,
+            Column("steps", "steps", "{:g}".format),
+            Column("budget", "budget", "{:g}".format),
+            Column("FD − searched plan ± 95%", lambda r: _negative(r["fd_diff"]), SIGNED),
+            Column("verdict", lambda r: "worse" if r["better"] else "better" if r["worse"] else "–"),
+            Column("time over searched plan's", lambda r: 1 / r["time_ratio"], "{:.2f}".format),
+        ],
+        frame,
     )
 
 
 def areas_table(frame: pd.DataFrame) -> Table:
     """Turn the result of `budgets.areas` into a row per solver and family."""
-    return Table(
+    return _filled(
         "areas",
         "Area between each family's frontier (best FD within a time) and full depth's of the same solver, over the "
         "log time that both cover; negative: the family is better. Bootstrap over seed blocks, the choice of arms "
         "included.",
         "budgets.areas: block bootstrap of the area between frontiers of mean FD without dominated arms, in log time",
-        ("solver", "family", "arms", "from ms", "to ms", "area, FD · ln ms [95%]", "mean FD difference [95%]"),
-        tuple(
-            (
-                Cell(row["solver"], row["solver"]),
-                Cell(row["family"], row["family"]),
-                _cell(str(row["arms"]), row["arms"]),
-                _cell(_number(row["from_ms"]), row["from_ms"]),
-                _cell(_number(row["to_ms"]), row["to_ms"]),
-                _interval_cell(_between(row["area"], "+.2f"), row["area"]),
-                _interval_cell(_between(row["fd_diff"], "+.2f"), row["fd_diff"]),
-            )
-            for row in _rows(frame)
-        ),
-        tuple(frame["family"]),
+        [
+            SOLVER,
+            Column("family", "family"),
+            Column("arms", "arms"),
+            Column("from ms", "from_ms", _number),
+            Column("to ms", "to_ms", _number),
+            Column("area, FD · ln ms [95%]", "area", _between),
+            Column("mean FD difference [95%]", "fd_diff", _between),
+        ],
+        frame,
     )
 
 
 def winners_table(frame: pd.DataFrame) -> Table:
     """Turn the result of `budgets.winners` into a row per budget of time, a column per family."""
-    families = list(dict.fromkeys(name for best in frame["best"] for name in best))
-    return Table(
+    families = dict.fromkeys(name for best in frame["best"] for name in best)
+    return _filled(
         "winners",
         "The best arm within each budget of time, any solver: a column per family with its best FD. Margins against "
         "the second-best family are cross-fitted (arms picked in the other blocks) and paired by block; clear: the "
         "95% interval lies above 0.",
         "budgets.winners: arms with a median time within the budget, lowest mean FD of each family",
-        ("budget, ms", "winner", "best arm", "margin ± 95%", "clear", *families),
-        tuple(
-            (
-                _cell(f"{row['budget_ms']:g}", row["budget_ms"]),
-                Cell(row["winner"], row["winner"]),
-                Cell(row["arm"], row["arm"]),
-                _interval_cell(f"{row['margin']:+.2f}", row["margin"]),
-                Cell(_verdict(bool(row["clear"])), _verdict(bool(row["clear"]))),
-                *(_best_cell(row["best"].get(family)) for family in families),
-            )
-            for row in _rows(frame)
-        ),
+        [
+            Column("budget, ms", "budget_ms", "{:g}".format),
+            Column("winner", "winner"),
+            Column("best arm", "arm"),
+            Column("margin ± 95%", "margin", SIGNED),
+            Column("clear", lambda r: _verdict(bool(r["clear"]))),
+            *(Column(f, lambda r, f=f: r["best"].get(f, (None, None))[1], "{:.2f}".format) for f in families),
+        ],
+        frame,
     )
 
 
 def settings_table(groups: list[pd.DataFrame]) -> Table:
     """List run, machine and settings of each group.  groups: the raw rows of each."""
-    return Table(
+    counted = [
+        rows.iloc[0].to_dict()
+        | {"settings": settings_of(rows), "arms": rows["arm"].nunique(), "blocks": rows["block"].nunique()}
+        for rows in groups
+    ]
+    return _filled(
         "runs",
         "What was measured where. Nothing is averaged or compared across these rows.",
         "the labels of the raw rows, and how many there are",
-        ("run", "machine", "metric", "settings", "arms", "blocks", "pictures per block"),
-        tuple(
-            (
-                *(Cell(str(rows[name].iloc[0]), str(rows[name].iloc[0])) for name in ("run", "machine", "metric")),
-                Cell(settings_of(rows), settings_of(rows)),
-                _cell(str(rows["arm"].nunique()), rows["arm"].nunique()),
-                _cell(str(rows["block"].nunique()), rows["block"].nunique()),
-                _cell(f"{rows['num_images'].iloc[0]:g}", rows["num_images"].iloc[0]),
-            )
-            for rows in groups
-        ),
+        [
+            *(Column(name, name) for name in ("run", "machine", "metric", "settings", "arms", "blocks")),
+            Column("pictures per block", "num_images", "{:g}".format),
+        ],
+        pd.DataFrame(counted).drop(columns="family"),
     )
 
 
@@ -336,34 +343,3 @@ def tables_of(frame: pd.DataFrame, rows: pd.DataFrame) -> list[Table]:
         against_full_table(budgets.against_full(rows)),
     ]
     return [table for table in made if table.rows]
-
-
-def _cell(text: str, value: float) -> Cell:
-    return Cell(text, float(value), (float(value),))
-
-
-def _interval_cell(text: str, interval: Interval) -> Cell:
-    return Cell(text, interval.mean, (interval.mean, interval.low, interval.high))
-
-
-def _best_cell(best: tuple[str, float] | None) -> Cell:
-    return Cell("–") if best is None else _cell(f"{best[1]:.2f}", best[1])
-
-
-def _between(interval: Interval, spec: str) -> str:
-    """Write `-0.52 [-0.61, -0.43]`; a dash for NaN."""
-    if math.isnan(interval.mean):
-        return "–"
-    limits = [format(limit, spec) for limit in (interval.low, interval.high)]
-    return format(interval.mean, spec) + ("" if math.isnan(interval.low) else f" [{', '.join(limits)}]")
-
-
-def _saved_between(row: pd.Series) -> str:
-    """Write `38% [35%, 41%]`; `≥ 70%` if full depth never reaches this FD."""
-    saved = row["time_saved"]
-    if saved.mean == math.inf:
-        return f"≥ {row['saved_at_least']:.0%}" + ("" if math.isinf(saved.low) else f" [{saved.low:.0%}, beyond]")
-    if not math.isfinite(saved.mean):
-        return "–"
-    limits = ["beyond" if math.isinf(limit) else f"{limit:.0%}" for limit in (saved.low, saved.high)]
-    return f"{saved.mean:.0%}" + ("" if math.isnan(saved.low) else f" [{', '.join(limits)}]")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dyndit.analysis.report.write import REPORT, Content, contents_of, overview, table_record
+from dyndit.analysis.report.write import REPORT, contents_of, overview, table_record
 from dyndit.errors import InputError
 from dyndit.files import read_json, sha256
 
@@ -19,6 +19,8 @@ class Printed:
     title: str
     findings: list[str] = field(default_factory=list)
     tables: list[list[list[str]]] = field(default_factory=list)
+    records: list[dict] = field(default_factory=list)
+    """The tables with their numbers, in report.json."""
 
 
 def verify(report: Path) -> list[str]:
@@ -34,21 +36,19 @@ def verify(report: Path) -> list[str]:
     try:
         sources = [folder / source["runs"] for source in record["sources"]]
         hashes, margin = [source["sha256"] for source in record["sources"]], float(record["margin"])
-        stored = [record["overview"]], *(section["tables"] for section in record["sections"])
-        sentences = [section["findings"] for section in record["sections"]]
+        stored = [_printed("Runs", [], [record["overview"]])]
+        stored += [_printed(part["title"], part["findings"], part["tables"]) for part in record["sections"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / REPORT}: lacks {error}, expected a report of this version") from error
     contents = contents_of(sources, margin)
-    expected = _expected(contents)
+    expected = [_printed("Runs", [], [table_record(overview(contents))])]
+    expected += [_printed(part.title, part.findings, list(map(table_record, part.tables))) for part in contents]
     wrong = [
         f"{source}: not the file that was reported (SHA-256 differs)"
         for source, known in zip(sources, hashes, strict=True)
         if sha256(source) != known
     ]
-    fresh = [[table_record(overview(contents))], *([table_record(t) for t in content.tables] for content in contents)]
-    wrong += _differing_numbers(REPORT, stored, fresh)
-    shown = [Printed(p.title, lines, p.tables) for p, lines in zip(expected, [[], *sentences], strict=False)]
-    wrong += _differing(REPORT, shown, expected)
+    wrong += [*_differing(REPORT, stored, expected), *_differing_numbers(stored, expected)]
     readers = {"report.md": read_markdown, "report.html": read_html}
     there = [name for name in readers if (folder / name).is_file()]
     if not there:
@@ -64,31 +64,21 @@ def _load(path: Path) -> dict:
     return read_json(path)
 
 
-def _expected(contents: Sequence[Content]) -> list[Printed]:
-    def texts(table) -> list[list[str]]:
-        return [list(table.columns), *([cell.text for cell in row] for row in table.rows)]
-
-    sections = [Printed("Runs", [], [texts(overview(contents))])]
-    return sections + [Printed(c.title, c.findings, [texts(table) for table in c.tables]) for c in contents]
+def _printed(title: str, findings: list[str], records: list[dict]) -> Printed:
+    """Make a section of `table_record`s."""
+    tables = [[r["columns"], *([cell["text"] for cell in row] for row in r["rows"])] for r in records]
+    return Printed(title, findings, tables, records)
 
 
-def _differing_numbers(file: str, stored: Sequence[list[dict]], fresh: Sequence[list[dict]]) -> Iterator[str]:
-    """Compare the texts in report.json and the numbers behind the cells, to 1e-9 of their size."""
-    for old_tables, new_tables in zip(stored, fresh, strict=False):
-        for old, new in zip(old_tables, new_tables, strict=False):
+def _differing_numbers(stored: Sequence[Printed], expected: Sequence[Printed]) -> Iterator[str]:
+    """Compare the numbers behind equal texts in report.json, to 1e-9 of their size."""
+    for old_part, new_part in zip(stored, expected, strict=False):
+        for old, new in zip(old_part.records, new_part.records, strict=False):
             for old_row, new_row in zip(old["rows"], new["rows"], strict=False):
                 for name, found, cell in zip(new["columns"], old_row, new_row, strict=False):
-                    where = f"{file}, {new['name']}, {new_row[0]['text']}, {name}"
-                    if found["text"] != cell["text"]:
-                        yield f"{where}: '{found['text']}', recomputed '{cell['text']}'"
-                    elif not _same(found["values"], cell["values"]):
+                    if found["text"] == cell["text"] and not _same(found["values"], cell["values"]):
+                        where = f"{REPORT}, {new['name']}, {new_row[0]['text']}, {name}"
                         yield f"{where}: {found['values']}, recomputed {cell['values']}"
-            if len(old["rows"]) != len(new["rows"]):
-                yield f"{file}, {new['name']}: {len(old['rows'])} rows, recomputed {len(new['rows'])}"
-        if len(old_tables) != len(new_tables):
-            yield f"{file}: {len(old_tables)} tables in a section, recomputed {len(new_tables)}"
-    if len(stored) != len(fresh):
-        yield f"{file}: {len(stored)} sections, recomputed {len(fresh)}"
 
 
 def _same(a: Sequence, b: Sequence) -> bool:
@@ -117,7 +107,7 @@ def _differing(file: str, printed: Sequence[Printed], expected: Sequence[Printed
                 yield f"{file}, table of {new[0][0]}: {len(old) - 1} rows, recomputed {len(new) - 1}, or missing cells"
         if len(found.tables) != len(section.tables):
             yield f"{file}, {section.title}: {len(found.tables)} tables, recomputed {len(section.tables)}"
-    if len(printed) < len(expected):
+    if len(printed) != len(expected):
         yield f"{file}: {len(printed)} sections, recomputed {len(expected)}"
 
 

@@ -17,6 +17,7 @@ from dyndit import manifest
 from dyndit.analysis.report import figures, page, plan_figures, style
 from dyndit.analysis.report.findings import findings_of, read_plan
 from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.guidance import guidance_figure, sweep_of
 from dyndit.analysis.report.runs import GROUP, read_runs, runs_file, scored_rows
 from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
 from dyndit.errors import InputError
@@ -28,6 +29,7 @@ REPORT = "report.json"
 CAPTIONS = {
     "plan.png": "Depth over the sampling steps, both guidance branches.",
     "samples.png": "The same seeds side by side: a column per seed, a row per arm.",
+    "trainings.png": "Loss and Fréchet distance over compute, and over sampling time. Bars: 95%, over training seeds.",
     "errors.png": "Error of each exit against the full model, per band of log-SNR.",
 }
 DRAWN = {
@@ -36,6 +38,7 @@ DRAWN = {
     "predicted": "Predicted against measured; on the grey line the additive prediction is exact.",
     "plan-map": "Blocks run at each sampling step, a row per plan.",
     "exit-errors": "Error of each exit against the full model, layer over timestep.",
+    "guidance": "Quality over the guidance scale, a line per way to guide. Bars are 95% intervals over seed blocks.",
     "time": "Time per picture, in the denoiser and elsewhere.",
     "spread": "The Fréchet distance of every arm in every seed block.",
 }
@@ -61,11 +64,60 @@ class Picture:
     caption: str
 
 
+@dataclass(frozen=True)
+class Pages:
+    """The report as readers see it: a section per group, its pictures, and the runs' manifests as flat text."""
+
+    title: str
+    margin: float
+    out: Path
+    contents: list[Content]
+    pictures: list[list[Picture]]
+    manifests: dict[str, dict[str, str]]
+
+    def how_to_read(self) -> str:
+        """Return the note on top."""
+        return (
+            "Lower FD is better; it compares only with figures of the same extractor, reference and number of "
+            "pictures. Times run from noise to uint8, medians over the seed blocks. Quality is unchanged where "
+            "the upper 95% bound of the paired difference to full depth at the same steps is at most "
+            f"{self.margin:.0%} of full depth's FD. At equal FD and at equal time full depth is interpolated between "
+            "its step counts in log time, with the same solver; ≥ stands where full depth gets that good in no time "
+            "that was measured. Intervals are 95%, over seed blocks that all arms share; a dash: not applicable, or "
+            "outside the measured range."
+        )
+
+    def markdown(self) -> str:
+        """Return report.md; its pictures are links."""
+        table = overview(self.contents)
+        parts = [f"# {self.title}", self.how_to_read(), "## Runs", table.caption, as_markdown(table).rstrip()]
+        for content, drawn in zip(self.contents, self.pictures, strict=True):
+            parts.append(f"## {content.title}")
+            if content.findings:
+                parts.append("\n".join(f"- {finding}" for finding in content.findings))
+            for table in content.tables:
+                parts += [f"### {table.name.capitalize()}", table.caption, as_markdown(table).rstrip()]
+            for picture in drawn:
+                link = _link(picture.path, self.out).replace(" ", "%20")
+                parts += [f"![{picture.caption}]({link})", picture.caption]
+        for name, facts in self.manifests.items():
+            lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in facts.items()]
+            parts.append("\n".join([f"## Manifest of {name}\n", "| | |", "|---|---|", *lines]))
+        return "\n\n".join(parts) + "\n"
+
+    def html(self) -> str:
+        """Return report.html; its pictures are embedded."""
+        body = [page.heading("Runs"), page.sortable(overview(self.contents), headed=False)]
+        for content, drawn in zip(self.contents, self.pictures, strict=True):
+            body += [page.heading(content.title), page.bullets(content.findings)]
+            shown = [page.figure(picture.path.read_bytes(), picture.caption) for picture in drawn]
+            body += [shown[0], *map(page.sortable, content.tables), *shown[1:]]
+        body += [page.folded(f"Manifest of {name}", facts) for name, facts in self.manifests.items()]
+        return page.page(self.title, self.how_to_read(), body)
+
+
 def write_report(
-    run_dirs: Path | Sequence[Path],
-    out: Path,
-    title: str = "Dynamic depth: quality and time",
-    margin: float = 0.05,
+    run_dirs: Path | Sequence[Path], out: Path, title: str = "Dynamic depth: quality and time", margin: float = 0.05
 ) -> Path:
     """Write report.md, report.html, report.json and the figures (PNG, SVG) into `out`; return report.html's path.
 
@@ -77,17 +129,17 @@ def write_report(
     paths = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
     contents = contents_of(paths, margin)
     manifests = {}
-    for folder in dict.fromkeys(map(_folder, paths)):
-        if facts := _read_manifest(folder / "manifest.json"):
+    for folder in dict.fromkeys(runs_file(path).parent for path in paths):
+        if (file := folder / "manifest.json").is_file() and (facts := dict(_flat("", read_json(file)))):
             manifests[folder.name if folder.name not in manifests else str(folder)] = facts
-    out = Path(out)
-    made = manifest.describe({"margin": margin})
-    pictures = []
-    for k, content in enumerate(contents):
-        pictures.append(_pictures(content, out, "" if len(contents) == 1 else f"-{k + 1}", made))
-    write_text(out / "report.md", _markdown(title, contents, pictures, manifests, out, margin))
-    write_text(out / "report.html", _html(title, contents, pictures, manifests, margin))
-    write_json(out / REPORT, _record(title, contents, paths, out, margin, made))
+    out, made = Path(out), manifest.describe({"margin": margin})
+    suffixes = [""] if len(contents) == 1 else [f"-{k + 1}" for k in range(len(contents))]
+    pictures = [_pictures(content, out, suffix, made) for content, suffix in zip(contents, suffixes, strict=True)]
+    pictures[0] += _sweeps(contents, out, made)
+    pages = Pages(title, margin, out, contents, pictures, manifests)
+    write_text(out / "report.md", pages.markdown())
+    write_text(out / "report.html", pages.html())
+    write_json(out / REPORT, _record(pages, list(map(runs_file, paths))) | made)
     return out / "report.html"
 
 
@@ -106,8 +158,8 @@ def overview(contents: Sequence[Content]) -> Table:
     return settings_table([scored_rows(content.rows) for content in contents])
 
 
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+def _link(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _content(source: Path, rows: pd.DataFrame, margin: float) -> Content:
@@ -137,10 +189,33 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
     for name, caption in CAPTIONS.items():
         file = content.source.parent / name
         if file.is_file():
-            link = Path(os.path.relpath(file, out)).as_posix()
-            facts = {"figure": name, "files": {link: sha256(file)}, "drawn by": "the run, see its manifest.json"}
+            facts = {
+                "figure": name,
+                "files": {_link(file, out): sha256(file)},
+                "drawn by": "the run, see its manifest.json",
+            }
             _write_manifest(out / f"{file.stem}{suffix}.manifest.json", content, facts, made)
             found.append(Picture(file, caption))
+    return found
+
+
+def _sweeps(contents: Sequence[Content], out: Path, made: Mapping[str, object]) -> list[Picture]:
+    """Draw the guidance sweep of each source that has one. Its rows are in several groups, one per scale."""
+    found = []
+    for k, source in enumerate(dict.fromkeys(content.source for content in contents)):
+        mine = [content for content in contents if content.source == source]
+        sweep = sweep_of(pd.concat([scored_rows(content.rows) for content in mine]))
+        if len(sweep):
+            name = "guidance" if k == 0 else f"guidance-{k + 1}"
+            files = [out / f"{name}.png", out / f"{name}.svg"]
+            drawn = guidance_figure(sweep)
+            for file in files:
+                style.save(drawn, file)
+            lines = [int(row) + 2 for row in sweep.index]  # the heading is line 1
+            facts = {"figure": "guidance", "lines of the runs file": lines}
+            facts |= {"files": {file.name: sha256(file) for file in files}}
+            _write_manifest(out / f"{name}.manifest.json", mine[0], facts, made)
+            found.append(Picture(files[0], DRAWN["guidance"]))
     return found
 
 
@@ -171,53 +246,31 @@ def _errors_figure(path: Path) -> Figure:
 
 
 def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], made: Mapping[str, object]) -> None:
-    link = Path(os.path.relpath(content.source, path.parent)).as_posix()
-    source = {"runs": link, "sha256 of the runs": sha256(content.source)}
+    source = {"runs": _link(content.source, path.parent), "sha256 of the runs": sha256(content.source)}
     write_json(path, {**facts, **source, **made})
 
 
-def _record(
-    title: str, contents: Sequence[Content], paths: Sequence[Path], out: Path, margin: float, made: Mapping[str, object]
-) -> dict[str, object]:
+def _record(pages: Pages, files: Sequence[Path]) -> dict[str, object]:
     """Return the contents of report.json: every printed number, its derivation, and its source files."""
-    files = [runs_file(path) for path in paths]
-    return {
-        "title": title,
-        "margin": margin,
-        "sources": [
-            {"runs": Path(os.path.relpath(file, out)).as_posix(), "sha256": sha256(file), "rows": len(read_runs(file))}
-            for file in files
-        ],
-        "overview": table_record(overview(contents)),
-        "sections": [
-            {"title": c.title, "findings": c.findings, "tables": [table_record(table) for table in c.tables]}
-            for c in contents
-        ],
-        **made,
-    }
+    sources = [{"runs": _link(file, pages.out), "sha256": sha256(file), "rows": len(read_runs(file))} for file in files]
+    sections = [
+        {"title": content.title, "findings": content.findings, "tables": list(map(table_record, content.tables))}
+        for content in pages.contents
+    ]
+    named = {"title": pages.title, "margin": pages.margin, "sources": sources}
+    return named | {"overview": table_record(overview(pages.contents)), "sections": sections}
 
 
 def table_record(table: Table) -> dict[str, object]:
     """Turn a table into JSON: cells as printed, and the numbers behind them. NaN is null, infinities are text."""
-    return {
-        "name": table.name,
-        "derived": table.derived,
-        "columns": list(table.columns),
-        "rows": [
-            [{"text": cell.text, "values": [_json_number(v) for v in cell.values]} for cell in r] for r in table.rows
-        ],
-    }
+    rows = [[{"text": cell.text, "values": list(map(_json_number, cell.values))} for cell in r] for r in table.rows]
+    return {"name": table.name, "derived": table.derived, "columns": list(table.columns), "rows": rows}
 
 
 def _json_number(value: float) -> float | str | None:
     if math.isnan(value):
         return None
     return value if math.isfinite(value) else str(value)
-
-
-def _read_manifest(path: Path) -> dict[str, str]:
-    """Return the manifest as flat text; empty without a manifest. Raises InputError."""
-    return dict(_flat("", read_json(path))) if path.is_file() else {}
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
@@ -230,57 +283,3 @@ def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
         yield name, text if len(text) <= 200 else f"{len(value)} entries"
     else:
         yield name, str(value)
-
-
-def _how_to_read(margin: float) -> str:
-    return (
-        "Lower FD is better; it compares only with figures of the same extractor, reference and number of "
-        "pictures. Times run from noise to uint8, medians over the seed blocks. Quality is unchanged where "
-        "the upper 95% bound of the paired difference to full depth at the same steps is at most "
-        f"{margin:.0%} of full depth's FD. At equal FD and at equal time full depth is interpolated between "
-        "its step counts in log time, with the same solver; ≥ stands where full depth gets that good in no time that "
-        "was measured. Intervals are 95%, over seed blocks that all arms share; a dash: not applicable, or outside "
-        "the measured range."
-    )
-
-
-def _markdown(
-    title: str,
-    contents: Sequence[Content],
-    pictures: Sequence[Sequence[Picture]],
-    manifests: Mapping[str, Mapping[str, str]],
-    out: Path,
-    margin: float,
-) -> str:
-    table = overview(contents)
-    parts = [f"# {title}", _how_to_read(margin), "## Runs", table.caption, as_markdown(table).rstrip()]
-    for content, drawn in zip(contents, pictures, strict=True):
-        parts.append(f"## {content.title}")
-        if content.findings:
-            parts.append("\n".join(f"- {finding}" for finding in content.findings))
-        for table in content.tables:
-            parts += [f"### {table.name.capitalize()}", table.caption, as_markdown(table).rstrip()]
-        for picture in drawn:
-            link = Path(os.path.relpath(picture.path, out)).as_posix()
-            parts.append(f"![{picture.caption}]({link.replace(' ', '%20')})")
-            parts.append(picture.caption)
-    for name, facts in manifests.items():
-        lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in facts.items()]
-        parts.append("\n".join([f"## Manifest of {name}\n", "| | |", "|---|---|", *lines]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _html(
-    title: str,
-    contents: Sequence[Content],
-    pictures: Sequence[Sequence[Picture]],
-    manifests: Mapping[str, Mapping[str, str]],
-    margin: float,
-) -> str:
-    body = [page.heading("Runs"), page.sortable(overview(contents), headed=False)]
-    for content, drawn in zip(contents, pictures, strict=True):
-        body += [page.heading(content.title), page.bullets(content.findings)]
-        shown = [page.figure(picture.path.read_bytes(), picture.caption) for picture in drawn]
-        body += [shown[0], *map(page.sortable, content.tables), *shown[1:]]
-    body += [page.folded(f"Manifest of {name}", facts) for name, facts in manifests.items()]
-    return page.page(title, _how_to_read(margin), body)

@@ -8,12 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dyndit.calibration.extractor import FeatureExtractor
-from dyndit.calibration.measure import (
-    CalibrationSettings,
-    OnProgress,
-    measure_shifts,
-    reduced,
-)
+from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_shifts, reduced
 from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
@@ -51,15 +46,13 @@ def measure_bases(
     The pictures are drawn on the table's own seeds. Existing moments are kept. into: the table's file, rewritten after
     each step count. on_progress(done, all) counts sampling steps.
 
-    Raises:
-        InputError: the table belongs to another model or extractor, or a step count is out of range.
+    Raises InputError: the table belongs to another model or extractor, or a step count is out of range.
     """
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
     if any(plan.calls for plan in full.values()):
         raise InputError(f"--step-grid: {solver_name(solver)} calls the network twice a step; expected a solver of one")
-    sampler = OwnSampler(model, solver, table.num_steps, table.cfg_scale)
-    sampler.bind(table)
+    model.check_identity(table.backbone, table.exits, origin="shift table")
     extractor, name = _extractor_of(table, extractor), solver_name(solver)
     missing = [steps for steps in full if table.base_at(name, steps) is None]
     for number, steps in enumerate(missing):
@@ -76,11 +69,7 @@ def measure_bases(
 
 
 def check_step_grid(step_grid: Sequence[int]) -> None:
-    """Refuse step counts that no solver supports.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse step counts that no solver supports. Raises InputError naming the flag."""
     if bad := [steps for steps in step_grid if not 1 <= steps <= Process.num_timesteps]:
         raise InputError(f"--step-grid {bad[0]}: expected 1 to {Process.num_timesteps}")
 
@@ -122,24 +111,16 @@ def plan_on_table(
 
     base: moments of full depth measured at these steps, see `search`.
 
-    Raises:
-        InputError: the budget is out of range, or the table belongs to another model.
+    Raises InputError: the budget is out of range, or the table belongs to another model.
     """
     sampler = OwnSampler(model, solver, num_steps, table.cfg_scale)
-    return _searched(sampler, table, budget, base)
-
-
-def _searched(sampler: Sampler, table: ShiftTable, budget: float, base: Moments | None = None) -> DepthPlan:
-    """Do the same as `plan_on_table` for any sampler."""
-    table = _fitting(sampler, table)
-    return search(table, sampler.full, budget, base=base)
+    return search(_fitting(sampler, table), sampler.full, budget, base=base)
 
 
 def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
     """Return the table with the times of the model's device. Measure them if the table has another device's times.
 
-    Raises:
-        InputError: the table belongs to another model.
+    Raises InputError: the table belongs to another model.
     """
     return _fitting(OwnSampler(model, solver, table.num_steps, table.cfg_scale), table)
 
@@ -171,9 +152,10 @@ def planned(
     full = sampler.full
     if table.cfg_scale != full.cfg_scale:
         raise InputError(f"shift table: measured at guidance scale {table.cfg_scale:g}, not {full.cfg_scale:g}")
+    table = _fitting(sampler, table)
     if extractor is None:
-        return _searched(sampler, table, budget)
-    table, extractor = _fitting(sampler, table), _extractor_of(table, extractor)
+        return search(table, full, budget)
+    extractor = _extractor_of(table, extractor)
 
     def measure(plan: DepthPlan) -> Moments:
         return _moments(sampler, extractor, plan, table.num_pictures, fresh=False)
@@ -267,8 +249,7 @@ def calibrate_steps(
     limits _low and _high. The share compares times of one batch of the table's size in `rounds` paired rounds, without
     decoding. Without an extractor, nothing is measured.
 
-    Raises:
-        InputError: the table belongs to another model or has no moments to choose by, or the goal is out of reach.
+    Raises InputError: the table belongs to another model or has no moments to choose by, or the goal is out of reach.
     """
     table = table_for(model, table, solver)
     plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver, process=model.process))
@@ -309,8 +290,7 @@ def to_measure_with(
 ) -> tuple[FeatureExtractor, Moments]:
     """Return the extractor and the reference moments to measure a table with.
 
-    Raises:
-        InputError: the extractor or the reference is missing.
+    Raises InputError: the extractor or the reference is missing.
     """
     if extractor is None or reference is None:
         raise InputError("calibrate: no table; expected one, or an extractor and a reference to measure it with")

@@ -26,7 +26,6 @@ from dyndit.stats import Moments, moments
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
 
-
 OnProgress = Callable[[int, int], None]
 
 
@@ -113,8 +112,7 @@ def measure_table(
     The file `partial` keeps sums over batches; an interrupted measurement resumes from it. on_progress(done, all)
     counts batches of pictures with a band replaced.
 
-    Raises:
-        InputError: fewer pictures than features, too many features, or forecasts with fewer bands than steps.
+    Raises InputError: fewer pictures than features, too many features, or forecasts with fewer bands than steps.
     """
     settings = settings or CalibrationSettings()
     if settings.num_pictures <= len(reference.mean) or len(reference.mean) > MAX_FEATURES:
@@ -132,9 +130,7 @@ def measure_table(
     key = json.dumps([*of_plan, sampler.setting, *sizes, *made_with])
     sums, done = _restore(partial, key)
     total = len(batches) * len(bands) * len(choices)
-    for number, indices in enumerate(batches):
-        if number < done:
-            continue
+    for number, indices in enumerate(batches[done:], done):
         drawn = sampler.replaced(indices, bands, choices, ages)
         features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
         base = next(features)
@@ -191,9 +187,8 @@ def part_of(table: ShiftTable, sampler: Sampler, settings: CalibrationSettings) 
 
 def _bands(full: DepthPlan, settings: CalibrationSettings) -> list[list[int]]:
     """Return the steps of each band."""
-    return [
-        band.tolist() for band in torch.arange(full.num_steps).tensor_split(min(settings.num_bands, full.num_steps))
-    ]
+    steps = torch.arange(full.num_steps)
+    return [band.tolist() for band in steps.tensor_split(min(settings.num_bands, full.num_steps))]
 
 
 def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:

@@ -22,7 +22,6 @@ from dyndit.sampling.timing import measure_cost
 CALIBRATION_SEED = 1_000_003
 """Default seed, far from the seeds 0, 1, ... that score a result."""
 
-
 ToPictures = Callable[[Tensor], Tensor]
 """Convert the final state (B, C, H, W) -> (B, C, H, W) uint8: `to_uint8`, or a decoder of latents."""
 
@@ -41,11 +40,7 @@ class Sampler(Protocol):
     """Other settings that change the pictures, as plain data."""
 
     def replaced(
-        self,
-        indices: Sequence[int],
-        bands: Sequence[Sequence[int]],
-        choices: Sequence[Step],
-        ages: Sequence[int] = (),
+        self, indices: Sequence[int], bands: Sequence[Sequence[int]], choices: Sequence[Step], ages: Sequence[int] = ()
     ) -> Iterator[Tensor]:
         """Draw pictures at full depth; then, per band and choice, pictures with that band's steps replaced.
 
@@ -54,8 +49,7 @@ class Sampler(Protocol):
         it does not forecast. Clipped to the first step. A band at the first step forecasts nothing. Empty if no choice
         forecasts.
 
-        Raises:
-            InputError: ages are given, but this sampler cannot forecast.
+        Raises InputError: ages are given, but this sampler cannot forecast.
         """
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
@@ -65,11 +59,7 @@ class Sampler(Protocol):
         """Measure the seconds of the parts of a step for batches of `batch_size` pictures."""
 
     def bind(self, table: ShiftTable) -> None:
-        """Refuse a table of another model.
-
-        Raises:
-            InputError: naming both identities.
-        """
+        """Refuse a table of another model. Raises InputError naming both identities."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +105,7 @@ class OwnSampler:
         return self.guided_channels
 
     def replaced(
-        self,
-        indices: Sequence[int],
-        bands: Sequence[Sequence[int]],
-        choices: Sequence[Step],
-        ages: Sequence[int] = (),
+        self, indices: Sequence[int], bands: Sequence[Sequence[int]], choices: Sequence[Step], ages: Sequence[int] = ()
     ) -> Iterator[Tensor]:
         """See `Sampler`. Classes come in turn."""
         model, full, guidance = self.model, self.full, Guidance(self.cfg_scale, self.guided_channels)

@@ -4,13 +4,13 @@ Every verb imports torch and the package only when it runs, so that `--help` is 
 """
 
 import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 
 import tyro
 
 from dyndit.cli.flags import PlanChoice
-from dyndit.cli.help import filled
 from dyndit.errors import InputError
 from dyndit.runtime import keep_freed_memory
 
@@ -24,9 +24,26 @@ VERBS: dict[str, str] = {
     "report": "results",
     "compare": "results",
     "convert": "models",
+    "info": "models",
     "quickstart": "results",
+    "demo": "demo",
 }
 """The module of this package that defines each verb."""
+
+REGISTRIES = {
+    "solvers": "dyndit.sampling.solvers:SOLVERS",
+    "extractors": "dyndit.analysis.metrics.extractors:EXTRACTORS",
+    "metrics": "dyndit.analysis.metrics.metric:metrics_by_name",
+    "heads": "dyndit.models.exits:HEADS",
+    "cards": "dyndit.models.dit:CARDS",
+    "conditionings": "dyndit.models.conditioning:CONDITIONINGS",
+    "routers": "dyndit.plans.schedules:ROUTERS",
+    "processes": "dyndit.process:processes",
+    "recipes": "dyndit.cli.recipes:packaged",
+    "families": "dyndit.cli.recipes:quickstarts",
+    "data_sets": "dyndit.training.data:PACKAGED",
+}
+"""Registries whose names stand for `{solvers}` and the like in a verb's docstring. They import torch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,3 +83,12 @@ def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
         for text in (found[asked], PlanChoice):
             text.__doc__ = filled(text.__doc__ or "")
     return found
+
+
+def filled(text: str) -> str:
+    """Replace each `{registry}` of a docstring by the registry's names."""
+    for name, place in REGISTRIES.items():
+        if (mark := f"{{{name}}}") in text:
+            names = pkgutil.resolve_name(place)
+            text = text.replace(mark, ", ".join(names() if callable(names) else names))
+    return text

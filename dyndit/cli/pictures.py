@@ -1,23 +1,11 @@
 """The verb that draws pictures: sample."""
 
+import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from dyndit.cli.flags import (
-    AS_GIVEN,
-    FULL_DEPTH,
-    Json,
-    PlanChoice,
-    Positional,
-    StepChoice,
-    Unnamed,
-    chosen_plan,
-    decoder_of,
-    goal_of,
-    print_json,
-    stored_table,
-)
+from dyndit.cli import flags
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,54 +13,52 @@ if TYPE_CHECKING:
 
 
 def sample(
-    model: Positional[str],
+    model: flags.Positional[str] = "",
     /,
-    out: Path,
-    num_images: int = 64,
+    out: Path | None = None,
+    num_images: Annotated[int | None, flags.also("num-fid-samples")] = None,
     solver: str = "",
-    steps: int | None = None,
-    cfg_scale: float = 1.5,
+    steps: Annotated[int | None, flags.also("num-sampling-steps")] = None,
+    cfg_scale: float | None = None,
     guided_channels: int | None = None,
     class_labels: tuple[int, ...] = (),
     prompt: tuple[str, ...] = (),
-    seed: int = 0,
-    batch_size: int = 64,
-    depth: Unnamed[PlanChoice] = FULL_DEPTH,
-    choice: Unnamed[StepChoice] = AS_GIVEN,
+    seed: Annotated[int, flags.also("global-seed")] = 0,
+    batch_size: Annotated[int, flags.also("per-proc-batch-size")] = 64,
+    published: flags.Unnamed[flags.PublishedSampling] = flags.NOT_PUBLISHED,
+    depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
+    choice: flags.Unnamed[flags.StepChoice] = flags.AS_GIVEN,
     strict: bool = False,
     stats: bool = False,
-    num_heads: int | None = None,
+    num_heads: flags.NumHeads = None,
     process: str = "",
     vae: Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    json_: Json = False,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
+    json_: flags.Json = False,
 ) -> None:
     """Draw pictures. Picture i depends on (seed, class, i) alone. A stopped run continues.
 
     Args:
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
-        num_images: Number of pictures.
+        num_images: Number of pictures (default: 64).
         solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps (default: 20, or chosen).
-        cfg_scale: Guidance scale; 1 is unguided.
+        cfg_scale: Guidance scale; 1 is unguided (default: 1.5).
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
         class_labels: Classes, taken in turn; default all of the model's.
         prompt: Captions of a model of captions, taken in turn, such as "number seven, bold"; default the model's own.
         seed: Seed.
         batch_size: Pictures at a time.
+        published: Flags of the published code's scripts.
         depth: Which depths to run.
         choice: Goal that steps and depths are chosen for, on the model's stored table.
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
-        num_heads: Attention heads of a .pt whose width does not tell them.
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL that decodes latents.
-        device: auto, cpu or cuda; auto is a GPU if there is one.
-        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
-            on a GPU that computes in it, else own.
-        json_: End with one line of JSON.
+        vae: Folder of a diffusers AutoencoderKL that decodes latents; mse or ema for the published ones (default of a
+            card: mse).
     """
     from dyndit.calibration.calibrate import table_for
     from dyndit.models.identity import tensors_hash
@@ -82,26 +68,45 @@ def sample(
     from dyndit.sampling.sample import sample_into
     from dyndit.sampling.solvers import timesteps_of
     from dyndit.storage import load as checkpoints
+    from dyndit.storage import published as cards
     from dyndit.training.latents import decode_latents
 
-    if class_labels and prompt:
-        raise InputError("--class-labels and --prompt: both given; expected one of them")
-    device = chosen_device(device)
+    device, card = chosen_device(device), published.card
+    if prompt and (class_labels or card):
+        other = "--class-labels" if class_labels else f"--model {card}"
+        raise InputError(f"{other} and --prompt: both given; expected one of them")
     others = {"plan": depth.plan, "budget": depth.budget, "router": depth.router}
-    goal = None if choice == AS_GIVEN else goal_of(choice, steps, **others)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device, dtype=dtype)
+    goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, **others)
+    if bool(card) == bool(model):
+        raise InputError(f"MODEL {model!r} and --model {published.model!r}: expected one of them")
+    usual = cards.usual_sampling(card, class_labels, num_images)
+    solver, class_labels, num_images = solver or usual.solver, usual.class_labels, usual.num_images
+    cfg_scale = usual.cfg_scale if cfg_scale is None else cfg_scale
+    guided_channels = usual.guided_channels if guided_channels is None else guided_channels
+    vae = Path("mse") if card and vae is None else vae
+    if out is None:
+        if not card:
+            raise InputError("--out: missing; expected a folder for the pictures")
+        out = published.sample_dir / cards.sample_folder(card, published.ckpt, vae, cfg_scale, seed)
+    published.set_precision()
+    options = {"process": process or None, "device": device, "dtype": dtype}
+    if card:
+        loaded = cards.inspect(card, published.ckpt, published.num_classes, **options)
+        model = str(published.ckpt or card)
+    else:
+        loaded = checkpoints.inspect(model, num_heads=num_heads, **options)
     dynamic = loaded.model
     solver = solver or dynamic.process.usual_solver
-    decoder = decoder_of(dynamic, model, vae, device)
+    decoder = flags.decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
     if goal is None:
-        steps = 20 if steps is None else steps
+        steps = usual.steps if steps is None else steps
         if depth.plan is not None and depth.budget is None and depth.router is None:
             plan = DepthPlan.load(depth.plan)
         else:
-            plan = chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
+            plan = flags.chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
     else:
-        table = table_for(dynamic, stored_table(folder), solver)
+        table = table_for(dynamic, flags.stored_table(folder), solver)
         plan = goal.choose(table, solver, partial(timesteps_of, solver, process=dynamic.process))
         steps = plan.num_steps
     for note in loaded.notes:
@@ -137,7 +142,7 @@ def sample(
     if json_:
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}
         figures |= {"out": str(out), "share_of_blocks": plan.share_of_blocks, "steps": steps}
-        print_json(figures | {"num_images": num_images})
+        print(json.dumps(figures | {"num_images": num_images}))
 
 
 def _print_chosen(plan: "DepthPlan") -> None:

@@ -1,10 +1,11 @@
 """The verb that makes plans: calibrate."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dyndit.cli.flags import AS_GIVEN, Json, Positional, StepChoice, Unnamed, decoder_of, goal_of, print_json
+from dyndit.cli import flags
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,22 +17,21 @@ if TYPE_CHECKING:
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.table import ShiftTable
     from dyndit.process import Process
-    from dyndit.training.data import Pictures
 
 
 def calibrate(
-    model: Positional[Path],
+    model: flags.Positional[Path],
     /,
     budget: float | None = None,
     solver: str = "",
     steps: int | None = None,
-    choice: Unnamed[StepChoice] = AS_GIVEN,
+    choice: flags.Unnamed[flags.StepChoice] = flags.AS_GIVEN,
     step_grid: tuple[int, ...] = (),
     out: Path | None = None,
     extractor: str = "",
     extractor_weights: Path | None = None,
     reference: str = "",
-    cfg_scale: float = 1.5,
+    cfg_scale: flags.CfgScale = 1.5,
     num_pictures: int = 512,
     table_steps: int = 10,
     num_bands: int = 10,
@@ -39,13 +39,13 @@ def calibrate(
     own_guides: bool = False,
     forecast_ages: int = 0,
     refinements: int = 0,
-    batch_size: int = 128,
+    batch_size: flags.BatchSize = 128,
     process: str = "",
     vae: Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
     fresh: bool = False,
-    json_: Json = False,
+    json_: flags.Json = False,
 ) -> None:
     """Write the plan of least predicted Fréchet distance for a solver, a step count and a budget of time.
 
@@ -67,7 +67,6 @@ def calibrate(
         extractor_weights: Weights of the extractor, if they do not ship with the package.
         reference: Real pictures: one of {data_sets}, or a picture folder (default: digits for a model of classes that
             is judged by an extractor of digits).
-        cfg_scale: Guidance scale; 1 is unguided.
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -76,14 +75,9 @@ def calibrate(
         own_guides: The table also holds guidance by the model's own exits, which costs a head and no second pass.
         forecast_ages: The table also holds exits with forecasts of their gap to full depth, from up to so many steps
             ago; 0 for no forecasts.
-        batch_size: Pictures at a time.
         process: Process of a model that does not say its own, one of {processes}.
         vae: Folder of a diffusers AutoencoderKL, for a model of latents.
-        device: auto, cpu or cuda; auto is a GPU if there is one.
-        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights' precision; auto is
-            bfloat16 on a GPU that computes in it, else own.
         fresh: Measure the table again even if there is a table.
-        json_: End with one line of JSON.
     """
     from dyndit.calibration import calibrate as calibration
     from dyndit.progress import progress_bar
@@ -93,7 +87,7 @@ def calibrate(
     from dyndit.storage import load as checkpoints
     from dyndit.training.latents import decode_latents
 
-    goal = None if choice == AS_GIVEN else goal_of(choice, steps, budget=budget)
+    goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
     if goal is None and not 0 < budget <= 1:
@@ -116,7 +110,7 @@ def calibrate(
     make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
-    decoder = decoder_of(dynamic, model, vae, device)
+    decoder = flags.decoder_of(dynamic, model, vae, device)
     to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
     path = model / checkpoints.TABLE
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
@@ -166,7 +160,7 @@ def calibrate(
     _print_plan(plan, _distance_name(network, table))
     print(f"plan: {target}")
     if json_:
-        print_json({"plan": str(target), **plan.figures})
+        print(json.dumps({"plan": str(target), **plan.figures}))
 
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
@@ -235,7 +229,7 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> 
 def _real_pictures(
     reference: str, extractor: "Extractor", dynamic: "DynamicDepth", size: tuple[int, ...], channels: int
 ) -> "Tensor":
-    """Read at most 5,000 pictures of the reference, as uint8."""
+    """Read at most 5,000 pictures of the reference, evenly spread over the set, as uint8."""
     from dyndit.models.conditions import ClassLabels
     from dyndit.training.data import PACKAGED, open_data
 
@@ -243,13 +237,9 @@ def _real_pictures(
     spec = reference or ("digits" if usual else "")
     if not spec:
         raise InputError(f"--reference: missing; expected a folder of real pictures, or one of {', '.join(PACKAGED)}")
-    return _spread(open_data(spec, size, channels), 5000)
-
-
-def _spread(pictures: "Pictures", most: int) -> "Tensor":
-    """Read at most `most` pictures, evenly spread over the set, as uint8."""
+    pictures, most = open_data(spec, size, channels), 5000
     count = len(pictures)
-    return pictures.uint8() if count <= most else pictures.uint8([i * count // most for i in range(most)])
+    return pictures.uint8([i * count // most for i in range(most)] if count > most else None)
 
 
 def _print_step_counts(table: "ShiftTable", plan: "DepthPlan", process: "Process") -> None:

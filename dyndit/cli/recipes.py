@@ -39,8 +39,7 @@ def _modules(package: ModuleType) -> dict[str, str]:
 def find(recipe: str, attribute: str, kind: type[T]) -> T:
     """Return a recipe's `attribute`.  recipe: the name of a packaged recipe, or a path.
 
-    Raises:
-        InputError: no such recipe, or its attribute is missing or of another kind.
+    Raises InputError: no such recipe, or its attribute is missing or of another kind.
     """
     known = modules()
     if recipe in known:

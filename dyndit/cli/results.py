@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dyndit.cli.flags import FULL_DEPTH, Json, PlanChoice, Positional, Unnamed, chosen_plan, print_json
+from dyndit.cli import flags
 from dyndit.errors import InputError
 
 
@@ -24,19 +24,19 @@ class MoreSets:
 
 
 def evaluate(
-    samples: Positional[Path],
+    samples: flags.Positional[Path],
     /,
     reference: str,
     extractor: str = "inception",
     extractor_weights: Path | None = None,
     metrics: tuple[str, ...] = ("fd", "kid", "is", "prc"),
-    more: Unnamed[MoreSets] = MoreSets(),
+    more: flags.Unnamed[MoreSets] = MoreSets(),
     force: bool = False,
     save_reference: Path | None = None,
     cache: Path | None = None,
     out: Path | None = None,
-    device: str = "auto",
-    json_: Json = False,
+    device: flags.Device = "auto",
+    json_: flags.Json = False,
 ) -> None:
     """Compare a sample set with real pictures. A distance on other features than Inception's is never called FID.
 
@@ -55,8 +55,6 @@ def evaluate(
         cache: Folder to keep features in (default: $DYNDIT_CACHE, else $XDG_CACHE_HOME/dyndit, else ~/.cache/dyndit).
         out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
             are one seed block.
-        device: auto, cpu or cuda; auto is a GPU if there is one.
-        json_: End with one line of JSON.
     """
     from dyndit.analysis import append_run, load_extractor, save_statistics
     from dyndit.analysis.metrics.features import cache_folder
@@ -81,7 +79,7 @@ def evaluate(
         append_run(out / RUNS, row)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
-        print_json(figures)
+        print(json.dumps(figures))
 
 
 def _print_figures(figures: dict[str, object]) -> None:
@@ -104,26 +102,26 @@ def _print_figures(figures: dict[str, object]) -> None:
 
 
 def bench(
-    model: Positional[str] = "",
+    model: flags.Positional[str] = "",
     /,
-    depth: Unnamed[PlanChoice] = FULL_DEPTH,
+    depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
     solver: str = "",
     steps: int = 20,
-    cfg_scale: float = 1.5,
+    cfg_scale: flags.CfgScale = 1.5,
     batch_size: tuple[int, ...] = (1, 8, 64),
     rounds: int = 9,
     until: float = 0.02,
     max_rounds: int | None = None,
-    num_heads: int | None = None,
+    num_heads: flags.NumHeads = None,
     process: str = "",
-    device: str = "auto",
-    dtype: str = "auto",
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
     vae: str = "",
     in_pipeline: bool = False,
     compile: bool = False,
     self_check: bool = False,
     out: Path | None = None,
-    json_: Json = False,
+    json_: flags.Json = False,
 ) -> None:
     """Time a plan against full depth: paired, alternating, warmed up; end to end, the denoiser and the decoder.
 
@@ -137,26 +135,19 @@ def bench(
         depth: Which depths to run beside full depth.
         solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps.
-        cfg_scale: Guidance scale; 1 is unguided.
         batch_size: Pictures at a time; several are timed one after the other.
         rounds: Timed rounds at least; each runs every arm once.
         until: Go on until the interval (from its low to its high end) of each ratio is below this share of it; 0 times
             exactly --rounds.
         max_rounds: Rounds at most (default: 60, or --rounds if that is more).
-        num_heads: Attention heads of a .pt whose width does not tell them.
         process: Process of a model that does not say its own, one of {processes}.
-        device: auto, cpu or cuda; auto is a GPU if there is one.
-        dtype: Precision to compute in: auto, own, float32, bfloat16 or float16. own is the weights'; auto is bfloat16
-            on a GPU that computes in it, else own.
         vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for random weights.
         in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
         compile: Compile every block and exit head first, for all arms alike.
         self_check: Only check the timing on work of known time (the same twice, a sleep, twice the work); exit
             status 1 if it fails.
         out: File for the table of raw times (CSV; its columns are in dyndit.analysis.compare.bench.COLUMNS).
-        json_: End with one line of JSON.
     """
-
     from dyndit import files
     from dyndit.analysis.compare import bench as benchmark
     from dyndit.analysis.compare.bench_verdict import lines, verdict
@@ -184,7 +175,7 @@ def bench(
         dynamic, model = loaded.model, str(loaded.folder or model)
     solver = solver or dynamic.process.usual_solver
     full = full_plan(dynamic, solver, steps, cfg_scale)
-    plan = chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
+    plan = flags.chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
     resolve_plan(dynamic, plan, solver, steps, cfg_scale, origin=str(depth.plan or "plan"))
     if (wanted := chosen_dtype(dtype, device)) is not None:
         dynamic.to(wanted)
@@ -201,7 +192,7 @@ def bench(
         rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
         shared = ("machine", "device", "dtype", "threads", "compiled")
         recorded = json.loads(times[list(shared)].iloc[0].to_json())
-        print_json(recorded | {"arms": json.loads(rows.to_json(orient="records"))})
+        print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records"))}))
 
 
 def _self_check(device: str, json_: bool) -> None:
@@ -212,13 +203,13 @@ def _self_check(device: str, json_: bool) -> None:
     for check in checks:
         print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
     if json_:
-        print_json({"checks": [vars(check) for check in checks]})
+        print(json.dumps({"checks": [vars(check) for check in checks]}))
     if not all(check.passed for check in checks):
         sys.exit(1)
 
 
 def report(
-    runs: Positional[tuple[Path, ...]] = (),
+    runs: flags.Positional[tuple[Path, ...]] = (),
     /,
     out: Path | None = None,
     margin: float = 0.05,
@@ -256,10 +247,7 @@ def report(
 
 
 def quickstart(
-    family: str = "digits",
-    out: Path | None = None,
-    from_scratch: bool = False,
-    json_: Json = False,
+    family: str = "digits", out: Path | None = None, from_scratch: bool = False, json_: flags.Json = False
 ) -> None:
     """Make a model of digits dynamic and measure what that saves: a few minutes on two CPU cores.
 
@@ -268,7 +256,6 @@ def quickstart(
         out: Folder of the run; what is there and valid is not done again (default: runs/quickstart, or
             runs/quickstart-FAMILY).
         from_scratch: Train the backbone too, in place of the shipped backbone.
-        json_: End with one line of JSON.
     """
     from dyndit.analysis.compare.experiment import Experiment
     from dyndit.cli.recipes import find, quickstarts
@@ -282,16 +269,16 @@ def quickstart(
 
 
 def compare(
-    recipe: Positional[str],
+    recipe: flags.Positional[str],
     /,
     out: Path,
     model: str = "",
     process: str = "",
     data: str = "",
     extractor_weights: Path | None = None,
-    device: str = "auto",
+    device: flags.Device = "auto",
     from_scratch: bool = False,
-    json_: Json = False,
+    json_: flags.Json = False,
 ) -> None:
     """Run a recipe's whole comparison: exits, plans, every arm, the report. Resumable.
 
@@ -303,22 +290,10 @@ def compare(
         process: Process of a model that does not say its own, one of {processes}.
         data: Pictures in place of the recipe's.
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        device: auto, cpu or cuda; auto is a GPU if there is one.
         from_scratch: Train the backbone first.
-        json_: End with one line of JSON.
     """
-    _compare(
-        recipe,
-        "experiment",
-        out,
-        json_=json_,
-        model=model,
-        process=process,
-        data=data,
-        extractor_weights=extractor_weights,
-        device=device,
-        from_scratch=from_scratch,
-    )
+    inputs = {"model": model, "process": process, "data": data, "extractor_weights": extractor_weights}
+    _compare(recipe, "experiment", out, json_=json_, device=device, from_scratch=from_scratch, **inputs)
 
 
 def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: object) -> None:
@@ -338,4 +313,4 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: o
         rows = table[["arm", "solver", "steps", "share_of_blocks", "ms", "time_saved"]].copy()
         for name in ("fd", "fd_diff", "time_saved_equal_fd"):
             rows[name] = [[i.mean, i.low, i.high] for i in table[name]]
-        print_json({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))})
+        print(json.dumps({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))}))

@@ -69,11 +69,7 @@ class ConditionType(Protocol):
     """True if there is a null condition. Classifier-free guidance needs it."""
 
     def null(self, like: Condition) -> Condition:
-        """Return the null condition, repeated for the rows of `like`.
-
-        Raises:
-            InputError: there is no null condition.
-        """
+        """Return the null condition, repeated for the rows of `like`. Raises InputError if there is none."""
 
     def dropped(self, condition: Condition, generator: torch.Generator, share: float | None = None) -> Condition:
         """Replace each row by the null condition with probability `share` (default: the model's own dropout).
@@ -85,8 +81,7 @@ class ConditionType(Protocol):
     def plain(self, values: Sequence[Value]) -> list[Value]:
         """Check values, and return them as plain numbers or text.
 
-        Raises:
-            InputError: naming a value that this model does not know.
+        Raises InputError, naming a value that this model does not know.
         """
 
     def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Condition:

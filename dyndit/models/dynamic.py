@@ -100,13 +100,6 @@ class Memory:
     def __deepcopy__(self, _memo: object) -> Self:
         return self
 
-    def guide_held(self, own: Tensor) -> Tensor | None:
-        """Return the prediction that guides `own` by the remembered difference, float32; None without a memory."""
-        if self.guided is None:
-            return None
-        conditional, unconditional = (prediction.float() for prediction in self.guided)
-        return own.float() - (conditional - unconditional)
-
 
 _OPTIONS_OF_DIFFUSERS = {
     *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap"),
@@ -170,8 +163,7 @@ class DynamicDepth(ModelMixin):
     def forward(self, x: Tensor, t: Tensor, y: Condition, depth: int | None = None) -> Tensor:
         """Predict at `depth` blocks (default: all).  x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W).
 
-        Raises:
-            InputError: there is no exit at `depth`.
+        Raises InputError if there is no exit at `depth`.
         """
         depth = self.num_blocks if depth is None else depth
         if depth not in self.depths:
@@ -202,8 +194,9 @@ class DynamicDepth(ModelMixin):
             memory = replace(memory, guided=(own[0], own[1]))
         elif work.own_exit:
             own.append(passed[work.own_exit])
-        elif work.held and (held := memory.guide_held(own[0])) is not None:
-            own.append(held)
+        elif work.held and memory.guided is not None:
+            conditional, unconditional = (prediction.float() for prediction in memory.guided)
+            own.append(own[0].float() - (conditional - unconditional))
         return own, memory
 
     def branches(self, x: Tensor, t: Tensor, labels: Sequence[Condition], depths: Sequence[int]) -> list[Tensor]:
@@ -253,44 +246,28 @@ class DynamicDepth(ModelMixin):
             return self.backbone.head(state)
         return self.backbone.unpatchify(self.exits.patches(state, depth), state)
 
-    def along(self, x: Tensor, t: Tensor, y: Condition, depths: Sequence[int]) -> list[Tensor]:
-        """Predict at rising depths in one pass.  -> (B, C_out, H, W) per depth."""
-        state, done, predictions = self.backbone.embed(x, t, y), 0, []
-        for depth in depths:
-            for index in range(done, depth):
-                state = self.backbone.block(index, state)
-            predictions.append(self.leave(state, depth))
-            done = depth
-        return predictions
-
     def every_exit(self, x: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
         """Predict at every depth in one pass.  -> {depth: (B, C_out, H, W)}."""
-        return dict(zip(self.depths, self.along(x, t, y, self.depths), strict=True))
+        full, *exits = self.run([Inputs(x, t, y)], [self.num_blocks], self.depths[:-1])
+        return dict(zip(self.depths, [*exits, full], strict=True))
 
     @property
     def identity(self) -> Identity:
         """Return the hashes that exits, plans and tables are bound to. Computed again only after weights change."""
-        seen = sketch(self.state_dict())
+        seen = sketch(self.state_dict()) + self.backbone.unseen_text(self.process)
         if self._identity is None or self._identity[0] != seen:
             exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
             self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
         return self._identity[1]
 
     def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:
-        """Refuse hashes of another backbone or of other exits. An empty hash fits any model.
-
-        Raises:
-            error: naming `origin`, the hash found and the model's hash.
-        """
+        """Refuse hashes of another backbone or of other exits: see `dyndit.models.identity.check`."""
         if not (backbone or exits):
             return
         exact = None
         if backbone.startswith(VERSION_1) or exits.startswith(VERSION_1):
-            sums = (
-                self.backbone.checksum(process=self.process),
-                "" if self.exits is None else tensors_hash(self.exits.state_dict()),
-            )
-            exact = Identity(*sums)
+            of_exits = "" if self.exits is None else tensors_hash(self.exits.state_dict())
+            exact = Identity(self.backbone.checksum(process=self.process), of_exits)
         check(self.identity, backbone, exits, origin=origin, exact=exact, error=error)
 
     def save_pretrained(
@@ -364,6 +341,6 @@ def compile_parts(model: DynamicDepth, **options: object) -> None:
     Blocks of a kind share one code, and so do heads of the same shapes. A guided plan with unequal depths calls it
     with B and with 2B rows. options: passed to `torch.compile`.
     """
-    heads = [] if model.exits is None else model.exits.part_modules()
+    heads = [] if model.exits is None else model.exits.heads.values()
     for module in [*model.backbone.block_modules(), *heads]:
         module.compile(fullgraph=True, **options)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
-from dyndit.models.layers import modulate
+from dyndit.models.layers import modulate, zero_linear
 
 HeadName = Literal["adaln-linear", "wide"]
 
@@ -29,11 +29,7 @@ class ExitConfig:
     head: HeadName = "adaln-linear"
 
     def resolved(self, num_blocks: int) -> "ExitConfig":
-        """Fill in the default layers and check the given ones.
-
-        Raises:
-            InputError: a layer outside 1..L-1, or an unknown head.
-        """
+        """Fill in the default layers. Raises InputError for a layer outside 1..L-1, or an unknown head."""
         layers = tuple(sorted(set(self.layers))) or default_layers(num_blocks)
         if not all(1 <= layer < num_blocks for layer in layers):
             raise InputError(f"exit layers {list(layers)}: expected depths in 1..{num_blocks - 1}")
@@ -65,7 +61,7 @@ class WideHead(nn.Module):
     def __init__(self, backbone: Backbone, hidden: int) -> None:
         super().__init__()
         self.final = backbone.new_exit_head()
-        self.hidden = HiddenLayer(backbone.width, hidden).to(next(self.final.parameters()))
+        self.hidden = HiddenLayer(backbone.width, hidden, backbone.cond_width).to(next(self.final.parameters()))
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
@@ -75,18 +71,17 @@ class WideHead(nn.Module):
 class HiddenLayer(nn.Module):
     """The MLP half of an adaLN block, ungated. It starts as the identity because its output map is zero."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, cond_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        for linear in (self.mlp.fc2, self.adaLN_modulation[-1]):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 2 * width))
+        zero_linear(self.mlp.fc2)
+        zero_linear(self.adaLN_modulation[-1])
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """Add the MLP.  tokens: (B, N, D), cond: (B, D) -> (B, N, D)."""
-        shift, scale = self.adaLN_modulation(cond).chunk(2, dim=1)
+        """Add the MLP.  tokens: (B, N, D), cond: see `State` -> (B, N, D)."""
+        shift, scale = self.adaLN_modulation(cond).chunk(2, dim=-1)
         return tokens + self.mlp(modulate(self.norm(tokens), shift, scale))
 
 
@@ -105,19 +100,12 @@ def wide_head(backbone: Backbone, depth: int) -> nn.Module:
     return WideHead(backbone, ratio * backbone.width) if ratio else AdaLNLinear(backbone, depth)
 
 
-HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {
-    "adaln-linear": AdaLNLinear,
-    "wide": wide_head,
-}
+HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {"adaln-linear": AdaLNLinear, "wide": wide_head}
 """Builders of a head by name. A head maps (tokens (B, N, D), cond (B, D)) -> patches."""
 
 
 class Exits(nn.Module):
-    """The exit heads of one backbone, by depth.
-
-    Raises:
-        InputError: a layer outside 1..L-1, or an unknown head.
-    """
+    """The exit heads of one backbone, by depth. Raises InputError as `ExitConfig.resolved`."""
 
     def __init__(self, backbone: Backbone, config: ExitConfig) -> None:
         super().__init__()
@@ -137,11 +125,7 @@ class Exits(nn.Module):
 
     def patches(self, state: State, depth: int) -> Tensor:
         """Predict at the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
-        return self.heads[str(depth)](state.tokens, state.cond)
-
-    def part_modules(self) -> list[nn.Module]:
-        """Return the modules that `patches` calls. `compile_parts` compiles them."""
-        return list(self.heads.values())
+        return self.heads[str(depth)](*state.for_head())
 
     def alike(self) -> dict[int, int]:
         """Map each depth to the first depth whose head has the same shapes and therefore the same cost."""

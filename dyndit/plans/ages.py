@@ -49,40 +49,37 @@ class AgedEntries:
             choice = torch.where(self.known[choice, column], choice, self.plain[choice])
             settled.append(choice)
             entries.append(self.entry[choice, column])
-            since = torch.where(self.full[choice], 1, torch.where(since > 0, since + 1, 0))
+            since = _later(since, self.full[choice])
         return torch.stack(settled, 1), torch.stack(entries, 1)
 
     def at(self, choice: Tensor) -> Tensor:
         """Return the entry that each choice would take at every step of a plan.  choice: (K,) -> (K, P)."""
-        return self.entry[:, self._columns(self._since(choice))].T
-
-    def _since(self, choice: Tensor) -> Tensor:
-        """Count the steps since full depth at every step; 0: never.  choice: (K,) -> (K,)."""
-        since, now = [], 0
-        for full in self.full[choice].tolist():
-            since.append(now)
-            now = 1 if full else now + 1 if now else 0
-        return torch.tensor(since)
+        steps = torch.arange(len(choice))
+        latest = torch.where(self.full[choice], steps, -1).cummax(0).values.roll(1)  # the last full step before each
+        latest[0] = -1
+        return self.entry[:, self._columns(torch.where(latest < 0, 0, steps - latest))].T
 
     def programmed(self, values: Tensor, costs: Tensor, price: float) -> Tensor:
         """Find the plan of least values plus prices by a dynamic program over the steps since full depth.
 
         values: (K, entries), the value of each entry at each step; costs: (P,), seconds; price: per second. -> (K,).
         """
-        num_steps, most = len(values), len(values) + 1
-        columns = self._columns(torch.arange(most))
-        later, best = torch.zeros(most, dtype=torch.float64), []
-        for step in reversed(range(num_steps)):
+        most = len(values)
+        states = torch.arange(most + 1)
+        columns, after = self._columns(states), _later(states, self.full[:, None]).clamp(max=most)
+        later, best = torch.zeros(most + 1, dtype=torch.float64), []
+        for value in values.flip(0):
             # total: (P, states), the value of a choice in each state plus the best value of the later steps.
-            state = torch.arange(most)
-            after = torch.where(self.full[:, None], 1, torch.where(state > 0, (state + 1).clamp(max=most - 1), 0))
-            total = values[step][self.entry[:, columns]] + price * costs[:, None] + later[after]
-            total = total.masked_fill(~self.known[:, columns], torch.inf)
-            later, choice = total.min(0)
+            total = value[self.entry[:, columns]] + price * costs[:, None] + later[after]
+            later, choice = total.masked_fill(~self.known[:, columns], torch.inf).min(0)
             best.append(choice)
         now, plan = 0, []
         for choice in reversed(best):
-            picked = int(choice[now])
-            plan.append(picked)
-            now = 1 if self.full[picked] else now + 1 if now else 0
+            plan.append(int(choice[now]))
+            now = after[plan[-1], now]
         return torch.tensor(plan)
+
+
+def _later(since: Tensor, full: Tensor) -> Tensor:
+    """Count the steps since full depth at the next step; 0: never.  full: tells if this step is at full depth."""
+    return torch.where(full, 1, torch.where(since > 0, since + 1, 0))

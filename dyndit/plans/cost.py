@@ -19,11 +19,6 @@ class PartTimes:
     exits: Mapping[int, float] = field(default_factory=dict)
     """Seconds by depth, for heads whose cost differs from `exit`."""
 
-    @classmethod
-    def from_description(cls, data: dict) -> Self:
-        """Build from the output of `asdict`, also after JSON has turned its keys into text."""
-        return cls(**{**data, "exits": {int(depth): seconds for depth, seconds in data["exits"].items()}})
-
 
 @dataclass(frozen=True)
 class CostModel:
@@ -77,5 +72,9 @@ class CostModel:
 
     @classmethod
     def from_description(cls, data: dict) -> Self:
-        """Build from the output of `describe`."""
-        return cls(**{**data, **{rows: PartTimes.from_description(data[rows]) for rows in ("one", "two")}})
+        """Build from the output of `describe`, also after JSON has turned its keys into text."""
+
+        def parts(times: dict) -> PartTimes:
+            return PartTimes(**times | {"exits": {int(depth): seconds for depth, seconds in times["exits"].items()}})
+
+        return cls(**data | {"one": parts(data["one"]), "two": parts(data["two"])})

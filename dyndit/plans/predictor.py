@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from dyndit.plans.ages import AgedEntries
 from dyndit.plans.plan import DepthPlan
@@ -31,10 +32,8 @@ class Predictor:
         self.index = {choice: i for i, choice in enumerate(self.choices)}
         self.entries = AgedEntries(table, self.choices, self.nearest, len(timesteps)) if table.ages else None
         self.weights = table.weights(timesteps)
-        bands, features = table.num_bands, table.mean.shape[-1]
-        zero = table.mean.new_zeros
-        self.mean = torch.cat([table.mean, zero(bands, 1, features)], dim=1)
-        self.second = torch.cat([table.second, zero(bands, 1, features, features)], dim=1)
+        self.mean = pad(table.mean, (0, 0, 0, 1))  # the shift of full depth, which comes last, is zero
+        self.second = pad(table.second, (0, 0, 0, 0, 0, 1))
         self.frechet = FrechetTo(table.reference)
         self.calls = torch.tensor(calls or [1] * len(timesteps), dtype=torch.float64)
         self.seconds = torch.tensor([table.cost.step_seconds(c) for c in self.choices], dtype=torch.float64)
@@ -42,27 +41,24 @@ class Predictor:
     def coverage(self, choices: Tensor) -> Tensor:
         """Return the share of each band per table entry.  choices: (M, K) indices -> (M, bands, P + 1)."""
         taken = choices if self.entries is None else self.entries.taken(choices)[1]
-        chosen = torch.nn.functional.one_hot(taken, self.mean.shape[1]).double()
+        chosen = one_hot(taken, self.mean.shape[1]).double()
         return torch.einsum("kb,mkp->mbp", self.weights, chosen)
+
+    def _shifts(self, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the shifts of both moments.  choices: (M, K) -> (M, F) and (M, F, F)."""
+        a = self.coverage(choices).flatten(1)
+        return a @ self.mean.flatten(0, 1), (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
 
     def moments(self, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Predict moments.  choices: (M, K) -> means (M, F) and covariances (M, F, F)."""
-        return self.moments_at(self.coverage(choices))
-
-    def moments_at(self, coverage: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict moments.  coverage: (M, bands, P + 1), shares of steps -> means (M, F), covariances (M, F, F)."""
-        a = coverage.flatten(1)
-        mean = self.base.mean + a @ self.mean.flatten(0, 1)
-        second = self.base.second + (a @ self.second.flatten(0, 1).flatten(1)).view(-1, *self.second.shape[2:])
-        return mean, self.unbias * (second - mean[:, :, None] * mean[:, None, :])
+        first, second = self._shifts(choices)
+        mean = self.base.mean + first
+        return mean, self.unbias * (self.base.second + second - mean[:, :, None] * mean[:, None, :])
 
     def base_through(self, plan: DepthPlan, measured: Moments) -> Moments:
         """Return the full-depth moments with which the prediction of this plan equals its measured moments."""
-        coverage = self.coverage(self.choice(plan)[None])
-        a = coverage.flatten(1)
-        mean = measured.mean - (a @ self.mean.flatten(0, 1))[0]
-        second = measured.second - (a @ self.second.flatten(0, 1).flatten(1)).view_as(measured.second)
-        return Moments(mean, second, measured.num)
+        first, second = self._shifts(self.choice(plan)[None])
+        return Moments(measured.mean - first[0], measured.second - second[0], measured.num)
 
     def distances(self, choices: Tensor) -> Tensor:
         """Predict Fréchet distances.  choices: (M, K) -> (M,)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -58,25 +59,18 @@ def search(
     limit = budget * predictor.seconds[-1].item() * sum(full.calls_by_step) * (1 + 1e-9)
     if budget < table.least_share * (1 - 1e-9):
         raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
-    best, best_value = None, float("inf")
     given = [predictor.choice(plan) for plan in starts]
     given = [choice for choice in given if predictor.spent(choice) <= limit]
-    for choice in given + _starts(predictor, full, limit, settings.num_starts):
-        choice, value = _improve(predictor, choice, limit, settings)
-        if value < best_value:
-            best, best_value = choice, value
+    given += _starts(predictor, full, limit, settings.num_starts)
+    found = [_improve(predictor, choice, limit, settings) for choice in given]
+    best, best_value = min(found, key=lambda improved: improved[1])
     kicks = torch.Generator().manual_seed(0)
     for _ in range(settings.num_kicks):
         choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
         if value < best_value:
             best, best_value = choice, value
-    plan = full.with_steps(
-        [predictor.choices[i] for i in best.tolist()],
-        router="searched",
-        budget=budget,
-        backbone=table.backbone,
-        exits=table.exits,
-    )
+    bound = {"backbone": table.backbone, "exits": table.exits}
+    plan = full.with_steps([predictor.choices[i] for i in best.tolist()], router="searched", budget=budget, **bound)
     figures = {
         "predicted_fd": best_value,
         "predicted_fd_full": predictor.predict(full),
@@ -90,13 +84,8 @@ def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> li
     """Return ramps and constants within the budget, best predicted first, then the cheapest plan."""
     plain = [choice for choice in predictor.choices if not choice.forecast]
     depths = tuple(sorted({choice.depth for choice in plain}))
-    plans = [full.with_steps([choice] * full.num_steps) for choice in plain] + [
-        ramp(full, depths, low, high, power)
-        for low in depths
-        for high in depths
-        for power in (0.5, 1.0, 2.0)
-        if low < high
-    ]
+    plans = [full.with_steps([choice] * full.num_steps) for choice in plain]
+    plans += [ramp(full, depths, *ends, power) for ends in combinations(depths, 2) for power in (0.5, 1.0, 2.0)]
     choices = torch.stack([predictor.choice(plan) for plan in plans] + _periodic(predictor, full.num_steps))
     choices = choices[predictor.spent(choices) <= limit]
     cheapest = torch.full((full.num_steps,), int(predictor.seconds.argmin()))
@@ -136,9 +125,7 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
     """Search locally from one plan.  choice: (K,) -> the improved choice (K,), its predicted distance."""
     num_steps, num_choices = len(choice), len(predictor.choices)
     units = np.array_split(np.arange(num_steps), min(num_steps, settings.max_units))
-    member = torch.zeros(len(units), num_steps, dtype=torch.float64)
-    for i, unit in enumerate(units):
-        member[i, unit] = 1
+    member = torch.block_diag(*(torch.ones(1, len(unit), dtype=torch.float64) for unit in units))  # (U, K)
     value = predictor.distances(choice[None]).item()
     for _ in range(settings.max_moves):
         slopes = predictor.slopes(choice)

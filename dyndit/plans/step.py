@@ -117,11 +117,7 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the text that `str` writes.
-
-        Raises:
-            PlanError: the text is not a step.
-        """
+        """Read the text that `str` writes. Raises PlanError for any other text."""
         found = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise PlanError(f"step {text!r:.40}: expected a depth such as '12', '12|6', '8|e4', '4+' or '4+|held'")

@@ -43,20 +43,16 @@ class LatencyBudget:
         return f"b{self.share:g}" + ("" if self.reference_steps is None else f"-of{self.reference_steps}")
 
     def choose(self, table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> DepthPlan:
-        """Return the best plan over all step counts.
-
-        Raises:
-            InputError: the table has no full-depth moments with this solver, or no plan is quick enough.
-        """
+        """Return the best plan over all step counts. Raises InputError if no plan is quick enough, or none measured."""
         limit = self.share * _reference(table, self.reference_steps)
-        found = [_best(table, full, limit) for full in _fulls(table, solver, timesteps_at)]
-        plans = [plan for plan in found if plan is not None]
+        fulls = _fulls(table, solver, timesteps_at)
+        plans = [plan for full in fulls if (plan := _best(table, full, limit)) is not None]
         if not plans:
             least = min(table.step_counts(solver))
-            share = table.least_share * _seconds(table, least) / _reference(table, self.reference_steps)
+            share = table.least_share * _reference(table, least) / _reference(table, self.reference_steps)
             raise InputError(
                 f"--latency-budget {self.share:g}: the cheapest plan, at {least} steps, needs {share:.2g} of full "
-                f"depth's time at {_steps(table, self.reference_steps)}"
+                f"depth's time at {self.reference_steps or table.num_steps}"
             )
         best = min(plans, key=lambda plan: plan.figures["predicted_fd"])
         return _described(best, table, self.reference_steps, latency_budget=self.share)
@@ -85,11 +81,7 @@ class TargetFD:
         return f"fd{self.value:g}"
 
     def choose(self, table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> DepthPlan:
-        """Return the cheapest good plan over all step counts.
-
-        Raises:
-            InputError: the table has no full-depth moments with this solver, or predicts no plan to be good enough.
-        """
+        """Return the cheapest good plan over all step counts. Raises InputError if none is good, or none measured."""
         cheapest, limit, missed = None, math.inf, []
         for full in _fulls(table, solver, timesteps_at):
             plan = _best(table, full, limit)  # the best at this step count in the time of the cheapest plan so far
@@ -132,32 +124,21 @@ def frontier(
 
     Columns: latency_budget (the requested share), steps, budget (share of full depth's time at these steps),
     predicted_ms (per picture), predicted_fd, share_of_blocks.
-
-    Raises:
-        InputError: the table has no full-depth moments with this solver.
     """
     rows = []
     for share in shares:
         limit = share * _reference(table, reference_steps)
         for full in _fulls(table, solver, timesteps_at):
-            plan = _best(table, full, limit)
-            if plan is not None:
-                rows.append(
-                    {
-                        "latency_budget": share,
-                        "steps": plan.num_steps,
-                        "budget": plan.figures["predicted_share_of_time"],
-                        "predicted_ms": 1e3 * table.cost.plan_seconds(plan) / table.cost.batch_size,
-                        "predicted_fd": plan.figures["predicted_fd"],
-                        "share_of_blocks": plan.share_of_blocks,
-                    }
-                )
+            if (plan := _best(table, full, limit)) is not None:
+                ms = 1e3 * table.cost.plan_seconds(plan) / table.cost.batch_size
+                budget, distance = (plan.figures[name] for name in ("predicted_share_of_time", "predicted_fd"))
+                rows.append((share, plan.num_steps, budget, ms, distance, plan.share_of_blocks))
     columns = ["latency_budget", "steps", "budget", "predicted_ms", "predicted_fd", "share_of_blocks"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _fulls(table: ShiftTable, solver: str, timesteps_at: TimestepsAt) -> list[DepthPlan]:
-    """Return the full plan at every measured step count, fewest steps first."""
+    """Return the full plan at every measured step count, fewest steps first. Raises InputError if there is none."""
     counts = table.step_counts(solver)
     if not counts:
         raise InputError(
@@ -175,12 +156,9 @@ def _best(table: ShiftTable, full: DepthPlan, seconds: float) -> DepthPlan | Non
         return None
     plan = replace(search(table, full, budget), router=ROUTER)
     if budget == 1 and plan.figures["predicted_fd_full"] <= plan.figures["predicted_fd"]:
-        figures = {
-            "predicted_fd": plan.figures["predicted_fd_full"],
-            "predicted_share_of_time": 1.0,
-            "share_of_blocks": 1.0,
-        }
-        plan = replace(plan.with_steps(full.steps), figures=plan.figures | figures)
+        whole = {"predicted_share_of_time": 1.0, "share_of_blocks": 1.0}
+        figures = plan.figures | {"predicted_fd": plan.figures["predicted_fd_full"]} | whole
+        plan = plan.with_steps(full.steps, figures=figures)
     return plan
 
 
@@ -188,7 +166,7 @@ def _described(plan: DepthPlan, table: ShiftTable, reference_steps: int | None, 
     """Add the request and the plan's share of the reference time to the plan's figures."""
     figures = {
         **asked,
-        "reference_steps": float(_steps(table, reference_steps)),
+        "reference_steps": float(reference_steps or table.num_steps),
         "predicted_share_of_reference": table.cost.plan_seconds(plan) / _reference(table, reference_steps),
     }
     return replace(plan, figures=plan.figures | figures)
@@ -199,14 +177,6 @@ def _check_reference(steps: int | None) -> None:
         raise InputError(f"--reference-steps {steps}: expected at least 1")
 
 
-def _steps(table: ShiftTable, reference_steps: int | None) -> int:
-    return table.num_steps if reference_steps is None else reference_steps
-
-
-def _seconds(table: ShiftTable, steps: int) -> float:
-    """Predict the seconds of full depth."""
-    return steps * table.cost.step_seconds(table.full_step)
-
-
-def _reference(table: ShiftTable, reference_steps: int | None) -> float:
-    return _seconds(table, _steps(table, reference_steps))
+def _reference(table: ShiftTable, steps: int | None) -> float:
+    """Predict the seconds of full depth at these steps (default: the table's)."""
+    return (steps or table.num_steps) * table.cost.step_seconds(table.full_step)

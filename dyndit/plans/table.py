@@ -116,14 +116,10 @@ class ShiftTable:
 
     def save(self, path: Path) -> None:
         """Write safetensors: shifts in float32, moments in float64, the rest as JSON in the metadata."""
-        tensors = {
-            "mean": self.mean,
-            "second": self.second,
-            "base.mean": self.base.mean,
-            "base.second": self.base.second,
-            "reference.mean": self.reference.mean,
-            "reference.second": self.reference.second,
-        }
+        tensors = {"mean": self.mean.float(), "second": self.second.float()}
+        kept = {f"base.{solver}.{steps}": of for (solver, steps), of in self.bases.items()}
+        for name, of in (kept | {"base": self.base, "reference": self.reference}).items():
+            tensors |= {f"{name}.mean": of.mean.double(), f"{name}.second": of.second.double()}
         plain = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
@@ -133,14 +129,10 @@ class ShiftTable:
         plain["nums"] = [self.base.num, self.reference.num]
         metadata = {"format": FORMAT, "version": str(VERSION), "table": json.dumps(plain)}
         if self.projection is not None:
-            tensors["projection"] = self.projection
+            tensors["projection"] = self.projection.double()
         if self.bases:
             metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
-            for (solver, steps), of in self.bases.items():
-                tensors |= {f"base.{solver}.{steps}.mean": of.mean, f"base.{solver}.{steps}.second": of.second}
-        shifts = {name: tensors[name].float().contiguous() for name in ("mean", "second")}
-        moments = {name: t.double().contiguous() for name, t in tensors.items() if name not in shifts}
-        write_safetensors(path, shifts | moments, metadata)
+        write_safetensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -157,16 +149,17 @@ class ShiftTable:
                 t = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
             plain = json.loads(metadata["table"])
             nums, cost = plain.pop("nums"), CostModel.from_description(plain.pop("cost"))
-            plain |= {"choices": tuple(map(Step.parse, plain["choices"])), "edges": tuple(plain["edges"])}
-            plain["ages"] = tuple(plain["ages"])
-            base = Moments(t["base.mean"], t["base.second"], nums[0])
-            reference = Moments(t["reference.mean"], t["reference.second"], nums[1])
-            bases = {
-                (solver, steps): Moments(t[f"base.{solver}.{steps}.mean"], t[f"base.{solver}.{steps}.second"], num)
-                for solver, steps, num in json.loads(metadata.get("bases", "[]"))
-            }
+            plain |= {"choices": tuple(map(Step.parse, plain["choices"]))}
+            plain |= {name: tuple(plain[name]) for name in ("edges", "ages")}
+
+            def kept(name: str, num: int) -> Moments:
+                return Moments(t[f"{name}.mean"], t[f"{name}.second"], num)
+
+            moments = {"base": kept("base", nums[0]), "reference": kept("reference", nums[1])}
+            other = json.loads(metadata.get("bases", "[]"))
+            bases = {(solver, steps): kept(f"base.{solver}.{steps}", num) for solver, steps, num in other}
             shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
-            return cls(base=base, reference=reference, cost=cost, bases=bases, **shifts, **plain)
+            return cls(cost=cost, bases=bases, **moments, **shifts, **plain)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({error})") from error
 
@@ -176,9 +169,5 @@ class ShiftTable:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **ignored: object) -> Self:
-        """Read the table in the folder of a pipeline's component or of a model.
-
-        Raises:
-            CheckpointError: the file is missing or damaged, or is not a shift table of this version.
-        """
+        """Read the table in the folder of a pipeline's component or of a model, as `load`."""
         return cls.load(Path(folder) / FILE)

@@ -23,13 +23,12 @@ def processes() -> dict[str, type[Process]]:
 
 
 def from_config(config: Mapping[str, object]) -> Process:
-    """Build the process that `Process.config()` described.
-
-    Raises:
-        InputError: an unknown name, or impossible fields.
-    """
+    """Build the process that `Process.config()` described. Raises InputError for unknown or impossible fields."""
     fields = dict(config)
     name = fields.pop("name", None)
     if name not in processes():
         raise InputError(f"process {name!r:.60}: expected one of {', '.join(processes())}")
-    return processes()[name].of(fields)
+    try:
+        return processes()[name](**fields)
+    except TypeError as error:
+        raise InputError(f"process {name}: {error}") from error

@@ -6,15 +6,12 @@ Timesteps rise from 0, the picture, to `num_timesteps`, the noise. A solver runs
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
-
-from dyndit.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -100,26 +97,14 @@ class Process(ABC):
                 another prediction.
         """
 
-    @abstractmethod
     def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
-        """Set the timesteps of a scheduler, falling."""
+        """Set the timesteps of a scheduler, falling (default: its own spacing)."""
+        scheduler.set_timesteps(num_steps)
 
-    @abstractmethod
     def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """Scale standard normal noise to a scheduler's first state."""
+        """Scale standard normal noise to a scheduler's first state (default: its own scale)."""
+        return noise * scheduler.init_noise_sigma
 
-    @abstractmethod
     def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """Scale a scheduler's state at its timestep t to x_t."""
-
-    @classmethod
-    def of(cls, config: Mapping[str, object]) -> Self:
-        """Build the process from the fields of `config()` without the name.
-
-        Raises:
-            InputError: unknown or impossible fields.
-        """
-        try:
-            return cls(**config)
-        except TypeError as error:
-            raise InputError(f"process {cls.name}: {error}") from error
+        """Scale a scheduler's state at its timestep t to x_t (default: its own scale)."""
+        return scheduler.scale_model_input(x, t)

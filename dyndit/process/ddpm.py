@@ -110,19 +110,11 @@ class DDPM(Process):
 
     def scheduler_settings(self) -> dict[str, object]:
         """Return the betas."""
-        return {
-            "num_train_timesteps": self.num_timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "beta_schedule": "linear",
-        }
+        betas = {"beta_start": self.beta_start, "beta_end": self.beta_end, "beta_schedule": "linear"}
+        return {"num_train_timesteps": self.num_timesteps} | betas
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
-        """Accept a scheduler that predicts noise on these betas.
-
-        Raises:
-            InputError: a scheduler of flow matching, of another prediction, or of other betas.
-        """
+        """Accept a scheduler that predicts noise on these betas. Raise InputError for any other."""
         name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
         if not isinstance(betas, Tensor) or scheduler.config.get("use_flow_sigmas"):
             raise InputError(f"scheduler {name}: of another process; expected one of noise prediction (DDPM)")
@@ -134,18 +126,6 @@ class DDPM(Process):
                 f"{betas[0]:.3g} to {betas[-1]:.3g}; expected the training schedule's {self.num_timesteps} linear ones "
                 f"from {self.beta_start:g} to {self.beta_end:g}"
             )
-
-    def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
-        """Use the scheduler's own spacing."""
-        scheduler.set_timesteps(num_steps)
-
-    def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """Use the scheduler's own scale."""
-        return noise * scheduler.init_noise_sigma
-
-    def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
-        """Use the scheduler's own scale."""
-        return scheduler.scale_model_input(x, t)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and log-variance of q(x_{t-1} | x_t, x_0): DDPM, Equations 6 and 7.

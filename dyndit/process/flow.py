@@ -122,17 +122,13 @@ class RectifiedFlow(Process):
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Accept diffusers' flow-matching schedulers, and solvers told to step a flow (`use_flow_sigmas`).
 
-        Raises:
-            InputError: a scheduler of another process, of another prediction, or of another number of timesteps.
+        Raises InputError for any other, for another prediction, and for another number of timesteps.
         """
         name, config = type(scheduler).__name__, scheduler.config
         if not (isinstance(scheduler, _FLOW_MATCHING) or config.get("use_flow_sigmas")):
             raise InputError(f"scheduler {name}: of another process; expected one of flow matching (rectified flow)")
-        for setting, expected in {
-            "prediction_type": "flow_prediction",
-            "num_train_timesteps": self.num_timesteps,
-            "variance_type": None,
-        }.items():
+        wanted = {"prediction_type": "flow_prediction"} | self.scheduler_settings() | {"variance_type": None}
+        for setting, expected in wanted.items():
             if (found := config.get(setting, expected)) != expected:
                 raise InputError(f"scheduler {name}: {setting} {found}; expected {expected}")
 
@@ -148,7 +144,7 @@ class RectifiedFlow(Process):
             scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps
             scheduler.set_timesteps(num_steps)
         else:
-            scheduler.set_timesteps(num_steps)
+            super().set_timesteps(scheduler, num_steps)
 
     def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
         """Return the noise itself."""

@@ -5,7 +5,7 @@ noise of step k of a stochastic solver comes from a generator of (seed, index, k
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import diffusers
@@ -34,11 +34,7 @@ from dyndit.sampling.solvers import (
 
 
 def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale: float) -> DepthPlan:
-    """Plan full depth, the original model, at every step.
-
-    Raises:
-        InputError: the model was not trained for the solver or the guidance.
-    """
+    """Plan full depth at every step. Raises InputError if the model was not trained for the solver or the guidance."""
     timesteps = timesteps_of(solver, num_steps, model.process)
     calls = tuple(map(len, calls_of(make_scheduler(solver, num_steps, model.process))))
     backbone, name = model.backbone, solver_name(solver)
@@ -71,12 +67,11 @@ def noise(seed: int | Sequence[int], indices: Sequence[int], shape: tuple[int, .
 
     seed: one for all rows, or one per row.
     """
-    keys = zip(_per_row(seed, len(indices)), indices, strict=True)
-    return torch.stack([torch.randn(shape, generator=picture_generator(*key)) for key in keys])
+    return torch.stack([torch.randn(shape, generator=picture_generator(*key)) for key in _keys(seed, indices)])
 
 
-def _per_row(seed: int | Sequence[int], rows: int) -> Sequence[int]:
-    return (seed,) * rows if isinstance(seed, int) else seed
+def _keys(seed: int | Sequence[int], indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return zip((seed,) * len(indices) if isinstance(seed, int) else seed, indices, strict=True)
 
 
 @dataclass
@@ -124,8 +119,7 @@ class Batch:
         """Return the generators of a stochastic solver at a step: the given generators, or fresh ones."""
         if self.generators is not None:
             return self.generators
-        keys = zip(_per_row(self.seed, len(self.indices)), self.indices, strict=True)
-        return [picture_generator(*key, step + 1) for key in keys]
+        return [picture_generator(*key, step + 1) for key in _keys(self.seed, self.indices)]
 
 
 def batch_in_turn(model: DynamicDepth, indices: Sequence[int], seed: int) -> Batch:
@@ -137,7 +131,6 @@ def batch_in_turn(model: DynamicDepth, indices: Sequence[int], seed: int) -> Bat
 
 StepHook = Callable[[int, float, float], None]
 """(step, seconds of the step, seconds of the network in it). The device is synchronised around both."""
-
 
 StepEndHook = Callable[[int, Tensor, Tensor], Tensor | None]
 """(step, the scheduler's timestep, x after the step) -> the new x; None keeps x."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -57,11 +58,7 @@ def resolve_plan(
     *,
     origin: str = "plan",
 ) -> DepthPlan:
-    """Return the plan to run, bound to the model and the request. A router writes it; None is the full plan.
-
-    Raises:
-        PlanError: the plan is for another model, solver, guidance scale or step count.
-    """
+    """Return the plan to run, checked by `bind`. A router writes it; None is the full plan."""
     full = full_plan(model, solver, num_steps, cfg_scale)
     if plan is None:
         return full
@@ -69,22 +66,60 @@ def resolve_plan(
     return bind(written, model, full=full, cfg_scale=cfg_scale, origin=origin)
 
 
-def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int, seed: int) -> list[Value]:
-    """Refuse labels that the model lacks (it would use wrong classes), no pictures, and empty batches.
-
-    -> the labels as plain numbers or text.
-
-    Raises:
-        InputError: names the flag.
-    """
-    labels = model.backbone.condition.plain(labels)
+def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int, seed: int) -> None:
+    """Raise InputError for labels that the model lacks (it would use wrong classes), no pictures, or empty batches."""
+    model.backbone.condition.plain(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: expected at least 1")
     if seed < 0:
         raise InputError(f"--seed {seed}: expected at least 0")
-    return labels
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of a sampling.
+
+    plan: a plan, or a router that writes one; None is the full plan. solver: a name of `SOLVERS`, or a diffusers
+    scheduler. guided_channels: see `Guidance`. strict: pad every batch to `batch_size`. Kernels then see one shape, and
+    pictures are bit-equal in any grouping; otherwise they are equal to 1/255. stats: time every step.
+    """
+
+    plan: DepthPlan | Router | None = None
+    solver: AnySolver = "ddim"
+    num_steps: int = 20
+    cfg_scale: float = 1.5
+    guided_channels: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+    strict: bool = False
+    stats: bool = False
+
+    def bound(self, model: DynamicDepth, labels: Sequence[Value], origin: str = "plan") -> Self:
+        """Check the request, and return the settings with the plan to run: `check_request`, `resolve_plan`."""
+        check_request(model, labels, self.batch_size, self.seed)
+        plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
+        return replace(self, plan=plan)
+
+    def batches(self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int]) -> Iterator[Drawn]:
+        """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`."""
+        guidance, device = Guidance(self.cfg_scale, self.guided_channels), next(model.parameters()).device
+        timed: list[tuple[float, float]] = []
+        on_step = (lambda _, *seconds: timed.append(seconds)) if self.stats else None
+        for low in range(0, len(ids), self.batch_size):
+            part = slice(low, low + self.batch_size)
+            mine, indices = tuple(labels[part]), tuple(ids[part])
+            padding = self.strict * (self.batch_size - len(mine))
+            condition = model.backbone.condition.of(mine + mine[-1:] * padding, device)
+            batch = Batch(condition, indices + indices[-1:] * padding, self.seed)
+            timed.clear()
+            began = time.perf_counter()
+            trajectory = start(model, batch, self.solver, self.plan.num_steps)
+            x = advance(model, batch, trajectory, self.plan, guidance, on_step=on_step).x
+            x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
+            seconds = time.perf_counter() - began
+            yield Drawn(indices, mine, x[: len(mine)], seconds, *zip(*timed, strict=True))
 
 
 def sample(
@@ -105,112 +140,52 @@ def sample(
 ) -> Samples:
     """Draw one picture per label: the number of a class, or a caption for a model of captions.
 
-    Picture i has index first_index + i. `strict` pads every batch to `batch_size`: kernels then see one shape, and
-    pictures are bit-equal in any grouping. Without `strict` they are equal to 1/255.
-    solver: a name of `SOLVERS`, or a diffusers scheduler. `stats` times every step. on_batch(n) is called after each
-    batch of n pictures. All pictures are in memory at the end; `draw` holds one batch, `sample_into` writes to disk.
+    Picture i has index first_index + i; `Sampling` explains the other settings.
+
+    on_batch(n) is called after each batch of n pictures. All pictures are in memory at the end; `draw` holds one batch,
+    `sample_into` writes to disk.
 
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
-    labels = check_request(model, labels, batch_size, seed)
-    plan = resolve_plan(model, plan, solver, num_steps, cfg_scale)
-    drawn = []
-    options = {"batch_size": batch_size, "strict": strict, "stats": stats}
-    ids = range(first_index, first_index + len(labels))
-    for batch in batches(model, labels, ids, plan, Guidance(cfg_scale, guided_channels), solver, seed, **options):
+    labels = tuple(model.backbone.condition.plain(labels))
+    asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats)
+    asked, drawn = asked.bound(model, labels), []
+    for batch in asked.batches(model, labels, range(first_index, first_index + len(labels))):
         drawn.append(batch)
         if on_batch is not None:
             on_batch(len(batch.ids))
     result = torch.cat([batch.x for batch in drawn])
-    empty = torch.empty(0, dtype=torch.uint8)
     return Samples(
-        pictures=result if model.pixel_space else empty,
+        pictures=result if model.pixel_space else torch.empty(0, dtype=torch.uint8),
         latents=None if model.pixel_space else result,
-        labels=tuple(labels),
-        plan=plan,
+        labels=labels,
+        plan=asked.plan,
         seed=seed,
         batch_seconds=tuple(batch.seconds for batch in drawn),
         step_seconds=added(batch.step_seconds for batch in drawn),
         network_seconds=added(batch.network_seconds for batch in drawn),
-        settings={
-            "solver": plan.solver,
-            "num_steps": num_steps,
-            "cfg_scale": cfg_scale,
-            "guided_channels": guided_channels,
-            "seed": seed,
-            "first_index": first_index,
-            "batch_size": batch_size,
-            "strict": strict,
-        },
+        settings=vars(asked) | {"solver": asked.plan.solver, "first_index": first_index},
     )
 
 
 def draw(
-    model: DynamicDepth,
-    labels: Sequence[Value],
-    *,
-    ids: Sequence[int] | None = None,
-    plan: DepthPlan | Router | None = None,
-    solver: AnySolver = "ddim",
-    num_steps: int = 20,
-    cfg_scale: float = 1.5,
-    guided_channels: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    strict: bool = False,
-    stats: bool = False,
+    model: DynamicDepth, labels: Sequence[Value], *, ids: Sequence[int] | None = None, **settings: Any
 ) -> Iterator[Drawn]:
     """Draw one picture per label and yield each batch. `sample` collects them.
 
     ids: the pictures' numbers (default: 0, 1, ...). Picture i is a function of (seed, label, i) alone, so
-    processes can share the numbers: `draw(model, labels[a:b], ids=range(a, b))`.
+    processes can share the numbers: `draw(model, labels[a:b], ids=range(a, b))`. settings: see `Sampling`.
 
     Raises:
         InputError: raised at the call, as `sample`; or numbers below 0, or another number of ids than labels.
     """
-    labels = check_request(model, labels, batch_size, seed)
+    labels = tuple(model.backbone.condition.plain(labels))
+    asked = Sampling(**settings).bound(model, labels)
     ids = range(len(labels)) if ids is None else ids
     if len(ids) != len(labels) or min(ids) < 0:
         raise InputError(f"ids: {len(ids)} from {min(ids, default=0)} on; expected {len(labels)}, a number per label")
-    plan, guidance = resolve_plan(model, plan, solver, num_steps, cfg_scale), Guidance(cfg_scale, guided_channels)
-    options = {"batch_size": batch_size, "strict": strict, "stats": stats}
-    return batches(model, labels, ids, plan, guidance, solver, seed, **options)
-
-
-def batches(
-    model: DynamicDepth,
-    labels: Sequence[Value],
-    ids: Sequence[int],
-    plan: DepthPlan,
-    guidance: Guidance,
-    solver: AnySolver,
-    seed: int,
-    *,
-    batch_size: int,
-    strict: bool = False,
-    stats: bool = False,
-) -> Iterator[Drawn]:
-    """Draw as `draw`, for a checked request and a plan from `resolve_plan`."""
-    device = next(model.parameters()).device
-    for low in range(0, len(ids), batch_size):
-        mine, indices = list(labels[low : low + batch_size]), list(ids[low : low + batch_size])
-        kept, per_step, in_network = len(mine), [0.0] * plan.num_steps, [0.0] * plan.num_steps
-        if strict:
-            mine += [mine[-1]] * (batch_size - kept)
-            indices += [indices[-1]] * (batch_size - kept)
-
-        def on_step(k: int, seconds: float, network: float, per_step=per_step, in_network=in_network) -> None:
-            per_step[k], in_network[k] = seconds, network
-
-        batch = Batch(model.backbone.condition.of(mine, device), tuple(indices), seed)
-        began = time.perf_counter()
-        trajectory = start(model, batch, solver, plan.num_steps)
-        x = advance(model, batch, trajectory, plan, guidance, on_step=on_step if stats else None).x
-        x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
-        seconds = time.perf_counter() - began
-        times = (tuple(per_step), tuple(in_network)) if stats else ((), ())
-        yield Drawn(tuple(indices[:kept]), tuple(mine[:kept]), x[:kept], seconds, *times)
+    return asked.batches(model, labels, ids)
 
 
 @dataclass(frozen=True)
@@ -234,19 +209,11 @@ def sample_into(
     num_images: int,
     *,
     ids: Sequence[int] | None = None,
-    plan: DepthPlan | Router | None = None,
-    solver: AnySolver = "ddim",
-    num_steps: int = 20,
-    cfg_scale: float = 1.5,
-    guided_channels: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    strict: bool = False,
-    stats: bool = False,
     to_pictures: Callable[[Tensor], Tensor] | None = None,
     autoencoder: str = "",
     origin: str = "plan",
     on_progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Stored:
     """Draw a set of pictures into the folder `out`. Existing pictures stay; a finished set does not change.
 
@@ -256,54 +223,52 @@ def sample_into(
     folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. The process that adds the last picture finishes the
     set. Both processes draw a batch that they share, so cut at multiples of batch_size.
     to_pictures: the decoder of latents, (B, C, h, w) -> uint8 (B, 3, H, W). autoencoder: its hash, for the manifest.
-    origin: the plan's name in messages. on_progress(done, all) counts pictures. Other options: see `sample`.
+    origin: the plan's name in messages. on_progress(done, all) counts pictures. settings: see `Sampling`.
 
     Raises:
         InputError: before any write: see `sample`, or `out` holds another run or other files. Later: the disk is full,
             or a picture of the folder is damaged.
     """
     labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
-    labels = [labels[i % len(labels)] for i in range(num_images)] if labels else []
-    labels = check_request(model, labels, batch_size, seed)
+    labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
+    asked = Sampling(**settings).bound(model, labels, origin)
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
     wanted = set(range(num_images) if ids is None else ids)
     if odd := sorted(wanted - set(range(num_images))):
         raise InputError(f"ids: {odd[0]}; expected 0 to {num_images - 1}")
-    plan = resolve_plan(model, plan, solver, num_steps, cfg_scale, origin=origin)
-    settings = {
+    plan = asked.plan
+    run = {
         "verb": "sample",
         "model": model.identity.backbone,
         "exits": model.identity.exits,
         "solver": plan.solver,
-        "steps": num_steps,
-        "cfg_scale": cfg_scale,
-        "guided_channels": guided_channels,
+        "steps": asked.num_steps,
+        "cfg_scale": asked.cfg_scale,
+        "guided_channels": asked.guided_channels,
         "labels": "in turn" if classes is None else tuple(classes),
         "num_images": num_images,
-        "seed": seed,
+        "seed": asked.seed,
         "plan_steps": list(map(str, plan.steps)),
         "autoencoder": autoencoder,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
-    found = manifest.claim(store.folder, settings, complete=False, **facts)
+    found = manifest.claim(store.folder, run, complete=False, **facts)
     missing = store.missing()
     if found is not None and found.get("complete") is True:
         if not missing and store.has_overviews:
             store.drop_times()
             return Stored(store.folder, plan, found, 0)
         facts |= {name: found[name] for name in TIMES if name in found}
-        store.describe(settings, complete=False, **facts)
-    todo = [batch for batch in store.batches(batch_size) if not missing.isdisjoint(wanted.intersection(batch))]
-    numbers = [i for batch in todo for i in batch]  # whole batches; only the last batch of the set may be smaller
-    guidance, device = Guidance(cfg_scale, guided_channels), str(next(model.parameters()).device)
-    options = {"batch_size": batch_size, "strict": strict, "stats": stats}
-    drawing = batches(model, [labels[i] for i in numbers], numbers, plan, guidance, solver, seed, **options)
-    machine, part, done = manifest.machine(device), _name(wanted), num_images - len(missing)
+        store.describe(run, complete=False, **facts)
+    todo = {i // asked.batch_size for i in missing & wanted}
+    numbers = [i for i in range(num_images) if i // asked.batch_size in todo]  # whole batches of the whole set
+    machine, done = manifest.machine(str(next(model.parameters()).device)), num_images - len(missing)
+    part = hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()[:8]  # names this process's file of times
     if on_progress is not None:
         on_progress(done, num_images)
-    for drawn in drawing:
+    for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
         began = time.perf_counter()
         pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
         # Write times before pictures: every batch on disk then has its time.
@@ -314,7 +279,7 @@ def sample_into(
         if on_progress is not None:
             on_progress(done, num_images)
     if not store.missing():
-        store.finish(settings, facts)
+        store.finish(run, facts)
     return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
 
 
@@ -328,11 +293,6 @@ def _facts(plan: DepthPlan) -> dict[str, object]:
         "share_of_blocks": plan.share_of_blocks,
         "mean_depth": plan.mean_depth,
     }
-
-
-def _name(ids: set[int]) -> str:
-    """Name some of a set's numbers. Each process writes its times to a file of this name."""
-    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:8]
 
 
 def unguided(plan: DepthPlan) -> DepthPlan:

@@ -6,7 +6,6 @@ import itertools
 from dataclasses import dataclass
 
 import diffusers
-import torch
 from diffusers import SchedulerMixin
 
 from dyndit.errors import InputError
@@ -41,7 +40,6 @@ _NO_NOISE = (
 )
 _MULTISTEP = {"timestep_spacing": "linspace", "final_sigmas_type": "zero"}
 
-
 SOLVERS: dict[str, Solver] = {
     # Published sampling: spaced timesteps down to t = 0, learned variance (iDDPM).
     "ddpm": Solver(
@@ -59,7 +57,6 @@ SOLVERS: dict[str, Solver] = {
     "flow-sde": Solver(FlowSDEScheduler, {}, RectifiedFlow),
 }
 
-
 AnySolver = str | SchedulerMixin
 """A name of `SOLVERS`, or any diffusers scheduler that steps the model's process."""
 
@@ -70,11 +67,7 @@ def solvers_of(process: Process) -> dict[str, Solver]:
 
 
 def named_solver(name: str, process: Process) -> Solver:
-    """Look up a solver for a model of this process.
-
-    Raises:
-        InputError: there is no such solver, or it steps another process.
-    """
+    """Look up a solver for a model of this process. Raises InputError if there is none of this name."""
     if name not in SOLVERS:
         raise InputError(f"--solver {name}: expected one of {', '.join(SOLVERS)}")
     if name not in solvers_of(process):
@@ -92,6 +85,11 @@ def solver_name(solver: AnySolver) -> str:
     mine = (type(solver), _settings(solver))
     named = ((name, (known.scheduler, _settings(_built(name)))) for name, known in SOLVERS.items())
     return next((name for name, theirs in named if theirs == mine), type(solver).__name__)
+
+
+def scheduler_class(name: str) -> str:
+    """Return the class of the scheduler that a plan's solver names."""
+    return SOLVERS[name].scheduler.__name__ if name in SOLVERS else name
 
 
 @functools.cache
@@ -207,8 +205,3 @@ def timesteps_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -
     """Return the timesteps of a solver, falling, each once. Whole timesteps are integers."""
     times = _times(make_scheduler(solver, num_steps, process))
     return tuple(int(t) if float(t).is_integer() else t for t in times)
-
-
-def log_snr_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> tuple[float, ...]:
-    """Return the log of the signal-to-noise ratio at every step of a solver, rising from noise to picture."""
-    return tuple(process.log_snr(torch.tensor(timesteps_of(solver, num_steps, process))).tolist())

@@ -11,7 +11,8 @@ therefore draws the same batches as an undisturbed run. One batch is in memory a
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +63,6 @@ class Store:
         there = {path.name for path in self.folder.iterdir()}
         return {number for number in range(len(self.labels)) if self.path(number).name not in there}
 
-    def batches(self, batch_size: int) -> Iterator[range]:
-        """Yield the numbers of each batch of the whole set."""
-        num = len(self.labels)
-        return (range(low, min(low + batch_size, num)) for low in range(0, num, batch_size))
-
     def add(self, numbers: Sequence[int], pictures: Tensor) -> None:
         """Write pictures.  pictures: uint8 (B, 1 or 3, H, W)."""
         with files.written_together(self.folder) as draft:
@@ -79,42 +75,37 @@ class Store:
         row |= {"step_seconds": drawn.step_seconds, "network_seconds": drawn.network_seconds}
         files.append_lines(self.folder / f"times-{part}.jsonl", json.dumps(row) + "\n")
 
-    @property
-    def _noted(self) -> list[Path]:
-        return sorted(self.folder.glob("times-*.jsonl"))
-
     def times(self) -> dict[str, object]:
         """Return the times named in `TIMES`, over the batches of the machine that drew most pictures.
 
-        Raises:
-            InputError: a file of times is damaged.
+        Raises InputError if a file of times is damaged.
         """
         rows = []
-        for path in self._noted:
+        for path in sorted(self.folder.glob("times-*.jsonl")):
             try:
                 rows += [json.loads(line) for line in files.read_lines(path).splitlines()]
             except ValueError as error:
                 raise InputError(f"{path}: damaged ({error}); expected it whole, or deleted") from error
-        nums: dict[str, int] = {}
-        for row in rows:
-            nums[row["machine"]] = nums.get(row["machine"], 0) + row["num"]
-        if not nums:
+        if not rows:
             return {}
-        machine = max(nums, key=nums.__getitem__)
+        nums: Counter[str] = Counter()
+        for row in rows:
+            nums[row["machine"]] += row["num"]
+        ((machine, num),) = nums.most_common(1)
         rows = [row for row in rows if row["machine"] == machine]
         seconds, timed = sum(row["seconds"] for row in rows), all(row["step_seconds"] for row in rows)
         network = sum(added(row["network_seconds"] for row in rows)) if timed else None
         return {
             "machine": machine,
-            "ms_per_picture": 1e3 * seconds / nums[machine],
-            "ms_denoiser": None if network is None else 1e3 * network / nums[machine],
+            "ms_per_picture": 1e3 * seconds / num,
+            "ms_denoiser": None if network is None else 1e3 * network / num,
             "seconds": seconds,
             "step_seconds": added(row["step_seconds"] for row in rows) if timed else None,
         }
 
     def drop_times(self) -> None:
         """Remove the files of times. The manifest holds their sums."""
-        for path in self._noted:
+        for path in self.folder.glob("times-*.jsonl"):
             path.unlink(missing_ok=True)
 
     @property
@@ -132,11 +123,7 @@ class Store:
         return all((self.folder / name).is_file() for name in (ARCHIVE, GRID))
 
     def finish(self, settings: dict[str, object], facts: dict[str, object]) -> None:
-        """Write the archive, the grid and the manifest of a set once all its pictures exist.
-
-        Raises:
-            InputError: a picture cannot be read.
-        """
+        """Write the archive, the grid and the manifest of a set. Raises InputError if a picture cannot be read."""
         times = self.times()
         if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times
             return

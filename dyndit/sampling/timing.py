@@ -12,22 +12,17 @@ from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.solvers import AnySolver
+from dyndit.stats import paired_times
 
 
 def measure_cost(
-    model: DynamicDepth,
-    *,
-    batch_size: int = 64,
-    solver: AnySolver = "ddim",
-    cfg_scale: float = 1.5,
-    rounds: int = 7,
+    model: DynamicDepth, *, batch_size: int = 64, solver: AnySolver = "ddim", cfg_scale: float = 1.5, rounds: int = 7
 ) -> CostModel:
     """Time the parts of our own sampling step: medians over `rounds`. The parts alternate."""
     backbone, first = model.backbone, next(model.parameters())
 
     def some(rows: int) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
-        return backbone.example(rows, generator).to(first)
+        return backbone.example(rows, torch.Generator().manual_seed(0)).to(first)
 
     plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
     condition = backbone.condition.of(backbone.condition.in_turn(batch_size), first.device)
@@ -78,7 +73,8 @@ def measure_parts(
         add("two", two)
     draws: list[Sequence[float]] = []
     parts["steps"] = lambda: draws.append(draw())
-    seconds = _medians(parts, rounds, Clock(device))
+    timed = paired_times(parts, rounds=rounds, warmup=1, clock=Clock(device))
+    seconds = timed.groupby("arm")["seconds"].median().to_dict()
     rest = [step for measured in draws[1:] for step in measured]  # the first draw warms up
 
     def times(name: str, factor: int = 1) -> PartTimes:
@@ -91,16 +87,3 @@ def measure_parts(
     # A pipeline of one step has no time between calls.
     solver = statistics.median(rest) if rest else 0.0
     return CostModel(len(one), model.num_blocks, times("one"), both, solver, device.type)
-
-
-def _medians(parts: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
-    """Run the parts in turn, once to warm up and then `rounds` times -> each part's median seconds."""
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for measured in [False] + [True] * rounds:
-        for name, run in parts.items():
-            began = clock()
-            run()
-            seconds = clock() - began
-            if measured:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}

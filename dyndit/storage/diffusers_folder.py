@@ -15,12 +15,9 @@ from dyndit.files import read_json, read_safetensors, write_json, write_safetens
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.dit_layout import DiTLayout
 from dyndit.storage.layout import PIXEL_SPACE, PROCESS, Layout, private
-from dyndit.storage.names import FREQUENCY_SHIFT
-from dyndit.storage.native import CONFIG, EXITS, check_plans, read_exits, write_exits
-from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of, read_pickled
+from dyndit.storage.native import CONFIG, EXITS, completed, write_exits
+from dyndit.storage.reading import AskedProcess, Loaded, built, process_of, read_pickled
 from dyndit.storage.sd3_layout import SD3Layout
-
-__all__ = ["FREQUENCY_SHIFT", "LAYOUTS", "WEIGHTS", "from_diffusers", "layout_for", "read", "to_diffusers", "write"]
 
 LAYOUTS: tuple[Layout, ...] = (DiTLayout(), SD3Layout())
 """Every class of diffusers that has a native family."""
@@ -36,8 +33,7 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
     asked: the process to use, see `process_of`. pixel_space: used if the folder does not record it (default: pixels
     for 1 or 3 channels).
 
-    Raises:
-        CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
+    Raises CheckpointError: damaged or edited, of another class or process, or with exits or plans of another backbone.
     """
     path = folder / CONFIG
     raw = read_json(path)
@@ -46,8 +42,7 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
     if layout.companion and (folder / layout.companion).exists():
         tensors = tensors | read_safetensors(folder / layout.companion)[0]
     config, native = layout.native(raw, tensors, path)
-    backbone = built(layout.family, config, path)
-    load_strictly(backbone, native, folder / name)
+    backbone = built(layout.family, config, path, native, folder / name)
     process, assumed = process_of(raw.get(PROCESS), asked, path, backbone.usual_process)
     checksum = backbone.checksum(process=process)
     sealed = _sealed(layout, raw)
@@ -55,20 +50,16 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
         raise CheckpointError(
             f"{folder}: {CONFIG} edited, or {name} damaged (hash {checksum}, recorded {metadata.get(CHECKSUM_KEY)})"
         )
-    exits = read_exits(folder / EXITS, backbone, process=process) if (folder / EXITS).exists() else None
     if pixel_space is None:
         pixel_space = backbone.in_channels in (1, 3)
     pixel_space = private(raw, PIXEL_SPACE, bool, pixel_space, path)
-    model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
-    check_plans(folder, model)
-    return Loaded(model, (*layout.notes(raw, config, folder), *assumed), folder)
+    return completed(folder, backbone, process, pixel_space, (*layout.notes(raw, config, folder), *assumed))
 
 
 def write(model: DynamicDepth, folder: Path) -> None:
     """Write a transformer's folder, with exits.safetensors if the model has exits.
 
-    Raises:
-        InputError: the diffusers class cannot express the model.
+    Raises InputError: the diffusers class cannot express the model.
     """
     layout = layout_for(model)
     config, checksum = layout.config(model), model.backbone.checksum(process=model.process)
@@ -86,8 +77,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
 def to_diffusers(model: DynamicDepth) -> nn.Module:
     """Convert to the family's class of diffusers in memory. Exits are left out.
 
-    Raises:
-        InputError: the diffusers class cannot express the model.
+    Raises InputError: the class cannot express the model.
     """
     layout = layout_for(model)
     config = layout.config(model)
@@ -106,30 +96,23 @@ def from_diffusers(
     pixel_space: True if it makes pixels (default: as its config records, else True for 1 or 3 channels). process: the
     process that it was trained for, or the process' name (default: as its config records, else the family's usual).
 
-    Raises:
-        CheckpointError: no native family has its class, or it runs otherwise than its config records.
+    Raises CheckpointError: no native family has its class, or it runs otherwise than its config records.
     """
     name = type(transformer).__name__
     where = Path(name)
     layout = _layout_of({"_class_name": name}, where)
     raw = layout.recorded(transformer)
     config, native = layout.native(raw, transformer.state_dict(), where)
-    backbone = built(layout.family, config, where)
-    load_strictly(backbone, native, where)
     reference = next(transformer.parameters())
+    backbone = built(layout.family, config, where, native, where).to(reference.device, reference.dtype)
     if pixel_space is None:
         pixel_space = private(raw, PIXEL_SPACE, bool, backbone.in_channels in (1, 3), where)
     process, _ = process_of(raw.get(PROCESS), process, where, backbone.usual_process)
-    backbone = backbone.to(reference.device, reference.dtype)
     return DynamicDepth(backbone, pixel_space=pixel_space, process=process).eval()
 
 
 def layout_for(model: DynamicDepth) -> Layout:
-    """Return the layout of a model's family.
-
-    Raises:
-        InputError: diffusers has no class for it.
-    """
+    """Return the layout of a model's family. Raises InputError: diffusers has no class for it."""
     kind = type(model.backbone)
     found = next((layout for layout in LAYOUTS if layout.family is kind), None)
     if found is None:

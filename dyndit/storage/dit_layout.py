@@ -77,12 +77,12 @@ class DiTLayout:
             "a backbone without null class": c.label_dropout > 0,
             f"norm_eps {c.norm_eps:g}": c.norm_eps == _NORM_EPS,
             f"the time and velocity of {c.convention}": c.convention == "timesteps",
+            f"the conditioning {c.conditioning}": c.conditioning == "adaln-zero",
         }
         for found, fits in limits.items():
             if not fits:
-                raise InputError(
-                    f"{self.name} cannot hold {found}; expected mlp_ratio 4, a null class, norm_eps 1e-6, timesteps"
-                )
+                expected = "mlp_ratio 4, a null class, norm_eps 1e-6, timesteps, adaln-zero"
+                raise InputError(f"{self.name} cannot hold {found}; expected {expected}")
         try:
             own_positions(backbone.state_dict())
         except CheckpointError as error:

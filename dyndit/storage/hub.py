@@ -38,8 +38,7 @@ class HubId:
 def parse(text: str, revision: str | None = None) -> HubId | None:
     """Parse `org/name` or `org/name@revision`. Any other text gives None.
 
-    Raises:
-        CheckpointError: `revision` and the id name different revisions.
+    Raises CheckpointError: `revision` and the id name different revisions.
     """
     match = _ID.fullmatch(text)
     if match is None or ".." in text:
@@ -52,8 +51,7 @@ def parse(text: str, revision: str | None = None) -> HubId | None:
 def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
     """Download, or find in the cache -> the snapshot's folder, and a note on the commit if no commit was pinned.
 
-    Raises:
-        CheckpointError: no such model or revision, or no connection and nothing in the cache.
+    Raises CheckpointError: no such model or revision, or no connection and nothing in the cache.
     """
     folder = _snapshot(model, (*_SMALL, *_SAFE))
     # Look for the weights: exits or a table may lie beside a pickled backbone.
@@ -70,8 +68,7 @@ def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: obj
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.
 
-    Raises:
-        CheckpointError: the hub refuses, or there is no connection.
+    Raises CheckpointError: the hub refuses, or there is no connection.
     """
     from huggingface_hub import HfApi
 

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from dyndit.errors import CheckpointError
 from dyndit.models.base import Backbone, Inputs
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.storage.names import PROCESS
-
-__all__ = ["PIXEL_SPACE", "PROCESS", "Layout", "checked_sizes", "private"]
+from dyndit.storage.names import PROCESS as PROCESS
 
 PIXEL_SPACE = "_dyndit_pixel_space"
 """Name in config.json that tells whether a model makes pixels. diffusers ignores names that begin with `_dyndit_`."""
@@ -43,8 +41,7 @@ class Layout(Protocol):
     def config(self, model: DynamicDepth) -> dict[str, object]:
         """Return the config.json of a model: the class's arguments, and the private names.
 
-        Raises:
-            InputError: the class cannot express the model.
+        Raises InputError: the class cannot express the model.
         """
 
     def native(

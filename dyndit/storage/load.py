@@ -18,45 +18,24 @@ from pathlib import Path
 
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import read_json, read_safetensors
-from dyndit.models.base import Backbone
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.exits import Exits
-from dyndit.process import DDPM, Process, RectifiedFlow, processes
+from dyndit.process import DDPM, RectifiedFlow, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
 from dyndit.storage.names import PROCESS
-from dyndit.storage.native import CONFIG, EXITS, EXITS_FORMAT, MODEL_FORMAT, PLANS, TABLE, VERSION, WEIGHTS
+from dyndit.storage.native import CONFIG, EXITS, PLANS, TABLE, WEIGHTS
 from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
 from dyndit.storage.sd3_layout import SD3Layout
-
-__all__ = [
-    "CONFIG",
-    "EXITS",
-    "EXITS_FORMAT",
-    "MODEL_FORMAT",
-    "PIPELINE",
-    "PLANS",
-    "TABLE",
-    "VERSION",
-    "WEIGHTS",
-    "Loaded",
-    "copy_companions",
-    "inspect",
-    "load",
-    "load_exits",
-    "push",
-    "push_model",
-    "save",
-    "save_exits",
-]
 
 PIPELINE, TRANSFORMER = "model_index.json", "transformer"
 """File that marks a pipeline's folder of diffusers, and the subfolder of its denoiser."""
 
 _UPLOADED = (CONFIG, WEIGHTS, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs.csv", "manifest.json")
+
+save, save_exits, load_exits = native.write, native.write_exits, native.read_exits
+"""Write a native folder; write and read the exits alone."""
 
 
 def load(
@@ -122,38 +101,12 @@ def inspect(
     return replace(loaded, model=loaded.model.to(device, chosen_dtype(dtype, device)))
 
 
-def save(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
-    """Write the native folder: config, backbone, and exits if any. `half` stores the backbone in fp16.
-
-    Raises:
-        InputError: the backbone belongs to another library, which saves it.
-    """
-    native.write(model, Path(folder), half=half)
-
-
-def save_exits(exits: Exits, path: Path, backbone: str) -> None:
-    """Write the exits to a file of their own, bound to the backbone of this identity."""
-    native.write_exits(exits, Path(path), backbone)
-
-
-def load_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, process: Process | None = None) -> Exits:
-    """Read an exits file. Without `check_identity`, compare only shapes with the backbone.
-
-    process: the model's process, if it is not the family's usual process.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another backbone.
-    """
-    return native.read_exits(Path(path), backbone, check_identity=check_identity, process=process)
-
-
 def push(folder: Path, repo_id: str, **options: object) -> str:
     """Upload a native folder with its plans and table -> the address of the commit.
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.
 
-    Raises:
-        CheckpointError: the folder is damaged, plans or table do not fit the model, or the hub refuses.
+    Raises CheckpointError: the folder is damaged, plans or table do not fit the model, or the hub refuses.
     """
     loaded = native.read(Path(folder))
     native.companions(Path(folder), loaded.model)
@@ -165,8 +118,7 @@ def push_model(
 ) -> str:
     """Upload a model with its card, and the plans and table of `folder` -> the address of the commit.
 
-    Raises:
-        CheckpointError: plans or table do not fit the model, or the hub refuses.
+    Raises CheckpointError: plans or table do not fit the model, or the hub refuses.
     """
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
@@ -180,8 +132,7 @@ def push_model(
 def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[str, ...]:
     """Copy a model's companions (plans, table, measured runs, a card of the owner) -> the names copied.
 
-    Raises:
-        CheckpointError: plans or table do not fit the model.
+    Raises CheckpointError: plans or table do not fit the model.
     """
     found = [*native.companions(source, model)]
     found += [path for path in (source / "runs.csv", source / "exit-errors.csv") if path.is_file()]
@@ -199,7 +150,7 @@ def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of a model or of a pipeline")
-    config = read_json(path)
+    config = files.read_json(path)
     # diffusers writes the class's name into every config.json; any other config is native or refused.
     return diffusers_folder.read(folder, process) if "_class_name" in config else native.read(folder, process)
 
@@ -209,13 +160,13 @@ def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
 
     The time shift of a rectified flow is the pipeline's scheduler's, if the denoiser records no process of its own.
     """
-    index, transformer = read_json(folder / PIPELINE), folder / TRANSFORMER
+    index, transformer = files.read_json(folder / PIPELINE), folder / TRANSFORMER
     if not transformer.is_dir():
         found = index.get("_class_name")
         raise CheckpointError(
             f"{folder}: a {found!r:.60} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline"
         )
-    raw = read_json(transformer / CONFIG)
+    raw = files.read_json(transformer / CONFIG)
     if "_class_name" not in raw:
         return native.read(transformer, process)
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -228,7 +179,7 @@ def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
 
 def _flow_of(path: Path) -> RectifiedFlow | None:
     """Return the rectified flow that a flow-matching scheduler's config steps; None for any other scheduler."""
-    config = read_json(path)
+    config = files.read_json(path)
     if not str(config.get("_class_name")).startswith("FlowMatch") or config.get("use_dynamic_shifting"):
         return None
     try:
@@ -241,7 +192,7 @@ def _packaged_digits(process: AskedProcess) -> DynamicDepth:
     """Load the backbone that `recipes/digits.py` trained and the package ships."""
     asset = importlib.resources.files("dyndit.assets") / "digits.safetensors"
     with importlib.resources.as_file(asset) as path:
-        tensors, _ = read_safetensors(path)
+        tensors, _ = files.read_safetensors(path)
         backbone = ClassConditionalDiT(CARDS["digits"])
         load_strictly(backbone, tensors, path)
     return DynamicDepth(backbone, process=process_of(DDPM().config(), process, path)[0]).eval()

@@ -45,8 +45,7 @@ _THIRDS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 def to_native(tensors: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
     """Rename the tensors of `DiTTransformer2DModel.state_dict()`.  side: patches along an edge of the picture.
 
-    Raises:
-        CheckpointError: a tensor is missing or extra, or blocks have different embedders.
+    Raises CheckpointError: a tensor is missing or extra, or blocks have different embedders.
     """
     left = dict(tensors)
 
@@ -86,8 +85,7 @@ def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Positions that were rounded to half precision are kept, under a name that diffusers ignores.
 
-    Raises:
-        CheckpointError: the positions are not the sin-cos positions that diffusers computes.
+    Raises CheckpointError: the positions are not the sin-cos positions that diffusers computes.
     """
     positions = own_positions(tensors)
     theirs = {} if positions is None else {POSITIONS: positions}
@@ -105,8 +103,7 @@ def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def own_positions(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """Return the positions of a native state dict if they differ from computed positions by rounding, else None.
 
-    Raises:
-        CheckpointError: they differ by more than rounding.
+    Raises CheckpointError: they differ by more than rounding.
     """
     found = tensors["pos_embed"]
     side = isqrt(found.shape[1]) if found.ndim == 3 else 0

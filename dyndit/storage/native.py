@@ -29,8 +29,7 @@ TABLE, PLANS = "shift-table.safetensors", "plan-*.json"
 def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     """Write config, backbone, and exits if any. `half` stores the backbone in fp16.
 
-    Raises:
-        InputError: the backbone belongs to another library.
+    Raises InputError: the backbone belongs to another library.
     """
     if type(model.backbone) not in families().values():
         name = type(model.backbone).__name__
@@ -61,8 +60,7 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
 
     asked: the process to use, see `process_of`.
 
-    Raises:
-        CheckpointError: damaged or edited, of another process, or with exits or plans of another backbone.
+    Raises CheckpointError: damaged or edited, of another process, or with exits or plans of another backbone.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -82,17 +80,20 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
     if metadata.get("config") not in (None, json.dumps(config)):
         raise CheckpointError(edited)
     process, notes = process_of(config.get("process"), asked, path)
-    backbone = built(family, arguments, path)
-    load_strictly(backbone, tensors, folder / WEIGHTS)
+    backbone = built(family, arguments, path, tensors, folder / WEIGHTS)
     if (found := backbone.checksum(process=process)) != checksum:
         raise CheckpointError(f"{folder / WEIGHTS}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
-    exits = None
-    if (folder / EXITS).exists():
-        exits = read_exits(folder / EXITS, backbone, process=process)
+    return completed(folder, backbone, process, pixel_space, notes)
+
+
+def completed(folder: Path, backbone: Backbone, process: Process, pixel_space: bool, notes: tuple[str, ...]) -> Loaded:
+    """Add the exits in a folder to its backbone. Raises CheckpointError: exits or plans of another backbone."""
+    exits = read_exits(folder / EXITS, backbone, process=process) if (folder / EXITS).exists() else None
     model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
-    check_plans(folder, model)
+    for path, plan in plans_in(folder).items():
+        model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
     return Loaded(model, notes, folder)
 
 
@@ -114,8 +115,7 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
 
     process: the model's process, see `Backbone.identity`.
 
-    Raises:
-        CheckpointError: missing, damaged, or of another backbone.
+    Raises CheckpointError: missing, damaged, or of another backbone.
     """
     tensors, metadata = read_safetensors(path)
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(EXITS_VERSION)):
@@ -138,32 +138,17 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
 
 
 def plans_in(folder: Path) -> dict[Path, DepthPlan]:
-    """Load the plans in a folder, by file.
-
-    Raises:
-        CheckpointError: a plan cannot be read.
-    """
+    """Load the plans in a folder, by file. Raises CheckpointError: a plan cannot be read."""
     try:
         return {path: DepthPlan.load(path) for path in sorted(folder.glob(PLANS))}
     except PlanError as error:
         raise CheckpointError(str(error)) from error
 
 
-def check_plans(folder: Path, model: DynamicDepth) -> None:
-    """Refuse a folder with plans of another backbone.
-
-    Raises:
-        CheckpointError: names the file.
-    """
-    for path, plan in plans_in(folder).items():
-        model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
-
-
 def companions(folder: Path, model: DynamicDepth) -> tuple[Path, ...]:
     """List the plans and the shift table in a folder, after checking that they fit the model.
 
-    Raises:
-        CheckpointError: a file cannot be read, or is of another backbone or other exits.
+    Raises CheckpointError: a file cannot be read, or is of another backbone or other exits.
     """
     plans = plans_in(folder)
     for path, plan in plans.items():

@@ -20,7 +20,7 @@ from dyndit.files import written_whole
 from dyndit.models.dit import CARDS, ClassConditionalDiT, Convention, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import RectifiedFlow
-from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of, read_pickled
+from dyndit.storage.reading import AskedProcess, Loaded, built, process_of, read_pickled
 
 
 def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -> Loaded:
@@ -40,8 +40,7 @@ def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -
     if foreign:
         more = (f"{path.name}: time and velocity are taken to be SiT's (1 - t / 1000, x_0 - eps)",)
     config, heads_note = _infer(tensors, args, path, num_heads, "sit" if foreign else "timesteps")
-    backbone = built(ClassConditionalDiT, asdict(config), path)
-    load_strictly(backbone, tensors, path)
+    backbone = built(ClassConditionalDiT, asdict(config), path, tensors, path)
     if "trunk" in args.found and args.found["trunk"] != (checksum := backbone.checksum(process=process)):
         found = args.found["trunk"]
         raise CheckpointError(f"{path}: damaged or edited (checksum {checksum}, its args record {found})")
@@ -53,13 +52,14 @@ def read(path: Path, num_heads: int | None = None, asked: AskedProcess = None) -
 def write(model: DynamicDepth, path: Path) -> None:
     """Write the backbone, and in `args` the settings that its tensors do not show. This format cannot hold exits.
 
-    Raises:
-        InputError: the backbone is no `ClassConditionalDiT`.
+    Raises InputError: the backbone is no `ClassConditionalDiT`.
     """
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):
         raise InputError(f"{path}: the official format holds class-conditional DiTs, not a {type(backbone).__name__}")
     config = backbone.config()
+    if config["conditioning"] != "adaln-zero":
+        raise InputError(f"{path}: the official format holds adaln-zero, not the conditioning {config['conditioning']}")
     args = config | {
         "pixel_space": model.pixel_space,
         "process": model.process.config(),
@@ -98,8 +98,7 @@ class _Args:
     def process(self) -> object:
         """Return the process in `args` in the form of `Process.config()`; None if `args` name no process.
 
-        Raises:
-            CheckpointError: SiT's script was told to train another process than its default.
+        Raises CheckpointError: SiT's script was told to train another process than its default.
         """
         if (self.path_type, self.prediction) == (None, None):
             return self.found.get("process")
@@ -132,12 +131,10 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], _Args, tuple[str, ...]]:
         raise CheckpointError(f"{path}: expected a state dict, or a checkpoint holding 'ema' or 'model'")
     if not all(isinstance(name, str) for name in data):
         raise CheckpointError(f"{path}: expected a state dict, with names for its tensors")
-    told = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    flow = (told.get("path_type"), told.get("prediction"))
-    if isinstance(args, argparse.Namespace):
-        count = told.get("num_classes")
-        return data, _Args(path, {}, count if isinstance(count, int) else None, *flow), notes
-    return data, _Args(path, told, None, *flow), notes
+    theirs = isinstance(args, argparse.Namespace)
+    told = vars(args) if theirs else args if isinstance(args, dict) else {}
+    count = told.get("num_classes") if theirs and isinstance(told.get("num_classes"), int) else None
+    return data, _Args(path, {} if theirs else told, count, told.get("path_type"), told.get("prediction")), notes
 
 
 def _infer(

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.storage import card, load
+from dyndit.storage import card
+from dyndit.storage import load as checkpoints
 
 __all__ = ["DynamicDepth", "NativeStorage"]
 
 
 class NativeStorage:
     """Native folders with a model card."""
+
+    load, push = staticmethod(checkpoints.load), staticmethod(checkpoints.push_model)
 
     def save(
         self,
@@ -22,18 +25,10 @@ class NativeStorage:
         **hub: object,
     ) -> None:
         """See `DynamicDepth.save_pretrained`."""
-        load.save(model, folder)
+        checkpoints.save(model, folder)
         card.write(model, folder, license=license)
         if push_to_hub:
-            load.push(folder, repo_id or folder.name, **hub)
-
-    def load(self, path_or_hub_id: str | Path, **options: object) -> DynamicDepth:
-        """See `dyndit.load`."""
-        return load.load(path_or_hub_id, **options)
-
-    def push(self, model: DynamicDepth, repo_id: str, **options: object) -> str:
-        """See `dyndit.storage.load.push_model`."""
-        return load.push_model(model, repo_id, **options)
+            checkpoints.push(folder, repo_id or folder.name, **hub)
 
 
 DynamicDepth.storage = NativeStorage()

@@ -38,8 +38,7 @@ def process_of(
     recorded: the `Process.config()` in the file; None if the file has none. usual: the family's process, assumed if
     nobody says one.
 
-    Raises:
-        CheckpointError: the file's process is unknown, or differs from the asked process.
+    Raises CheckpointError: the file's process is unknown, or differs from the asked process.
     """
     if recorded is None and asked is None:
         note = f"{path.name}: says no process; {usual.name} is assumed, --process (or process=) says another"
@@ -59,8 +58,7 @@ def process_of(
 def read_pickled(path: Path) -> object:
     """Read a file of `torch.save` that holds only tensors, plain data and `argparse.Namespace`.
 
-    Raises:
-        CheckpointError: the file is damaged, or reading it would run code.
+    Raises CheckpointError: the file is damaged, or reading it would run code.
     """
     try:
         # Pass a file, not a path: torch.load trusts the suffix of a path.
@@ -90,29 +88,28 @@ def _damaged_record(path: Path) -> str | None:
         return f"the archive, {first_line(error)}"
 
 
-def built(family: type[Backbone], config: dict[str, object], path: Path) -> Backbone:
-    """Build a backbone of this architecture.
+def built(
+    family: type[Backbone], config: dict[str, object], path: Path, tensors: Mapping[str, Tensor], weights: Path
+) -> Backbone:
+    """Build a backbone of the architecture in the file `path`, and load the tensors of the file `weights` strictly.
 
-    Raises:
-        CheckpointError: the architecture is impossible, or does not fit the memory.
+    Raises CheckpointError: the architecture is impossible, or does not fit the memory or the tensors.
     """
     try:
-        return family.from_config(config)
+        backbone = family.from_config(config)
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: impossible architecture ({first_line(error)})") from error
+    load_strictly(backbone, tensors, weights)
+    return backbone
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load tensors. Refuse missing, extra and reshaped tensors, and tensors without plain floating-point numbers.
 
-    Raises:
-        CheckpointError: names the first such tensor.
+    Raises CheckpointError, which names the first such tensor.
     """
     own = module.state_dict()
-    for problem, names in (
-        ("lacks", own.keys() - tensors.keys()),
-        ("has extra", tensors.keys() - own.keys()),
-    ):
+    for problem, names in (("lacks", own.keys() - tensors.keys()), ("has extra", tensors.keys() - own.keys())):
         if names:
             raise CheckpointError(f"{path}: {problem} {len(names)} tensors, first {min(names)}")
     for name, tensor in own.items():

@@ -13,23 +13,31 @@ from dyndit.errors import InputError
 def borrowed(backbone: nn.Module) -> Iterator[None]:
     """Freeze a backbone, in eval mode. Afterwards restore its flags, its modes and its device.
 
-    Raises:
-        InputError: the backbone lies on several devices.
+    Raises InputError: the backbone lies on several devices.
     """
     devices = {tensor.device for tensor in (*backbone.parameters(), *backbone.buffers())}
     if len(devices) > 1:
         raise InputError(f"backbone: lies on {', '.join(sorted(map(str, devices)))}; expected one device")
     flags = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval().requires_grad_(False)
+    with modes_kept(backbone):
+        backbone.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            backbone.to(*devices)
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Restore the modes of a module and of its parts: training or eval."""
+    modes = {part: part.training for part in module.modules()}
     try:
         yield
     finally:
-        backbone.to(*devices)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def precision_of(backbone: nn.Module) -> AbstractContextManager:

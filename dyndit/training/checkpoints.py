@@ -17,9 +17,6 @@ from dyndit.training.config import BOOKKEEPING, FitConfig
 Weights = dict[str, Tensor]
 
 
-_STATE_KEYS = {"config", "data_fingerprint", "num_processes"}
-
-
 def to_cpu(weights: Weights) -> Weights:
     """Copy weights to the host's memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
@@ -193,7 +190,7 @@ def _read_checkpoint(place: Path) -> tuple[dict, dict[str, Weights]]:
         hashes, expected_name = state["sha256"], f"step-{state['step']:06d}"
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
-    if place.name != expected_name or not state.keys() >= _STATE_KEYS:
+    if place.name != expected_name or not state.keys() >= {"config", "data_fingerprint", "num_processes"}:
         raise CheckpointError(f"{path}: not the state of {place.name}")
     tensors = {}
     for name in ("model", "ema", "optimizer"):

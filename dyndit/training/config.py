@@ -36,14 +36,7 @@ class FitConfig:
     compile: bool = False
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
         for name in ("warmup_steps", "sample_every", "num_workers", "grad_clip", "weight_decay", "seed"):

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,9 @@ class Pictures(Dataset, ABC):
         """Return the shape (C, H, W) of every picture."""
         return (self.channels, *size_pair(self.image_size))
 
-    @abstractmethod
     def __len__(self) -> int:
         """Return the number of pictures."""
+        return len(self.labels)
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -78,9 +79,6 @@ class _Digits(Pictures):
         self.labels = labels.tolist()
         content = levels.astype(np.uint8).tobytes() + labels.astype(np.uint8).tobytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._x[index], self.labels[index]
@@ -157,7 +155,8 @@ class PictureFolder(Pictures):
         for label, folder in enumerate(folders):
             files = _find_pictures(folder)
             if not files:
-                raise InputError(f"{folder}: found no picture, expected {_known_suffixes()} files in it")
+                known = ", ".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
+                raise InputError(f"{folder}: found no picture, expected {known} files in it")
             for path in files:
                 name = os.path.relpath(path, self.root).replace(os.sep, "/")
                 digest.update(f"{name}\0{Path(path).stat().st_size}\0".encode("utf-8", "surrogateescape"))
@@ -170,9 +169,6 @@ class PictureFolder(Pictures):
         digest.update(f"{self.image_size} {channels}".encode())
         self.fingerprint = digest.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._read(index).float() / 127.5 - 1, self.labels[index]
 
@@ -184,6 +180,41 @@ class PictureFolder(Pictures):
         picture = crop_and_resize(read_picture(self._paths[index], self.channels), self.image_size)
         array = np.array(picture).reshape(*size_pair(self.image_size), self.channels)
         return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+class Some(Pictures):
+    """The first `num` pictures of a set, every class in turn as far as it has pictures.
+
+    Raises InputError if the set has fewer pictures.
+    """
+
+    def __init__(self, source: Pictures, num: int):
+        if not 1 <= num <= len(source):
+            raise InputError(f"data: asked for {num} pictures, found {len(source)}")
+        of_class = [[i for i, y in enumerate(source.labels) if y == k] for k in range(source.num_classes)]
+        rounds = zip_longest(*of_class)
+        self.source, self._indices = source, [i for each in rounds for i in each if i is not None][:num]
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
+        self.labels = [source.labels[i] for i in self._indices]
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[self._indices[index]]
+
+    @property
+    def captions(self) -> list[str]:
+        """See `Pictures`."""
+        captions = self.source.captions
+        return [captions[i] for i in self._indices]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        """See `Pictures`."""
+        wanted = range(len(self)) if indices is None else indices
+        return self.source.uint8([self._indices[i] for i in wanted])
 
 
 def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:
@@ -245,8 +276,7 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     exactly: also refuse fewer classes than the backbone has.
 
-    Raises:
-        InputError: another shape, more classes than the backbone has, or a caption that it does not know.
+    Raises InputError: another shape, more classes than the backbone has, or a caption that it does not know.
     """
     if data.shape != tuple(backbone.sample_shape):
         found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
@@ -304,10 +334,6 @@ def _find_pictures(folder: Path) -> list[str]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES  # noqa: PTH122
         ]
     return sorted(found)
-
-
-def _known_suffixes() -> str:
-    return ", ".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
 
 
 @lru_cache(maxsize=4)

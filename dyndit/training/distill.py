@@ -23,7 +23,7 @@ from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, Rows, check_fit, conditioned
-from dyndit.training.fit import FitResult, fit
+from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors
 from dyndit.training.recorded import RecordedCalls, recorded_sampling
@@ -31,7 +31,6 @@ from dyndit.training.states import TRAJECTORIES_SEED, States, noised
 
 _NUM_FORECAST = 128
 """Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
-
 
 _DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
@@ -124,8 +123,7 @@ class Distill:
         data: pictures, which are noised, or recorded calls, which are used as they are. The backbone's flags, modes and
         device are restored at the end. The exits are in eval mode, in single precision, and so is a trained backbone.
 
-        Raises:
-            InputError: see `check`; or the backbone lies on several devices.
+        Raises InputError: see `check`; or the backbone lies on several devices.
         """
         self.check(model, data)
         original = model.backbone
@@ -145,7 +143,8 @@ class Distill:
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))
-            identity = f"{model.identity.backbone} {exits.config} {self._choices()}"
+            own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("exits", "fit", "data"))
+            identity = f"{model.identity.backbone} {exits.config} {' '.join(own)}"
             result = fit(task, data, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
             trained.load_state_dict(result.ema)
             if adapters is not None:
@@ -155,11 +154,6 @@ class Distill:
         if self.forecasts:
             dynamic.exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
-
-    def _choices(self) -> str:
-        """Name every choice that the result depends on besides the backbone, the exits, the data and `fit`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("exits", "fit", "data")}
-        return " ".join(f"{name}={value}" for name, value in own.items())
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
@@ -192,7 +186,7 @@ class Distill:
         return partial(noised, model.process, self.null_share, model.backbone.condition)
 
 
-class _Distillation:
+class _Distillation(Task):
     """Task: train exits, alone or with their backbone, as `trained` says."""
 
     def __init__(
@@ -217,9 +211,6 @@ class _Distillation:
         depths = errors.new_tensor([1.0] * num_exits + [self.recipe.hold] * (len(errors) - num_exits))
         parts = errors.new_tensor([1.0, self.variance_weight])
         return (errors * depths[:, None, None] * parts).sum(dim=(0, 2)).mean(), figures
-
-    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
-        """Draw nothing: exits are checked by the table of errors."""
 
 
 class _FrozenBackbone(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -21,10 +21,12 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dyndit.errors import InputError
+from dyndit.training.borrowed import modes_kept
 from dyndit.training.checkpoints import Checkpoints, Ema, Run, Weights, to_cpu
 from dyndit.training.config import FitConfig
 from dyndit.training.data import StepBatches
@@ -62,7 +64,7 @@ class Task(Protocol):
         """
 
     def preview(self, out: Path, step: int, ema: Weights) -> None:
-        """Write sample pictures below `out`, from the averaged weights of `trainable`."""
+        """Write sample pictures below `out`, from the averaged weights of `trainable`. By default write nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,9 @@ def fit(
     # Leave precision to the autocast below. accelerate would patch the module's forward for good, and refuse
     # a second precision in one process.
     accelerator = Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=config.accumulation,
-        log_with="tensorboard",
-        project_dir=out,
+        mixed_precision="no", gradient_accumulation_steps=config.accumulation, log_with="tensorboard", project_dir=out
     )
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-        DistributedType.MEGATRON_LM,
-    ):
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(f"accelerate: found {accelerator.distributed_type}, expected one or many plain processes")
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     batches = StepBatches(len(data), config.batch_size, config.seed, 0, config.steps, config.accumulation, rank, world)
@@ -134,18 +129,19 @@ def fit(
     generator = torch.Generator()
 
     with (
-        _training(trainable),
+        modes_kept(trainable),
         signals() as caught,
-        _own_rng(device),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),  # the loop seeds it at every step
         _loading(data, replace(batches, start=first), config.num_workers, device) as micro_batches,
         log,
     ):
+        trainable.train()
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * config.learning_rate_at(step)
             figures: list[dict[str, Tensor]] = []
             for micro in range(config.accumulation):
-                x, y = (_moved(part, device) for part in next(micro_batches))
+                x, y = send_to_device(next(micro_batches), device, non_blocking=True)
                 seed = _seed(config.seed, step, micro, rank)
                 generator.manual_seed(seed)
                 torch.manual_seed(seed)  # for dropout, which takes no generator
@@ -180,23 +176,13 @@ def fit(
                     task.preview(Path(out), done, run.ema.state_dict())
                 accelerator.wait_for_everyone()
 
-    return FitResult(
-        to_cpu(run.ema.state_dict()),
-        to_cpu(trainable.state_dict()),
-        log.read(),
-        time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    return FitResult(to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), seconds)
 
 
 def _seed(*numbers: int) -> int:
     """Mix (seed, step, micro-step, rank) into one 63-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _moved(part: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
-    if isinstance(part, Tensor):
-        return part.to(device, non_blocking=True)
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
 
 
 def _optimizer(trainable: nn.Module, config: FitConfig, rates: Mapping[str, float]) -> torch.optim.AdamW:
@@ -211,23 +197,6 @@ def _optimizer(trainable: nn.Module, config: FitConfig, rates: Mapping[str, floa
     groups = [{"params": [p for _, p in group], "rate": factor} for factor, group in groupby(named, rate)]
     # Fused: one kernel for all parameters of a group. On a CPU the default loops over them in Python.
     return torch.optim.AdamW(groups, config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
-
-
-@contextmanager
-def _training(trainable: nn.Module) -> Iterator[None]:
-    """Put the module into training mode, and afterwards back into its former mode."""
-    was_training = {module: module.training for module in trainable.modules()}
-    trainable.train()
-    try:
-        yield
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
-
-
-def _own_rng(device: torch.device) -> AbstractContextManager:
-    """Restore the caller's global random state afterwards: the loop seeds it at every step."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextmanager

@@ -37,16 +37,13 @@ def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[
     """
     predictions = model.every_exit(x_t, t, y)
     target = predictions.pop(model.num_blocks).detach()
-    return _errors(predictions, target, x_t.shape[1])
+    return {depth: halves(prediction - target, x_t.shape[1]) for depth, prediction in predictions.items()}
 
 
 def depth_errors(model: DynamicDepth, target: Tensor, x_t: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
     """Return `exit_errors` of every depth, full depth last, against a teacher.  target: (B, C_out, H, W)."""
-    return _errors(model.every_exit(x_t, t, y), target, x_t.shape[1])
-
-
-def _errors(predictions: dict[int, Tensor], target: Tensor, channels: int) -> dict[int, Tensor]:
-    return {depth: halves(prediction - target, channels) for depth, prediction in predictions.items()}
+    predictions = model.every_exit(x_t, t, y)
+    return {depth: halves(prediction - target, x_t.shape[1]) for depth, prediction in predictions.items()}
 
 
 def halves(error: Tensor, channels: int) -> Tensor:

@@ -14,7 +14,7 @@ from dyndit.training.borrowed import borrowed
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, Rows, conditioned
 from dyndit.training.distill import _DISTILLING, Distill
-from dyndit.training.fit import FitResult, fit
+from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.losses import halves
 from dyndit.training.states import States, noised
 
@@ -30,8 +30,7 @@ class Match:
     def run(self, model: DynamicDepth, student: Backbone, data: Pictures, out: Path) -> tuple[DynamicDepth, FitResult]:
         """Train the student in place. Return it with its averaged weights, in eval mode, and the loop's record.
 
-        Raises:
-            InputError: the data do not fit the model.
+        Raises InputError: the data do not fit the model.
         """
         Distill(fit=self.fit).check(model, data)
         backbone, kept = model.backbone, tensors_hash(student.state_dict())
@@ -46,7 +45,7 @@ class Match:
         return DynamicDepth(student, pixel_space=model.pixel_space, process=model.process).eval(), result
 
 
-class _Matching:
+class _Matching(Task):
     """Task: train a student on its teacher's predictions."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, variance_weight: float, states: States) -> None:
@@ -61,6 +60,3 @@ class _Matching:
             target = self.teacher.to(x.device)(inputs.x, inputs.t, inputs.y)
         noise, variance = halves(module(inputs.x, inputs.t, inputs.y) - target, x.shape[1]).mean(dim=0)
         return noise + self.variance_weight * variance, {"noise": noise.detach(), "variance": variance.detach()}
-
-    def preview(self, out: Path, step: int, ema: dict[str, Tensor]) -> None:
-        """Draw nothing: a student has no preview."""

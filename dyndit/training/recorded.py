@@ -41,8 +41,7 @@ _NAME = re.compile(r"call-(\d{6,})\.safetensors")
 def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Path, **options: object) -> Samples:
     """Draw pictures with `sample(model, labels, **options)`, and record the backbone's calls in the folder `out`.
 
-    Raises:
-        InputError: see `sample`; or `out` holds other files.
+    Raises InputError: see `sample`; or `out` holds other files.
     """
     recording = Recording.open(Path(out), model.backbone, model.process)
     backbone = _Watched(model.backbone, recording)
@@ -55,8 +54,7 @@ def recorded_sampling(
 ) -> "RecordedCalls":
     """Return the calls of `record_sampling(model, labels, folder, **options)`. An existing `folder` is read, not drawn.
 
-    Raises:
-        InputError: see `record_sampling`; or `folder` holds another backbone's calls.
+    Raises InputError: see `record_sampling`; or `folder` holds another backbone's calls.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -83,8 +81,7 @@ class Recording:
     def open(cls, folder: Path, backbone: Backbone, process: Process | None = None) -> "Recording":
         """Make the folder, or go on in a folder of this backbone's calls.
 
-        Raises:
-            InputError: the folder holds other files, or another backbone's calls.
+        Raises InputError: the folder holds other files, or another backbone's calls.
         """
         small = sum(p.numel() for p in backbone.parameters()) <= MOST_HASHED
         family, identity = backbone.family, backbone.identity(process=process) if small else ""
@@ -104,8 +101,7 @@ class Recording:
     def write(self, inputs: Inputs) -> None:
         """Add a call of the transformer.
 
-        Raises:
-            InputError: a shared argument that JSON cannot hold, or a row argument with another number of rows.
+        Raises InputError: a shared argument that JSON cannot hold, or a row argument with another number of rows.
         """
         labels = not isinstance(inputs.y, Conditioning)
         rows = {"y": inputs.y} if labels else dict(inputs.y.rows)
@@ -196,11 +192,7 @@ class RecordedCalls(Dataset):
         return Inputs(x, t, Conditioning(rows, shared))
 
     def check(self, model: DynamicDepth) -> None:
-        """Refuse another backbone's calls.
-
-        Raises:
-            InputError: names both backbones.
-        """
+        """Refuse another backbone's calls. Raises InputError, which names both backbones."""
         found, wanted = self.family, model.backbone.family
         if self.backbone:
             found, wanted = self.backbone, model.identity.backbone
@@ -244,19 +236,13 @@ class _Header:
     def common(self) -> dict[str, object]:
         """Return the facts that all calls of a data set share."""
         rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
-        return {
-            "family": self.family,
-            "backbone": self.backbone,
-            "labels": self.labels,
-            "rows": rows,
-            "shared": self.shared,
-        }
+        kept = {name: getattr(self, name) for name in ("family", "backbone", "labels", "shared")}
+        return kept | {"rows": rows}
 
     def check_like(self, other: "_Header") -> None:
         """Refuse a call that cannot be batched with this one.
 
-        Raises:
-            InputError: names the file and the argument.
+        Raises InputError, which names the file and the argument.
         """
         mine, theirs = self.common(), other.common()
         for kind in ("rows", "shared"):
@@ -295,32 +281,23 @@ class _Watched(Backbone):
         return self.backbone.embed(x, t, y)
 
     def block(self, index: int, state: State) -> State:
-        """See `Backbone`."""
         return self.backbone.block(index, state)
 
     def block_modules(self) -> list[nn.Module]:
-        """See `Backbone`."""
         return self.backbone.block_modules()
 
     def head(self, state: State) -> Tensor:
-        """See `Backbone`."""
         return self.backbone.head(state)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """See `Backbone`."""
         return self.backbone.unpatchify(patches, state)
 
     def identity(self, tensors: dict[str, Tensor] | None = None, process: Process | None = None) -> str:
-        """See `Backbone`."""
         return self.backbone.identity(tensors, process)
 
 
 def _paths(folder: Path) -> list[Path]:
-    """List the calls in a folder, in order.
-
-    Raises:
-        InputError: the folder holds other files.
-    """
+    """List the calls in a folder, in order. Raises InputError: the folder holds other files."""
     paths = [path for path in folder.iterdir() if not files.is_draft(Path(path.name))]
     if other := sorted(path.name for path in paths if not _NAME.fullmatch(path.name)):
         raise InputError(f"{folder}: holds {other[0]}; expected an empty folder, or one of recorded calls alone")

@@ -13,18 +13,12 @@ from dyndit.training.data import Rows, as_condition
 States = Callable[[Tensor, Rows, torch.Generator], Inputs]
 """Makes inputs of the model from a batch of the data: (x, rows, generator) -> inputs. Exits are trained on them."""
 
-
 TRAJECTORIES_SEED = 2_000_003
 """Seed of the states to distil on. Calibration and scoring have other seeds."""
 
 
 def noised(
-    process: Process,
-    null_share: float,
-    condition: ConditionType,
-    x: Tensor,
-    y: Rows,
-    generator: torch.Generator,
+    process: Process, null_share: float, condition: ConditionType, x: Tensor, y: Rows, generator: torch.Generator
 ) -> Inputs:
     """Noise pictures at random timesteps, and replace a share of their conditions by the null.  x: (B, C, H, W)."""
     t = process.sample_timesteps(len(x), generator).to(x.device)

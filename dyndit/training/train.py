@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -53,6 +53,17 @@ class Train:
             backbone = replace(backbone, learn_variance=False)
         return replace(self, process=process, backbone=backbone)
 
+    def with_backbone(self, **changes: object) -> Self:
+        """Return the recipe with other fields of its backbone's config, for example conditioning="adaln".
+
+        Raises:
+            InputError: the config has no such field, or the value is impossible.
+        """
+        if odd := sorted(changes.keys() - {field.name for field in fields(self.backbone)}):
+            family = type(self.backbone).__name__
+            raise InputError(f"--{odd[0]} {changes[odd[0]]}: a {family} has no such choice; expected none")
+        return replace(self, backbone=replace(self.backbone, **changes))
+
     def check(self, data: Pictures) -> None:
         """Refuse pictures and exits that do not fit the backbone.
 
@@ -77,12 +88,11 @@ class Train:
 
         start: model to copy the backbone's first weights from. Its exits are ignored.
 
-        Raises:
-            InputError: see `check`; or `start` is of another shape or process than the recipe's.
+        Raises InputError: see `check`; or `start` is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone
-        if start is not None and not _is_shaped_as(start.backbone, config):
+        if start is not None and start.backbone.config() != asdict(config):
             found = {name: value for name, value in start.backbone.config().items() if value != vars(config).get(name)}
             raise InputError(f"--model: {type(start.backbone).__name__} with {found}; expected the recipe's {config}")
         if start is not None and start.process != self.process:
@@ -133,10 +143,6 @@ class _Denoising:
         model = copy.deepcopy(self.model)
         _trained_from_scratch(model).load_state_dict(ema)
         self._preview(model.eval(), out, step)
-
-
-def _is_shaped_as(backbone: Backbone, config: BackboneConfig) -> bool:
-    return backbone.config() == asdict(config)
 
 
 def _trained_from_scratch(model: DynamicDepth) -> nn.Module:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes.digits import distill as plain
-from dyndit.recipes.digits import quickstart
+from dyndit.recipes.digits import study
 
 table = CalibrationSettings(
     num_pictures=96, num_bands=10, batch_size=48, num_depths=5, own_guides=True, forecast_ages=2
@@ -32,25 +32,16 @@ distill = replace(
     forecasts=True,
 )
 experiment = replace(
-    quickstart,
+    study,
     distill=distill,
     calibration=table,
-    calibration_solver="unipc",
     refinements=2,
-    solvers=("unipc",),
     full_steps=(4, 5, 7, 10, 20),
-    unguided_steps=(5, 10),
-    dynamic_steps=(10,),
-    budgets=(0.3, 0.45),
     variants=(
         Variant("no-own-guides", calibration=replace(table, own_guides=False)),
         Variant("no-forecasts", calibration=replace(table, forecast_ages=0)),
         Variant("not-refined", refinements=0),
         Variant("5-bands", calibration=replace(table, num_bands=5, forecast_ages=0)),
     ),
-    metrics=("fd", "kid"),
-    more_extractors=("digits-lenet",),
-    num_blocks=5,
-    num_images=400,
-    batch_size=50,
+    peers=(),
 )

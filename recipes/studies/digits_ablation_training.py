@@ -15,11 +15,9 @@ together the levers bring little on digits. 41 minutes on 2 cores of an AMD EPYC
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.analysis.compare.peers.faster_cache import FasterCache
-from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.recipes.digits import distill as plain
-from dyndit.recipes.digits import quickstart
+from dyndit.recipes.digits import study
 
 distill = replace(
     plain,
@@ -31,35 +29,19 @@ distill = replace(
     forecasts=True,
 )
 experiment = replace(
-    quickstart,
+    study,
     distill=distill,
     calibration=CalibrationSettings(
         num_pictures=96, num_bands=10, batch_size=48, num_depths=5, own_guides=True, forecast_ages=2
     ),
-    calibration_solver="unipc",
     refinements=2,
-    solvers=("unipc",),
     full_steps=(4, 5, 7, 10, 20),
-    unguided_steps=(5, 10),
-    dynamic_steps=(10,),
-    budgets=(0.3, 0.45),
     variants=(
-        Variant(
-            "plain",
-            distill=plain,
-            calibration=CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64),
-            refinements=0,
-        ),
+        Variant("plain", distill=plain, calibration=study.calibration, refinements=0),
         Variant("frozen-backbone", distill=replace(distill, backbone="frozen")),
         Variant("plain-heads", distill=replace(distill, exits=plain.exits)),
         Variant("noised-states", distill=replace(distill, states="noised")),
         Variant("even-weights", distill=replace(distill, weighting="even")),
         Variant("plain-forecasts", distill=replace(distill, forecasts=False)),
     ),
-    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
-    metrics=("fd", "kid"),
-    more_extractors=("digits-lenet",),
-    num_blocks=5,
-    num_images=400,
-    batch_size=50,
 )

@@ -15,29 +15,13 @@ variant with second-order terms that the code no longer has.
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.analysis.compare.peers.faster_cache import FasterCache
-from dyndit.analysis.compare.peers.interval import GuidanceInterval
-from dyndit.calibration.measure import CalibrationSettings
-from dyndit.recipes.digits import quickstart
+from dyndit.recipes.digits import study
 
 experiment = replace(
-    quickstart,
-    calibration=CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64),
-    calibration_solver="unipc",
-    solvers=("unipc",),
-    full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
-    unguided_steps=(5, 10),
-    dynamic_steps=(10,),
-    budgets=(0.3, 0.45),
+    study,
     variants=(
         Variant("ddim-20", calibration_solver="ddim", calibration_steps=20),
         Variant("cfg-3", calibration_cfg_scale=3.0),
         Variant("refined", refinements=3),
     ),
-    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
-    metrics=("fd", "kid"),
-    more_extractors=("digits-lenet",),
-    num_blocks=5,
-    num_images=400,
-    batch_size=50,
 )

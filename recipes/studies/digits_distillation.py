@@ -15,20 +15,10 @@ on 2 cores of an AMD EPYC, 2026-11-28, including four variants that the code no 
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.analysis.compare.peers.faster_cache import FasterCache
-from dyndit.analysis.compare.peers.interval import GuidanceInterval
-from dyndit.calibration.measure import CalibrationSettings
-from dyndit.recipes.digits import distill, quickstart, train
+from dyndit.recipes.digits import distill, study, train
 
 experiment = replace(
-    quickstart,
-    calibration=CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64),
-    calibration_solver="unipc",
-    solvers=("unipc",),
-    full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
-    unguided_steps=(5, 10),
-    dynamic_steps=(10,),
-    budgets=(0.3, 0.45),
+    study,
     variants=(
         Variant("lora", distill=replace(distill, backbone="lora", backbone_rate=1.0)),
         Variant("sampler-states", distill=replace(distill, states="sampler")),
@@ -37,10 +27,4 @@ experiment = replace(
         Variant("deep-supervision", train=replace(train, exits=distill.exits)),
         Variant("long-distillation", distill=replace(distill, fit=replace(distill.fit, steps=2_000))),
     ),
-    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
-    metrics=("fd", "kid"),
-    more_extractors=("digits-lenet",),
-    num_blocks=5,
-    num_images=400,
-    batch_size=50,
 )

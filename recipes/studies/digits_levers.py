@@ -16,31 +16,14 @@ from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
-from dyndit.analysis.compare.peers.faster_cache import FasterCache
-from dyndit.analysis.compare.peers.interval import GuidanceInterval
-from dyndit.calibration.measure import CalibrationSettings
-from dyndit.recipes.digits import distill, quickstart
+from dyndit.recipes.digits import distill, study
 
-table = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)
 experiment = replace(
-    quickstart,
-    calibration=table,
-    calibration_solver="unipc",
-    solvers=("unipc",),
-    full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
-    unguided_steps=(5, 10),
-    dynamic_steps=(10,),
-    budgets=(0.3, 0.45),
+    study,
     variants=(
-        Variant("own-guides", calibration=replace(table, own_guides=True)),
+        Variant("own-guides", calibration=replace(study.calibration, own_guides=True)),
         Variant("whole", distill=replace(distill, backbone="whole")),
         Variant("wide-head", distill=replace(distill, exits=replace(distill.exits, head="wide"))),
     ),
     confidence=ConfidenceSettings(),
-    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
-    metrics=("fd", "kid"),
-    more_extractors=("digits-lenet",),
-    num_blocks=5,
-    num_images=400,
-    batch_size=50,
 )

@@ -14,25 +14,15 @@ besides exits and the first table.
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.analysis.compare.peers.faster_cache import FasterCache
-from dyndit.analysis.compare.peers.interval import GuidanceInterval
-from dyndit.calibration.measure import CalibrationSettings
-from dyndit.recipes.digits import quickstart
+from dyndit.recipes.digits import study
 
-table = CalibrationSettings(num_pictures=256, num_bands=10, batch_size=64)
+table = replace(study.calibration, num_pictures=256)
 experiment = replace(
-    quickstart,
+    study,
     calibration=table,
+    calibration_solver="ddim",
     solvers=("ddim", "unipc"),
     full_steps=(5, 7, 10, 15, 20),
-    unguided_steps=(5, 10),
-    dynamic_steps=(10,),
     budgets=(0.3, 0.4, 0.5, 0.65),
     variants=(Variant("reuse", calibration=replace(table, held=True)),),
-    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
-    metrics=("fd", "kid"),
-    more_extractors=("digits-lenet",),
-    num_blocks=5,
-    num_images=400,
-    batch_size=50,
 )

@@ -14,31 +14,15 @@ each step. 13 minutes on 2 cores of an AMD EPYC, 2026-11-28.
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.analysis.compare.peers.faster_cache import FasterCache
-from dyndit.analysis.compare.peers.interval import GuidanceInterval
-from dyndit.calibration.measure import CalibrationSettings
-from dyndit.recipes.digits import quickstart
+from dyndit.recipes.digits import study
 
-table = CalibrationSettings(num_pictures=128, num_bands=10, batch_size=64)
+table = study.calibration
 experiment = replace(
-    quickstart,
-    calibration=table,
-    calibration_solver="unipc",
-    solvers=("unipc",),
-    full_steps=(4, 5, 6, 7, 8, 10, 15, 20),
-    unguided_steps=(5, 10),
-    dynamic_steps=(10,),
-    budgets=(0.3, 0.45),
+    study,
     variants=(
         Variant("5-bands", calibration=replace(table, num_bands=5)),
         Variant("256-seeds", calibration=replace(table, num_pictures=256)),
         Variant("4-depths", calibration=replace(table, num_depths=4)),
         Variant("forecasts", calibration=replace(table, forecast_ages=2)),
     ),
-    peers=(*FasterCache.chosen(), *GuidanceInterval.chosen()),
-    metrics=("fd", "kid"),
-    more_extractors=("digits-lenet",),
-    num_blocks=5,
-    num_images=400,
-    batch_size=50,
 )

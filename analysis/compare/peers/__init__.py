@@ -3,11 +3,10 @@
 All peers run on the same weights, solver, guidance and sampling loop; see `base`.
 """
 
-import importlib
-import pkgutil
 from functools import cache
 
 from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings, grid
+from dyndit.discovery import subclasses_in
 
 __all__ = ["Peer", "PeerContext", "PeerSettings", "grid", "peers"]
 
@@ -15,11 +14,5 @@ __all__ = ["Peer", "PeerContext", "PeerSettings", "grid", "peers"]
 @cache
 def peers() -> dict[str, type[PeerSettings]]:
     """Return every peer of this package by name. A peer without its library raises only when its model is made."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return {settings.name: settings for settings in _concrete(PeerSettings)}
-
-
-def _concrete(base: type[PeerSettings]) -> list[type[PeerSettings]]:
-    found = [s for sub in base.__subclasses__() for s in (sub, *_concrete(sub))]
-    return [s for s in found if "name" in vars(s) and s.__module__.startswith(__name__)]
+    found = subclasses_in(__name__, __path__, PeerSettings)
+    return {settings.name: settings for settings in found if "name" in vars(settings)}

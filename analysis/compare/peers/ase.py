@@ -9,9 +9,9 @@ the backbone is frozen and each depth has its distilled exit, so the comparison 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from dyndit.analysis.compare.peers.base import PeerSettings, grid
+from dyndit.analysis.compare.peers.base import PeerSettings
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Step, Unconditional
@@ -24,21 +24,15 @@ class FixedExits(PeerSettings):
     """drop: share of the blocks dropped in the two noisiest ranges; 0 in the two ranges nearest to the picture."""
 
     name: ClassVar[str] = "ase"
+    switched_off: ClassVar = {"drop": 0.0}
+    """No block dropped."""
+    compared: ClassVar = ((2 / 7,), (4 / 7,), (6 / 7,))
+    """A gentler slope, the authors' own and a steeper one."""
     drop: float = 4 / 7
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise InputError(f"ase drop {self.drop:g}: expected at least 0 and below 1")
-
-    @classmethod
-    def off(cls) -> Self:
-        """Drop no block."""
-        return cls(0.0)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Take the authors' own slope, a gentler slope and a steeper slope."""
-        return grid(cls, drop=(2 / 7, 4 / 7, 6 / 7))
 
     @property
     def label(self) -> str:

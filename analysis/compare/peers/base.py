@@ -4,13 +4,17 @@ A peer that only changes the plan overrides `plan`. Any other peer overrides `mo
 `DynamicDepth` on the same modules with another `predict`. Sampling loop, scoring and timing stay the same.
 """
 
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import ClassVar, Self
 
+from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
+from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
 from dyndit.training.train import Train
@@ -20,15 +24,22 @@ from dyndit.training.train import Train
 class PeerContext:
     """Data and budget for a peer that trains its own weights.
 
-    out: the folder that keeps the trained weights. data: the pictures of the comparison. fit: the exits' distillation
-    settings, also the peer's budget. train: recipe to train a backbone from scratch, for a peer that trains a smaller
-    backbone; None if the comparison has no such recipe.
+    out: keeps the weights. data: the pictures of the comparison. fit: the exits' distillation settings, also the peer's
+    budget. train: recipe of a backbone from scratch, for a peer with a smaller one; None: there is no such recipe.
     """
 
     out: Path
     data: Pictures
     fit: FitConfig
     train: Train | None = None
+
+    def trained(self, name: str, made_of: str, train: Callable[[Path], DynamicDepth]) -> DynamicDepth:
+        """Load the model that `train`, given a folder to work in, once made of this; or make it and save it."""
+        key = hashlib.sha256(made_of.encode()).hexdigest()
+        folder = self.out / f"{name}-{key[:8]}"
+        if not (folder / checkpoints.CONFIG).exists():
+            checkpoints.save(train(folder.with_name(f"{folder.name}-training")), folder)
+        return checkpoints.load(folder)
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,22 @@ class PeerSettings:
 
     name: ClassVar[str]
     """The family in runs.csv."""
+    switched_off: ClassVar[Mapping[str, object] | None] = None
+    """Settings that make the peer the full model, bit for bit; None if no settings do."""
+    compared: ClassVar[tuple[tuple[object, ...], ...]]
+    """Settings to compare: spread over the peer's possible savings on the digits at 10 DDIM steps."""
+    least: ClassVar[Mapping[str, float]] = {}
+    """The smallest value of each field that has one."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in self.least.items():
+            if not (value := getattr(self, name)) >= lowest:
+                raise InputError(f"peer {self.name}: {name} {_plain(value)}, expected at least {lowest}")
 
     @classmethod
     def off(cls) -> Self | None:
-        """Return settings that make the peer the full model, bit for bit; None if no settings do."""
-        return None
+        """Return the settings that switch the peer off, if there are any."""
+        return None if cls.switched_off is None else cls(**cls.switched_off)
 
     @classmethod
     def available(cls) -> bool:
@@ -53,8 +75,8 @@ class PeerSettings:
 
     @classmethod
     def chosen(cls) -> tuple[Self, ...]:
-        """Return the settings to compare: spread over the peer's possible savings on the digits at 10 steps."""
-        raise NotImplementedError
+        """Return the settings to compare."""
+        return tuple(cls(*values) for values in cls.compared)
 
     @property
     def label(self) -> str:
@@ -88,8 +110,7 @@ def grid(settings: type[PeerSettings], **choices: tuple[object, ...]) -> tuple[P
 class Peer(DynamicDepth):
     """The full model's modules with another way to run them. Subclasses override `predict`.
 
-    `predict` takes and returns the memory: all that a step keeps for the next step. The module itself keeps nothing. A
-    new trajectory starts with memory None, and a fork gets its own copy.
+    `predict` takes and returns the memory: all that a step keeps for the next. A new trajectory starts with None.
     """
 
     def __init__(self, model: DynamicDepth, settings: PeerSettings) -> None:

@@ -40,11 +40,9 @@ MIN_ROWS, NUM_QUANTILES, QUANTILE_95 = 20, 20, 1.645
 
 @dataclass(frozen=True)
 class ConfidenceSettings:
-    """Settings to calibrate thresholds with.
+    """targets: mean squared errors allowed to rows that leave, guided prediction against full depth (noise has 1).
 
-    targets: allowed mean squared errors of rows that leave, guided noise prediction against full depth (the noise
-    itself has 1). depths: d_0, d_1, ..., with exits; empty: `default_depths`. num_bands: number of timestep bands,
-    each with its own thresholds.
+    depths: d_0, d_1, ..., with exits; empty: `default_depths`. num_bands: of timesteps, each with its own thresholds.
     """
 
     targets: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
@@ -91,11 +89,7 @@ class Thresholds:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read JSON.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or not a thresholds file of this version.
-        """
+        """Read JSON. Raises CheckpointError: the file is missing, damaged, or not a thresholds file of this version."""
         try:
             data = read_json(Path(path))
             if (data.pop("format", None), data.pop("version", None)) != (FORMAT, VERSION):
@@ -127,11 +121,7 @@ class ConfidentDepth(DynamicDepth):
     """
 
     def __init__(self, model: DynamicDepth, thresholds: Thresholds) -> None:
-        """Share the modules of `model`.
-
-        Raises:
-            InputError: the thresholds belong to another model, or the model lacks an exit at one of their depths.
-        """
+        """Share the modules of `model`. Raises InputError: the thresholds are of another model, or of other exits."""
         super().__init__(model.backbone, model.exits, pixel_space=model.pixel_space, process=model.process)
         _check_depths(thresholds.depths, self.depths)
         self.check_identity(thresholds.backbone, thresholds.exits, origin="thresholds")
@@ -187,10 +177,9 @@ def _check_depths(depths: tuple[int, ...], there: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Signals:
-    """Signals and true errors along trajectories at full depth.
+    """Mean squares of the guided prediction at full depth's states, (K, m, N): K steps, depths d_1 to d_m, N pictures.
 
-    signal: (K, m, N) for K steps, depths d_1 to d_m and N pictures: mean squared change of the guided prediction since
-    the depth before. error: (K, m, N): mean squared difference from full depth's guided prediction.
+    signal: of the change since the depth before. error: of the difference from full depth.
     """
 
     depths: tuple[int, ...]
@@ -202,11 +191,7 @@ class Signals:
     exits: str = ""
 
     def thresholds(self, target: float, num_bands: int) -> Thresholds:
-        """Choose thresholds for this mean squared error, depth by depth, on the rows that have not left earlier.
-
-        Raises:
-            InputError: the target is negative, or `num_bands` is below 1.
-        """
+        """Choose thresholds for this error, depth by depth, for the rows still there. Raises InputError: below 0."""
         if not target >= 0 or num_bands < 1:
             raise InputError(f"confidence target {target:g} in {num_bands} bands: expected 0 or more, and 1 or more")
         bands = torch.arange(len(self.timesteps)).tensor_split(min(num_bands, len(self.timesteps)))
@@ -225,10 +210,9 @@ class Signals:
 def threshold(signal: Tensor, error: Tensor, target: float) -> float:
     """Return the signal below which rows have a mean error of at most `target`; 0 if no row may leave.  Both: (N,).
 
-    Candidates are the twentieths of the signals, tried from the strictest. Stop at the first candidate whose one-sided
-    95% bound (normal) of the mean error exceeds the target. This order makes one test at 5% of all candidates
-    (fixed-sequence testing: Angelopoulos et al. 2021, "Learn then Test", arXiv:2110.01052, as in CALM). The level holds
-    for each depth and band alone. It treats the steps of one picture as independent rows.
+    Try the twentieths of the signals from the strictest. Stop where the one-sided 95% bound (normal) of the mean error
+    exceeds the target. This order makes one test at 5% of all (fixed-sequence testing: Angelopoulos et al. 2021, "Learn
+    then Test", arXiv:2110.01052, as in CALM). The level holds for each depth and band, if rows were independent.
     """
     order = signal.argsort()
     signal, error, best = signal[order], error[order].double(), 0.0
@@ -277,9 +261,7 @@ def record_signals(
     """Run trajectories at full depth, classes in turn, and record each exit's signal and error.
 
     Thresholds from these signals hold for states of full depth; states of a sampling that leaves early drift away.
-
-    Raises:
-        InputError: the model has fewer than two exits, or lacks an exit at one of the depths.
+    Raises InputError: the model has fewer than two exits, or lacks an exit at one of the depths.
     """
     settings = settings or ConfidenceSettings()
     depths = settings.depths or default_depths(model.depths)

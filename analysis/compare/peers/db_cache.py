@@ -12,29 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar
 
+from dyndit.analysis.compare.peers.base import PeerContext
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, TransformerPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 
-if TYPE_CHECKING:
-    from dyndit.analysis.compare.peers.base import PeerContext
-
 
 def load_cache_dit() -> ModuleType:
-    """Import cache-dit with its log switched off; without that it logs to standard output.
-
-    Raises:
-        InputError: cache-dit is not installed.
-    """
+    """Import cache-dit; switch off its log to standard output. Raises InputError: cache-dit is not installed."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     try:
         import cache_dit
     except ImportError as error:
-        raise InputError(
-            f"peer {DBCache.name}: needs the package cache-dit ({error}); expected pip install dyndit[peers]"
-        ) from error
+        needs = f"needs the package cache-dit ({error})"
+        raise InputError(f"peer {DBCache.name}: {needs}; expected pip install dyndit[peers]") from error
     return cache_dit
 
 
@@ -44,18 +37,15 @@ class DBCachePeer(TransformerPeer):
     def __init__(self, model: DynamicDepth, settings: "DBCache") -> None:
         super().__init__(model, settings)
         cache_dit = load_cache_dit()
-        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=settings.order) if settings.order else None
-        cache_dit.enable_cache(
-            self.transformer,
-            cache_config=cache_dit.DBCacheConfig(
-                Fn_compute_blocks=settings.first,
-                Bn_compute_blocks=settings.last,
-                residual_diff_threshold=settings.threshold,
-                max_warmup_steps=settings.warmup,
-                enable_separate_cfg=False,
-            ),
-            calibrator_config=calibrator,
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=settings.first,
+            Bn_compute_blocks=settings.last,
+            residual_diff_threshold=settings.threshold,
+            max_warmup_steps=settings.warmup,
+            enable_separate_cfg=False,
         )
+        forecast = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=settings.order) if settings.order else None
+        cache_dit.enable_cache(self.transformer, cache_config=config, calibrator_config=forecast)
         self._manager = self.transformer._context_manager
         self._begin = [context._init_kwargs for context in self._manager._cached_context_manager.values()]
 
@@ -78,42 +68,25 @@ class DBCache(DiffusersCache):
     """
 
     name: ClassVar[str] = "cache-dit"
+    switched_off: ClassVar = {"threshold": 0.0}
+    """Never skips: no residual is below threshold 0."""
+    compared: ClassVar = ((0.1,), (0.2,), (0.2, 1), (0.4, 1))
+    """From some to most steps skipped, with a forecast at the two wider settings."""
+    least: ClassVar = {"threshold": 0, "order": 0, "first": 1, "last": 0, "warmup": 1}
     threshold: float = 0.2
     order: int = 0
     first: int = 1
     last: int = 0
     warmup: int = 2
 
-    def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise InputError(f"peer {self.name}: threshold {self.threshold:g}, expected at least 0")
-        for name, least in (("order", 0), ("first", 1), ("last", 0), ("warmup", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"peer {self.name}: {name} {getattr(self, name)}, expected at least {least}")
-
-    @classmethod
-    def off(cls) -> Self:
-        """Never skip: no residual is below threshold 0."""
-        return cls(0.0)
-
     @classmethod
     def available(cls) -> bool:
         """Return True if cache-dit is installed."""
         return find_spec("cache_dit") is not None
 
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Skip from some to most steps; forecast at the two wider settings."""
-        return cls(0.1), cls(0.2), cls(0.2, 1), cls(0.4, 1)
-
-    def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
-        """See `DiffusersCache.model`.
-
-        Raises:
-            InputError: also if cache-dit is not installed, or `first` + `last` exceeds the number of blocks.
-        """
+    def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
+        """See `DiffusersCache.model`. Raises InputError: no cache-dit, or `first` + `last` are too many blocks."""
         if self.first + self.last > model.num_blocks:
-            raise InputError(
-                f"peer {self.name}: {self.first} first and {self.last} last blocks, expected {model.num_blocks} at most"
-            )
+            found = f"{self.first} first and {self.last} last blocks"
+            raise InputError(f"peer {self.name}: {found}, expected {model.num_blocks} at most")
         return DBCachePeer(model, self)

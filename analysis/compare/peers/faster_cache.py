@@ -10,39 +10,27 @@ made for videos; a picture is one frame.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar
 
 from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 from diffusers.utils import logging
+from torch import nn
 
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth, StepInputs
-
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
+from dyndit.models.dynamic import StepInputs
 
 
 class FasterCachePeer(DiffusersPeer):
-    """A peer that tells the cache the timestep and puts the unconditional rows first."""
+    """A peer that puts the unconditional rows first."""
 
     uncond_first = True
 
-    def __init__(self, model: DynamicDepth, settings: "FasterCache") -> None:
-        super().__init__(model, settings)
-        self._timestep = 0.0
-        settings.attach_with(self.transformer, lambda: self._timestep)
-        self.find_states()
-
     def ready(self, step: StepInputs) -> None:
-        """Tell the cache the timestep.
-
-        Raises:
-            InputError: the step has no unconditional branch.
-        """
+        """Tell the cache the timestep. Raises InputError: the step has no unconditional branch."""
         if len(step.labels) != 2:
             raise InputError(f"peer {self.settings.name}: no guidance at step {step.k}, expected --cfg-scale above 1")
-        self._timestep = step.timesteps[step.k]
+        super().ready(step)
 
 
 @dataclass(frozen=True)
@@ -53,27 +41,17 @@ class FasterCache(DiffusersCache):
 
     name: ClassVar[str] = "faster-cache"
     runs: ClassVar[type[DiffusersPeer]] = FasterCachePeer
+    switched_off: ClassVar = {"uncond": 1, "attention": 1}
+    """Both branches at every step; then no attention is forecast."""
+    compared: ClassVar = ((2, 2), (5, 2), (5, 2, 901))
+    """A milder setting, diffusers' own (5, 2), and one over a wider range of timesteps."""
+    least: ClassVar = {"uncond": 1, "attention": 1, "below": 1}
     uncond: int = 5
     attention: int = 2
     below: int = 641
 
-    def __post_init__(self) -> None:
-        for name in ("uncond", "attention", "below"):
-            if getattr(self, name) < 1:
-                raise InputError(f"peer {self.name}: {name} {getattr(self, name)}, expected at least 1")
-
-    @classmethod
-    def off(cls) -> Self:
-        """Run both branches at every step; then no attention is forecast."""
-        return cls(1, 1)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Take diffusers' own settings (5, 2), a milder one, and one over a wider range of timesteps."""
-        return cls(2, 2), cls(5, 2), cls(5, 2, 901)
-
-    def attach_with(self, transformer: "DiTTransformer2DModel", timestep: Callable[[], float]) -> None:
-        """Hook the cache into the transformer and every attention.  timestep: returns the current timestep."""
+    def attach(self, transformer: nn.Module, timestep: Callable[[], float]) -> None:
+        """Hook the cache into the transformer and every attention."""
         config = FasterCacheConfig(
             spatial_attention_block_skip_range=self.attention,
             spatial_attention_timestep_skip_range=(-1, self.below),

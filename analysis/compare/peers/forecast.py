@@ -8,12 +8,11 @@ behind it reuses that residual.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.stale import Kept, Stale
 from dyndit.models.dynamic import StepInputs
 from dyndit.process import Process
@@ -24,17 +23,9 @@ class Forecast(Stale):
     """A full step every `every` steps. Other steps run `depth` blocks and forecast the rest `along` step or log-SNR."""
 
     name: ClassVar[str] = "forecast"
+    compared: ClassVar = ((2, 2, "step"), (2, 2, "snr"), (3, 2, "step"), (3, 2, "snr"))
+    """The intervals of `stale` at its shallower depth, along either variable."""
     along: Literal["step", "snr"] = "step"
-
-    @classmethod
-    def off(cls) -> Self:
-        """Run every step in full."""
-        return cls(every=1, depth=1)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Take the intervals of `stale` at its shallower depth, along either variable."""
-        return grid(cls, every=(2, 3), depth=(2,), along=("step", "snr"))
 
     def residual(self, kept: Sequence[Kept], step: StepInputs, process: Process) -> Tensor:
         """Extrapolate the straight line through the last two full steps to this step."""

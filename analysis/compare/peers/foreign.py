@@ -7,26 +7,21 @@ These libraries keep state inside the modules. After every step the peer takes t
 and puts it back before the next step. Nothing leaks between samplings, and forks are copies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from diffusers.models import CacheMixin
-from torch import Tensor
+from torch import Tensor, nn
 
-from dyndit.analysis.compare.peers.base import Peer, PeerSettings
+from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.storage.diffusers_folder import to_diffusers
-
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
-
-    from dyndit.analysis.compare.peers.base import PeerContext
 
 NOT_APPLICABLE = {
     "sea_cache": "SeaCache (arXiv:2602.18993) decides on flow-matching latents (C, T, H, W), and diffusers reads them "
@@ -39,10 +34,7 @@ NOT_APPLICABLE = {
 
 @dataclass(frozen=True)
 class Memory:
-    """The state that a step left inside the modules.
-
-    branches: number of branches that the step ran. states: one per holder of state, in the peer's order.
-    """
+    """The number of branches that a step ran, and the state that it left in each holder, in the peer's order."""
 
     branches: int
     states: tuple[object, ...]
@@ -56,29 +48,19 @@ class TransformerPeer(Peer):
 
     def __init__(self, model: DynamicDepth, settings: PeerSettings) -> None:
         super().__init__(model, settings)
-        self.transformer: DiTTransformer2DModel = to_diffusers(model)
+        self.transformer = to_diffusers(model)
 
     def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
-        """See `DynamicDepth.predict`.
-
-        Raises:
-            InputError: guidance begins or stops within the sampling, so the cache holds other rows.
-        """
+        """See `DynamicDepth`. Raises InputError: guidance begins or stops on the way; the cache holds other rows."""
         count = len(step.labels)
         if memory is not None and memory.branches != count:
-            raise InputError(
-                f"peer {self.settings.name}: {count} branches at step {step.k}, {memory.branches} before; "
-                "expected the same at every step"
-            )
+            found = f"{count} branches at step {step.k}, {memory.branches} before"
+            raise InputError(f"peer {self.settings.name}: {found}; expected the same at every step")
         self.ready(step)
         self.put(None if memory is None else memory.states)
         order = range(count)[::-1] if self.uncond_first else range(count)
-        rows = self.call(
-            torch.cat([step.x_t] * count),
-            torch.cat([step.times] * count),
-            torch.cat([step.labels[i] for i in order]),
-        )
-        predictions = rows.chunk(count)
+        x, t = (torch.cat([part] * count) for part in (step.x_t, step.times))
+        predictions = self.call(x, t, torch.cat([step.labels[i] for i in order])).chunk(count)
         return [predictions[i] for i in order], Memory(count, self.take())
 
     def call(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -102,18 +84,23 @@ class DiffusersPeer(TransformerPeer):
 
     def __init__(self, model: DynamicDepth, settings: "DiffusersCache") -> None:
         super().__init__(model, settings)
-        settings.attach(self.transformer)
+        self._timestep = 0.0
+        settings.attach(self.transformer, lambda: self._timestep)
         self.find_states()
+
+    def ready(self, step: StepInputs) -> None:
+        """Tell the cache the timestep."""
+        self._timestep = step.timesteps[step.k]
 
     def find_states(self) -> None:
         """Find the holders of the hooks' state. Call this after adding hooks."""
         root = HookRegistry.check_if_exists_or_initialize(self.transformer)
         root.invalidate_child_registries_cache()
         registries = [vars(module).get("_diffusers_hook") for module in self.transformer.modules()]
-        self._hooks: list[ModelHook] = [h for r in registries if r is not None for h in r.hooks.values()]
-        held = [value for hook in self._hooks for value in vars(hook).values() if isinstance(value, StateManager)]
-        self._managers: list[StateManager] = list({id(manager): manager for manager in held}.values())
-        self._stated: list[ModelHook] = [hook for hook in self._hooks if "state" in vars(hook)]
+        hooks: list[ModelHook] = [h for r in registries if r is not None for h in r.hooks.values()]
+        held = [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
+        self._managers = list(dict.fromkeys(held))
+        self._stated = [hook for hook in hooks if "state" in vars(hook)]
 
     def call(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Call the transformer in a cache context. Its class lacks `CacheMixin`, so call the method unbound."""
@@ -139,21 +126,14 @@ class DiffusersCache(PeerSettings):
     """Settings of one of diffusers' caches."""
 
     runs: ClassVar[type[DiffusersPeer]] = DiffusersPeer
+    compared: ClassVar = ((),)
+    """By default the settings as they are."""
 
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """See `PeerSettings.chosen`; here at 10 DDIM steps."""
-        return (cls(),)
+    def attach(self, transformer: nn.Module, timestep: Callable[[], float]) -> None:
+        """Hook the cache into the transformer, if it has one.  timestep: returns the current timestep."""
 
-    def attach(self, transformer: "DiTTransformer2DModel") -> None:
-        """Hook the cache into the transformer."""
-
-    def model(self, model: DynamicDepth, context: "PeerContext | None" = None) -> DynamicDepth:
-        """Make the peer on `model`, with its own transformer.
-
-        Raises:
-            InputError: diffusers' class cannot represent the model.
-        """
+    def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
+        """Make the peer on `model`, with its own transformer. Raises InputError: diffusers has no such model."""
         return self.runs(model, self)
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:

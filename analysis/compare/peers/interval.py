@@ -6,7 +6,7 @@ Models", arXiv:2404.07724; `plans.schedules.guidance_interval` is the schedule.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from dyndit.analysis.compare.peers.base import PeerSettings
 from dyndit.plans.plan import DepthPlan
@@ -20,18 +20,12 @@ class GuidanceInterval(PeerSettings):
     """Guidance only at noise levels in (low, high]. Sigma is 157 at t = 999, 17 at 750, 3.4 at 500, 0.96 at 250."""
 
     name: ClassVar[str] = "interval"
+    switched_off: ClassVar = {"low": 0.0, "high": math.inf}
+    """Guidance at all noise levels."""
+    compared: ClassVar = ((0.0, 17.0), (0.5, 1000.0), (0.5, 10.0))
+    """No guidance at the noisiest steps, at the last steps, at both."""
     low: float
     high: float
-
-    @classmethod
-    def off(cls) -> Self:
-        """Guide at all noise levels."""
-        return cls(0.0, math.inf)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Drop guidance at the noisiest steps, at the last steps, at both."""
-        return cls(0.0, 17.0), cls(0.5, 1000.0), cls(0.5, 10.0)
 
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
         """Drop the full plan's unconditional branch outside the interval."""

@@ -6,60 +6,36 @@ measured here by the paper's formula, on one full-depth DDIM sampling of `PICTUR
 measured at guidance 1.5. The first sampling with a number of steps measures them: sample once before timing.
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from torch import Tensor, nn
 
-from dyndit.analysis.compare.peers.base import grid
 from dyndit.analysis.compare.peers.diffusers_full import DiffusersFull
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.sampling.sample import sample
 
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
-
 PICTURES, SEED, GUIDANCE = 32, 1_000_003, 1.5
 
 
-@dataclass
-class _Magnitudes:
-    """Ratios of each step's residual norm to the step before, mean over tokens; 1 at the first step."""
-
-    ratios: list[float] = field(default_factory=list)
-    entered: Tensor | None = None
-    last: Tensor | None = None
-
-    def enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Keep the input of the first block."""
-        self.entered = inputs[0]
-
-    def leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Append the ratio after the last block."""
-        norms = torch.linalg.norm((output - self.entered).float(), dim=-1)
-        self.ratios.append(1.0 if self.last is None else (norms / (self.last + 1e-8)).mean().item())
-        self.last = norms
-
-
 def magnitude_ratios(model: DynamicDepth, num_steps: int, guided: bool) -> tuple[float, ...]:
-    """Measure the ratio of every step on one sampling at full depth."""
-    full, found = DiffusersFull().model(model), _Magnitudes()
+    """Measure each step's residual norm over the step before, mean over tokens; 1 at the first step."""
+    full, entered, norms = DiffusersFull().model(model), [], []
+
+    def leave(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        norms.append(torch.linalg.norm((output - entered.pop()).float(), dim=-1))
+
     blocks = full.transformer.transformer_blocks
-    blocks[0].register_forward_pre_hook(found.enter)
-    blocks[-1].register_forward_hook(found.leave)
-    sample(
-        full,
-        model.backbone.condition.in_turn(PICTURES),
-        num_steps=num_steps,
-        cfg_scale=GUIDANCE if guided else 1.0,
-        seed=SEED,
-        batch_size=PICTURES,
-    )
-    return tuple(found.ratios)
+    blocks[0].register_forward_pre_hook(lambda _block, inputs: entered.append(inputs[0]))
+    blocks[-1].register_forward_hook(leave)
+    labels, scale = model.backbone.condition.in_turn(PICTURES), GUIDANCE if guided else 1.0
+    sample(full, labels, num_steps=num_steps, cfg_scale=scale, seed=SEED, batch_size=PICTURES)
+    return (1.0, *((now / (before + 1e-8)).mean().item() for before, now in pairwise(norms)))
 
 
 class MagCachePeer(DiffusersPeer):
@@ -102,27 +78,16 @@ class MagCache(DiffusersCache):
 
     name: ClassVar[str] = "mag-cache"
     runs: ClassVar[type[DiffusersPeer]] = MagCachePeer
+    switched_off: ClassVar = {"skips": 0}
+    """No step skipped."""
+    compared: ClassVar = ((0.06,), (0.12,), (0.24,), (0.5,))
+    """From some to most steps skipped."""
+    least: ClassVar = {"threshold": 0, "skips": 0}
     threshold: float = 0.12
     skips: int = 3
     retention: float = 0.2
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise InputError(f"peer {self.name}: threshold {self.threshold:g}, expected at least 0")
-        if self.skips < 0:
-            raise InputError(f"peer {self.name}: skips {self.skips}, expected at least 0")
+        super().__post_init__()
         if not 0 <= self.retention <= 1:
             raise InputError(f"peer {self.name}: retention {self.retention:g}, expected 0 to 1")
-
-    @classmethod
-    def off(cls) -> Self:
-        """Skip no step."""
-        return cls(skips=0)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Skip from some to most steps."""
-        return grid(cls, threshold=(0.06, 0.12, 0.24, 0.5))
-
-    def attach(self, transformer: "DiTTransformer2DModel") -> None:
-        """Do nothing yet: see `MagCachePeer.ready`."""

@@ -6,20 +6,19 @@ LAPTOP-Diff (Zhang et al. 2024, arXiv:2404.11098) ranks layers of diffusion mode
 2024, arXiv:2412.01199) prunes DiTs and learns which blocks to keep.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 
-from dyndit.analysis.compare.peers.base import PeerContext, PeerSettings, grid
+from dyndit.analysis.compare.peers.base import PeerContext, PeerSettings
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
-from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.match import Match
 
@@ -29,6 +28,10 @@ class Pruned(PeerSettings):
     """drop: number of dropped blocks. by: keep evenly spread blocks ("spread") or the most effective ("effect")."""
 
     name: ClassVar[str] = "pruned"
+    switched_off: ClassVar = {"drop": 0}
+    """No block dropped, nothing trained."""
+    compared: ClassVar = ((4, "effect"), (6, "effect"))
+    """A third and half of twelve blocks dropped."""
     drop: int
     by: Literal["spread", "effect"] = "effect"
 
@@ -36,34 +39,19 @@ class Pruned(PeerSettings):
         if self.drop < 0 or self.by not in ("spread", "effect"):
             raise InputError(f"pruned {self.label}: expected at least 0 blocks, by spread or effect")
 
-    @classmethod
-    def off(cls) -> Self:
-        """Drop no block and train nothing."""
-        return cls(0)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Drop a third and half of twelve blocks."""
-        return grid(cls, drop=(4, 6), by=("effect",))
-
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """Train the pruned model, or load it from the context.
-
-        Raises:
-            InputError: the context is missing, no block would be left, or an adapter made the backbone.
-        """
+        """Train the pruned model, or load it. Raises InputError: no context, no block left, or an adapted backbone."""
         if self.drop == 0:
             return DynamicDepth(model.backbone, pixel_space=model.pixel_space, process=model.process).eval()
         if context is None:
             raise InputError(f"peer {self.name}: needs a context to fine-tune in")
-        key = hashlib.sha256(f"{model.identity.backbone} {context.fit} {context.data.fingerprint}".encode()).hexdigest()
-        folder = context.out / f"{self.name}-{self.label}-{key[:8]}"
-        device = next(model.parameters()).device
-        if not (folder / checkpoints.CONFIG).exists():
+
+        def train(folder: Path) -> DynamicDepth:
             student = without_blocks(model, self._kept(model, context.data))
-            training = folder.with_name(f"{folder.name}-training")
-            checkpoints.save(Match(context.fit).run(model, student, context.data, training)[0], folder)
-        return checkpoints.load(folder).to(device)
+            return Match(context.fit).run(model, student, context.data, folder)[0]
+
+        made_of = f"{model.identity.backbone} {context.fit} {context.data.fingerprint}"
+        return context.trained(f"{self.name}-{self.label}", made_of, train).to(next(model.parameters()).device)
 
     def _kept(self, model: DynamicDepth, data: Pictures) -> tuple[int, ...]:
         if self.drop >= model.num_blocks:
@@ -113,21 +101,13 @@ def effects(model: DynamicDepth, data: Pictures, *, num_pictures: int = 256, see
 
 
 def without_blocks(model: DynamicDepth, kept: Sequence[int]) -> ClassConditionalDiT:
-    """Copy the backbone with only the kept blocks, weights unchanged.
-
-    Raises:
-        InputError: the backbone is not a `ClassConditionalDiT`.
-    """
+    """Copy the backbone with only the kept blocks, weights unchanged. Raises InputError: an adapter made it."""
     backbone = model.backbone
     if not isinstance(backbone, ClassConditionalDiT):
         raise InputError(f"pruned: backbone {type(backbone).__name__}; expected a ClassConditionalDiT")
     student = ClassConditionalDiT.from_config(backbone.config() | {"num_blocks": len(kept)})
-    student.load_state_dict(
-        {k: v for k, v in backbone.state_dict().items() if not k.startswith("blocks.")}
-        | {
-            f"blocks.{new}.{name}": value
-            for new, old in enumerate(kept)
-            for name, value in backbone.blocks[old].state_dict().items()
-        }
-    )
+    state = {k: v for k, v in backbone.state_dict().items() if not k.startswith("blocks.")}
+    for new, old in enumerate(kept):
+        state |= {f"blocks.{new}.{name}": value for name, value in backbone.blocks[old].state_dict().items()}
+    student.load_state_dict(state)
     return student.eval()

@@ -5,9 +5,9 @@ A searched plan must beat a random plan.
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from dyndit.analysis.compare.peers.base import PeerSettings, grid
+from dyndit.analysis.compare.peers.base import PeerSettings
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import NoGuide, Step, Unconditional
@@ -20,6 +20,10 @@ class RandomPlan(PeerSettings):
     """
 
     name: ClassVar[str] = "random"
+    switched_off: ClassVar = {"share": 1.0}
+    """All blocks: only the full plan has as many."""
+    compared: ClassVar = ((0.6, 0), (0.6, 1))
+    """Two plans."""
     share: float
     seed: int = 0
 
@@ -27,22 +31,8 @@ class RandomPlan(PeerSettings):
         if not 0 < self.share <= 1:
             raise InputError(f"random share {self.share:g}: expected above 0 and at most 1")
 
-    @classmethod
-    def off(cls) -> Self:
-        """Take all blocks: only the full plan has as many."""
-        return cls(1.0)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Draw two plans."""
-        return grid(cls, share=(0.6,), seed=(0, 1))
-
     def plan(self, full: DepthPlan, depths: tuple[int, ...]) -> DepthPlan:
-        """Draw every depth, then move random ones to the next depth down or up until the sum fits.
-
-        Raises:
-            InputError: the shallowest exits at every step exceed `share`.
-        """
+        """Draw every depth, then move random ones until the sum fits. Raises InputError: `share` is too small."""
         drawn = random.Random(self.seed)
         entries = list(full.depths) + [depth for depth in full.uncond_depths if depth]
         limit = self.share * sum(entries) * (1 + 1e-9)

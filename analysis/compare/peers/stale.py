@@ -8,12 +8,12 @@ steps; Delta-DiT changes from rear to front blocks on the way.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
@@ -26,18 +26,12 @@ class Stale(PeerSettings):
     """A full step every `every` steps; the steps between run `depth` blocks."""
 
     name: ClassVar[str] = "stale"
+    switched_off: ClassVar = {"every": 1, "depth": 1}
+    """Every step in full."""
+    compared: ClassVar = ((2, 2), (2, 6), (3, 2), (3, 6))
+    """Every second or third step in full, the others with a sixth or half of twelve blocks."""
     every: int
     depth: int
-
-    @classmethod
-    def off(cls) -> Self:
-        """Run every step in full."""
-        return cls(every=1, depth=1)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Run every second or third step in full, the others with a sixth or half of twelve blocks."""
-        return grid(cls, every=(2, 3), depth=(2, 6))
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
         """Make the peer. Raises InputError: `depth` is not 1 to L - 1, or `every` is below 1."""

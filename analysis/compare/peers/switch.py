@@ -5,27 +5,26 @@ retraining. DuoDiff (Gallo Fernández et al. 2024, arXiv:2410.09633) trains a sh
 objective and switches at a fixed step. In both, the step alone decides which model runs.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from torch import Tensor
 
-from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings, grid
+from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
-from dyndit.storage import load as checkpoints
 
 
 @dataclass(frozen=True)
 class TwoModels(PeerSettings):
-    """Settings of the switch.  share: share of steps, the noisiest, that the small model takes. depth: its blocks.
-
-    The small model is trained like the comparison's backbone, but with fewer blocks.
-    """
+    """share: of the steps, the noisiest, that the small model takes. depth: its blocks; the rest is the backbone's."""
 
     name: ClassVar[str] = "switch"
+    switched_off: ClassVar = {"share": 0.0}
+    """Every step by the large model."""
+    compared: ClassVar = ((0.3,), (0.5,), (0.7,))
+    """30%, 50% and 70% of the steps by the small model."""
     share: float
     depth: int = 4
 
@@ -35,26 +34,12 @@ class TwoModels(PeerSettings):
         if self.depth < 1:
             raise InputError(f"switch depth {self.depth}: expected at least 1 block")
 
-    @classmethod
-    def off(cls) -> Self:
-        """Give every step to the large model."""
-        return cls(0.0)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Give 30%, 50% and 70% of the steps to the small model."""
-        return grid(cls, share=(0.3, 0.5, 0.7))
-
     def num_small_steps(self, num_steps: int) -> int:
         """Return the number of first steps that the small model takes."""
         return round(self.share * num_steps)
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """Train the small model, or load it from the context.
-
-        Raises:
-            InputError: no context, or no recipe for a backbone in it; or the small model works on other pictures.
-        """
+        """Train the small model, or load it. Raises InputError: no recipe to train it with, or it does not fit."""
         if self.share == 0:
             return Switch(model, model, self)
         if context is None:
@@ -64,12 +49,8 @@ class TwoModels(PeerSettings):
         backbone = replace(context.train.backbone, num_blocks=self.depth)
         recipe = replace(context.train, backbone=backbone, exits=None)
         made_of = f"{recipe.backbone} {recipe.process!r} {recipe.fit} {context.data.fingerprint}"
-        key = hashlib.sha256(made_of.encode()).hexdigest()
-        folder = context.out / f"{self.name}-depth{self.depth}-{key[:8]}"
-        if not (folder / checkpoints.CONFIG).exists():
-            trained, _ = recipe.run(context.data, folder.with_name(f"{folder.name}-training"))
-            checkpoints.save(trained, folder)
-        small = checkpoints.load(folder)
+        name = f"{self.name}-depth{self.depth}"
+        small = context.trained(name, made_of, lambda folder: recipe.run(context.data, folder)[0])
         return Switch(model, small.to(next(model.parameters()).device), self)
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:
@@ -89,9 +70,8 @@ class Switch(Peer):
             if large != little:
                 raise InputError(f"switch: the small model's {name} {little}, but the large model's is {large}")
         if small.process != model.process:
-            raise InputError(
-                f"switch: the small model's process {small.process}, but the large model's is {model.process}"
-            )
+            theirs = f"but the large model's is {model.process}"
+            raise InputError(f"switch: the small model's process {small.process}, {theirs}")
         self.small = small.eval()
 
     def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:

@@ -9,23 +9,19 @@ modules. "modules" forecasts every block's attention and MLP, as in the paper; e
 diffusers' default rounds them to bfloat16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+from torch import nn
 
 from dyndit.analysis.compare.peers.foreign import DiffusersCache
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
-
-_FORECAST = {
-    "modules": [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"],
-    "output": ["proj_out_2"],
-}
+_FORECAST = {"modules": [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"], "output": ["proj_out_2"]}
 _SKIPPED = {"modules": None, "output": [r"transformer_blocks\.\d+"]}
 
 
@@ -34,27 +30,20 @@ class TaylorSeer(DiffusersCache):
     """Full steps k, from 0: below `warmup`, then warmup + 1 and every `interval`-th step. order: of the expansion."""
 
     name: ClassVar[str] = "taylorseer"
+    switched_off: ClassVar = {"interval": 1}
+    """Every step in full."""
+    compared: ClassVar = ((2,), (3,), (2, "output"), (4, "output"))
+    """"modules" at intervals 2 and 3, "output" at intervals 2 and 4."""
+    least: ClassVar = {"interval": 1, "order": 0, "warmup": 1}
     interval: int = 3
     what: str = "modules"
     order: int = 1
     warmup: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("interval", 1), ("order", 0), ("warmup", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"peer {self.name}: {name} {getattr(self, name)}, expected at least {least}")
+        super().__post_init__()
         if self.what not in _FORECAST:
             raise InputError(f"peer {self.name}: what {self.what!r}, expected one of {', '.join(_FORECAST)}")
-
-    @classmethod
-    def off(cls) -> Self:
-        """Run every step in full."""
-        return cls(1)
-
-    @classmethod
-    def chosen(cls) -> tuple[Self, ...]:
-        """Take "modules" at intervals 2 and 3, "output" at intervals 2 and 4."""
-        return cls(2), cls(3), cls(2, "output"), cls(4, "output")
 
     def share_of_blocks(self, plan: DepthPlan) -> float | None:
         """Return the share of the full steps for "output"; None for "modules", which runs parts of every block."""
@@ -63,7 +52,7 @@ class TaylorSeer(DiffusersCache):
         full = [k < self.warmup or (k - self.warmup - 1) % self.interval == 0 for k in range(plan.num_steps)]
         return plan.share_of_blocks * sum(full) / plan.num_steps
 
-    def attach(self, transformer: "DiTTransformer2DModel") -> None:
+    def attach(self, transformer: nn.Module, timestep: Callable[[], float]) -> None:
         """Hook the modules to forecast or to skip."""
         config = TaylorSeerCacheConfig(
             cache_interval=self.interval,

@@ -27,12 +27,8 @@ def inception(weights: Path | None) -> FeatureExtractorBase:
             raise CheckpointError(f"{weights}: {first_line(error)}; expected torch-fidelity's Inception") from error
     path = None if weights is None else str(weights)
     try:
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat",
-            ["2048", "logits_unbiased"],
-            feature_extractor_weights_path=path,
-            verbose=False,
-        )
+        options = {"feature_extractor_weights_path": path, "verbose": False}
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], **options)
     except OSError as error:
         raise InputError(
             f"--extractor-weights: missing, and the download failed ({first_line(error)}); "

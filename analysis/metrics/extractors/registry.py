@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.errors import CheckpointError, InputError
+from dyndit.files import read_safetensors
 
 Build = Callable[[Path | None], FeatureExtractorBase]
 """Build a network from a weights file; None: packaged or downloaded weights. Outputs: features, logits."""
@@ -92,7 +91,9 @@ class ClassifierExtractor(FeatureExtractorBase):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         """Run uint8 (B, 3, size, size) -> one tensor for each requested feature. Raises InputError."""
-        check_size(self.name, pictures, self.size)
+        if pictures.shape[-2:] != (self.size, self.size):
+            found = "{}x{}".format(*pictures.shape[-2:])
+            raise InputError(f"extractor {self.name}: pictures are {found}, expected {self.size}x{self.size}")
         features = self.classifier.features(self.scale(pictures))
         outputs = {"64": features, "logits": self.classifier.linear(features)}
         return tuple(outputs[name] for name in self.features_list)
@@ -115,10 +116,7 @@ class ClassifierExtractor(FeatureExtractorBase):
 
 def load_strict(model: nn.Module, path: Path) -> nn.Module:
     """Load a .safetensors file; all names, shapes and values must fit. Raises CheckpointError."""
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {first_line(error)}; expected a readable .safetensors file") from error
+    state, _ = read_safetensors(path)
     # BatchNorm counts batches in training; files for inference leave the counter out.
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -134,10 +132,3 @@ def load_strict(model: nn.Module, path: Path) -> nn.Module:
             raise CheckpointError(f"{path}: tensor '{name}' holds values that are not finite, expected numbers")
     model.load_state_dict(state, strict=False)
     return model
-
-
-def check_size(name: str, pictures: Tensor, size: int) -> None:
-    """Raise InputError unless the pictures are size x size."""
-    if pictures.shape[-2:] != (size, size):
-        height, width = pictures.shape[-2:]
-        raise InputError(f"extractor {name}: pictures are {height}x{width}, expected {size}x{size}")

@@ -318,7 +318,7 @@ class _SeaPeer(DiffusersPeer):
 class _Sea(DiffusersFull):
     runs = _SeaPeer
 
-    def attach(self, transformer: nn.Module) -> None:
+    def attach(self, transformer: nn.Module, timestep: object) -> None:
         apply_sea_cache(transformer, SeaCacheConfig(threshold=1e9))
 
 

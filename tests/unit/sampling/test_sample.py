@@ -21,7 +21,6 @@ from dyndit.sampling.sample import sample, unguided
 from dyndit.sampling.solvers import (
     SOLVERS,
     draws_noise,
-    log_snr_of,
     make_scheduler,
     solver_name,
     takes_variance,
@@ -138,7 +137,7 @@ def test_no_step_is_spent_at_zero_noise(solver: str, num_steps: int) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_log_snr_rises_along_every_schedule(solver: str) -> None:
     process = SOLVERS[solver].process()
-    values = log_snr_of(solver, 12, process)
+    values = process.log_snr(torch.tensor(timesteps_of(solver, 12, process))).tolist()
     assert list(values) == sorted(values)
     first = {"ddpm": -10.118, "flow": -15.201}  # at t = 999 of the linear schedule; half a timestep from pure noise
     assert values[0] == pytest.approx(first[process.name], abs=2e-3)

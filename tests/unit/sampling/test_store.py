@@ -212,7 +212,7 @@ def never(*_: object, **__: object) -> None:
 
 def test_a_finished_set_is_left_alone(into: Draw, whole: Path, monkeypatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
-    monkeypatch.setattr(sampling, "batches", never)
+    monkeypatch.setattr(sampling.Sampling, "batches", never)
     stored = into(whole)
     assert (stored.num_drawn, stored.manifest) == (0, manifest_of(whole))
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
@@ -237,8 +237,8 @@ def test_one_batch_is_in_memory(into: Draw, tmp_path: Path, monkeypatch) -> None
             alive.append(weakref.ref(drawn))
             yield drawn
 
-    original = sampling.batches
-    monkeypatch.setattr(sampling, "batches", watched)
+    original = sampling.Sampling.batches
+    monkeypatch.setattr(sampling.Sampling, "batches", watched)
     into(tmp_path, batch_size=1)
     assert len(alive) == NUM
 

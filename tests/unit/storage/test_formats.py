@@ -29,8 +29,8 @@ from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.convert import convert
-from dyndit.storage.diffusers_folder import FREQUENCY_SHIFT, WEIGHTS, from_diffusers, to_diffusers
-from dyndit.storage.names import frequency_shift_of, match_frequencies
+from dyndit.storage.diffusers_folder import WEIGHTS, from_diffusers, to_diffusers
+from dyndit.storage.names import FREQUENCY_SHIFT, frequency_shift_of, match_frequencies
 from dyndit.storage.pretrained import DynamicDepth
 from support.files import Canary, refused, same
 from support.models import TINY, randomise

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dyndit.models.conditions import ConditionType
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.step import steps
@@ -17,7 +18,7 @@ from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures
+from dyndit.training.data import Pictures, conditioned
 from dyndit.training.distill import Distill
 from dyndit.training.fit import FitResult, fit
 from dyndit.training.train import _Denoising
@@ -27,15 +28,16 @@ FIT = FitConfig(steps=4, batch_size=4, learning_rate=1e-2, ema_decay=0.5, checkp
 
 
 class Noise(Pictures):
-    """Random pictures of a backbone's shape, classes in turn."""
+    """Random pictures of a backbone's shape. Each value of its condition is a class, and classes come in turn."""
 
     can_flip, fingerprint = False, "noise"
 
-    def __init__(self, shape: tuple[int, ...], num_classes: int, num: int = 16) -> None:
+    def __init__(self, shape: tuple[int, ...], condition: ConditionType, num: int = 16) -> None:
         self.channels, self.image_size = shape[0], tuple(shape[1:])
         self.x = torch.rand(num, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        self.num_classes, self.class_names = num_classes, tuple(map(str, range(num_classes)))
-        self.labels = [i % num_classes for i in range(num)]
+        self.class_names = tuple(dict.fromkeys(map(str, condition.in_turn(num))))
+        self.num_classes = len(self.class_names)
+        self.labels = [i % self.num_classes for i in range(num)]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,7 +57,7 @@ def with_exits(name: str) -> DynamicDepth:
 
 
 def data_of(model: DynamicDepth) -> Noise:
-    return Noise(model.backbone.sample_shape, model.backbone.condition.num_classes)
+    return Noise(model.backbone.sample_shape, model.backbone.condition)
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
@@ -68,7 +70,8 @@ def test_plans_run_and_pictures_know_no_batch_mates(name: str) -> None:
     values = condition.in_turn(3)
     whole = sample(model, values, **options)
     assert torch.equal(sample(model, values, plan=full, **options).pictures, whole.pictures)
-    kinds = ("3|1", "2|e1", "4|4", "5") if condition.guided else ("3", "2", "4", "5")
+    last = str(model.num_blocks - 1)
+    kinds = ("3|1", "2|e1", "4|4", last) if condition.guided else ("3", "2", "4", last)
     plan = full.with_steps(steps(*kinds))
     together = sample(model, values, plan=plan, **options).pictures
     alone = [sample(model, [v], plan=plan, first_index=i, **options).pictures for i, v in enumerate(values)]
@@ -92,7 +95,8 @@ def test_saved_and_loaded_it_is_the_same_model(name: str, tmp_path: Path) -> Non
 def test_training_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     def run(out: Path) -> FitResult:
         task = _Denoising(DynamicDepth(tiny(name)), 1.0, None)
-        return fit(task, data_of(task.model), FIT, out, progress=False)
+        data = conditioned(data_of(task.model), task.model.backbone.condition)
+        return fit(task, data, FIT, out, progress=False)
 
     before, whole = tiny(name).state_dict(), run(tmp_path / "whole").weights
     assert any(not torch.equal(before[key], value) for key, value in whole.items())
@@ -112,6 +116,6 @@ def test_exits_distil(name: str, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     settings = FitConfig(steps=12, batch_size=16, learning_rate=5e-3, ema_decay=0.5, flip=False)
     found, result = Distill(fit=settings).run(model, data_of(model), tmp_path)
-    assert found.depths == (1, 2, 3, 4, 5, 6)
+    assert found.depths == tuple(range(1, model.num_blocks + 1))
     assert all(torch.equal(before[key], value) for key, value in found.backbone.state_dict().items())
     assert result.losses["loss"].iloc[-3:].mean() < result.losses["loss"].iloc[:3].mean()

@@ -203,6 +203,9 @@ def _in_pipeline(
     Without the user's decoder, a tiny autoencoder decodes, so that a call is nearly all sampling.
     """
     some = next(iter(plans.values()))
+    if not isinstance(model.backbone, ClassConditionalDiT):
+        family = model.backbone.family
+        raise InputError(f"--in-pipeline: DiTPipeline takes a class-conditional DiT, this model's family is {family}")
     classes = model.backbone.condition.num_classes
     if not isinstance(model.process, DDPM):
         raise InputError(f"--in-pipeline: DiTPipeline steps ddpm alone, this model's process is {model.process.name}")

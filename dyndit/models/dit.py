@@ -17,7 +17,7 @@ from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, position_features, zero_linear
 from dyndit.process import Process
 
-Convention = Literal["timesteps", "sit"]
+Convention = Literal["timesteps", "sit", "repa"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class DiTConfig:
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
     convention: Convention = "timesteps"
     """Time and velocity that the weights expect. "timesteps": time rises from 0 (the picture) to 1000, velocity is
-    eps - x_0. "sit", as in SiT's code: time is 1 - t / 1000, velocity is x_0 - eps. The backbone converts both."""
+    eps - x_0. "sit", as in SiT's code: time is 1 - t / 1000, velocity is x_0 - eps. "repa", as in REPA's code: time is
+    t / 1000, velocity is eps - x_0. The backbone converts both."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):  # JSON makes a pair a list
@@ -147,8 +148,10 @@ class ClassConditionalDiT(Backbone):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
         """Embed the inputs.  x: (B, C, H, W), t: (B,), y: (B,) -> State."""
+        if self._config.convention != "timesteps":
+            t = t / Process.num_timesteps
         if self._config.convention == "sit":
-            t = 1 - t / Process.num_timesteps
+            t = 1 - t
         return State(self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y))
 
     def block(self, index: int, state: State) -> State:

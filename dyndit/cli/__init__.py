@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "report": "results",
     "compare": "results",
     "convert": "models",
+    "inspect": "inspect",
     "quickstart": "results",
 }
 """The module of this package that defines each verb."""

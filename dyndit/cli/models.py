@@ -9,6 +9,7 @@ from dyndit.errors import InputError
 
 if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
+    from dyndit.models.identity import AutoencoderRecord
 
 
 def train(
@@ -35,7 +36,8 @@ def train(
         batch_size: Pictures per update (default: the recipe's).
         seed: Seed (default: the recipe's).
         sample_every: Draw a sample grid after every so many steps; 0 for never.
-        vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
+        vae: Folder or hub id of an autoencoder of diffusers: train on its latents, encoded once and cached in the run's
+            folder.
     """
     from accelerate import PartialState
 
@@ -46,7 +48,7 @@ def train(
 
     chosen = find(recipe, "train", Train)
     with PartialState().main_process_first():  # encode latents once
-        pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
+        pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
     start = checkpoints.load(model, process=chosen.process) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
@@ -60,6 +62,7 @@ def train(
     model, result = chosen.run(pictures, out, start=start, preview=_preview)
     if not PartialState().is_main_process:
         return
+    model.autoencoder = made_by
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
@@ -82,7 +85,8 @@ def distill(
     batch_size: int | None = None,
     num_heads: flags.NumHeads = None,
     process: str = "",
-    vae: Path | None = None,
+    weights: flags.Weights = None,
+    vae: flags.Vae = None,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
 
@@ -97,7 +101,6 @@ def distill(
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
     """
     from accelerate import PartialState
 
@@ -108,11 +111,12 @@ def distill(
     from dyndit.training.exit_errors import exit_error_table
 
     chosen = find(recipe, "distill", Distill)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None)
+    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, weights=weights)
     for note in loaded.notes:
         print(note)
     with PartialState().main_process_first():
-        pictures = _training_data(data or chosen.data, loaded.model.backbone.sample_shape, vae, out)
+        shape = loaded.model.backbone.sample_shape
+        pictures, made_by = _training_data(data or chosen.data, shape, vae, out, model)
     chosen.check(loaded.model, pictures)
     original = loaded.model.identity.backbone
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
@@ -123,6 +127,7 @@ def distill(
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
     if not PartialState().is_main_process:
         return
+    dynamic.autoencoder = made_by
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
@@ -146,6 +151,8 @@ def convert(
     num_heads: flags.NumHeads = None,
     process: str = "",
     revision: str | None = None,
+    weights: flags.Weights = None,
+    num_classes: flags.NumClasses = None,
 ) -> None:
     """Write a model in another format, whole or not at all, and print how far it drifts if it is loaded plainly.
 
@@ -161,28 +168,37 @@ def convert(
     from dyndit.storage.convert import convert as convert_model
 
     options = {"num_heads": num_heads, "revision": revision, "process": process or None}
+    options |= {"weights": weights, "num_classes": num_classes}
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
     print(f"model: {target}")
 
 
-def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:
+def _training_data(
+    spec: str, shape: tuple[int, ...], vae: Path | None, out: Path, model: str = ""
+) -> "tuple[object, AutoencoderRecord | None]":
+    """Open pictures, or their latents -> the data, and the autoencoder of latents.
+
+    model: the path or hub id of the model, whose own autoencoder is the default.
+    """
     from dyndit.training.data import open_data
 
     if not spec:
         raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
     channels, *size = shape
-    if vae is None and channels not in (1, 3):
-        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
-    if vae is None:
-        return open_data(spec, None if spec == "digits" else tuple(size), channels)
-    from dyndit.training.latents import encode_latents, load_autoencoder
+    if vae is None and channels in (1, 3):
+        return open_data(spec, None if spec == "digits" else tuple(size), channels), None
+    from dyndit.storage.autoencoder import find
+    from dyndit.training.autoencoders import check_channels, latent_space, load_autoencoder, picture_size, record
+    from dyndit.training.latents import encode_latents
 
-    encoder = load_autoencoder(vae)
-    factor = 2 ** (len(encoder.config.block_out_channels) - 1)
-    return encode_latents(
-        open_data(spec, tuple(side * factor for side in size), encoder.config.in_channels), vae, out / "latents", 16
-    )
+    folder, source = find(vae or model, optional=vae is None)
+    if folder is None:
+        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their autoencoder")
+    encoder = load_autoencoder(folder)
+    check_channels(encoder, channels, f"--vae {folder}")
+    pictures = open_data(spec, picture_size(encoder, tuple(size)), latent_space(encoder).in_channels)
+    return encode_latents(pictures, folder, out / "latents", 16), record(encoder, source)
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:

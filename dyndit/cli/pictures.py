@@ -29,7 +29,8 @@ def sample(
     stats: bool = False,
     num_heads: flags.NumHeads = None,
     process: str = "",
-    vae: Path | None = None,
+    weights: flags.Weights = None,
+    vae: flags.Vae = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     json_: flags.Json = False,
@@ -50,22 +51,21 @@ def sample(
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL that decodes latents.
     """
     from dyndit.calibration.calibrate import table_for
-    from dyndit.models.identity import tensors_hash
     from dyndit.plans.plan import DepthPlan
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
     from dyndit.sampling.sample import sample_into
     from dyndit.sampling.solvers import timesteps_of
     from dyndit.storage import load as checkpoints
-    from dyndit.training.latents import decode_latents
+    from dyndit.training.autoencoders import decode_latents, record
 
     device = chosen_device(device)
+    told = {"num_heads": num_heads, "process": process or None, "weights": weights}
     others = {"plan": depth.plan, "budget": depth.budget, "router": depth.router}
     goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, **others)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device, dtype=dtype)
+    loaded = checkpoints.inspect(model, device=device, dtype=dtype, **told)
     dynamic = loaded.model
     decoder = flags.decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
@@ -98,7 +98,7 @@ def sample(
             stats=stats,
             to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
             origin=str(depth.plan or "plan"),
-            autoencoder="" if decoder is None else tensors_hash(decoder.state_dict()),
+            autoencoder="" if decoder is None else record(decoder).hash,
             on_progress=advance,
         )
     facts, plan = stored.manifest, stored.plan

@@ -141,7 +141,7 @@ def bench(
             exactly --rounds.
         max_rounds: Rounds at most (default: 60, or --rounds if that is more).
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for random weights.
+        vae: Folder or hub id of an autoencoder of diffusers that decodes latents, or "random:f8" for random weights.
         in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
         compile: Compile every block and exit head first, for all arms alike.
         self_check: Only check the timing on work of known time (the same twice, a sleep, twice the work); exit

@@ -1,7 +1,7 @@
 """Convert a model from one format to another, and measure how far it drifts if it is loaded plainly."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,9 @@ from dyndit.process import DDPM
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
+from dyndit.storage.autoencoder import find, open_autoencoder
 from dyndit.storage.names import match_frequencies, own_positions
-from dyndit.storage.reading import AskedProcess
+from dyndit.storage.reading import AskedProcess, Loaded
 
 Format = Literal["native", "official", "diffusers"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -62,6 +63,8 @@ def convert(
     num_heads: int | None = None,
     revision: str | None = None,
     process: AskedProcess = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
     card_extras: Callable[[Path], model_card.CardExtras] | None = None,
 ) -> tuple[str, ...]:
     """Read a model and write it in another format, whole or not at all -> notes about it, a line each.
@@ -74,7 +77,8 @@ def convert(
         CheckpointError: the source is missing, damaged or foreign.
     """
     files.check_free(target, folder=to != "official")
-    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision, process=process)
+    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), source)
     model, folder = loaded.model, loaded.folder
     if to == "official":
         official.write(model, target)
@@ -96,6 +100,18 @@ def convert(
     if model.exits is not None:
         carried = (checkpoints.EXITS, *carried)
     return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)
+
+
+def _with_autoencoder(loaded: Loaded, source: str | Path) -> Loaded:
+    """Record a pipeline's own autoencoder in its model, and say so."""
+    model = loaded.model
+    if model.pixel_space or model.autoencoder is not None or find(source, optional=True)[0] is None:
+        return loaded
+    open_autoencoder(None, model, source)
+    found = model.autoencoder
+    return replace(
+        loaded, notes=(*loaded.notes, f"autoencoder: {found.kind} of hash {found.hash}, recorded; not copied")
+    )
 
 
 def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:

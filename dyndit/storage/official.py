@@ -22,7 +22,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.layers import position_features
 from dyndit.process import RectifiedFlow
 from dyndit.storage import contents
-from dyndit.storage.reading import AskedProcess, Loaded, built, process_of
+from dyndit.storage.reading import AskedProcess, Loaded, autoencoder_record, built, process_of
 
 OWN = ("x_embedder", "pos_embed", "t_embedder", "y_embedder", "blocks", "final_layer")
 """The modules of a class-conditional DiT. Other modules in a file are no part of its prediction."""
@@ -77,6 +77,7 @@ def read(path: Path, told: Told = Told()) -> Loaded:
         raise CheckpointError(f"{path}: damaged or edited (checksum {checksum}, its args record {recorded})")
     pixels = args.take("pixel_space", bool, config.in_channels in (1, 3))
     model = DynamicDepth(backbone, pixel_space=pixels, process=process).eval()
+    model.autoencoder = autoencoder_record(args.found.get("autoencoder"), path)
     notes += [*_precision(tensors, path), *inferred, *more]
     return Loaded(model, tuple(notes), kind=kind, ignored=(*found.ignored, *extra))
 
@@ -95,6 +96,8 @@ def write(model: DynamicDepth, path: Path) -> None:
         "process": model.process.config(),
         "trunk": backbone.checksum(process=model.process),
     }
+    if model.autoencoder is not None:
+        args["autoencoder"] = asdict(model.autoencoder)
     # Clone, so that a view is stored without the rest of its memory.
     ema = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
     with written_whole(path) as draft:

@@ -17,6 +17,7 @@ from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import refuse_pointer
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import AutoencoderRecord
 from dyndit.process import DDPM, Process, from_config
 
 
@@ -58,6 +59,19 @@ def process_of(recorded: object, asked: AskedProcess, path: Path) -> tuple[Proce
     if wanted is not None and (found.name if isinstance(asked, str) else found) not in (asked, wanted):
         raise CheckpointError(f"{path}: made for the process {found}, but --process {wanted} is asked for")
     return found, ()
+
+
+def autoencoder_record(recorded: object, path: Path) -> AutoencoderRecord | None:
+    """Read the record of a model's autoencoder from plain data. Raises CheckpointError: it is no record."""
+    if recorded is None:
+        return None
+    try:
+        found = AutoencoderRecord(**recorded)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: autoencoder is {recorded!r:.60}, expected kind, hash and source") from error
+    if not all(isinstance(value, str) for value in vars(found).values()):
+        raise CheckpointError(f"{path}: autoencoder is {recorded!r:.60}, expected text for kind, hash and source")
+    return found
 
 
 _SCALAR = np.float64(0).__reduce__()[0]

@@ -77,7 +77,7 @@ def _facts(model: DynamicDepth) -> dict[str, object]:
 def _holdings(path: Path) -> dict[str, object]:
     """List what is in a folder, or the first names in a file of weights."""
     if path.is_dir():
-        return {"holds": contents.summary({entry.name: entry for entry in sorted(path.iterdir())})}
+        return {"holds": [entry.name for entry in sorted(path.iterdir())][:20]}
     try:
         data = contents.everything(path)
     except CheckpointError:

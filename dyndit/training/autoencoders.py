@@ -102,10 +102,10 @@ def load_autoencoder(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     try:
-        kind = files.read_json(folder / "config.json").get("_class_name")
+        config = files.read_json(folder / "config.json")
     except CheckpointError as error:
         raise InputError(f"{error}; expected the folder of a diffusers autoencoder ({', '.join(KINDS)})") from error
-    if kind not in KINDS:
+    if (kind := config.get("_class_name")) not in KINDS:
         raise InputError(f"{folder / 'config.json'}: found a model {kind!r:.60}, expected one of {', '.join(KINDS)}")
     safe = sorted(folder.glob("*.safetensors"))
     for path in safe:
@@ -121,6 +121,8 @@ def load_autoencoder(folder: str | Path) -> nn.Module:
             f"{folder}: {len(wrong)} weights do not fit its config.json, the first is {wrong[0]}; "
             "expected the same names in both"
         )
+    # Classes without these arguments drop them.
+    vae.register_to_config(**{name: config[name] for name in ("latents_mean", "latents_std") if config.get(name)})
     latent_space(vae)
     return vae.float().eval().requires_grad_(False)
 

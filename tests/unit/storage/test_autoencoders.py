@@ -1,6 +1,7 @@
 """Autoencoders of every class that works: found, scaled, recorded, and refused where they do not fit."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dyndit.cli import main
 from dyndit.errors import InputError
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.sampling.loop import to_uint8
 from dyndit.storage import load as checkpoints
 from dyndit.storage import official
 from dyndit.storage.autoencoder import differs, find, open_autoencoder
@@ -68,6 +70,9 @@ class Noise(Pictures):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.pictures[index], index % 2
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        return to_uint8(self.pictures if indices is None else self.pictures[list(indices)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ from dyndit.errors import InputError
 if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.models.identity import AutoencoderRecord
+    from dyndit.process import Process
 
 
 def train(
@@ -22,6 +23,7 @@ def train(
     batch_size: int | None = None,
     seed: int | None = None,
     sample_every: int | None = None,
+    weights: flags.Weights = None,
     vae: Path | None = None,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
@@ -50,7 +52,7 @@ def train(
     with PartialState().main_process_first():  # encode latents once
         pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
-    start = checkpoints.load(model, process=chosen.process) if model else None
+    start = _start(model, chosen.process, weights) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     if start is not None:
         settings["from"] = start.identity.backbone
@@ -127,6 +129,9 @@ def distill(
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
     if not PartialState().is_main_process:
         return
+    known = loaded.model.autoencoder
+    if known is not None and made_by is not None and known.hash != made_by.hash:
+        print(f"--vae: latents of a {made_by.kind} of hash {made_by.hash}; the model records hash {known.hash}")
     dynamic.autoencoder = made_by
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
@@ -172,6 +177,18 @@ def convert(
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
     print(f"model: {target}")
+
+
+def _start(model: str, process: "Process", weights: str | None) -> "DynamicDepth":
+    """Load weights to start from, and print what was assumed."""
+    from accelerate import PartialState
+
+    from dyndit.storage import load as checkpoints
+
+    loaded = checkpoints.inspect(model, process=process, weights=weights)
+    for note in loaded.notes if PartialState().is_main_process else ():
+        print(note)
+    return loaded.model
 
 
 def _training_data(

@@ -103,7 +103,10 @@ def calibrate(
             f"{model}: the table is written into the model's folder; expected a local model folder, which "
             "`dyndit distill` or `dyndit convert` makes"
         )
-    dynamic = checkpoints.load(model, process=process or None, device=device, dtype=dtype)
+    loaded = checkpoints.inspect(model, process=process or None, device=device, dtype=dtype)
+    dynamic = loaded.model
+    for note in loaded.notes:
+        print(note)
     make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")

@@ -113,6 +113,7 @@ def bench(
     until: float = 0.02,
     max_rounds: int | None = None,
     num_heads: flags.NumHeads = None,
+    weights: flags.Weights = None,
     process: str = "",
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -171,7 +172,10 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
+        told = {"num_heads": num_heads, "process": process or None, "weights": weights}
+        loaded = checkpoints.inspect(model, device=device, **told)
+        for note in loaded.notes:
+            print(note)
         dynamic, model = loaded.model, str(loaded.folder or model)
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = flags.chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)

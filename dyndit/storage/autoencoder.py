@@ -8,7 +8,7 @@ from dyndit import files
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage import hub
-from dyndit.training.autoencoders import KINDS, check_channels, load_autoencoder, record
+from dyndit.training.autoencoders import KINDS, check_channels, latent_space, load_autoencoder, picture_size, record
 
 SUBFOLDER = "vae"
 """Subfolder of a pipeline with its autoencoder."""
@@ -36,6 +36,9 @@ def open_autoencoder(spec: str | Path | None, model: DynamicDepth, origin: str |
         )
     vae = load_autoencoder(folder)
     check_channels(vae, model.backbone.in_channels, f"--vae {spec or folder}")
+    only, size = latent_space(vae).picture_size, picture_size(vae, model.backbone.sample_shape[1:])
+    if only is not None and size != (only, only):
+        raise InputError(f"--vae {spec or folder}: makes pictures of {only} px; the model's have {size[0]} x {size[1]}")
     if model.autoencoder is None:
         model.autoencoder = record(vae, source)
     return vae

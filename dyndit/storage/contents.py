@@ -6,6 +6,7 @@ the text before it is the prefix, and the dicts around it are the place. So neit
 """
 
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import read_json, read_safetensors
+from dyndit.files import opened, read_json, read_safetensors
 from dyndit.storage.reading import read_pickled
 
 ANCHOR = "x_embedder.proj.weight"
@@ -72,7 +73,7 @@ def read(path: Path, weights: str | None = None) -> Contents:
         InputError: the file lacks the asked weights.
     """
     data = everything(path)
-    args = next((data[name] for name in _ARGS if isinstance(data, dict) and name in data), None)
+    args = next((_options(data[name], name) for name in _ARGS if isinstance(data, dict) and name in data), None)
     if weights not in (None, "ema", "model"):
         raise InputError(f"--weights {weights:.40}: expected ema or model")
     found = list(_state_dicts(data, path))
@@ -93,13 +94,19 @@ def read(path: Path, weights: str | None = None) -> Contents:
     return Contents(chosen.tensors, args, tuple(notes), (*unused, *extra, *of_training))
 
 
+def _options(value: object, name: str) -> object:
+    """Return a script's options as a namespace. A dict under "args" stays a dict: `official.write` makes one."""
+    plain = name != "args" and isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return Namespace(**value) if plain else value
+
+
 def everything(path: Path) -> object:
     """Read all that a file holds. Its first bytes tell the format, not its name.
 
     Raises CheckpointError: damaged, a Git LFS pointer, or of no known format.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             head = file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -247,19 +254,20 @@ def _beside(data: Mapping[str, object], taken: set[int], place: str = "") -> tup
     others = [place + line for line in summary({n: v for n, v in rest.items() if n not in tensors})]
     found = [place + line for line in summary(tensors)]
     for name, value in told.items():
-        if isinstance(value, Mapping) and name not in rest:
+        if isinstance(value, Mapping) and name not in rest and place.count(".") < _DEEPEST:
             more, of_training = _beside(value, taken, f"{place}{name}.")
             found, others = found + more, others + of_training
     return found, others
 
 
-def _has_tensors(value: object) -> bool:
+def _has_tensors(value: object, deep: int = _DEEPEST) -> bool:
     values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, Tensor) or any(map(_has_tensors, values))
+    return isinstance(value, Tensor) or (deep > 0 and any(_has_tensors(v, deep - 1) for v in values))
 
 
-def _holds(value: object, taken: set[int]) -> bool:
-    return id(value) in taken or (isinstance(value, Mapping) and any(_holds(v, taken) for v in value.values()))
+def _holds(value: object, taken: set[int], deep: int = _DEEPEST + 1) -> bool:
+    inner = value.values() if isinstance(value, Mapping) and deep else ()
+    return id(value) in taken or any(_holds(v, taken, deep - 1) for v in inner)
 
 
 def _unrecognised(data: object, args: object, path: Path) -> Contents:

@@ -14,7 +14,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.layers import position_features
 from dyndit.process import DDPM
 from dyndit.storage import card as model_card
-from dyndit.storage import diffusers_folder, official
+from dyndit.storage import diffusers_folder, hub, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.autoencoder import find, open_autoencoder
 from dyndit.storage.names import match_frequencies, own_positions
@@ -78,7 +78,8 @@ def convert(
     """
     files.check_free(target, folder=to != "official")
     told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
-    loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), source)
+    origin = source if Path(source).exists() else hub.parse(str(source), revision) or source
+    loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), str(origin))
     model, folder = loaded.model, loaded.folder
     if to == "official":
         official.write(model, target)
@@ -102,7 +103,7 @@ def convert(
     return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)
 
 
-def _with_autoencoder(loaded: Loaded, source: str | Path) -> Loaded:
+def _with_autoencoder(loaded: Loaded, source: str) -> Loaded:
     """Record a pipeline's own autoencoder in its model, and say so."""
     model = loaded.model
     if model.pixel_space or model.autoencoder is not None or find(source, optional=True)[0] is None:

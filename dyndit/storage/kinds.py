@@ -89,8 +89,13 @@ def _holdings(path: Path) -> dict[str, object]:
 
 @kind("depth plan")
 def _plan(path: Path) -> Description | None:
-    if path.suffix != ".json" or not path.is_file() or files.read_json(path).get("format") != plans.FORMAT:
+    if path.suffix != ".json" or not path.is_file():
         return None
+    try:
+        if files.read_json(path).get("format") != plans.FORMAT:
+            return None
+    except CheckpointError as error:
+        return Description("damaged JSON file", problem=str(error))
     plan = plans.DepthPlan.load(path)
     facts = {"router": plan.router, "solver": plan.solver, "steps": plan.num_steps, "guidance": plan.cfg_scale}
     facts |= {"blocks of its model": plan.num_blocks, "share of blocks": round(plan.share_of_blocks, 4)}

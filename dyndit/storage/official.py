@@ -298,6 +298,8 @@ def _infer(
 def _heads(args: _Args, path: Path, width: int, given: int | None) -> tuple[int, str]:
     """Return the number of heads, and how it was found."""
     recorded = args.take("num_heads", int, None)
+    if recorded is None and type(args.script.get("num_heads")) is int:
+        recorded = args.script["num_heads"]
     if recorded is not None:
         if given not in (None, recorded):
             raise InputError(f"--num-heads {given}: {path} records {recorded}")

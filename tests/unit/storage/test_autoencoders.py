@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -13,11 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dyndit
+from dyndit.analysis.metrics.paired import check_same_seeds
+from dyndit.analysis.report.runs import row_of_samples
 from dyndit.cli import main
 from dyndit.errors import InputError
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.sampling.loop import to_uint8
+from dyndit.sampling.sample import sample_into
 from dyndit.storage import load as checkpoints
 from dyndit.storage import official
 from dyndit.storage.autoencoder import differs, find, open_autoencoder
@@ -148,6 +152,20 @@ def test_the_pipelines_own_autoencoder_is_taken(latents: DynamicDepth, tmp_path:
     assert "--vae: missing" in capsys.readouterr().err
 
 
+def test_comparisons_tell_autoencoders_apart(latents: DynamicDepth, tmp_path: Path) -> None:
+    """Rows of one model under two autoencoders have two names, and their pictures are no pairs."""
+    rows = []
+    for seed in (0, 1):
+        vae = load_autoencoder(make_autoencoder(tmp_path / f"vae-{seed}", seed, in_channels=3, out_channels=3))
+        options = {"to_pictures": partial(decode_latents, vae), "autoencoder": record(vae).hash}
+        sample_into(tmp_path / f"{seed}", latents, None, 2, num_steps=2, cfg_scale=1, **options)
+        rows.append(row_of_samples(tmp_path / f"{seed}", {"extractor": "e", "fd": 1.0, "metric": "fd"}, "run"))
+    assert rows[0]["model"] != rows[1]["model"]
+    assert all(row["model"].startswith(f"{latents.identity.backbone}/") for row in rows)
+    with pytest.raises(InputError, match="autoencoder"):
+        check_same_seeds(tmp_path / "0", tmp_path / "1")
+
+
 def test_an_autoencoder_is_recorded_in_the_model_and_its_identity(latents: DynamicDepth, tmp_path: Path) -> None:
     folder = make_autoencoder(tmp_path / "vae", in_channels=3, out_channels=3)
     pipe = pipeline(latents, folder, tmp_path / "pipe")
@@ -224,5 +242,9 @@ def test_what_is_no_autoencoder_is_one_line(latents: DynamicDepth, tmp_path: Pat
     pointer.write_text("version https://git-lfs.github.com/spec/v1\nsize 334643276\n")
     with pytest.raises(InputError, match="a Git LFS pointer to 334,643,276 bytes"):
         load_autoencoder(wide)
+    rae = make_autoencoder(tmp_path / "rae", kind="AutoencoderRAE")
+    square = ClassConditionalDiT(replace(TINY, in_channels=64, num_blocks=1))
+    with pytest.raises(InputError, match="makes pictures of 8 px; the model's have 32 x 32"):
+        open_autoencoder(rae, DynamicDepth(square, pixel_space=False), "here")
     assert find(tmp_path / "none", optional=True) == (None, "")
     assert set(OPTIONS) == set(KINDS)

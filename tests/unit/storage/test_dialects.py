@@ -439,6 +439,21 @@ def test_settings_of_another_process_are_refused(option: str, value: object, wei
         assert "expected" in message
 
 
+@pytest.mark.parametrize("key", ["config", "hyper_parameters", "cfg"])
+def test_settings_under_other_keys_are_read(key: str, weights: Weights, tmp_path: Path) -> None:
+    """The process and the heads, but no type or name is trusted: mlp_ratio may be text there."""
+    options = {"transport": {"path_type": "Linear", "prediction": "velocity"}, "mlp_ratio": "4", "num_heads": 2}
+    model = dyndit.load(saved({"model": weights, key: options}, tmp_path / "dit.pt"))
+    assert (model.process, model.backbone.config()["num_heads"]) == (RectifiedFlow(), 2)
+    assert "records 2" in refused(tmp_path / "dit.pt", InputError, num_heads=4)
+
+
+def test_dicts_that_hold_themselves(weights: Weights, tmp_path: Path) -> None:
+    data = {"ema": weights}
+    data["self"] = data
+    taken(saved(data, tmp_path / "dit.pt"), weights)
+
+
 def test_settings_of_the_usual_process_pass(weights: Weights, tmp_path: Path) -> None:
     args = {"noise_schedule": "linear", "predict_xstart": False, "prediction_type": "epsilon", "diffusion_steps": 1000}
     data = {"ema": weights, "args": argparse.Namespace(**args, num_classes=10)}

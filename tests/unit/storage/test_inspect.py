@@ -102,7 +102,8 @@ def test_what_is_refused_is_described_all_the_same(tmp_path: Path, capsys) -> No
     assert found["facts"]["first tensors"]["conv_in.weight"] == [3, 2]
     assert "missing 'x_embedder.proj.weight'" in found["problem"]
     (tmp_path / "broken.json").write_text("{")
-    assert "not JSON" in said(tmp_path / "broken.json", capsys, status=2)["problem"]
+    found = said(tmp_path / "broken.json", capsys, status=2)
+    assert (found["kind"], "not JSON" in found["problem"]) == ("damaged JSON file", True)
     (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     assert "a Git LFS pointer to 9 bytes" in said(tmp_path / "lfs.pt", capsys, status=2)["problem"]
     (tmp_path / "folder").mkdir()

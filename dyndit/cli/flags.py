@@ -24,7 +24,7 @@ NumHeads = Annotated[int | None, tyro.conf.arg(help="Attention heads of a .pt wh
 CfgScale = Annotated[float, tyro.conf.arg(help="Guidance scale; 1 is unguided.")]
 BatchSize = Annotated[int, tyro.conf.arg(help="Pictures at a time.")]
 NumClasses = Annotated[int | None, tyro.conf.arg(help="Classes, without the null class, of a file that does not tell.")]
-Weights = Annotated[str | None, tyro.conf.arg(help="ema or model, of a training checkpoint with both (default: ema).")]
+Weights = Annotated[str | None, tyro.conf.arg(help="ema, model or a key of a training checkpoint (default: ema).")]
 Vae = Annotated[
     Path | None,
     tyro.conf.arg(help="Folder or hub id of an autoencoder of diffusers (default: the one in a pipeline's folder)."),

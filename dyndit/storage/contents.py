@@ -62,11 +62,17 @@ class _Found:
     def averaged(self) -> bool:
         return any(re.search(r"(^|_)ema(_|$)|averag", part, re.IGNORECASE) for part in self.place.split("."))
 
+    @property
+    def group(self) -> str:
+        """Return what `weights` calls it: "ema" for an average, else "model"."""
+        return "ema" if self.averaged else "model"
+
 
 def read(path: Path, weights: str | None = None) -> Contents:
     """Read the weights of a file: a pickle of `torch.save`, safetensors, or the index of a sharded file.
 
-    weights: "ema" or "model" if the file holds both (default: ema).
+    weights: "ema" or "model" if the file holds both, or the place of a state dict, such as "ema_0.9999" (default: the
+    first average, else the first state dict).
 
     Raises:
         CheckpointError: the file is damaged, or holds no state dict.
@@ -74,15 +80,15 @@ def read(path: Path, weights: str | None = None) -> Contents:
     """
     data = everything(path)
     args = next((_options(data[name], name) for name in _ARGS if isinstance(data, dict) and name in data), None)
-    if weights not in (None, "ema", "model"):
-        raise InputError(f"--weights {weights:.40}: expected ema or model")
     found = list(_state_dicts(data, path))
     if not found:
         return _unrecognised(data, args, path)
-    wanted = [f for f in found if weights is None or f.averaged == (weights == "ema")]
+    wanted = [f for f in found if weights in (None, f.place, f.group)]
     if not wanted:
-        held = ", ".join(repr(f.place) for f in found)
-        raise InputError(f"--weights {weights}: {path} holds only {held or 'one state dict'}")
+        held = ", ".join(f.place or _NO_PLACE for f in found)
+        raise InputError(
+            f"--weights {weights:.40}: {path} holds only {held:.200}; expected ema or model, if it has both"
+        )
     chosen = next((f for f in wanted if f.averaged), wanted[0])
     others = [f for f in found if f is not chosen]
     notes = [_chosen_note(path, chosen, others)] if chosen.place or others else []
@@ -231,11 +237,13 @@ def _undotted(own: Tensors, prefix: str, model: Tensors) -> Tensors:
 
 
 def _chosen_note(path: Path, chosen: _Found, others: list[_Found]) -> str:
-    note = f"{path.name}: training checkpoint, using '{chosen.place or _NO_PLACE}'"
+    """Say which state dict is used, and how to ask for each other one that differs."""
+    note, groups = f"{path.name}: training checkpoint, using '{chosen.place or _NO_PLACE}'", {chosen.group}
     for other in others:
-        if other.averaged != chosen.averaged and not _equal(other.tensors, chosen.tensors):
-            asked = "model" if chosen.averaged else "ema"
-            return f"{note}; '{other.place or _NO_PLACE}' differs, --weights {asked} takes it"
+        if not _equal(other.tensors, chosen.tensors):
+            asked = (other.place if other.group in groups else "") or other.group
+            note += f"; '{other.place or _NO_PLACE}' differs, --weights {asked} takes it"
+        groups.add(other.group)
     return note
 
 

@@ -55,9 +55,9 @@ def load(
     num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
     process: the process that the weights were trained for, or its name ("ddpm", "flow"), if the file does not say it. A
     file that says another is refused. "flow:repa" also says the convention of time and velocity, see `DiTConfig`.
-    weights: "ema" or "model" of a training checkpoint (default: ema). num_classes: classes, without the null class, if
-    the file does not tell them. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights' precision;
-    "auto" is bfloat16 on a GPU that computes in it.
+    weights: "ema", "model" or a key of a training checkpoint (default: ema). num_classes: classes, without the null
+    class, if the file does not tell them. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights'
+    precision; "auto" is bfloat16 on a GPU that computes in it.
 
     Raises:
         CheckpointError: missing, damaged, edited or foreign, or of another process.

@@ -114,12 +114,27 @@ def test_the_average_is_taken_and_the_other_can_be_asked_for(wrap: Callable, wei
     assert "differs, --weights ema takes it" in note
 
 
+def test_several_averages_or_networks(weights: Weights, tmp_path: Path) -> None:
+    """The first average is taken; the output says how to ask for each other one, by its key."""
+    third = {name: tensor - 1 for name, tensor in weights.items()}
+    path = saved({"ema_0.9999": weights, "ema_0.5": third, "student": other(weights)}, tmp_path / "dit.pt")
+    (note, *_) = taken(path, weights)
+    assert note.split("; ") == [
+        "dit.pt: training checkpoint, using 'ema_0.9999'",
+        "'ema_0.5' differs, --weights ema_0.5 takes it",
+        "'student' differs, --weights model takes it",
+    ]
+    taken(path, third, weights="ema_0.5")
+    taken(path, other(weights), weights="student")
+    assert "holds only ema_0.9999, ema_0.5, student; expected" in refused(path, InputError, weights="teacher")
+
+
 def test_weights_that_are_not_there(weights: Weights, tmp_path: Path) -> None:
     equal = saved({"model": weights, "ema": dict(weights)}, tmp_path / "equal.pt")
     assert "--weights" not in taken(equal, weights)[0]  # it does not matter
     raw = saved(weights, tmp_path / "raw.pt")
     assert "--weights ema" in refused(raw, InputError, weights="ema")
-    assert "expected ema or model" in refused(raw, InputError, weights="best")
+    assert "holds only the tensors without prefix" in refused(raw, InputError, weights="best")
     checkpoints.save(dyndit.load(raw), tmp_path / "native")
     for path in (tmp_path / "native", Path("digits")):
         assert "holds one model" in refused(path, InputError, weights="model")

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import get_args
 
 from dyndit import files
-from dyndit.errors import CheckpointError, InputError
+from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.models.dit import CARDS, ClassConditionalDiT, Convention
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.process import DDPM, RectifiedFlow, processes
+from dyndit.process import DDPM, Process, RectifiedFlow, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import contents, diffusers_folder, hub, native, official
+from dyndit.storage.names import PROCESS
 from dyndit.storage.native import CONFIG, EXITS, PLANS, TABLE, WEIGHTS
 from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
 
@@ -225,8 +226,37 @@ def _read_pipeline(folder: Path, told: official.Told) -> Loaded:
         return replace(native.read(transformer, told.process), kind=kind)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
-    pixel_space = False if latents else None
-    return replace(diffusers_folder.read(transformer, told.process, pixel_space=pixel_space), kind=kind)
+    process, notes = told.process, ()
+    if process is None and PROCESS not in files.read_json(transformer / CONFIG):
+        process, notes = _scheduled(folder / "scheduler" / "scheduler_config.json")
+    loaded = diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
+    return replace(loaded, kind=kind, notes=(*loaded.notes, *notes))
+
+
+def _scheduled(path: Path) -> tuple[Process | None, tuple[str, ...]]:
+    """Return the process that a pipeline's scheduler steps, and a note. No scheduler: None.
+
+    Raises CheckpointError: it steps a process that this package does not have.
+    """
+    if not path.is_file():
+        return None, ()
+    config = files.read_json(path)
+    predicts, name = config.get("prediction_type", "epsilon"), str(config.get("_class_name"))
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or predicts == "flow_prediction":
+        process = RectifiedFlow()
+    else:
+        expected = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+        expected["trained_betas"] = None
+        for setting, value in expected.items():
+            if (found := config.get(setting, value)) != value:
+                raise CheckpointError(f"{path}: {setting} {found!r:.40}; expected {value!r}, or --process")
+        try:
+            process = DDPM(
+                *(float(config.get(f"beta_{end}", getattr(DDPM, f"beta_{end}"))) for end in ("start", "end"))
+            )
+        except (InputError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {first_line(error)}") from error
+    return process, (f"{path.parent.parent.name}: process {process}, as its {name:.60} says; --process says another",)
 
 
 def _packaged_digits(process: AskedProcess) -> DynamicDepth:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -384,6 +385,39 @@ def test_with_and_without_a_null_class(classes: int, dropout: float, told: bool,
 
 
 # Processes.
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "process"),
+    [
+        (diffusers.DDIMScheduler(), "ddpm"),
+        (diffusers.DDPMScheduler(beta_end=0.01), "ddpm beta_end=0.01"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "flow"),
+        (diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "flow"),
+        (diffusers.DDIMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction'; expected 'epsilon'"),
+        (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "beta_schedule 'scaled_linear'; expected 'linear'"),
+    ],
+)
+def test_the_scheduler_of_a_pipeline_tells_its_process(scheduler, process: str, model: DynamicDepth, tmp_path: Path):
+    """A transformer that records no process is sampled as its pipeline's scheduler steps; --process says another."""
+    to_diffusers(model).save_pretrained(tmp_path / "pipe" / "transformer")
+    scheduler.save_pretrained(tmp_path / "pipe" / "scheduler")
+    (tmp_path / "pipe" / checkpoints.PIPELINE).write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    recorded = dyndit.load(tmp_path / "pipe")
+    assert recorded.process == model.process  # what the transformer itself records wins
+    config = tmp_path / "pipe" / "transformer" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({name: v for name, v in settings.items() if name != "_dyndit_process"}))
+    if "expected" in process:
+        assert process in refused(tmp_path / "pipe")
+    else:
+        loaded = checkpoints.inspect(tmp_path / "pipe")
+        assert str(loaded.model.process) == process
+        assert (
+            loaded.notes[-1]
+            == f"pipe: process {process}, as its {type(scheduler).__name__} says; --process says another"
+        )
+    assert dyndit.load(tmp_path / "pipe", process="flow").process == RectifiedFlow()
 
 
 def repa(weights: Weights) -> dict[str, object]:

@@ -10,6 +10,7 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,9 +18,11 @@ import dyndit
 from dyndit.analysis.metrics.paired import check_same_seeds
 from dyndit.analysis.report.runs import row_of_samples
 from dyndit.cli import main
+from dyndit.cli.models import _training_data as training_data
 from dyndit.errors import InputError
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.pictures import write_png
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.sample import sample_into
 from dyndit.storage import load as checkpoints
@@ -150,6 +153,22 @@ def test_the_pipelines_own_autoencoder_is_taken(latents: DynamicDepth, tmp_path:
     with pytest.raises(SystemExit):
         main(["sample", str(tmp_path / "bare"), "--out", str(tmp_path / "none"), *draw])
     assert "--vae: missing" in capsys.readouterr().err
+
+
+def test_training_takes_the_pipelines_own_autoencoder(latents: DynamicDepth, tmp_path: Path) -> None:
+    """Latents to distill on: encoded by the model's own autoencoder, or the one given; neither is one line."""
+    vae = make_autoencoder(tmp_path / "vae")
+    pipe = pipeline(latents, vae, tmp_path / "pipe")
+    for index in range(4):
+        write_png(tmp_path / "pictures" / f"{index % 2}" / f"{index}.png", Image.new("L", (16, 16), 60 * index))
+    shape = latents.backbone.sample_shape
+    data, made_by = training_data(str(tmp_path / "pictures"), shape, None, tmp_path / "own", str(pipe))
+    given, same = training_data(str(tmp_path / "pictures"), shape, vae, tmp_path / "given")
+    assert made_by == same == record(load_autoencoder(vae))
+    assert data[3][0].shape == shape
+    assert torch.equal(data[3][0], given[3][0])
+    with pytest.raises(InputError, match="--vae: missing; latents of 4 channels"):
+        training_data(str(tmp_path / "pictures"), shape, None, tmp_path / "none", "digits")
 
 
 def test_comparisons_tell_autoencoders_apart(latents: DynamicDepth, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def evaluate(
 
     Args:
         samples: Folder of pictures (searched in depth) or an .npz file.
-        reference: The same of real pictures, an .npz of ADM (pictures or statistics), or "digits".
+        reference: The same of real pictures, an .npz of ADM (pictures or statistics), or one of {data_sets}.
         extractor: One of {extractors}.
         extractor_weights: Its weights, if they do not ship with the package.
         metrics: Any of {metrics}.
@@ -62,10 +62,10 @@ def evaluate(
     from dyndit.analysis.metrics.quality import reference_statistics
     from dyndit.analysis.report.runs import RUNS, row_of_samples
     from dyndit.runtime import chosen_device
-    from dyndit.training.data import open_data
+    from dyndit.training.data import PACKAGED, open_data
 
     device = chosen_device(device)
-    real = open_data("digits").uint8() if reference == "digits" else Path(reference)
+    real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
     figures = compare(samples, real, network, metrics, force, cache=kept, **vars(more))
@@ -105,7 +105,7 @@ def bench(
     model: flags.Positional[str] = "",
     /,
     depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int = 20,
     cfg_scale: flags.CfgScale = 1.5,
     batch_size: tuple[int, ...] = (1, 8, 64),
@@ -134,7 +134,7 @@ def bench(
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps.
         batch_size: Pictures at a time; several are timed one after the other.
         rounds: Timed rounds at least; each runs every arm once.
@@ -177,6 +177,7 @@ def bench(
         for note in loaded.notes:
             print(note)
         dynamic, model = loaded.model, str(loaded.folder or model)
+    solver = solver or dynamic.process.usual_solver
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = flags.chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
     resolve_plan(dynamic, plan, solver, steps, cfg_scale, origin=str(depth.plan or "plan"))
@@ -249,14 +250,26 @@ def report(
     print(f"report: {out / 'report.html'}")
 
 
-def quickstart(out: Path = Path("runs/quickstart"), from_scratch: bool = False, json_: flags.Json = False) -> None:
-    """Make the digits model dynamic and measure what that saves: a few minutes on two CPU cores.
+def quickstart(
+    family: str = "digits", out: Path | None = None, from_scratch: bool = False, json_: flags.Json = False
+) -> None:
+    """Make a model of digits dynamic and measure what that saves: a few minutes on two CPU cores.
 
     Args:
-        out: Folder of the run; what is there and valid is not done again.
+        family: One of {families}. Only the first ships with its backbone; the others train theirs.
+        out: Folder of the run; what is there and valid is not done again (default: runs/quickstart, or
+            runs/quickstart-FAMILY).
         from_scratch: Train the backbone too, in place of the shipped backbone.
     """
-    _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)
+    from dyndit.analysis.compare.experiment import Experiment
+    from dyndit.cli.recipes import find, quickstarts
+
+    if family not in (known := quickstarts()):
+        raise InputError(f"--family {family}: expected one of {', '.join(known)}")
+    recipe = known[family]
+    out = out or Path("runs/quickstart" if family == "digits" else f"runs/quickstart-{family}")
+    ships = bool(find(recipe, "quickstart", Experiment).model)
+    _compare(recipe, "quickstart", out, from_scratch=from_scratch or not ships, json_=json_)
 
 
 def compare(

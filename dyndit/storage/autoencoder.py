@@ -8,6 +8,7 @@ from dyndit import files
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage import hub
+from dyndit.storage.published import autoencoder
 from dyndit.training.autoencoders import KINDS, check_channels, latent_space, load_autoencoder, picture_size, record
 
 SUBFOLDER = "vae"
@@ -55,9 +56,11 @@ def differs(vae: nn.Module, model: DynamicDepth) -> tuple[str, ...]:
 def find(spec: str | Path, *, optional: bool = False) -> tuple[Path | None, str]:
     """Return the folder of an autoencoder, and the hub id it came from ("" for a local folder).
 
-    optional: a pipeline without one gives None. Raises InputError: no such folder and no hub id.
+    spec: a folder, a hub id, or "mse" or "ema" for the published ones. optional: a pipeline without one gives None.
+
+    Raises InputError: no such folder and no hub id.
     """
-    path = Path(spec)
+    path = autoencoder(Path(spec))
     if path.exists():
         own = _within(path)
         return (own, "") if own is not None or optional else (path, "")

@@ -20,6 +20,7 @@ _SAFE = (
     "exits.safetensors",
     "shift-table.safetensors",
     *_DIFFUSERS_SAFE,
+    "text_embedder.safetensors",
 )
 _PICKLED = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-*-of-*.bin")
 

@@ -5,7 +5,7 @@
 | native folder: config, backbone, exits, and beside them plans, shift table, manifest | `native.py` |
 | published DiT's weights, in any of the dialects of its descendants (SiT, REPA, ...): a `.pt`, safetensors, an index of
   shards, or a folder that holds just one of them | `official.py`, `contents.py` |
-| diffusers `DiTTransformer2DModel` folder | `diffusers_folder.py` |
+| diffusers `DiTTransformer2DModel` or `SD3Transformer2DModel` folder | `diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
 | `org/name` or `org/name@revision`: one of the folders, on the hub | `hub.py` |
 
@@ -216,18 +216,22 @@ _FOREIGN = {
 
 
 def _read_pipeline(folder: Path, told: official.Told) -> Loaded:
-    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents."""
+    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents.
+
+    The process is the pipeline's scheduler's, with its time shift, if the denoiser records none.
+    """
     index, transformer = files.read_json(folder / PIPELINE), folder / TRANSFORMER
     name = f"{index.get('_class_name')!s:.60}"
     if not transformer.is_dir():
         raise CheckpointError(f"{folder}: a {name!r} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline")
     kind = f"pipeline folder of a {name}"
-    if "_class_name" not in files.read_json(transformer / CONFIG):
+    raw = files.read_json(transformer / CONFIG)
+    if "_class_name" not in raw:
         return replace(native.read(transformer, told.process), kind=kind)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
     process, notes = told.process, ()
-    if process is None and PROCESS not in files.read_json(transformer / CONFIG):
+    if process is None and PROCESS not in raw:
         process, notes = _scheduled(folder / "scheduler" / "scheduler_config.json")
     loaded = diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
     return replace(loaded, kind=kind, notes=(*loaded.notes, *notes))
@@ -243,7 +247,11 @@ def _scheduled(path: Path) -> tuple[Process | None, tuple[str, ...]]:
     config = files.read_json(path)
     predicts, name = config.get("prediction_type", "epsilon"), str(config.get("_class_name"))
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or predicts == "flow_prediction":
-        process = RectifiedFlow()
+        shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+        try:
+            process = RectifiedFlow(time_shift=shift)
+        except InputError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     else:
         expected = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
         expected["trained_betas"] = None

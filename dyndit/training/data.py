@@ -1,5 +1,7 @@
 """Load pictures to train on (scikit-learn's digits, folders of class subfolders), and choose the batch of each step.
 
+Captions of a picture folder are the names of its subfolders.
+
 Picture i is always the same tensor, and the batch of step s is a pure function of (seed, s). So a training run
 resumes exactly without storing any random state.
 """
@@ -9,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,8 @@ from torch.utils.data import Dataset, Sampler
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone
+from dyndit.models.conditions import ClassLabels, Condition, Conditioning, ConditionType
+from dyndit.training import captioned
 
 Size = int | tuple[int, int]
 """The side of a square, or (height, width)."""
@@ -39,6 +44,11 @@ class Pictures(Dataset, ABC):
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
     fingerprint: str  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
+
+    @property
+    def captions(self) -> list[str]:
+        """Return the caption of every picture: the name of its class."""
+        return [self.class_names[label] for label in self.labels]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,6 +94,35 @@ def load_digits() -> Pictures:
 
     bunch = datasets.load_digits()
     return _Digits(bunch.images.astype(np.float32), bunch.target)
+
+
+class _CaptionedDigits(_Digits):
+    """Every scan `repeats` times, in a style of its own each time."""
+
+    class_names = captioned.NAMES
+
+    def __init__(self, levels: np.ndarray, labels: np.ndarray, repeats: int):
+        levels, labels = np.tile(levels, (repeats, 1, 1)), np.tile(labels, repeats)
+        found = [captioned.styled(scan, label, i) for i, (scan, label) in enumerate(zip(levels, labels, strict=True))]
+        super().__init__(np.stack([scan for scan, _ in found]), labels)
+        self._captions = [caption for _, caption in found]
+        self.fingerprint = hashlib.sha256("\n".join([self.fingerprint, *self._captions]).encode()).hexdigest()
+
+    @property
+    def captions(self) -> list[str]:
+        return self._captions
+
+
+def load_captioned_digits() -> Pictures:
+    """Load 7,188 digits with captions such as "number seven, bold, tilted": the 1,797 scans in four styles each."""
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    return _CaptionedDigits(bunch.images.astype(np.float32), bunch.target, repeats=4)
+
+
+PACKAGED: dict[str, Callable[[], Pictures]] = {"digits": load_digits, "captioned-digits": load_captioned_digits}
+"""Data sets that need no files, by name. All are of 8 x 8 pixels and one channel."""
 
 
 class PictureFolder(Pictures):
@@ -143,14 +182,50 @@ class PictureFolder(Pictures):
         return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
+class Some(Pictures):
+    """The first `num` pictures of a set, every class in turn as far as it has pictures.
+
+    Raises InputError if the set has fewer pictures.
+    """
+
+    def __init__(self, source: Pictures, num: int):
+        if not 1 <= num <= len(source):
+            raise InputError(f"data: asked for {num} pictures, found {len(source)}")
+        of_class = [[i for i, y in enumerate(source.labels) if y == k] for k in range(source.num_classes)]
+        rounds = zip_longest(*of_class)
+        self.source, self._indices = source, [i for each in rounds for i in each if i is not None][:num]
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
+        self.labels = [source.labels[i] for i in self._indices]
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[self._indices[index]]
+
+    @property
+    def captions(self) -> list[str]:
+        """See `Pictures`."""
+        captions = self.source.captions
+        return [captions[i] for i in self._indices]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        """See `Pictures`."""
+        wanted = range(len(self)) if indices is None else indices
+        return self.source.uint8([self._indices[i] for i in wanted])
+
+
 def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:
-    """Open `"digits"`, or the path of a picture folder (see `PictureFolder`)."""
-    if spec == "digits":
+    """Open a data set of `PACKAGED`, or the path of a picture folder (see `PictureFolder`)."""
+    if spec in PACKAGED:
         if image_size not in (None, 8, (8, 8)) or channels not in (None, 1):
-            raise InputError(f"data digits: asked for size {image_size}, channels {channels}; it has 8 and 1")
-        return load_digits()
+            raise InputError(f"data {spec}: asked for size {image_size}, channels {channels}; it has 8 and 1")
+        return PACKAGED[spec]()
     if not Path(spec).is_dir():
-        raise InputError(f"data: found {spec!r}, expected 'digits' or a folder with a subfolder per class")
+        names = " or ".join(map(repr, PACKAGED))
+        raise InputError(f"data: found {spec!r}, expected {names} or a folder with a subfolder per class")
     return PictureFolder(spec, image_size, channels or 3)
 
 
@@ -201,14 +276,53 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     exactly: also refuse fewer classes than the backbone has.
 
-    Raises InputError: another shape, or more classes than the backbone has.
+    Raises InputError: another shape, more classes than the backbone has, or a caption that it does not know.
     """
     if data.shape != tuple(backbone.sample_shape):
         found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
         raise InputError(f"data: pictures of {found}, but the model takes {expected} (channels, height, width)")
-    known = getattr(backbone.condition, "num_classes", data.num_classes)
+    if not isinstance(backbone.condition, ClassLabels):
+        backbone.condition.plain(list(dict.fromkeys(backbone.condition.values_of(data))))
+        return
+    known = backbone.condition.num_classes
     if data.num_classes > known or (exactly and data.num_classes != known):
         raise InputError(f"data: {data.num_classes} classes, but the model has {known}")
+
+
+Rows = Tensor | dict[str, Tensor]
+"""Conditions of a batch: labels (B,), words (B, S), or tensors of B rows by name."""
+
+
+class Conditioned(Dataset):
+    """Pictures with rows of a model's condition in place of labels. Item i is (x, row): a tensor, or tensors by name.
+
+    The rows of each value are made once.
+    """
+
+    def __init__(self, pictures: Pictures, condition: ConditionType):
+        self.pictures, self.values = pictures, condition.values_of(pictures)
+        self.can_flip, self.fingerprint = pictures.can_flip, pictures.fingerprint
+        self._rows: dict[object, Rows] = {}
+        for value in dict.fromkeys(self.values):
+            row = condition.of([value])
+            named = isinstance(row, Conditioning)
+            self._rows[value] = {name: part[0] for name, part in row.rows.items()} if named else row[0]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Rows]:
+        return self.pictures[index][0], self._rows[self.values[index]]
+
+
+def conditioned(pictures: Pictures, condition: ConditionType) -> Pictures | Conditioned:
+    """Return the pictures with rows of `condition`. Class labels are the pictures' own."""
+    return pictures if isinstance(condition, ClassLabels) else Conditioned(pictures, condition)
+
+
+def as_condition(rows: Rows) -> Condition:
+    """Return a batch of rows as the model takes it."""
+    return Conditioning(rows) if isinstance(rows, dict) else rows
 
 
 def _find_pictures(folder: Path) -> list[str]:

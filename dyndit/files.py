@@ -309,7 +309,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
+        refuse_pointer(path, error)
         raise CheckpointError(f"{path}: no readable safetensors file ({first_line(error)})") from error
+
+
+def refuse_pointer(path: Path, cause: Exception | None = None) -> None:
+    """Raise CheckpointError if the file is a pointer of Git LFS: a clone without LFS leaves it in a file's place."""
+    try:
+        with opened(path) as file:
+            text = file.read(1024)
+    except OSError:
+        return
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"^size (\d{1,15})$", text, re.MULTILINE)
+        found = f"a Git LFS pointer to {int(size[1]):,} bytes" if size else "a Git LFS pointer"
+        raise CheckpointError(f"{path}: {found}, not the weights; expected the file after `git lfs pull`") from cause
 
 
 def sha256(path: Path) -> str:

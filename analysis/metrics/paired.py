@@ -22,7 +22,7 @@ from dyndit.pictures import as_rgb
 MAX_PSNR = 100.0  # dB; equal pictures have no finite PSNR
 MIN_LPIPS_SIZE = 16  # VGG halves pictures four times
 LPIPS_LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer of torchvision's VGG16 -> channels
-PAIRED_SETTINGS = ("model", "labels", "num_images", "seed")
+PAIRED_SETTINGS = ("model", "labels", "num_images", "seed", "autoencoder")
 
 
 @dataclass(frozen=True)

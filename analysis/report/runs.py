@@ -180,6 +180,8 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
         manifest = read_json(path)
         settings, plan = manifest["settings"], manifest["plan"]
         full = plan["router"] == "full"
+        # The same latents decode to other pictures under another autoencoder: its hash is part of the model's name.
+        settings["model"] = "/".join(part for part in (settings["model"], settings.get("autoencoder")) if part)
         return dict.fromkeys(COLUMNS) | {
             **{name: settings[name] for name in ("model", "solver", "steps", "cfg_scale", "num_images")},
             **{name: plan[name] for name in ("share_of_blocks", "predicted_fd", "settings")},

@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "report": "results",
     "compare": "results",
     "convert": "models",
+    "inspect": "inspect",
     "info": "models",
     "quickstart": "results",
     "demo": "demo",

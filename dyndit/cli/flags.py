@@ -9,7 +9,7 @@ import tyro
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
 
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
@@ -23,6 +23,15 @@ Unnamed = Annotated[T, tyro.conf.arg(name="")]
 NumHeads = Annotated[int | None, tyro.conf.arg(help="Attention heads of a .pt whose width does not tell them.")]
 CfgScale = Annotated[float, tyro.conf.arg(help="Guidance scale; 1 is unguided.")]
 BatchSize = Annotated[int, tyro.conf.arg(help="Pictures at a time.")]
+NumClasses = Annotated[int | None, tyro.conf.arg(help="Classes, without the null class, of a file that does not tell.")]
+Weights = Annotated[str | None, tyro.conf.arg(help="ema, model or a key of a training checkpoint (default: ema).")]
+Vae = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        help="Folder or hub id of an autoencoder of diffusers, or mse or ema for the published ones (default: the one "
+        "in a pipeline's folder; of a card: mse)."
+    ),
+]
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if there is one.")]
 _OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
 Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
@@ -153,19 +162,19 @@ def stored_table(model: str) -> "ShiftTable":
     return ShiftTable.load(path)
 
 
-def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "AutoencoderKL | None":
-    """Load the autoencoder of a model's latents. A model of pictures gives None.
+def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "ModelMixin | None":
+    """Load the autoencoder of a model's latents; print if the model records another. A model of pictures gives None.
 
-    Raises InputError: the model makes latents, and no autoencoder is given.
+    Raises InputError: the model makes latents, and no autoencoder is given or lies beside it.
     """
-    from dyndit.storage.published import autoencoder
-    from dyndit.training.latents import load_autoencoder
+    from dyndit.storage.autoencoder import differs, open_autoencoder
 
-    if dynamic.pixel_space:
+    decoder = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
+    if decoder is None:
         return None
-    if vae is None:
-        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
-    return load_autoencoder(autoencoder(vae)).to(device)
+    for note in differs(decoder, dynamic):
+        print(note)
+    return decoder.to(device)
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":

@@ -10,6 +10,8 @@ from dyndit.errors import InputError
 
 if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
+    from dyndit.models.identity import AutoencoderRecord
+    from dyndit.process import Process
     from dyndit.training.train import Train
 
 
@@ -24,6 +26,7 @@ def train(
     batch_size: Annotated[int | None, flags.also("global-batch-size")] = None,
     seed: Annotated[int | None, flags.also("global-seed")] = None,
     sample_every: int | None = None,
+    weights: flags.Weights = None,
     process: str = "",
     text_encoder: Path | None = None,
     log_every: int | None = None,
@@ -56,8 +59,8 @@ def train(
         image_size: Side of a card's pictures: 256 (the default) or 512.
         num_classes: Classes of the backbone (default: the recipe's, or 1000 of a card).
         conditioning: How blocks learn of timestep and label, one of {conditionings} (default: the recipe's).
-        vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder. mse
-            or ema for the published ones (default of a card: ema).
+        vae: Folder or hub id of an autoencoder of diffusers: train on its latents, encoded once and cached in the run's
+            folder. mse or ema for the published ones (default of a card: ema).
     """
     from accelerate import PartialState
 
@@ -83,9 +86,9 @@ def train(
     shape = {name: value for name, value in shape.items() if value is not None}
     chosen = _changed(chosen.with_backbone(**shape), recipe, process, text_encoder)
     with PartialState().main_process_first():  # encode latents once
-        pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
+        pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
     chosen.check(pictures)
-    start = checkpoints.load(model, process=chosen.process) if model else None
+    start = _start(model, chosen.process, weights) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     settings |= shape | ({"card": card} if card else {})
     if start is not None:
@@ -112,6 +115,7 @@ def train(
     model, result = chosen.run(pictures, out, start=start, preview=_preview)
     if not PartialState().is_main_process:
         return
+    model.autoencoder = made_by
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
@@ -134,7 +138,8 @@ def distill(
     batch_size: int | None = None,
     num_heads: flags.NumHeads = None,
     process: str = "",
-    vae: Path | None = None,
+    weights: flags.Weights = None,
+    vae: flags.Vae = None,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
 
@@ -149,7 +154,6 @@ def distill(
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
     """
     from accelerate import PartialState
 
@@ -160,11 +164,12 @@ def distill(
     from dyndit.training.exit_errors import exit_error_table
 
     chosen = find(recipe, "distill", Distill)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None)
+    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, weights=weights)
     for note in loaded.notes:
         print(note)
     with PartialState().main_process_first():
-        pictures = _training_data(data or chosen.data, loaded.model.backbone.sample_shape, vae, out)
+        shape = loaded.model.backbone.sample_shape
+        pictures, made_by = _training_data(data or chosen.data, shape, vae, out, model)
     chosen.check(loaded.model, pictures)
     original = loaded.model.identity.backbone
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
@@ -175,6 +180,10 @@ def distill(
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
     if not PartialState().is_main_process:
         return
+    known = loaded.model.autoencoder
+    if known is not None and made_by is not None and known.hash != made_by.hash:
+        print(f"--vae: latents of a {made_by.kind} of hash {made_by.hash}; the model records hash {known.hash}")
+    dynamic.autoencoder = made_by
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
@@ -198,6 +207,8 @@ def convert(
     num_heads: flags.NumHeads = None,
     process: str = "",
     revision: str | None = None,
+    weights: flags.Weights = None,
+    num_classes: flags.NumClasses = None,
 ) -> None:
     """Write a model in another format, whole or not at all, and print how far it drifts if it is loaded plainly.
 
@@ -213,6 +224,7 @@ def convert(
     from dyndit.storage.convert import convert as convert_model
 
     options = {"num_heads": num_heads, "revision": revision, "process": process or None}
+    options |= {"weights": weights, "num_classes": num_classes}
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
     print(f"model: {target}")
@@ -296,7 +308,25 @@ def _changed(chosen: "Train", recipe: str, process: str, text_encoder: Path | No
     return chosen
 
 
-def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:
+def _start(model: str, process: "Process", weights: str | None) -> "DynamicDepth":
+    """Load weights to start from, and print what was assumed."""
+    from accelerate import PartialState
+
+    from dyndit.storage import load as checkpoints
+
+    loaded = checkpoints.inspect(model, process=process, weights=weights)
+    for note in loaded.notes if PartialState().is_main_process else ():
+        print(note)
+    return loaded.model
+
+
+def _training_data(
+    spec: str, shape: tuple[int, ...], vae: Path | None, out: Path, model: str = ""
+) -> "tuple[object, AutoencoderRecord | None]":
+    """Open pictures, or their latents -> the data, and the autoencoder of latents.
+
+    model: the path or hub id of the model, whose own autoencoder is the default.
+    """
     from dyndit.training.data import PACKAGED, open_data
 
     if not spec:
@@ -305,19 +335,19 @@ def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Pat
             f"--data: missing; expected a folder of pictures with a subfolder per class, or one of {names}"
         )
     channels, *size = shape
-    if vae is None and channels not in (1, 3):
-        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
-    if vae is None:
-        return open_data(spec, None if spec in PACKAGED else tuple(size), channels)
-    from dyndit.storage.published import autoencoder
-    from dyndit.training.latents import encode_latents, load_autoencoder
+    if vae is None and channels in (1, 3):
+        return open_data(spec, None if spec in PACKAGED else tuple(size), channels), None
+    from dyndit.storage.autoencoder import find
+    from dyndit.training.autoencoders import check_channels, latent_space, load_autoencoder, picture_size, record
+    from dyndit.training.latents import encode_latents
 
-    vae = autoencoder(vae)
-    encoder = load_autoencoder(vae)
-    factor = 2 ** (len(encoder.config.block_out_channels) - 1)
-    return encode_latents(
-        open_data(spec, tuple(side * factor for side in size), encoder.config.in_channels), vae, out / "latents", 16
-    )
+    folder, source = find(vae or model, optional=vae is None)
+    if folder is None:
+        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their autoencoder")
+    encoder = load_autoencoder(folder)
+    check_channels(encoder, channels, f"--vae {folder}")
+    pictures = open_data(spec, picture_size(encoder, tuple(size)), latent_space(encoder).in_channels)
+    return encode_latents(pictures, folder, out / "latents", 16), record(encoder, source)
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:

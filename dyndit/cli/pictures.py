@@ -32,7 +32,8 @@ def sample(
     stats: bool = False,
     num_heads: flags.NumHeads = None,
     process: str = "",
-    vae: Path | None = None,
+    weights: flags.Weights = None,
+    vae: flags.Vae = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     json_: flags.Json = False,
@@ -57,11 +58,8 @@ def sample(
         strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
         stats: Print depth and time per step.
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL that decodes latents; mse or ema for the published ones (default of a
-            card: mse).
     """
     from dyndit.calibration.calibrate import table_for
-    from dyndit.models.identity import tensors_hash
     from dyndit.plans.plan import DepthPlan
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
@@ -69,7 +67,7 @@ def sample(
     from dyndit.sampling.solvers import timesteps_of
     from dyndit.storage import load as checkpoints
     from dyndit.storage import published as cards
-    from dyndit.training.latents import decode_latents
+    from dyndit.training.autoencoders import decode_latents, record
 
     device, card = chosen_device(device), published.card
     if prompt and (class_labels or card):
@@ -89,7 +87,7 @@ def sample(
             raise InputError("--out: missing; expected a folder for the pictures")
         out = published.sample_dir / cards.sample_folder(card, published.ckpt, vae, cfg_scale, seed)
     published.set_precision()
-    options = {"process": process or None, "device": device, "dtype": dtype}
+    options = {"process": process or None, "device": device, "dtype": dtype, "weights": weights}
     if card:
         loaded = cards.inspect(card, published.ckpt, published.num_classes, **options)
         model = str(published.ckpt or card)
@@ -128,7 +126,7 @@ def sample(
             stats=stats,
             to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
             origin=str(depth.plan or "plan"),
-            autoencoder="" if decoder is None else tensors_hash(decoder.state_dict()),
+            autoencoder="" if decoder is None else record(decoder).hash,
             on_progress=advance,
         )
     facts, plan = stored.manifest, stored.plan

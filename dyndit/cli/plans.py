@@ -9,7 +9,7 @@ from dyndit.cli import flags
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
     from torch import Tensor
 
     from dyndit.analysis.metrics.extractors import Extractor
@@ -41,7 +41,7 @@ def calibrate(
     refinements: int = 0,
     batch_size: flags.BatchSize = 128,
     process: str = "",
-    vae: Path | None = None,
+    vae: flags.Vae = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     fresh: bool = False,
@@ -76,7 +76,6 @@ def calibrate(
         forecast_ages: The table also holds exits with forecasts of their gap to full depth, from up to so many steps
             ago; 0 for no forecasts.
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         fresh: Measure the table again even if there is a table.
     """
     from dyndit.calibration import calibrate as calibration
@@ -85,7 +84,7 @@ def calibrate(
     from dyndit.sampling.loop import to_uint8
     from dyndit.sampling.solvers import make_scheduler
     from dyndit.storage import load as checkpoints
-    from dyndit.training.latents import decode_latents
+    from dyndit.training.autoencoders import decode_latents
 
     goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
@@ -105,7 +104,10 @@ def calibrate(
             f"{model}: the table is written into the model's folder; expected a local model folder, which "
             "`dyndit distill` or `dyndit convert` makes"
         )
-    dynamic = checkpoints.load(model, process=process or None, device=device, dtype=dtype)
+    loaded = checkpoints.inspect(model, process=process or None, device=device, dtype=dtype)
+    dynamic = loaded.model
+    for note in loaded.notes:
+        print(note)
     solver = solver or dynamic.process.usual_solver
     make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
@@ -217,13 +219,14 @@ def _extractor(
     return load_extractor(name or (usual if table is None else table.extractor_name), weights, device)
 
 
-def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
+def _picture_shape(dynamic: "DynamicDepth", decoder: "ModelMixin | None") -> tuple[tuple[int, ...], int]:
     """Return (height, width) and channels of a model's decoded pictures."""
+    from dyndit.training.autoencoders import latent_space, picture_size
+
     channels, *size = dynamic.backbone.sample_shape
     if decoder is None:
         return tuple(size), channels
-    factor = 2 ** (len(decoder.config.block_out_channels) - 1)
-    return tuple(side * factor for side in size), decoder.config.out_channels
+    return picture_size(decoder, tuple(size)), latent_space(decoder).out_channels
 
 
 def _real_pictures(

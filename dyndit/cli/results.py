@@ -113,6 +113,7 @@ def bench(
     until: float = 0.02,
     max_rounds: int | None = None,
     num_heads: flags.NumHeads = None,
+    weights: flags.Weights = None,
     process: str = "",
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -141,7 +142,7 @@ def bench(
             exactly --rounds.
         max_rounds: Rounds at most (default: 60, or --rounds if that is more).
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for random weights.
+        vae: Folder or hub id of an autoencoder of diffusers that decodes latents, or "random:f8" for random weights.
         in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
         compile: Compile every block and exit head first, for all arms alike.
         self_check: Only check the timing on work of known time (the same twice, a sleep, twice the work); exit
@@ -171,7 +172,10 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
+        told = {"num_heads": num_heads, "process": process or None, "weights": weights}
+        loaded = checkpoints.inspect(model, device=device, **told)
+        for note in loaded.notes:
+            print(note)
         dynamic, model = loaded.model, str(loaded.folder or model)
     solver = solver or dynamic.process.usual_solver
     full = full_plan(dynamic, solver, steps, cfg_scale)

@@ -18,7 +18,7 @@ from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import LabelEmbedder, TimestepEmbedder, position_features
 from dyndit.process import Process
 
-Convention = Literal["timesteps", "sit"]
+Convention = Literal["timesteps", "sit", "repa"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class DiTConfig:
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
     convention: Convention = "timesteps"
     """Time and velocity that the weights expect. "timesteps": time rises from 0 (the picture) to 1000, velocity is
-    eps - x_0. "sit", as in SiT's code: time is 1 - t / 1000, velocity is x_0 - eps. The backbone converts both."""
+    eps - x_0. "sit", as in SiT's code: time is 1 - t / 1000, velocity is x_0 - eps. "repa", as in REPA's code: time is
+    t / 1000, velocity is eps - x_0. The backbone converts both."""
     conditioning: ConditioningName = "adaln-zero"
     """How blocks learn of timestep and label (`dyndit.models.conditioning`). Published weights are adaln-zero."""
 
@@ -156,8 +157,10 @@ class ClassConditionalDiT(Backbone):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
         """Embed the inputs.  x: (B, C, H, W), t: (B,), y: (B,) -> State."""
+        if self._config.convention != "timesteps":
+            t = t / Process.num_timesteps
         if self._config.convention == "sit":
-            t = 1 - t / Process.num_timesteps
+            t = 1 - t
         tokens = self.x_embedder(x) + self.pos_embed
         return self._conditioning.state(tokens, self.t_embedder(t), self.y_embedder(y))
 

@@ -15,9 +15,10 @@ from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import DDPM
 from dyndit.storage import card as model_card
-from dyndit.storage import diffusers_folder, official
+from dyndit.storage import diffusers_folder, hub, official
 from dyndit.storage import load as checkpoints
-from dyndit.storage.reading import AskedProcess
+from dyndit.storage.autoencoder import find, open_autoencoder
+from dyndit.storage.reading import AskedProcess, Loaded
 
 Format = Literal["native", "official", "diffusers"]
 Predict = Callable[[Inputs], Tensor]
@@ -65,6 +66,8 @@ def convert(
     num_heads: int | None = None,
     revision: str | None = None,
     process: AskedProcess = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
     card_extras: Callable[[Path], model_card.CardExtras] | None = None,
 ) -> tuple[str, ...]:
     """Read a model and write it in another format, whole or not at all -> notes about it, a line each.
@@ -77,7 +80,9 @@ def convert(
         CheckpointError: the source is missing, damaged or foreign.
     """
     files.check_free(target, folder=to != "official")
-    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision, process=process)
+    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    origin = source if Path(source).exists() else hub.parse(str(source), revision) or source
+    loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), str(origin))
     model, folder = loaded.model, loaded.folder
     if to == "official":
         official.write(model, target)
@@ -99,6 +104,18 @@ def convert(
     if model.exits is not None:
         carried = (checkpoints.EXITS, *carried)
     return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)
+
+
+def _with_autoencoder(loaded: Loaded, source: str) -> Loaded:
+    """Record a pipeline's own autoencoder in its model, and say so."""
+    model = loaded.model
+    if model.pixel_space or model.autoencoder is not None or find(source, optional=True)[0] is None:
+        return loaded
+    open_autoencoder(None, model, source)
+    found = model.autoencoder
+    return replace(
+        loaded, notes=(*loaded.notes, f"autoencoder: {found.kind} of hash {found.hash}, recorded; not copied")
+    )
 
 
 def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ plain `from_pretrained` of the class loads. A family says its class in a `Layout
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.storage.contents import sharded
 from dyndit.storage.dit_layout import DiTLayout
 from dyndit.storage.layout import PIXEL_SPACE, PROCESS, Layout, private
 from dyndit.storage.native import CONFIG, EXITS, completed, write_exits
@@ -140,11 +141,11 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
     if (folder / whole).exists():
         return *read_safetensors(folder / whole), whole
     if (folder / index).exists():
-        return _sharded(folder, index, lambda path: read_safetensors(path)[0]), {}, index
+        return sharded(folder / index, lambda path: read_safetensors(path)[0]), {}, index
     if (folder / pickled).exists():
         return _pickled(folder / pickled), {}, pickled
     if (folder / pickled_index).exists():
-        return _sharded(folder, pickled_index, _pickled), {}, pickled_index
+        return sharded(folder / pickled_index, _pickled), {}, pickled_index
     raise CheckpointError(f"{folder}: holds no weights; expected {whole}, its shards with {index}, or {pickled}")
 
 
@@ -154,22 +155,4 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a state dict")
     if not all(isinstance(name, str) for name in tensors):
         raise CheckpointError(f"{path}: expected a state dict, with names for its tensors")
-    return tensors
-
-
-def _sharded(folder: Path, index: str, read_shard: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Read the tensors of all files in an index. Each file must hold exactly the tensors that the index gives it."""
-    shards = read_json(folder / index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{folder / index}: expected a weight_map from tensors to files")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{folder / index}: names {shard!r:.80}, expected a file of this folder")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / index}: names {shard!r:.80}, which is missing")
-        found, named = read_shard(folder / shard), {name for name, file in shards.items() if file == shard}
-        if odd := found.keys() ^ named:
-            raise CheckpointError(f"{folder / shard}: does not hold the tensors {index} gives it, first {min(odd)}")
-        tensors |= found
     return tensors

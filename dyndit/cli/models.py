@@ -9,6 +9,7 @@ from dyndit.errors import InputError
 
 if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
+    from dyndit.training.data import Pictures
 
 
 def train(
@@ -22,13 +23,15 @@ def train(
     seed: int | None = None,
     sample_every: int | None = None,
     vae: Path | None = None,
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
 
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
         out: Folder for the model, checkpoints, losses and TensorBoard logs.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: "digits", or pictures: a folder with a subfolder per class or one flat folder, .zip, .tar, .npz, or a data
+            set of Hugging Face (default: the recipe's).
         model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id (default: random
             weights). Their process must be the recipe's.
         steps: Updates (default: the recipe's).
@@ -46,14 +49,14 @@ def train(
 
     chosen = find(recipe, "train", Train)
     with PartialState().main_process_first():  # encode latents once
-        pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
+        pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out, reading)
     chosen.check(pictures)
     start = checkpoints.load(model, process=chosen.process) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     if start is not None:
         settings["from"] = start.identity.backbone
     with PartialState().main_process_first():
-        manifest.claim(out, settings, shared=("latents",))
+        manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
     changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
@@ -62,6 +65,7 @@ def train(
         return
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
+    facts["pictures"] = pictures.account
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
@@ -83,6 +87,7 @@ def distill(
     num_heads: flags.NumHeads = None,
     process: str = "",
     vae: Path | None = None,
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
 
@@ -93,7 +98,8 @@ def distill(
             heads {heads}. Recipes: {recipes}.
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: "digits", or pictures: a folder with a subfolder per class or one flat folder, .zip, .tar, .npz, or a data
+            set of Hugging Face (default: the recipe's).
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         process: Process of a model that does not say its own, one of {processes}.
@@ -112,12 +118,12 @@ def distill(
     for note in loaded.notes:
         print(note)
     with PartialState().main_process_first():
-        pictures = _training_data(data or chosen.data, loaded.model.backbone.sample_shape, vae, out)
+        pictures = _training_data(data or chosen.data, loaded.model.backbone.sample_shape, vae, out, reading)
     chosen.check(loaded.model, pictures)
     original = loaded.model.identity.backbone
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
     with PartialState().main_process_first():
-        manifest.claim(out, settings, shared=("latents",))
+        manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
     changes = {"steps": steps, "batch_size": batch_size}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
@@ -128,6 +134,7 @@ def distill(
     files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
     identity = dynamic.identity
     facts = {"fit": vars(fit), "seconds": result.seconds, "exits": identity.exits, "trunk": identity.backbone}
+    facts["pictures"] = pictures.account
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if identity.backbone != original:
         moved = result.losses["full"].iloc[-20:].mean()
@@ -166,7 +173,11 @@ def convert(
     print(f"model: {target}")
 
 
-def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:
+def _training_data(
+    spec: str, shape: tuple[int, ...], vae: Path | None, out: Path, reading: flags.Reading
+) -> "Pictures":
+    """Open the pictures to train on, check all their contents, and say what is skipped."""
+    from dyndit.pictures.collection import said_of
     from dyndit.training.data import open_data
 
     if not spec:
@@ -174,15 +185,18 @@ def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Pat
     channels, *size = shape
     if vae is None and channels not in (1, 3):
         raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
+    options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged}
     if vae is None:
-        return open_data(spec, None if spec == "digits" else tuple(size), channels)
+        pictures = open_data(spec, None if spec == "digits" else tuple(size), channels, **options)
+        flags.say(said_of(pictures.account))
+        return pictures
     from dyndit.training.latents import encode_latents, load_autoencoder
 
     encoder = load_autoencoder(vae)
     factor = 2 ** (len(encoder.config.block_out_channels) - 1)
-    return encode_latents(
-        open_data(spec, tuple(side * factor for side in size), encoder.config.in_channels), vae, out / "latents", 16
-    )
+    pictures = open_data(spec, tuple(side * factor for side in size), encoder.config.in_channels, **options)
+    flags.say(said_of(pictures.account))
+    return encode_latents(pictures, vae, out / "latents", 16)
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:

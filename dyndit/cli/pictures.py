@@ -3,9 +3,10 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dyndit.cli import flags
+from dyndit.errors import InputError
 
 if TYPE_CHECKING:
     from dyndit.plans.plan import DepthPlan
@@ -20,7 +21,7 @@ def sample(
     steps: int | None = None,
     cfg_scale: flags.CfgScale = 1.5,
     guided_channels: int | None = None,
-    class_labels: tuple[int, ...] = (),
+    class_labels: tuple[str, ...] = ("balanced",),
     seed: int = 0,
     batch_size: flags.BatchSize = 64,
     depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
@@ -43,7 +44,7 @@ def sample(
         solver: One of {solvers}.
         steps: Sampling steps (default: 20, or chosen).
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
-        class_labels: Classes, taken in turn; default all of the model's.
+        class_labels: Classes, taken in turn; balanced: all of the model's in turn; random: drawn for each picture.
         seed: Seed.
         depth: Which depths to run.
         choice: Goal that steps and depths are chosen for, on the model's stored table.
@@ -85,7 +86,7 @@ def sample(
         stored = sample_into(
             out,
             dynamic,
-            class_labels or None,
+            _classes(class_labels),
             num_images,
             plan=plan,
             solver=solver,
@@ -113,6 +114,17 @@ def sample(
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}
         figures |= {"out": str(out), "share_of_blocks": plan.share_of_blocks, "steps": steps}
         print(json.dumps(figures | {"num_images": num_images}))
+
+
+def _classes(given: tuple[str, ...]) -> "tuple[int, ...] | Literal['random'] | None":
+    """Read --class-labels; None takes every class in turn."""
+    if given in ((), ("balanced",)):
+        return None
+    if given == ("random",):
+        return "random"
+    if odd := next((text for text in given if not text.isdecimal()), None):
+        raise InputError(f"--class-labels {odd}: expected balanced, random, or the numbers of classes")
+    return tuple(map(int, given))
 
 
 def _print_chosen(plan: "DepthPlan") -> None:

@@ -44,6 +44,7 @@ def calibrate(
     vae: Path | None = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
     fresh: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -65,7 +66,7 @@ def calibrate(
         extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
             table, else digits for digits and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        reference: Real pictures: "digits", or a picture folder.
+        reference: Real pictures: "digits", or any pictures that `dyndit evaluate` takes.
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -122,7 +123,7 @@ def calibrate(
             own_guides=own_guides,
             forecast_ages=forecast_ages,
         )
-        real = _real_pictures(reference, network, *_picture_shape(dynamic, decoder))
+        real = _real_pictures(reference, network, *_picture_shape(dynamic, decoder), reading)
         with progress_bar("measuring distribution shifts") as advance:
             reducing, moments = calibration.reduced(network, real)
             table = calibration.measure_shifts(
@@ -224,14 +225,19 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> 
     return tuple(side * factor for side in size), decoder.config.out_channels
 
 
-def _real_pictures(reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
+def _real_pictures(
+    reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int, reading: flags.Reading
+) -> "Tensor":
     """Read at most 5,000 pictures of the reference, evenly spread over the set, as uint8."""
+    from dyndit.pictures.collection import said_of
     from dyndit.training.data import open_data
 
     spec = reference or ("digits" if extractor.name == "digits" else "")
     if not spec:
         raise InputError("--reference: missing; expected a folder of real pictures")
-    pictures, most = open_data(spec, size, channels), 5000
+    options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
+    pictures, most = open_data(spec, size, channels, **options), 5000
+    flags.say(said_of(pictures.account))
     count = len(pictures)
     return pictures.uint8([i * count // most for i in range(most)] if count > most else None)
 

@@ -17,7 +17,7 @@ from dyndit.pictures.arrays import Arrays
 from dyndit.pictures.check import DAMAGED, check_contents
 from dyndit.pictures.decode import decode
 from dyndit.pictures.resize import Resize, size_pair
-from dyndit.pictures.sources import KINDS, Files, Folder, Source, at_least_one, read_bytes
+from dyndit.pictures.sources import KINDS, OVERVIEW, Files, Folder, Source, at_least_one, read_bytes
 from dyndit.pictures.tables import Table, table_files
 
 MOST_LISTED = 100
@@ -105,6 +105,8 @@ def said_of(account: Mapping[str, object]) -> list[str]:
     """Write an account as lines for the user; none if nothing was skipped."""
     lines = []
     for reason, found in account.get("skipped", {}).items():
+        if reason == OVERVIEW:  # expected: counted in the account, and not worth a line
+            continue
         names, number = found["names"], found["number"]
         more = ", ..." if number > 3 else ""
         lines.append(f"{account['source']}: skipped {number} {reason} ({', '.join(map(str, names[:3]))}{more})")

@@ -16,9 +16,11 @@ from dyndit.pictures.decode import MOST_BYTES, SUFFIXES, is_picture
 
 OVERVIEWS = {"grid.png", "samples.png"}
 """Names of the overviews that `dyndit sample` and the reports write beside single pictures."""
+BESIDES = {"manifest.json", "samples.npz"}
+"""Other files that `dyndit sample` writes beside pictures."""
 KINDS = "a folder of pictures, .zip, .tar (WebDataset), .npz, or a folder or .parquet of Hugging Face's datasets"
 
-HIDDEN, FOREIGN, OVERVIEW = "hidden files", "files that are no pictures", "overviews of other pictures"
+HIDDEN, FOREIGN, OVERVIEW = "hidden files", "files that are no pictures", "files that go with pictures"
 LINKS, BROKEN = "links to folders, not followed", "links to nothing"
 
 
@@ -173,7 +175,7 @@ class Folder(Source):
     def _takes(self, kind: str, name: str, *, overview: bool) -> bool:
         """Tell if an entry is a picture to read. Note it if not. Raises InputError for a FIFO, a socket, a device."""
         if not is_picture(name):
-            self.skip(FOREIGN, name)
+            self.skip(OVERVIEW if name.rpartition("/")[2] in BESIDES else FOREIGN, name)
         elif overview:
             self.skip(OVERVIEW, name)
         elif kind == "nothing":

@@ -42,6 +42,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)
+    data.check()
     for line in said_of(data.account):
         console.print(line, highlight=False)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)

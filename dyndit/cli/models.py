@@ -185,18 +185,18 @@ def _training_data(
     channels, *size = shape
     if vae is None and channels not in (1, 3):
         raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
-    options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged}
     if vae is None:
-        pictures = open_data(spec, None if spec == "digits" else tuple(size), channels, **options)
-        flags.say(said_of(pictures.account))
-        return pictures
-    from dyndit.training.latents import encode_latents, load_autoencoder
+        size, encoder = None if spec == "digits" else tuple(size), None
+    else:
+        from dyndit.training.latents import encode_latents, load_autoencoder
 
-    encoder = load_autoencoder(vae)
-    factor = 2 ** (len(encoder.config.block_out_channels) - 1)
-    pictures = open_data(spec, tuple(side * factor for side in size), encoder.config.in_channels, **options)
+        encoder = load_autoencoder(vae)
+        factor, channels = 2 ** (len(encoder.config.block_out_channels) - 1), encoder.config.in_channels
+        size = tuple(side * factor for side in size)
+    pictures = open_data(spec, size, channels, method=reading.resize_method, skip_damaged=reading.skip_damaged)
+    pictures.check()
     flags.say(said_of(pictures.account))
-    return encode_latents(pictures, vae, out / "latents", 16)
+    return pictures if encoder is None else encode_latents(pictures, vae, out / "latents", 16)
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:

@@ -237,6 +237,7 @@ def _real_pictures(
         raise InputError("--reference: missing; expected a folder of real pictures")
     options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
     pictures, most = open_data(spec, size, channels, **options), 5000
+    pictures.check()
     flags.say(said_of(pictures.account))
     count = len(pictures)
     return pictures.uint8([i * count // most for i in range(most)] if count > most else None)

@@ -12,6 +12,7 @@ from dyndit.files import MOST_JSON
 from dyndit.pictures.decode import MOST_BYTES, is_picture
 from dyndit.pictures.sources import BROKEN, FOREIGN, HIDDEN, OVERVIEW, OVERVIEWS, Source, stamp_of
 
+BLOCK, MOST_PADDING = 512, 1 << 20
 LABELS = "dataset.json"
 """File in the zips of StyleGAN and EDM: {"labels": [["00000/img00000000.png", 6], ...]}."""
 
@@ -158,10 +159,22 @@ class Tars(Source):
             raise InputError(
                 f"{path}: unreadable ({first_line(error)}), expected a whole .tar without compression"
             ) from error
+        self._check_end(path, members)
         for member in members:
             if not (member.isreg() or member.isdir()) or member.issparse():
                 self.skip(BROKEN if member.issym() or member.islnk() else FOREIGN, member.name)
         return [member for member in members if member.isreg() and not member.issparse()]
+
+    def _check_end(self, path: Path, members: Sequence[tarfile.TarInfo]) -> None:
+        """Refuse an archive without its end, or with others behind it: tarfile would lose pictures without a word."""
+        end = max((m.offset_data + (-(-m.size // BLOCK) * BLOCK if m.isreg() else 0) for m in members), default=0)
+        with path.open("rb") as file:
+            file.seek(end)
+            first, rest = file.read(BLOCK), file.read(MOST_PADDING + 1)
+        if first != bytes(BLOCK):
+            raise InputError(f"{path}: cut short, expected a whole .tar")
+        if rest.strip(b"\0") or len(rest) > MOST_PADDING:
+            raise InputError(f"{path}: holds more behind its end, expected one .tar and not several joined")
 
     def _read(self, place: tuple[int, int, int], name: str) -> bytes:
         shard, offset, size = place

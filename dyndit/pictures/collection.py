@@ -14,8 +14,8 @@ from dyndit.errors import InputError
 from dyndit.pictures import as_nchw
 from dyndit.pictures.archives import Tars, Zip
 from dyndit.pictures.arrays import Arrays
-from dyndit.pictures.check import DAMAGED, check_contents
-from dyndit.pictures.decode import decode
+from dyndit.pictures.check import DAMAGED, FRAMES, check_contents
+from dyndit.pictures.decode import decode, has_frames
 from dyndit.pictures.resize import Resize, size_pair
 from dyndit.pictures.sources import KINDS, OVERVIEW, Files, Folder, Source, at_least_one, read_bytes
 from dyndit.pictures.tables import Table, table_files
@@ -125,6 +125,7 @@ class PictureFiles:
     resize: Resize | None = None
     numbers: Sequence[int] | None = None
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    _with_frames: dict[str, None] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, place: str | Path, resize: Resize | None = None, *, skip_damaged: bool = False) -> Self:
@@ -154,8 +155,9 @@ class PictureFiles:
 
     @property
     def account(self) -> dict[str, object]:
-        """Return what was read and what was skipped, see `account_of`."""
-        return account_of(self.source, len(self), self.left_out, self.resize)
+        """Return what was read so far and what was skipped, see `account_of`."""
+        frames = {FRAMES: list(self._with_frames)} if self._with_frames else {}
+        return account_of(self.source, len(self), {**self.left_out, **frames}, self.resize)
 
     def without_damaged(self) -> Self:
         """Return the pictures that can be decoded. Raises InputError: none can."""
@@ -200,6 +202,8 @@ class PictureFiles:
         if self.resize is None and not isinstance(contents, bytes):
             return contents
         image = _image(contents, self.name(number))
+        if isinstance(contents, bytes) and has_frames(contents):
+            self._with_frames[self.name(number)] = None
         return as_array(image if self.resize is None else self.resize(image))
 
     def _fitting(self, number: int, picture: np.ndarray) -> np.ndarray:

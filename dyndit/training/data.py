@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone
-from dyndit.pictures.check import DAMAGED, check_contents, refuse_damaged
+from dyndit.pictures.check import DAMAGED, FRAMES, check_contents, refuse_damaged
 from dyndit.pictures.collection import account_of, as_array, open_source, read_image
 from dyndit.pictures.decode import SUFFIXES
 from dyndit.pictures.resize import Resize, Size, size_pair
@@ -54,6 +54,10 @@ class Pictures(Dataset, ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return picture `index`, (C, H, W) float32, and its label."""
+
+    def check(self) -> None:
+        """Look at the contents of all pictures, once. Raises InputError: some are damaged."""
+        self.fingerprint  # noqa: B018  hashes them
 
     @property
     def size(self) -> tuple[int, int]:
@@ -154,6 +158,8 @@ class PictureFolder(Pictures):
         found = check_contents(self._source)
         kept = [found[number] for number in self._numbers]
         refuse_damaged(self._source, kept)
+        frames = [self._source.name(n) for n, one in zip(self._numbers, kept, strict=True) if one.frames]
+        self._left_out |= {FRAMES: frames} if frames else {}
         digest = hashlib.sha256()
         for number, label, one in zip(self._numbers, self.labels, kept, strict=True):
             digest.update(f"{self._source.names[number]}\0{one.sha256}\0{label}\0".encode("utf-8", "surrogateescape"))

@@ -37,7 +37,7 @@ ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "num", "extractor", "resize", "sourc
 
 _CLEAN = re.compile(r".+_(clean|legacy_pytorch|legacy_tensorflow)(_clip_vit_b_32)?_[a-z0-9]+_(\d+|na)")
 _EDM = re.compile(r".+-\d+x\d+")
-_FIDELITY = re.compile(r"(?:.+-)?(inception-v3-compat|vgg16|clip-.+|dinov2-.+|[a-z0-9-]+)-stat-fid-(\w+)")
+_FIDELITY = re.compile(r"(?:.+?-)??(inception-v3-compat|vgg16|clip-.+|dinov2-.+|[a-z0-9]+)-stat-fid-(\w+)")
 _NUMPY = {
     (f"numpy.{core}.{module}", name): (f"numpy._core.{module}", name)
     for core in ("core", "_core")
@@ -81,16 +81,20 @@ class Statistics:
     @property
     def provenance(self) -> str:
         """Say where the statistics come from: "ADM; extractor inception; pictures unknown; ..."."""
-        parts = {"extractor": self.extractor[:12], "pictures": self.num, "resize": self.resize, "source": self.source}
+        extractor = self.extractor[:12] if self._has_fingerprint else self.extractor
+        parts = {"extractor": extractor, "pictures": self.num, "resize": self.resize, "source": self.source}
         told = [f"{name} {UNKNOWN if value in ('', None) else value}" for name, value in parts.items()]
         return "; ".join([f"statistics of {self.program or 'an unknown program'}", *told])
+
+    @property
+    def _has_fingerprint(self) -> bool:
+        return re.fullmatch("[0-9a-f]{64}", self.extractor) is not None
 
     def told(self, told: Told, name: str) -> "Statistics":
         """Add what the user says. Raises InputError: the file says otherwise.  name: of the file, for messages."""
         for field, value in vars(told).items():
             own = getattr(self, field)
-            fingerprint = field == "extractor" and re.fullmatch("[0-9a-f]{64}", own)
-            if value and own and value != own and not fingerprint:
+            if value and own and value != own and not (field == "extractor" and self._has_fingerprint):
                 flag = "count" if field == "num" else field
                 raise InputError(f"--reference-{flag} {value}: {name} says {own}; expected the same, or no flag")
         added = {k: v for k, v in vars(told).items() if v and not getattr(self, k)}

@@ -151,7 +151,7 @@ class PictureFiles:
     @cached_property
     def size(self) -> tuple[int, int]:
         """Return (H, W) of all pictures: the size they are brought to, else the first one's."""
-        return self._picture(0).shape[:2] if self.resize is None else size_pair(self.resize.size)
+        return next(self._in_order()).shape[:2] if self.resize is None else size_pair(self.resize.size)
 
     @property
     def account(self) -> dict[str, object]:

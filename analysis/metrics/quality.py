@@ -228,7 +228,8 @@ def _check_pictures(sets: Mapping[str, PictureSet]) -> None:
     sizes = {k: "{}x{}".format(*s.size) for k, s in sets.items() if s.source is not None}
     for name, size in sizes.items():
         if size != sizes["samples"]:
-            raise InputError(f"samples: {sizes['samples']} pixels, expected {size} as in the {name} set")
+            remedy = "--resize-and-crop SIZE brings pictures on disk to one size"
+            raise InputError(f"samples: {sizes['samples']} pixels, expected {size} as in the {name} set; {remedy}")
 
 
 def _too_few(sets: Mapping[str, PictureSet], extractor: Extractor, metrics: Sequence[str], force: bool) -> bool:

@@ -44,7 +44,7 @@ def test_the_distance_is_torch_fidelitys_and_the_hash_tells_other_weights(weight
     assert not passed.pop("SHA-256 of the weights, first digits")  # random weights are not the published ones
     assert all(passed.values()), checks
     distance = checks["FID of plain and dim, 4 pictures each"]
-    assert float(distance.found) > 100 * module.TOLERANCE  # otherwise agreement proves nothing
+    assert float(distance.found) > 50 * module.TOLERANCE  # otherwise agreement proves nothing
 
 
 @pytest.mark.parametrize("passed", [True, False])

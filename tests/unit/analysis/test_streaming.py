@@ -38,7 +38,7 @@ def extractor() -> Means:
 def test_memory_does_not_grow_with_the_set(tmp_path: Path, extractor: Means, save) -> None:
     peaks = []
     for num in (512, 2048):
-        array = np.random.default_rng(0).integers(0, 2, (num, 64, 64, 3), dtype=np.uint8)
+        array = np.random.default_rng(0).integers(0, 2, (num, 32, 32, 3), dtype=np.uint8)
         save(tmp_path / f"{num}.npz", arr_0=array)
         del array
         tracemalloc.start()
@@ -46,9 +46,9 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path, extractor: Means, sav
         assert len(Measured(given, extractor, cache=tmp_path / "kept").features) == num
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    batch = 256 * 64 * 64 * 3
+    batch = 256 * 32 * 32 * 3
     assert peaks[1] < 1.3 * peaks[0]
-    assert peaks[1] < 6 * batch < 2048 * 64 * 64 * 3
+    assert peaks[1] < 6 * batch < 2048 * 32 * 32 * 3
 
 
 def test_a_killed_run_goes_on_with_the_batches_that_are_left(tmp_path: Path, extractor: Means, monkeypatch) -> None:

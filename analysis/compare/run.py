@@ -60,7 +60,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }
-    manifest.claim(out, settings_of(experiment, inputs, data) | identity)
+    manifest.claim(out, settings_of(experiment, inputs, data) | identity, pictures=data.account)
     model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
     if given is not None and given.exits is not None:  # its table; the reader checks that it belongs to the model
         table, place = (folder / checkpoints.TABLE for folder in (Path(named), out / "model"))

@@ -24,6 +24,7 @@ LAYERS = (
     "analysis.report",
     "analysis.compare",
     "recipes",
+    "demo",
     "cli",
 )
 FLOOR = ("assets", "clock", "discovery", "files", "manifest", "pictures", "process", "progress", "runtime", "stats")

@@ -38,7 +38,21 @@ from dyndit.training.data import open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
-    """Run the comparison in `out`, and return it. Raises InputError: it holds another run, or an input does not fit."""
+    """Run the comparison in `out`, and return it. Raises InputError: see `prepare`."""
+    context = prepare(experiment, out, inputs, console)
+    comparison = Comparison(experiment, context.model, context.references, out, context.console)
+    with experiment.autocast(context.model.device.type):
+        arms = [arm for source in SOURCES for arm in source.arms(context)]
+        comparison.measure(arms)
+        comparison.report(arms)
+    return out
+
+
+def prepare(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Context:
+    """Load or make the model with its exits in `out/model`, and read the real pictures.
+
+    Raises InputError: `out` holds another run, or an input does not fit.
+    """
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)
@@ -68,13 +82,7 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
             files.copy(table, place)
     real = PictureSet(inputs.data or experiment.data, data)
     references = tuple(Measured(real, extractor) for extractor in extractors)
-    context = Context(experiment, model, references, data, out, console, given)
-    comparison = Comparison(experiment, model, references, out, console)
-    with experiment.autocast(inputs.device):
-        arms = [arm for source in SOURCES for arm in source.arms(context)]
-        comparison.measure(arms)
-        comparison.report(arms)
-    return out
+    return Context(experiment, model, references, data, out, console, given)
 
 
 @dataclass(frozen=True)
@@ -170,13 +178,14 @@ class Comparison:
             uncond, share = cond * plan.guided, cond / plan.num_blocks
         figures = {
             **{name: getattr(arm, name) for name in ("family", "budget", "variant", "settings", "predicted_ms")},
-            **{name: getattr(experiment, name) for name in ("cfg_scale", "num_images", "batch_size")},
+            **{name: getattr(experiment, name) for name in ("num_images", "batch_size")},
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
             "model": self.model.identity.backbone,
             "arm": arm.name,
             "solver": plan.solver,
             "steps": plan.num_steps,
+            "cfg_scale": plan.cfg_scale,
             "block": block,
             "seed": block,
             "share_of_blocks": share,

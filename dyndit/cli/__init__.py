@@ -24,7 +24,9 @@ VERBS: dict[str, str] = {
     "report": "results",
     "compare": "results",
     "convert": "models",
+    "info": "models",
     "quickstart": "results",
+    "demo": "demo",
 }
 """The module of this package that defines each verb."""
 
@@ -33,9 +35,13 @@ REGISTRIES = {
     "extractors": "dyndit.analysis.metrics.extractors:EXTRACTORS",
     "metrics": "dyndit.analysis.metrics.metric:metrics_by_name",
     "heads": "dyndit.models.exits:HEADS",
+    "cards": "dyndit.models.dit:CARDS",
+    "conditionings": "dyndit.models.conditioning:CONDITIONINGS",
     "routers": "dyndit.plans.schedules:ROUTERS",
     "processes": "dyndit.process:processes",
     "recipes": "dyndit.cli.recipes:packaged",
+    "families": "dyndit.cli.recipes:quickstarts",
+    "data_sets": "dyndit.training.data:PACKAGED",
 }
 """Registries whose names stand for `{solvers}` and the like in a verb's docstring. They import torch."""
 

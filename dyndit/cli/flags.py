@@ -32,6 +32,62 @@ Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, 
 Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
 
 
+def also(*names: str) -> object:
+    """Accept further names of a flag, for example those of the published code's scripts."""
+    return tyro.conf.arg(aliases=tuple(f"--{name}" for name in names))
+
+
+@dataclass(frozen=True)
+class PublishedSampling:
+    """Sample as the published DiT's own scripts do, with their flags. `--model CARD` takes the place of MODEL.
+
+    Args:
+        model: A card: DiT-XL/2, DiT-B/4, ... It sets the scripts' solver (ddpm), steps (250), scale (4, or 1.5 with
+            --num-images), guided channels (3) and classes, unless they are given.
+        ckpt: The card's weights (default: pretrained_models/DiT-XL-2-256x256.pt, or 512x512).
+        image_size: Side of the card's pictures: 256 (the default) or 512.
+        num_classes: Classes of the card (default: 1000).
+        sample_dir: Folder for the folder of samples, if --out is not given.
+        tf32: Let a GPU round products to TF32.
+        no_tf32: Keep products in full precision.
+    """
+
+    model: str = ""
+    ckpt: Path | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    sample_dir: Path = Path("samples")
+    tf32: bool = False
+    no_tf32: bool = False
+
+    @property
+    def card(self) -> str:
+        """Return the card of name and size; empty without a name.
+
+        Raises:
+            InputError: no such card, or flags of a card without a card.
+        """
+        from dyndit.storage.published import card_of
+
+        if self.model:
+            return card_of(self.model, self.image_size)
+        for name in ("ckpt", "image_size", "num_classes"):
+            if (value := getattr(self, name)) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value}: belongs to a card; expected --model CARD with it"
+                )
+        return ""
+
+    def set_precision(self) -> None:
+        """Allow or forbid TF32, if a flag says so."""
+        import torch
+
+        if self.tf32 and self.no_tf32:
+            raise InputError("--tf32 and --no-tf32: both given; expected one of them")
+        if self.tf32 or self.no_tf32:
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+
+
 @dataclass(frozen=True)
 class PlanChoice:
     """Choose the depths to run. Without `--dynamic`, `--plan`, `--budget` or `--router`: the full model.
@@ -84,6 +140,7 @@ def say(lines: "Iterable[str]") -> None:
 
 FULL_DEPTH = PlanChoice()
 AS_GIVEN = StepChoice()
+NOT_PUBLISHED = PublishedSampling()
 
 
 def chosen_plan(
@@ -99,7 +156,7 @@ def chosen_plan(
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: both given; expected one of them")
     if depth.router is not None:
-        return parse_router(depth.router)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
+        return parse_router(depth.router, dynamic.process)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
     if depth.plan is not None:
         return DepthPlan.load(depth.plan)
     if depth.budget is None and not depth.dynamic:
@@ -124,13 +181,14 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
 
     Raises InputError: the model makes latents, and no autoencoder is given.
     """
+    from dyndit.storage.published import autoencoder
     from dyndit.training.latents import load_autoencoder
 
     if dynamic.pixel_space:
         return None
     if vae is None:
         raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
-    return load_autoencoder(vae).to(device)
+    return load_autoencoder(autoencoder(vae)).to(device)
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":

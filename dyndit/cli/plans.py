@@ -23,7 +23,7 @@ def calibrate(
     model: flags.Positional[Path],
     /,
     budget: float | None = None,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int | None = None,
     choice: flags.Unnamed[flags.StepChoice] = flags.AS_GIVEN,
     step_grid: tuple[int, ...] = (),
@@ -57,7 +57,7 @@ def calibrate(
     Args:
         model: A local model folder with exits; the table is written into it.
         budget: Share of full depth's time at the same steps, above 0 and at most 1.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps (default: 20, or chosen).
         choice: Goal to choose the steps for.
         step_grid: Step counts to choose among: full depth is measured at each and stored in the table (default: 5 7 10
@@ -66,7 +66,8 @@ def calibrate(
         extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
             table, else digits for digits and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        reference: Real pictures: "digits", or any pictures that `dyndit evaluate` takes.
+        reference: Real pictures: one of {data_sets}, or any that `dyndit evaluate` takes (default: digits for a model
+            of classes that is judged by an extractor of digits).
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -106,6 +107,7 @@ def calibrate(
             "`dyndit distill` or `dyndit convert` makes"
         )
     dynamic = checkpoints.load(model, process=process or None, device=device, dtype=dtype)
+    solver = solver or dynamic.process.usual_solver
     make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
@@ -123,7 +125,7 @@ def calibrate(
             own_guides=own_guides,
             forecast_ages=forecast_ages,
         )
-        real = _real_pictures(reference, network, *_picture_shape(dynamic, decoder), reading)
+        real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
         with progress_bar("measuring distribution shifts") as advance:
             reducing, moments = calibration.reduced(network, real)
             table = calibration.measure_shifts(
@@ -226,15 +228,22 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> 
 
 
 def _real_pictures(
-    reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int, reading: flags.Reading
+    reference: str,
+    extractor: "Extractor",
+    dynamic: "DynamicDepth",
+    size: tuple[int, ...],
+    channels: int,
+    reading: flags.Reading,
 ) -> "Tensor":
     """Read at most 5,000 pictures of the reference, evenly spread over the set, as uint8."""
+    from dyndit.models.conditions import ClassLabels
     from dyndit.pictures.collection import said_of
-    from dyndit.training.data import open_data
+    from dyndit.training.data import PACKAGED, open_data
 
-    spec = reference or ("digits" if extractor.name == "digits" else "")
+    usual = extractor.name == "digits" and isinstance(dynamic.backbone.condition, ClassLabels)
+    spec = reference or ("digits" if usual else "")
     if not spec:
-        raise InputError("--reference: missing; expected a folder of real pictures")
+        raise InputError(f"--reference: missing; expected a folder of real pictures, or one of {', '.join(PACKAGED)}")
     options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
     pictures, most = open_data(spec, size, channels, **options), 5000
     pictures.check()

@@ -65,7 +65,8 @@ def evaluate(
 
     Args:
         samples: Pictures: a folder (searched in depth), .zip, .tar (WebDataset), .npz, or a data set of Hugging Face.
-        reference: The same of real pictures, statistics (of ADM, EDM, pytorch-fid, torch-fidelity), or "digits".
+        reference: The same of real pictures, statistics (of ADM, EDM, pytorch-fid, torch-fidelity), or one of
+            {data_sets}.
         extractor: One of {extractors}.
         extractor_weights: Its weights, if they do not ship with the package.
         metrics: Any of {metrics}.
@@ -99,12 +100,12 @@ def evaluate(
     from dyndit.pictures.check import cache_folder
     from dyndit.pictures.collection import said_of
     from dyndit.pictures.resize import Resize
-    from dyndit.training.data import open_data
+    from dyndit.training.data import PACKAGED, open_data
 
     device = _device(device)
     resize = None if resize_and_crop is None else Resize(resize_and_crop, resize_method)
     told = Told(about.reference_extractor, about.reference_resize, about.reference_count, about.reference_source)
-    real = open_data("digits").uint8() if reference == "digits" else Path(reference)
+    real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
     reading = {"resize": resize, "skip_damaged": skip_damaged}
@@ -150,7 +151,7 @@ def bench(
     model: flags.Positional[str] = "",
     /,
     depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int = 20,
     cfg_scale: flags.CfgScale = 1.5,
     batch_size: tuple[int, ...] = (1, 8, 64),
@@ -178,7 +179,7 @@ def bench(
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps.
         batch_size: Pictures at a time; several are timed one after the other.
         rounds: Timed rounds at least; each runs every arm once.
@@ -218,6 +219,7 @@ def bench(
     else:
         loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
         dynamic, model = loaded.model, str(loaded.folder or model)
+    solver = solver or dynamic.process.usual_solver
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = flags.chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
     resolve_plan(dynamic, plan, solver, steps, cfg_scale, origin=str(depth.plan or "plan"))
@@ -303,14 +305,26 @@ def report(
     print(f"report: {out / 'report.html'}")
 
 
-def quickstart(out: Path = Path("runs/quickstart"), from_scratch: bool = False, json_: flags.Json = False) -> None:
-    """Make the digits model dynamic and measure what that saves: a few minutes on two CPU cores.
+def quickstart(
+    family: str = "digits", out: Path | None = None, from_scratch: bool = False, json_: flags.Json = False
+) -> None:
+    """Make a model of digits dynamic and measure what that saves: a few minutes on two CPU cores.
 
     Args:
-        out: Folder of the run; what is there and valid is not done again.
+        family: One of {families}. Only the first ships with its backbone; the others train theirs.
+        out: Folder of the run; what is there and valid is not done again (default: runs/quickstart, or
+            runs/quickstart-FAMILY).
         from_scratch: Train the backbone too, in place of the shipped backbone.
     """
-    _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)
+    from dyndit.analysis.compare.experiment import Experiment
+    from dyndit.cli.recipes import find, quickstarts
+
+    if family not in (known := quickstarts()):
+        raise InputError(f"--family {family}: expected one of {', '.join(known)}")
+    recipe = known[family]
+    out = out or Path("runs/quickstart" if family == "digits" else f"runs/quickstart-{family}")
+    ships = bool(find(recipe, "quickstart", Experiment).model)
+    _compare(recipe, "quickstart", out, from_scratch=from_scratch or not ships, json_=json_)
 
 
 def compare(

@@ -254,7 +254,7 @@ class DynamicDepth(ModelMixin):
     @property
     def identity(self) -> Identity:
         """Return the hashes that exits, plans and tables are bound to. Computed again only after weights change."""
-        seen = sketch(self.state_dict())
+        seen = sketch(self.state_dict()) + self.backbone.unseen_text(self.process)
         if self._identity is None or self._identity[0] != seen:
             exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
             self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))

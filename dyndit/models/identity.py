@@ -27,6 +27,13 @@ class Identity:
     exits: str
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return a weight's values as an ordinary tensor. Quantisers keep integers and scales; they are multiplied out."""
+    tensor = tensor.detach()
+    quantised = type(tensor).dequantize is not Tensor.dequantize
+    return tensor.dequantize() if quantised else tensor
+
+
 def identity_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
     """Name these weights: "a", or "a+b" if the two roundings differ. Each has 16 hexadecimal digits.
 
@@ -34,7 +41,7 @@ def identity_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
     """
     straight, through_half = hashlib.sha256(more.encode()), hashlib.sha256(more.encode())
     for name in sorted(tensors):
-        values = tensors[name].detach().cpu()
+        values = plain(tensors[name]).cpu()
         head = f"{name}{tuple(values.shape)}".encode()
         for digest, rounded in ((straight, values), (through_half, values.half())):
             digest.update(head)
@@ -49,7 +56,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
     """
     digest = hashlib.sha256(more.encode())
     for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        values = plain(tensors[name]).to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{tuple(values.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -70,7 +77,7 @@ def sketch(tensors: Mapping[str, Tensor], samples: int = 8) -> str:
     for name, tensor in tensors.items():
         if tensor.is_meta:  # offloaded: nothing to look at
             continue
-        picked = tensor.detach().flatten()[:: max(1, tensor.numel() // samples)][:samples]
+        picked = plain(tensor).flatten()[:: max(1, tensor.numel() // samples)][:samples]
         changes = 0 if tensor.is_inference() else tensor._version
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}{changes}".encode())
         digest.update(picked.to("cpu", torch.float32).numpy().tobytes())

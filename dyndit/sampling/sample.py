@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dyndit import manifest
 from dyndit.errors import InputError
+from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.step import NoGuide
@@ -26,14 +27,15 @@ from dyndit.sampling.store import TIMES, Drawn, Store, added
 class Samples:
     """Result of a sampling.
 
-    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: (N,).
+    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
+    the caption of each picture.
     batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
     batches, if `stats` is set.
     """
 
     pictures: Tensor
     latents: Tensor | None
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
     plan: DepthPlan
     seed: int
     batch_seconds: tuple[float, ...] = ()
@@ -64,9 +66,9 @@ def resolve_plan(
     return bind(written, model, full=full, cfg_scale=cfg_scale, origin=origin)
 
 
-def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, seed: int) -> None:
+def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int, seed: int) -> None:
     """Raise InputError for labels that the model lacks (it would use wrong classes), no pictures, or empty batches."""
-    model.backbone.condition.of(labels)
+    model.backbone.condition.plain(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
     if batch_size < 1:
@@ -94,13 +96,13 @@ class Sampling:
     strict: bool = False
     stats: bool = False
 
-    def bound(self, model: DynamicDepth, labels: Sequence[int], origin: str = "plan") -> Self:
+    def bound(self, model: DynamicDepth, labels: Sequence[Value], origin: str = "plan") -> Self:
         """Check the request, and return the settings with the plan to run: `check_request`, `resolve_plan`."""
         check_request(model, labels, self.batch_size, self.seed)
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
 
-    def batches(self, model: DynamicDepth, labels: Sequence[int], ids: Sequence[int]) -> Iterator[Drawn]:
+    def batches(self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int]) -> Iterator[Drawn]:
         """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`."""
         guidance, device = Guidance(self.cfg_scale, self.guided_channels), next(model.parameters()).device
         timed: list[tuple[float, float]] = []
@@ -122,7 +124,7 @@ class Sampling:
 
 def sample(
     model: DynamicDepth,
-    labels: Sequence[int],
+    labels: Sequence[Value],
     *,
     plan: DepthPlan | Router | None = None,
     solver: AnySolver = "ddim",
@@ -136,7 +138,9 @@ def sample(
     stats: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Samples:
-    """Draw one picture per label. Picture i has index first_index + i; `Sampling` explains the other settings.
+    """Draw one picture per label: the number of a class, or a caption for a model of captions.
+
+    Picture i has index first_index + i; `Sampling` explains the other settings.
 
     on_batch(n) is called after each batch of n pictures. All pictures are in memory at the end; `draw` holds one batch,
     `sample_into` writes to disk.
@@ -144,7 +148,7 @@ def sample(
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
-    labels = tuple(map(int, labels))
+    labels = tuple(model.backbone.condition.plain(labels))
     asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats)
     asked, drawn = asked.bound(model, labels), []
     for batch in asked.batches(model, labels, range(first_index, first_index + len(labels))):
@@ -166,7 +170,7 @@ def sample(
 
 
 def draw(
-    model: DynamicDepth, labels: Sequence[int], *, ids: Sequence[int] | None = None, **settings: Any
+    model: DynamicDepth, labels: Sequence[Value], *, ids: Sequence[int] | None = None, **settings: Any
 ) -> Iterator[Drawn]:
     """Draw one picture per label and yield each batch. `sample` collects them.
 
@@ -176,7 +180,7 @@ def draw(
     Raises:
         InputError: raised at the call, as `sample`; or numbers below 0, or another number of ids than labels.
     """
-    labels = tuple(map(int, labels))
+    labels = tuple(model.backbone.condition.plain(labels))
     asked = Sampling(**settings).bound(model, labels)
     ids = range(len(labels)) if ids is None else ids
     if len(ids) != len(labels) or min(ids) < 0:
@@ -201,7 +205,7 @@ class Stored:
 def sample_into(
     out: Path,
     model: DynamicDepth,
-    classes: Sequence[int] | Literal["random"] | None,
+    classes: Sequence[Value] | Literal["random"] | None,
     num_images: int,
     *,
     ids: Sequence[int] | None = None,
@@ -213,8 +217,9 @@ def sample_into(
 ) -> Stored:
     """Draw a set of pictures into the folder `out`. Existing pictures stay; a finished set does not change.
 
-    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: None takes every
-    class in turn; "random" draws the class of picture i from (seed, i).
+    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: numbers of
+    classes, or captions; None takes every class, or the model's own prompts, in turn; "random" draws the class of
+    picture i from (seed, i).
     ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes can share the numbers and draw into one
     folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. The process that adds the last picture finishes the
     set. Both processes draw a batch that they share, so cut at multiples of batch_size.
@@ -229,7 +234,7 @@ def sample_into(
         labels = random_labels(model, num_images, settings.get("seed", 0))
     else:
         labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
-    labels = [int(labels[i % len(labels)]) for i in range(num_images)] if labels else []
+    labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
     asked = Sampling(**settings).bound(model, labels, origin)
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")

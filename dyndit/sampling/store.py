@@ -1,13 +1,15 @@
 """Store sets of pictures on disk, as `dyndit sample` writes them.
 
-A folder holds a PNG for each picture, `000123-class7.png`, and a `manifest.json`. A finished folder also holds all
-pictures for ADM's evaluator, `samples.npz`, and the first pictures side by side, `grid.png`.
+A folder holds a PNG for each picture, `000123-class7.png`, or `000123-a-three.png` if it has a caption, and a
+`manifest.json`. A finished folder also holds all pictures for ADM's evaluator, `samples.npz`, and the first pictures
+side by side, `grid.png`.
 
 Every file is written whole. Batches are always cut from the whole set. A resumed run, or a run shared by processes,
 therefore draws the same batches as an undisturbed run. One batch is in memory at a time.
 """
 
 import json
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from dyndit import files, manifest
 from dyndit.errors import CheckpointError, InputError
+from dyndit.models.conditions import Value
 from dyndit.pictures import as_image, grid, write_png
 from dyndit.pictures.collection import PictureFiles
 
@@ -32,12 +35,13 @@ TIMES = ("machine", "ms_per_picture", "ms_denoiser", "seconds", "step_seconds")
 class Drawn:
     """One batch of a sampling.
 
-    ids: numbers of the pictures. labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
-    latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty without `stats`.
+    ids: numbers of the pictures. labels: their classes or captions. x: (B, C, H, W) on the host, uint8 of a
+    pixel-space model, else latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty
+    without `stats`.
     """
 
     ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
     x: Tensor
     seconds: float
     step_seconds: tuple[float, ...] = ()
@@ -46,14 +50,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of a set.  labels: the class of each picture."""
+    """The folder of a set.  labels: the class or the caption of each picture."""
 
     folder: Path
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
 
     def path(self, number: int) -> Path:
         """Return the path of a picture."""
-        return self.folder / f"{number:06d}-class{self.labels[number]}.png"
+        return self.folder / f"{number:06d}-{_word(self.labels[number])}.png"
 
     def missing(self) -> set[int]:
         """Return the numbers of the missing pictures."""
@@ -132,7 +136,14 @@ class Store:
         self.drop_times()
 
 
-def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], batch_size: int = 256) -> None:
+def _word(label: Value) -> str:
+    """Write a label for a file's name: 7 -> "class7", "A three, bold" -> "a-three-bold"."""
+    if not isinstance(label, str):
+        return f"class{label}"
+    return "-".join(re.findall(r"[a-z0-9]+", label.lower()))[:60] or "caption"
+
+
+def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[Value], batch_size: int = 256) -> None:
     """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C)."""
     parts = pictures.batches(batch_size)
     first = next(parts)
@@ -159,7 +170,7 @@ def problem_of(source: object) -> str | None:
         return None  # a manifest of another program
     if settings.get("verb") != "sample":
         return None
-    num, expected = sum(1 for _ in folder.glob("*-class*.png")), settings.get("num_images")
+    num, expected = sum(1 for _ in folder.glob("[0-9]*-*.png")), settings.get("num_images")
     if found.get("complete") is True and num == expected:
         return None
     return f"{folder}: unfinished, {num} of {expected} pictures; expected that `dyndit sample` had come to its end"

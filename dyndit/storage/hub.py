@@ -19,6 +19,7 @@ _SAFE = (
     "shift-table.safetensors",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model-*-of-*.safetensors",
+    "text_embedder.safetensors",
 )
 _PICKLED = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-*-of-*.bin")
 

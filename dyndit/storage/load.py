@@ -4,7 +4,7 @@
 |---|---|
 | native folder: config, backbone, exits, and beside them plans, shift table, manifest | `native.py` |
 | published DiT `.pt`, and SiT's | `official.py` |
-| diffusers `DiTTransformer2DModel` folder | `diffusers_folder.py` |
+| diffusers `DiTTransformer2DModel` or `SD3Transformer2DModel` folder | `diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
 | `org/name` or `org/name@revision`: one of the folders, on the hub | `hub.py` |
 
@@ -20,12 +20,14 @@ from dyndit import files
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.process import DDPM, processes
+from dyndit.process import DDPM, RectifiedFlow, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, native, official
+from dyndit.storage.names import PROCESS
 from dyndit.storage.native import CONFIG, EXITS, PLANS, TABLE, WEIGHTS
 from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
+from dyndit.storage.sd3_layout import SD3Layout
 
 PIPELINE, TRANSFORMER = "model_index.json", "transformer"
 """File that marks a pipeline's folder of diffusers, and the subfolder of its denoiser."""
@@ -154,18 +156,36 @@ def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
 
 
 def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
-    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents."""
+    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents.
+
+    The time shift of a rectified flow is the pipeline's scheduler's, if the denoiser records no process of its own.
+    """
     index, transformer = files.read_json(folder / PIPELINE), folder / TRANSFORMER
     if not transformer.is_dir():
         found = index.get("_class_name")
         raise CheckpointError(
             f"{folder}: a {found!r:.60} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline"
         )
-    if "_class_name" not in files.read_json(transformer / CONFIG):
+    raw = files.read_json(transformer / CONFIG)
+    if "_class_name" not in raw:
         return native.read(transformer, process)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if process is None and PROCESS not in raw and SD3Layout().serves(raw) and scheduler.exists():
+        process = _flow_of(scheduler)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
     return diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
+
+
+def _flow_of(path: Path) -> RectifiedFlow | None:
+    """Return the rectified flow that a flow-matching scheduler's config steps; None for any other scheduler."""
+    config = files.read_json(path)
+    if not str(config.get("_class_name")).startswith("FlowMatch") or config.get("use_dynamic_shifting"):
+        return None
+    try:
+        return RectifiedFlow(time_shift=config.get("shift", 1.0))
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _packaged_digits(process: AskedProcess) -> DynamicDepth:

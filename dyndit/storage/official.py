@@ -58,6 +58,8 @@ def write(model: DynamicDepth, path: Path) -> None:
     if not isinstance(backbone, ClassConditionalDiT):
         raise InputError(f"{path}: the official format holds class-conditional DiTs, not a {type(backbone).__name__}")
     config = backbone.config()
+    if config["conditioning"] != "adaln-zero":
+        raise InputError(f"{path}: the official format holds adaln-zero, not the conditioning {config['conditioning']}")
     args = config | {
         "pixel_space": model.pixel_space,
         "process": model.process.config(),

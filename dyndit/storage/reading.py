@@ -30,16 +30,19 @@ AskedProcess = Process | str | None
 """The process to load a model with, or its name. None: the file alone says it."""
 
 
-def process_of(recorded: object, asked: AskedProcess, path: Path) -> tuple[Process, tuple[str, ...]]:
+def process_of(
+    recorded: object, asked: AskedProcess, path: Path, usual: Process = DDPM()
+) -> tuple[Process, tuple[str, ...]]:
     """Choose the process of a checkpoint -> the process, and a note if it is assumed.
 
-    recorded: the `Process.config()` in the file; None if the file has none.
+    recorded: the `Process.config()` in the file; None if the file has none. usual: the family's process, assumed if
+    nobody says one.
 
     Raises CheckpointError: the file's process is unknown, or differs from the asked process.
     """
     if recorded is None and asked is None:
-        note = f"{path.name}: says no process; {DDPM.name} is assumed, --process (or process=) says another"
-        return DDPM(), (note,)
+        note = f"{path.name}: says no process; {usual.name} is assumed, --process (or process=) says another"
+        return usual, (note,)
     wanted = from_config({"name": asked}) if isinstance(asked, str) else asked
     if recorded is None:
         return wanted, ()

@@ -1,29 +1,30 @@
-"""Load pictures to train on (scikit-learn's digits, or pictures from any place), and choose the batch of each step.
+"""Load pictures to train on: the packaged sets of digits, or pictures from any place.
 
-Picture i is always the same tensor, and the batch of step s is a pure function of (seed, s). So a training run
-resumes exactly without storing any random state.
+Picture i is always the same tensor. Captions of a picture folder are the names of its subfolders.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone
+from dyndit.models.conditions import ClassLabels, Condition, Conditioning, ConditionType
 from dyndit.pictures.check import DAMAGED, FRAMES, check_contents, refuse_damaged
 from dyndit.pictures.collection import account_of, as_array, open_source, read_image
 from dyndit.pictures.decode import SUFFIXES
 from dyndit.pictures.resize import Resize, Size, size_pair
+from dyndit.training import captioned
 
 BESIDE = "pictures beside class folders"
 
@@ -41,6 +42,11 @@ class Pictures(Dataset, ABC):
 
     account: Mapping[str, object] = {}
     """What was read and what was skipped, for manifests; see `account_of`."""
+
+    @property
+    def captions(self) -> list[str]:
+        """Return the caption of every picture: the name of its class."""
+        return [self.class_names[label] for label in self.labels]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -100,6 +106,35 @@ def load_digits() -> Pictures:
 
     bunch = datasets.load_digits()
     return _Digits(bunch.images.astype(np.float32), bunch.target)
+
+
+class _CaptionedDigits(_Digits):
+    """Every scan `repeats` times, in a style of its own each time."""
+
+    class_names = captioned.NAMES
+
+    def __init__(self, levels: np.ndarray, labels: np.ndarray, repeats: int):
+        levels, labels = np.tile(levels, (repeats, 1, 1)), np.tile(labels, repeats)
+        found = [captioned.styled(scan, label, i) for i, (scan, label) in enumerate(zip(levels, labels, strict=True))]
+        super().__init__(np.stack([scan for scan, _ in found]), labels)
+        self._captions = [caption for _, caption in found]
+        self.fingerprint = hashlib.sha256("\n".join([self.fingerprint, *self._captions]).encode()).hexdigest()
+
+    @property
+    def captions(self) -> list[str]:
+        return self._captions
+
+
+def load_captioned_digits() -> Pictures:
+    """Load 7,188 digits with captions such as "number seven, bold, tilted": the 1,797 scans in four styles each."""
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    return _CaptionedDigits(bunch.images.astype(np.float32), bunch.target, repeats=4)
+
+
+PACKAGED: dict[str, Callable[[], Pictures]] = {"digits": load_digits, "captioned-digits": load_captioned_digits}
+"""Data sets that need no files, by name. All are of 8 x 8 pixels and one channel."""
 
 
 class PictureFolder(Pictures):
@@ -213,6 +248,42 @@ class PictureFolder(Pictures):
         self._numbers, self.labels = map(list, zip(*whole, strict=True))
 
 
+class Some(Pictures):
+    """The first `num` pictures of a set, every class in turn as far as it has pictures.
+
+    Raises InputError if the set has fewer pictures.
+    """
+
+    def __init__(self, source: Pictures, num: int):
+        if not 1 <= num <= len(source):
+            raise InputError(f"data: asked for {num} pictures, found {len(source)}")
+        of_class = [[i for i, y in enumerate(source.labels) if y == k] for k in range(source.num_classes)]
+        rounds = zip_longest(*of_class)
+        self.source, self._indices = source, [i for each in rounds for i in each if i is not None][:num]
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
+        self.labels = [source.labels[i] for i in self._indices]
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
+        self.account = source.account
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[self._indices[index]]
+
+    @property
+    def captions(self) -> list[str]:
+        """See `Pictures`."""
+        captions = self.source.captions
+        return [captions[i] for i in self._indices]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        """See `Pictures`."""
+        wanted = range(len(self)) if indices is None else indices
+        return self.source.uint8([self._indices[i] for i in wanted])
+
+
 def open_data(
     spec: str,
     image_size: Size | None = None,
@@ -222,18 +293,19 @@ def open_data(
     skip_damaged: bool = False,
     labelled: bool = True,
 ) -> Pictures:
-    """Open `"digits"`, or pictures by their path (see `PictureFolder`)."""
-    if spec == "digits":
+    """Open a data set of `PACKAGED`, or pictures by their path (see `PictureFolder`)."""
+    if spec in PACKAGED:
         if image_size not in (None, 8, (8, 8)) or channels not in (None, 1):
-            raise InputError(f"data digits: asked for size {image_size}, channels {channels}; it has 8 and 1")
-        return load_digits()
+            raise InputError(f"data {spec}: asked for size {image_size}, channels {channels}; it has 8 and 1")
+        return PACKAGED[spec]()
     options = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
         return PictureFolder(spec, image_size, channels or 3, **options)
     except InputError as error:
         if Path(spec).exists():
             raise
-        raise InputError(f"data: {error}; or 'digits'") from error
+        names = " or ".join(map(repr, PACKAGED))
+        raise InputError(f"data: {error}; or {names}") from error
 
 
 def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> None:
@@ -241,60 +313,50 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     exactly: also refuse fewer classes than the backbone has.
 
-    Raises InputError: another shape, or more classes than the backbone has.
+    Raises InputError: another shape, more classes than the backbone has, or a caption that it does not know.
     """
     if data.shape != tuple(backbone.sample_shape):
         found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
         raise InputError(f"data: pictures of {found}, but the model takes {expected} (channels, height, width)")
-    known = getattr(backbone.condition, "num_classes", data.num_classes)
+    if not isinstance(backbone.condition, ClassLabels):
+        backbone.condition.plain(list(dict.fromkeys(backbone.condition.values_of(data))))
+        return
+    known = backbone.condition.num_classes
     if data.num_classes > known or (exactly and data.num_classes != known):
         raise InputError(f"data: {data.num_classes} classes, but the model has {known}")
 
 
-@lru_cache(maxsize=4)
-def _permutation(num_pictures: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_pictures)
+Rows = Tensor | dict[str, Tensor]
+"""Conditions of a batch: labels (B,), words (B, S), or tensors of B rows by name."""
 
 
-@dataclass(frozen=True)
-class StepBatches(Sampler[list[int]]):
-    """Choose the pictures of step s: a pure function of (seed, s), so a run can start at any step.
+class Conditioned(Dataset):
+    """Pictures with rows of a model's condition in place of labels. Item i is (x, row): a tensor, or tensors by name.
 
-    Each epoch has one permutation, seeded by (seed, epoch). Joined, they make an endless stream; step s takes
-    its positions [s·B, (s+1)·B). Each process gets `num_slices` equal micro-batches of a step. Together the processes
-    see the same batch of B pictures for any number of processes.
+    The rows of each value are made once.
     """
 
-    num_pictures: int
-    batch_size: int  # B: pictures per step, over all micro-batches and processes
-    seed: int
-    start: int = 0
-    stop: int = 2**62
-    num_slices: int = 1
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self):
-        if self.batch_size % (self.num_slices * self.world):
-            raise InputError(
-                f"batch_size: found {self.batch_size}, expected a multiple of accumulation x processes "
-                f"({self.num_slices} x {self.world})"
-            )
-
-    def batch(self, step: int) -> np.ndarray:
-        """Return the indices of the whole batch of `step`, (B,)."""
-        parts, position, missing = [], step * self.batch_size, self.batch_size
-        while missing:
-            epoch, offset = divmod(position, self.num_pictures)
-            part = _permutation(self.num_pictures, self.seed, epoch)[offset : offset + missing]
-            parts.append(part)
-            position, missing = position + len(part), missing - len(part)
-        return np.concatenate(parts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            slices = self.batch(step).reshape(self.num_slices, self.world, -1)
-            yield from slices[:, self.rank].tolist()
+    def __init__(self, pictures: Pictures, condition: ConditionType):
+        self.pictures, self.values = pictures, condition.values_of(pictures)
+        self.can_flip, self.fingerprint = pictures.can_flip, pictures.fingerprint
+        self._rows: dict[object, Rows] = {}
+        for value in dict.fromkeys(self.values):
+            row = condition.of([value])
+            named = isinstance(row, Conditioning)
+            self._rows[value] = {name: part[0] for name, part in row.rows.items()} if named else row[0]
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.num_slices
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Rows]:
+        return self.pictures[index][0], self._rows[self.values[index]]
+
+
+def conditioned(pictures: Pictures, condition: ConditionType) -> Pictures | Conditioned:
+    """Return the pictures with rows of `condition`. Class labels are the pictures' own."""
+    return pictures if isinstance(condition, ClassLabels) else Conditioned(pictures, condition)
+
+
+def as_condition(rows: Rows) -> Condition:
+    """Return a batch of rows as the model takes it."""
+    return Conditioning(rows) if isinstance(rows, dict) else rows

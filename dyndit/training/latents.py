@@ -59,6 +59,11 @@ class LatentPictures(Pictures):
         content = json.dumps([index, use_mode], sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def captions(self) -> list[str]:
+        """Return the pictures' captions."""
+        return self.source.captions
+
     def __len__(self) -> int:
         return self._identity.num_pictures
 

@@ -12,7 +12,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.training.borrowed import borrowed
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures
+from dyndit.training.data import Pictures, Rows, conditioned
 from dyndit.training.distill import _DISTILLING, Distill
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.losses import halves
@@ -39,7 +39,7 @@ class Match:
             weight = self.variance_weight if model.process.has_variance else 0.0
             task = _Matching(student, backbone, weight, states)
             identity = f"{model.identity.backbone} {kept} {self.variance_weight} {self.null_share}"
-            result = fit(task, data, self.fit, Path(out), identity=identity)
+            result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)
         student.to(next(backbone.parameters()).device)
         return DynamicDepth(student, pixel_space=model.pixel_space, process=model.process).eval(), result
@@ -52,9 +52,9 @@ class _Matching(Task):
         self.trainable, self.teacher, self.variance_weight, self.states = student, teacher, variance_weight, states
 
     def loss(
-        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the squared error on noise and variance outputs.  x: (B, C, H, W), y: (B,)."""
+        """Return the squared error on noise and variance outputs.  x: (B, C, H, W), y: B rows."""
         inputs = self.states(x, y, generator)
         with torch.no_grad():
             target = self.teacher.to(x.device)(inputs.x, inputs.t, inputs.y)

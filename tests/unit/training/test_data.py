@@ -11,7 +11,8 @@ from PIL import Image
 
 from dyndit.errors import InputError
 from dyndit.pictures.collection import read_picture
-from dyndit.training.data import PictureFolder, StepBatches, load_digits, open_data
+from dyndit.training.batches import StepBatches
+from dyndit.training.data import PictureFolder, load_digits, open_data
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options) -> Path:

@@ -28,9 +28,11 @@ from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.pictures.collection import said_of
 from dyndit.progress import progress_bar
 from dyndit.runtime import chosen_device
 from dyndit.sampling.sample import Samples, sample
+from dyndit.sampling.solvers import kind_of
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import open_data
 
@@ -54,6 +56,9 @@ def prepare(experiment: Experiment, out: Path, inputs: Inputs | None = None, con
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)
+    data.check()
+    for line in said_of(data.account):
+        console.print(line, highlight=False)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
     named, options = inputs.model or experiment.model, {"process": inputs.process or None, "device": inputs.device}
     given = None if inputs.from_scratch else checkpoints.load(named, **options)
@@ -69,13 +74,13 @@ def prepare(experiment: Experiment, out: Path, inputs: Inputs | None = None, con
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }
-    manifest.claim(out, settings_of(experiment, inputs, data) | identity)
+    manifest.claim(out, settings_of(experiment, inputs, data) | identity, pictures=data.account)
     model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
     if given is not None and given.exits is not None:  # its table; the reader checks that it belongs to the model
         table, place = (folder / checkpoints.TABLE for folder in (Path(named), out / "model"))
         if table.is_file() and not place.exists():
             files.copy(table, place)
-    real = PictureSet(inputs.data or experiment.data, data.uint8())
+    real = PictureSet(inputs.data or experiment.data, data)
     references = tuple(Measured(real, extractor) for extractor in extractors)
     return Context(experiment, model, references, data, out, console, given)
 
@@ -188,6 +193,10 @@ class Comparison:
             "mean_depth_uncond": uncond,
             "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
             "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
+            "noise": kind_of(plan.solver),
+            "labels": "balanced",
+            "resize": "",
+            "reference": "pictures",
             "role": "score",
             "plan": "" if arm.variant else arm.plan_file,
             "macs": macs,

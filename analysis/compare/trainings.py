@@ -24,8 +24,10 @@ from dyndit.analysis.report.trainings import trainings_figure
 from dyndit.analysis.report.write import write_report
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.pictures.collection import said_of
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
+from dyndit.sampling.solvers import kind_of
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures, Some, open_data
 from dyndit.training.losses import denoising_loss
@@ -62,13 +64,17 @@ def run(trainings: Trainings, out: Path, data: str = "", console: Console | None
     """
     console, out = console or Console(stderr=True), Path(out)
     pictures = open_data(data or trainings.data)
+    pictures.check()
+    for line in said_of(pictures.account):
+        console.print(line, highlight=False)
     if trainings.num_pictures:
         pictures = Some(pictures, trainings.num_pictures)
     extractor = load_extractor(trainings.extractor)
-    manifest.claim(out, _settings(trainings, pictures) | {"extractor": extractor.fingerprint})
+    settings = _settings(trainings, pictures) | {"extractor": extractor.fingerprint}
+    manifest.claim(out, settings, pictures=pictures.account)
     for recipe in trainings.recipes.values():
         recipe.check(pictures)
-    reference = Measured(PictureSet(data or trainings.data, pictures.uint8()), extractor)
+    reference = Measured(PictureSet(data or trainings.data, pictures), extractor)
     for seed in trainings.seeds:
         for name, recipe in trainings.recipes.items():
             arm = _arm(trainings, name)
@@ -179,6 +185,10 @@ def _row(
         "num_images": trainings.num_images,
         "share_of_blocks": 1.0,
         "ms_per_picture": 1e3 * drawn.seconds / trainings.num_images,
+        "noise": kind_of(trainings.solver),
+        "labels": "balanced",
+        "resize": "",
+        "reference": "pictures",
         "role": "score",
         "plan": "",
         "variant": "",

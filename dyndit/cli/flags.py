@@ -1,5 +1,6 @@
 """Flags that several verbs share, and functions that read them."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -9,6 +10,8 @@ import tyro
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from diffusers import ModelMixin
 
     from dyndit.models.dynamic import DynamicDepth
@@ -122,6 +125,26 @@ class StepChoice:
     """Predicted Fréchet distance. Reach it in the least time."""
     reference_steps: int | None = None
     """Steps of full depth whose time is the reference (default: the steps that the table was measured at)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read."""
+
+    resize_method: str = "bicubic"
+    """How pictures come to the size: bicubic (crop the centre, then resize once, antialiased), adm (ADM's halving
+    with a box filter, bicubic, centre crop) or clean-fid (as bicubic, on floats)."""
+    skip_damaged: bool = False
+    """Leave damaged pictures out, counted and listed; otherwise they are refused before anything is done."""
+
+
+READING = Reading()
+
+
+def say(lines: "Iterable[str]") -> None:
+    """Print lines to standard error."""
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 FULL_DEPTH = PlanChoice()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.models.identity import AutoencoderRecord
     from dyndit.process import Process
+    from dyndit.training.data import Pictures
     from dyndit.training.train import Train
 
 
@@ -36,13 +37,15 @@ def train(
     num_classes: int | None = None,
     conditioning: str = "",
     vae: Path | None = None,
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
 
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
         out: Folder for the model, checkpoints, losses and TensorBoard logs (always needed).
-        data: One of {data_sets}, or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: One of {data_sets}, or pictures: a folder with a subfolder per class or one flat folder, .zip, .tar, .npz,
+            or a data set of Hugging Face (default: the recipe's).
         model: A card, such as DiT-B/4: train its architecture from random weights. Or weights to start from: a model
             folder, a published DiT .pt, "digits", or a hub id; their process must be the recipe's.
         steps: Updates (default: the recipe's).
@@ -86,7 +89,7 @@ def train(
     shape = {name: value for name, value in shape.items() if value is not None}
     chosen = _changed(chosen.with_backbone(**shape), recipe, process, text_encoder)
     with PartialState().main_process_first():  # encode latents once
-        pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
+        pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out, reading)
     chosen.check(pictures)
     start = _start(model, chosen.process, weights) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
@@ -98,7 +101,7 @@ def train(
     if text_encoder is not None:
         settings["text_encoder"] = chosen.backbone.text_encoder_hash
     with PartialState().main_process_first():
-        manifest.claim(out, settings, shared=("latents",))
+        manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
     if epochs is not None:
         steps = max(1, epochs * len(pictures) // (batch_size or chosen.fit.batch_size))
     changes = {
@@ -118,6 +121,7 @@ def train(
     model.autoencoder = made_by
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
+    facts["pictures"] = pictures.account
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
@@ -140,6 +144,7 @@ def distill(
     process: str = "",
     weights: flags.Weights = None,
     vae: flags.Vae = None,
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
 
@@ -150,7 +155,8 @@ def distill(
             heads {heads}. Recipes: {recipes}.
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
-        data: One of {data_sets}, or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: One of {data_sets}, or pictures: a folder with a subfolder per class or one flat folder, .zip, .tar, .npz,
+            or a data set of Hugging Face (default: the recipe's).
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         process: Process of a model that does not say its own, one of {processes}.
@@ -169,12 +175,12 @@ def distill(
         print(note)
     with PartialState().main_process_first():
         shape = loaded.model.backbone.sample_shape
-        pictures, made_by = _training_data(data or chosen.data, shape, vae, out, model)
+        pictures, made_by = _training_data(data or chosen.data, shape, vae, out, reading, model)
     chosen.check(loaded.model, pictures)
     original = loaded.model.identity.backbone
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
     with PartialState().main_process_first():
-        manifest.claim(out, settings, shared=("latents",))
+        manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
     changes = {"steps": steps, "batch_size": batch_size}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
@@ -189,6 +195,7 @@ def distill(
     files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
     identity = dynamic.identity
     facts = {"fit": vars(fit), "seconds": result.seconds, "exits": identity.exits, "trunk": identity.backbone}
+    facts["pictures"] = pictures.account
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if identity.backbone != original:
         moved = result.losses["full"].iloc[-20:].mean()
@@ -321,12 +328,14 @@ def _start(model: str, process: "Process", weights: str | None) -> "DynamicDepth
 
 
 def _training_data(
-    spec: str, shape: tuple[int, ...], vae: Path | None, out: Path, model: str = ""
-) -> "tuple[object, AutoencoderRecord | None]":
-    """Open pictures, or their latents -> the data, and the autoencoder of latents.
+    spec: str, shape: tuple[int, ...], vae: Path | None, out: Path, reading: flags.Reading, model: str = ""
+) -> "tuple[Pictures, AutoencoderRecord | None]":
+    """Open the pictures to train on, check all their contents, and say what is skipped.
 
-    model: the path or hub id of the model, whose own autoencoder is the default.
+    model: the path or hub id of the model, whose own autoencoder is the default. -> the pictures, or their latents, and
+    the autoencoder of latents.
     """
+    from dyndit.pictures.collection import said_of
     from dyndit.training.data import PACKAGED, open_data
 
     if not spec:
@@ -335,18 +344,25 @@ def _training_data(
             f"--data: missing; expected a folder of pictures with a subfolder per class, or one of {names}"
         )
     channels, *size = shape
-    if vae is None and channels in (1, 3):
-        return open_data(spec, None if spec in PACKAGED else tuple(size), channels), None
-    from dyndit.storage.autoencoder import find
-    from dyndit.training.autoencoders import check_channels, latent_space, load_autoencoder, picture_size, record
-    from dyndit.training.latents import encode_latents
+    size, encoder = None if spec in PACKAGED else tuple(size), None
+    if vae is not None or channels not in (1, 3):
+        from dyndit.storage.autoencoder import find
+        from dyndit.training.autoencoders import check_channels, latent_space, load_autoencoder, picture_size, record
+        from dyndit.training.latents import encode_latents
 
-    folder, source = find(vae or model, optional=vae is None)
-    if folder is None:
-        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their autoencoder")
-    encoder = load_autoencoder(folder)
-    check_channels(encoder, channels, f"--vae {folder}")
-    pictures = open_data(spec, picture_size(encoder, tuple(size)), latent_space(encoder).in_channels)
+        folder, source = find(vae or model, optional=vae is None)
+        if folder is None:
+            raise InputError(
+                f"--vae: missing; latents of {channels} channels, expected the folder of their autoencoder"
+            )
+        encoder = load_autoencoder(folder)
+        check_channels(encoder, channels, f"--vae {folder}")
+        size, channels = picture_size(encoder, shape[1:]), latent_space(encoder).in_channels
+    pictures = open_data(spec, size, channels, method=reading.resize_method, skip_damaged=reading.skip_damaged)
+    pictures.check()
+    flags.say(said_of(pictures.account))
+    if encoder is None:
+        return pictures, None
     return encode_latents(pictures, folder, out / "latents", 16), record(encoder, source)
 
 

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -21,7 +21,7 @@ def sample(
     steps: Annotated[int | None, flags.also("num-sampling-steps")] = None,
     cfg_scale: float | None = None,
     guided_channels: int | None = None,
-    class_labels: tuple[int, ...] = (),
+    class_labels: tuple[str, ...] = (),
     prompt: tuple[str, ...] = (),
     seed: Annotated[int, flags.also("global-seed")] = 0,
     batch_size: Annotated[int, flags.also("per-proc-batch-size")] = 64,
@@ -48,7 +48,8 @@ def sample(
         steps: Sampling steps (default: 20, or chosen).
         cfg_scale: Guidance scale; 1 is unguided (default: 1.5).
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
-        class_labels: Classes, taken in turn; default all of the model's.
+        class_labels: Classes, taken in turn; balanced (the default): all of the model's in turn; random: drawn for each
+            picture.
         prompt: Captions of a model of captions, taken in turn, such as "number seven, bold"; default the model's own.
         seed: Seed.
         batch_size: Pictures at a time.
@@ -77,8 +78,10 @@ def sample(
     goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, **others)
     if bool(card) == bool(model):
         raise InputError(f"MODEL {model!r} and --model {published.model!r}: expected one of them")
-    usual = cards.usual_sampling(card, class_labels, num_images)
-    solver, class_labels, num_images = solver or usual.solver, usual.class_labels, usual.num_images
+    classes = _classes(class_labels)
+    usual = cards.usual_sampling(card, classes if isinstance(classes, tuple) else (), num_images)
+    classes = classes if class_labels else usual.class_labels
+    solver, num_images = solver or usual.solver, usual.num_images
     cfg_scale = usual.cfg_scale if cfg_scale is None else cfg_scale
     guided_channels = usual.guided_channels if guided_channels is None else guided_channels
     vae = Path("mse") if card and vae is None else vae
@@ -113,7 +116,7 @@ def sample(
         stored = sample_into(
             out,
             dynamic,
-            class_labels or prompt or None,
+            classes or prompt or None,
             num_images,
             plan=plan,
             solver=solver,
@@ -141,6 +144,17 @@ def sample(
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}
         figures |= {"out": str(out), "share_of_blocks": plan.share_of_blocks, "steps": steps}
         print(json.dumps(figures | {"num_images": num_images}))
+
+
+def _classes(given: tuple[str, ...]) -> "tuple[int, ...] | Literal['random'] | None":
+    """Read --class-labels; None takes every class in turn."""
+    if given in ((), ("balanced",)):
+        return None
+    if given == ("random",):
+        return "random"
+    if odd := next((text for text in given if not text.isdecimal()), None):
+        raise InputError(f"--class-labels {odd}: expected balanced, random, or the numbers of classes")
+    return tuple(map(int, given))
 
 
 def _print_chosen(plan: "DepthPlan") -> None:

@@ -44,6 +44,7 @@ def calibrate(
     vae: flags.Vae = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
     fresh: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -65,8 +66,8 @@ def calibrate(
         extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
             table, else digits for digits and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        reference: Real pictures: one of {data_sets}, or a picture folder (default: digits for a model of classes that
-            is judged by an extractor of digits).
+        reference: Real pictures: one of {data_sets}, or any that `dyndit evaluate` takes (default: digits for a model
+            of classes that is judged by an extractor of digits).
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -126,7 +127,7 @@ def calibrate(
             own_guides=own_guides,
             forecast_ages=forecast_ages,
         )
-        real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder))
+        real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
         with progress_bar("measuring distribution shifts") as advance:
             reducing, moments = calibration.reduced(network, real)
             table = calibration.measure_shifts(
@@ -230,17 +231,26 @@ def _picture_shape(dynamic: "DynamicDepth", decoder: "ModelMixin | None") -> tup
 
 
 def _real_pictures(
-    reference: str, extractor: "Extractor", dynamic: "DynamicDepth", size: tuple[int, ...], channels: int
+    reference: str,
+    extractor: "Extractor",
+    dynamic: "DynamicDepth",
+    size: tuple[int, ...],
+    channels: int,
+    reading: flags.Reading,
 ) -> "Tensor":
     """Read at most 5,000 pictures of the reference, evenly spread over the set, as uint8."""
     from dyndit.models.conditions import ClassLabels
+    from dyndit.pictures.collection import said_of
     from dyndit.training.data import PACKAGED, open_data
 
     usual = extractor.name == "digits" and isinstance(dynamic.backbone.condition, ClassLabels)
     spec = reference or ("digits" if usual else "")
     if not spec:
         raise InputError(f"--reference: missing; expected a folder of real pictures, or one of {', '.join(PACKAGED)}")
-    pictures, most = open_data(spec, size, channels), 5000
+    options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
+    pictures, most = open_data(spec, size, channels, **options), 5000
+    pictures.check()
+    flags.say(said_of(pictures.account))
     count = len(pictures)
     return pictures.uint8([i * count // most for i in range(most)] if count > most else None)
 

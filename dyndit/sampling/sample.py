@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ class Stored:
 def sample_into(
     out: Path,
     model: DynamicDepth,
-    classes: Sequence[Value] | None,
+    classes: Sequence[Value] | Literal["random"] | None,
     num_images: int,
     *,
     ids: Sequence[int] | None = None,
@@ -218,7 +218,8 @@ def sample_into(
     """Draw a set of pictures into the folder `out`. Existing pictures stay; a finished set does not change.
 
     Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: numbers of
-    classes, or captions; None takes every class, or the model's own prompts, in turn.
+    classes, or captions; None takes every class, or the model's own prompts, in turn; "random" draws the class of
+    picture i from (seed, i).
     ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes can share the numbers and draw into one
     folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. The process that adds the last picture finishes the
     set. Both processes draw a batch that they share, so cut at multiples of batch_size.
@@ -229,7 +230,10 @@ def sample_into(
         InputError: before any write: see `sample`, or `out` holds another run or other files. Later: the disk is full,
             or a picture of the folder is damaged.
     """
-    labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
+    if classes == "random":
+        labels = random_labels(model, num_images, settings.get("seed", 0))
+    else:
+        labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
     labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
     asked = Sampling(**settings).bound(model, labels, origin)
     if not model.pixel_space and to_pictures is None:
@@ -246,7 +250,7 @@ def sample_into(
         "steps": asked.num_steps,
         "cfg_scale": asked.cfg_scale,
         "guided_channels": asked.guided_channels,
-        "labels": "in turn" if classes is None else tuple(classes),
+        "labels": "in turn" if classes is None else classes if classes == "random" else tuple(classes),
         "num_images": num_images,
         "seed": asked.seed,
         "plan_steps": list(map(str, plan.steps)),
@@ -281,6 +285,15 @@ def sample_into(
     if not store.missing():
         store.finish(run, facts)
     return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
+
+
+def random_labels(model: DynamicDepth, num: int, seed: int) -> list[int]:
+    """Draw a class for each picture, uniformly; picture i's is a function of (seed, i)."""
+    classes = getattr(model.backbone.condition, "num_classes", 0)
+    if not classes:
+        raise InputError("--class-labels random: the model has no classes; expected no class labels")
+    digests = (hashlib.sha256(f"label {seed} {i}".encode()).digest() for i in range(num))
+    return [int.from_bytes(digest, "big") % classes for digest in digests]
 
 
 def _facts(plan: DepthPlan) -> dict[str, object]:

@@ -107,6 +107,13 @@ def takes_variance(solver: AnySolver) -> bool:
     return scheduler.config.get("variance_type") in ("learned", "learned_range")
 
 
+def kind_of(solver: str) -> str:
+    """Return "SDE" if a named solver adds noise, "ODE" if not, "" for an unknown name."""
+    if solver not in SOLVERS:
+        return ""
+    return "SDE" if draws_noise(SOLVERS[solver].build()) else "ODE"
+
+
 def draws_noise(scheduler: SchedulerMixin) -> bool:
     """Tell whether `step` may draw noise, and so needs generators.
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from dyndit import files, manifest
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.conditions import Value
-from dyndit.pictures import PictureFiles, as_image, as_nchw, grid, write_png
+from dyndit.pictures import as_image, grid, write_png
+from dyndit.pictures.collection import PictureFiles
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
 NUM_IN_GRID = 64
@@ -127,10 +128,10 @@ class Store:
         times = self.times()
         if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times
             return
-        pictures = PictureFiles(tuple(map(self.path, range(len(self.labels)))))
+        pictures = PictureFiles.at(tuple(map(self.path, range(len(self.labels)))))
         _write_archive(self.folder / ARCHIVE, pictures, self.labels)
         first = pictures.read(range(min(NUM_IN_GRID, len(pictures))))
-        write_png(self.folder / GRID, grid(as_nchw(first)))
+        write_png(self.folder / GRID, grid(first))
         self.describe(settings, complete=True, **times | facts)
         self.drop_times()
 

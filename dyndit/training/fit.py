@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dyndit.errors import InputError
+from dyndit.training.batches import StepBatches
 from dyndit.training.borrowed import modes_kept
 from dyndit.training.checkpoints import Checkpoints, Ema, Run, Weights, to_cpu
 from dyndit.training.config import FitConfig
-from dyndit.training.data import StepBatches
 from dyndit.training.log import Log
 from dyndit.training.stopping import any_caught, leave, outlive_signals, signals
 

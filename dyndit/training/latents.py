@@ -52,7 +52,7 @@ class LatentPictures(Pictures):
         self._identity = _Identity(**index["made_from"])
         self._names: list[str] = list(index["sha256"])
         self._shards: dict[int, safe_open] = {}
-        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.num_classes, self.class_names, self.account = source.num_classes, source.class_names, source.account
         _, self.channels, height, width = self._shard(0).get_slice("mean").get_shape()
         self.image_size = height if height == width else (height, width)
         # Include the shards' hashes: another machine encodes the same pictures to other last bits.

@@ -18,8 +18,8 @@ PAGE, JUNIT = ROOT / "docs" / "reliability.md", ROOT / "build" / "reliability.xm
 
 INTRO = """# Reliability
 
-What holds when machines die, disks fill and files are damaged. Each row is a promise and the test that shows it, with the
-number of cases that passed. `make reliability` runs these tests and writes this page; nothing here is written by hand.
+What holds when machines die, disks fill and files are damaged. Each row is a promise and the test that shows it, with
+the number of cases that passed. `make reliability` runs these tests and writes this page, which nobody edits by hand.
 """
 
 

@@ -20,7 +20,7 @@ from dyndit import files
 from dyndit.errors import CheckpointError, InputError
 from dyndit.training.config import FitConfig
 from dyndit.training.data import PictureFolder, load_digits
-from dyndit.training.fit import FitResult, fit
+from dyndit.training.fit import FitResult, Task, fit
 
 CONFIG = FitConfig(
     steps=12,
@@ -36,7 +36,7 @@ CONFIG = FitConfig(
 DIGITS = load_digits()
 
 
-class Denoise:
+class Denoise(Task):
     """Predict the picture from a noisy one; dropout, batch statistics and a frozen part on purpose."""
 
     def __init__(self, width: int = 16, noise: float = 1.0):
@@ -136,7 +136,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(whole, tmp_path: Pat
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path: Path) -> None:
-    class Killed(Exception):
+    class Killed(BaseException):
         pass
 
     class Dies(Denoise):
@@ -442,9 +442,9 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from dyndit.training.fit import FitConfig, fit
+from dyndit.training.fit import FitConfig, Task, fit
 
-class Plain:
+class Plain(Task):
     def __init__(self):
         self.trainable = nn.Sequential(nn.Flatten(), nn.Linear(64, 64))
         nn.init.ones_(self.trainable[1].weight)

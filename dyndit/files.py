@@ -28,13 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.locks import LOCK
 
 DRAFT = ".writing-"
 MOST_JSON = 64 << 20
 """Most bytes of a JSON file. A larger file is refused unread."""
-
-LOCK = ".lock"
-"""Name of the file that a run's writer holds, see `dyndit.locks`."""
 
 _numbers = itertools.count()
 
@@ -337,6 +335,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: no readable safetensors file ({first_line(error)})") from error
+
+
+def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Hash every bit of tensors and metadata, by name: SHA-256 in hexadecimal."""
+    digest = hashlib.sha256("".join(f"{name}={text}\n" for name, text in sorted((metadata or {}).items())).encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

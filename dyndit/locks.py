@@ -14,12 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dyndit.errors import InputError
-from dyndit.files import LOCK
 
 try:
     import fcntl
 except ImportError:  # Windows: no lock is taken
     fcntl = None
+
+LOCK = ".lock"
+"""Name of the file that a run's writer holds."""
 
 _held: dict[Path, "Lock"] = {}
 """Locks of this process, by folder."""

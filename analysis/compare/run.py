@@ -20,19 +20,20 @@ from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
 from dyndit.analysis.compare.sources import SOURCES
-from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.analysis.metrics.extractors import Extractor, load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
+from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.progress import progress_bar
 from dyndit.runtime import chosen_device
 from dyndit.sampling.sample import Samples, sample
 from dyndit.storage import load as checkpoints
-from dyndit.training.data import open_data
+from dyndit.training.data import Pictures, open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
@@ -55,7 +56,23 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }
-    manifest.claim(out, settings_of(experiment, inputs, data) | identity)
+    with locked(out):
+        manifest.claim(out, settings_of(experiment, inputs, data) | identity)
+        _compared(experiment, given, named, data, extractors, inputs, out, console)
+    return out
+
+
+def _compared(
+    experiment: Experiment,
+    given: DynamicDepth | None,
+    named: str,
+    data: Pictures,
+    extractors: list[Extractor],
+    inputs: Inputs,
+    out: Path,
+    console: Console,
+) -> None:
+    """Run every stage.  given: the model loaded from `named`; None to train one."""
     model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
     if given is not None and given.exits is not None:  # its table; the reader checks that it belongs to the model
         table, place = (folder / checkpoints.TABLE for folder in (Path(named), out / "model"))
@@ -69,7 +86,6 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         arms = [arm for source in SOURCES for arm in source.arms(context)]
         comparison.measure(arms)
         comparison.report(arms)
-    return out
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """Flags that several verbs share, and functions that read them."""
 
+import functools
+import inspect
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import tyro
 
 from dyndit.errors import InputError
+from dyndit.locks import locked
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from dyndit.plans.table import ShiftTable
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Positional = tyro.conf.Positional
 Unnamed = Annotated[T, tyro.conf.arg(name="")]
 """A group of flags without the group's name before each flag."""
@@ -27,6 +33,26 @@ Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if 
 _OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
 Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
+
+
+def holds(name: str, *, make: bool = True) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a verb: while it runs, no other process can write to the folder of its argument `name`.
+
+    Of several processes of one run, the first holds the folder.  make: hold a missing folder too, by making it.
+    """
+
+    def decorated(verb: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(verb)
+        def holding(*arguments: P.args, **options: P.kwargs) -> None:
+            folder = inspect.signature(verb).bind(*arguments, **options).arguments[name]
+            if os.environ.get("RANK", "0") != "0" or not (make or Path(folder).is_dir()):
+                return verb(*arguments, **options)
+            with locked(folder):
+                return verb(*arguments, **options)
+
+        return holding
+
+    return decorated
 
 
 @dataclass(frozen=True)

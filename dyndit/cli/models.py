@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
 
 
+@flags.holds("out")
 def train(
     recipe: flags.Positional[str],
     /,
@@ -72,6 +73,7 @@ def train(
     print(f"model: {out}")
 
 
+@flags.holds("out")
 def distill(
     recipe: flags.Positional[str],
     /,

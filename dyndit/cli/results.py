@@ -7,6 +7,10 @@ from pathlib import Path
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
+from dyndit.locks import locked
+
+_PATIENCE = 10.0
+"""Seconds that `evaluate` waits for another `evaluate` to add its row to the same run."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ def evaluate(
     from dyndit.runtime import chosen_device
     from dyndit.training.data import open_data
 
+    if out is not None:
+        with locked(out, wait=_PATIENCE):  # refuse it before the work
+            pass
     device = chosen_device(device)
     real = open_data("digits").uint8() if reference == "digits" else Path(reference)
     kept = cache or cache_folder()
@@ -75,8 +82,8 @@ def evaluate(
         print(f"statistics of the reference: {save_reference}")
     if out is not None:
         row = row_of_samples(samples, figures, run=out.name)
-        out.mkdir(parents=True, exist_ok=True)
-        append_run(out / RUNS, row)
+        with locked(out, wait=_PATIENCE):
+            append_run(out / RUNS, row)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
         print(json.dumps(figures))

@@ -17,6 +17,7 @@ from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.names import match_frequencies, own_positions
+from dyndit.storage.native import plans_in
 from dyndit.storage.reading import AskedProcess
 
 Format = Literal["native", "official", "diffusers"]
@@ -101,9 +102,7 @@ def convert(
 def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:
     left = [f"exits after {len(model.exits.layers)} layers"] if model.exits is not None else []
     if folder is not None:
-        left += [
-            path.name for path in (*sorted(folder.glob(checkpoints.PLANS)), folder / checkpoints.TABLE) if path.exists()
-        ]
+        left += [path.name for path in (*plans_in(folder), folder / checkpoints.TABLE) if path.exists()]
     return (f"left behind: {', '.join(left)}; an official .pt has no place for them",) if left else ()
 
 

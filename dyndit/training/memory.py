@@ -32,8 +32,8 @@ def smaller(num_parts: int, batch_size: int, step: int, error: Exception) -> int
         ) from error
     num_parts = min(2 * num_parts, batch_size)
     print(
-        f"training: out of memory at step {step}; from here on micro-batches of {-(-batch_size // num_parts)} pictures, "
-        f"{num_parts} times as many: the same batch",
+        f"training: out of memory at step {step}; from here on {-(-batch_size // num_parts)} pictures at a time, "
+        "and the same batch in all",
         file=sys.stderr,
     )
     return num_parts

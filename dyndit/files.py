@@ -51,11 +51,13 @@ def is_draft(path: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts in a folder whose writers are dead. Drafts of other machines stay."""
-    for path in folder.glob(f"{DRAFT}*"):
-        named = re.fullmatch(rf"{re.escape(DRAFT)}([0-9a-f]{{8}})-(\d+)-\d+", path.name)
-        if named is None or (named[1] == _host() and not _is_alive(int(named[2]))):
-            remove(path)
+    """Remove the drafts in a folder and below whose writers are dead. Drafts of other machines stay."""
+    for parent, folders, names in os.walk(folder):
+        for name in (name for name in (*folders, *names) if name.startswith(DRAFT)):
+            named = re.fullmatch(rf"{re.escape(DRAFT)}([0-9a-f]{{8}})-(\d+)-\d+", name)
+            if named is None or (named[1] == _host() and not _is_alive(int(named[2]))):
+                remove(Path(parent, name))
+        folders[:] = [name for name in folders if not name.startswith(DRAFT)]
 
 
 def _is_alive(pid: int) -> bool:
@@ -72,6 +74,8 @@ def _is_alive(pid: int) -> bool:
 
 def remove(path: Path) -> None:
     """Remove a file or a whole folder, if it exists and can be removed."""
+    if not (path.exists() or path.is_symlink()):
+        return
     reached("remove", path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

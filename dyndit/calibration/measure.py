@@ -227,8 +227,7 @@ def measure_table_into(
     partial = path.with_suffix(".partial")
     with locked(path.parent):
         measure_table(sampler, extractor, reference, partial=partial, **options).save(path)
-        if partial.exists():
-            remove(partial)
+        remove(partial)
     return ShiftTable.load(path)  # rounded as in the file, so that a resumed run gives the same results
 
 

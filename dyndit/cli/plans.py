@@ -113,6 +113,7 @@ def calibrate(
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
     decoder = flags.decoder_of(dynamic, model, vae, device)
     to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
+    files.sweep(model)
     path = model / checkpoints.TABLE
     # A stored table stays until a new one is whole and has given its plan.
     into = path.with_name(f"new-{path.name}") if fresh and path.exists() else path
@@ -173,6 +174,7 @@ def calibrate(
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
     """Load the model's table; None if it has none. Raises InputError: other exits or another guidance scale."""
+    from dyndit import files
     from dyndit.models.identity import same
     from dyndit.plans.step import OwnExit
     from dyndit.plans.table import ShiftTable
@@ -183,6 +185,7 @@ def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "Shif
     scales = f"--cfg-scale {table.cfg_scale:g}, now {cfg_scale:g}" if table.cfg_scale != cfg_scale else ""
     if scales or not same(table.exits, dynamic.identity.exits):
         raise InputError(f"{path}: measured at {scales or 'other exits'}; expected the same, or --fresh to replace it")
+    files.remove(path.with_suffix(".partial"))  # of a run that was killed when the table was whole
     terms = ", own guides" if any(isinstance(choice.guide, OwnExit) for choice in table.choices) else ""
     terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
     held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"

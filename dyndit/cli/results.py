@@ -60,6 +60,7 @@ def evaluate(
         out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
             are one seed block.
     """
+    from dyndit import files
     from dyndit.analysis import append_run, load_extractor, save_statistics
     from dyndit.analysis.metrics.features import cache_folder
     from dyndit.analysis.metrics.quality import evaluate as compare
@@ -83,6 +84,7 @@ def evaluate(
     if out is not None:
         row = row_of_samples(samples, figures, run=out.name)
         with locked(out, wait=_PATIENCE):
+            files.sweep(out)
             append_run(out / RUNS, row)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:

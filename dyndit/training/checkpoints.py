@@ -102,7 +102,6 @@ class Checkpoints:
     def save(self, run: Run, step: int, log: str) -> Path:
         """Write the checkpoint of `step` and delete the oldest beyond `keep_checkpoints`.  log: text of its log."""
         place = self.folder / f"step-{step:06d}"
-        files.sweep(self.folder)
         with files.written_whole(place, folder=True) as draft:
             hashes = {}
             for name, tensors in run.tensors().items():
@@ -120,8 +119,7 @@ class Checkpoints:
                 "sha256": hashes,
             }
             files.write_json(draft / "state.json", state | {"checksum": _checksum(state)})
-            if place.exists():  # this step was saved before; the previous checkpoint remains
-                files.remove(place)
+            files.remove(place)  # if this step was saved before; the previous checkpoint remains
         self._prune()
         return place
 

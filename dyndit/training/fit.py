@@ -25,6 +25,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dyndit import files
 from dyndit.errors import InputError, first_line
 from dyndit.locks import locked
 from dyndit.training.borrowed import modes_kept
@@ -127,6 +128,8 @@ def fit(
     run = Run(trainable, _optimizer(trainable, config, rates or {}), Ema(trainable, config.ema_decay))
     checkpoints = Checkpoints(out / "checkpoints", config, data.fingerprint, identity, world)
     with locked(out) if is_main else nullcontext():
+        if is_main:
+            files.sweep(out)
         first, text = checkpoints.restore(run, resume, quiet=not is_main)
         log = Log(out, first, text, config, accelerator, progress and is_main)
         accelerator.wait_for_everyone()

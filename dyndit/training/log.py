@@ -36,7 +36,7 @@ class Log:
             out.mkdir(parents=True, exist_ok=True)
             if text and not (self.path.is_file() and self.path.read_bytes() == text.encode()):
                 files.write_text(self.path, text)
-            elif not text and self.path.is_file():
+            elif not text:
                 files.remove(self.path)
 
     def __enter__(self) -> Log:

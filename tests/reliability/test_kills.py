@@ -2,31 +2,16 @@
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dyndit import files
-from dyndit.calibration import samplers
-from dyndit.cli import recipes
 from dyndit.errors import InputError
 from support.kills import crashes_at, fills_at, killed_at_random, num_changes
-from support.tiny_verbs import TinyVerbs, fixed_cost, left
+from support.tiny_verbs import TinyVerbs, left
 
 SHORT = ("train", "distill", "calibrate", "sample", "evaluate")
-
-
-@pytest.fixture(scope="module")
-def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyVerbs]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samplers, "measure_cost", fixed_cost)
-        patch.setattr(files, "_is_alive", lambda _pid: False)  # a crash within this process leaves drafts in its name
-        find = recipes.find
-        verbs = TinyVerbs(tmp_path_factory.mktemp("inputs"))
-        packaged = {"digits": str(verbs.recipe)}
-        patch.setattr(recipes, "find", lambda name, *options: find(packaged.get(name, name), *options))
-        yield verbs
 
 
 @pytest.mark.reliability("A crash at any write, flush, rename or removal: the run goes on to the same bytes")

@@ -154,6 +154,7 @@ def _train(
 ) -> None:
     """Run the steps after the `first`."""
     trainable, device, is_main = task.trainable, accelerator.device, accelerator.is_main_process
+    alone = accelerator.num_processes == 1
     prepared, optimizer = accelerator.prepare(trainable, run.optimizer)
     module = torch.compile(prepared) if config.compile else prepared
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
@@ -199,50 +200,54 @@ def _train(
         log,
     ):
         trainable.train()
-        for step in range(first, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * config.learning_rate_at(step)
-            before = [buffer.clone() for buffer in buffers]  # statistics of batches
-            try:
+        whole: int | None = first  # the step that the weights are of; None while they change
+        step, before = first, [buffer.clone() for buffer in buffers]  # statistics of batches
+        try:
+            for step in range(first, config.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * config.learning_rate_at(step)
+                before = [buffer.clone() for buffer in buffers]
                 loaded, figures = [next(micro_batches) for _ in range(config.accumulation)], None
                 while figures is None:
                     try:
                         figures = gradients(step, loaded)
                     except (RuntimeError, MemoryError) as error:
-                        if not is_out_of_memory(error) or accelerator.num_processes > 1:
+                        if not is_out_of_memory(error) or not alone:
                             raise
                         num_parts = smaller(num_parts, len(loaded[0][0]), step + 1, error)
                     if figures is None:  # the error, which holds on to tensors, is gone here
                         trainable.zero_grad()
                         torch.cuda.empty_cache()
                         _restore(buffers, before)
-            except Exception:
-                _restore(buffers, before)
-                if saved < step and accelerator.num_processes == 1:
-                    log.flush()  # raises if a loss is not finite
-                    save(step)
-                raise
-            norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad()
-            run.ema.update(step)
-            log.add(step + 1, config.learning_rate_at(step), norm, figures)
+                norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
+                whole = None
+                optimizer.step()
+                optimizer.zero_grad()
+                run.ema.update(step)
+                log.add(step + 1, config.learning_rate_at(step), norm, figures)
 
-            done = step + 1
-            is_last = done == config.steps
-            due = is_last or done % config.checkpoint_every == 0
-            stop = any_caught(caught, accelerator, is_last or step % config.log_every == 0)
-            if due or stop or done % config.log_every == 0:
-                log.flush()  # raises if the loss is not finite, so broken weights are never saved
-            if due or stop:
-                save(done)
-                accelerator.wait_for_everyone()
-            if stop:
-                leave(caught, done, config.steps, out, is_main)
-            if config.sample_every and done % config.sample_every == 0:
-                if is_main:
-                    task.preview(out, done, run.ema.state_dict())
-                accelerator.wait_for_everyone()
+                done = whole = step + 1
+                is_last = done == config.steps
+                due = is_last or done % config.checkpoint_every == 0
+                stop = any_caught(caught, accelerator, is_last or step % config.log_every == 0)
+                if due or stop or done % config.log_every == 0:
+                    log.flush()  # raises if the loss is not finite, so broken weights are never saved
+                if due or stop:
+                    save(done)
+                    accelerator.wait_for_everyone()
+                if stop:
+                    leave(caught, done, config.steps, out, is_main)
+                if config.sample_every and done % config.sample_every == 0:
+                    if is_main:
+                        task.preview(out, done, run.ema.state_dict())
+                    accelerator.wait_for_everyone()
+        except Exception:
+            if whole == step:
+                _restore(buffers, before)
+            if whole is not None and saved < whole and alone:
+                log.flush()
+                save(whole)
+            raise
 
 
 @torch.no_grad()

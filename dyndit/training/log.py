@@ -81,7 +81,6 @@ class Log:
         frame.insert(0, "step", [row[0] for row in self.rows])
         frame.insert(2, "learning_rate", [row[1] for row in self.rows])
         frame = frame[["step", "loss", "learning_rate", "grad_norm", *names[2:]]]
-        self.rows.clear()
         bad = frame[~np.isfinite(frame[["loss", "grad_norm"]]).all(axis=1)]
         if len(bad):
             row = bad.iloc[0]
@@ -93,6 +92,7 @@ class Log:
         if self.accelerator.is_main_process:
             files.append_lines(self.path, lines)
         self.lines.append(lines)
+        self.rows.clear()
         step, now = int(frame["step"].iloc[-1]), time.monotonic()
         means = frame.drop(columns="step").mean().to_dict()
         rate = (step - self.last) / max(now - self.last_time, 1e-9)

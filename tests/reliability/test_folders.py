@@ -106,12 +106,12 @@ def test_a_second_writer_is_refused(verb: str, verbs: TinyVerbs, tmp_path: Path,
 def test_a_stored_table_is_replaced_only_if_asked_for(verbs: TinyVerbs, tmp_path: Path, capsys) -> None:
     verbs.calibrate(out := tmp_path / "model")
     before, small = left(out), {"num_pictures": 70, "batch_size": 35, "table_steps": 2, "num_bands": 1, "num_depths": 1}
-    for changes, named in (
+    for asked, named in (
         ({"cfg_scale": 2.0}, "measured at --cfg-scale 1.5, now 2; expected the same, or --fresh"),
         ({"budget": 0.01}, "budget"),
     ):
         with pytest.raises(InputError, match=named):
-            plans.calibrate(out, **{"budget": 0.9, "steps": 2} | changes)
+            plans.calibrate(out, **{"budget": 0.9, "steps": 2} | asked)
         assert left(out) == before
     other = small | {"num_bands": 2, "fresh": True, "steps": 2}
     with pytest.raises(InputError, match="budget"):

@@ -34,6 +34,7 @@ def ended(work, signals: tuple[int, ...], pause: float = 0.1) -> tuple[int, str]
     pid = os.fork()
     if pid == 0:
         os.dup2(words[1], 2)
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115 - this process does not outlive it
         for number in STOPS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         try:

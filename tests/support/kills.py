@@ -96,12 +96,15 @@ def crashes_at(moment: int, work: Work) -> bool:
     return False
 
 
-def fills_at(moment: int, work: Work) -> Exception | None:
-    """Do the work on a disk that is full from its so-and-so-many-th change on; the error it ends with, if any."""
+def fills_at(moment: int, work: Work, number: int = errno.ENOSPC) -> Exception | None:
+    """Do the work on a disk that is full from its so-and-so-many-th change on; the error it ends with, if any.
 
-    def react(number: int, act: str, path: Path) -> None:
-        if number >= moment and act != "remove":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    number: of the error that every change then meets.
+    """
+
+    def react(change: int, act: str, path: Path) -> None:
+        if change >= moment and act != "remove":
+            raise OSError(number, os.strerror(number), str(path))
 
     try:
         with changes(react):

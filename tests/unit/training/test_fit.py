@@ -176,6 +176,7 @@ def test_a_finished_run_returns_at_once(whole) -> None:
     assert torch.equal(task.trainable[1].weight, result.weights["1.weight"])
 
 
+@pytest.mark.reliability("A damaged checkpoint is named, and the one before it used")
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     whole, tmp_path: Path, name: str, capsys: pytest.CaptureFixture
@@ -199,6 +200,7 @@ def test_no_intact_checkpoint_is_an_error_and_deletes_nothing(tmp_path: Path) ->
     assert steps_of(tmp_path) == ["step-000004", "step-000008"]
 
 
+@pytest.mark.reliability("A full disk leaves a valid checkpoint, also if only one is kept")
 def test_the_oldest_checkpoint_goes_only_after_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +307,7 @@ def test_losses_are_noted_for_every_step(whole) -> None:
     assert all(torch.equal(stored[name], result.ema[name]) for name in result.ema)
 
 
+@pytest.mark.reliability("A loss or gradient that is not finite stops training; nothing broken is saved")
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path, broken: str) -> None:
     class Diverges(Denoise):

@@ -14,6 +14,8 @@ from dyndit.errors import InputError
 from support.kills import crashes_at, fills_at, killed_at_random, num_changes
 from support.tiny_verbs import TinyVerbs, left
 
+SHARES = (0.2, 0.2, 0.2, 1.0)
+"""Within which share of a run's time it is killed."""
 SHORT = ("train", "distill", "calibrate", "sample", "evaluate")
 
 
@@ -49,7 +51,7 @@ def test_sigkill_at_random_moments(verb: str, verbs: TinyVerbs, tmp_path: Path) 
     takes, expected, num_killed, number = time.monotonic() - began, left(whole), 0, 0
     while num_killed < 20:
         out, number = tmp_path / str(number), number + 1
-        while num_killed < 20 and killed_at_random(verbs.work(verb, out), takes / 2, chance):
+        while num_killed < 20 and killed_at_random(verbs.work(verb, out), takes * chance.choice(SHARES), chance):
             num_killed += 1
         verbs.work(verb, out)()
         assert left(out) == expected

@@ -4,13 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint docs audit release clean
+.PHONY: quickstart test reliability lint docs audit release clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/dyndit quickstart
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# Runs the tests that show a promise, and writes docs/reliability.md from the marks of those tests.
+reliability: $(STAMP)
+	$(VENV)/bin/python -m pytest -m reliability --junitxml=build/reliability.xml
+	$(VENV)/bin/python tests/support/reliability.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

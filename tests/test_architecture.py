@@ -27,7 +27,9 @@ LAYERS = (
     "demo",
     "cli",
 )
-FLOOR = ("assets", "clock", "discovery", "files", "manifest", "pictures", "process", "progress", "runtime", "stats")
+FLOOR = (
+    "assets", "clock", "discovery", "files", "locks", "manifest", "pictures", "process", "progress", "runtime", "stats",
+)  # fmt: skip
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 

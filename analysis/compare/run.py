@@ -5,7 +5,8 @@ the same fresh seeds -> report. Every stage stores its result on disk. A valid s
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
 from dyndit.analysis.compare.sources import SOURCES
-from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.analysis.metrics.extractors import Extractor, load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
+from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures.collection import said_of
 from dyndit.progress import progress_bar
@@ -34,24 +36,27 @@ from dyndit.runtime import chosen_device
 from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import kind_of
 from dyndit.storage import load as checkpoints
-from dyndit.training.data import open_data
+from dyndit.training.data import Pictures, open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
-    """Run the comparison in `out`, and return it. Raises InputError: see `prepare`."""
-    context = prepare(experiment, out, inputs, console)
-    comparison = Comparison(experiment, context.model, context.references, out, context.console)
-    with experiment.autocast(context.model.device.type):
-        arms = [arm for source in SOURCES for arm in source.arms(context)]
-        comparison.measure(arms)
-        comparison.report(arms)
+    """Run the comparison in `out`, and return it. Raises InputError: see `prepared`."""
+    with prepared(experiment, out, inputs, console) as context:
+        comparison = Comparison(experiment, context.model, context.references, out, context.console)
+        with experiment.autocast(context.model.device.type):
+            arms = [arm for source in SOURCES for arm in source.arms(context)]
+            comparison.measure(arms)
+            comparison.report(arms)
     return out
 
 
-def prepare(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Context:
-    """Load or make the model with its exits in `out/model`, and read the real pictures.
+@contextmanager
+def prepared(
+    experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None
+) -> Iterator[Context]:
+    """Load or make the model with its exits in `out/model`, and read the real pictures. Hold the folder meanwhile.
 
-    Raises InputError: `out` holds another run, or an input does not fit.
+    Raises InputError: `out` holds another run, another process writes there, or an input does not fit.
     """
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
@@ -74,7 +79,22 @@ def prepare(experiment: Experiment, out: Path, inputs: Inputs | None = None, con
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }
-    manifest.claim(out, settings_of(experiment, inputs, data) | identity, pictures=data.account)
+    with locked(out):
+        manifest.claim(out, settings_of(experiment, inputs, data) | identity, pictures=data.account)
+        yield _context(experiment, given, named, data, extractors, inputs, out, console)
+
+
+def _context(
+    experiment: Experiment,
+    given: DynamicDepth | None,
+    named: str,
+    data: Pictures,
+    extractors: list[Extractor],
+    inputs: Inputs,
+    out: Path,
+    console: Console,
+) -> Context:
+    """Load or make the model with its exits.  given: the model loaded from `named`; None to train one."""
     model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
     if given is not None and given.exits is not None:  # its table; the reader checks that it belongs to the model
         table, place = (folder / checkpoints.TABLE for folder in (Path(named), out / "model"))

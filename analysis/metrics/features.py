@@ -22,7 +22,7 @@ from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.metrics.statistics import INCEPTION, Statistics
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import read_safetensors, sweep, write_safetensors
+from dyndit.files import content_hash, read_safetensors, sweep, write_safetensors
 from dyndit.pictures import as_rgb
 from dyndit.progress import progress_bar
 from dyndit.stats import Moments, moments
@@ -180,7 +180,7 @@ def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:
     small = {k: _smallest(v) for k, v in tensors.items()}
     try:
         sweep(path.parent)
-        write_safetensors(path, small, {"hash": _hash(small)})
+        write_safetensors(path, small, {"hash": content_hash(small)})
     except InputError as error:
         logging.getLogger(__name__).warning("features not kept: %s", error)
 
@@ -193,7 +193,7 @@ def _read(path: Path | None, names: tuple[str, ...]) -> dict[str, Tensor] | None
         tensors, metadata = read_safetensors(path)
     except CheckpointError:
         return None
-    whole = tensors.keys() == set(names) and metadata.get("hash") == _hash(tensors)
+    whole = tensors.keys() == set(names) and metadata.get("hash") == content_hash(tensors)
     return {k: v.double() for k, v in tensors.items()} if whole else None
 
 
@@ -201,11 +201,3 @@ def _smallest(values: Tensor) -> Tensor:
     """Convert to float32 if no value changes: networks compute in float32."""
     single = values.float()
     return (single if torch.equal(single.double(), values) else values).contiguous()
-
-
-def _hash(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -168,6 +168,8 @@ def _require_numbers(file: Path, column: pd.Series, required: bool) -> None:
 def append_run(path: Path, *rows: Mapping[str, object]) -> None:
     """Add rows to a runs.csv; create the file if it is missing. A kill at any moment leaves the old or the new file.
 
+    A row of the same arm, block and role, under the same settings, is replaced.
+
     rows: each has a value for each of COLUMNS; None and NaN are written as empty.
     Raises InputError: a row or the file has an unknown column, or lacks a column.
     """
@@ -181,13 +183,21 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
         old = path.read_text(encoding="utf-8")
         if (found := next(csv.reader([old.partition("\n")[0]]), [])) != list(COLUMNS):
             raise InputError(f"{path}: columns {', '.join(found)}; expected {', '.join(COLUMNS)}")
-        text.write(old)
+        new = {_key(row) for row in rows}
+        kept = [row for row in csv.DictReader(io.StringIO(old)) if _key(row) not in new]
+        writer.writeheader()
+        writer.writerows(kept)
     else:
         writer.writeheader()
     for row in rows:
         empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
         writer.writerow({**row, **empty})
     write_text(path, text.getvalue())
+
+
+def _key(row: Mapping[str, object]) -> tuple[str, ...]:
+    """Return what tells a row from all others, as text of the file."""
+    return tuple("" if row[name] is None else str(row[name]) for name in (*GROUP, "arm", "block", "role"))
 
 
 def arm_name(family: str, solver: str, steps: int | str, budget: float | None, settings: str) -> str:

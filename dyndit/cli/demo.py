@@ -39,11 +39,11 @@ def demo(
     device = chosen_device(device)
     if model == "digits":
         from dyndit.analysis.compare.experiment import Inputs
-        from dyndit.analysis.compare.run import prepare
+        from dyndit.analysis.compare.run import prepared
         from dyndit.recipes.digits import quickstart
 
-        context = prepare(quickstart, out, Inputs(device=device))
-        studio = Studio(context.model, context.table, name=model)
+        with prepared(quickstart, out, Inputs(device=device)) as context:
+            studio = Studio(context.model, context.table, name=model)
     else:
         loaded = checkpoints.inspect(model, process=process or None, device=device)
         for note in loaded.notes:

@@ -1,13 +1,18 @@
 """Flags that several verbs share, and functions that read them."""
 
+import functools
+import inspect
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import tyro
 
 from dyndit.errors import InputError
+from dyndit.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from dyndit.plans.table import ShiftTable
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Positional = tyro.conf.Positional
 Unnamed = Annotated[T, tyro.conf.arg(name="")]
 """A group of flags without the group's name before each flag."""
@@ -95,6 +101,26 @@ class PublishedSampling:
             raise InputError("--tf32 and --no-tf32: both given; expected one of them")
         if self.tf32 or self.no_tf32:
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+
+
+def holds(name: str, *, make: bool = True) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a verb: while it runs, no other process can write to the folder of its argument `name`.
+
+    Of several processes of one run, the first holds the folder.  make: hold a missing folder too, by making it.
+    """
+
+    def decorated(verb: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(verb)
+        def holding(*arguments: P.args, **options: P.kwargs) -> None:
+            folder = inspect.signature(verb).bind(*arguments, **options).arguments[name]
+            if os.environ.get("RANK", "0") != "0" or not (make or Path(folder).is_dir()):
+                return verb(*arguments, **options)
+            with locked(folder):
+                return verb(*arguments, **options)
+
+        return holding
+
+    return decorated
 
 
 @dataclass(frozen=True)

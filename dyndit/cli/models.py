@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dyndit.training.train import Train
 
 
+@flags.holds("out")
 def train(
     recipe: flags.Positional[str] = "published",
     /,
@@ -132,6 +133,7 @@ def train(
     print(f"model: {out}")
 
 
+@flags.holds("out")
 def distill(
     recipe: flags.Positional[str],
     /,

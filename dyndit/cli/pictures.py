@@ -56,7 +56,8 @@ def sample(
         published: Flags of the published code's scripts.
         depth: Which depths to run.
         choice: Goal that steps and depths are chosen for, on the model's stored table.
-        strict: Pad every batch to one size, so that pictures are bit-equal however they are grouped.
+        strict: Pad every batch to --batch-size. At one batch size, pictures are then bit-equal however they are
+            grouped. Without it, or at another batch size, a pixel may differ by one level of 255.
         stats: Print depth and time per step.
         process: Process of a model that does not say its own, one of {processes}.
     """

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dyndit.analysis.metrics.extractors import Extractor
+    from dyndit.calibration.measure import CalibrationSettings
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.table import ShiftTable
     from dyndit.process import Process
 
 
+@flags.holds("model", make=False)
 def calibrate(
     model: flags.Positional[Path],
     /,
@@ -77,8 +79,9 @@ def calibrate(
         forecast_ages: The table also holds exits with forecasts of their gap to full depth, from up to so many steps
             ago; 0 for no forecasts.
         process: Process of a model that does not say its own, one of {processes}.
-        fresh: Measure the table again even if there is a table.
+        fresh: Measure the table again. A stored table is replaced once the new table has given its plan.
     """
+    from dyndit import files
     from dyndit.calibration import calibrate as calibration
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
@@ -115,7 +118,10 @@ def calibrate(
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
     decoder = flags.decoder_of(dynamic, model, vae, device)
     to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
+    files.sweep(model)
     path = model / checkpoints.TABLE
+    # A stored table stays until a new one is whole and has given its plan.
+    into = path.with_name(f"new-{path.name}") if fresh and path.exists() else path
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
     network = _extractor(extractor, extractor_weights, dynamic, table, device)
     if table is None:
@@ -127,6 +133,9 @@ def calibrate(
             own_guides=own_guides,
             forecast_ages=forecast_ages,
         )
+        if into != path and (left := _left_table(into, dynamic, network, settings, table_steps, cfg_scale)):
+            table = left
+    if table is None:
         real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
         with progress_bar("measuring distribution shifts") as advance:
             reducing, moments = calibration.reduced(network, real)
@@ -138,7 +147,7 @@ def calibrate(
                 cfg_scale=cfg_scale,
                 settings=settings,
                 to_pictures=to_pictures,
-                into=path,
+                into=into,
                 on_progress=advance,
             )
     options = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
@@ -147,7 +156,7 @@ def calibrate(
     if step_grid:
         with progress_bar("measuring full depth") as advance:
             table = calibration.measure_bases(
-                dynamic, table, network, step_grid=step_grid, into=path, on_progress=advance, **options
+                dynamic, table, network, step_grid=step_grid, into=into, on_progress=advance, **options
             )
     measured = {"table": table, "extractor": network, **options}
     if goal is None:
@@ -159,6 +168,8 @@ def calibrate(
         plan = calibration.calibrate_steps(dynamic, goal, **measured)
         _print_step_counts(calibration.table_for(dynamic, table, solver), plan, dynamic.process)
         target = out or model / f"plan-{plan.router}-{solver}-{goal.label}.json"
+    if into != path:
+        files.move(into, path)
     plan.save(target)
     _print_plan(plan, _distance_name(network, table))
     print(f"plan: {target}")
@@ -167,7 +178,8 @@ def calibrate(
 
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
-    """Load the model's table if it fits the exits and the guidance scale, else None. Print which."""
+    """Load the model's table; None if it has none. Raises InputError: other exits or another guidance scale."""
+    from dyndit import files
     from dyndit.models.identity import same
     from dyndit.plans.step import OwnExit
     from dyndit.plans.table import ShiftTable
@@ -175,13 +187,43 @@ def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "Shif
     if not path.exists():
         return None
     table = ShiftTable.load(path)
-    if table.cfg_scale != cfg_scale or not same(table.exits, dynamic.identity.exits):
-        print(f"{path}: measured at another guidance scale or on other exits; measured again")
-        return None
+    scales = f"--cfg-scale {table.cfg_scale:g}, now {cfg_scale:g}" if table.cfg_scale != cfg_scale else ""
+    if scales or not same(table.exits, dynamic.identity.exits):
+        raise InputError(f"{path}: measured at {scales or 'other exits'}; expected the same, or --fresh to replace it")
+    files.remove(path.with_suffix(".partial"))  # of a run that was killed when the table was whole
     terms = ", own guides" if any(isinstance(choice.guide, OwnExit) for choice in table.choices) else ""
     terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
     held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
     print(f"{path}: searched as it is ({held}); --fresh measures anew")
+    return table
+
+
+def _left_table(
+    path: Path,
+    dynamic: "DynamicDepth",
+    extractor: "Extractor",
+    settings: "CalibrationSettings",
+    num_steps: int,
+    cfg_scale: float,
+) -> "ShiftTable | None":
+    """Return the table that a stopped --fresh left beside the stored one, if it is the table to measure."""
+    from dyndit.calibration.measure import part_of
+    from dyndit.calibration.samplers import OwnSampler
+    from dyndit.errors import CheckpointError
+    from dyndit.plans.table import ShiftTable
+
+    if not path.exists():
+        return None
+    try:
+        table = ShiftTable.load(path)
+    except CheckpointError as error:
+        print(f"{error}: measured again")
+        return None
+    network = extractor if table.projection is None else extractor.projected(table.projection)
+    sampler = OwnSampler(dynamic, dynamic.process.usual_solver, num_steps, cfg_scale, seed=settings.seed)
+    if table.extractor_fingerprint != network.fingerprint or part_of(table, sampler, settings) is None:
+        return None
+    print(f"{path}: measured already, not replacing the stored table yet")
     return table
 
 

@@ -9,6 +9,10 @@ from typing import Any
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
+from dyndit.locks import locked
+
+_PATIENCE = 10.0
+"""Seconds that `evaluate` waits for another `evaluate` to add its row to the same run."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def evaluate(
         return
     if samples is None or not reference:
         raise InputError("evaluate: expected SAMPLES and --reference, or --self-check WEIGHTS")
+    from dyndit import files
     from dyndit.analysis import append_run, load_extractor, save_statistics
     from dyndit.analysis.metrics.quality import evaluate as compare
     from dyndit.analysis.metrics.quality import reference_statistics
@@ -102,6 +107,9 @@ def evaluate(
     from dyndit.pictures.resize import Resize
     from dyndit.training.data import PACKAGED, open_data
 
+    if out is not None:
+        with locked(out, wait=_PATIENCE):  # refuse it before the work
+            pass
     device = _device(device)
     resize = None if resize_and_crop is None else Resize(resize_and_crop, resize_method)
     told = Told(about.reference_extractor, about.reference_resize, about.reference_count, about.reference_source)
@@ -118,9 +126,10 @@ def evaluate(
         print(f"statistics of the reference: {save_reference}")
     if out is not None:
         row = row_of_samples(samples, figures, run=out.name)
-        warnings = check_addable(out / RUNS, row)
-        out.mkdir(parents=True, exist_ok=True)
-        append_run(out / RUNS, row)
+        with locked(out, wait=_PATIENCE):
+            files.sweep(out)
+            warnings = check_addable(out / RUNS, row)
+            append_run(out / RUNS, row)
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dyndit import manifest
 from dyndit.errors import InputError
+from dyndit.locks import locked
 from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router, bind
@@ -83,7 +84,7 @@ class Sampling:
 
     plan: a plan, or a router that writes one; None is the full plan. solver: a name of `SOLVERS`, or a diffusers
     scheduler. guided_channels: see `Guidance`. strict: pad every batch to `batch_size`. Kernels then see one shape, and
-    pictures are bit-equal in any grouping; otherwise they are equal to 1/255. stats: time every step.
+    pictures are bit-equal in any grouping at this batch size; else they are equal to 1/255. stats: time every step.
     """
 
     plan: DepthPlan | Router | None = None
@@ -227,8 +228,8 @@ def sample_into(
     origin: the plan's name in messages. on_progress(done, all) counts pictures. settings: see `Sampling`.
 
     Raises:
-        InputError: before any write: see `sample`, or `out` holds another run or other files. Later: the disk is full,
-            or a picture of the folder is damaged.
+        InputError: before any write: see `sample`, or `out` holds another run or other files, or another process draws
+            there. Later: the disk is full, or a picture of the folder is damaged.
     """
     if classes == "random":
         labels = random_labels(model, num_images, settings.get("seed", 0))
@@ -258,33 +259,37 @@ def sample_into(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
-    found = manifest.claim(store.folder, run, complete=False, **facts)
-    missing = store.missing()
-    if found is not None and found.get("complete") is True:
-        if not missing and store.has_overviews:
-            store.drop_times()
-            return Stored(store.folder, plan, found, 0)
-        facts |= {name: found[name] for name in TIMES if name in found}
-        store.describe(run, complete=False, **facts)
-    todo = {i // asked.batch_size for i in missing & wanted}
-    numbers = [i for i in range(num_images) if i // asked.batch_size in todo]  # whole batches of the whole set
-    machine, done = manifest.machine(str(next(model.parameters()).device)), num_images - len(missing)
-    part = hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()[:8]  # names this process's file of times
-    if on_progress is not None:
-        on_progress(done, num_images)
-    for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
-        began = time.perf_counter()
-        pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
-        # Write times before pictures: every batch on disk then has its time.
-        store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
-        rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
-        store.add([drawn.ids[row] for row in rows], pictures[rows])
-        done += len(rows)
+    # Processes that share the numbers hold the folder together, once one of them has claimed it.
+    with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
+        found = manifest.claim(store.folder, run, complete=False, **facts)
+        if ids is not None:
+            lock.share()
+        missing = store.missing()
+        if found is not None and found.get("complete") is True:
+            if not missing and store.has_overviews:
+                store.drop_times()
+                return Stored(store.folder, plan, found, 0)
+            facts |= {name: found[name] for name in TIMES if name in found}
+            store.describe(run, complete=False, **facts)
+        todo = {i // asked.batch_size for i in missing & wanted}
+        numbers = [i for i in range(num_images) if i // asked.batch_size in todo]  # whole batches of the whole set
+        machine, done = manifest.machine(str(next(model.parameters()).device)), num_images - len(missing)
+        part = hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()[:8]  # names this process's file of times
         if on_progress is not None:
             on_progress(done, num_images)
-    if not store.missing():
-        store.finish(run, facts)
-    return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
+        for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
+            began = time.perf_counter()
+            pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
+            # Write times before pictures: every batch on disk then has its time.
+            store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
+            rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
+            store.add([drawn.ids[row] for row in rows], pictures[rows])
+            done += len(rows)
+            if on_progress is not None:
+                on_progress(done, num_images)
+        if not store.missing():
+            store.finish(run, facts)
+        return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
 
 
 def random_labels(model: DynamicDepth, num: int, seed: int) -> list[int]:

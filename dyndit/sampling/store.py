@@ -107,7 +107,7 @@ class Store:
     def drop_times(self) -> None:
         """Remove the files of times. The manifest holds their sums."""
         for path in self.folder.glob("times-*.jsonl"):
-            path.unlink(missing_ok=True)
+            files.remove(path)
 
     @property
     def manifest(self) -> dict[str, object]:

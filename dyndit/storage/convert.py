@@ -18,6 +18,7 @@ from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.autoencoder import find, open_autoencoder
+from dyndit.storage.native import plans_in
 from dyndit.storage.reading import AskedProcess, Loaded
 
 Format = Literal["native", "official", "diffusers"]
@@ -121,9 +122,7 @@ def _with_autoencoder(loaded: Loaded, source: str) -> Loaded:
 def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:
     left = [f"exits after {len(model.exits.layers)} layers"] if model.exits is not None else []
     if folder is not None:
-        left += [
-            path.name for path in (*sorted(folder.glob(checkpoints.PLANS)), folder / checkpoints.TABLE) if path.exists()
-        ]
+        left += [path.name for path in (*plans_in(folder), folder / checkpoints.TABLE) if path.exists()]
     return (f"left behind: {', '.join(left)}; an official .pt has no place for them",) if left else ()
 
 

@@ -144,8 +144,9 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
 
 def plans_in(folder: Path) -> dict[Path, DepthPlan]:
     """Load the plans in a folder, by file. Raises CheckpointError: a plan cannot be read."""
+    found = (path for path in sorted(folder.glob(PLANS)) if not path.name.endswith(".manifest.json"))  # of a figure
     try:
-        return {path: DepthPlan.load(path) for path in sorted(folder.glob(PLANS))}
+        return {path: DepthPlan.load(path) for path in found}
     except PlanError as error:
         raise CheckpointError(str(error)) from error
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models import families
-from dyndit.models.base import Backbone
+from dyndit.models.base import Backbone, Inputs
 from dyndit.models.conditions import Condition
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
@@ -196,11 +196,15 @@ class _Distillation(Task):
         self.variance_weight = recipe.variance_weight if process.has_variance else 0.0
         self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
 
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Inputs]:
+        """Make the inputs of the model.  x: (B, ...), y: B rows."""
+        return x, self.states(x, y, generator)
+
     def loss(
-        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, inputs: Inputs, _: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the squared error on noise and variance outputs over depths.  x: (B, ...), y: B rows."""
-        inputs, num_exits = self.states(x, y, generator), len(self.trainable.exits.layers)
+        """Sum the squared error on noise and variance outputs over depths.  x: (B, ...)."""
+        num_exits = len(self.trainable.exits.layers)
         errors = module(inputs.x, inputs.t, inputs.y)  # of the exits, then of full depth if it trains
         noise, variance = errors[:num_exits].mean(dim=(0, 1)).detach()
         figures = {"noise": noise, "variance": variance}

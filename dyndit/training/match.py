@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dyndit.models.base import Backbone
+from dyndit.models.base import Backbone, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.training.borrowed import borrowed
@@ -51,11 +51,14 @@ class _Matching(Task):
     def __init__(self, student: nn.Module, teacher: nn.Module, variance_weight: float, states: States) -> None:
         self.trainable, self.teacher, self.variance_weight, self.states = student, teacher, variance_weight, states
 
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Inputs]:
+        """Make the inputs of the models.  x: (B, C, H, W), y: B rows."""
+        return x, self.states(x, y, generator)
+
     def loss(
-        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, inputs: Inputs, _: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the squared error on noise and variance outputs.  x: (B, C, H, W), y: B rows."""
-        inputs = self.states(x, y, generator)
+        """Return the squared error on noise and variance outputs.  x: (B, C, H, W)."""
         with torch.no_grad():
             target = self.teacher.to(x.device)(inputs.x, inputs.t, inputs.y)
         noise, variance = halves(module(inputs.x, inputs.t, inputs.y) - target, x.shape[1]).mean(dim=0)

@@ -17,7 +17,7 @@ from dyndit.models.exits import ExitConfig, Exits
 from dyndit.process import DDPM, Process
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, Rows, as_condition, check_fit, conditioned
-from dyndit.training.fit import FitResult, fit
+from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.latents import LatentPictures
 from dyndit.training.losses import deep_supervision_loss, denoising_loss
 
@@ -117,21 +117,24 @@ class Train:
         return model.eval(), result
 
 
-class _Denoising:
+class _Denoising(Task):
     """Task: train the backbone, with its exits if the model has exits."""
 
     def __init__(self, model: DynamicDepth, exit_weight: float, preview: Preview | None) -> None:
         self.model, self.trainable = model, _trained_from_scratch(model)
         self.exit_weight, self._preview = exit_weight, preview
 
-    def loss(
-        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss at random timesteps, and its parts.  x: (B, C, H, W), y: B rows."""
-        process = self.model.process
-        t = process.sample_timesteps(len(x), generator).to(x.device)
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor, Condition]]:
+        """Draw timesteps, noise, and conditions to drop.  x: (B, C, H, W), y: B rows -> x, (t, eps, y)."""
+        t = self.model.process.sample_timesteps(len(x), generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
-        y = self.model.backbone.condition.dropped(as_condition(y), generator)
+        return x, (t, eps, self.model.backbone.condition.dropped(as_condition(y), generator))
+
+    def loss(
+        self, module: nn.Module, x: Tensor, drawn: tuple[Tensor, Tensor, Condition], _: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its parts.  x: (B, C, H, W), drawn: see `draw`."""
+        process, (t, eps, y) = self.model.process, drawn
         if self.model.exits is None:
             return denoising_loss(module, process, x, t, eps, y)
         return deep_supervision_loss(module, process, x, t, eps, y, self.exit_weight)

@@ -13,7 +13,7 @@ from dyndit.errors import CheckpointError, InputError
 from dyndit.training.autoencoders import decode_latents, load_autoencoder
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, load_digits
-from dyndit.training.fit import fit
+from dyndit.training.fit import Task, fit
 from dyndit.training.latents import encode_latents
 from support.autoencoders import make_autoencoder
 
@@ -160,7 +160,7 @@ def test_decoding_undoes_the_scale_and_does_not_depend_on_the_batch(autoencoder:
 
 
 def test_a_model_trains_on_latents(autoencoder: Path, tmp_path: Path) -> None:
-    class Denoise:
+    class Denoise(Task):
         trainable = nn.Conv2d(4, 4, 3, padding=1)
 
         def loss(self, module, x, y, generator):

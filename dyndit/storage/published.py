@@ -75,6 +75,7 @@ def inspect(
     num_classes: int | None = None,
     *,
     process: AskedProcess = None,
+    weights: str | None = None,
     device: str = "auto",
     dtype: str = "own",
 ) -> Loaded:
@@ -87,7 +88,8 @@ def inspect(
     """
     config = CARDS[card]
     path = _published_weights(card) if ckpt is None else ckpt
-    loaded = checkpoints.inspect(path, num_heads=config.num_heads, process=process, device=device, dtype=dtype)
+    told = {"num_heads": config.num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    loaded = checkpoints.inspect(path, device=device, dtype=dtype, **told)
     wanted = {
         "image_size": config.image_size,
         "in_channels": config.in_channels,

@@ -113,6 +113,17 @@ def test_weights_of_another_card_are_refused(place: Path, capsys) -> None:
     assert "num_classes 10; expected 1000" in line
 
 
+def test_weights_of_a_card_are_chosen_and_told_as_any_checkpoints(place: Path) -> None:
+    """A table of ten rows is taken for ten classes without a null class, unless the caller tells nine."""
+    own, average = (torch.load(weights(place / f"{n}.pt", num_classes=9, width=24 + 24 * n)) for n in range(2))
+    torch.save({"model": own, "ema": average}, place / "both.pt")
+    found = published.inspect(CARD, place / "both.pt", 9, weights="model").model.backbone
+    assert found.config() == vars(CARDS[CARD]) | {"num_classes": 9}
+    assert all(torch.equal(tensor, own[name]) for name, tensor in found.state_dict().items())
+    with pytest.raises(dyndit.InputError, match="width 48; expected 24"):
+        published.inspect(CARD, place / "both.pt", 9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -174,7 +174,8 @@ def _train(
             if flip:
                 mirrored = torch.rand(len(x), generator=generator) < 0.5
                 x = torch.where(mirrored.to(device)[:, None, None, None], x.flip(-1), x)
-            x, y = task.draw(x, y, generator)
+            with autocast:
+                x, y = task.draw(x, y, generator)
             with accelerator.accumulate(prepared):
                 means: dict[str, Tensor] = {}
                 for share, *rows in in_parts(x, y, num_parts):

@@ -277,6 +277,7 @@ def test_the_notebook_runs(here: Path) -> None:
     resources = {"metadata": {"path": str(here)}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
         done = NotebookClient(book, timeout=120, kernel_name="python3", resources=resources).execute()
     assert all(output.output_type != "error" for cell in done.cells for output in cell.get("outputs", []))
     assert sum(cell.cell_type == "code" for cell in done.cells) >= 6

@@ -23,11 +23,10 @@ lint: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers,docs]"
 	touch $(STAMP)
 
 docs: $(STAMP)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	$(VENV)/bin/mkdocs build --strict
 
 audit: $(STAMP)

@@ -384,16 +384,12 @@ def check_free(target: Path, *, folder: bool) -> None:
 def claim(out: Path, besides: tuple[str, ...] = ()) -> None:
     """Make the folder of a new run, or take an empty folder. Drafts of killed writers do not count.
 
-    besides: names that may lie in the folder.
-
-    Raises:
-        InputError: `out` is a file, holds other names, or cannot be made.
+    besides: names that may lie in the folder. Raises InputError: `out` is a file, holds others, or cannot be made.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; expected a folder")
-    if out.exists() and any(
-        entry.name not in (*besides, LOCK) and not is_draft(Path(entry.name)) for entry in out.iterdir()
-    ):
+    names = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if any(name not in (*besides, LOCK) and not is_draft(Path(name)) for name in names):
         raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
     try:
         reached("make", out)

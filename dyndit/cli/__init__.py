@@ -26,7 +26,7 @@ VERBS: dict[str, str] = {
     "report": "results",
     "compare": "results",
     "convert": "models",
-    "inspect": "inspect",
+    "inspect": "inspection",
     "info": "models",
     "quickstart": "results",
     "demo": "demo",

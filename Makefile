@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint docs audit release clean
+.PHONY: quickstart test reliability lint docs audit release clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/dyndit quickstart
@@ -12,17 +12,21 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+# Runs the tests that show a promise, and writes docs/reliability.md from the marks of those tests.
+reliability: $(STAMP)
+	$(VENV)/bin/python -m pytest -m reliability --junitxml=build/reliability.xml
+	$(VENV)/bin/python tests/support/reliability.py
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers,docs]"
 	touch $(STAMP)
 
 docs: $(STAMP)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	$(VENV)/bin/mkdocs build --strict
 
 audit: $(STAMP)

@@ -28,18 +28,8 @@ LAYERS = (
     "cli",
 )
 FLOOR = (
-    "assets",
-    "clips",
-    "clock",
-    "discovery",
-    "files",
-    "manifest",
-    "pictures",
-    "process",
-    "progress",
-    "runtime",
-    "stats",
-)
+    "assets", "clock", "discovery", "files", "locks", "manifest", "pictures", "process", "progress", "runtime", "stats",
+)  # fmt: skip
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 

@@ -10,7 +10,7 @@ def demo(
     model: flags.Positional[str] = "digits",
     /,
     out: Path = Path("runs/quickstart"),
-    vae: Path | None = None,
+    vae: flags.Vae = None,
     process: str = "",
     host: str = "127.0.0.1",
     port: int = 7860,
@@ -21,7 +21,6 @@ def demo(
     Args:
         model: A model with exits: a native folder, a hub id, or "digits".
         out: Folder of the quickstart's run. "digits" takes its exits and table from there, or makes them there first.
-        vae: Folder of the autoencoder of a model of latents.
         process: Process of a model that does not say its own, one of {processes}.
         host: Address to listen on. 0.0.0.0 lets other machines in.
         port: Port to listen on.
@@ -32,7 +31,7 @@ def demo(
     from dyndit.plans.table import FILE, ShiftTable
     from dyndit.runtime import chosen_device
     from dyndit.storage import load as checkpoints
-    from dyndit.training.latents import decode_latents
+    from dyndit.training.autoencoders import decode_latents
 
     require_gradio()
     if not 0 <= port < 65536:
@@ -40,11 +39,11 @@ def demo(
     device = chosen_device(device)
     if model == "digits":
         from dyndit.analysis.compare.experiment import Inputs
-        from dyndit.analysis.compare.run import prepare
+        from dyndit.analysis.compare.run import prepared
         from dyndit.recipes.digits import quickstart
 
-        context = prepare(quickstart, out, Inputs(device=device))
-        studio = Studio(context.model, context.table, name=model)
+        with prepared(quickstart, out, Inputs(device=device)) as context:
+            studio = Studio(context.model, context.table, name=model)
     else:
         loaded = checkpoints.inspect(model, process=process or None, device=device)
         for note in loaded.notes:

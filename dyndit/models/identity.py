@@ -20,11 +20,24 @@ VERSION_1 = "v1:"
 
 
 @dataclass(frozen=True)
+class AutoencoderRecord:
+    """The autoencoder that made a model's latents. source: its hub id with the commit; "" if it has none."""
+
+    kind: str
+    hash: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Identity:
-    """Hashes of a model's backbone and of its exits ("" without exits)."""
+    """Hashes of a model's backbone, of its exits ("" without exits), and of its autoencoder ("" if none is recorded).
+
+    Exits, plans and tables are bound to backbone and exits. Comparisons of pictures also need the autoencoder.
+    """
 
     backbone: str
     exits: str
+    autoencoder: str = ""
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class DepthPlan:
     """Identity of the backbone that the plan was calibrated on; "" if it fits any backbone of this depth."""
     exits: str = ""
     """Identity of the exits that the plan was calibrated on; "" if it fits any exits."""
+    calls: tuple[int, ...] = ()
+    """Calls of the network at each step; empty if every step makes one. Heun's solver makes two after its first."""
     figures: dict[str, float] = field(default_factory=dict, compare=False)
     """Figures that the router predicted or measured: shares of time and blocks, Fréchet distances."""
 
@@ -62,6 +64,10 @@ class DepthPlan:
             raise PlanError("plan: no steps")
         if any(a <= b for a, b in itertools.pairwise(self.timesteps)):
             raise PlanError("plan: timesteps must fall from noise to picture")
+        calls = tuple(self.calls)
+        if calls and (len(calls) != len(self.timesteps) or not all(type(c) is int and c >= 1 for c in calls)):
+            raise PlanError(f"plan: calls {list(calls)!s:.40}, expected a whole number for each step")
+        object.__setattr__(self, "calls", () if set(calls) == {1} else calls)
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PlanError(f"plan: budget {self.budget:g}, expected above 0 and at most 1")
         if len(self.steps) != len(self.timesteps):
@@ -77,15 +83,27 @@ class DepthPlan:
                 raise PlanError(f"plan: step {k} ({step}) is guided, but the guidance scale is 1")
 
     @classmethod
-    def full(cls, timesteps: Sequence[float], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
+    def full(
+        cls,
+        timesteps: Sequence[float],
+        num_blocks: int,
+        solver: str,
+        cfg_scale: float = 1.0,
+        calls: tuple[int, ...] = (),
+    ) -> Self:
         """Return the plan of the original model: both branches at every step unless `cfg_scale` is 1."""
         step = full_step(num_blocks, cfg_scale)
-        return cls(tuple(timesteps), (step,) * len(timesteps), num_blocks, solver, cfg_scale=cfg_scale)
+        return cls(tuple(timesteps), (step,) * len(timesteps), num_blocks, solver, cfg_scale=cfg_scale, calls=calls)
 
     @property
     def num_steps(self) -> int:
         """Return the number of sampling steps."""
         return len(self.timesteps)
+
+    @property
+    def calls_by_step(self) -> tuple[int, ...]:
+        """Return the calls of the network at each step."""
+        return self.calls or (1,) * self.num_steps
 
     @property
     def guided(self) -> bool:
@@ -122,7 +140,8 @@ class DepthPlan:
     def share_of_blocks(self) -> float:
         """Return the blocks run as a share of the full plan's blocks, over both branches if guided."""
         full = full_step(self.num_blocks, self.cfg_scale).work().blocks
-        return sum(step.work().blocks for step in self.steps) / (full * self.num_steps)
+        blocks = sum(n * step.work().blocks for n, step in zip(self.calls_by_step, self.steps, strict=True))
+        return blocks / (full * sum(self.calls_by_step))
 
     @property
     def mean_depth(self) -> tuple[float, float]:
@@ -193,6 +212,8 @@ class DepthPlan:
     def to_json(self) -> dict[str, object]:
         """Return plain data. Each step is its text: "12|6", "8|e4", "4+"."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.calls:
+            del plain["calls"]
         return {"format": FORMAT, "version": VERSION, **plain, "steps": list(map(str, self.steps))}
 
     @classmethod
@@ -289,6 +310,8 @@ def bind(
     if full is not None and plan.timesteps != full.timesteps:
         found = f"{plan.num_steps} steps" if plan.num_steps != full.num_steps else "other timesteps"
         raise PlanError(f"{origin}: made for {found}, but {full.num_steps} steps of {plan.solver} are asked for")
+    if full is not None and plan.calls != full.calls:
+        raise PlanError(f"{origin}: made for {plan.calls or 'one'} calls a step, but {plan.solver} makes {full.calls}")
     if check_identity:
         model.check_identity(plan.backbone, plan.exits, origin=origin, error=PlanError)
     if missing := sorted({depth for step in plan.steps for depth in step.exits} - set(model.depths)):

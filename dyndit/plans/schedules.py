@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan, Router
-from dyndit.plans.step import Held, NoGuide, Step, Unconditional
+from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.process import DDPM, Process
 
 F = TypeVar("F", bound=Callable[..., DepthPlan])
@@ -26,21 +26,29 @@ def router(function: F) -> F:
     return function
 
 
-def parse_router(text: str) -> Router:
+def parse_router(text: str, process: Process = DDPM()) -> Router:
     """Read a router such as "ramp:3" or "ramp:3,12,1.5". Settings follow the order of the function's arguments.
 
-    Raises InputError for an unknown router, or for settings that the router does not take.
+    process: the model's process, for routers that ask for noise levels. Raises InputError for an unknown
+    router, or for settings that the router does not take.
     """
     name, _, rest = text.partition(":")
     if name not in ROUTERS:
         raise InputError(f"--router {text}: expected one of {', '.join(ROUTERS)}, with its settings (ramp:3)")
     try:
         settings = [float(value) for value in rest.split(",") if value]
-        inspect.signature(ROUTERS[name]).bind(None, None, *settings)
+        _settings_of(ROUTERS[name]).bind(*settings)
     except (ValueError, TypeError) as error:
-        wanted = ", ".join(list(inspect.signature(ROUTERS[name]).parameters)[2:])
+        wanted = ", ".join(_settings_of(ROUTERS[name]).parameters)
         raise InputError(f"--router {text}: expected {name}: and numbers for {wanted} ({error})") from error
-    return lambda full, depths: ROUTERS[name](full, depths, *settings)
+    more = {"process": process} if "process" in inspect.signature(ROUTERS[name]).parameters else {}
+    return lambda full, depths: ROUTERS[name](full, depths, *settings, **more)
+
+
+def _settings_of(router: Callable[..., DepthPlan]) -> inspect.Signature:
+    """Return the signature of a router's settings: without plan, depths and process."""
+    given = list(inspect.signature(router).parameters.values())[2:]
+    return inspect.Signature([parameter for parameter in given if parameter.name != "process"])
 
 
 def _scheduled(
@@ -102,6 +110,25 @@ def skips(
         nearest = min(shallow, key=lambda depth: (abs(depth - wanted), depth), default=full.num_blocks)
         steps.append(Step(nearest, guide, forecast=True) if since else whole)
     return full.with_steps(steps, router="skips", settings={"start": start, "end": end, "every": every})
+
+
+@router
+def own_exit(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPlan:
+    """Guide full depth by its own exit at `depth` at every guided step, in place of the unconditional pass.
+
+    Internal Guidance (Zhou et al. 2025, arXiv:2512.24176) is this, with an intermediate head trained beside the model.
+    """
+    chosen = min(depths[:-1], key=lambda each: (abs(each - depth), each), default=None)
+    if chosen is None:
+        raise InputError(f"--router own_exit:{depth:g}: the model has no exits; expected a model with exits")
+    steps = [replace(s, guide=OwnExit(chosen)) if isinstance(s.guide, Unconditional) else s for s in full.steps]
+    return full.with_steps(steps, router="own_exit", settings={"depth": chosen})
+
+
+@router
+def interval(full: DepthPlan, depths: tuple[int, ...], low: float, high: float, process: Process = DDPM()) -> DepthPlan:
+    """Run full depth, and guide it at noise levels in (low, high] alone (`guidance_interval`)."""
+    return replace(guidance_interval(full, low, high, process), router="interval")
 
 
 def reversed_plan(plan: DepthPlan) -> DepthPlan:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dyndit.errors import InputError
 from dyndit.files import write_text, written_whole
+from dyndit.models.conditions import ClassLabels, Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.plans.plan import DepthPlan
@@ -73,8 +74,9 @@ def card(
     model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None, extras: CardExtras
 ) -> str:
     """Return the card's text.  plans: by file name."""
+    labelled = isinstance(model.backbone.condition, ClassLabels)
     kind = "video" if len(model.backbone.sample_shape) == 4 else "image"
-    task = f"class-conditional-{kind}-generation"
+    task = f"class-conditional-{kind}-generation" if labelled else f"text-to-{kind}"
     tags = "\n".join(f"- {tag}" for tag in (*TAGS, task))
     named = f"license: {license}\n" if license else ""
     parts = [
@@ -92,7 +94,7 @@ def card(
 
 def _backbone(model: DynamicDepth) -> str:
     config = model.backbone.config()
-    rows = [f"| {name} | {value} |" for name, value in config.items()]
+    rows = [f"| {name} | {_shortened(value)} |" for name, value in config.items()]
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
         f"| process | {model.process} |",
@@ -155,8 +157,21 @@ def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
     return (
         "## Use\n\n```python\nimport dyndit\n"
         'model = dyndit.load("PATH_OR_HUB_ID")  # this folder, or its id on the hub\n'
-        f"{result} = dyndit.sample(model, labels=[0], {drawn}).{result}\n```"
+        f"{result} = dyndit.sample(model, labels={_asked(model)}, {drawn}).{result}\n```"
     )
+
+
+def _asked(model: DynamicDepth) -> list[Value]:
+    """Return a label or a caption to ask for."""
+    try:
+        return model.backbone.condition.in_turn(1)
+    except InputError:  # a model of captions without prompts of its own
+        return ["CAPTION"]
+
+
+def _shortened(value: object) -> str:
+    """Write a value in at most 200 characters."""
+    return text if len(text := str(value)) <= 200 else f"{text[:199]}…"
 
 
 def _number(value: float | None) -> str:

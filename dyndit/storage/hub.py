@@ -13,12 +13,14 @@ from dyndit.errors import CheckpointError, first_line
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = ("*.json", "runs.csv")
+_CONFIG = "config.json"
+_DIFFUSERS_SAFE = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
 _SAFE = (
     "model.safetensors",
     "exits.safetensors",
     "shift-table.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model-*-of-*.safetensors",
+    *_DIFFUSERS_SAFE,
+    "text_embedder.safetensors",
 )
 _PICKLED = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-*-of-*.bin")
 
@@ -62,6 +64,17 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
     return folder, (f"{model}: {model.revision or 'main'} is commit {commit} now; pin it as {model.name}@{commit}",)
 
 
+def fetch_autoencoder(model: HubId) -> Path:
+    """Download, or find in the cache, an autoencoder, or the autoencoder of a pipeline -> the snapshot's folder.
+
+    Raises CheckpointError: as `fetch`.
+    """
+    folder = _snapshot(model, (_CONFIG, *_DIFFUSERS_SAFE), "vae")
+    if not any(folder.rglob("diffusion_pytorch_model*.safetensors")):
+        folder = _snapshot(model, (_CONFIG, *_PICKLED), "vae")
+    return folder
+
+
 def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: object) -> str:
     """Make the repository if needed, and upload matching files of a folder -> the address of the commit.
 
@@ -83,10 +96,10 @@ def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: obj
     return str(commit)
 
 
-def _snapshot(model: HubId, patterns: tuple[str, ...]) -> Path:
+def _snapshot(model: HubId, patterns: tuple[str, ...], subfolder: str = "transformer") -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [*patterns, *(f"transformer/{pattern}" for pattern in patterns)]
+    wanted = [*patterns, *(f"{subfolder}/{pattern}" for pattern in patterns)]
     try:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # a request fails in many ways

@@ -3,6 +3,8 @@
 The batch of step s is a pure function of (seed, s). So a training run resumes exactly without storing any random state.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache

@@ -14,7 +14,7 @@ from dyndit.analysis.metrics.sets import read_pictures
 from dyndit.analysis.report.verify import verify
 from dyndit.cli import main
 from dyndit.cli.recipes import find, quickstarts
-from dyndit.clips import writes_mp4
+from dyndit.pictures.clips import writes_mp4
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 

@@ -50,6 +50,7 @@ def content(path: Path) -> object:
     return path.read_bytes() if path.exists() else None
 
 
+@pytest.mark.reliability("A kill at any call of a writer leaves the old file or the new one")
 @pytest.mark.parametrize(
     ("name", "is_new"), [("a.txt", False), ("a.txt", True), ("a.safetensors", False), ("a.npz", False)]
 )
@@ -74,6 +75,7 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(name: str, is_n
     assert (True, False) in seen  # it was killed before the rename
 
 
+@pytest.mark.reliability("A kill at any call leaves no folder or a whole folder")
 def test_a_kill_at_any_moment_leaves_no_folder_or_a_whole_one(tmp_path: Path) -> None:
     seen = set()
     for moment in moments(lambda: folder_of(tmp_path / "sample")):
@@ -87,6 +89,7 @@ def test_a_kill_at_any_moment_leaves_no_folder_or_a_whole_one(tmp_path: Path) ->
     assert seen == {False, True}
 
 
+@pytest.mark.reliability("An error of any flush, rename or mkdir is one line; nothing is left over")
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.chmod", "pathlib.Path.mkdir"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_error_anywhere_is_one_line_and_leaves_nothing(name: str, call: str, tmp_path: Path, monkeypatch) -> None:
@@ -104,6 +107,7 @@ def test_an_error_anywhere_is_one_line_and_leaves_nothing(name: str, call: str, 
     assert (content(path), [p.name for p in tmp_path.iterdir()]) == (OLD.encode(), [name])
 
 
+@pytest.mark.reliability("A full disk is one line for every kind of file")
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.safetensors", "a.npz", "a.png", "copy"])
 def test_a_full_disk_is_one_line(name: str, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -277,6 +281,7 @@ def test_bad_json_is_one_line(text: str | bytes, found: str, tmp_path: Path) -> 
         assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.reliability("FIFOs and devices are refused unread")
 def test_what_would_never_end_is_not_read(tmp_path: Path, monkeypatch) -> None:
     os.mkfifo(tmp_path / "fifo")
     for read in (files.read_json, files.read_lines, files.sha256, files.read_safetensors):
@@ -321,6 +326,7 @@ def test_a_kill_while_appending_leaves_whole_lines(tmp_path: Path) -> None:
         assert (old + new).startswith(found)
 
 
+@pytest.mark.reliability("A folder whose claim was killed can be claimed again")
 def test_a_folder_whose_claim_was_killed_can_be_claimed_again(tmp_path: Path) -> None:
     wanted = {"verb": "train", "seed": 1}
     manifest.describe(wanted)  # the git revision takes a while, and many calls

@@ -40,13 +40,15 @@ class _State(State):
     constant: Mapping[str, Tensor | tuple[Tensor, Tensor] | None]
     """What all blocks take unchanged: text, modulation, positions, masks. Every tensor has the batch first."""
 
-    def _picked(self, rows: slice | Tensor) -> Self:
+    def take(self, rows: slice | Tensor) -> Self:
+        """Return the state of these rows of the batch, what all blocks take included."""
+
         def of(value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
             if value is None:
                 return None
             return tuple(part[rows] for part in value) if isinstance(value, tuple) else value[rows]
 
-        return replace(super()._picked(rows), constant={name: of(value) for name, value in self.constant.items()})
+        return replace(super().take(rows), constant={name: of(value) for name, value in self.constant.items()})
 
     def for_head(self) -> tuple[Tensor, Tensor]:
         """Return tokens and conditioning of video, then sound: (B, N + M, D) each. Narrower ones end with zeros."""

@@ -15,12 +15,15 @@ from dyndit.training.train import Train
 
 ROOT = Path(__file__).parents[3] / "recipes"
 RUN = [
-    *("cifar10", "cifar10_frontier", "cifar10_on", "digits", "digits_frontier", "digits_peers", "finetune_exits"),
-    "video",
+    *("cifar10", "cifar10_frontier", "cifar10_on", "digits", "digits_flow", "digits_frontier", "digits_peers"),
+    *("finetune_exits", "mmdit", "plain_accelerate_loop", "published", "video"),
 ]
 KINDS = {"train": Train, "distill": Distill, "experiment": Experiment, "quickstart": Experiment}
-SCRIPTS = {"cifar10_classifier", "digits_classifier", "kid_coverage", "moving_digits_classifier"}
-"""Studies that are run with `python -m`; the others define what the command line takes."""
+SCRIPTS = {
+    *("cifar10_classifier", "conditioning", "digits_classifier", "kid_coverage", "ladder", "moving_digits_classifier"),
+    "plain_accelerate_loop",
+}
+"""Recipes that are run with `python -m`; the others define what the command line takes."""
 
 
 def path(name: str) -> Path:
@@ -77,7 +80,7 @@ def test_parents_are_seen() -> None:
 def test_its_docstring_has_its_command(name: str) -> None:
     """An indented line of its own, so that it can be copied; a study also states its result and its cost."""
     command = (
-        rf"python -m dyndit\.recipes\.studies\.{name}"
+        rf"python -m dyndit\.recipes\.(studies\.)?{name}"
         if name in SCRIPTS
         else rf"dyndit (?:train|distill|compare) {name}"
     )

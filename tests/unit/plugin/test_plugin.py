@@ -30,7 +30,7 @@ from dyndit.sampling.solvers import make_scheduler, timesteps_of
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.storage.load import save_exits
 from dyndit.storage.names import match_frequencies, to_native
-from dyndit.training.latents import decode_latents
+from dyndit.training.autoencoders import decode_latents
 from support.tiny_pipelines import tiny_pipeline
 
 STEPS, SCALE, SEED = 5, 1.5, 3

@@ -103,6 +103,7 @@ def test_bad_requests_are_refused_at_once(tiny: DynamicDepth) -> None:
             draw(tiny, labels, **options)  # not when the first batch is asked for
 
 
+@pytest.mark.reliability("A sampling killed at any call, twice, ends with the same bytes")
 def test_a_kill_at_any_call_ends_as_an_undisturbed_run(into: Draw, whole: Path, tmp_path: Path) -> None:
     expected, seen = content(whole), set()
     for number, moment in enumerate(moments(lambda: into(tmp_path / "sample"), 16)):
@@ -118,6 +119,7 @@ def test_a_kill_at_any_call_ends_as_an_undisturbed_run(into: Draw, whole: Path, 
     assert len(seen) > 3  # it was killed between batches
 
 
+@pytest.mark.reliability("A sampling killed by SIGKILL at random moments ends with the same bytes")
 def test_sigkill_at_random_moments_ends_as_an_undisturbed_run(into: Draw, whole: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     into(tmp_path / "timed")
@@ -210,6 +212,7 @@ def never(*_: object, **__: object) -> None:
     raise AssertionError
 
 
+@pytest.mark.reliability("A finished set of pictures is left alone")
 def test_a_finished_set_is_left_alone(into: Draw, whole: Path, monkeypatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
     monkeypatch.setattr(sampling.Sampling, "batches", never)
@@ -308,6 +311,7 @@ def test_a_damaged_picture_is_named(into: Draw, tmp_path: Path) -> None:
     assert manifest_of(tmp_path)["complete"] is False
 
 
+@pytest.mark.reliability("An unfinished set of pictures is refused by name, unless forced")
 def test_an_unfinished_set_is_refused_by_name(into: Draw, whole: Path, tmp_path: Path) -> None:
     digits, real = load_extractor("digits"), torch.randint(0, 256, (80, 1, 8, 8), dtype=torch.uint8)
     out = tmp_path / "set"
@@ -349,3 +353,9 @@ def test_drafts_are_no_pictures(whole: Path) -> None:
     finally:
         (draft / "000000-class3.png").unlink()
         draft.rmdir()
+
+
+def test_captions_name_files_in_plain_letters(tmp_path: Path) -> None:
+    store = Store(tmp_path, ("A three, bold!", "三", "x" * 200, 7))
+    names = [store.path(number).name for number in range(4)]
+    assert names == ["000000-a-three-bold.png", "000001-caption.png", f"000002-{'x' * 60}.png", "000003-class7.png"]

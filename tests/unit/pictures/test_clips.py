@@ -12,7 +12,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dyndit import clips
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.quality import evaluate
 from dyndit.analysis.metrics.sets import read_pictures
@@ -20,7 +19,9 @@ from dyndit.analysis.report.figures import samples_figure
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.pictures import PictureFiles, as_nchw, as_png, frames_of, grid, read_picture
+from dyndit.pictures import clips, frames_of, grid
+from dyndit.pictures.clips import as_png
+from dyndit.pictures.collection import PictureFiles
 from dyndit.sampling.sample import sample, sample_into
 from support.models import TINY_VIDEO, randomise
 
@@ -47,7 +48,7 @@ def test_a_clips_png_is_exact(tmp_path: Path, channels: int) -> None:
     wanted[0, :, 1] = wanted[0, :, 0]  # equal frames stay two frames
     for number, each in enumerate(wanted):
         as_png(each, tmp_path / f"{number}.png")
-    found = PictureFiles.of_folder(tmp_path)
+    found = PictureFiles.of(tmp_path)
     assert found.size == (3, 8, 12)
     assert torch.equal(torch.cat(list(found.batches(2))), wanted)
     with Image.open(tmp_path / "0.png") as image:
@@ -62,7 +63,7 @@ def test_a_strip_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             InputError, match=r"bad\.png: dyndit-frames .*, expected a number that divides the width, 12"
         ):
-            read_picture(tmp_path / "bad.png")
+            PictureFiles.of(tmp_path).read([0])
 
 
 def test_frames_and_grids() -> None:
@@ -159,4 +160,7 @@ def test_overviews_are_no_clips(tmp_path: Path) -> None:
     as_png(noise()[0], tmp_path / "0.png")
     grid(noise()).save(tmp_path / "grid.png")
     clips.write(tmp_path / "0", clips.frames(noise()[0]))
-    assert as_nchw(PictureFiles.of_folder(tmp_path).read([0])).shape == (1, 1, 3, 8, 12)
+    (tmp_path / "manifest.json").write_text("{}")
+    found = PictureFiles.of(tmp_path)
+    assert len(found) == 1
+    assert found.read([0]).shape == (1, 1, 3, 8, 12)

@@ -1,18 +1,43 @@
-"""Write clips to look at: GIF with Pillow, MP4 with imageio and the FFmpeg that imageio-ffmpeg brings along."""
+"""Keep clips as pictures, and write clips to look at.
+
+A clip's file is a PNG with all frames side by side. Its text entry `dyndit-frames` holds their number. GIF files are
+written with Pillow, MP4 files with imageio and the FFmpeg that imageio-ffmpeg brings along.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from dyndit.errors import InputError
 from dyndit.pictures import as_image, grid
 
+ENTRY = "dyndit-frames"
+"""The text entry of a clip's PNG."""
 FRAMES_PER_SECOND = 8
 LEAST_SIDE = 128
 """Pixels of a clip's shorter side, at least. Smaller clips are enlarged without smoothing."""
 NO_MP4 = "no MP4 files: imageio is not installed; expected `pip install 'dyndit[video]'`"
+
+
+def as_png(picture: Tensor, path: Path) -> None:
+    """Write a picture, or a clip as `cut` reads it, at a path in a draft."""
+    text = PngInfo()
+    if picture.ndim == 4:
+        text.add_text(ENTRY, str(picture.shape[1]))
+    as_image(picture).save(path, pnginfo=text if picture.ndim == 4 else None)
+
+
+def cut(strip: np.ndarray, entry: object, name: str) -> np.ndarray:
+    """Cut a strip of frames.  (H, T W, C) -> (T, H, W, C).  entry: of the file, which must fit; name: for messages."""
+    height, width, channels = strip.shape
+    num = int(entry) if isinstance(entry, str) and entry.isdecimal() else 0
+    if num < 1 or width % num:
+        raise InputError(f"{name}: {ENTRY} {entry!r:.20}, expected a number that divides the width, {width}")
+    return strip.reshape(height, num, width // num, channels).transpose(1, 0, 2, 3)
 
 
 def writes_mp4() -> bool:

@@ -57,10 +57,10 @@ def verb_section(verb: str) -> str:
 
 
 def help_of(verb: str) -> str:
-    """Run `dyndit VERB --help` in this process, 100 columns wide and without colours."""
+    """Run `dyndit VERB --help` in this process, 80 columns wide and without colours."""
     printed = io.StringIO()
     kept = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR", "TERM")}
-    os.environ.update(COLUMNS="100", NO_COLOR="1", TERM="dumb")
+    os.environ.update(COLUMNS="80", NO_COLOR="1", TERM="dumb")
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             main([verb, "--help"])

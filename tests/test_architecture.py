@@ -26,7 +26,23 @@ LAYERS = (
     "recipes",
     "cli",
 )
-FLOOR = ("assets", "clock", "discovery", "files", "manifest", "pictures", "process", "progress", "runtime", "stats")
+FLOOR = (
+    "assets",
+    "bounds",
+    "clock",
+    "discovery",
+    "files",
+    "limits",
+    "manifest",
+    "markdown",
+    "pictures",
+    "process",
+    "progress",
+    "runtime",
+    "seals",
+    "stats",
+    "untrusted",
+)
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 

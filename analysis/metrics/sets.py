@@ -1,6 +1,5 @@
 """Read sets of pictures: folders, also of `dyndit sample`, and ADM's .npz files (pictures, statistics or both)."""
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from dyndit.errors import InputError
 from dyndit.files import write_npz
 from dyndit.pictures import PictureFiles, as_nchw
 from dyndit.stats import Moments
+from dyndit.untrusted import read_npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,11 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def _statistics(path: Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
-    num = int(arrays["num"]) if "num" in arrays else None
+    num = arrays.get("num")
+    if num is not None:
+        if num.shape != () or num.dtype.kind not in "iu" or not 2 <= num <= 2**53:
+            raise InputError(f"{path}: num is {num!s:.40}, expected a number of pictures")
+        num = int(num)
     main = _moments(path, arrays, "mu", "sigma", num)
     spatial = _moments(path, arrays, "mu_s", "sigma_s", num) if "mu_s" in arrays else None
     return Statistics(main, spatial, num, str(arrays.get("extractor", "")))
@@ -100,6 +104,8 @@ def _statistics(path: Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
 def _moments(path: Path, arrays: Mapping[str, np.ndarray], mean: str, covariance: str, num: int | None) -> Moments:
     mu, sigma = arrays[mean], arrays.get(covariance)
     shape = None if sigma is None else sigma.shape
+    if {mu.dtype.kind, "f" if sigma is None else sigma.dtype.kind} != {"f"}:
+        raise InputError(f"{path}: {mean}, {covariance} are no floating-point numbers, expected them")
     if mu.ndim != 1 or shape != (len(mu), len(mu)):
         raise InputError(f"{path}: {mean} {mu.shape} and {covariance} {shape}, expected (D,) and (D, D)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
@@ -118,13 +124,9 @@ def read_pictures(path: Path) -> Tensor:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            wanted = ("arr_0", "images", "mu", "sigma", "mu_s", "sigma_s", "num", "extractor")
-            arrays = {k: archive[k] for k in wanted if k in archive.files}
-            found = ", ".join(archive.files) or "nothing"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: unreadable ({error}), expected an .npz file of pictures") from error
+    wanted = ("arr_0", "images", "mu", "sigma", "mu_s", "sigma_s", "num", "extractor")
+    arrays, names = read_npz(path, wanted)
+    found = ", ".join(names)[:200] or "nothing"
     if not {"arr_0", "images", "mu"} & arrays.keys():
         raise InputError(f"{path}: holds {found}, expected an array 'arr_0' or 'images', or statistics 'mu', 'sigma'")
     return arrays

@@ -5,12 +5,13 @@ no safetensors.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from dyndit.errors import CheckpointError, first_line
+from dyndit.storage.hub_id import HubId, parse
 
-_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+__all__ = ["HubId", "fetch", "parse", "upload"]
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = ("*.json", "runs.csv")
 _SAFE = (
@@ -21,30 +22,6 @@ _SAFE = (
     "diffusion_pytorch_model-*-of-*.safetensors",
 )
 _PICKLED = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-*-of-*.bin")
-
-
-@dataclass(frozen=True)
-class HubId:
-    """A model on the hub. revision: branch, tag or commit; None is main."""
-
-    name: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.name if self.revision is None else f"{self.name}@{self.revision}"
-
-
-def parse(text: str, revision: str | None = None) -> HubId | None:
-    """Parse `org/name` or `org/name@revision`. Any other text gives None.
-
-    Raises CheckpointError: `revision` and the id name different revisions.
-    """
-    match = _ID.fullmatch(text)
-    if match is None or ".." in text:
-        return None
-    if revision is not None and match["revision"] not in (None, revision):
-        raise CheckpointError(f"{text}: names a revision, but --revision {revision} is asked for")
-    return HubId(match["id"], match["revision"] or revision)
 
 
 def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:

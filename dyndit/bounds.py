@@ -68,7 +68,7 @@ BOUNDS: dict[str, Bound] = {
     "forecast_ages": _whole(0, MOST_STEPS),
     "guided_channels": _whole(1, 10**6),
     "latency_budget": Bound(0, 1, above=True),
-    "learning_rate": Bound(0, 1e6, above=True),
+    "learning_rate": Bound(0, 1e300),
     "margin": Bound(0, 100),
     "max_gib": Bound(0, 1 << 20, above=True),
     "max_rounds": _COUNT,

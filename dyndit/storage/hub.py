@@ -4,14 +4,17 @@ An id is `org/name` or `org/name@revision`. Only a model's own files are fetched
 no safetensors.
 """
 
+import hashlib
 import re
 from pathlib import Path
 
 from dyndit.errors import CheckpointError, first_line
+from dyndit.files import sha256
 from dyndit.storage.hub_id import HubId, parse
 
 __all__ = ["HubId", "fetch", "parse", "upload"]
 
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = ("*.json", "runs.csv")
 _SAFE = (
@@ -30,13 +33,38 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
     Raises CheckpointError: no such model or revision, or no connection and nothing in the cache.
     """
     folder = _snapshot(model, (*_SMALL, *_SAFE))
+    model_there = HubId(model.name, folder.name if _COMMIT.fullmatch(folder.name) else model.revision)
     # Look for the weights: exits or a table may lie beside a pickled backbone.
     if not any(any(folder.rglob(name)) for name in ("model.safetensors", "diffusion_pytorch_model*.safetensors")):
-        folder = _snapshot(model, (*_SMALL, *_SAFE, *_PICKLED))
+        folder = _snapshot(model_there, (*_SMALL, *_SAFE, *_PICKLED))  # of the same commit
+    check_hashes(folder)
     commit = folder.name
     if model.revision is not None and _COMMIT.fullmatch(model.revision):
         return folder, ()
     return folder, (f"{model}: {model.revision or 'main'} is commit {commit} now; pin it as {model.name}@{commit}",)
+
+
+def check_hashes(folder: Path) -> None:
+    """Compare a snapshot's files with the hashes that the hub names them by in its cache.
+
+    A large file's name there is its SHA-256, a small file's the SHA-1 that git gives it. Files that are no links, as on
+    systems without links, have no such name.
+
+    Raises CheckpointError: a file has other content.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.resolve().name
+        if not path.is_symlink() or not _BLOB.fullmatch(name):
+            continue
+        if len(name) == 64:
+            found = sha256(path)
+        else:
+            content = path.read_bytes()
+            found = hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+        if found != name:
+            raise CheckpointError(
+                f"{path}: damaged (hash {found:.12}, fetched as {name:.12}); expected it fetched anew"
+            )
 
 
 def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: object) -> str:

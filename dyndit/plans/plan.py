@@ -18,6 +18,7 @@ VERSION = 2
 MANUAL = "manual"
 """Router of plans that were written or edited by hand. Only their files need no checksum."""
 
+_BLOCKS = bounds.Bound(1, 10**6, whole=True)
 _UNSEALED, _UNBOUND = "version 1: no checksum", "version 1: no checksum, no backbone"
 
 
@@ -87,8 +88,8 @@ class DepthPlan:
         for name in ("settings", "figures"):
             if not isinstance(value := getattr(self, name), dict) or not all(isinstance(key, str) for key in value):
                 raise PlanError(f"plan: {name} {value!r:.40}, expected numbers by name")
-        if not isinstance(self.num_blocks, int) or isinstance(self.num_blocks, bool):
-            raise PlanError(f"plan: num_blocks {self.num_blocks!r:.40}, expected a whole number")
+        if not _BLOCKS.holds(self.num_blocks):
+            raise PlanError(f"plan: num_blocks {self.num_blocks!r:.40}, expected {_BLOCKS}")
         if isinstance(self.timesteps, str | dict) or not hasattr(self.timesteps, "__iter__"):
             raise PlanError(f"plan: timesteps {self.timesteps!r:.40}, expected a number per step")
         numbers = {"cfg_scale": self.cfg_scale, **({} if self.budget is None else {"budget": self.budget})}

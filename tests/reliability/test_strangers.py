@@ -17,10 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import dyndit
 from dyndit.analysis.metrics.extractors.inception import inception
 from dyndit.analysis.metrics.sets import read_set
-from dyndit.analysis.report.page import page, sortable
 from dyndit.analysis.report.runs import append_run
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import write_report
@@ -192,7 +190,7 @@ def test_an_array_that_declares_more_than_it_holds_is_refused(shape: tuple, tmp_
 
 @pytest.mark.reliability("Tensors that repeat few bytes to a huge shape are refused")
 def test_a_tensor_of_stride_0_is_refused(make_model, tmp_path: Path, frugal: None) -> None:
-    state = {k: v for k, v in make_model(num_blocks=2, width=8, num_heads=2).backbone.state_dict().items()}
+    state = dict(make_model(num_blocks=2, width=8, num_heads=2).backbone.state_dict())
     for shape in ((9216 * 4, 9216), (1 << 40, 1 << 10)):
         torch.save(state | {"pos_embed": torch.zeros(1).expand(1, *shape)}, tmp_path / "model.pt")
         with pytest.raises(CheckpointError, match="repeats 4 bytes"):
@@ -205,7 +203,7 @@ def test_a_file_that_takes_too_much_ends_the_child_alone(tmp_path: Path, frugal:
     with pytest.raises(CheckpointError, match=r"takes more than 0\.25 GiB"):
         tried_in_child(path, lambda: bytearray(1 << 30), 1 << 28)
     with pytest.raises(CheckpointError, match="ends its reader"):
-        tried_in_child(path, lambda: os.kill(os.getpid(), 11), 1 << 28)
+        tried_in_child(path, lambda: os.kill(os.getpid(), 9), 1 << 28)
     tried_in_child(path, lambda: bytearray(1 << 20), 1 << 28)
     tried_in_child(path, lambda: 1 / 0, 1 << 28)  # the caller's own reading meets it
 
@@ -283,8 +281,6 @@ def test_names_make_no_markup(tmp_path: Path) -> None:
 def test_escaping_can_be_undone() -> None:
     for text in ("a < b & c > d", "x | y", "&lt;", "[a](b)", "![a](b)", "[95%]"):
         assert as_plain(plain(text)) == text
-    assert callable(page)
-    assert callable(sortable)
 
 
 @pytest.mark.reliability("A file of the hub's cache that does not have the hash it was fetched by is refused")
@@ -313,9 +309,8 @@ def test_plans_of_strangers_hold_no_huge_numbers(tmp_path: Path) -> None:
     for change in ({"num_blocks": 10**400}, {"cfg_scale": 1e308}, {"settings": {"a": 10**400}}):
         data = replace(plan).to_json() | change | {"router": "manual"}
         (tmp_path / "plan.json").write_text(json.dumps(data))
-        try:
-            found = DepthPlan.load(tmp_path / "plan.json")
-        except InputError as error:
-            assert "\n" not in str(error)
-        else:
-            assert isinstance(found, dyndit.DepthPlan)
+        if "cfg_scale" in change:  # large, and finite
+            assert DepthPlan.load(tmp_path / "plan.json").cfg_scale == 1e308
+            continue
+        with pytest.raises(InputError, match=r"expected a finite number|num_blocks 1|digits"):
+            DepthPlan.load(tmp_path / "plan.json")

@@ -1,9 +1,10 @@
 # make quickstart: installs into .venv and runs the main job on the embedded data.  make test: the test suite.
+# make docs: the documentation, in site/.  make audit: known holes in what is installed.  make release: dist/, checked.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test reliability fuzz lint clean
+.PHONY: quickstart test reliability fuzz lint docs audit release clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/dyndit quickstart
@@ -29,5 +30,24 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers]"
 	touch $(STAMP)
 
+docs: $(STAMP)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(VENV)/bin/mkdocs build --strict
+
+audit: $(STAMP)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[release]"
+	$(VENV)/bin/pip-audit --skip-editable
+
+# The wheel has to work alone: it is installed in an empty environment, and the command line answers there.
+release: $(STAMP)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[release]"
+	rm -rf dist build
+	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv dist/check && dist/check/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	cd dist && check/bin/dyndit --version && check/bin/python -c "import dyndit; dyndit.load('digits')"
+	$(VENV)/bin/cyclonedx-py environment dist/check --output-reproducible --output-file dist/dyndit.cdx.json
+	rm -rf dist/check
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

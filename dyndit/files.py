@@ -3,6 +3,8 @@
 Every writer below works in a draft, a hidden folder beside the target: `.writing-HOST-PID-NUMBER/NAME`. The draft is
 flushed to the disk and renamed over the target, and then the target's folder is flushed. A kill or a power cut at any
 moment leaves the old file or the new one. It may also leave the draft, which `sweep` removes.
+
+`reached` is called before each change of the disk. Tests replace it, to crash there or to have the disk full there.
 """
 
 import errno
@@ -26,12 +28,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.locks import LOCK
 
 DRAFT = ".writing-"
 MOST_JSON = 64 << 20
 """Most bytes of a JSON file. A larger file is refused unread."""
 
 _numbers = itertools.count()
+
+
+def reached(act: str, path: Path) -> None:
+    """Do nothing.  act: the change of `path` that comes next: make, write, flush, rename, append or remove."""
 
 
 def _host() -> str:
@@ -44,11 +51,13 @@ def is_draft(path: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts in a folder whose writers are dead. Drafts of other machines stay."""
-    for path in folder.glob(f"{DRAFT}*"):
-        named = re.fullmatch(rf"{re.escape(DRAFT)}([0-9a-f]{{8}})-(\d+)-\d+", path.name)
-        if named is None or (named[1] == _host() and not _is_alive(int(named[2]))):
-            _remove(path)
+    """Remove the drafts in a folder and below whose writers are dead. Drafts of other machines stay."""
+    for parent, folders, names in os.walk(folder):
+        for name in (name for name in (*folders, *names) if name.startswith(DRAFT)):
+            named = re.fullmatch(rf"{re.escape(DRAFT)}([0-9a-f]{{8}})-(\d+)-\d+", name)
+            if named is None or (named[1] == _host() and not _is_alive(int(named[2]))):
+                remove(Path(parent, name))
+        folders[:] = [name for name in folders if not name.startswith(DRAFT)]
 
 
 def _is_alive(pid: int) -> bool:
@@ -63,7 +72,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it exists and can be removed."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    reached("remove", path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -78,14 +91,14 @@ def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
     The path has the target's name, and so its suffix. Nothing exists there yet. A file gets the mode that the umask
     gives a new file, whatever mode its writer chose. A folder can replace only an empty folder.
 
-    Raises:
-        InputError: the target cannot be written, for example on a full disk; or it is a device, or of another kind.
+    Raises InputError: the target cannot be written, for example on a full disk; or it is of another kind.
     """
     target = Path(target)
     if target.exists() and not (target.is_dir() if folder else target.is_file()):
         kind = "folder" if folder else "file"
         raise InputError(f"{target}: is no {kind}; expected a {kind} to replace, or nothing")
     with written_together(target.parent, target) as draft:
+        reached("write", draft / target.name)
         yield draft / target.name
 
 
@@ -97,6 +110,7 @@ def written_together(folder: Path, about: Path | None = None) -> Iterator[Path]:
     """
     draft = folder / f"{DRAFT}{_host()}-{os.getpid()}-{next(_numbers)}"
     try:
+        reached("make", draft)
         folder.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
         yield draft
@@ -106,12 +120,13 @@ def written_together(folder: Path, about: Path | None = None) -> Iterator[Path]:
                 path.chmod(mode)
         sync(*draft.rglob("*"))
         for path in made:
+            reached("rename", folder / path.name)
             path.replace(folder / path.name)
         sync(folder)
     except (OSError, SafetensorError) as error:
         raise _not_written(about or folder, error) from error
     finally:
-        _remove(draft)
+        remove(draft)
 
 
 def _not_written(target: Path, error: Exception) -> InputError:
@@ -127,6 +142,7 @@ def sync(*paths: Path) -> None:
     for path in paths:
         if path.is_symlink() or (os.name != "posix" and path.is_dir()):  # Windows cannot open folders
             continue
+        reached("flush", path)
         handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         try:
             os.fsync(handle)
@@ -135,6 +151,18 @@ def sync(*paths: Path) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder in its place, over `target` if this exists. Raises InputError if it cannot be done."""
+    try:
+        if target.is_dir():
+            remove(target)
+        reached("rename", target)
+        source.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        raise _not_written(target, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -212,21 +240,18 @@ def append_lines(path: Path, lines: str) -> None:
     """Add whole lines to a text file. Make the file if it is missing.
 
     After a kill the file holds its old lines, and perhaps some of the new lines. The last line may be torn:
-    `read_lines` skips it, and the next call cuts it off.
-
-    Raises:
-        InputError: the file cannot be written.
+    `read_lines` skips it, and the next call cuts it off. Raises InputError: the file cannot be written.
     """
     path = Path(path)
     try:
+        reached("append", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
         with path.open("x+b" if is_new else "r+b") as file:
             file.truncate(_end_of_lines(file))
             file.seek(0, os.SEEK_END)
             file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        sync(path)
         if is_new:
             sync(path.parent)
     except OSError as error:
@@ -248,8 +273,7 @@ def _end_of_lines(file: BinaryIO, block: int = 1 << 16) -> int:
 def read_lines(path: Path) -> str:
     """Read the whole lines of a text file. Skip a torn last line, in which a power cut may leave zeros.
 
-    Raises:
-        CheckpointError: the file is missing, or is no text.
+    Raises CheckpointError: the file is missing, or is no text.
     """
     try:
         data = _read(path).partition(b"\0")[0]
@@ -261,8 +285,7 @@ def read_lines(path: Path) -> str:
 def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, object]:
     """Read a JSON object.
 
-    Raises:
-        CheckpointError, or `kind` if given: missing, larger than `MOST_JSON`, no JSON, nested too deep, or no object.
+    Raises CheckpointError, or `kind` if given: missing, over `MOST_JSON` bytes, no JSON, nested too deep, or no object.
     """
     try:
         data = json.loads(_read(path, MOST_JSON).decode(), parse_constant=_refuse_constant)
@@ -309,7 +332,30 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
+        refuse_pointer(path, error)
         raise CheckpointError(f"{path}: no readable safetensors file ({first_line(error)})") from error
+
+
+def refuse_pointer(path: Path, cause: Exception | None = None) -> None:
+    """Raise CheckpointError if the file is a pointer of Git LFS: a clone without LFS leaves it in a file's place."""
+    try:
+        with opened(path) as file:
+            text = file.read(1024)
+    except OSError:
+        return
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"^size (\d{1,15})$", text, re.MULTILINE)
+        found = f"a Git LFS pointer to {int(size[1]):,} bytes" if size else "a Git LFS pointer"
+        raise CheckpointError(f"{path}: {found}, not the weights; expected the file after `git lfs pull`") from cause
+
+
+def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Hash every bit of tensors and metadata, by name: SHA-256 in hexadecimal."""
+    digest = hashlib.sha256("".join(f"{name}={text}\n" for name, text in sorted((metadata or {}).items())).encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -339,9 +385,12 @@ def claim(out: Path, besides: tuple[str, ...] = ()) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; expected a folder")
-    if out.exists() and any(entry.name not in besides and not is_draft(Path(entry.name)) for entry in out.iterdir()):
+    if out.exists() and any(
+        entry.name not in (*besides, LOCK) and not is_draft(Path(entry.name)) for entry in out.iterdir()
+    ):
         raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
     try:
+        reached("make", out)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be made ({error.strerror}); expected a folder to write to") from error

@@ -1,7 +1,13 @@
-"""Settings of a process: memory, the device, the precision."""
+"""Settings of a process: memory, the device, the precision, the signals that stop it."""
 
 import ctypes
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from dyndit.errors import InputError
@@ -11,6 +17,9 @@ if TYPE_CHECKING:
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GIB = 1 << 30
+
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a process to stop: Ctrl-C, a job manager, a closed terminal."""
 
 DTYPES = ("own", "float32", "bfloat16", "float16")
 
@@ -30,6 +39,47 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_THRESHOLD, _GIB), (_M_TRIM_THRESHOLD, 2 * _GIB - 1), (_M_TOP_PAD, 64 << 20))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+@contextmanager
+def handling(react: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handle the signals of `STOPS` by `react` in the block. Signals that are ignored, as under nohup, stay ignored."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, react)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """Collect the signals of `STOPS` in a list. The first raises KeyboardInterrupt; a second ends the process at once.
+
+    What is being written then is dropped: files are written whole or not at all.
+    """
+    caught: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1 or stopping:
+            os.write(2, f"dyndit: left at once ({signal.Signals(number).name})\n".encode())
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    stopping.clear()
+    with handling(stop):
+        yield caught
+
+
+stopping: list[int] = []
+"""Signals that a training run has caught and will heed after its step. `stoppable` counts them as the first."""
 
 
 def chosen_device(device: str) -> str:

@@ -8,13 +8,11 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.errors import CheckpointError
 from dyndit.files import opened
 from dyndit.limits import LIMITS
 
@@ -22,13 +20,17 @@ _GIB = 1 << 30
 _FREE, _RATIO = 256 << 20, 100
 
 
-def check_size(path: Path, num_bytes: int, stored: int) -> None:
+def check_size(path: Path, num_bytes: int, stored: int, *, streamed: bool = False) -> None:
     """Refuse content that would take more memory than the limit.  stored: bytes of it in the file.
+
+    streamed: it never lies in memory whole, so its size alone is no reason.
 
     Raises:
         CheckpointError: too large.
     """
-    most = LIMITS.memory if LIMITS.gib is not None or num_bytes <= _FREE else min(LIMITS.memory, _RATIO * stored)
+    most = math.inf if streamed else LIMITS.memory
+    if LIMITS.gib is None and num_bytes > _FREE:
+        most = min(most, _RATIO * stored)
     if num_bytes > most:
         raise CheckpointError(
             f"{path}: declares {num_bytes / _GIB:.3g} GiB in {stored / _GIB:.3g} GiB, expected at most "
@@ -52,45 +54,6 @@ def check_archive(path: Path) -> None:
         except Exception:  # a damaged directory is met, and named, by the reader
             return
         check_size(path, declared, os.fstat(file.fileno()).st_size)
-
-
-def read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Read the wanted arrays of an .npz file -> the arrays, and the names of all arrays in it. Nothing is unpickled.
-
-    Raises:
-        InputError: unreadable, damaged, larger than the limit, or an array of objects.
-    """
-    try:
-        with opened(path) as file, zipfile.ZipFile(file) as archive:
-            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-            check_size(path, sum(entries[n].file_size for n in wanted if n in entries), os.fstat(file.fileno()).st_size)
-            arrays = {n: _array(path, archive, entries[n]) for n in wanted if n in entries}
-            return arrays, tuple(entries)
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise InputError(f"{path}: larger than the memory; expected a smaller file") from error
-    except Exception as error:  # a damaged directory can name any compression, size or text
-        found = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{path}: unreadable ({found}), expected an .npz file of pictures") from error
-
-
-def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(entry) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, in_columns, dtype = read(member)
-        if dtype.hasobject:
-            raise InputError(f"{path}: {entry.filename} holds Python objects, which are not read; expected numbers")
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != entry.file_size - member.tell():
-            raise InputError(f"{path}: {entry.filename} declares {shape} of {dtype}, but holds {entry.file_size} bytes")
-        array = np.empty(math.prod(shape), dtype)
-        rest = memoryview(array).cast("B") if array.nbytes else memoryview(b"")
-        while rest and (num := member.readinto(rest)):
-            rest = rest[num:]
-        if rest or member.read(1):  # at its end the checksum is compared
-            raise InputError(f"{path}: {entry.filename} is cut off; expected it whole")
-        return array.reshape(shape, order="F" if in_columns else "C")
 
 
 @contextmanager

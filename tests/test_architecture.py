@@ -24,25 +24,13 @@ LAYERS = (
     "analysis.report",
     "analysis.compare",
     "recipes",
+    "demo",
     "cli",
 )
 FLOOR = (
-    "assets",
-    "bounds",
-    "clock",
-    "discovery",
-    "files",
-    "limits",
-    "manifest",
-    "markdown",
-    "pictures",
-    "process",
-    "progress",
-    "runtime",
-    "seals",
-    "stats",
-    "untrusted",
-)
+    "assets", "bounds", "clock", "discovery", "files", "limits", "locks", "manifest", "markdown", "pictures", "process",
+    "progress", "runtime", "seals", "stats", "untrusted",
+)  # fmt: skip
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""
 

@@ -18,7 +18,7 @@ from dyndit.calibration.calibrate import measure_bases, measure_moments
 from dyndit.calibration.measure import measure_shifts, part_of
 from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import CheckpointError
-from dyndit.files import write_text
+from dyndit.files import remove, write_text
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, bind
@@ -180,6 +180,7 @@ class Context:
             theirs = of if of != name else f"other weights of {of}"
             self.console.print(f"{path}: of {theirs}, not this comparison's {name}; measured again")
             return None
+        remove(path.with_suffix(".partial"))  # of a run that was killed when the table was whole
         self.console.print(f"shift table: there already ({path})")
         return table
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dyndit import manifest
+from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.pictures import as_rgb
 from dyndit.storage.reading import read_pickled
@@ -22,7 +23,7 @@ from dyndit.storage.reading import read_pickled
 MAX_PSNR = 100.0  # dB; equal pictures have no finite PSNR
 MIN_LPIPS_SIZE = 16  # VGG halves pictures four times
 LPIPS_LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer of torchvision's VGG16 -> channels
-PAIRED_SETTINGS = ("model", "labels", "num_images", "seed")
+PAIRED_SETTINGS = ("model", "labels", "num_images", "seed", "autoencoder")
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,21 @@ def paired_distances(pictures: Tensor, full: Tensor, lpips: Lpips | None = None)
     """
     if pictures.shape != full.shape:
         raise InputError(f"--full: pictures {tuple(full.shape)}, expected {tuple(pictures.shape)} as the samples")
-    spreads = {name: _spread(score(pictures, full)) for name, score in (("psnr", psnr), ("ssim", ssim))}
-    return spreads if lpips is None else spreads | {"lpips": _spread(lpips(pictures, full), worse=0.95)}
+    return paired_sets(PictureSet("samples", pictures), PictureSet("full", full), lpips)
+
+
+def paired_sets(samples: PictureSet, full: PictureSet, lpips: Lpips | None = None) -> dict[str, Spread]:
+    """Do the same for sets, a batch of each at a time."""
+    ours, theirs = ((len(s.source), *s.size) for s in (samples, full))
+    if ours != theirs:
+        raise InputError(f"--full: pictures {theirs}, expected {ours} (number, height, width) as the samples")
+    scores = {"psnr": psnr, "ssim": ssim} | ({} if lpips is None else {"lpips": lpips})
+    found: dict[str, list[Tensor]] = {name: [] for name in scores}
+    for a, b in zip(samples.batches(), full.batches(), strict=True):
+        pair = (a, b) if a.shape == b.shape else (as_rgb(a), as_rgb(b))
+        for name, score in scores.items():
+            found[name].append(score(*pair))
+    return {name: _spread(torch.cat(parts), 0.95 if name == "lpips" else 0.05) for name, parts in found.items()}
 
 
 def _spread(values: Tensor, worse: float = 0.05) -> Spread:

@@ -17,6 +17,7 @@ from dyndit import bounds, manifest, seals
 from dyndit.analysis.report import figures, page, plan_figures, style
 from dyndit.analysis.report.findings import findings_of, read_plan
 from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.guidance import guidance_figure, sweep_of
 from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_file, scored_rows
 from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
 from dyndit.errors import InputError
@@ -29,6 +30,7 @@ REPORT = "report.json"
 CAPTIONS = {
     "plan.png": "Depth over the sampling steps, both guidance branches.",
     "samples.png": "The same seeds side by side: a column per seed, a row per arm.",
+    "trainings.png": "Loss and Fréchet distance over compute, and over sampling time. Bars: 95%, over training seeds.",
     "errors.png": "Error of each exit against the full model, per band of log-SNR.",
 }
 DRAWN = {
@@ -37,6 +39,7 @@ DRAWN = {
     "predicted": "Predicted against measured; on the grey line the additive prediction is exact.",
     "plan-map": "Blocks run at each sampling step, a row per plan.",
     "exit-errors": "Error of each exit against the full model, layer over timestep.",
+    "guidance": "Quality over the guidance scale, a line per way to guide. Bars are 95% intervals over seed blocks.",
     "time": "Time per picture, in the denoiser and elsewhere.",
     "spread": "The Fréchet distance of every arm in every seed block.",
 }
@@ -135,6 +138,7 @@ def write_report(
     out, made = Path(out), manifest.describe({"margin": margin})
     suffixes = [""] if len(contents) == 1 else [f"-{k + 1}" for k in range(len(contents))]
     pictures = [_pictures(content, out, suffix, made) for content, suffix in zip(contents, suffixes, strict=True)]
+    pictures[0] += _sweeps(contents, out, made)
     pages = Pages(title, margin, out, contents, pictures, manifests)
     write_text(out / "report.md", pages.markdown())
     write_text(out / "report.html", pages.html())
@@ -195,6 +199,26 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
             }
             _write_manifest(out / f"{file.stem}{suffix}.manifest.json", content, facts, made)
             found.append(Picture(file, caption))
+    return found
+
+
+def _sweeps(contents: Sequence[Content], out: Path, made: Mapping[str, object]) -> list[Picture]:
+    """Draw the guidance sweep of each source that has one. Its rows are in several groups, one per scale."""
+    found = []
+    for k, source in enumerate(dict.fromkeys(content.source for content in contents)):
+        mine = [content for content in contents if content.source == source]
+        sweep = sweep_of(pd.concat([scored_rows(content.rows) for content in mine]))
+        if len(sweep):
+            name = "guidance" if k == 0 else f"guidance-{k + 1}"
+            files = [out / f"{name}.png", out / f"{name}.svg"]
+            drawn = guidance_figure(sweep)
+            for file in files:
+                style.save(drawn, file)
+            lines = [int(row) + 2 for row in sweep.index]  # the heading is line 1
+            facts = {"figure": "guidance", "lines of the runs file": lines}
+            facts |= {"files": {file.name: sha256(file) for file in files}}
+            _write_manifest(out / f"{name}.manifest.json", mine[0], facts, made)
+            found.append(Picture(files[0], DRAWN["guidance"]))
     return found
 
 

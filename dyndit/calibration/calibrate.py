@@ -52,6 +52,8 @@ def measure_bases(
     """
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
+    if any(plan.calls for plan in full.values()):
+        raise InputError(f"--step-grid: {solver_name(solver)} calls the network twice a step; expected a solver of one")
     model.check_identity(table.backbone, table.exits, origin="shift table")
     extractor, name = _extractor_of(table, extractor), solver_name(solver)
     missing = [steps for steps in full if table.base_at(name, steps) is None]

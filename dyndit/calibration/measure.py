@@ -13,7 +13,8 @@ from dyndit import bounds
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.samplers import CALIBRATION_SEED, OwnSampler, Sampler, ToPictures, batches_of
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import read_safetensors, write_safetensors
+from dyndit.files import content_hash, read_safetensors, remove, write_safetensors
+from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
 from dyndit.pictures import as_rgb
@@ -149,7 +150,8 @@ def measure_table(
         }
         sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
         if partial is not None:
-            write_safetensors(partial, sums, {"key": key, "done": str(number + 1)})
+            progress = {"key": key, "done": str(number + 1)}
+            write_safetensors(partial, sums, progress | {"hash": content_hash(sums, progress)})
     mean, second = (sums[name].unflatten(0, (len(bands), len(choices))) / n for name in ("mean", "second"))
     return ShiftTable(
         edges=_edges(full, bands),
@@ -225,8 +227,9 @@ def measure_table_into(
 ) -> ShiftTable:
     """Run `measure_table` resumably and save the table in the file `path`."""
     partial = path.with_suffix(".partial")
-    measure_table(sampler, extractor, reference, partial=partial, **options).save(path)
-    partial.unlink(missing_ok=True)
+    with locked(path.parent):
+        measure_table(sampler, extractor, reference, partial=partial, **options).save(path)
+        remove(partial)
     return ShiftTable.load(path)  # rounded as in the file, so that a resumed run gives the same results
 
 
@@ -278,6 +281,8 @@ def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
         return {}, 0
     try:
         sums, metadata = read_safetensors(partial)
-        return (sums, int(metadata["done"])) if metadata.get("key") == key else ({}, 0)
+        progress = {"key": key, "done": metadata["done"]}
+        mine = metadata["key"] == key and metadata["hash"] == content_hash(sums, progress)
+        return (sums, int(metadata["done"])) if mine else ({}, 0)
     except (CheckpointError, KeyError, ValueError):
         return {}, 0

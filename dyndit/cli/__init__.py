@@ -4,16 +4,18 @@ Every verb imports torch and the package only when it runs, so that `--help` is 
 """
 
 import importlib
+import inspect
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 import tyro
 
 from dyndit.cli.flags import PlanChoice, checked
-from dyndit.errors import InputError
+from dyndit.errors import InputError, first_line
 from dyndit.limits import take_limits
-from dyndit.runtime import keep_freed_memory
+from dyndit.runtime import keep_freed_memory, stoppable
 
 VERBS: dict[str, str] = {
     "train": "models",
@@ -26,7 +28,10 @@ VERBS: dict[str, str] = {
     "report": "results",
     "compare": "results",
     "convert": "models",
+    "inspect": "inspect",
+    "info": "models",
     "quickstart": "results",
+    "demo": "demo",
 }
 """The module of this package that defines each verb."""
 
@@ -35,19 +40,32 @@ REGISTRIES = {
     "extractors": "dyndit.analysis.metrics.extractors:EXTRACTORS",
     "metrics": "dyndit.analysis.metrics.metric:metrics_by_name",
     "heads": "dyndit.models.exits:HEADS",
+    "cards": "dyndit.models.dit:CARDS",
+    "conditionings": "dyndit.models.conditioning:CONDITIONINGS",
     "routers": "dyndit.plans.schedules:ROUTERS",
     "processes": "dyndit.process:processes",
     "recipes": "dyndit.cli.recipes:packaged",
+    "families": "dyndit.cli.recipes:quickstarts",
+    "data_sets": "dyndit.training.data:PACKAGED",
 }
 """Registries whose names stand for `{solvers}` and the like in a verb's docstring. They import torch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb. Bad input gives one line and exit status 2, and a traceback only with `--debug`."""
+    """Run a verb. Every error is one line, and a traceback only with `--debug`.
+
+    Exit status: 2 for bad input and for lack of room or memory, 1 for faults of the program, and 128 + the signal's
+    number (130 for Ctrl-C) if a signal stopped it.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     keep_freed_memory()
+    with stoppable() as caught:
+        _run(arguments, debug, caught)
+
+
+def _run(arguments: list[str], debug: bool, caught: list[int]) -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(
             verbs(arguments),
@@ -56,19 +74,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-    except InputError as error:
+    except Exception as error:
         if debug:
             raise
-        print(f"dyndit: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if debug or error.filename is None:
-            raise
-        print(f"dyndit: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("dyndit: stopped", file=sys.stderr)
-        sys.exit(130)
+        line, status = fault(error)
+        print(f"dyndit: {line}", file=sys.stderr)
+        sys.exit(status)
+    except KeyboardInterrupt as error:
+        number = caught[0] if caught else signal.SIGINT
+        if not error.args:  # else the training loop has said so
+            name = signal.Signals(number).name
+            print(f"dyndit: stopped ({name}); what is written is whole, run the same again to go on", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def fault(error: Exception) -> tuple[str, int]:
+    """Return the line that tells of an error, and the exit status. Other libraries' errors are known by their names."""
+    names, found = {kind.__name__.removeprefix("_") for kind in type(error).__mro__}, first_line(error)
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or found) if part is not None), 2
+    if names & {"MemoryError", "OutOfMemoryError"} or "allocate memory" in found:
+        return f"out of memory ({found}); expected a smaller batch, or more memory", 2
+    if "RecursionError" in names:
+        return f"input nested too deep ({found}); expected a file that dyndit wrote", 2
+    if "SafetensorError" in names:
+        return f"no readable safetensors file ({found}); expected one that is whole", 2
+    if "LinAlgError" in names:
+        return f"features without a distance ({found}); expected finite features, of more pictures than features", 2
+    return f"a fault of the program, {type(error).__name__}: {found}; --debug shows where", 1
 
 
 def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
@@ -76,7 +111,7 @@ def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
     found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
     asked = next((word for word in arguments if word in VERBS), None)
     if asked is not None and {"--help", "-h"} & set(arguments):
-        for text in (found[asked], PlanChoice):
+        for text in (found[asked], inspect.unwrap(found[asked]), PlanChoice):
             text.__doc__ = filled(text.__doc__ or "")
     take_limits(arguments)
     if "" in arguments:

@@ -2,18 +2,23 @@
 
 import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import tyro
 
 from dyndit import bounds
 from dyndit.errors import CheckpointError, InputError
+from dyndit.locks import locked
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from collections.abc import Iterable
+
+    from diffusers import ModelMixin
 
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
@@ -21,16 +26,102 @@ if TYPE_CHECKING:
     from dyndit.plans.table import ShiftTable
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Positional = tyro.conf.Positional
 Unnamed = Annotated[T, tyro.conf.arg(name="")]
 """A group of flags without the group's name before each flag."""
 NumHeads = Annotated[int | None, tyro.conf.arg(help="Attention heads of a .pt whose width does not tell them.")]
 CfgScale = Annotated[float, tyro.conf.arg(help="Guidance scale; 1 is unguided.")]
 BatchSize = Annotated[int, tyro.conf.arg(help="Pictures at a time.")]
+NumClasses = Annotated[int | None, tyro.conf.arg(help="Classes, without the null class, of a file that does not tell.")]
+Weights = Annotated[str | None, tyro.conf.arg(help="ema, model or a key of a training checkpoint (default: ema).")]
+Vae = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        help="Folder or hub id of an autoencoder of diffusers, or mse or ema for the published ones (default: the one "
+        "in a pipeline's folder; of a card: mse)."
+    ),
+]
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if there is one.")]
 _OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
 Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
+
+
+def also(*names: str) -> object:
+    """Accept further names of a flag, for example those of the published code's scripts."""
+    return tyro.conf.arg(aliases=tuple(f"--{name}" for name in names))
+
+
+@dataclass(frozen=True)
+class PublishedSampling:
+    """Sample as the published DiT's own scripts do, with their flags. `--model CARD` takes the place of MODEL.
+
+    Args:
+        model: A card: DiT-XL/2, DiT-B/4, ... It sets the scripts' solver (ddpm), steps (250), scale (4, or 1.5 with
+            --num-images), guided channels (3) and classes, unless they are given.
+        ckpt: The card's weights (default: pretrained_models/DiT-XL-2-256x256.pt, or 512x512).
+        image_size: Side of the card's pictures: 256 (the default) or 512.
+        num_classes: Classes of the card (default: 1000).
+        sample_dir: Folder for the folder of samples, if --out is not given.
+        tf32: Let a GPU round products to TF32.
+        no_tf32: Keep products in full precision.
+    """
+
+    model: str = ""
+    ckpt: Path | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    sample_dir: Path = Path("samples")
+    tf32: bool = False
+    no_tf32: bool = False
+
+    @property
+    def card(self) -> str:
+        """Return the card of name and size; empty without a name.
+
+        Raises:
+            InputError: no such card, or flags of a card without a card.
+        """
+        from dyndit.storage.published import card_of
+
+        if self.model:
+            return card_of(self.model, self.image_size)
+        for name in ("ckpt", "image_size", "num_classes"):
+            if (value := getattr(self, name)) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value}: belongs to a card; expected --model CARD with it"
+                )
+        return ""
+
+    def set_precision(self) -> None:
+        """Allow or forbid TF32, if a flag says so."""
+        import torch
+
+        if self.tf32 and self.no_tf32:
+            raise InputError("--tf32 and --no-tf32: both given; expected one of them")
+        if self.tf32 or self.no_tf32:
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+
+
+def holds(name: str, *, make: bool = True) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a verb: while it runs, no other process can write to the folder of its argument `name`.
+
+    Of several processes of one run, the first holds the folder.  make: hold a missing folder too, by making it.
+    """
+
+    def decorated(verb: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(verb)
+        def holding(*arguments: P.args, **options: P.kwargs) -> None:
+            folder = inspect.signature(verb).bind(*arguments, **options).arguments[name]
+            if os.environ.get("RANK", "0") != "0" or not (make or Path(folder).is_dir()):
+                return verb(*arguments, **options)
+            with locked(folder):
+                return verb(*arguments, **options)
+
+        return holding
+
+    return decorated
 
 
 @dataclass(frozen=True)
@@ -76,7 +167,7 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         for name, value in given.arguments.items():
-            values |= vars(value) if is_dataclass(value) else {name: value}
+            values = vars(value) | values if is_dataclass(value) else values | {name: value}  # MODEL, not --model CARD
         bounds.check(**values)
         bounds.check_inputs(values)
         if values.get("recipe") is not None:
@@ -108,8 +199,29 @@ def _check_model(model: object) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read."""
+
+    resize_method: str = "bicubic"
+    """How pictures come to the size: bicubic (crop the centre, then resize once, antialiased), adm (ADM's halving
+    with a box filter, bicubic, centre crop) or clean-fid (as bicubic, on floats)."""
+    skip_damaged: bool = False
+    """Leave damaged pictures out, counted and listed; otherwise they are refused before anything is done."""
+
+
+READING = Reading()
+
+
+def say(lines: "Iterable[str]") -> None:
+    """Print lines to standard error."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
 FULL_DEPTH = PlanChoice()
 AS_GIVEN = StepChoice()
+NOT_PUBLISHED = PublishedSampling()
 
 
 def chosen_plan(
@@ -125,7 +237,7 @@ def chosen_plan(
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: both given; expected one of them")
     if depth.router is not None:
-        return parse_router(depth.router)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
+        return parse_router(depth.router, dynamic.process)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
     if depth.plan is not None:
         return DepthPlan.load(depth.plan)
     if depth.budget is None and not depth.dynamic:
@@ -145,18 +257,19 @@ def stored_table(model: str) -> "ShiftTable":
     return ShiftTable.load(path)
 
 
-def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "AutoencoderKL | None":
-    """Load the autoencoder of a model's latents. A model of pictures gives None.
+def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "ModelMixin | None":
+    """Load the autoencoder of a model's latents; print if the model records another. A model of pictures gives None.
 
-    Raises InputError: the model makes latents, and no autoencoder is given.
+    Raises InputError: the model makes latents, and no autoencoder is given or lies beside it.
     """
-    from dyndit.training.latents import load_autoencoder
+    from dyndit.storage.autoencoder import differs, open_autoencoder
 
-    if dynamic.pixel_space:
+    decoder = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
+    if decoder is None:
         return None
-    if vae is None:
-        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
-    return load_autoencoder(vae).to(device)
+    for note in differs(decoder, dynamic):
+        print(note)
+    return decoder.to(device)
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":

@@ -9,21 +9,23 @@ from dyndit.cli import flags
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
     from torch import Tensor
 
     from dyndit.analysis.metrics.extractors import Extractor
+    from dyndit.calibration.measure import CalibrationSettings
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.table import ShiftTable
     from dyndit.process import Process
 
 
+@flags.holds("model", make=False)
 def calibrate(
     model: flags.Positional[Path],
     /,
     budget: float | None = None,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int | None = None,
     choice: flags.Unnamed[flags.StepChoice] = flags.AS_GIVEN,
     step_grid: tuple[int, ...] = (),
@@ -41,9 +43,10 @@ def calibrate(
     refinements: int = 0,
     batch_size: flags.BatchSize = 128,
     process: str = "",
-    vae: Path | None = None,
+    vae: flags.Vae = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
     fresh: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -56,7 +59,7 @@ def calibrate(
     Args:
         model: A local model folder with exits; the table is written into it.
         budget: Share of full depth's time at the same steps, above 0 and at most 1.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps (default: 20, or chosen).
         choice: Goal to choose the steps for.
         step_grid: Step counts to choose among: full depth is measured at each and stored in the table (default: 5 7 10
@@ -65,7 +68,8 @@ def calibrate(
         extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
             table, else digits for digits and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        reference: Real pictures: "digits", or a picture folder.
+        reference: Real pictures: one of {data_sets}, or any that `dyndit evaluate` takes (default: digits for a model
+            of classes that is judged by an extractor of digits).
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -75,16 +79,16 @@ def calibrate(
         forecast_ages: The table also holds exits with forecasts of their gap to full depth, from up to so many steps
             ago; 0 for no forecasts.
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
-        fresh: Measure the table again even if there is a table.
+        fresh: Measure the table again. A stored table is replaced once the new table has given its plan.
     """
+    from dyndit import files
     from dyndit.calibration import calibrate as calibration
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
     from dyndit.sampling.loop import to_uint8
     from dyndit.sampling.solvers import make_scheduler
     from dyndit.storage import load as checkpoints
-    from dyndit.training.latents import decode_latents
+    from dyndit.training.autoencoders import decode_latents
 
     goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
@@ -93,13 +97,20 @@ def calibrate(
         raise InputError(f"--refinements {refinements}: expected --budget with it, not a choice of steps")
     steps = 20 if steps is None else steps
     device = chosen_device(device)
-    dynamic = checkpoints.load(model, process=process or None, device=device, dtype=dtype)
+    loaded = checkpoints.inspect(model, process=process or None, device=device, dtype=dtype)
+    dynamic = loaded.model
+    for note in loaded.notes:
+        print(note)
+    solver = solver or dynamic.process.usual_solver
     make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
     decoder = flags.decoder_of(dynamic, model, vae, device)
     to_pictures = to_uint8 if decoder is None else lambda latents: decode_latents(decoder, latents)
+    files.sweep(model)
     path = model / checkpoints.TABLE
+    # A stored table stays until a new one is whole and has given its plan.
+    into = path.with_name(f"new-{path.name}") if fresh and path.exists() else path
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
     network = _extractor(extractor, extractor_weights, dynamic, table, device)
     if table is None:
@@ -111,7 +122,10 @@ def calibrate(
             own_guides=own_guides,
             forecast_ages=forecast_ages,
         )
-        real = _real_pictures(reference, network, *_picture_shape(dynamic, decoder))
+        if into != path and (left := _left_table(into, dynamic, network, settings, table_steps, cfg_scale)):
+            table = left
+    if table is None:
+        real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
         with progress_bar("measuring distribution shifts") as advance:
             reducing, moments = calibration.reduced(network, real)
             table = calibration.measure_shifts(
@@ -122,7 +136,7 @@ def calibrate(
                 cfg_scale=cfg_scale,
                 settings=settings,
                 to_pictures=to_pictures,
-                into=path,
+                into=into,
                 on_progress=advance,
             )
     options = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
@@ -131,7 +145,7 @@ def calibrate(
     if step_grid:
         with progress_bar("measuring full depth") as advance:
             table = calibration.measure_bases(
-                dynamic, table, network, step_grid=step_grid, into=path, on_progress=advance, **options
+                dynamic, table, network, step_grid=step_grid, into=into, on_progress=advance, **options
             )
     measured = {"table": table, "extractor": network, **options}
     if goal is None:
@@ -143,6 +157,8 @@ def calibrate(
         plan = calibration.calibrate_steps(dynamic, goal, **measured)
         _print_step_counts(calibration.table_for(dynamic, table, solver), plan, dynamic.process)
         target = out or model / f"plan-{plan.router}-{solver}-{goal.label}.json"
+    if into != path:
+        files.move(into, path)
     plan.save(target)
     _print_plan(plan, _distance_name(network, table))
     print(f"plan: {target}")
@@ -196,7 +212,8 @@ def plan(
 
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
-    """Load the model's table if it fits the exits and the guidance scale, else None. Print which."""
+    """Load the model's table; None if it has none. Raises InputError: other exits or another guidance scale."""
+    from dyndit import files
     from dyndit.models.identity import same
     from dyndit.plans.step import OwnExit
     from dyndit.plans.table import ShiftTable
@@ -204,13 +221,43 @@ def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "Shif
     if not path.exists():
         return None
     table = ShiftTable.load(path)
-    if table.cfg_scale != cfg_scale or not same(table.exits, dynamic.identity.exits):
-        print(f"{path}: measured at another guidance scale or on other exits; measured again")
-        return None
+    scales = f"--cfg-scale {table.cfg_scale:g}, now {cfg_scale:g}" if table.cfg_scale != cfg_scale else ""
+    if scales or not same(table.exits, dynamic.identity.exits):
+        raise InputError(f"{path}: measured at {scales or 'other exits'}; expected the same, or --fresh to replace it")
+    files.remove(path.with_suffix(".partial"))  # of a run that was killed when the table was whole
     terms = ", own guides" if any(isinstance(choice.guide, OwnExit) for choice in table.choices) else ""
     terms += f", forecasts from up to {max(table.ages)} steps ago" if table.ages else ""
     held = f"{table.num_pictures} seeds, {table.num_bands} bands{terms}"
     print(f"{path}: searched as it is ({held}); --fresh measures anew")
+    return table
+
+
+def _left_table(
+    path: Path,
+    dynamic: "DynamicDepth",
+    extractor: "Extractor",
+    settings: "CalibrationSettings",
+    num_steps: int,
+    cfg_scale: float,
+) -> "ShiftTable | None":
+    """Return the table that a stopped --fresh left beside the stored one, if it is the table to measure."""
+    from dyndit.calibration.measure import part_of
+    from dyndit.calibration.samplers import OwnSampler
+    from dyndit.errors import CheckpointError
+    from dyndit.plans.table import ShiftTable
+
+    if not path.exists():
+        return None
+    try:
+        table = ShiftTable.load(path)
+    except CheckpointError as error:
+        print(f"{error}: measured again")
+        return None
+    network = extractor if table.projection is None else extractor.projected(table.projection)
+    sampler = OwnSampler(dynamic, dynamic.process.usual_solver, num_steps, cfg_scale, seed=settings.seed)
+    if table.extractor_fingerprint != network.fingerprint or part_of(table, sampler, settings) is None:
+        return None
+    print(f"{path}: measured already, not replacing the stored table yet")
     return table
 
 
@@ -249,23 +296,37 @@ def _extractor(
     return load_extractor(name or (usual if table is None else table.extractor_name), weights, device)
 
 
-def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
+def _picture_shape(dynamic: "DynamicDepth", decoder: "ModelMixin | None") -> tuple[tuple[int, ...], int]:
     """Return (height, width) and channels of a model's decoded pictures."""
+    from dyndit.training.autoencoders import latent_space, picture_size
+
     channels, *size = dynamic.backbone.sample_shape
     if decoder is None:
         return tuple(size), channels
-    factor = 2 ** (len(decoder.config.block_out_channels) - 1)
-    return tuple(side * factor for side in size), decoder.config.out_channels
+    return picture_size(decoder, tuple(size)), latent_space(decoder).out_channels
 
 
-def _real_pictures(reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
+def _real_pictures(
+    reference: str,
+    extractor: "Extractor",
+    dynamic: "DynamicDepth",
+    size: tuple[int, ...],
+    channels: int,
+    reading: flags.Reading,
+) -> "Tensor":
     """Read at most 5,000 pictures of the reference, evenly spread over the set, as uint8."""
-    from dyndit.training.data import open_data
+    from dyndit.models.conditions import ClassLabels
+    from dyndit.pictures.collection import said_of
+    from dyndit.training.data import PACKAGED, open_data
 
-    spec = reference or ("digits" if extractor.name == "digits" else "")
+    usual = extractor.name == "digits" and isinstance(dynamic.backbone.condition, ClassLabels)
+    spec = reference or ("digits" if usual else "")
     if not spec:
-        raise InputError("--reference: missing; expected a folder of real pictures")
-    pictures, most = open_data(spec, size, channels), 5000
+        raise InputError(f"--reference: missing; expected a folder of real pictures, or one of {', '.join(PACKAGED)}")
+    options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
+    pictures, most = open_data(spec, size, channels, **options), 5000
+    pictures.check()
+    flags.say(said_of(pictures.account))
     count = len(pictures)
     return pictures.uint8([i * count // most for i in range(most)] if count > most else None)
 

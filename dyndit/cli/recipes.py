@@ -24,6 +24,12 @@ def modules() -> dict[str, str]:
     return _modules(recipes) | _modules(studies)
 
 
+def quickstarts() -> dict[str, str]:
+    """Name the recipes that define a `quickstart`, by family: "flow" -> "digits_flow"."""
+    found = (name for name in packaged() if hasattr(importlib.import_module(modules()[name]), "quickstart"))
+    return {name.removeprefix("digits_"): name for name in found}
+
+
 def _modules(package: ModuleType) -> dict[str, str]:
     """Name the recipes of a package: "digits" -> "dyndit.recipes.digits"."""
     found = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)

@@ -11,7 +11,8 @@ from dyndit import bounds, files, seals
 from dyndit.errors import PlanError, first_line
 from dyndit.models.dynamic import DynamicDepth, Work
 from dyndit.models.identity import VERSION_1
-from dyndit.plans.step import NoGuide, Step, Unconditional
+from dyndit.plans.step import Held, NoGuide, Step, Unconditional
+from dyndit.process import Process
 
 FORMAT = "dyndit-plan"
 VERSION = 2
@@ -20,6 +21,9 @@ MANUAL = "manual"
 
 _BLOCKS = bounds.Bound(1, 10**6, whole=True)
 _UNSEALED, _UNBOUND = "version 1: no checksum", "version 1: no checksum, no backbone"
+
+REACH = 2.0
+"""A rescaled forecast may reach this far beyond its last two full-depth steps, as a multiple of their distance."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class DepthPlan:
     """Identity of the backbone that the plan was calibrated on; "" if it fits any backbone of this depth."""
     exits: str = ""
     """Identity of the exits that the plan was calibrated on; "" if it fits any exits."""
+    calls: tuple[int, ...] = ()
+    """Calls of the network at each step; empty if every step makes one. Heun's solver makes two after its first."""
     figures: dict[str, float] = field(default_factory=dict, compare=False)
     """Figures that the router predicted or measured: shares of time and blocks, Fréchet distances."""
     note: str = field(default="", compare=False)
@@ -66,6 +72,10 @@ class DepthPlan:
             raise PlanError("plan: no steps")
         if any(a <= b for a, b in itertools.pairwise(self.timesteps)):
             raise PlanError("plan: timesteps must fall from noise to picture")
+        calls = tuple(self.calls)
+        if calls and (len(calls) != len(self.timesteps) or not all(type(c) is int and c >= 1 for c in calls)):
+            raise PlanError(f"plan: calls {list(calls)!s:.40}, expected a whole number for each step")
+        object.__setattr__(self, "calls", () if set(calls) == {1} else calls)
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PlanError(f"plan: budget {self.budget:g}, expected above 0 and at most 1")
         if len(self.steps) != len(self.timesteps):
@@ -99,15 +109,27 @@ class DepthPlan:
                 raise PlanError(f"plan: {name} {value!r:.40}, expected a finite number")
 
     @classmethod
-    def full(cls, timesteps: Sequence[float], num_blocks: int, solver: str, cfg_scale: float = 1.0) -> Self:
+    def full(
+        cls,
+        timesteps: Sequence[float],
+        num_blocks: int,
+        solver: str,
+        cfg_scale: float = 1.0,
+        calls: tuple[int, ...] = (),
+    ) -> Self:
         """Return the plan of the original model: both branches at every step unless `cfg_scale` is 1."""
         step = full_step(num_blocks, cfg_scale)
-        return cls(tuple(timesteps), (step,) * len(timesteps), num_blocks, solver, cfg_scale=cfg_scale)
+        return cls(tuple(timesteps), (step,) * len(timesteps), num_blocks, solver, cfg_scale=cfg_scale, calls=calls)
 
     @property
     def num_steps(self) -> int:
         """Return the number of sampling steps."""
         return len(self.timesteps)
+
+    @property
+    def calls_by_step(self) -> tuple[int, ...]:
+        """Return the calls of the network at each step."""
+        return self.calls or (1,) * self.num_steps
 
     @property
     def guided(self) -> bool:
@@ -144,7 +166,8 @@ class DepthPlan:
     def share_of_blocks(self) -> float:
         """Return the blocks run as a share of the full plan's blocks, over both branches if guided."""
         full = full_step(self.num_blocks, self.cfg_scale).work().blocks
-        return sum(step.work().blocks for step in self.steps) / (full * self.num_steps)
+        blocks = sum(n * step.work().blocks for n, step in zip(self.calls_by_step, self.steps, strict=True))
+        return blocks / (full * sum(self.calls_by_step))
 
     @property
     def mean_depth(self) -> tuple[float, float]:
@@ -160,6 +183,47 @@ class DepthPlan:
         """Return this plan with other steps at the same timesteps."""
         return replace(self, steps=tuple(steps), **changes)
 
+    def at(self, timesteps: Sequence[float], process: Process) -> Self:
+        """Return this plan for other timesteps: of another resolution, step count or shift of the same solver.
+
+        Each timestep takes the step of the plan's timestep nearest in log-SNR; of two equally near, the noisier one's.
+        The plan's own timesteps return the plan itself. Two rules keep valid what a step builds on:
+
+        - A forecast builds on a full-depth step, a held guidance on a step of both branches. If no timestep took that
+          step, the first that builds on it runs the original model's step instead.
+        - A forecast extrapolates along its last two full-depth steps. If it would reach further than the plan's
+          furthest and than `REACH` times their distance in log-SNR, it runs the original model's step instead.
+
+        timesteps: falling. process: the model's process. Figures are left out: they were measured at the plan's steps.
+
+        Raises:
+            PlanError: timesteps that do not fall.
+        """
+        target = replace(self, timesteps=tuple(timesteps), steps=(self.whole,) * len(timesteps), figures={})
+        if target.timesteps == self.timesteps:
+            return self
+        mine, theirs = ([process.log_snr_at(t) for t in plan.timesteps] for plan in (self, target))
+        taken = [min(range(self.num_steps), key=lambda k: (abs(mine[k] - there), k)) for there in theirs]
+        furthest = max([REACH, *(_reach(self.steps, mine, k, self.num_blocks) for k in range(self.num_steps))])
+        steps: list[Step] = []
+        # Index in this plan of the last step of each kind that a new step took, and that a step of the plan builds on.
+        has = {"full": -1, "both": -1}
+        for k, index in enumerate(taken):
+            step = self.steps[index]
+            needs = _builds_on(self.steps, index, self.num_blocks)
+            if any(has[kind] < earlier for kind, earlier in needs.items()) or (
+                _reach([*steps, step], theirs, k, self.num_blocks) > furthest * (1 + 1e-6)
+            ):
+                step = self.whole
+            steps.append(step)
+            has |= {kind: index for kind, there in _kinds(step, self.num_blocks).items() if there}
+        return replace(target, steps=tuple(steps))
+
+    @property
+    def whole(self) -> Step:
+        """Return the step of the original model under this plan's guidance."""
+        return full_step(self.num_blocks, self.cfg_scale)
+
     def difference(self, other: Self) -> list[tuple[int, Step, Step]]:
         """List the steps that differ: (number, step here, step there). Raises PlanError for other timesteps."""
         if self.timesteps != other.timesteps:
@@ -174,6 +238,8 @@ class DepthPlan:
     def to_json(self) -> dict[str, object]:
         """Return plain data with a checksum. Each step is its text: "12|6", "8|e4", "4+"."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "note"}
+        if not self.calls:
+            del plain["calls"]
         return seals.sealed({"format": FORMAT, "version": VERSION, **plain, "steps": list(map(str, self.steps))})
 
     @classmethod
@@ -208,6 +274,30 @@ class DepthPlan:
         width = max(4, *map(len, words))
         lines = [("t", self.timesteps), ("step", words)]
         return "\n".join([head, *(f"  {name:>4}  " + " ".join(f"{v!s:>{width}}" for v in row) for name, row in lines)])
+
+
+def _kinds(step: Step, num_blocks: int) -> dict[str, bool]:
+    """Tell what later steps may build on: a full-depth step ("full"), a step of both branches ("both")."""
+    return {"full": step.depth == num_blocks, "both": isinstance(step.guide, Unconditional)}
+
+
+def _builds_on(steps: Sequence[Step], k: int, num_blocks: int) -> dict[str, int]:
+    """Return the steps that step k builds on, by kind. A held guidance without an earlier pass builds on none."""
+    wanted = {"full": steps[k].forecast, "both": isinstance(steps[k].guide, Held)}
+    before = [_kinds(step, num_blocks) for step in steps[:k]]
+    found = {
+        kind: [i for i, kinds in enumerate(before) if kinds[kind]] for kind, is_wanted in wanted.items() if is_wanted
+    }
+    return {kind: indices[-1] for kind, indices in found.items() if indices}
+
+
+def _reach(steps: Sequence[Step], log_snr: Sequence[float], k: int, num_blocks: int) -> float:
+    """Return how far step k extrapolates, in distances of its last two full-depth steps; 0 if it does not."""
+    full = [i for i, step in enumerate(steps[:k]) if step.depth == num_blocks][-2:]
+    if not steps[k].forecast or len(full) < 2:
+        return 0.0
+    before, last = (log_snr[i] for i in full)
+    return (log_snr[k] - last) / max(last - before, 1e-9)
 
 
 def full_step(num_blocks: int, cfg_scale: float) -> Step:
@@ -266,6 +356,8 @@ def bind(
     if full is not None and plan.timesteps != full.timesteps:
         found = f"{plan.num_steps} steps" if plan.num_steps != full.num_steps else "other timesteps"
         raise PlanError(f"{origin}: made for {found}, but {full.num_steps} steps of {plan.solver} are asked for")
+    if full is not None and plan.calls != full.calls:
+        raise PlanError(f"{origin}: made for {plan.calls or 'one'} calls a step, but {plan.solver} makes {full.calls}")
     if check_identity:
         model.check_identity(plan.backbone, plan.exits, origin=origin, error=PlanError)
     if missing := sorted({depth for step in plan.steps for depth in step.exits} - set(model.depths)):

@@ -23,6 +23,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.solvers import (
     AnySolver,
+    calls_of,
     draws_noise,
     make_scheduler,
     solver_name,
@@ -35,6 +36,7 @@ from dyndit.sampling.solvers import (
 def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale: float) -> DepthPlan:
     """Plan full depth at every step. Raises InputError if the model was not trained for the solver or the guidance."""
     timesteps = timesteps_of(solver, num_steps, model.process)
+    calls = tuple(map(len, calls_of(make_scheduler(solver, num_steps, model.process))))
     backbone, name = model.backbone, solver_name(solver)
     if cfg_scale != 1 and not backbone.condition.guided:
         raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
@@ -51,7 +53,7 @@ def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale:
                 f"scheduler {name}: takes {solver.config.variance_type} variances of 3 channels alone, the model "
                 f"has {backbone.in_channels}; expected variance_type=None"
             )
-    return DepthPlan.full(timesteps, model.num_blocks, name, cfg_scale)
+    return DepthPlan.full(timesteps, model.num_blocks, name, cfg_scale, calls)
 
 
 def picture_generator(*key: int) -> torch.Generator:
@@ -171,32 +173,33 @@ def advance(
     channels = model.backbone.in_channels
     clock = Clock(x.device) if on_step is not None else float
     time_dtype = torch.long if all(isinstance(t, int) for t in plan.timesteps) else x.dtype
-    k = first - 1
+    calls, k = calls_of(scheduler), first - 1
     for k in range(first, plan.num_steps if stop is None else stop):
-        began = clock()
-        t, timestep, work = scheduler.timesteps[k], plan.timesteps[k], plan.works[k]
-        x_t = model.process.network_input(x, t, scheduler)
-        times = torch.full((len(x),), timestep, dtype=time_dtype, device=x.device)
+        began, inside = clock(), 0.0
+        timestep, work = plan.timesteps[k], plan.works[k]
         if also_keep and work.depths[0] == plan.num_blocks:
             work = work.keeping(tuple(also_keep))
-        entered = clock()
-        asked = x_t.to(dtype)
-        branches = tuple(Inputs(asked, times, y) for y in conditions[: len(work.depths)])
-        step = StepInputs(k, branches, work, plan.timesteps)
-        predictions, trajectory.memory = model.predict(step, trajectory.memory)
-        predictions = [p.to(x.dtype) for p in predictions]
-        left = clock()
-        prediction = predictions[0]
-        if len(predictions) == 2:
-            prediction = guidance.combine(*predictions, channels)
-        if model.pixel_space:
-            prediction = model.process.clamp(prediction, x_t, timestep, channels)
-        if not with_variance:
-            prediction = prediction[:, :channels]
-        drawn = {"generator": batch.generators_of(k)} if stochastic else {}
-        x = scheduler.step(prediction, t, x, return_dict=False, **drawn)[0]
+        for t in scheduler.timesteps[calls[k].start : calls[k].stop]:
+            x_t = model.process.network_input(x, t, scheduler)
+            times = torch.full((len(x),), timestep, dtype=time_dtype, device=x.device)
+            entered = clock()
+            asked = x_t.to(dtype)
+            branches = tuple(Inputs(asked, times, y) for y in conditions[: len(work.depths)])
+            step = StepInputs(k, branches, work, plan.timesteps)
+            predictions, trajectory.memory = model.predict(step, trajectory.memory)
+            predictions = [p.to(x.dtype) for p in predictions]
+            inside += clock() - entered
+            prediction = predictions[0]
+            if len(predictions) == 2:
+                prediction = guidance.combine(*predictions, channels)
+            if model.pixel_space:
+                prediction = model.process.clamp(prediction, x_t, timestep, channels)
+            if not with_variance:
+                prediction = prediction[:, :channels]
+            drawn = {"generator": batch.generators_of(k)} if stochastic else {}
+            x = scheduler.step(prediction, t, x, return_dict=False, **drawn)[0]
         if on_step is not None:
-            on_step(k, clock() - began, left - entered)
+            on_step(k, clock() - began, inside)
         if on_step_end is not None and (changed := on_step_end(k, t, x)) is not None:
             x = changed
     if k + 1 == plan.num_steps and not bool(torch.isfinite(x).all()):

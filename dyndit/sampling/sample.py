@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from dyndit import bounds, manifest
 from dyndit.errors import InputError
+from dyndit.locks import locked
+from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.step import NoGuide
@@ -26,14 +28,15 @@ from dyndit.sampling.store import TIMES, Drawn, Store, added
 class Samples:
     """Result of a sampling.
 
-    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: (N,).
+    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
+    the caption of each picture.
     batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
     batches, if `stats` is set.
     """
 
     pictures: Tensor
     latents: Tensor | None
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
     plan: DepthPlan
     seed: int
     batch_seconds: tuple[float, ...] = ()
@@ -64,9 +67,9 @@ def resolve_plan(
     return bind(written, model, full=full, cfg_scale=cfg_scale, origin=origin)
 
 
-def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, seed: int) -> None:
+def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int, seed: int) -> None:
     """Raise InputError for labels that the model lacks (it would use wrong classes), no pictures, or empty batches."""
-    model.backbone.condition.of(labels)
+    model.backbone.condition.plain(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
     bounds.check(batch_size=batch_size, seed=seed)
@@ -78,7 +81,7 @@ class Sampling:
 
     plan: a plan, or a router that writes one; None is the full plan. solver: a name of `SOLVERS`, or a diffusers
     scheduler. guided_channels: see `Guidance`. strict: pad every batch to `batch_size`. Kernels then see one shape, and
-    pictures are bit-equal in any grouping; otherwise they are equal to 1/255. stats: time every step.
+    pictures are bit-equal in any grouping at this batch size; else they are equal to 1/255. stats: time every step.
     """
 
     plan: DepthPlan | Router | None = None
@@ -91,7 +94,7 @@ class Sampling:
     strict: bool = False
     stats: bool = False
 
-    def bound(self, model: DynamicDepth, labels: Sequence[int], origin: str = "plan") -> Self:
+    def bound(self, model: DynamicDepth, labels: Sequence[Value], origin: str = "plan") -> Self:
         """Check the request, and return the settings with the plan to run: `check_request`, `resolve_plan`."""
         check_request(model, labels, self.batch_size, self.seed)
         bounds.check(cfg_scale=self.cfg_scale, guided_channels=self.guided_channels)
@@ -100,7 +103,7 @@ class Sampling:
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
 
-    def batches(self, model: DynamicDepth, labels: Sequence[int], ids: Sequence[int]) -> Iterator[Drawn]:
+    def batches(self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int]) -> Iterator[Drawn]:
         """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`."""
         guidance, device = Guidance(self.cfg_scale, self.guided_channels), next(model.parameters()).device
         timed: list[tuple[float, float]] = []
@@ -122,7 +125,7 @@ class Sampling:
 
 def sample(
     model: DynamicDepth,
-    labels: Sequence[int],
+    labels: Sequence[Value],
     *,
     plan: DepthPlan | Router | None = None,
     solver: AnySolver = "ddim",
@@ -136,7 +139,9 @@ def sample(
     stats: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Samples:
-    """Draw one picture per label. Picture i has index first_index + i; `Sampling` explains the other settings.
+    """Draw one picture per label: the number of a class, or a caption for a model of captions.
+
+    Picture i has index first_index + i; `Sampling` explains the other settings.
 
     on_batch(n) is called after each batch of n pictures. All pictures are in memory at the end; `draw` holds one batch,
     `sample_into` writes to disk.
@@ -144,7 +149,7 @@ def sample(
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
-    labels = tuple(map(int, labels))
+    labels = tuple(model.backbone.condition.plain(labels))
     asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats)
     asked, drawn = asked.bound(model, labels), []
     for batch in asked.batches(model, labels, range(first_index, first_index + len(labels))):
@@ -166,7 +171,7 @@ def sample(
 
 
 def draw(
-    model: DynamicDepth, labels: Sequence[int], *, ids: Sequence[int] | None = None, **settings: Any
+    model: DynamicDepth, labels: Sequence[Value], *, ids: Sequence[int] | None = None, **settings: Any
 ) -> Iterator[Drawn]:
     """Draw one picture per label and yield each batch. `sample` collects them.
 
@@ -176,7 +181,7 @@ def draw(
     Raises:
         InputError: raised at the call, as `sample`; or numbers below 0, or another number of ids than labels.
     """
-    labels = tuple(map(int, labels))
+    labels = tuple(model.backbone.condition.plain(labels))
     asked = Sampling(**settings).bound(model, labels)
     ids = range(len(labels)) if ids is None else ids
     if len(ids) != len(labels) or min(ids) < 0:
@@ -201,7 +206,7 @@ class Stored:
 def sample_into(
     out: Path,
     model: DynamicDepth,
-    classes: Sequence[int] | None,
+    classes: Sequence[Value] | Literal["random"] | None,
     num_images: int,
     *,
     ids: Sequence[int] | None = None,
@@ -213,8 +218,9 @@ def sample_into(
 ) -> Stored:
     """Draw a set of pictures into the folder `out`. Existing pictures stay; a finished set does not change.
 
-    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: None takes every
-    class in turn.
+    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: numbers of
+    classes, or captions; None takes every class, or the model's own prompts, in turn; "random" draws the class of
+    picture i from (seed, i).
     ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes can share the numbers and draw into one
     folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. The process that adds the last picture finishes the
     set. Both processes draw a batch that they share, so cut at multiples of batch_size.
@@ -222,11 +228,14 @@ def sample_into(
     origin: the plan's name in messages. on_progress(done, all) counts pictures. settings: see `Sampling`.
 
     Raises:
-        InputError: before any write: see `sample`, or `out` holds another run or other files. Later: the disk is full,
-            or a picture of the folder is damaged.
+        InputError: before any write: see `sample`, or `out` holds another run or other files, or another process draws
+            there. Later: the disk is full, or a picture of the folder is damaged.
     """
-    labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
-    labels = [int(labels[i % len(labels)]) for i in range(num_images)] if labels else []
+    if classes == "random":
+        labels = random_labels(model, num_images, settings.get("seed", 0))
+    else:
+        labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
+    labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
     asked = Sampling(**settings).bound(model, labels, origin)
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
@@ -242,7 +251,7 @@ def sample_into(
         "steps": asked.num_steps,
         "cfg_scale": asked.cfg_scale,
         "guided_channels": asked.guided_channels,
-        "labels": "in turn" if classes is None else tuple(classes),
+        "labels": "in turn" if classes is None else classes if classes == "random" else tuple(classes),
         "num_images": num_images,
         "seed": asked.seed,
         "plan_steps": list(map(str, plan.steps)),
@@ -250,33 +259,46 @@ def sample_into(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
-    found = manifest.claim(store.folder, run, complete=False, **facts)
-    missing = store.missing()
-    if found is not None and found.get("complete") is True:
-        if not missing and store.has_overviews:
-            store.drop_times()
-            return Stored(store.folder, plan, found, 0)
-        facts |= {name: found[name] for name in TIMES if name in found}
-        store.describe(run, complete=False, **facts)
-    todo = {i // asked.batch_size for i in missing & wanted}
-    numbers = [i for i in range(num_images) if i // asked.batch_size in todo]  # whole batches of the whole set
-    machine, done = manifest.machine(str(next(model.parameters()).device)), num_images - len(missing)
-    part = hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()[:8]  # names this process's file of times
-    if on_progress is not None:
-        on_progress(done, num_images)
-    for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
-        began = time.perf_counter()
-        pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
-        # Write times before pictures: every batch on disk then has its time.
-        store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
-        rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
-        store.add([drawn.ids[row] for row in rows], pictures[rows])
-        done += len(rows)
+    # Processes that share the numbers hold the folder together, once one of them has claimed it.
+    with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
+        found = manifest.claim(store.folder, run, complete=False, **facts)
+        if ids is not None:
+            lock.share()
+        missing = store.missing()
+        if found is not None and found.get("complete") is True:
+            if not missing and store.has_overviews:
+                store.drop_times()
+                return Stored(store.folder, plan, found, 0)
+            facts |= {name: found[name] for name in TIMES if name in found}
+            store.describe(run, complete=False, **facts)
+        todo = {i // asked.batch_size for i in missing & wanted}
+        numbers = [i for i in range(num_images) if i // asked.batch_size in todo]  # whole batches of the whole set
+        machine, done = manifest.machine(str(next(model.parameters()).device)), num_images - len(missing)
+        part = hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()[:8]  # names this process's file of times
         if on_progress is not None:
             on_progress(done, num_images)
-    if not store.missing():
-        store.finish(run, facts)
-    return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
+        for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
+            began = time.perf_counter()
+            pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
+            # Write times before pictures: every batch on disk then has its time.
+            store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
+            rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
+            store.add([drawn.ids[row] for row in rows], pictures[rows])
+            done += len(rows)
+            if on_progress is not None:
+                on_progress(done, num_images)
+        if not store.missing():
+            store.finish(run, facts)
+        return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
+
+
+def random_labels(model: DynamicDepth, num: int, seed: int) -> list[int]:
+    """Draw a class for each picture, uniformly; picture i's is a function of (seed, i)."""
+    classes = getattr(model.backbone.condition, "num_classes", 0)
+    if not classes:
+        raise InputError("--class-labels random: the model has no classes; expected no class labels")
+    digests = (hashlib.sha256(f"label {seed} {i}".encode()).digest() for i in range(num))
+    return [int.from_bytes(digest, "big") % classes for digest in digests]
 
 
 def _facts(plan: DepthPlan) -> dict[str, object]:

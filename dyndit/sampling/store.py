@@ -1,13 +1,15 @@
 """Store sets of pictures on disk, as `dyndit sample` writes them.
 
-A folder holds a PNG for each picture, `000123-class7.png`, and a `manifest.json`. A finished folder also holds all
-pictures for ADM's evaluator, `samples.npz`, and the first pictures side by side, `grid.png`.
+A folder holds a PNG for each picture, `000123-class7.png`, or `000123-a-three.png` if it has a caption, and a
+`manifest.json`. A finished folder also holds all pictures for ADM's evaluator, `samples.npz`, and the first pictures
+side by side, `grid.png`.
 
 Every file is written whole. Batches are always cut from the whole set. A resumed run, or a run shared by processes,
 therefore draws the same batches as an undisturbed run. One batch is in memory at a time.
 """
 
 import json
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from dyndit import files, manifest
 from dyndit.errors import CheckpointError, InputError
-from dyndit.pictures import PictureFiles, as_image, as_nchw, grid, write_png
+from dyndit.models.conditions import Value
+from dyndit.pictures import as_image, grid, write_png
+from dyndit.pictures.collection import PictureFiles
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
 NUM_IN_GRID = 64
@@ -31,12 +35,13 @@ TIMES = ("machine", "ms_per_picture", "ms_denoiser", "seconds", "step_seconds")
 class Drawn:
     """One batch of a sampling.
 
-    ids: numbers of the pictures. labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
-    latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty without `stats`.
+    ids: numbers of the pictures. labels: their classes or captions. x: (B, C, H, W) on the host, uint8 of a
+    pixel-space model, else latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty
+    without `stats`.
     """
 
     ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
     x: Tensor
     seconds: float
     step_seconds: tuple[float, ...] = ()
@@ -45,14 +50,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of a set.  labels: the class of each picture."""
+    """The folder of a set.  labels: the class or the caption of each picture."""
 
     folder: Path
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
 
     def path(self, number: int) -> Path:
         """Return the path of a picture."""
-        return self.folder / f"{number:06d}-class{self.labels[number]}.png"
+        return self.folder / f"{number:06d}-{_word(self.labels[number])}.png"
 
     def missing(self) -> set[int]:
         """Return the numbers of the missing pictures."""
@@ -102,7 +107,7 @@ class Store:
     def drop_times(self) -> None:
         """Remove the files of times. The manifest holds their sums."""
         for path in self.folder.glob("times-*.jsonl"):
-            path.unlink(missing_ok=True)
+            files.remove(path)
 
     @property
     def manifest(self) -> dict[str, object]:
@@ -123,15 +128,22 @@ class Store:
         times = self.times()
         if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times
             return
-        pictures = PictureFiles(tuple(map(self.path, range(len(self.labels)))))
+        pictures = PictureFiles.at(tuple(map(self.path, range(len(self.labels)))))
         _write_archive(self.folder / ARCHIVE, pictures, self.labels)
         first = pictures.read(range(min(NUM_IN_GRID, len(pictures))))
-        write_png(self.folder / GRID, grid(as_nchw(first)))
+        write_png(self.folder / GRID, grid(first))
         self.describe(settings, complete=True, **times | facts)
         self.drop_times()
 
 
-def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], batch_size: int = 256) -> None:
+def _word(label: Value) -> str:
+    """Write a label for a file's name: 7 -> "class7", "A three, bold" -> "a-three-bold"."""
+    if not isinstance(label, str):
+        return f"class{label}"
+    return "-".join(re.findall(r"[a-z0-9]+", label.lower()))[:60] or "caption"
+
+
+def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[Value], batch_size: int = 256) -> None:
     """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C)."""
     parts = pictures.batches(batch_size)
     first = next(parts)
@@ -155,14 +167,14 @@ def problem_of(source: object) -> str | None:
         found = manifest.read(folder / manifest.MANIFEST)
         settings = dict(found["settings"])
     except CheckpointError as error:  # damaged, or of another program
-        return str(error) if next(folder.glob("*-class*.png"), None) else None
+        return str(error) if next(folder.glob("[0-9]*-*.png"), None) else None
     except (KeyError, TypeError, ValueError):
         return None
     if settings.get("verb") != "sample":
         return None
     if not manifest.is_sealed(found):
         return f"{folder / manifest.MANIFEST}: edited (it has no checksum); expected it as `dyndit sample` wrote it"
-    num, expected = sum(1 for _ in folder.glob("*-class*.png")), settings.get("num_images")
+    num, expected = sum(1 for _ in folder.glob("[0-9]*-*.png")), settings.get("num_images")
     if found.get("complete") is True and num == expected:
         return None
     return f"{folder}: unfinished, {num} of {expected} pictures; expected that `dyndit sample` had come to its end"

@@ -11,6 +11,7 @@ from pathlib import Path
 from dyndit.errors import InputError
 from dyndit.files import write_text, written_whole
 from dyndit.markdown import plain
+from dyndit.models.conditions import ClassLabels, Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.plans.plan import DepthPlan
@@ -19,7 +20,7 @@ from dyndit.storage.native import TABLE, plans_in
 
 CARD, PICTURE = "README.md", "plans.png"
 MARK = "<!-- Written by dyndit from the files beside it. Without this line dyndit leaves the card alone. -->"
-TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit", "class-conditional-image-generation")
+TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def card(
     model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None, extras: CardExtras
 ) -> str:
     """Return the card's text.  plans: by file name."""
-    tags = "\n".join(f"- {tag}" for tag in TAGS)
+    labelled = isinstance(model.backbone.condition, ClassLabels)
+    task = "class-conditional-image-generation" if labelled else "text-to-image"
+    tags = "\n".join(f"- {tag}" for tag in (*TAGS, task))
     named = f"license: {license}\n" if license else ""
     parts = [
         f"---\nlibrary_name: dyndit\n{named}tags:\n{tags}\n---",
@@ -91,7 +94,7 @@ def card(
 
 def _backbone(model: DynamicDepth) -> str:
     config = model.backbone.config()
-    rows = [f"| {name} | {value} |" for name, value in config.items()]
+    rows = [f"| {name} | {_shortened(value)} |" for name, value in config.items()]
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
         f"| process | {model.process} |",
@@ -161,8 +164,21 @@ def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
     return (
         "## Use\n\n```python\nimport dyndit\n"
         'model = dyndit.load("PATH_OR_HUB_ID")  # this folder, or its id on the hub\n'
-        f"{result} = dyndit.sample(model, labels=[0], {drawn}).{result}\n```"
+        f"{result} = dyndit.sample(model, labels={_asked(model)}, {drawn}).{result}\n```"
     )
+
+
+def _asked(model: DynamicDepth) -> list[Value]:
+    """Return a label or a caption to ask for."""
+    try:
+        return model.backbone.condition.in_turn(1)
+    except InputError:  # a model of captions without prompts of its own
+        return ["CAPTION"]
+
+
+def _shortened(value: object) -> str:
+    """Write a value in at most 200 characters."""
+    return text if len(text := str(value)) <= 200 else f"{text[:199]}…"
 
 
 def _number(value: float | None) -> str:

@@ -12,17 +12,19 @@ from dyndit.errors import CheckpointError, first_line
 from dyndit.files import sha256
 from dyndit.storage.hub_id import HubId, parse
 
-__all__ = ["HubId", "fetch", "parse", "upload"]
+__all__ = ["HubId", "fetch", "fetch_autoencoder", "parse", "upload"]
 
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = ("*.json", "runs.csv")
+_CONFIG = "config.json"
+_DIFFUSERS_SAFE = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
 _SAFE = (
     "model.safetensors",
     "exits.safetensors",
     "shift-table.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model-*-of-*.safetensors",
+    *_DIFFUSERS_SAFE,
+    "text_embedder.safetensors",
 )
 _PICKLED = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-*-of-*.bin")
 
@@ -67,6 +69,18 @@ def check_hashes(folder: Path) -> None:
             )
 
 
+def fetch_autoencoder(model: HubId) -> Path:
+    """Download, or find in the cache, an autoencoder, or the autoencoder of a pipeline -> the snapshot's folder.
+
+    Raises CheckpointError: as `fetch`.
+    """
+    folder = _snapshot(model, (_CONFIG, *_DIFFUSERS_SAFE), "vae")
+    if not any(folder.rglob("diffusion_pytorch_model*.safetensors")):
+        folder = _snapshot(model, (_CONFIG, *_PICKLED), "vae")
+    check_hashes(folder)
+    return folder
+
+
 def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: object) -> str:
     """Make the repository if needed, and upload matching files of a folder -> the address of the commit.
 
@@ -88,10 +102,10 @@ def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: obj
     return str(commit)
 
 
-def _snapshot(model: HubId, patterns: tuple[str, ...]) -> Path:
+def _snapshot(model: HubId, patterns: tuple[str, ...], subfolder: str = "transformer") -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [*patterns, *(f"transformer/{pattern}" for pattern in patterns)]
+    wanted = [*patterns, *(f"{subfolder}/{pattern}" for pattern in patterns)]
     try:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # a request fails in many ways

@@ -4,6 +4,7 @@ The backbone's metadata repeats the config, so that edits are found. Hashes iden
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,7 +21,15 @@ from dyndit.models.identity import same, tensors_hash
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.table import ShiftTable
 from dyndit.process import Process
-from dyndit.storage.reading import AskedProcess, Loaded, built, check_finite, load_strictly, process_of
+from dyndit.storage.reading import (
+    AskedProcess,
+    Loaded,
+    autoencoder_record,
+    built,
+    check_finite,
+    load_strictly,
+    process_of,
+)
 
 MODEL_FORMAT, VERSION = "dyndit-model", 1
 EXITS_FORMAT, EXITS_VERSION = "dyndit-exits", 2
@@ -52,6 +61,8 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         "trunk": checksum,
         "backbone": model.backbone.config(),
     }
+    if model.autoencoder is not None:
+        config["autoencoder"] = asdict(model.autoencoder)
     write_safetensors(folder / WEIGHTS, weights, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
@@ -88,7 +99,9 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
         raise CheckpointError(f"{folder / WEIGHTS}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
-    return completed(folder, backbone, process, pixel_space, notes)
+    loaded = completed(folder, backbone, process, pixel_space, notes)
+    loaded.model.autoencoder = autoencoder_record(config.get("autoencoder"), path)
+    return loaded
 
 
 def completed(folder: Path, backbone: Backbone, process: Process, pixel_space: bool, notes: tuple[str, ...]) -> Loaded:
@@ -154,8 +167,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def plans_in(folder: Path) -> dict[Path, DepthPlan]:
     """Load the plans in a folder, by file. Raises CheckpointError: a plan cannot be read."""
+    found = (path for path in sorted(folder.glob(PLANS)) if not path.name.endswith(".manifest.json"))  # of a figure
     try:
-        return {path: DepthPlan.load(path) for path in sorted(folder.glob(PLANS))}
+        return {path: DepthPlan.load(path) for path in found}
     except PlanError as error:
         raise CheckpointError(str(error)) from error
 

@@ -1,21 +1,25 @@
 """Read pickled tensors without running code, and load them strictly. Every format uses this."""
 
 import argparse
+import difflib
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dyndit import bounds, seals
 from dyndit.errors import CheckpointError, InputError, first_line
-from dyndit.files import opened
+from dyndit.files import opened, refuse_pointer
 from dyndit.limits import LIMITS
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.identity import AutoencoderRecord
 from dyndit.process import DDPM, Process, from_config
 from dyndit.untrusted import check_archive, tried_in_child
 
@@ -31,22 +35,29 @@ class Loaded:
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     """Folder of the plans, table and exits: the native folder, or the folder of the transformer's weights."""
+    kind: str = "model"
+    """The format, in words."""
+    ignored: tuple[str, ...] = ()
+    """Parts of the file that are not loaded, a line each."""
 
 
 AskedProcess = Process | str | None
 """The process to load a model with, or its name. None: the file alone says it."""
 
 
-def process_of(recorded: object, asked: AskedProcess, path: Path) -> tuple[Process, tuple[str, ...]]:
+def process_of(
+    recorded: object, asked: AskedProcess, path: Path, usual: Process = DDPM()
+) -> tuple[Process, tuple[str, ...]]:
     """Choose the process of a checkpoint -> the process, and a note if it is assumed.
 
-    recorded: the `Process.config()` in the file; None if the file has none.
+    recorded: the `Process.config()` in the file; None if the file has none. usual: the family's process, assumed if
+    nobody says one.
 
     Raises CheckpointError: the file's process is unknown, or differs from the asked process.
     """
     if recorded is None and asked is None:
-        note = f"{path.name}: says no process; {DDPM.name} is assumed, --process (or process=) says another"
-        return DDPM(), (note,)
+        note = f"{path.name}: says no process; {usual.name} is assumed, --process (or process=) says another"
+        return usual, (note,)
     wanted = from_config({"name": asked}) if isinstance(asked, str) else asked
     if recorded is None:
         return wanted, ()
@@ -59,6 +70,27 @@ def process_of(recorded: object, asked: AskedProcess, path: Path) -> tuple[Proce
     return found, ()
 
 
+def autoencoder_record(recorded: object, path: Path) -> AutoencoderRecord | None:
+    """Read the record of a model's autoencoder from plain data. Raises CheckpointError: it is no record."""
+    if recorded is None:
+        return None
+    try:
+        found = AutoencoderRecord(**recorded)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: autoencoder is {recorded!r:.60}, expected kind, hash and source") from error
+    if not all(isinstance(value, str) for value in vars(found).values()):
+        raise CheckpointError(f"{path}: autoencoder is {recorded!r:.60}, expected text for kind, hash and source")
+    return found
+
+
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN = (
+    *(argparse.Namespace, SimpleNamespace, PosixPath, WindowsPath, np.dtype, np.dtypes.Float64DType),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+)
+"""Types of plain data that training scripts save beside the tensors: settings, paths, a best score."""
+
+
 def read_pickled(path: Path) -> object:
     """Read a file of `torch.save` that holds only tensors, plain data and `argparse.Namespace`.
 
@@ -67,7 +99,7 @@ def read_pickled(path: Path) -> object:
 
     def read() -> object:
         # Pass a file, not a path: torch.load trusts the suffix of a path.
-        with opened(path) as file, torch.serialization.safe_globals([argparse.Namespace]):
+        with opened(path) as file, torch.serialization.safe_globals(list(_PLAIN)):
             return torch.load(file, map_location="cpu", weights_only=True)
 
     try:
@@ -77,6 +109,7 @@ def read_pickled(path: Path) -> object:
     except CheckpointError:
         raise
     except Exception as error:  # an unpickler may raise anything on arbitrary bytes
+        refuse_pointer(path, error)
         name = type(error).__name__
         unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         found = f"holds {unsafe[1]}" if unsafe else f"damaged or of another kind, {name}: {first_line(error)}"
@@ -179,9 +212,12 @@ def check_shapes(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     Raises CheckpointError, which names the first such tensor.
     """
     own = module.state_dict()
-    for problem, names in (("lacks", own.keys() - tensors.keys()), ("has extra", tensors.keys() - own.keys())):
+    lacks, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    for problem, names, others, verb in (("lacks", lacks, extra, "found"), ("has extra", extra, list(own), "expected")):
         if names:
-            raise CheckpointError(f"{path}: {problem} {len(names)} tensors, first {min(names)}")
+            near = difflib.get_close_matches(names[0], others[:10_000], 1, 0.0)
+            closest = f"; the closest {verb} is {near[0]:.120}" if near else ""
+            raise CheckpointError(f"{path}: {problem} {len(names)} tensors, first {names[0]:.120}{closest}")
     for name, tensor in own.items():
         if tensors[name].shape != tensor.shape:
             found, expected = tuple(tensors[name].shape), tuple(tensor.shape)

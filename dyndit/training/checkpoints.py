@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +16,9 @@ from dyndit.errors import CheckpointError, InputError
 from dyndit.training.config import BOOKKEEPING, FitConfig
 
 Weights = dict[str, Tensor]
+
+LOG = "losses.csv"
+"""The log of the steps, in the run's folder, and in every checkpoint as far as the checkpoint goes."""
 
 
 def to_cpu(weights: Weights) -> Weights:
@@ -89,7 +93,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run: folders step-NNNNNN, each of safetensors and a state.json with their hashes.
+    """The checkpoints of one run: folders step-NNNNNN, each of safetensors, the log, and a state.json of hashes.
 
     A checkpoint is written beside its place, moved there when complete, and only then the oldest is deleted. So
     the last complete checkpoint always exists, also after a crash or on a full disk.
@@ -101,16 +105,17 @@ class Checkpoints:
     identity: str  # names everything else that the run depends on
     world: int  # number of processes
 
-    def save(self, run: Run, step: int) -> Path:
-        """Write the checkpoint of `step` and delete the oldest beyond `keep_checkpoints`."""
+    def save(self, run: Run, step: int, log: str) -> Path:
+        """Write the checkpoint of `step` and delete the oldest beyond `keep_checkpoints`.  log: text of its log."""
         place = self.folder / f"step-{step:06d}"
-        files.sweep(self.folder)
         with files.written_whole(place, folder=True) as draft:
             hashes = {}
             for name, tensors in run.tensors().items():
                 path = draft / f"{name}.safetensors"
                 files.write_safetensors(path, to_cpu(tensors))
                 hashes[path.name] = files.sha256(path)
+            files.write_text(draft / LOG, log)
+            hashes[LOG] = files.sha256(draft / LOG)
             state = {
                 "step": step,
                 "config": asdict(self.config),
@@ -119,22 +124,25 @@ class Checkpoints:
                 "num_processes": self.world,
                 "sha256": hashes,
             }
-            files.write_json(draft / "state.json", state)
-            shutil.rmtree(place, ignore_errors=True)  # if this step was saved before; the previous checkpoint remains
-        for old in self._all()[self.config.keep_checkpoints :]:
-            shutil.rmtree(old)
+            files.write_json(draft / "state.json", state | {"checksum": _checksum(state)})
+            files.remove(place)  # if this step was saved before; the previous checkpoint remains
+        self._prune()
         return place
 
-    def restore(self, run: Run, resume: bool = True, quiet: bool = False) -> int:
-        """Load the newest intact checkpoint into `run` and return its step. Without checkpoints, return 0."""
+    def _prune(self) -> None:
+        for old in self._all()[self.config.keep_checkpoints :]:
+            files.remove(old)
+
+    def restore(self, run: Run, resume: bool = True, quiet: bool = False) -> tuple[int, str]:
+        """Load the newest intact checkpoint into `run`. Return its step and its log; (0, "") without checkpoints."""
         found = self._all()
         if not found:
-            return 0
+            return 0, ""
         if not resume:
             raise InputError(f"{self.folder.parent}: holds a run up to {found[0].name}; expected an empty folder")
         for place in found:
             try:
-                state, tensors = _read_checkpoint(place)
+                state, tensors, log = _read_checkpoint(place)
             except CheckpointError as error:
                 if not quiet:
                     print(f"{error}; trying the one before it", file=sys.stderr)
@@ -151,9 +159,9 @@ class Checkpoints:
             if not quiet:
                 # Rename broken checkpoints, so that they do not count as the newest to keep.
                 for broken in found[: found.index(place)]:
-                    shutil.rmtree(broken.with_name(f"damaged-{broken.name}"), ignore_errors=True)
-                    broken.replace(broken.with_name(f"damaged-{broken.name}"))
-            return int(state["step"])
+                    files.move(broken, broken.with_name(f"damaged-{broken.name}"))
+                self._prune()
+            return int(state["step"]), log
         raise CheckpointError(
             f"{self.folder}: found {len(found)} checkpoints, none intact; delete the folder to start over"
         )
@@ -189,22 +197,27 @@ class Checkpoints:
                 )
 
 
-def _read_checkpoint(place: Path) -> tuple[dict, dict[str, Weights]]:
+def _checksum(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _read_checkpoint(place: Path) -> tuple[dict, dict[str, Weights], str]:
     path = place / "state.json"
     state = files.read_json(path)
+    if state.pop("checksum", "none") != _checksum(state):
+        raise CheckpointError(f"{path}: damaged, its checksum is another")
     try:
         hashes, expected_name = state["sha256"], f"step-{state['step']:06d}"
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
     if place.name != expected_name or not state.keys() >= {"config", "data_fingerprint", "num_processes"}:
         raise CheckpointError(f"{path}: not the state of {place.name}")
-    tensors = {}
-    for name in ("model", "ema", "optimizer"):
-        path = place / f"{name}.safetensors"
+    names = {name: place / f"{name}.safetensors" for name in ("model", "ema", "optimizer")}
+    for path in (*names.values(), place / LOG):
         if files.sha256(path) != hashes.get(path.name):
             raise CheckpointError(f"{path}: damaged, its sha256 is not the one noted in state.json")
-        tensors[name], _ = files.read_safetensors(path)
-    return state, tensors
+    tensors = {name: files.read_safetensors(path)[0] for name, path in names.items()}
+    return state, tensors, files.read_lines(place / LOG)
 
 
 def _check_shapes(place: Path, found: Weights, expected: Weights) -> None:

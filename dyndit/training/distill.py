@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models import families
-from dyndit.models.base import Backbone
+from dyndit.models.base import Backbone, Inputs
 from dyndit.models.conditions import Condition
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
@@ -22,12 +22,12 @@ from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures, check_fit
+from dyndit.training.data import Pictures, Rows, check_fit, conditioned
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors
 from dyndit.training.recorded import RecordedCalls, recorded_sampling
-from dyndit.training.states import TRAJECTORIES_SEED, Rows, States, noised
+from dyndit.training.states import TRAJECTORIES_SEED, States, noised
 
 _NUM_FORECAST = 128
 """Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
@@ -138,6 +138,8 @@ class Distill:
                 backbone.gradient_checkpointing = self.fit.gradient_checkpointing
             if self.states == "sampler":
                 data = self._trajectories(model, Path(out))
+            elif isinstance(data, Pictures):
+                data = conditioned(data, original.condition)
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))
@@ -194,11 +196,15 @@ class _Distillation(Task):
         self.variance_weight = recipe.variance_weight if process.has_variance else 0.0
         self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
 
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Inputs]:
+        """Make the inputs of the model.  x: (B, ...), y: B rows."""
+        return x, self.states(x, y, generator)
+
     def loss(
-        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, inputs: Inputs, _: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the squared error on noise and variance outputs over depths.  x: (B, ...), y: B rows."""
-        inputs, num_exits = self.states(x, y, generator), len(self.trainable.exits.layers)
+        """Sum the squared error on noise and variance outputs over depths.  x: (B, ...)."""
+        num_exits = len(self.trainable.exits.layers)
         errors = module(inputs.x, inputs.t, inputs.y)  # of the exits, then of full depth if it trains
         noise, variance = errors[:num_exits].mean(dim=(0, 1)).detach()
         figures = {"noise": noise, "variance": variance}

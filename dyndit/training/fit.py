@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -25,12 +25,15 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dyndit.errors import InputError
+from dyndit import files
+from dyndit.errors import InputError, first_line
+from dyndit.locks import locked
+from dyndit.training.batches import StepBatches
 from dyndit.training.borrowed import modes_kept
 from dyndit.training.checkpoints import Checkpoints, Ema, Run, Weights, to_cpu
 from dyndit.training.config import FitConfig
-from dyndit.training.data import StepBatches
 from dyndit.training.log import Log
+from dyndit.training.memory import Rows, in_parts, is_out_of_memory, smaller
 from dyndit.training.stopping import any_caught, leave, outlive_signals, signals
 
 
@@ -54,13 +57,20 @@ class Task(Protocol):
 
     trainable: nn.Module
 
-    def loss(
-        self, module: nn.Module, x: Tensor, y: Tensor | dict[str, Tensor], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a scalar loss, and scalar figures to log, for a batch.  Pictures: x (B, C, H, W), y (B,).
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Rows]:
+        """Return what `loss` takes for a batch, with every random number drawn: noise, timesteps.  x: (B, ...).
 
-        `module` is `trainable`, prepared for this machine: call it, not `trainable`. Draw every random number
-        from `generator` (on the CPU), which the loop seeds for this step.
+        The loop may cut the result into parts of fewer rows. By default return x and y as they are.
+        """
+        return x, y
+
+    def loss(
+        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a scalar loss, a mean over rows, and scalar figures to log.  x, y: from `draw`, all rows or a part.
+
+        `module` is `trainable`, prepared for this machine: call it, not `trainable`. Draw random numbers in `draw`
+        from `generator` (on the CPU), which the loop seeds for this step; else the loss depends on how a batch is cut.
         """
 
     def preview(self, out: Path, step: int, ema: Weights) -> None:
@@ -91,15 +101,17 @@ def fit(
     """Train `task.trainable` in place on `data`. Write checkpoints, losses.csv and TensorBoard logs to `out`.
 
     Go on from the newest intact checkpoint in `out`, bit for bit as if never stopped. Return at once if it is the
-    last step's. On SIGINT or SIGTERM, finish the step, write a checkpoint and leave.
+    last step's. On SIGINT, SIGTERM or SIGHUP, finish the step, write a checkpoint and leave. If a step fails, write a
+    checkpoint of the step before it. If memory runs out, cut the micro-batches into smaller parts and try again.
 
     identity: names everything else that the result depends on, such as the hash of a frozen backbone. A run resumes
     only under the same identity. rates: factors of the learning rate, by prefix of the parameters' names; 1 for others.
 
-    Raises InputError if the loss diverges, if `out` holds a run of another configuration, identity or other data, or
-    if it holds any run and `resume` is False. Raises CheckpointError if no checkpoint of a run is intact.
+    Raises InputError if the loss diverges, if `out` holds a run of another configuration, identity or other data, if
+    another process trains there, or if it holds any run and `resume` is False. Raises CheckpointError if no checkpoint
+    of a run is intact.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
     # Leave precision to the autocast below. accelerate would patch the module's forward for good, and refuse
     # a second precision in one process.
     accelerator = Accelerator(
@@ -114,70 +126,135 @@ def fit(
     device = accelerator.device
     trainable.to(device)
     run = Run(trainable, _optimizer(trainable, config, rates or {}), Ema(trainable, config.ema_decay))
-    checkpoints = Checkpoints(Path(out) / "checkpoints", config, data.fingerprint, identity, world)
-    first = checkpoints.restore(run, resume, quiet=not is_main)
-    log = Log(Path(out), first, config, accelerator, progress and is_main)
-    accelerator.wait_for_everyone()
-    if first == config.steps:
-        return FitResult(to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), 0.0)
+    checkpoints = Checkpoints(out / "checkpoints", config, data.fingerprint, identity, world)
+    with locked(out) if is_main else nullcontext():
+        if is_main:
+            files.sweep(out)
+        first, text = checkpoints.restore(run, resume, quiet=not is_main)
+        log = Log(out, first, text, config, accelerator, progress and is_main)
+        accelerator.wait_for_everyone()
+        if first < config.steps:
+            loading = _loading(data, replace(batches, start=first), config.num_workers, device)
+            _train(task, data, config, out, accelerator, run, checkpoints, first, log, loading)
+    seconds = 0.0 if first == config.steps else time.monotonic() - started
+    return FitResult(to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), seconds)
 
+
+def _train(
+    task: Task,
+    data: TrainingData,
+    config: FitConfig,
+    out: Path,
+    accelerator: Accelerator,
+    run: Run,
+    checkpoints: Checkpoints,
+    first: int,
+    log: Log,
+    loading: AbstractContextManager[Iterator[tuple[Tensor, Rows]]],
+) -> None:
+    """Run the steps after the `first`."""
+    trainable, device, is_main = task.trainable, accelerator.device, accelerator.is_main_process
+    alone = accelerator.num_processes == 1
     prepared, optimizer = accelerator.prepare(trainable, run.optimizer)
     module = torch.compile(prepared) if config.compile else prepared
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
     flip = config.flip and data.can_flip
     parameters = [p for p in trainable.parameters() if p.requires_grad]
-    generator = torch.Generator()
+    generator, num_parts, saved, buffers = torch.Generator(), 1, first, list(trainable.buffers())
+
+    def gradients(step: int, loaded: list[tuple[Tensor, Rows]]) -> list[dict[str, Tensor]]:
+        """Add up the gradients of a step's micro-batches. Return their figures."""
+        figures = []
+        accelerator.step = 0  # it counts micro-batches; a step that is tried again starts anew
+        for micro, batch in enumerate(loaded):
+            x, y = send_to_device(batch, device, non_blocking=True)
+            seed = _seed(config.seed, step, micro, accelerator.process_index)
+            generator.manual_seed(seed)
+            torch.manual_seed(seed)  # for dropout, which takes no generator
+            if flip:
+                mirrored = torch.rand(len(x), generator=generator) < 0.5
+                x = torch.where(mirrored.to(device)[:, None, None, None], x.flip(-1), x)
+            with autocast:
+                x, y = task.draw(x, y, generator)
+            with accelerator.accumulate(prepared):
+                means: dict[str, Tensor] = {}
+                for share, *rows in in_parts(x, y, num_parts):
+                    with autocast:
+                        loss, extra = task.loss(module, *rows, generator)
+                    accelerator.backward(loss * share)
+                    for name, value in {"loss": loss, **extra}.items():
+                        means[name] = means.get(name, 0) + value.detach() * share
+            figures.append(means)
+        return figures
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if is_main:
+            checkpoints.save(run, step, log.text)
+        saved = step
 
     with (
         modes_kept(trainable),
         signals() as caught,
         torch.random.fork_rng([device] if device.type == "cuda" else []),  # the loop seeds it at every step
-        _loading(data, replace(batches, start=first), config.num_workers, device) as micro_batches,
+        loading as micro_batches,
         log,
     ):
         trainable.train()
-        for step in range(first, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * config.learning_rate_at(step)
-            figures: list[dict[str, Tensor]] = []
-            for micro in range(config.accumulation):
-                x, y = send_to_device(next(micro_batches), device, non_blocking=True)
-                seed = _seed(config.seed, step, micro, rank)
-                generator.manual_seed(seed)
-                torch.manual_seed(seed)  # for dropout, which takes no generator
-                if flip:
-                    mirrored = torch.rand(len(x), generator=generator) < 0.5
-                    x = torch.where(mirrored.to(device)[:, None, None, None], x.flip(-1), x)
-                with accelerator.accumulate(prepared):
-                    with autocast:
-                        loss, extra = task.loss(module, x, y, generator)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
-                    optimizer.step()
-                    optimizer.zero_grad()
-                figures.append({"loss": loss.detach(), **{k: v.detach() for k, v in extra.items()}})
-            run.ema.update(step)
-            log.add(step + 1, config.learning_rate_at(step), norm, figures)
+        whole: int | None = first  # the step that the weights are of; None while they change
+        step, before = first, [buffer.clone() for buffer in buffers]  # statistics of batches
+        try:
+            for step in range(first, config.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * config.learning_rate_at(step)
+                before = [buffer.clone() for buffer in buffers]
+                loaded, figures = [next(micro_batches) for _ in range(config.accumulation)], None
+                while figures is None:
+                    try:
+                        figures = gradients(step, loaded)
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error) or not alone:
+                            raise
+                        num_parts = smaller(num_parts, len(loaded[0][0]), step + 1, error)
+                    if figures is None:  # the error, which holds on to tensors, is gone here
+                        trainable.zero_grad()
+                        torch.cuda.empty_cache()
+                        _restore(buffers, before)
+                norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
+                whole = None
+                optimizer.step()
+                optimizer.zero_grad()
+                run.ema.update(step)
+                log.add(step + 1, config.learning_rate_at(step), norm, figures)
 
-            done = step + 1
-            due = done == config.steps or done % config.checkpoint_every == 0
-            stop = done < config.steps and any_caught(caught, accelerator, step % config.log_every == 0)
-            if due or stop or done % config.log_every == 0:
-                log.flush()  # raises if the loss is not finite, so broken weights are never saved
-            if due or stop:
-                if is_main:
-                    checkpoints.save(run, done)
-                accelerator.wait_for_everyone()
-            if stop:
-                leave(caught, done, config.steps, Path(out), is_main)
-            if config.sample_every and done % config.sample_every == 0:
-                if is_main:
-                    task.preview(Path(out), done, run.ema.state_dict())
-                accelerator.wait_for_everyone()
+                done = whole = step + 1
+                is_last = done == config.steps
+                due = is_last or done % config.checkpoint_every == 0
+                stop = any_caught(caught, accelerator, is_last or step % config.log_every == 0)
+                if due or stop or done % config.log_every == 0:
+                    log.flush()  # raises if the loss is not finite, so broken weights are never saved
+                if due or stop:
+                    save(done)
+                    accelerator.wait_for_everyone()
+                if stop:
+                    leave(caught, done, config.steps, out, is_main)
+                if config.sample_every and done % config.sample_every == 0:
+                    if is_main:
+                        task.preview(out, done, run.ema.state_dict())
+                    accelerator.wait_for_everyone()
+        except Exception:
+            if whole == step:
+                _restore(buffers, before)
+            if whole is not None and saved < whole and alone:
+                log.flush()
+                save(whole)
+            raise
 
-    seconds = time.monotonic() - started
-    return FitResult(to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), seconds)
+
+@torch.no_grad()
+def _restore(buffers: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 def _seed(*numbers: int) -> int:
@@ -202,7 +279,7 @@ def _optimizer(trainable: nn.Module, config: FitConfig, rates: Mapping[str, floa
 @contextmanager
 def _loading(
     data: TrainingData, batches: StepBatches, num_workers: int, device: torch.device
-) -> Iterator[Iterator[tuple[Tensor, Tensor | dict[str, Tensor]]]]:
+) -> Iterator[Iterator[tuple[Tensor, Rows]]]:
     """Load the micro-batches with workers that ignore caught signals.  Pictures: x (B, C, H, W), y (B,)."""
     over = multiprocessing.Event()
     loader = DataLoader(
@@ -221,5 +298,12 @@ def _loading(
         if traceback:
             raise InputError(last.split(": ", 1)[-1]) from None
         raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"training: a process that loads pictures died ({first_line(error)}); expected memory for {num_workers} "
+            "of them, or fewer num_workers"
+        ) from error
     finally:
         over.set()

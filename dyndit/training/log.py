@@ -16,27 +16,28 @@ from torch import Tensor
 from dyndit import files
 from dyndit.errors import InputError
 from dyndit.progress import progress_bar
+from dyndit.training.checkpoints import LOG
 from dyndit.training.config import FitConfig
 
 
 class Log:
     """Log of the losses of every step: losses.csv, TensorBoard, and the progress display.
 
-    Figures stay on the device until `flush`, so that a step does not wait for them.
+    Figures stay on the device until `flush`, so that a step does not wait for them. Every checkpoint holds the log up
+    to its step. A resumed run starts from that text, whatever became of losses.csv.
     """
 
-    def __init__(self, out: Path, first: int, config: FitConfig, accelerator: Accelerator, show: bool):
-        self.path, self.config, self.accelerator, self.show = out / "losses.csv", config, accelerator, show
+    def __init__(self, out: Path, first: int, text: str, config: FitConfig, accelerator: Accelerator, show: bool):
+        self.path, self.config, self.accelerator, self.show = out / LOG, config, accelerator, show
+        self.lines = [text] if text else []
         self.rows: list[tuple[int, float, list[str], Tensor]] = []
         self.last, self.last_time = first, time.monotonic()
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
-            if self.path.is_file():  # steps after the checkpoint are run and logged again
-                kept = self.read()
-                if first == 0 or kept.empty:
-                    self.path.unlink()
-                else:
-                    files.write_text(self.path, kept[kept["step"] <= first].to_csv(index=False))
+            if text and not (self.path.is_file() and self.path.read_bytes() == text.encode()):
+                files.write_text(self.path, text)
+            elif not text:
+                files.remove(self.path)
 
     def __enter__(self) -> Log:
         self.accelerator.init_trackers("tensorboard")
@@ -50,13 +51,17 @@ class Log:
         for tracker in self.accelerator.trackers:  # end_training() would also end the process group
             tracker.finish()
 
+    @property
+    def text(self) -> str:
+        """Return the log up to the last `flush`."""
+        return "".join(self.lines)
+
     def read(self) -> pd.DataFrame:
-        """Read the log's complete lines. A log without lines gives an empty table."""
-        text = files.read_lines(self.path) if self.path.is_file() else ""
-        if not text:
+        """Return the log as a table, a row per step. A log without lines gives an empty table."""
+        if not self.lines:
             return pd.DataFrame()
         # Parse with Python's float: pandas 2 may be a bit off, and a resumed run must have equal losses.
-        return pd.read_csv(io.StringIO(text), dtype=str).astype(float).astype({"step": int})
+        return pd.read_csv(io.StringIO(self.text), dtype=str).astype(float).astype({"step": int})
 
     def add(self, step: int, learning_rate: float, norm: Tensor, figures: list[dict[str, Tensor]]) -> None:
         """Add one step: the means of its micro-batches' figures."""
@@ -76,7 +81,6 @@ class Log:
         frame.insert(0, "step", [row[0] for row in self.rows])
         frame.insert(2, "learning_rate", [row[1] for row in self.rows])
         frame = frame[["step", "loss", "learning_rate", "grad_norm", *names[2:]]]
-        self.rows.clear()
         bad = frame[~np.isfinite(frame[["loss", "grad_norm"]]).all(axis=1)]
         if len(bad):
             row = bad.iloc[0]
@@ -84,8 +88,11 @@ class Log:
                 f"training: at step {int(row.step)} the loss is {row.loss:g} and its gradient's norm "
                 f"{row.grad_norm:g}, expected finite numbers; try a lower learning_rate or a longer warm-up"
             )
+        lines = frame.to_csv(header=not self.lines, index=False)
         if self.accelerator.is_main_process:
-            files.append_lines(self.path, frame.to_csv(header=not self.path.is_file(), index=False))
+            files.append_lines(self.path, lines)
+        self.lines.append(lines)
+        self.rows.clear()
         step, now = int(frame["step"].iloc[-1]), time.monotonic()
         means = frame.drop(columns="step").mean().to_dict()
         rate = (step - self.last) / max(now - self.last_time, 1e-9)

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dyndit.models.base import Backbone
+from dyndit.models.base import Backbone, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.training.borrowed import borrowed
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures
+from dyndit.training.data import Pictures, Rows, conditioned
 from dyndit.training.distill import _DISTILLING, Distill
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.losses import halves
@@ -39,7 +39,7 @@ class Match:
             weight = self.variance_weight if model.process.has_variance else 0.0
             task = _Matching(student, backbone, weight, states)
             identity = f"{model.identity.backbone} {kept} {self.variance_weight} {self.null_share}"
-            result = fit(task, data, self.fit, Path(out), identity=identity)
+            result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)
         student.to(next(backbone.parameters()).device)
         return DynamicDepth(student, pixel_space=model.pixel_space, process=model.process).eval(), result
@@ -51,11 +51,14 @@ class _Matching(Task):
     def __init__(self, student: nn.Module, teacher: nn.Module, variance_weight: float, states: States) -> None:
         self.trainable, self.teacher, self.variance_weight, self.states = student, teacher, variance_weight, states
 
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Inputs]:
+        """Make the inputs of the models.  x: (B, C, H, W), y: B rows."""
+        return x, self.states(x, y, generator)
+
     def loss(
-        self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, inputs: Inputs, _: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the squared error on noise and variance outputs.  x: (B, C, H, W), y: (B,)."""
-        inputs = self.states(x, y, generator)
+        """Return the squared error on noise and variance outputs.  x: (B, C, H, W)."""
         with torch.no_grad():
             target = self.teacher.to(x.device)(inputs.x, inputs.t, inputs.y)
         noise, variance = halves(module(inputs.x, inputs.t, inputs.y) - target, x.shape[1]).mean(dim=0)

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 from dyndit import files, seals
 from dyndit.errors import InputError, first_line
 from dyndit.models.base import Backbone, Inputs, State
-from dyndit.models.conditions import Condition, Conditioning
+from dyndit.models.conditions import Condition, Conditioning, Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same, tensors_hash
 from dyndit.process import Process
@@ -37,7 +38,7 @@ MOST_HASHED = 1_000_000_000
 _NAME = re.compile(r"call-(\d{6,})\.safetensors")
 
 
-def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **options: object) -> Samples:
+def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Path, **options: object) -> Samples:
     """Draw pictures with `sample(model, labels, **options)`, and record the backbone's calls in the folder `out`.
 
     Raises InputError: see `sample`; or `out` holds other files.
@@ -48,7 +49,9 @@ def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **o
     return sample(watched, labels, **options)
 
 
-def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path, **options: object) -> "RecordedCalls":
+def recorded_sampling(
+    model: DynamicDepth, labels: Sequence[Value], folder: str | Path, **options: object
+) -> "RecordedCalls":
     """Return the calls of `record_sampling(model, labels, folder, **options)`. An existing `folder` is read, not drawn.
 
     Raises InputError: see `record_sampling`; or `folder` holds another backbone's calls.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
@@ -14,32 +13,29 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from dyndit import runtime
+
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list. A second signal of a kind has its usual effect."""
+    """Collect the signals of `runtime.STOPS` in a list. A second signal has its usual effect."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
-        yield caught
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in runtime.STOPS}
 
     def note(number: int, _frame: object) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        runtime.stopping.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with runtime.handling(note):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def outlive_signals(over: Event, _worker: int) -> None:
     """Ignore signals in a worker until `over` is set. Ctrl-C and job managers signal every process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(runtime.STOPS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.is_set() else None)
 
 
@@ -54,6 +50,7 @@ def leave(caught: list[int], step: int, steps: int, out: Path, say: bool) -> Non
     """Print the run's step, and end the process as the caught signal would."""
     if say:
         print(f"{out}: stopped at step {step} of {steps}; run the same again to go on", file=sys.stderr)
-    if signal.SIGINT in caught:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + signal.SIGTERM)
+    number = caught[0] if caught else signal.SIGTERM  # another process of the run was asked to stop
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt("said")
+    raise SystemExit(128 + number)

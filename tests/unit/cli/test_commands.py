@@ -43,7 +43,7 @@ def test_the_command_line_takes_it(where: str, command: str, monkeypatch: pytest
     main(shlex.split(command, comments=True)[1:])
     verb, first = command.split()[1:3]
     assert taken == [verb]
-    if verb in ("train", "distill", "compare"):
+    if verb in ("train", "distill", "compare") and not first.startswith("--"):
         assert first in modules()
 
 

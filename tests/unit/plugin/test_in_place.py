@@ -267,7 +267,17 @@ def test_every_family_is_drawn_and_timed(family: str, guided: bool) -> None:
     assert cost.share_of_time(sampler.full) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("family", [DIT, "SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        DIT,
+        "SD3Transformer2DModel",
+        "FluxTransformer2DModel",
+        "Lumina2Transformer2DModel",
+        "QwenImageTransformer2DModel",
+        "ZImageTransformer2DModel",
+    ],
+)
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_call_that_is_not_guided_as_said_is_refused(family: str, guided: bool) -> None:
     tiny = tiny_pipeline(family)

@@ -20,7 +20,7 @@ from dyndit import files
 from dyndit.errors import CheckpointError, InputError
 from dyndit.training.config import FitConfig
 from dyndit.training.data import PictureFolder, load_digits
-from dyndit.training.fit import FitResult, fit
+from dyndit.training.fit import FitResult, Task, fit
 
 CONFIG = FitConfig(
     steps=12,
@@ -36,7 +36,7 @@ CONFIG = FitConfig(
 DIGITS = load_digits()
 
 
-class Denoise:
+class Denoise(Task):
     """Predict the picture from a noisy one; dropout, batch statistics and a frozen part on purpose."""
 
     def __init__(self, width: int = 16, noise: float = 1.0):
@@ -136,7 +136,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(whole, tmp_path: Pat
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path: Path) -> None:
-    class Killed(Exception):
+    class Killed(BaseException):
         pass
 
     class Dies(Denoise):
@@ -176,6 +176,7 @@ def test_a_finished_run_returns_at_once(whole) -> None:
     assert torch.equal(task.trainable[1].weight, result.weights["1.weight"])
 
 
+@pytest.mark.reliability("A damaged checkpoint is named, and the one before it used")
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     whole, tmp_path: Path, name: str, capsys: pytest.CaptureFixture
@@ -199,6 +200,7 @@ def test_no_intact_checkpoint_is_an_error_and_deletes_nothing(tmp_path: Path) ->
     assert steps_of(tmp_path) == ["step-000004", "step-000008"]
 
 
+@pytest.mark.reliability("A full disk leaves a valid checkpoint, also if only one is kept")
 def test_the_oldest_checkpoint_goes_only_after_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +307,7 @@ def test_losses_are_noted_for_every_step(whole) -> None:
     assert all(torch.equal(stored[name], result.ema[name]) for name in result.ema)
 
 
+@pytest.mark.reliability("A loss or gradient that is not finite stops training; nothing broken is saved")
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path, broken: str) -> None:
     class Diverges(Denoise):
@@ -376,11 +379,12 @@ def test_a_picture_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, num_
     for name in ("a.png", "b.png", "cut.png"):
         Image.fromarray(DIGITS.uint8([0])[0, 0].numpy()).save(tmp_path / "data" / "cat" / name)
     cut = tmp_path / "data" / "cat" / "cut.png"
-    cut.write_bytes(cut.read_bytes()[:-30])
     data = PictureFolder(tmp_path / "data", channels=1)
+    data.check()
+    cut.write_bytes(cut.read_bytes()[:-30])  # damaged after the check: training meets it
     with pytest.raises(InputError) as caught:
         run(tmp_path / "out", replace(CONFIG, num_workers=num_workers), data=data)
-    assert str(caught.value).startswith(f"{cut}: cannot be read")
+    assert str(caught.value).startswith(f"{cut}: unreadable")
     assert "\n" not in str(caught.value)
 
 
@@ -442,9 +446,9 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from dyndit.training.fit import FitConfig, fit
+from dyndit.training.fit import FitConfig, Task, fit
 
-class Plain:
+class Plain(Task):
     def __init__(self):
         self.trainable = nn.Sequential(nn.Flatten(), nn.Linear(64, 64))
         nn.init.ones_(self.trainable[1].weight)

@@ -24,7 +24,7 @@ from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, load_digits
 from dyndit.training.distill import Distill, _Distillation
 from dyndit.training.exit_errors import exit_error_table
-from dyndit.training.fit import fit
+from dyndit.training.fit import Task, fit
 from dyndit.training.latents import LatentPictures
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import exit_errors
@@ -294,7 +294,7 @@ def test_training_with_exits_averages_both_and_lowers_both_losses(tmp_path: Path
         replace(recipe, exits=ExitConfig((4,))).run(DIGITS, tmp_path / "other")
 
 
-class Before:
+class Before(Task):
     """Distillation on a frozen backbone as it was when nothing else could train, loss and all."""
 
     def __init__(self, dynamic: DynamicDepth) -> None:
@@ -436,7 +436,7 @@ def test_path_kl_weights_errors_by_their_timestep() -> None:
     inputs, weight = Inputs(torch.zeros(4, 1, 8, 8), t, t), DDPM().path_kl_weights()[t].mean().item()
     for weighting, expected in (("even", 1.0), ("path-kl", weight)):
         task = _Distillation(Ones(), replace(DISTILL, weighting=weighting, hold=5.0), DDPM(), lambda *_: inputs)
-        loss, figures = task.loss(task.trainable, inputs.x, t, torch.Generator())
+        loss, figures = task.loss(task.trainable, *task.draw(inputs.x, t, torch.Generator()), torch.Generator())
         assert loss.item() == pytest.approx(expected * (2 + 5) * 1.1)
         assert {name: figure.item() for name, figure in figures.items()} == {"noise": 1, "variance": 1, "full": 1}
     assert abs(weight - 1) > 0.1

@@ -1,0 +1,30 @@
+"""Pipelines of two transformers: Wan 2.2 has an expert for high noise and an expert for low noise.
+
+    high = dyndit.apply_dyndit(pipe, "exits-high.safetensors", plan_high)
+    low = dyndit.apply_dyndit(pipe, "exits-low.safetensors", plan_low, component="transformer_2")
+
+`transformer` runs the timesteps from the boundary up, `transformer_2` those below it. Each expert is a model of its
+own, with its own exits, plan and handle. Its plan has its own timesteps alone.
+"""
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+COMPONENTS = ("transformer", "transformer_2")
+"""Names of a pipeline's transformers."""
+
+
+def transformers_in(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """Return the transformers of a pipeline."""
+    found = (pipeline.components.get(name) for name in COMPONENTS)
+    return [transformer for transformer in found if transformer is not None]
+
+
+def own_timesteps(pipeline: DiffusionPipeline, transformer: nn.Module) -> Tensor:
+    """Return the scheduler's timesteps at which the pipeline calls this transformer, falling."""
+    timesteps, ratio = pipeline.scheduler.timesteps, pipeline.config.get("boundary_ratio")
+    if ratio is None:
+        return timesteps
+    low = timesteps < ratio * pipeline.scheduler.config.num_train_timesteps
+    second = pipeline.components.get("transformer_2")
+    return timesteps[low if transformer is getattr(second, "_orig_mod", second) else ~low]

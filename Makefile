@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test reliability lint docs audit release clean
+.PHONY: quickstart test reliability fuzz lint docs audit release clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/dyndit quickstart
@@ -16,6 +16,10 @@ test: $(STAMP)
 reliability: $(STAMP)
 	$(VENV)/bin/python -m pytest -m reliability --junitxml=build/reliability.xml
 	$(VENV)/bin/python tests/support/reliability.py
+
+# Tries 100,000 invented files; `make test` tries 2,000.
+fuzz: $(STAMP)
+	DYNDIT_FUZZ=100000 $(VENV)/bin/python -m pytest tests/reliability/test_fuzz.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dyndit import manifest
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import CheckpointError, InputError, first_line
-from dyndit.files import read_json
-from dyndit.manifest import MANIFEST
 from dyndit.pictures import as_rgb, frames_of
+from dyndit.storage.reading import read_pickled
 
 MAX_PSNR = 100.0  # dB; equal pictures have no finite PSNR
 MIN_LPIPS_SIZE = 16  # VGG halves pictures four times
@@ -91,7 +91,7 @@ class Lpips(nn.Module):
         """Read the weights. Raises CheckpointError."""
         model = cls()
         try:
-            state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
+            state = load_file(path) if Path(path).suffix == ".safetensors" else read_pickled(Path(path))
             model.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
         except (OSError, RuntimeError, EOFError, AttributeError, SafetensorError, UnpicklingError) as error:
             found = first_line(error)
@@ -162,7 +162,7 @@ def check_same_seeds(samples: Path, full: Path) -> None:
 
 
 def _settings(folder: Path) -> dict[str, object] | None:
-    try:
-        return dict(read_json(folder / MANIFEST)["settings"])
-    except (ValueError, KeyError, TypeError):
+    if not (path := folder / manifest.MANIFEST).is_file():
         return None
+    found = manifest.read(path).get("settings")
+    return found if isinstance(found, dict) else None

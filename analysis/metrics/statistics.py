@@ -120,7 +120,7 @@ def read_statistics(path: Path) -> Statistics:
         arrays = _torch_file(path)
         match = _FIDELITY.fullmatch(path.stem)
         program, extractor = ("torch-fidelity", _fidelity_name(*match.groups())) if match else ("", "")
-    num = int(arrays["num"]) if "num" in arrays else None
+    num = _number(path, arrays.get("num"))
     main = _moments(path, arrays, "mu", "sigma", num)
     spatial = _moments(path, arrays, "mu_s", "sigma_s", num) if "mu_s" in arrays else None
     texts = {name: str(arrays[name]) for name in ("resize", "source") if name in arrays}
@@ -140,6 +140,14 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     if statistics.num is not None:
         arrays["num"] = np.array(statistics.num)
     write_npz(path, arrays)
+
+
+def _number(path: Path, num: np.ndarray | None) -> int | None:
+    if num is None:
+        return None
+    if num.shape != () or num.dtype.kind not in "iu" or not 2 <= num <= 2**53:
+        raise InputError(f"{path}: num is {num!s:.40}, expected a number of pictures")
+    return int(num)
 
 
 def _npz_program(path: Path, keys: Mapping[str, object]) -> tuple[str, str]:

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dyndit.errors import InputError
-from dyndit.files import read_json, write_text
+from dyndit import seals
+from dyndit.errors import InputError, first_line
+from dyndit.files import write_text
 from dyndit.manifest import MANIFEST
+from dyndit.manifest import is_sealed as is_checked
+from dyndit.manifest import read as read_manifest
 from dyndit.sampling.solvers import kind_of
 
 RUNS, PARQUET = "runs.csv", "runs.parquet"
@@ -82,7 +85,8 @@ def read_runs(path: Path) -> pd.DataFrame:
     """Read the runs of a CSV or Parquet file, or of a folder with runs.csv or runs.parquet.
 
     The columns of COLUMNS come first, then other columns of the file. Parquet needs pyarrow.
-    Raises InputError: the file or a column is missing, a value is not a number, or an arm was measured twice.
+    Raises InputError: the file or a column is missing, a value is not a number, an arm was measured twice, or the rows
+    do not fit the column `checksum`. Rows of a file without that column are taken as they are, see `is_sealed`.
     """
     file = runs_file(path)
     runs = _read_table(file)
@@ -100,8 +104,41 @@ def read_runs(path: Path) -> pd.DataFrame:
     if twice.any():
         row = runs[twice].iloc[0]
         raise InputError(f"{file}: arm {row['arm']}, block {row['block']} stands twice, expected once")
+    if file.suffix != ".parquet":
+        _check_seal(file)
     check_alike(file, runs)
-    return runs[[*COLUMNS, *(name for name in runs if name not in COLUMNS)]]
+    return runs[[*COLUMNS, *(name for name in runs if name not in (*COLUMNS, seals.SEAL))]]
+
+
+def is_sealed(path: Path) -> bool:
+    """Tell if a runs file carries a checksum, which `read_runs` has checked."""
+    file = runs_file(path)
+    return file.suffix != ".parquet" and seals.SEAL in _rows_of(file)[0]
+
+
+def _rows_of(file: Path) -> list[list[str]]:
+    """Return the heading and the rows of a CSV file as text."""
+    try:
+        with file.open(encoding="utf-8", newline="") as text:
+            return [row for row in csv.reader(text, strict=True) if row] or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{file}: unreadable ({first_line(error)}), expected a CSV file") from error
+
+
+def _check_seal(file: Path) -> None:
+    """Refuse rows that do not fit the file's checksum: every row ends with the checksum of all rows."""
+    head, *rows = _rows_of(file)
+    if ragged := next((number for number, row in enumerate(rows, 2) if len(row) != len(head)), None):
+        raise InputError(
+            f"{file}, row {ragged}: {len(rows[ragged - 2])} values, expected {len(head)} as in the heading"
+        )
+    found, recorded = seals.checksum([head[:-1], [row[:-1] for row in rows]]), {row[-1] for row in rows if row}
+    is_whole = recorded == {found}
+    if is_whole != (head[-1:] == [seals.SEAL]):
+        raise InputError(
+            f"{file}: damaged or edited (checksum {found}, it records {min(recorded, default='none')!r:.24}); expected "
+            f"it as it was written, or without the column {seals.SEAL}"
+        )
 
 
 def check_alike(file: Path, runs: pd.DataFrame) -> None:
@@ -179,19 +216,27 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
             raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
-    if path.exists():
-        old = path.read_text(encoding="utf-8")
-        if (found := next(csv.reader([old.partition("\n")[0]]), [])) != list(COLUMNS):
+    sealed = not path.exists()
+    if sealed:
+        writer.writeheader()
+    else:
+        _check_seal(path)
+        found, *old = _rows_of(path)
+        if not old:
+            raise InputError(f"{path}: no rows, expected one per arm and seed block; or no file")
+        sealed = found[-1:] == [seals.SEAL]  # a file without checksums stays one
+        if found[: len(found) - sealed] != list(COLUMNS):
             raise InputError(f"{path}: columns {', '.join(found)}; expected {', '.join(COLUMNS)}")
         new = {_key(row) for row in rows}
-        kept = [row for row in csv.DictReader(io.StringIO(old)) if _key(row) not in new]
-        writer.writeheader()
-        writer.writerows(kept)
-    else:
-        writer.writeheader()
+        kept = (row[: len(COLUMNS)] for row in old if _key(dict(zip(found, row, strict=True))) not in new)
+        csv.writer(text, lineterminator="\n").writerows((COLUMNS, *kept))
     for row in rows:
         empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
         writer.writerow({**row, **empty})
+    if sealed:
+        head, *body = csv.reader(io.StringIO(text.getvalue()))
+        seal, text = seals.checksum([head, body]), io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([[*head, seals.SEAL], *([*row, seal] for row in body)])
     write_text(path, text.getvalue())
 
 
@@ -210,7 +255,8 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
     """Make a row from a folder of `dyndit sample` and figures of `evaluate`. Raises InputError: one lacks a part."""
     path = Path(samples) / MANIFEST
     try:
-        manifest = read_json(path)
+        if not is_checked(manifest := read_manifest(path)):
+            raise ValueError("a checksum")
         settings, plan = manifest["settings"], manifest["plan"]
         full = plan["router"] == "full"
         # The same latents decode to other pictures under another autoencoder: its hash is part of the model's name.

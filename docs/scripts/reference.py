@@ -19,6 +19,7 @@ from dyndit.cli import VERBS, main
 
 NAMES = re.compile(r"<!-- names: (.*?) -->")
 VERBS_MARK = "<!-- verbs -->"
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:analysis|dyndit|recipes|tests)/[^)]*\)")
 CODE = re.compile(r"`[^`\n]+`")
 SETTINGS = re.compile(r"^\| settings\..*$", re.M)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
@@ -32,6 +33,7 @@ def on_page_markdown(markdown: str, page: object, **_: object) -> str:
         if sorted(asked) != sorted(dyndit.__all__):
             raise ValueError(f"{page}: names {sorted(set(asked) ^ set(dyndit.__all__))} not once on the page")
         markdown = NAMES.sub(lambda mark: "\n\n".join(map(name_section, mark[1].split())), markdown)
+    markdown = OUTSIDE.sub(r"\1", markdown)  # sources lie beside the site, not in it
     markdown = CODE.sub(lambda span: span[0].replace(r"\|", "|"), markdown)  # GitHub needs the backslash in tables
     # Lists of a report's manifest, such as [12, 6] [8, 4], would be read as links.
     return SETTINGS.sub(lambda line: line[0].replace("[", r"\["), markdown)
@@ -57,10 +59,10 @@ def verb_section(verb: str) -> str:
 
 
 def help_of(verb: str) -> str:
-    """Run `dyndit VERB --help` in this process, 100 columns wide and without colours."""
+    """Run `dyndit VERB --help` in this process, 80 columns wide and without colours."""
     printed = io.StringIO()
     kept = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR", "TERM")}
-    os.environ.update(COLUMNS="100", NO_COLOR="1", TERM="dumb")
+    os.environ.update(COLUMNS="80", NO_COLOR="1", TERM="dumb")
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             main([verb, "--help"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dyndit import bounds
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_shifts, reduced
 from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures
@@ -28,6 +29,7 @@ STEP_GRID = (5, 7, 10, 14, 20)
 """Step counts to choose among: neighbours differ by a factor of about 1.4 in time."""
 
 
+@bounds.checked
 def measure_bases(
     model: DynamicDepth,
     table: ShiftTable,
@@ -74,6 +76,7 @@ def check_step_grid(step_grid: Sequence[int]) -> None:
         raise InputError(f"--step-grid {bad[0]}: expected 1 to {Process.num_timesteps}")
 
 
+@bounds.checked
 def measure_moments(
     model: DynamicDepth,
     extractor: FeatureExtractor,
@@ -98,6 +101,7 @@ def _moments(
     return moments(extractor.features(as_rgb(sampler.drawn(plan, num_pictures, fresh=fresh))))
 
 
+@bounds.checked
 def plan_on_table(
     model: DynamicDepth,
     table: ShiftTable,
@@ -183,6 +187,7 @@ def _measured(sampler: Sampler, table: ShiftTable, plan: DepthPlan, extractor: F
     return replace(plan, figures=plan.figures | figures)
 
 
+@bounds.checked
 def calibrate(
     model: DynamicDepth,
     *,
@@ -229,6 +234,7 @@ def calibrate(
     return planned(sampler, table, budget, extractor, refinements)
 
 
+@bounds.checked
 def calibrate_steps(
     model: DynamicDepth,
     goal: Goal,

@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from dyndit.cli.flags import PlanChoice
+from dyndit.cli.flags import PlanChoice, checked
 from dyndit.errors import InputError, first_line
+from dyndit.limits import take_limits
 from dyndit.runtime import keep_freed_memory, stoppable
 
 VERBS: dict[str, str] = {
     "train": "models",
     "distill": "models",
     "calibrate": "plans",
+    "plan": "plans",
     "sample": "pictures",
     "evaluate": "results",
     "bench": "results",
@@ -111,7 +113,11 @@ def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
     if asked is not None and {"--help", "-h"} & set(arguments):
         for text in (found[asked], inspect.unwrap(found[asked]), PlanChoice):
             text.__doc__ = filled(text.__doc__ or "")
-    return found
+    take_limits(arguments)
+    if "" in arguments:
+        flag = arguments[arguments.index("") - 1] if arguments.index("") else "arguments"
+        raise InputError(f"{flag} '': empty; expected a value, or nothing")
+    return {verb: checked(function) for verb, function in found.items()}
 
 
 def filled(text: str) -> str:

@@ -5,13 +5,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import tyro
 
-from dyndit.errors import InputError
+from dyndit import bounds
+from dyndit.errors import CheckpointError, InputError
 from dyndit.locks import locked
 
 if TYPE_CHECKING:
@@ -151,6 +152,51 @@ class StepChoice:
     """Predicted Fréchet distance. Reach it in the least time."""
     reference_steps: int | None = None
     """Steps of full depth whose time is the reference (default: the steps that the table was measured at)."""
+
+
+def checked(verb: Callable[..., None]) -> Callable[..., None]:
+    """Check a verb's flags before it runs: numbers by `dyndit.bounds`, and that its inputs are there.
+
+    No library is loaded for that, so a wrong path is refused at once.
+    """
+    signature = inspect.signature(verb)
+
+    @functools.wraps(verb)
+    def run(*args: object, **kwargs: object) -> None:
+        values: dict[str, object] = {}
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        for name, value in given.arguments.items():
+            values = vars(value) | values if is_dataclass(value) else values | {name: value}  # MODEL, not --model CARD
+        bounds.check(**values)
+        bounds.check_inputs(values)
+        if values.get("recipe") is not None:
+            from dyndit.cli.recipes import check_name
+
+            check_name(str(values["recipe"]))
+        for name in ("model", "source"):
+            _check_model(values.get(name))
+        verb(*args, **kwargs)
+
+    return run
+
+
+def _check_model(model: object) -> None:
+    """Refuse a model that is no path, no name and no hub id."""
+    from dyndit.storage.hub_id import parse
+
+    if isinstance(model, Path):
+        if not model.is_dir():
+            raise InputError(
+                f"{model}: the table is written into the model's folder; expected a local model folder, which "
+                "`dyndit distill` or `dyndit convert` makes"
+            )
+        return
+    is_name = not model or model == "digits" or str(model).startswith("random:")
+    if not (is_name or Path(str(model)).exists() or parse(str(model))):
+        raise CheckpointError(
+            f"{model}: no such file or folder; expected a model folder, a DiT .pt, 'digits' or a hub id (org/name)"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -93,21 +93,10 @@ def calibrate(
     goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
-    if goal is None and not 0 < budget <= 1:
-        raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
-    for flag, rounds in (("--refinements", refinements), ("--forecast-ages", forecast_ages)):
-        if rounds < 0:
-            raise InputError(f"{flag} {rounds}: expected at least 0")
     if goal is not None and refinements:
         raise InputError(f"--refinements {refinements}: expected --budget with it, not a choice of steps")
     steps = 20 if steps is None else steps
-    calibration.check_step_grid(step_grid)
     device = chosen_device(device)
-    if not model.is_dir():
-        raise InputError(
-            f"{model}: the table is written into the model's folder; expected a local model folder, which "
-            "`dyndit distill` or `dyndit convert` makes"
-        )
     loaded = checkpoints.inspect(model, process=process or None, device=device, dtype=dtype)
     dynamic = loaded.model
     for note in loaded.notes:
@@ -175,6 +164,51 @@ def calibrate(
     print(f"plan: {target}")
     if json_:
         print(json.dumps({"plan": str(target), **plan.figures}))
+
+
+def plan(
+    action: flags.Positional[Literal["show", "edit"]],
+    file: flags.Positional[Path],
+    /,
+    out: Path | None = None,
+    step: tuple[str, ...] = (),
+    unbind: bool = False,
+) -> None:
+    """Show a plan, or write an edited plan. An edited plan's router is "manual", wherever the plan is used.
+
+    Args:
+        action: show: print the plan; edit: write a plan with other steps.
+        file: The plan file.
+        out: File for the edited plan. An existing file is refused.
+        step: Steps to set, by number from 0: "3=12|6" "4=8".
+        unbind: The edited plan runs on any model of its depth, not only on the model that it was made for.
+    """
+    from dataclasses import replace
+
+    from dyndit.files import check_free
+    from dyndit.plans.plan import MANUAL, DepthPlan
+    from dyndit.plans.step import Step
+
+    found = DepthPlan.load(file)
+    if action == "show":
+        if out is not None or step or unbind:
+            raise InputError("--out, --step, --unbind: expected them with `dyndit plan edit`")
+        print(found)
+        return
+    if out is None:
+        raise InputError("--out: missing; expected a file for the edited plan")
+    check_free(out, folder=False)
+    steps = list(found.steps)
+    for text in step:
+        number, _, word = text.partition("=")
+        if not number.isdecimal() or not word or int(number) >= len(steps):
+            raise InputError(f"--step {text}: expected NUMBER=STEP, numbers 0 to {len(steps) - 1}, such as 3=12|6")
+        steps[int(number)] = Step.parse(word)
+    identity = {"backbone": "", "exits": ""} if unbind or not (found.backbone and found.exits) else {}
+    edited = replace(found, steps=tuple(steps), router=MANUAL, budget=None, figures={}, note="", **identity)
+    edited.save(out)
+    print(edited)
+    print(f"plan: {out}")
 
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":

@@ -299,7 +299,7 @@ def report(
     from rich.console import Console
 
     from dyndit.analysis import read_runs, summary, terminal_table, write_report
-    from dyndit.analysis.report.runs import GROUP
+    from dyndit.analysis.report.runs import GROUP, is_sealed
     from dyndit.analysis.report.verify import verify as mismatches
 
     if verify is not None:
@@ -312,6 +312,8 @@ def report(
         raise InputError("report: expected folders of runs and --out DIR, or --verify REPORT")
     write_report(list(runs), out, margin=margin)
     for path in runs:
+        if not is_sealed(path):
+            print(f"{path}: its rows have no checksum; they are taken as they are")
         for _, rows in read_runs(path).groupby(GROUP, sort=False):
             if (rows["role"] == "score").any():
                 Console().print(terminal_table(summary(rows, margin)))

@@ -18,6 +18,7 @@ import numpy as np
 from dyndit.errors import InputError, first_line
 from dyndit.files import opened
 from dyndit.pictures.sources import Source, stamp_of
+from dyndit.untrusted import check_size
 
 PICTURES = ("arr_0", "images", "samples", "pictures")
 """Names of arrays of pictures, the usual ones first. A lone array of another name is taken too."""
@@ -111,19 +112,21 @@ class Arrays(Source):
 def headers_of(path: Path) -> dict[str, Header]:
     """Return shape, order and dtype of each array of an .npz or .npy file, without reading any.
 
-    Raises InputError: unreadable, or an array declares more bytes than its file holds.
+    Raises InputError: unreadable, or an array declares other bytes than its file holds, or deflates beyond the limit.
     """
     with _reading(path), opened(path) as file:
         if path.suffix == ".npy":
-            return {"arr_0": _checked(path, "arr_0", _header(file), path.stat().st_size)}
+            return {"arr_0": _checked(path, "arr_0", _header(file), path.stat().st_size - file.tell())}
         found = {}
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 if member.filename.endswith(".npy"):
+                    check_size(path, member.file_size, path.stat().st_size, streamed=True)
                     key = member.filename.removesuffix(".npy")
                     with archive.open(member) as inner:
                         header = _header(inner)
-                    found[key] = _checked(path, key, header, member.file_size)
+                        held = member.file_size - inner.tell()
+                    found[key] = _checked(path, key, header, held)
         return found
 
 
@@ -133,11 +136,12 @@ def read_array(path: Path, key: str, most: int = MOST_SMALL) -> np.ndarray:
         shape, fortran, kind = _header(file)
         if (size := math.prod(shape) * kind.itemsize) > most:
             raise InputError(f"{path}: {key} declares {size:,} bytes, expected at most {most:,}")
+        check_size(path, size, path.stat().st_size)
         data = bytearray(size)
         view, read = memoryview(data), 0
         while read < size and (part := file.readinto(view[read : read + (1 << 24)])):
             read += part
-        if read != size:
+        if read != size or file.read(1):  # at an entry's end its checksum is compared
             raise InputError(f"{path}: {key} is cut short, expected a whole .npz file")
         return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
 
@@ -168,12 +172,12 @@ def _header(file: BinaryIO) -> Header:
     return read(file)
 
 
-def _checked(path: Path, key: str, header: Header, most: int) -> Header:
+def _checked(path: Path, key: str, header: Header, held: int) -> Header:
     shape, _, kind = header
     if kind.hasobject:
         raise InputError(f"{path}: unreadable ({key} holds pickled objects), expected numbers")
-    if (size := math.prod(shape) * kind.itemsize) > most:
-        raise InputError(f"{path}: {key} declares {size:,} bytes, its file holds {most:,}; expected a whole .npz file")
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != held:
+        raise InputError(f"{path}: {key} declares {shape} of {kind}, its file holds {held:,} bytes; expected it whole")
     return header
 
 

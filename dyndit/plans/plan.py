@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from dyndit import files
-from dyndit.errors import PlanError
+from dyndit import bounds, files, seals
+from dyndit.errors import PlanError, first_line
 from dyndit.models.dynamic import DynamicDepth, Work
 from dyndit.models.identity import VERSION_1
 from dyndit.plans.step import Held, NoGuide, Step, Unconditional
@@ -16,6 +16,11 @@ from dyndit.process import Process
 
 FORMAT = "dyndit-plan"
 VERSION = 2
+MANUAL = "manual"
+"""Router of plans that were written or edited by hand. Only their files need no checksum."""
+
+_BLOCKS = bounds.Bound(1, 10**6, whole=True)
+_UNSEALED, _UNBOUND = "version 1: no checksum", "version 1: no checksum, no backbone"
 
 REACH = 2.0
 """A rescaled forecast may reach this far beyond its last two full-depth steps, as a multiple of their distance."""
@@ -52,8 +57,11 @@ class DepthPlan:
     """Calls of the network at each step; empty if every step makes one. Heun's solver makes two after its first."""
     figures: dict[str, float] = field(default_factory=dict, compare=False)
     """Figures that the router predicted or measured: shares of time and blocks, Fréchet distances."""
+    note: str = field(default="", compare=False)
+    """How far the plan's file can be trusted, printed wherever the plan is: "version 1: no checksum". "" if sealed."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in self.timesteps)
         object.__setattr__(self, "timesteps", timesteps)
         if isinstance(self.steps, str):
@@ -81,6 +89,24 @@ class DepthPlan:
                 raise PlanError(f"plan: step {k} ({step}) forecasts at full depth, which lacks nothing")
             if self.cfg_scale == 1 and step.guide != NoGuide():
                 raise PlanError(f"plan: step {k} ({step}) is guided, but the guidance scale is 1")
+
+    def _check_types(self) -> None:
+        """Refuse fields of another type, or numbers that are not finite."""
+        for name in ("solver", "router", "backbone", "exits", "note"):
+            if not isinstance(value := getattr(self, name), str):
+                raise PlanError(f"plan: {name} {value!r:.40}, expected text")
+        for name in ("settings", "figures"):
+            if not isinstance(value := getattr(self, name), dict) or not all(isinstance(key, str) for key in value):
+                raise PlanError(f"plan: {name} {value!r:.40}, expected numbers by name")
+        if not _BLOCKS.holds(self.num_blocks):
+            raise PlanError(f"plan: num_blocks {self.num_blocks!r:.40}, expected {_BLOCKS}")
+        if isinstance(self.timesteps, str | dict) or not hasattr(self.timesteps, "__iter__"):
+            raise PlanError(f"plan: timesteps {self.timesteps!r:.40}, expected a number per step")
+        numbers = {"cfg_scale": self.cfg_scale, **({} if self.budget is None else {"budget": self.budget})}
+        numbers |= {f"timestep {k}": t for k, t in enumerate(self.timesteps)} | self.settings | self.figures
+        for name, value in numbers.items():
+            if not bounds.is_number(value):
+                raise PlanError(f"plan: {name} {value!r:.40}, expected a finite number")
 
     @classmethod
     def full(
@@ -210,32 +236,40 @@ class DepthPlan:
         files.write_json(Path(path), self.to_json())
 
     def to_json(self) -> dict[str, object]:
-        """Return plain data. Each step is its text: "12|6", "8|e4", "4+"."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return plain data with a checksum. Each step is its text: "12|6", "8|e4", "4+"."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "note"}
         if not self.calls:
             del plain["calls"]
-        return {"format": FORMAT, "version": VERSION, **plain, "steps": list(map(str, self.steps))}
+        return seals.sealed({"format": FORMAT, "version": VERSION, **plain, "steps": list(map(str, self.steps))})
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a plan from JSON of this version or of version 1.
+        """Read a plan from JSON of this version or of version 1, which has no checksum and says so in `note`.
 
         Raises:
-            PlanError: the file is missing, is not JSON, or is not a plan.
+            PlanError: the file is missing, is not JSON, or is not a plan. Or it was edited: only plans whose router is
+                `MANUAL` may be, see `dyndit plan edit`.
         """
         data = files.read_json(Path(path), PlanError)
         if data.get("format") != FORMAT or data.get("version") not in (1, VERSION):
             raise PlanError(f"{path}: expected a {FORMAT} file of version 1 or {VERSION}")
         try:
-            plain = {name: value for name, value in data.items() if name not in ("format", "version")}
-            return cls(**(_of_version_1(plain) if data["version"] == 1 else plain))
-        except (TypeError, ValueError, KeyError) as error:
-            raise PlanError(f"{path}: {error}") from error
+            if data["version"] == 1:
+                return cls(**_of_version_1({k: v for k, v in data.items() if k not in ("format", "version")}))
+            if data.get("router") == MANUAL:  # what was predicted or measured was so of another plan
+                data |= {"budget": None, "figures": {}}
+            plain = data if data.get("router") == MANUAL else seals.unsealed(path, data, PlanError)
+            return cls(**{k: v for k, v in plain.items() if k not in ("format", "version", "note", seals.SEAL)})
+        except PlanError as error:
+            raise error if str(error).startswith(f"{path}: ") else PlanError(f"{path}: {error}") from error
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise PlanError(f"{path}: {first_line(error)}") from error
 
     def __str__(self) -> str:
         """Write a line of timesteps and a line of steps, from the noisiest step to the last."""
         router = " ".join([self.router, *(f"{name} {value:g}" for name, value in self.settings.items())])
         head = f"{router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
+        head += f" ({self.note})" if self.note else ""
         words = [str(step) for step in self.steps]
         width = max(4, *map(len, words))
         lines = [("t", self.timesteps), ("step", words)]
@@ -271,8 +305,15 @@ def full_step(num_blocks: int, cfg_scale: float) -> Step:
     return Step.equal(num_blocks, cfg_scale != 1)
 
 
+_VERSION_1 = frozenset(
+    ("timesteps", "cond", "uncond", "num_blocks", "solver", "router", "settings", "cfg_scale", "budget", "trunk")
+) | {"exits", "figures"}
+
+
 def _of_version_1(data: dict) -> dict[str, object]:
     """Convert the fields of a version 1 plan. Its depths are whole numbers; negative numbers are codes."""
+    if odd := data.keys() - _VERSION_1:
+        raise PlanError(f"plan: {min(odd)!r:.40} is no field of version 1")
     cond, uncond = data.pop("cond"), data.pop("uncond")
     if len(cond) != len(uncond):
         raise PlanError(f"plan: {len(cond)} cond depths for {len(uncond)} uncond depths")
@@ -282,7 +323,7 @@ def _of_version_1(data: dict) -> dict[str, object]:
     for ours, theirs in (("backbone", "trunk"), ("exits", "exits")):
         found = data.pop(theirs, "")
         data[ours] = f"{VERSION_1}{found}" if found else ""
-    return data
+    return data | {"note": _UNSEALED if data["backbone"] and data["exits"] else _UNBOUND}
 
 
 def bind(
@@ -303,6 +344,11 @@ def bind(
     Raises:
         PlanError: another depth, backbone, set of exits, solver, guidance scale or timesteps, or a missing exit.
     """
+    if plan.note == _UNBOUND and check_identity:
+        raise PlanError(
+            f"{origin}: {plan.note}; expected a plan that names its model, or `dyndit plan edit` to take it as made by "
+            "hand"
+        )
     if plan.num_blocks != model.num_blocks:
         raise PlanError(f"{origin}: made for {plan.num_blocks} blocks, but the model has {model.num_blocks}")
     if full is not None and plan.solver != full.solver:

@@ -182,7 +182,7 @@ def advance(
     channels = model.backbone.in_channels
     clock = Clock(x.device) if on_step is not None else float
     time_dtype = torch.long if all(isinstance(t, int) for t in plan.timesteps) else x.dtype
-    calls = calls_of(scheduler)
+    calls, k = calls_of(scheduler), first - 1
     for k in range(first, plan.num_steps if stop is None else stop):
         began, inside = clock(), 0.0
         timestep, work = plan.timesteps[k], plan.works[k]
@@ -211,6 +211,12 @@ def advance(
             on_step(k, clock() - began, inside)
         if on_step_end is not None and (changed := on_step_end(k, t, x)) is not None:
             x = changed
+    if k + 1 == plan.num_steps and not bool(torch.isfinite(x).all()):
+        rows = torch.nonzero(~torch.isfinite(x).flatten(1).all(dim=1)).flatten().tolist()
+        raise InputError(
+            f"sampling: {len(rows)} pictures of the batch {batch.indices[0]} to {batch.indices[-1]} are not finite "
+            f"after {plan.num_steps} steps; expected a model and a guidance scale that give finite numbers"
+        )
     trajectory.x = x
     return trajectory
 

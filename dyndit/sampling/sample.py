@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from dyndit import manifest
+from dyndit import bounds, manifest
 from dyndit.errors import InputError
 from dyndit.locks import locked
 from dyndit.models.conditions import Value
@@ -79,10 +79,7 @@ def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int,
     model.backbone.condition.plain(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: expected at least 1")
-    if seed < 0:
-        raise InputError(f"--seed {seed}: expected at least 0")
+    bounds.check(batch_size=batch_size, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,9 @@ class Sampling:
     def bound(self, model: DynamicDepth, labels: Sequence[Value], origin: str = "plan") -> Self:
         """Check the request, and return the settings with the plan to run: `check_request`, `resolve_plan`."""
         check_request(model, labels, self.batch_size, self.seed)
+        bounds.check(cfg_scale=self.cfg_scale, guided_channels=self.guided_channels)
+        if (self.guided_channels or 0) > (most := model.backbone.in_channels):
+            raise InputError(f"--guided-channels {self.guided_channels}: expected at most {most}, as the model has")
         check_shape(model, self.shape)
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
@@ -318,6 +318,7 @@ def _facts(plan: DepthPlan) -> dict[str, object]:
     """Return the facts about a plan that a manifest holds."""
     return {
         "router": plan.router,
+        "note": plan.note,
         "settings": plan.settings_text,
         "budget": plan.budget,
         "predicted_fd": plan.figures.get("predicted_fd"),

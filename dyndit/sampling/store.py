@@ -113,7 +113,7 @@ class Store:
     @property
     def manifest(self) -> dict[str, object]:
         """Return the folder's manifest."""
-        return files.read_json(self.folder / manifest.MANIFEST)
+        return manifest.read(self.folder / manifest.MANIFEST)
 
     def describe(self, settings: dict[str, object], **facts: object) -> None:
         """Write the manifest."""
@@ -177,12 +177,16 @@ def problem_of(source: object) -> str | None:
     if folder is None or not (folder / manifest.MANIFEST).is_file():
         return None
     try:
-        found = files.read_json(folder / manifest.MANIFEST)
+        found = manifest.read(folder / manifest.MANIFEST)
         settings = dict(found["settings"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        return None  # a manifest of another program
+    except CheckpointError as error:  # damaged, or of another program
+        return str(error) if next(folder.glob("[0-9]*-*.png"), None) else None
+    except (KeyError, TypeError, ValueError):
+        return None
     if settings.get("verb") != "sample":
         return None
+    if not manifest.is_sealed(found):
+        return f"{folder / manifest.MANIFEST}: edited (it has no checksum); expected it as `dyndit sample` wrote it"
     num, expected = sum(1 for _ in folder.glob("[0-9]*-*.png")), settings.get("num_images")
     if found.get("complete") is True and num == expected:
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dyndit.errors import InputError
 from dyndit.files import write_text, written_whole
+from dyndit.markdown import plain
 from dyndit.models.conditions import ClassLabels, Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
@@ -127,7 +128,15 @@ def _plans(plans: Mapping[str, DepthPlan], folder: Path, extras: CardExtras) -> 
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
     for name, plan in plans.items():
         budget = "–" if plan.budget is None else f"{plan.budget:g}"
-        named = [f"`{name}`", plan.router, plan.solver, str(plan.num_steps), f"{plan.cfg_scale:g}", budget]
+        routed = plan.router + (f" ({plan.note})" if plan.note else "")
+        named = [
+            f"`{plain(name)}`",
+            plain(routed),
+            plain(plan.solver),
+            str(plan.num_steps),
+            f"{plan.cfg_scale:g}",
+            budget,
+        ]
         figures = [_number(plan.figures.get(column)) for column in columns]
         lines.append([*named, f"{plan.share_of_blocks:.0%}", *figures])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -141,9 +150,8 @@ def _features(folder: Path) -> str:
     if not (folder / TABLE).exists():
         return ""
     table = ShiftTable.load(folder / TABLE)
-    return (
-        f" on the features of `{table.extractor}`, predicted from {table.num_pictures} pictures per entry of the table"
-    )
+    features, num = plain(table.extractor), table.num_pictures
+    return f" on the features of `{features}`, predicted from {num} pictures per entry of the table"
 
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:

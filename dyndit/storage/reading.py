@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath, WindowsPath
 from types import SimpleNamespace
@@ -13,12 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dyndit import bounds, seals
 from dyndit.errors import CheckpointError, InputError, first_line
-from dyndit.files import refuse_pointer
+from dyndit.files import opened, refuse_pointer
+from dyndit.limits import LIMITS
 from dyndit.models.base import Backbone
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import AutoencoderRecord
 from dyndit.process import DDPM, Process, from_config
+from dyndit.untrusted import check_archive, tried_in_child
+
+_LARGEST = 1 << 20
+"""Largest number in a config: no size of a model comes near it."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,18 @@ def read_pickled(path: Path) -> object:
 
     Raises CheckpointError: the file is damaged, or reading it would run code.
     """
-    try:
+
+    def read() -> object:
         # Pass a file, not a path: torch.load trusts the suffix of a path.
-        with path.open("rb") as file, torch.serialization.safe_globals(list(_PLAIN)):
-            data = torch.load(file, map_location="cpu", weights_only=True)
+        with opened(path) as file, torch.serialization.safe_globals(list(_PLAIN)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+    try:
+        check_archive(path)
+        tried_in_child(path, read, min(LIMITS.memory, (1 << 30) + 3 * path.stat().st_size))
+        data = read()
+    except CheckpointError:
+        raise
     except Exception as error:  # an unpickler may raise anything on arbitrary bytes
         refuse_pointer(path, error)
         name = type(error).__name__
@@ -102,7 +116,25 @@ def read_pickled(path: Path) -> object:
         raise CheckpointError(f"{path}: expected a PyTorch checkpoint of tensors alone ({found})") from error
     if damaged := _damaged_record(path):
         raise CheckpointError(f"{path}: damaged (the checksum of {damaged} does not fit)")
+    for tensor in _tensors(data):
+        if tensor.layout == torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: a tensor of shape {tuple(tensor.shape)} repeats {tensor.untyped_storage().nbytes()} bytes; "
+                "expected tensors that hold their own values"
+            )
     return data
+
+
+def _tensors(data: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested dicts, lists and tuples."""
+    waiting, seen = [data], set()
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, Tensor):
+            yield found
+        elif isinstance(found, dict | list | tuple) and id(found) not in seen:
+            seen.add(id(found))
+            waiting += found.values() if isinstance(found, dict) else found
 
 
 def _damaged_record(path: Path) -> str | None:
@@ -119,6 +151,18 @@ def _damaged_record(path: Path) -> str | None:
         return f"the archive, {first_line(error)}"
 
 
+def _check_numbers(config: object) -> None:
+    """Refuse numbers of a config that no model has. Raises TypeError if the config is no object, InputError else."""
+    if not isinstance(config, dict):
+        raise TypeError(f"{type(config).__name__}, expected an object")
+    for name, value in config.items():
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, bool) or not isinstance(each, int | float):
+                continue
+            if not bounds.is_number(each) or abs(each) > _LARGEST:
+                raise InputError(f"{name} {each!r:.40}: expected at most {_LARGEST}")
+
+
 def built(
     family: type[Backbone], config: dict[str, object], path: Path, tensors: Mapping[str, Tensor], weights: Path
 ) -> Backbone:
@@ -127,7 +171,15 @@ def built(
     Raises CheckpointError: the architecture is impossible, or does not fit the memory or the tensors.
     """
     try:
+        _check_numbers(config)
+        if (num := config.get("num_blocks", 0)) > len(tensors):
+            raise InputError(f"{num} blocks, but {len(tensors)} tensors")
+        with torch.device("meta"):  # shapes alone: nothing is built that the file cannot fill
+            outline = family.from_config(config)
+        check_shapes(outline, tensors, weights)
         backbone = family.from_config(config)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: impossible architecture ({first_line(error)})") from error
     load_strictly(backbone, tensors, weights)
@@ -136,6 +188,26 @@ def built(
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load tensors. Refuse missing, extra and reshaped tensors, and tensors without plain floating-point numbers.
+
+    Raises CheckpointError, which names the first such tensor.
+    """
+    check_shapes(module, tensors, path)
+    own = module.state_dict()
+    check_finite(tensors, path)
+    try:
+        module.load_state_dict({name: t.to(own[name].dtype) for name, t in tensors.items()})
+    except (RuntimeError, NotImplementedError) as error:  # for example, tensors without values
+        raise CheckpointError(f"{path}: its tensors cannot be read ({first_line(error)})") from error
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse NaN and infinities. Raises CheckpointError, which names the first such tensor and the file."""
+    if odd := seals.first_not_finite(tensors):
+        raise CheckpointError(f"{path}: {odd} holds numbers that are not finite; expected finite numbers")
+
+
+def check_shapes(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse missing, extra and reshaped tensors, and tensors without plain floating-point numbers.
 
     Raises CheckpointError, which names the first such tensor.
     """
@@ -153,7 +225,3 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
         if not tensors[name].is_floating_point() or tensors[name].layout != torch.strided:
             found = f"{tensors[name].dtype}, {tensors[name].layout}"
             raise CheckpointError(f"{path}: {name} is {found}, expected plain floating-point numbers")
-    try:
-        module.load_state_dict({name: t.to(own[name].dtype) for name, t in tensors.items()})
-    except (RuntimeError, NotImplementedError) as error:  # for example, tensors without values
-        raise CheckpointError(f"{path}: its tensors cannot be read ({first_line(error)})") from error

@@ -290,7 +290,8 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert (out / "runs.csv").read_bytes() == before
     # Interrupted: only what is missing is measured.
     lines = before.decode().splitlines(keepends=True)
-    (out / "runs.csv").write_text("".join(lines[:-3]))
+    unsealed = [line.rpartition(",")[0] + "\n" for line in lines[:-3]]  # rows removed by hand: without the checksum
+    (out / "runs.csv").write_text("".join(unsealed))
     main(arguments)
     again = dyndit.analysis.read_runs(out)
     columns = ["arm", "block", "fd"]

@@ -82,6 +82,14 @@ def test_the_published_command_draws_as_the_published_script(place: Path) -> Non
         assert path.read_bytes() == (place / "own" / path.name).read_bytes()
 
 
+@pytest.mark.parametrize(("asked", "labels"), [("random", "random"), ("balanced", "in turn")])
+def test_a_card_takes_classes_by_word(place: Path, asked: str, labels: str) -> None:
+    files = ["--ckpt", str(weights(place / "dit.pt")), "--vae", str(autoencoder(place / "vae"))]
+    main(["sample", "--model", CARD, "--steps", "2", "--class-labels", asked, *files, "--out", "drawn"])
+    settings = json.loads((place / "drawn" / "manifest.json").read_text())["settings"]
+    assert (settings["labels"], settings["num_images"]) == (labels, len(CLASSES))
+
+
 def test_weights_and_autoencoder_are_found_where_the_published_code_keeps_them(place: Path, monkeypatch) -> None:
     monkeypatch.setitem(published.WEIGHTS, CARD, ("DiT-T-8-256x256.pt", "https://example.org"))
     weights(place / "pretrained_models" / "DiT-T-8-256x256.pt")

@@ -74,7 +74,8 @@ def _run(arguments: list[str], debug: bool, caught: list[int]) -> None:
         tyro.extras.subcommand_cli_from_dict(
             verbs(arguments),
             prog="dyndit",
-            description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks; --version alone prints the version.",
+            description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks; "
+            "--version alone prints the version.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )

@@ -81,7 +81,7 @@ def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.n
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, in_columns, dtype = read(member)
         if dtype.hasobject:
-            raise InputError(f"{path}: {entry.filename} holds Python objects, which are not read; expected numbers")
+            raise InputError(f"{path}: unreadable ({entry.filename} holds Python objects), expected numbers")
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != entry.file_size - member.tell():
             raise InputError(f"{path}: {entry.filename} declares {shape} of {dtype}, but holds {entry.file_size} bytes")
         array = np.empty(math.prod(shape), dtype)

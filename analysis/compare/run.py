@@ -176,7 +176,8 @@ class Comparison:
             dynamic = sorted((arm for arm in chosen if arm in searched), key=lambda arm: -arm.budget)
             peers = list({arm.family: arm for arm in reversed(chosen) if arm.peer is not None}.values())
             rows |= {arm.name: self._draw(arm, seed=0, num=10).pictures for arm in full + dynamic + peers}
-        style.save(figures.samples_figure(rows), self.out / "samples.png")
+        of_clips = len(self.model.backbone.sample_shape) == 4
+        style.save(figures.samples_figure(rows), self.out / ("frames.png" if of_clips else "samples.png"))
         write_report(self.out, self.out, margin=self.experiment.margin)
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dyndit import manifest
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import CheckpointError, InputError, first_line
-from dyndit.pictures import as_rgb
+from dyndit.pictures import as_rgb, frames_of
 from dyndit.storage.reading import read_pickled
 
 MAX_PSNR = 100.0  # dB; equal pictures have no finite PSNR
@@ -135,13 +135,14 @@ def paired_distances(pictures: Tensor, full: Tensor, lpips: Lpips | None = None)
 
 
 def paired_sets(samples: PictureSet, full: PictureSet, lpips: Lpips | None = None) -> dict[str, Spread]:
-    """Do the same for sets, a batch of each at a time."""
+    """Do the same for sets, a batch of each at a time. Of clips compare the frames."""
     ours, theirs = ((len(s.source), *s.size) for s in (samples, full))
     if ours != theirs:
         raise InputError(f"--full: pictures {theirs}, expected {ours} (number, height, width) as the samples")
     scores = {"psnr": psnr, "ssim": ssim} | ({} if lpips is None else {"lpips": lpips})
     found: dict[str, list[Tensor]] = {name: [] for name in scores}
     for a, b in zip(samples.batches(), full.batches(), strict=True):
+        a, b = frames_of(a), frames_of(b)
         pair = (a, b) if a.shape == b.shape else (as_rgb(a), as_rgb(b))
         for name, score in scores.items():
             found[name].append(score(*pair))

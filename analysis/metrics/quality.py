@@ -108,6 +108,8 @@ def evaluate(
 ) -> Figures:
     """Compare samples with a reference on the extractor's features. Sets: paths (`open_source`) or uint8 (N, C, H, W).
 
+    Sets of clips are uint8 (N, C, T, H, W); "paired" compares their frames.
+
     Returns "metric" (FID for Inception, else FD-<extractor>), "extractor", "num_samples", "num_reference" (None if the
     statistics do not say it), "forced", and for each metric
 
@@ -225,7 +227,7 @@ def _check_pictures(sets: Mapping[str, PictureSet]) -> None:
     for name in ("samples", "full"):
         if name in sets and sets[name].source is None:
             raise InputError(f"{sets[name].name}: holds statistics, expected the pictures of the {name}")
-    sizes = {k: "{}x{}".format(*s.size) for k, s in sets.items() if s.source is not None}
+    sizes = {k: "x".join(map(str, s.size)) for k, s in sets.items() if s.source is not None}
     for name, size in sizes.items():
         if size != sizes["samples"]:
             remedy = "--resize-and-crop SIZE brings pictures on disk to one size"

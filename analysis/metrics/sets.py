@@ -21,7 +21,7 @@ __all__ = ["PictureSet", "Statistics", "read_pictures", "read_set", "save_statis
 class Batches(Protocol):
     """Pictures that are read batch by batch: `PictureFiles`, or `Pictures` to train on."""
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
 
     def __len__(self) -> int: ...
 
@@ -47,11 +47,11 @@ class PictureSet:
             return self.source
         parts = list(self.source.batches())
         channels = max(part.shape[1] for part in parts)
-        return torch.cat([part.expand(-1, channels, -1, -1) for part in parts])
+        return torch.cat([part.expand(-1, channels, *part.shape[2:]) for part in parts])
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Return the pictures' size, (H, W)."""
+        """Return the pictures' size, (H, W), or (T, H, W) of clips."""
         return tuple(self.source.shape[2:]) if isinstance(self.source, Tensor) else tuple(self.source.size)
 
     @property
@@ -86,8 +86,8 @@ def read_set(
 def read_pictures(path: Path) -> Tensor:
     """Return the pictures of any place that `dyndit.pictures.collection.open_source` opens: uint8 (N, C, H, W).
 
-    Overview pictures (grid.png, samples.png) are skipped. Raises InputError: missing, unreadable, or of different
-    sizes.
+    Clips are uint8 (N, C, T, H, W). Overview pictures (grid.png, samples.png) are skipped. Raises InputError: missing,
+    unreadable, or of different sizes.
     """
     found = read_set(path, "").pictures
     if found is None:

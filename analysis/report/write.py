@@ -30,6 +30,7 @@ REPORT = "report.json"
 CAPTIONS = {
     "plan.png": "Depth over the sampling steps, both guidance branches.",
     "samples.png": "The same seeds side by side: a column per seed, a row per arm.",
+    "frames.png": "All frames of the first clips, the same seeds in every row: a row per arm.",
     "trainings.png": "Loss and Fréchet distance over compute, and over sampling time. Bars: 95%, over training seeds.",
     "errors.png": "Error of each exit against the full model, per band of log-SNR.",
 }

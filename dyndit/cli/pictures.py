@@ -22,6 +22,7 @@ def sample(
     cfg_scale: float | None = None,
     guided_channels: int | None = None,
     class_labels: tuple[str, ...] = (),
+    shape: tuple[int, ...] = (),
     prompt: tuple[str, ...] = (),
     seed: Annotated[int, flags.also("global-seed")] = 0,
     batch_size: Annotated[int, flags.also("per-proc-batch-size")] = 64,
@@ -38,7 +39,9 @@ def sample(
     dtype: flags.Dtype = "auto",
     json_: flags.Json = False,
 ) -> None:
-    """Draw pictures. Picture i depends on (seed, class, i) alone. A stopped run continues.
+    """Draw pictures or clips. Picture i depends on (seed, class, i) alone. A stopped run continues.
+
+    A clip is a PNG of all its frames; the first 64 clips are GIF and MP4 files too.
 
     Args:
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
@@ -51,6 +54,7 @@ def sample(
         class_labels: Classes, taken in turn; balanced (the default): all of the model's in turn; random: drawn for each
             picture.
         prompt: Captions of a model of captions, taken in turn, such as "number seven, bold"; default the model's own.
+        shape: Frames, height and width of the clips, of a model of clips (default: the model's own).
         seed: Seed.
         batch_size: Pictures at a time.
         published: Flags of the published code's scripts.
@@ -62,6 +66,7 @@ def sample(
         process: Process of a model that does not say its own, one of {processes}.
     """
     from dyndit.calibration.calibrate import table_for
+    from dyndit.pictures.clips import NO_MP4, writes_mp4
     from dyndit.plans.plan import DepthPlan
     from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
@@ -128,6 +133,7 @@ def sample(
             batch_size=batch_size,
             strict=strict,
             stats=stats,
+            shape=(dynamic.backbone.in_channels, *shape) if shape else None,
             to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
             origin=str(depth.plan or "plan"),
             autoencoder="" if decoder is None else record(decoder).hash,
@@ -140,6 +146,8 @@ def sample(
         _print_stats(plan, facts["step_seconds"])
     if stored.num_drawn < num_images:
         print(f"{num_images - stored.num_drawn} of {num_images} pictures were there already")
+    if len(dynamic.backbone.sample_shape) == 4 and not writes_mp4():
+        print(NO_MP4)
     print(f"{num_images} pictures in {facts['seconds']:.2f} s, {facts['ms_per_picture']:.2f} ms each: {out}")
     if json_:
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}

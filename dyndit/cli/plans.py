@@ -66,10 +66,10 @@ def calibrate(
             14 20 if steps are chosen and the table has no step count of the solver).
         out: File to write the plan to (default: in the model folder).
         extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
-            table, else digits for digits and inception for all others).
+            table, else digits for digits, moving-digits for clips and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        reference: Real pictures: one of {data_sets}, or any that `dyndit evaluate` takes (default: digits for a model
-            of classes that is judged by an extractor of digits).
+        reference: Real pictures: one of {data_sets}, or any that `dyndit evaluate` takes (default: the extractor's own
+            data set, for a model of classes).
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -289,15 +289,16 @@ def _print_plan(plan: "DepthPlan", distance: str) -> None:
 def _extractor(
     name: str, weights: Path | None, dynamic: "DynamicDepth", table: "ShiftTable | None", device: str
 ) -> "Extractor":
-    """Load the extractor of the flags, else of the table, else the usual extractor for the pictures' size."""
+    """Load the extractor of the flags, else of the table, else the usual extractor for the pictures' shape."""
     from dyndit.analysis import load_extractor
 
-    usual = "digits" if dynamic.backbone.sample_shape[1:] == (8, 8) else "inception"
+    shape = dynamic.backbone.sample_shape
+    usual = "moving-digits" if len(shape) == 4 else "digits" if shape[1:] == (8, 8) else "inception"
     return load_extractor(name or (usual if table is None else table.extractor_name), weights, device)
 
 
 def _picture_shape(dynamic: "DynamicDepth", decoder: "ModelMixin | None") -> tuple[tuple[int, ...], int]:
-    """Return (height, width) and channels of a model's decoded pictures."""
+    """Return (height, width), or (frames, height, width), and channels of a model's decoded pictures."""
     from dyndit.training.autoencoders import latent_space, picture_size
 
     channels, *size = dynamic.backbone.sample_shape
@@ -319,8 +320,8 @@ def _real_pictures(
     from dyndit.pictures.collection import said_of
     from dyndit.training.data import PACKAGED, open_data
 
-    usual = extractor.name == "digits" and isinstance(dynamic.backbone.condition, ClassLabels)
-    spec = reference or ("digits" if usual else "")
+    usual = extractor.name in PACKAGED and isinstance(dynamic.backbone.condition, ClassLabels)
+    spec = reference or (extractor.name if usual else "")
     if not spec:
         raise InputError(f"--reference: missing; expected a folder of real pictures, or one of {', '.join(PACKAGED)}")
     options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}

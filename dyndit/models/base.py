@@ -133,6 +133,10 @@ class Backbone(nn.Module):
         """Return the number of input channels."""
         return self.sample_shape[0]
 
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Tell if the backbone takes inputs of this shape, (C, ...). By default it takes `sample_shape` alone."""
+        return tuple(shape) == tuple(self.sample_shape)
+
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
         """Return the state before block 0.  x: (B, C, H, W), t: (B,), y: (B,) or a `Conditioning`."""
         raise NotImplementedError

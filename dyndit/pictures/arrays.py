@@ -1,5 +1,7 @@
 """Read pictures from .npz and .npy files, a batch at a time: uint8 (N, H, W, C), (N, C, H, W) or (N, H, W).
 
+Clips are (N, T, H, W, C).
+
 Sizes are checked before anything is allocated. An array that is stored as it is, is mapped; a deflated array is read
 in order, and kept in memory only if it is asked for out of order.
 """
@@ -35,7 +37,7 @@ class Arrays(Source):
         super().__init__(path)
         headers = headers_of(path)
         self._stamp = stamp_of(path)
-        four = [k for k, (shape, _, kind) in headers.items() if kind == np.uint8 and len(shape) in (3, 4)]
+        four = [k for k, (shape, _, kind) in headers.items() if kind == np.uint8 and len(shape) in (3, 4, 5)]
         known = [k for k in PICTURES if k in headers] or (four if len(four) == 1 else [])
         if not known:
             found = ", ".join(headers) or "nothing"
@@ -60,7 +62,7 @@ class Arrays(Source):
         return f"{self.root}: {self.key}[{number}]"
 
     def contents(self, number: int) -> np.ndarray:
-        """Return a picture, uint8 (H, W, C)."""
+        """Return a picture, uint8 (H, W, C), or a clip, (T, H, W, C)."""
         if self._array is None:
             self._array = self._whole()
         return self._seen(np.asarray(self._array[number]))
@@ -83,6 +85,8 @@ class Arrays(Source):
                 yield self._seen(np.frombuffer(data, np.uint8).reshape(self._shape[1:]))
 
     def _seen(self, picture: np.ndarray) -> np.ndarray:
+        if self._layout == "NTHWC":
+            return picture
         return picture.transpose(1, 2, 0) if self._layout == "NCHW" else picture.reshape(*picture.shape[:2], -1)
 
     def _whole(self) -> np.ndarray:
@@ -178,9 +182,11 @@ def _checked(path: Path, key: str, header: Header, held: int) -> Header:
 
 
 def _layout(shape: tuple[int, ...]) -> str:
-    """Return "NHWC" or "NCHW"; "" for a shape of no pictures. 1 or 3 channels last are seen first."""
-    if len(shape) not in (3, 4) or min(shape) < 1:
+    """Return "NHWC", "NCHW" or "NTHWC"; "" for a shape of no pictures. 1 or 3 channels last are seen first."""
+    if len(shape) not in (3, 4, 5) or min(shape) < 1:
         return ""
+    if len(shape) == 5:
+        return "NTHWC" if shape[4] in (1, 3) else ""
     if len(shape) == 3 or shape[3] in (1, 3):
         return "NHWC"
     return "NCHW" if shape[1] in (1, 3) else ""

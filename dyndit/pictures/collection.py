@@ -15,8 +15,9 @@ from dyndit.pictures import as_nchw
 from dyndit.pictures.archives import Tars, Zip
 from dyndit.pictures.arrays import Arrays
 from dyndit.pictures.check import DAMAGED, FRAMES, check_contents
+from dyndit.pictures.clips import ENTRY, cut
 from dyndit.pictures.decode import decode, has_frames
-from dyndit.pictures.resize import Resize, size_pair
+from dyndit.pictures.resize import Resize
 from dyndit.pictures.sources import KINDS, OVERVIEW, Files, Folder, Source, at_least_one, read_bytes
 from dyndit.pictures.tables import Table, table_files
 
@@ -78,6 +79,8 @@ def read_picture(path: str | Path, channels: int | None = 3) -> Image.Image:
 def _image(contents: bytes | np.ndarray, name: str, channels: int | None = None) -> Image.Image:
     if isinstance(contents, bytes):
         return decode(contents, name, channels)
+    if contents.ndim == 4:
+        raise InputError(f"{name}: a clip, expected a picture")
     image = Image.fromarray(np.ascontiguousarray(contents[..., 0] if contents.shape[2] == 1 else contents))
     return image if channels is None else image.convert("L" if channels == 1 else "RGB")
 
@@ -115,7 +118,7 @@ def said_of(account: Mapping[str, object]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class PictureFiles:
-    """Pictures of one size, read on demand.
+    """Pictures or clips of one size, read on demand. Ways to resize bring every frame of a clip to one size.
 
     resize: how they come to one size; None: they have it. numbers: which pictures of the source; None: all. left_out:
     names of the others, by reason.
@@ -149,9 +152,9 @@ class PictureFiles:
         return self.source.name(number if self.numbers is None else self.numbers[number])
 
     @cached_property
-    def size(self) -> tuple[int, int]:
-        """Return (H, W) of all pictures: the size they are brought to, else the first one's."""
-        return next(self._in_order()).shape[:2] if self.resize is None else size_pair(self.resize.size)
+    def size(self) -> tuple[int, ...]:
+        """Return (H, W) of the first picture, brought to size, or (T, H, W) of a clip. All pictures have this size."""
+        return next(self._in_order()).shape[:-1]
 
     @property
     def account(self) -> dict[str, object]:
@@ -171,6 +174,8 @@ class PictureFiles:
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
         """Read the pictures in order, as uint8 (B, C, H, W). C is 3 if a picture of the batch has colour, else 1.
 
+        Clips are (B, C, T, H, W).
+
         Raises:
             InputError: a picture is unreadable, or of another size than the first.
         """
@@ -184,7 +189,7 @@ class PictureFiles:
             yield _stacked(part)
 
     def read(self, numbers: Sequence[int]) -> Tensor:
-        """Read some pictures, as uint8 (B, C, H, W). Raises InputError as `batches`."""
+        """Read some pictures, as uint8 (B, C, H, W), or clips (B, C, T, H, W). Raises InputError as `batches`."""
         return _stacked([self._fitting(number, self._picture(number)) for number in numbers])
 
     def _in_order(self) -> Iterator[np.ndarray]:
@@ -201,22 +206,26 @@ class PictureFiles:
     def _array(self, contents: bytes | np.ndarray, number: int) -> np.ndarray:
         if self.resize is None and not isinstance(contents, bytes):
             return contents
+        if not isinstance(contents, bytes) and contents.ndim == 4:
+            return np.stack([self._array(frame, number) for frame in contents])
         image = _image(contents, self.name(number))
         if isinstance(contents, bytes) and has_frames(contents):
             self._with_frames[self.name(number)] = None
+        if ENTRY in image.info:
+            return self._array(cut(as_array(image), image.info[ENTRY], self.name(number)), number)
         return as_array(image if self.resize is None else self.resize(image))
 
     def _fitting(self, number: int, picture: np.ndarray) -> np.ndarray:
-        if picture.shape[:2] != self.size:
-            (h, w), (height, width) = picture.shape[:2], self.size
+        if picture.shape[:-1] != self.size:
+            found, expected = ("x".join(map(str, size)) for size in (picture.shape[:-1], self.size))
             raise InputError(
-                f"{self.name(number)}: {h}x{w} pixels, expected {height}x{width} as in {Path(self.name(0)).name}; "
+                f"{self.name(number)}: {found} pixels, expected {expected} as in {Path(self.name(0)).name}; "
                 "--resize-and-crop SIZE brings pictures to one size"
             )
         return picture
 
 
 def _stacked(pictures: Sequence[np.ndarray]) -> Tensor:
-    channels = max(picture.shape[2] for picture in pictures)
-    shape = (*pictures[0].shape[:2], channels)
+    channels = max(picture.shape[-1] for picture in pictures)
+    shape = (*pictures[0].shape[:-1], channels)
     return as_nchw(np.stack([np.broadcast_to(picture, shape) for picture in pictures]))

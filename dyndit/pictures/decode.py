@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401  the last two register formats
 
 from dyndit.errors import InputError, first_line
+from dyndit.pictures.clips import ENTRY
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
 """Formats that are decoded, by content. Pillow knows others too, some of which run programs (EPS)."""
@@ -29,7 +30,7 @@ def is_picture(name: str) -> bool:
 def decode(data: bytes, name: str, channels: int | None = None) -> Image.Image:
     """Decode a picture file to 8-bit grey (1 channel) or RGB (3).  name: for messages.
 
-    channels: None keeps a grey picture grey.
+    channels: None keeps a grey picture grey. A clip is its strip of frames, with its `ENTRY` in the picture's `info`.
 
     Raises InputError if the file is truncated, no picture, too large, or of a pixel depth without a known range.
     """
@@ -39,7 +40,9 @@ def decode(data: bytes, name: str, channels: int | None = None) -> Image.Image:
             if width * height > MOST_PIXELS:
                 raise InputError(f"{name}: {width}x{height} pixels, expected at most {MOST_PIXELS:,} in all")
             image.load()
-            return _eight_bits(ImageOps.exif_transpose(image), image.format, name, channels)
+            found = _eight_bits(ImageOps.exif_transpose(image), image.format, name, channels)
+            found.info = {key: value for key, value in image.info.items() if key == ENTRY}
+            return found
     except InputError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... for damaged files

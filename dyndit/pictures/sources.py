@@ -114,10 +114,12 @@ class Folder(Source):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
+        entries = self._entries(root)
+        beside = OVERVIEWS | _moving(entries)
         above = {root.resolve(), *root.resolve().parents}
         found: list[str] = []
         tops: list[str] = []
-        for entry in self._entries(root):
+        for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 self.skip(HIDDEN, entry.name)
             elif (kind := _kind(entry)) == "folder":
@@ -126,7 +128,7 @@ class Folder(Source):
                     continue
                 tops.append(entry.name)
                 found += sorted(self._below(entry.name))
-            elif self._takes(kind, entry.name, overview=entry.name in OVERVIEWS):
+            elif self._takes(kind, entry.name, overview=entry.name in beside):
                 found.append(entry.name)
         self.folders = tuple(tops)
         self.names = sorted(name for name in found if "/" not in name) + [name for name in found if "/" in name]
@@ -160,6 +162,7 @@ class Folder(Source):
             folder = waiting.pop()
             entries = self._entries(self.root / folder)
             described = any(entry.name == "manifest.json" for entry in entries)
+            beside = OVERVIEWS | _moving(entries)
             for entry in entries:
                 name = f"{folder}/{entry.name}"
                 if entry.name.startswith("."):
@@ -169,15 +172,15 @@ class Folder(Source):
                         self.skip(LINKS, name)
                     else:
                         waiting.append(name)
-                elif self._takes(kind, name, overview=described and entry.name in OVERVIEWS):
+                elif self._takes(kind, name, overview=described and entry.name in beside):
                     yield name
 
     def _takes(self, kind: str, name: str, *, overview: bool) -> bool:
         """Tell if an entry is a picture to read. Note it if not. Raises InputError for a FIFO, a socket, a device."""
-        if not is_picture(name):
-            self.skip(OVERVIEW if name.rpartition("/")[2] in BESIDES else FOREIGN, name)
-        elif overview:
+        if overview or name.rpartition("/")[2] in BESIDES:
             self.skip(OVERVIEW, name)
+        elif not is_picture(name):
+            self.skip(FOREIGN, name)
         elif kind == "nothing":
             self.skip(BROKEN, name)
         elif kind != "file":
@@ -185,6 +188,14 @@ class Folder(Source):
         else:
             return True
         return False
+
+
+def _moving(entries: Sequence[os.DirEntry[str]]) -> set[str]:
+    """Name the GIF and MP4 files that `dyndit sample` writes beside the PNG files of clips."""
+    names = {entry.name for entry in entries}
+    if "manifest.json" not in names:
+        return set()
+    return {name for name in names if name.endswith((".gif", ".mp4")) and f"{name[:-4]}.png" in names}
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

@@ -118,6 +118,8 @@ class DynDiTPipeline(DiffusionPipeline):
         backbone = transformer.backbone
         if not isinstance(backbone.condition, ClassLabels):
             raise InputError(f"transformer: a {backbone.family} backbone has no classes; expected a class-conditional")
+        if len(backbone.sample_shape) == 4:
+            raise InputError("transformer: makes clips; expected a model of pictures (`dyndit.sample` draws clips)")
         if vae is not None and transformer.pixel_space:
             raise InputError("vae: this transformer makes pixels; expected none")
         if vae is not None:

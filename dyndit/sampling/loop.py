@@ -138,11 +138,20 @@ StepEndHook = Callable[[int, Tensor, Tensor], Tensor | None]
 
 @torch.inference_mode()
 def start(
-    model: DynamicDepth, batch: Batch, solver: AnySolver, num_steps: int, *, noise: Tensor | None = None
+    model: DynamicDepth,
+    batch: Batch,
+    solver: AnySolver,
+    num_steps: int,
+    *,
+    noise: Tensor | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> Trajectory:
-    """Start a trajectory at the batch's own noise, or at `noise`, standard normal (B, C, H, W)."""
+    """Start a trajectory at the batch's own noise, or at `noise`, standard normal (B, C, H, W).
+
+    shape: of a picture or clip, (C, ...); None is the model's `sample_shape`.
+    """
     scheduler = make_scheduler(solver, num_steps, model.process)
-    x = batch.noise(model.backbone.sample_shape) if noise is None else noise
+    x = batch.noise(shape or model.backbone.sample_shape) if noise is None else noise
     return Trajectory(model.process.first_state(x, scheduler), scheduler)
 
 
@@ -213,5 +222,5 @@ def advance(
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Convert pixels in [-1, 1] to 0..255, rounded without bias.  (B, C, H, W) -> (B, C, H, W) uint8."""
+    """Convert pixels in [-1, 1] to 0..255, rounded without bias.  (B, C, ...) -> (B, C, ...) uint8."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)

@@ -28,7 +28,7 @@ from dyndit.sampling.store import TIMES, Drawn, Store, added
 class Samples:
     """Result of a sampling.
 
-    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
+    pictures: (N, C, ...) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
     the caption of each picture.
     batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
     batches, if `stats` is set.
@@ -67,6 +67,13 @@ def resolve_plan(
     return bind(written, model, full=full, cfg_scale=cfg_scale, origin=origin)
 
 
+def check_shape(model: DynamicDepth, shape: tuple[int, ...] | None) -> None:
+    """Raise InputError for a shape (C, ...) that the backbone does not take. None is the model's own."""
+    if shape is not None and not model.backbone.accepts(shape):
+        found, usual = (" ".join(map(str, each[1:])) for each in (shape, model.backbone.sample_shape))
+        raise InputError(f"--shape {found}: expected {usual}, or another shape that this model takes")
+
+
 def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int, seed: int) -> None:
     """Raise InputError for labels that the model lacks (it would use wrong classes), no pictures, or empty batches."""
     model.backbone.condition.plain(labels)
@@ -82,6 +89,7 @@ class Sampling:
     plan: a plan, or a router that writes one; None is the full plan. solver: a name of `SOLVERS`, or a diffusers
     scheduler. guided_channels: see `Guidance`. strict: pad every batch to `batch_size`. Kernels then see one shape, and
     pictures are bit-equal in any grouping at this batch size; else they are equal to 1/255. stats: time every step.
+    shape: (C, ...) of a picture or clip, for a model that takes several; None is the model's own.
     """
 
     plan: DepthPlan | Router | None = None
@@ -93,6 +101,7 @@ class Sampling:
     batch_size: int = 64
     strict: bool = False
     stats: bool = False
+    shape: tuple[int, ...] | None = None
 
     def bound(self, model: DynamicDepth, labels: Sequence[Value], origin: str = "plan") -> Self:
         """Check the request, and return the settings with the plan to run: `check_request`, `resolve_plan`."""
@@ -102,6 +111,7 @@ class Sampling:
         bounds.check(cfg_scale=self.cfg_scale, guided_channels=self.guided_channels)
         if (self.guided_channels or 0) > (most := model.backbone.in_channels):
             raise InputError(f"--guided-channels {self.guided_channels}: expected at most {most}, as the model has")
+        check_shape(model, self.shape)
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
 
@@ -118,7 +128,7 @@ class Sampling:
             batch = Batch(condition, indices + indices[-1:] * padding, self.seed)
             timed.clear()
             began = time.perf_counter()
-            trajectory = start(model, batch, self.solver, self.plan.num_steps)
+            trajectory = start(model, batch, self.solver, self.plan.num_steps, shape=self.shape)
             x = advance(model, batch, trajectory, self.plan, guidance, on_step=on_step).x
             x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
             seconds = time.perf_counter() - began
@@ -139,6 +149,7 @@ def sample(
     batch_size: int = 64,
     strict: bool = False,
     stats: bool = False,
+    shape: tuple[int, ...] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Samples:
     """Draw one picture per label: the number of a class, or a caption for a model of captions.
@@ -152,7 +163,7 @@ def sample(
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
     labels = tuple(model.backbone.condition.plain(labels))
-    asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats)
+    asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats, shape)
     asked, drawn = asked.bound(model, labels), []
     for batch in asked.batches(model, labels, range(first_index, first_index + len(labels))):
         drawn.append(batch)
@@ -260,6 +271,8 @@ def sample_into(
         "autoencoder": autoencoder,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+    if asked.shape is not None:
+        run["shape"] = asked.shape
     store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
     # Processes that share the numbers hold the folder together, once one of them has claimed it.
     with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:

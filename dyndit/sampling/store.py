@@ -2,7 +2,8 @@
 
 A folder holds a PNG for each picture, `000123-class7.png`, or `000123-a-three.png` if it has a caption, and a
 `manifest.json`. A finished folder also holds all pictures for ADM's evaluator, `samples.npz`, and the first pictures
-side by side, `grid.png`.
+side by side, `grid.png`. A clip's PNG has all its frames side by side; a finished folder also holds a GIF and an MP4 of
+each of the first clips, and of their grid.
 
 Every file is written whole. Batches are always cut from the whole set. A resumed run, or a run shared by processes,
 therefore draws the same batches as an undisturbed run. One batch is in memory at a time.
@@ -22,7 +23,7 @@ from torch import Tensor
 from dyndit import files, manifest
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.conditions import Value
-from dyndit.pictures import as_image, grid, write_png
+from dyndit.pictures import clips, grid, write_png
 from dyndit.pictures.collection import PictureFiles
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
@@ -35,9 +36,9 @@ TIMES = ("machine", "ms_per_picture", "ms_denoiser", "seconds", "step_seconds")
 class Drawn:
     """One batch of a sampling.
 
-    ids: numbers of the pictures. labels: their classes or captions. x: (B, C, H, W) on the host, uint8 of a
-    pixel-space model, else latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty
-    without `stats`.
+    ids: numbers of the pictures. labels: their classes or captions. x: (B, C, ...) on the host, uint8 of a pixel-space
+    model, else latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty without
+    `stats`.
     """
 
     ids: tuple[int, ...]
@@ -65,10 +66,10 @@ class Store:
         return {number for number in range(len(self.labels)) if self.path(number).name not in there}
 
     def add(self, numbers: Sequence[int], pictures: Tensor) -> None:
-        """Write pictures.  pictures: uint8 (B, 1 or 3, H, W)."""
+        """Write pictures.  pictures: uint8 (B, 1 or 3, H, W), or clips (B, 1 or 3, T, H, W)."""
         with files.written_together(self.folder) as draft:
             for number, picture in zip(numbers, pictures, strict=True):
-                as_image(picture).save(draft / self.path(number).name)
+                clips.as_png(picture, draft / self.path(number).name)
 
     def note(self, part: str, drawn: Drawn, machine: str, seconds: float) -> None:
         """Keep the times of a batch until the set is finished.  seconds: its wall time, decoding included."""
@@ -132,8 +133,17 @@ class Store:
         _write_archive(self.folder / ARCHIVE, pictures, self.labels)
         first = pictures.read(range(min(NUM_IN_GRID, len(pictures))))
         write_png(self.folder / GRID, grid(first))
+        if first.ndim == 5:
+            self._write_clips(first)
         self.describe(settings, complete=True, **times | facts)
         self.drop_times()
+
+    def _write_clips(self, first: Tensor) -> None:
+        """Write a GIF and an MP4 of each of these clips, and of their grid.  first: uint8 (N, C, T, H, W)."""
+        with files.written_together(self.folder) as draft:
+            clips.write(draft / Path(GRID).stem, clips.side_by_side(first))
+            for number, clip in enumerate(first):
+                clips.write(draft / self.path(number).stem, clips.frames(clip))
 
 
 def _word(label: Value) -> str:
@@ -144,7 +154,10 @@ def _word(label: Value) -> str:
 
 
 def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[Value], batch_size: int = 256) -> None:
-    """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C)."""
+    """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C).
+
+    Clips are (N, T, H, W, C).
+    """
     parts = pictures.batches(batch_size)
     first = next(parts)
     shape = (len(pictures), *first.shape[2:], first.shape[1])
@@ -153,7 +166,7 @@ def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[Value], 
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in (first, *parts):
-                file.write(part.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                file.write(part.movedim(1, -1).contiguous().numpy().tobytes())
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(file, np.asarray(labels))
 

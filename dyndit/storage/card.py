@@ -76,7 +76,8 @@ def card(
 ) -> str:
     """Return the card's text.  plans: by file name."""
     labelled = isinstance(model.backbone.condition, ClassLabels)
-    task = "class-conditional-image-generation" if labelled else "text-to-image"
+    kind = "video" if len(model.backbone.sample_shape) == 4 else "image"
+    task = f"class-conditional-{kind}-generation" if labelled else f"text-to-{kind}"
     tags = "\n".join(f"- {tag}" for tag in (*TAGS, task))
     named = f"license: {license}\n" if license else ""
     parts = [

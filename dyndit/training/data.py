@@ -1,4 +1,4 @@
-"""Load pictures to train on: the packaged sets of digits, or pictures from any place.
+"""Load pictures and clips to train on: the packaged sets of digits, or pictures from any place.
 
 Picture i is always the same tensor. Captions of a picture folder are the names of its subfolders.
 """
@@ -19,27 +19,32 @@ from torch.utils.data import Dataset
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone
-from dyndit.models.conditions import ClassLabels, Condition, Conditioning, ConditionType
+from dyndit.models.conditions import ClassLabels
 from dyndit.pictures.check import DAMAGED, FRAMES, check_contents, refuse_damaged
 from dyndit.pictures.collection import account_of, as_array, open_source, read_image
 from dyndit.pictures.decode import SUFFIXES
 from dyndit.pictures.resize import Resize, Size, size_pair
-from dyndit.training import captioned
+from dyndit.training import captioned, moving
 
 BESIDE = "pictures beside class folders"
 
 
 class Pictures(Dataset, ABC):
-    """Labelled pictures of one shape. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int."""
+    """Labelled pictures of one shape, or clips. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int.
+
+    Clips are (C, T, H, W). They may have several shapes; `shape` is the usual one.
+    """
 
     num_classes: int
     class_names: tuple[str, ...]
     channels: int
-    image_size: int | tuple[int, int]
+    image_size: int | tuple[int, ...]  # a side, (height, width), or (frames, height, width)
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
     fingerprint: str  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
 
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Numbers of the items of each shape, the usual shape first. A batch is of one group. Empty: one shape."""
     account: Mapping[str, object] = {}
     """What was read and what was skipped, for manifests; see `account_of`."""
 
@@ -49,9 +54,15 @@ class Pictures(Dataset, ABC):
         return [self.class_names[label] for label in self.labels]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) of every picture."""
-        return (self.channels, *size_pair(self.image_size))
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape (C, H, W) of every picture, or the usual shape (C, T, H, W) of a clip."""
+        size = self.image_size
+        return (self.channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of all items, the usual shape first."""
+        return (self.shape,)
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -66,9 +77,9 @@ class Pictures(Dataset, ABC):
         self.fingerprint  # noqa: B018  hashes them
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Return (H, W) of every picture."""
-        return size_pair(self.image_size)
+    def size(self) -> tuple[int, ...]:
+        """Return (H, W) of every picture, or the usual (T, H, W) of a clip."""
+        return self.shape[1:]
 
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
         """Read the pictures in order, as uint8 (B, C, H, W)."""
@@ -133,8 +144,52 @@ def load_captioned_digits() -> Pictures:
     return _CaptionedDigits(bunch.images.astype(np.float32), bunch.target, repeats=4)
 
 
-PACKAGED: dict[str, Callable[[], Pictures]] = {"digits": load_digits, "captioned-digits": load_captioned_digits}
-"""Data sets that need no files, by name. All are of 8 x 8 pixels and one channel."""
+class _MovingDigits(Pictures):
+    """Clips (1, T, 16, 16) of bouncing scans. A reference set has the usual shape throughout."""
+
+    num_classes, channels, image_size = 10, 1, moving.SHAPES[0]
+    class_names = tuple("0123456789")
+    can_flip = False
+
+    def __init__(self, levels: np.ndarray, labels: np.ndarray, num: int):
+        self._levels, self._scans_of = levels, [np.flatnonzero(labels == k) for k in range(10)]
+        self.labels = [i % 10 for i in range(num)]
+        number_of = np.array([moving.shape_number(i) for i in range(num)])
+        self.groups = tuple(tuple(np.flatnonzero(number_of == k).tolist()) for k in range(len(moving.SHAPES)))
+        drawn = np.concatenate([self._clip(i).ravel() for i in range(0, num, 80)])  # a sample: it shows other motion
+        self.fingerprint = hashlib.sha256(levels.tobytes() + labels.tobytes() + drawn.tobytes()).hexdigest()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((1, *shape) for shape in moving.SHAPES)
+
+    def _clip(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        shape = shape or moving.SHAPES[moving.shape_number(index)]
+        return moving.clip(self._levels, self._scans_of[self.labels[index]], index, shape)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self._clip(index)).float().unsqueeze(0) / 8 - 1, self.labels[index]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        wanted = range(len(self)) if indices is None else indices
+        levels = torch.from_numpy(np.stack([self._clip(i, self.image_size) for i in wanted]))
+        return (levels.float() * 255 / 16).round().to(torch.uint8).unsqueeze(1)
+
+
+def load_moving_digits() -> Pictures:
+    """Load 4,800 clips of one or two bouncing scans of a class: 8 frames of 16 x 16, and other shapes."""
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    return _MovingDigits(bunch.images.astype(np.uint8), bunch.target.astype(np.uint8), moving.NUM_CLIPS)
+
+
+PACKAGED: dict[str, Callable[[], Pictures]] = {
+    "digits": load_digits,
+    "captioned-digits": load_captioned_digits,
+    "moving-digits": load_moving_digits,
+}
+"""Data sets that need no files, by name."""
 
 
 class PictureFolder(Pictures):
@@ -263,6 +318,9 @@ class Some(Pictures):
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
         self.labels = [source.labels[i] for i in self._indices]
+        places = {number: place for place, number in enumerate(self._indices)}
+        kept = (tuple(places[i] for i in group if i in places) for group in source.groups)
+        self.groups = tuple(group for group in kept if group)
         self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
         self.account = source.account
 
@@ -271,6 +329,11 @@ class Some(Pictures):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.source[self._indices[index]]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """See `Pictures`."""
+        return self.source.shapes
 
     @property
     def captions(self) -> list[str]:
@@ -286,7 +349,7 @@ class Some(Pictures):
 
 def open_data(
     spec: str,
-    image_size: Size | None = None,
+    image_size: Size | tuple[int, int, int] | None = None,
     channels: int | None = None,
     *,
     method: str = "bicubic",
@@ -295,9 +358,13 @@ def open_data(
 ) -> Pictures:
     """Open a data set of `PACKAGED`, or pictures by their path (see `PictureFolder`)."""
     if spec in PACKAGED:
-        if image_size not in (None, 8, (8, 8)) or channels not in (None, 1):
-            raise InputError(f"data {spec}: asked for size {image_size}, channels {channels}; it has 8 and 1")
-        return PACKAGED[spec]()
+        data = PACKAGED[spec]()
+        if image_size not in (None, data.image_size, data.shape[1:]) or channels not in (None, data.channels):
+            found = f"{data.image_size} and {data.channels}"
+            raise InputError(f"data {spec}: asked for size {image_size}, channels {channels}; it has {found}")
+        return data
+    if isinstance(image_size, tuple) and len(image_size) == 3:
+        raise InputError(f"data {spec}: a place of pictures, but the model takes clips; expected 'moving-digits'")
     options = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
         return PictureFolder(spec, image_size, channels or 3, **options)
@@ -315,48 +382,15 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     Raises InputError: another shape, more classes than the backbone has, or a caption that it does not know.
     """
-    if data.shape != tuple(backbone.sample_shape):
-        found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
-        raise InputError(f"data: pictures of {found}, but the model takes {expected} (channels, height, width)")
+    refused = [shape for shape in data.shapes[1:] if not backbone.accepts(shape)]
+    if data.shape != tuple(backbone.sample_shape) or refused:
+        shapes = (data.shape if data.shape != tuple(backbone.sample_shape) else refused[0], backbone.sample_shape)
+        found, expected = (" x ".join(map(str, shape)) for shape in shapes)
+        axes = "channels, height, width" if len(backbone.sample_shape) == 3 else "channels, frames, height, width"
+        raise InputError(f"data: pictures of {found}, but the model takes {expected} ({axes})")
     if not isinstance(backbone.condition, ClassLabels):
         backbone.condition.plain(list(dict.fromkeys(backbone.condition.values_of(data))))
         return
     known = backbone.condition.num_classes
     if data.num_classes > known or (exactly and data.num_classes != known):
         raise InputError(f"data: {data.num_classes} classes, but the model has {known}")
-
-
-Rows = Tensor | dict[str, Tensor]
-"""Conditions of a batch: labels (B,), words (B, S), or tensors of B rows by name."""
-
-
-class Conditioned(Dataset):
-    """Pictures with rows of a model's condition in place of labels. Item i is (x, row): a tensor, or tensors by name.
-
-    The rows of each value are made once.
-    """
-
-    def __init__(self, pictures: Pictures, condition: ConditionType):
-        self.pictures, self.values = pictures, condition.values_of(pictures)
-        self.can_flip, self.fingerprint = pictures.can_flip, pictures.fingerprint
-        self._rows: dict[object, Rows] = {}
-        for value in dict.fromkeys(self.values):
-            row = condition.of([value])
-            named = isinstance(row, Conditioning)
-            self._rows[value] = {name: part[0] for name, part in row.rows.items()} if named else row[0]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Rows]:
-        return self.pictures[index][0], self._rows[self.values[index]]
-
-
-def conditioned(pictures: Pictures, condition: ConditionType) -> Pictures | Conditioned:
-    """Return the pictures with rows of `condition`. Class labels are the pictures' own."""
-    return pictures if isinstance(condition, ClassLabels) else Conditioned(pictures, condition)
-
-
-def as_condition(rows: Rows) -> Condition:
-    """Return a batch of rows as the model takes it."""
-    return Conditioning(rows) if isinstance(rows, dict) else rows

@@ -21,8 +21,9 @@ from dyndit.process import Process
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
+from dyndit.training.conditioned import Rows, conditioned
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures, Rows, check_fit, conditioned
+from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors

@@ -6,7 +6,8 @@ from accelerate import PartialState
 from torch.utils.data import default_collate
 
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.training.data import Pictures, as_condition, conditioned
+from dyndit.training.conditioned import as_condition, conditioned
+from dyndit.training.data import Pictures
 from dyndit.training.losses import exit_errors
 
 
@@ -21,7 +22,8 @@ def exit_error_table(
     """
     process, generator = model.process, torch.Generator().manual_seed(seed)
     device = PartialState().device
-    pick = torch.randperm(len(data), generator=generator)[:num_pictures].tolist()
+    usual = data.groups[0] if data.groups else range(len(data))  # clips of one shape
+    pick = [usual[k] for k in torch.randperm(len(usual), generator=generator)[:num_pictures].tolist()]
     items = conditioned(data, model.backbone.condition)
     x_0, y = default_collate([items[i] for i in pick])
     y = as_condition(y)

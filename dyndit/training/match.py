@@ -11,8 +11,9 @@ from dyndit.models.base import Backbone, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.training.borrowed import borrowed
+from dyndit.training.conditioned import Rows, conditioned
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures, Rows, conditioned
+from dyndit.training.data import Pictures
 from dyndit.training.distill import _DISTILLING, Distill
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.losses import halves

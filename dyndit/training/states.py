@@ -8,7 +8,7 @@ from torch import Tensor
 from dyndit.models.base import Inputs
 from dyndit.models.conditions import ConditionType
 from dyndit.process import Process
-from dyndit.training.data import Rows, as_condition
+from dyndit.training.conditioned import Rows, as_condition
 
 States = Callable[[Tensor, Rows, torch.Generator], Inputs]
 """Makes inputs of the model from a batch of the data: (x, rows, generator) -> inputs. Exits are trained on them."""

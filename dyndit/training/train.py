@@ -15,8 +15,9 @@ from dyndit.models.conditions import Condition
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.process import DDPM, Process
+from dyndit.training.conditioned import Rows, as_condition, conditioned
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures, Rows, as_condition, check_fit, conditioned
+from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.latents import LatentPictures
 from dyndit.training.losses import deep_supervision_loss, denoising_loss

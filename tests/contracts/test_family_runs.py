@@ -17,8 +17,9 @@ from dyndit.plans.step import steps
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.storage import load as checkpoints
+from dyndit.training.conditioned import conditioned
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Pictures, conditioned
+from dyndit.training.data import Pictures
 from dyndit.training.distill import Distill
 from dyndit.training.fit import FitResult, fit
 from dyndit.training.train import _Denoising

@@ -11,6 +11,7 @@ from dyndit.models.conditioning import CONDITIONINGS
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.mmdit import MMDiTConfig
+from dyndit.models.video import VideoConfig
 
 TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
 
@@ -28,10 +29,15 @@ TINY_MMDIT = MMDiTConfig(
     prompts=("a three", "number seven, bold"),
 )
 
+TINY_VIDEO = VideoConfig(
+    num_frames=3, image_size=(8, 12), patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10
+)
+
 TINY_CONFIGS: dict[str, dict[str, object]] = {
     "class_conditional": vars(TINY),
     **{f"class_conditional/{name}": vars(TINY) | {"conditioning": name} for name in CONDITIONINGS},
     "mmdit": vars(TINY_MMDIT),
+    "video": vars(TINY_VIDEO),
 }
 """Tiny configs of every backbone family: "family", or "family/what is special". The contract tests run each of them."""
 

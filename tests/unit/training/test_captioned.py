@@ -10,7 +10,8 @@ from dyndit.models.captions import Words, words_of
 from dyndit.models.conditions import ClassLabels
 from dyndit.models.mmdit import MMDiT
 from dyndit.training.captioned import ATTRIBUTES, NAMES, PROMPTS, STYLES, TEMPLATES, VOCABULARY, described, transformed
-from dyndit.training.data import as_condition, check_fit, conditioned, load_captioned_digits, load_digits, open_data
+from dyndit.training.conditioned import as_condition, conditioned
+from dyndit.training.data import check_fit, load_captioned_digits, load_digits, open_data
 from support.models import TINY_MMDIT
 
 DIGITS, CAPTIONED = load_digits(), load_captioned_digits()

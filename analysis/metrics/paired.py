@@ -93,6 +93,8 @@ class Lpips(nn.Module):
         try:
             state = load_file(path) if Path(path).suffix == ".safetensors" else read_pickled(Path(path))
             model.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
+        except CheckpointError as error:
+            raise CheckpointError(f"--lpips-weights {error}") from error
         except (OSError, RuntimeError, EOFError, AttributeError, SafetensorError, UnpicklingError) as error:
             found = first_line(error)
             raise CheckpointError(f"--lpips-weights {path}: {found}; expected VGG16 and five lin") from error

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from dyndit import __version__
 from dyndit.cli.flags import PlanChoice, checked
 from dyndit.errors import InputError, first_line
 from dyndit.limits import take_limits
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     number (130 for Ctrl-C) if a signal stopped it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"dyndit {__version__}")
+        return
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     keep_freed_memory()
@@ -70,7 +74,8 @@ def _run(arguments: list[str], debug: bool, caught: list[int]) -> None:
         tyro.extras.subcommand_cli_from_dict(
             verbs(arguments),
             prog="dyndit",
-            description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks.",
+            description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks; "
+            "--version alone prints the version.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )

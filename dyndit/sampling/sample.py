@@ -106,6 +106,8 @@ class Sampling:
     def bound(self, model: DynamicDepth, labels: Sequence[Value], origin: str = "plan") -> Self:
         """Check the request, and return the settings with the plan to run: `check_request`, `resolve_plan`."""
         check_request(model, labels, self.batch_size, self.seed)
+        if not bounds.is_number(self.cfg_scale):
+            raise InputError(f"cfg_scale {self.cfg_scale}: expected a finite number")
         bounds.check(cfg_scale=self.cfg_scale, guided_channels=self.guided_channels)
         if (self.guided_channels or 0) > (most := model.backbone.in_channels):
             raise InputError(f"--guided-channels {self.guided_channels}: expected at most {most}, as the model has")

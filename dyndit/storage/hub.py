@@ -35,10 +35,9 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
     Raises CheckpointError: no such model or revision, or no connection and nothing in the cache.
     """
     folder = _snapshot(model, (*_SMALL, *_SAFE))
-    model_there = HubId(model.name, folder.name if _COMMIT.fullmatch(folder.name) else model.revision)
     # Look for the weights: exits or a table may lie beside a pickled backbone.
     if not any(any(folder.rglob(name)) for name in ("model.safetensors", "diffusion_pytorch_model*.safetensors")):
-        folder = _snapshot(model_there, (*_SMALL, *_SAFE, *_PICKLED))  # of the same commit
+        folder = _snapshot(model, (*_SMALL, *_SAFE, *_PICKLED))
     check_hashes(folder)
     commit = folder.name
     if model.revision is not None and _COMMIT.fullmatch(model.revision):

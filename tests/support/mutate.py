@@ -2,9 +2,8 @@
 
     nice -n 19 python tests/support/mutate.py --only stats --num 40 --seed 0
 
-The package is copied to a temporary folder. Libraries are loaded once; each change is tried in a forked child, which
-runs the tests of the changed module until the first failure. Prints the share that was noticed, and every change that
-was not.
+The package is copied to a temporary folder. Libraries are loaded once; a forked child tries each change and runs the
+tests of the changed module until the first failure. Prints the share that was noticed, and every change that was not.
 """
 
 import argparse

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dyndit.cli import models, pictures, plans, results
+from dyndit.locks import LOCK
 from dyndit.plans.cost import CostModel, PartTimes
 
 RECIPE = """
@@ -63,7 +64,8 @@ class TinyVerbs:
 
     def calibrate(self, out: Path) -> None:
         if not out.exists():
-            shutil.copytree(self.root / "model", out)
+            copy = out.with_name(f"copy-{out.name}")  # a kill may strike while the test copies
+            shutil.copytree(self.root / "model", copy, dirs_exist_ok=True).rename(out)
         small = {"num_pictures": 70, "batch_size": 35, "table_steps": 2, "num_bands": 1, "num_depths": 1}
         plans.calibrate(out, budget=0.9, steps=2, **small)
 
@@ -82,11 +84,14 @@ class TinyVerbs:
 
 
 def left(folder: Path) -> dict[str, object]:
-    """Return what a run left, by file: bytes, but for dates and times and what is drawn from these."""
+    """Return what a run left, by file: bytes, but for dates and times and what is drawn from these.
+
+    The lock file of a killed holder does not count: nobody holds it, and it may stay in a folder within the run's.
+    """
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and "tensorboard" not in name:
+        if path.is_file() and path.name != LOCK and "tensorboard" not in name:
             found[name] = path.read_bytes()
             drawn = path.suffix in (".svg", ".md", ".html") or (path.parent.name == "run" and path.suffix == ".png")
             if drawn or path.name.endswith(("manifest.json", "report.json")):

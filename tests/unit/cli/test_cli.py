@@ -539,3 +539,8 @@ def test_help_names_what_the_registries_hold(capsys) -> None:
             main(arguments)
         text = capsys.readouterr().out
         assert all(name in text for name in names)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"dyndit {dyndit.__version__}\n"

@@ -119,22 +119,24 @@ def test_one_model_trains_on_every_shape_and_resumes(
     data: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped at step 8 and resumed, it ends with the same bits."""
-    seen, kind = set(), type(data)
+    seen, kind = [], type(data)
     item = kind.__getitem__
 
     def watched(self: Pictures, index: int):
         x, label = item(self, index)
-        seen.add(tuple(x.shape))
+        seen.append(tuple(x.shape))
         return x, label
 
     monkeypatch.setattr(kind, "__getitem__", watched)
     recipe = Train(CONFIG, FitConfig(steps=16, batch_size=8, learning_rate=3e-3, checkpoint_every=8, log_every=4))
     whole, _ = recipe.run(data, tmp_path / "whole")
-    assert seen == set(data.shapes)
+    assert set(seen) == set(data.shapes)
+    num_read = len(seen)
+    seen.clear()
     kept = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     shutil.copytree(kept[0], tmp_path / "broken" / "checkpoints" / kept[0].name)
-    again, result = recipe.run(data, tmp_path / "broken")
-    assert result.losses["step"].min() == 9
+    again, _ = recipe.run(data, tmp_path / "broken")
+    assert 8 * 8 <= len(seen) < num_read - 7 * 8  # eight steps of eight clips, not sixteen
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 

@@ -67,7 +67,7 @@ BOUNDS: dict[str, Bound] = {
     "class_labels": _whole(0, 10**9),
     "first_index": _whole(0, 10**9),
     "forecast_ages": _whole(0, MOST_STEPS),
-    "guided_channels": _whole(1, 10**6),
+    "guided_channels": _whole(0, 10**6),
     "latency_budget": Bound(0, 1, above=True),
     "learning_rate": Bound(0, 1e300),
     "margin": Bound(0, 100),

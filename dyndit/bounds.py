@@ -12,6 +12,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,6 +83,7 @@ BOUNDS: dict[str, Bound] = {
     "rounds": _COUNT,
     "sample_every": _whole(0, 10**9),
     "seed": _SEED,
+    "shape": _COUNT,
     "step_grid": _whole(1, MOST_STEPS),
     "steps": _whole(1, 10**9),
     "table_steps": _whole(1, MOST_STEPS),
@@ -126,6 +128,8 @@ INPUTS = (
     "train", "vae", "verify",
 )  # fmt: skip
 """Flags that name files or folders to read."""
+NAMES = ("", "digits", "captioned-digits", "moving-digits")
+"""Names that stand for a data set in place of a path: those of `training.data.PACKAGED`, and none."""
 
 
 def check_inputs(values: Mapping[str, object]) -> None:
@@ -137,9 +141,13 @@ def check_inputs(values: Mapping[str, object]) -> None:
     for name in INPUTS:
         value = values.get(name)
         for each in value if isinstance(value, tuple) else (value,):
-            if each is None or str(each) in ("", "digits") or str(each).startswith("random:"):
+            if each is None or str(each) in NAMES or str(each).startswith("random:"):
                 continue
-            if not (path := Path(str(each))).exists():
+            path = Path(str(each))
+            if not path.exists():
+                beside = path.parent.iterdir() if set(path.name) & set("*?[") and path.parent.is_dir() else ()
+                if any(fnmatch(found.name, path.name) for found in beside):  # a pattern, such as train-*.tar
+                    continue
                 raise InputError(f"{_flag(name)}{each!s:.200}: no such file or folder; expected a path to read")
             if not os.access(path, os.R_OK):
                 raise InputError(f"{_flag(name)}{each!s:.200}: may not be read; expected a file or folder to read")

@@ -3,7 +3,7 @@
 Every verb imports torch and the package only when it runs, so that `--help` is quick.
 """
 
-import importlib
+import importlib.metadata
 import pkgutil
 import signal
 import sys
@@ -12,7 +12,6 @@ from inspect import unwrap
 
 import tyro
 
-from dyndit import __version__
 from dyndit.cli.flags import PlanChoice, checked
 from dyndit.errors import InputError, first_line
 from dyndit.limits import take_limits
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
-        print(f"dyndit {__version__}")
+        print(f"dyndit {importlib.metadata.version('dyndit')}")
         return
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]

@@ -169,6 +169,8 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
         for name, value in given.arguments.items():
             values = vars(value) | values if is_dataclass(value) else values | {name: value}  # MODEL, not --model CARD
         bounds.check(**values)
+        if _is_on_the_hub(values.get("vae")):
+            del values["vae"]
         bounds.check_inputs(values)
         if values.get("recipe") is not None:
             from dyndit.cli.recipes import check_name
@@ -179,6 +181,13 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
         verb(*args, **kwargs)
 
     return run
+
+
+def _is_on_the_hub(vae: object) -> bool:
+    """Tell if an autoencoder is named by a hub id, or as one of the published ones, and not by a path."""
+    from dyndit.storage.hub_id import parse
+
+    return vae is not None and (str(vae) in ("mse", "ema") or parse(str(vae)) is not None)
 
 
 def _check_model(model: object) -> None:

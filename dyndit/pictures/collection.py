@@ -64,8 +64,11 @@ def _file(path: Path) -> Source:
 
 
 def read_image(source: Source, number: int, channels: int | None = None) -> Image.Image:
-    """Decode picture `number` of a source, see `decode`."""
-    return _image(source.contents(number), source.name(number), channels)
+    """Decode picture `number` of a source, see `decode`. Raises InputError, also for a clip."""
+    image = _image(source.contents(number), source.name(number), channels)
+    if ENTRY in image.info:
+        raise InputError(f"{source.name(number)}: a clip, expected a picture")
+    return image
 
 
 def read_picture(path: str | Path, channels: int | None = 3) -> Image.Image:

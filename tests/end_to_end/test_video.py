@@ -66,7 +66,7 @@ def test_training_lowers_the_loss_and_draws_previews(workshop: Path) -> None:
 def test_a_plan_draws_clips_that_are_measured(
     workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dyndit.clips.find_spec", lambda name: None)  # GIF alone: 64 MP4 files take seconds
+    monkeypatch.setattr("dyndit.pictures.clips.find_spec", lambda name: None)  # GIF alone: 64 MP4 files take seconds
     out = tmp_path / "out"
     draw = ["sample", str(workshop / "model"), "--out", str(out), "--num-images", "70", "--steps", "3"]
     plan = ["--dynamic", "--plan", str(workshop / "plan.json"), "--stats"]
@@ -110,7 +110,7 @@ def test_clips_of_another_shape_are_drawn(workshop: Path, tmp_path: Path, capsys
 def test_without_imageio_one_line_says_so(
     workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dyndit.clips.find_spec", lambda name: None)
+    monkeypatch.setattr("dyndit.pictures.clips.find_spec", lambda name: None)
     main(["sample", str(workshop / "model"), "--num-images", "1", "--steps", "2", "--out", str(tmp_path / "out")])
     told = [line for line in capsys.readouterr().out.splitlines() if "MP4" in line]
     assert told == ["no MP4 files: imageio is not installed; expected `pip install 'dyndit[video]'`"]

@@ -17,11 +17,12 @@ from dyndit import bounds
 from dyndit.analysis.report.write import write_report
 from dyndit.calibration import calibrate as calibration
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.cli import VERBS, main, verbs
+from dyndit.cli import VERBS, flags, main, verbs
 from dyndit.errors import InputError
 from dyndit.plans.step_counts import LatencyBudget, TargetFD
 from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
+from dyndit.training.data import PACKAGED
 from dyndit.training.recorded import record_sampling
 from support.tables import random_table
 
@@ -216,3 +217,23 @@ def test_python_has_the_same_bounds(entry: str, make_model, tmp_path: Path) -> N
     with pytest.raises(InputError):
         PYTHON[entry](make_model(num_blocks=2, width=8, num_heads=2), tmp_path / "out")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_names_patterns_and_hub_ids_are_no_missing_paths(tmp_path: Path) -> None:
+    assert set(bounds.NAMES) == {"", *PACKAGED}
+    (tmp_path / "train-0.tar").touch()
+    bounds.check_inputs({"data": str(tmp_path / "train-*.tar"), "reference": "moving-digits"})
+    for missing in ("train-*.tar", "*", "x", "../none/**"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            bounds.check_inputs({"data": str(tmp_path / "none" / missing)})
+    seen = []
+
+    @flags.checked
+    def verb(vae: Path | None = None) -> None:
+        seen.append(vae)
+
+    for vae in (None, Path("mse"), Path("org/name"), Path("org/name@main"), tmp_path):
+        verb(vae)
+    with pytest.raises(InputError, match=r"--vae .*no such file"):
+        verb(tmp_path / "none")
+    assert len(seen) == 5

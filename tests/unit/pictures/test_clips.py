@@ -14,15 +14,17 @@ from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.quality import evaluate
-from dyndit.analysis.metrics.sets import read_pictures
+from dyndit.analysis.metrics.sets import read_pictures, read_set
 from dyndit.analysis.report.figures import samples_figure
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.pictures import clips, frames_of, grid
+from dyndit.pictures import as_image, clips, frames_of, grid
 from dyndit.pictures.clips import as_png
-from dyndit.pictures.collection import PictureFiles
+from dyndit.pictures.collection import PictureFiles, as_array
+from dyndit.pictures.resize import Resize
 from dyndit.sampling.sample import sample, sample_into
+from dyndit.training.data import open_data
 from support.models import TINY_VIDEO, randomise
 
 OPTIONS = {"num_steps": 3, "cfg_scale": 1.5, "batch_size": 4}
@@ -164,3 +166,33 @@ def test_overviews_are_no_clips(tmp_path: Path) -> None:
     found = PictureFiles.of(tmp_path)
     assert len(found) == 1
     assert found.read([0]).shape == (1, 1, 3, 8, 12)
+
+
+def test_every_frame_is_brought_to_size(tmp_path: Path) -> None:
+    """From a PNG, also one that another program gave an alpha channel, and from an array alike."""
+    batch = noise()
+    for number, clip in enumerate(batch):
+        as_png(clip, tmp_path / f"{number}.png")
+    with Image.open(tmp_path / "0.png") as image:
+        text = PngInfo()
+        text.add_text(clips.ENTRY, image.info[clips.ENTRY])
+        image.convert("RGBA").save(tmp_path / "0.png", pnginfo=text)
+    np.savez(tmp_path / "set.npz", arr_0=batch.movedim(1, -1).numpy())
+    resize = Resize(4)
+    found = PictureFiles.of(tmp_path, resize)
+    assert found.size == (3, 4, 4)
+    frames = [as_array(resize(as_image(frame))) for frame in frames_of(batch)]
+    expected = torch.from_numpy(np.stack(frames)).unflatten(0, (5, 3)).movedim(-1, 1)
+    assert torch.equal(read_set(tmp_path, "", resize).pictures[:, :1], expected)
+    assert torch.equal(read_set(tmp_path / "set.npz", "", resize).pictures, expected)
+
+
+def test_clips_are_no_pictures_to_train_on(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", arr_0=noise().movedim(1, -1).numpy())
+    with pytest.raises(InputError, match=r"set\.npz: arr_0\[0\]: a clip, expected a picture"):
+        open_data(str(tmp_path / "set.npz"), 8)
+    with pytest.raises(InputError, match="the model takes clips; expected 'moving-digits'"):
+        open_data(str(tmp_path), (3, 8, 12))
+    as_png(noise()[0], tmp_path / "0.png")
+    with pytest.raises(InputError, match=r"0\.png: a clip, expected a picture"):
+        open_data(str(tmp_path), 8)[0]

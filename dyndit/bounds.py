@@ -64,7 +64,6 @@ BOUNDS: dict[str, Bound] = {
     "batch_size": _COUNT,
     "budget": Bound(0, 1, above=True),
     "cfg_scale": Bound(-1000, 1000),
-    "class_labels": _whole(0, 10**9),
     "first_index": _whole(0, 10**9),
     "forecast_ages": _whole(0, MOST_STEPS),
     "guided_channels": _whole(0, 10**6),

@@ -3,13 +3,12 @@
 Every verb imports torch and the package only when it runs, so that `--help` is quick.
 """
 
-import importlib
 import importlib.metadata
-import inspect
 import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from inspect import unwrap
 
 import tyro
 
@@ -116,7 +115,7 @@ def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
     found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
     asked = next((word for word in arguments if word in VERBS), None)
     if asked is not None and {"--help", "-h"} & set(arguments):
-        for text in (found[asked], inspect.unwrap(found[asked]), PlanChoice):
+        for text in (found[asked], unwrap(found[asked]), PlanChoice):
             text.__doc__ = filled(text.__doc__ or "")
     take_limits(arguments)
     if "" in arguments:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from dyndit.errors import InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plugin.call import find_step
-from dyndit.plugin.experts import own_timesteps
+from dyndit.plugin.experts import are_own, own_timesteps
 from dyndit.sampling.solvers import scheduler_class, solver_name
 
 SLACK = 1e-3
@@ -124,7 +125,7 @@ class CallPlan:
         timestep: of the call's first step; a call that starts from a picture leaves out the steps before it.
 
         Raises:
-            PlanError: the scheduler is another solver than the plan's.
+            PlanError: the scheduler is another solver than the plan's, or the plan is for the pipeline's other expert.
         """
         times, plan = tuple(dict.fromkeys(self.times)), self.plan
         rest = times[min(range(len(times)), key=lambda k: abs(times[k] - timestep), default=0) :]
@@ -133,6 +134,11 @@ class CallPlan:
         own = plan.timesteps[-len(rest) :]
         if len(own) == len(rest) and all(abs(a - b) <= SLACK for a, b in zip(own, rest, strict=True)):
             return plan
+        if not are_own(self.pipeline, self.model.backbone.transformer, torch.tensor(plan.timesteps)).any():
+            raise PlanError(
+                f"plan: made for {plan.num_steps} steps, none of them at timesteps of this expert, which runs "
+                f"{times[0]:g} to {times[-1]:g}; expected a plan made with it"
+            )
         found = type(self.pipeline.scheduler).__name__
         if plan.solver and scheduler_class(plan.solver) != found:
             raise PlanError(

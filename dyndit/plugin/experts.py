@@ -7,6 +7,7 @@
 own, with its own exits, plan and handle. Its plan has its own timesteps alone.
 """
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -22,9 +23,15 @@ def transformers_in(pipeline: DiffusionPipeline) -> list[nn.Module]:
 
 def own_timesteps(pipeline: DiffusionPipeline, transformer: nn.Module) -> Tensor:
     """Return the scheduler's timesteps at which the pipeline calls this transformer, falling."""
-    timesteps, ratio = pipeline.scheduler.timesteps, pipeline.config.get("boundary_ratio")
+    timesteps = pipeline.scheduler.timesteps
+    return timesteps[are_own(pipeline, transformer, timesteps)]
+
+
+def are_own(pipeline: DiffusionPipeline, transformer: nn.Module, timesteps: Tensor) -> Tensor:
+    """Return True for each timestep, (K,), at which the pipeline would call this transformer.  -> (K,)."""
+    ratio = pipeline.config.get("boundary_ratio")
     if ratio is None:
-        return timesteps
+        return torch.ones_like(timesteps, dtype=torch.bool)
     low = timesteps < ratio * pipeline.scheduler.config.num_train_timesteps
     second = pipeline.components.get("transformer_2")
-    return timesteps[low if transformer is getattr(second, "_orig_mod", second) else ~low]
+    return low if transformer is getattr(second, "_orig_mod", second) else ~low

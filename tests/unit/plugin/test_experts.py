@@ -113,8 +113,9 @@ def test_another_experts_exits_and_plan_are_refused(tiny: TinyPipeline, tmp_path
     first, second = (handle.full_plan() for handle in handles)
     handles[0].plan = first
     handles[1].plan = first
-    with pytest.raises(PlanError, match=r"none of them at timestep"):
+    with pytest.raises(PlanError, match=r"none of them at timesteps of this expert, which runs \d+ to \d+;") as found:
         run(tiny)
+    assert "\n" not in str(found.value)
     handles[1].plan = second
     run(tiny)
     with pytest.raises(InputError, match=r"^WanPipeline: has no transformer_2; expected"):

@@ -153,6 +153,7 @@ def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float,
     assert (mine.int() - sampler.drawn(plan, NUM_PICTURES, fresh=False).int()).abs().max() <= 1
 
 
+@pytest.mark.usefixtures("known_times")
 def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, tmp_path: Path) -> None:
     handle = apply_dyndit(tiny.pipe, random_exits(tiny))
     numbers: list[int] = []
@@ -372,6 +373,7 @@ def test_a_table_in_the_folder_serves_half_precision_too(tiny, reference, tmp_pa
     assert handle.plan.share_of_blocks < 1
 
 
+@pytest.mark.usefixtures("known_times")
 def test_the_whole_way_in_place(tiny, reference, tmp_path: Path) -> None:
     """Record, distil, plug in, calibrate, run: every public name, on a pipeline that knows nothing of it."""
     call = call_of(tiny, 4.0)

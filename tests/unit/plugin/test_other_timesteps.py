@@ -180,6 +180,7 @@ def calibrated(
     return calibrate_pipeline(tiny.pipe, handle, call, extractor=EXTRACTOR, reference=reference, **usual | options)
 
 
+@pytest.mark.usefixtures("known_times")
 def test_a_pipeline_of_flow_matching_is_calibrated_and_runs_at_other_resolutions(reference, tmp_path: Path) -> None:
     tiny = dynamically_shifted()
     handle = dyndit.apply_dyndit(tiny.pipe, random_exits(tiny.transformer))
@@ -197,6 +198,7 @@ def test_a_pipeline_of_flow_matching_is_calibrated_and_runs_at_other_resolutions
     assert other.timesteps == tuple(tiny.pipe.scheduler.timesteps.tolist()) != plan.timesteps
 
 
+@pytest.mark.usefixtures("known_times")
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -223,6 +225,7 @@ def test_a_stored_table_of_other_bands_or_choices_is_refused(
     calibrate_pipeline(tiny.pipe, handle, call, **options)
 
 
+@pytest.mark.usefixtures("known_times")
 def test_a_student_of_four_steps_without_guidance_gets_a_plan(reference) -> None:
     """As of FLUX.1-schnell: four steps, no second branch, no embedded guidance."""
     tiny = tiny_pipeline(FLUX)

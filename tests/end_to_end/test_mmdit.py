@@ -169,7 +169,7 @@ def test_a_recipe_of_classes_takes_no_text_encoder(tmp_path: Path, capsys: pytes
 
 
 def test_every_family_has_a_quickstart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    assert quickstarts() == {"digits": "digits", "flow": "digits_flow", "mmdit": "mmdit"}
+    assert quickstarts() == {"digits": "digits", "flow": "digits_flow", "mmdit": "mmdit", "video": "video"}
     ran = []
     monkeypatch.setattr("dyndit.cli.results._compare", lambda *args, **options: ran.append((*args, options)))
     for family in (None, "flow", "mmdit"):

@@ -68,7 +68,7 @@ BOUNDS: dict[str, Bound] = {
     "epochs": _COUNT,
     "first_index": _whole(0, 10**9),
     "forecast_ages": _whole(0, MOST_STEPS),
-    "guided_channels": _whole(1, 10**6),
+    "guided_channels": _whole(0, 10**6),
     "image_size": _whole(1, 1 << 16),
     "latency_budget": Bound(0, 1, above=True),
     "layers": _whole(0, 10**6),

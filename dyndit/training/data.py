@@ -364,7 +364,7 @@ def open_data(
             raise InputError(f"data {spec}: asked for size {image_size}, channels {channels}; it has {found}")
         return data
     if isinstance(image_size, tuple) and len(image_size) == 3:
-        raise InputError(f"data {spec}: a place of pictures, but the model takes clips; expected 'moving-digits'")
+        raise InputError(f"data {spec}: a folder of pictures, but the model takes clips; expected 'moving-digits'")
     options = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
         return PictureFolder(spec, image_size, channels or 3, **options)

@@ -8,7 +8,7 @@ own, with its own exits, plan and handle. Its plan has its own timesteps alone.
 """
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SCMScheduler
 from torch import Tensor, nn
 
 COMPONENTS = ("transformer", "transformer_2")
@@ -24,6 +24,8 @@ def transformers_in(pipeline: DiffusionPipeline) -> list[nn.Module]:
 def own_timesteps(pipeline: DiffusionPipeline, transformer: nn.Module) -> Tensor:
     """Return the scheduler's timesteps at which the pipeline calls this transformer, falling."""
     timesteps = pipeline.scheduler.timesteps
+    if isinstance(pipeline.scheduler, SCMScheduler):
+        timesteps = timesteps[:-1]  # its last angle, 0, is the picture, where no step starts
     return timesteps[are_own(pipeline, transformer, timesteps)]
 
 

@@ -23,6 +23,8 @@ from dyndit.models.identity import AutoencoderRecord
 from dyndit.process import DDPM, Process, from_config
 from dyndit.untrusted import check_archive, tried_in_child
 
+_MOST_REPEATED = 256 << 20
+"""Most bytes that tensors of a pickle may have beyond their storage, as expanded tensors have."""
 _LARGEST = 1 << 20
 """Largest number in a config: no size of a model comes near it."""
 
@@ -116,8 +118,11 @@ def read_pickled(path: Path) -> object:
         raise CheckpointError(f"{path}: expected a PyTorch checkpoint of tensors alone ({found})") from error
     if damaged := _damaged_record(path):
         raise CheckpointError(f"{path}: damaged (the checksum of {damaged} does not fit)")
+    repeated = 0  # bytes
     for tensor in _tensors(data):
-        if tensor.layout == torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+        if tensor.layout == torch.strided:
+            repeated += max(0, tensor.nbytes - tensor.untyped_storage().nbytes())
+        if repeated > _MOST_REPEATED:
             raise CheckpointError(
                 f"{path}: a tensor of shape {tuple(tensor.shape)} repeats {tensor.untyped_storage().nbytes()} bytes; "
                 "expected tensors that hold their own values"

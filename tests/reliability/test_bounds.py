@@ -38,8 +38,11 @@ NEEDED = {
     "compare": ["digits", "--out", "{out}"],
     "convert": ["{model}", "{out}"],
     "quickstart": ["--out", "{out}"],
+    "inspect": ["{model}"],
+    "info": ["{model}"],
+    "demo": ["{model}", "--out", "{out}"],
 }
-"""A command of each verb that would write."""
+"""A command of each verb."""
 
 VALUES = ("nan", "inf", "-inf", "-1", "0", "1e300", "100000000000000000000", "-100000000000000000000", "1.5", "x", "")
 

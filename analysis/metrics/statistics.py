@@ -108,6 +108,11 @@ def has_statistics(path: Path) -> bool:
     return path.suffix in SUFFIXES[1:] or (path.suffix == ".npz" and "mu" in headers_of(path))
 
 
+def is_of_fidelity(path: Path) -> bool:
+    """Tell if a file has the name that torch-fidelity gives to a cache of statistics."""
+    return path.suffix in (".pt", ".pth") and _FIDELITY.fullmatch(path.stem) is not None
+
+
 def read_statistics(path: Path) -> Statistics:
     """Read statistics, and recognise the program that wrote them. Raises InputError."""
     if path.suffix == ".npz":

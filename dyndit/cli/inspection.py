@@ -6,7 +6,7 @@ import sys
 
 from dyndit.cli import flags
 
-KINDS = ("dyndit.storage.kinds",)
+KINDS = ("dyndit.storage.kinds", "dyndit.analysis.metrics.kinds")
 """Modules that register kinds of paths (`dyndit.storage.inspect.kind`), each beside the code that reads such paths."""
 
 

@@ -17,6 +17,10 @@ from support.tiny_pipelines import TinyPipeline, tiny_pipeline
 INTEROP = Path(__file__).parents[2] / "docs" / "interop.md"
 
 FAMILIES = {
+    "PixArt.": ("PixArtTransformer2DModel", True),
+    "Stable Diffusion 3.": ("SD3Transformer2DModel", True),
+    "Flux.": ("FluxTransformer2DModel", False),
+    "Latte.": ("LatteTransformer3DModel", True),
     "Sana.": ("SanaTransformer2DModel", True),
     "Lumina-Image 2.0.": ("Lumina2Transformer2DModel", True),
     "Qwen-Image.": ("QwenImageTransformer2DModel", True),

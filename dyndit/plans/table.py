@@ -151,7 +151,6 @@ class ShiftTable:
         stored, metadata = read_safetensors(path)
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
             raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
-        seals.check_tensors(path, stored, metadata)
         t = {name: tensor.double() for name, tensor in stored.items()}
         try:
             plain = json.loads(metadata["table"])
@@ -170,6 +169,7 @@ class ShiftTable:
             found._check()
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, IndexError) as error:
             raise CheckpointError(f"{path}: no readable shift table ({first_line(error)})") from error
+        seals.check_tensors(path, stored, metadata)
         return found
 
     def _check(self) -> None:

@@ -54,7 +54,8 @@ def tensors_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     """
     digest = hashlib.sha256(json.dumps({k: v for k, v in metadata.items() if k != SEAL}, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().cpu().contiguous()
+        # A copy: one expanded value counts as contiguous, and cannot be seen as bytes.
+        values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

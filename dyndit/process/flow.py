@@ -122,12 +122,14 @@ class RectifiedFlow(Process):
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Accept diffusers' flow-matching schedulers, and solvers told to step a flow (`use_flow_sigmas`).
 
-        Raises InputError for any other, for another prediction, and for another number of timesteps.
+        A scheduler's own time shift is its user's choice. Raises InputError for any other, for another prediction, and
+        for another number of timesteps.
         """
         name, config = type(scheduler).__name__, scheduler.config
         if not (isinstance(scheduler, _FLOW_MATCHING) or config.get("use_flow_sigmas")):
             raise InputError(f"scheduler {name}: of another process; expected one of flow matching (rectified flow)")
-        wanted = {"prediction_type": "flow_prediction"} | self.scheduler_settings() | {"variance_type": None}
+        wanted = {"prediction_type": "flow_prediction", "num_train_timesteps": self.num_timesteps}
+        wanted |= {"variance_type": None}
         for setting, expected in wanted.items():
             if (found := config.get(setting, expected)) != expected:
                 raise InputError(f"scheduler {name}: {setting} {found}; expected {expected}")

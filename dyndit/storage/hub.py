@@ -6,6 +6,7 @@ no safetensors.
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from dyndit.errors import CheckpointError, first_line
@@ -37,7 +38,8 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
     folder = _snapshot(model, (*_SMALL, *_SAFE))
     # Look for the weights: exits or a table may lie beside a pickled backbone.
     if not any(any(folder.rglob(name)) for name in ("model.safetensors", "diffusion_pytorch_model*.safetensors")):
-        folder = _snapshot(model, (*_SMALL, *_SAFE, *_PICKLED))
+        pinned = replace(model, revision=folder.name) if _COMMIT.fullmatch(folder.name) else model  # of the same commit
+        folder = _snapshot(pinned, (*_SMALL, *_SAFE, *_PICKLED))
     check_hashes(folder)
     commit = folder.name
     if model.revision is not None and _COMMIT.fullmatch(model.revision):

@@ -130,6 +130,7 @@ EXAMPLES: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {
             "dyndit.Distill()": SHORT,
             "start=14": "start=1",
             "(256, 256)": "(16, 16)",
+            "budget=0.6,": "budget=1.0,",  # times of a tiny model scatter, and so does its cheapest plan's
             'dyndit.load_extractor("inception")': "means",
             'out="runs/calibration",': 'out="runs/calibration", num_pictures=8, num_bands=1, choices=("2",),',
         },

@@ -18,6 +18,7 @@ from dyndit.analysis.metrics.sets import save_statistics
 from dyndit.analysis.report.runs import read_runs
 from dyndit.cli import main
 from dyndit.errors import InputError
+from dyndit.seals import sealed
 from dyndit.training.data import load_digits
 
 
@@ -147,7 +148,7 @@ def test_forced_rows_are_told_apart(tmp_path: Path, capsys) -> None:
                  "share_of_blocks": 1, "mean_depth": [6, 6], "predicted_fd": None},
         "machine": "here", "ms_per_picture": 1.0, "ms_denoiser": None,
     }  # fmt: skip
-    (samples / "manifest.json").write_text(json.dumps(manifest))
+    (samples / "manifest.json").write_text(json.dumps(sealed(manifest)))
     common = ["evaluate", str(samples), "--reference", "digits", "--extractor", "digits", "--out", str(out)]
     main([*common, "--metrics", "fd", "kid", "--force"])
     assert f"{'forced':>22}  True" in capsys.readouterr().out
@@ -217,7 +218,7 @@ def test_command_line(tmp_path: Path, capsys) -> None:
         (["--metrics", "paired"], "--full: missing"),
         (["--metrics", "memorisation"], "--held-out: missing"),
         (["--metrics", "paired", "--full", "{root}/other"], "--full: pictures"),
-        (["--metrics", "paired", "--full", "{root}/none"], "none: no such folder"),
+        (["--metrics", "paired", "--full", "{root}/none"], "none: no such file or folder"),
         (["--metrics", "sfid"], "expected more than the 112 spatial features"),
         (["--metrics", "prc", "--save-reference", "{root}/x.pt"], "ends in .npz"),
     ],

@@ -70,7 +70,7 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_trained", lambda *given: trained.append(given[-1]) or original(*given))
     run(ALIKE, done, console=Console(quiet=True))
     assert (done / "runs.csv").read_bytes() == before
-    lines = before.decode().splitlines(keepends=True)
+    lines = [f"{line.rpartition(',')[0]}\n" for line in before.decode().splitlines()]  # without their checksum
     (done / "runs.csv").write_text("".join(lines[:-1]))  # killed before the last row
     run(ALIKE, done, console=Console(quiet=True))
     assert trained == ["in-context"]

@@ -13,6 +13,7 @@ from dyndit.cli import main
 from dyndit.errors import InputError
 from dyndit.sampling.sample import random_labels, sample_into
 from dyndit.sampling.solvers import kind_of
+from dyndit.seals import sealed
 from support.pictures import noise, save
 from support.runs import frame, run_row
 
@@ -27,7 +28,7 @@ def drawn(root: Path, labels: object, solver: str = "ddpm", seed: int = 0, num: 
     plan = {"router": "full", "settings": "", "budget": None, "share_of_blocks": 1, "mean_depth": [6, 6]}
     facts = {"machine": "here", "ms_per_picture": 1.0, "ms_denoiser": None}
     manifest = {"settings": settings, "plan": plan | {"predicted_fd": None}, **facts}
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / "manifest.json").write_text(json.dumps(sealed(manifest)))
     return root
 
 

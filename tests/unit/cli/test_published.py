@@ -11,6 +11,7 @@ from PIL import Image
 
 import dyndit
 from dyndit.cli import main, verbs
+from dyndit.cli.flags import READING
 from dyndit.models.dit import CARDS, DiTConfig
 from dyndit.storage import published
 from support.autoencoders import make_autoencoder
@@ -180,6 +181,7 @@ def test_every_flag_of_the_published_scripts_is_taken(monkeypatch: pytest.Monkey
     )
     found = taken(monkeypatch, "train", *line.split())
     assert found.pop("positional") in ((), ("published",))
+    assert found.pop("reading") == READING
     given = {name: value for name, value in found.items() if value not in (None, "")}
     assert given == {
         "data": "d", "out": Path("r"), "model": "DiT-L/8", "image_size": 256, "num_classes": 7, "epochs": 2,

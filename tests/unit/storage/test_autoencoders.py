@@ -18,6 +18,7 @@ import dyndit
 from dyndit.analysis.metrics.paired import check_same_seeds
 from dyndit.analysis.report.runs import row_of_samples
 from dyndit.cli import main
+from dyndit.cli.flags import READING
 from dyndit.cli.models import _training_data as training_data
 from dyndit.errors import InputError
 from dyndit.models.dit import ClassConditionalDiT
@@ -162,13 +163,13 @@ def test_training_takes_the_pipelines_own_autoencoder(latents: DynamicDepth, tmp
     for index in range(4):
         write_png(tmp_path / "pictures" / f"{index % 2}" / f"{index}.png", Image.new("L", (16, 16), 60 * index))
     shape = latents.backbone.sample_shape
-    data, made_by = training_data(str(tmp_path / "pictures"), shape, None, tmp_path / "own", str(pipe))
-    given, same = training_data(str(tmp_path / "pictures"), shape, vae, tmp_path / "given")
+    data, made_by = training_data(str(tmp_path / "pictures"), shape, None, tmp_path / "own", READING, str(pipe))
+    given, same = training_data(str(tmp_path / "pictures"), shape, vae, tmp_path / "given", READING)
     assert made_by == same == record(load_autoencoder(vae))
     assert data[3][0].shape == shape
     assert torch.equal(data[3][0], given[3][0])
     with pytest.raises(InputError, match="--vae: missing; latents of 4 channels"):
-        training_data(str(tmp_path / "pictures"), shape, None, tmp_path / "none", "digits")
+        training_data(str(tmp_path / "pictures"), shape, None, tmp_path / "none", READING, "digits")
 
 
 def test_comparisons_tell_autoencoders_apart(latents: DynamicDepth, tmp_path: Path) -> None:

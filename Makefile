@@ -1,9 +1,10 @@
 # make quickstart: installs into .venv and runs the main job on the embedded data.  make test: the test suite.
+# make docs: the documentation, in site/.  make audit: known holes in what is installed.  make release: dist/, checked.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test reliability lint clean
+.PHONY: quickstart test reliability fuzz lint docs audit release clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/dyndit quickstart
@@ -16,14 +17,36 @@ reliability: $(STAMP)
 	$(VENV)/bin/python -m pytest -m reliability --junitxml=build/reliability.xml
 	$(VENV)/bin/python tests/support/reliability.py
 
+# Tries 100,000 invented files; `make test` tries 2,000.
+fuzz: $(STAMP)
+	DYNDIT_FUZZ=100000 $(VENV)/bin/python -m pytest tests/reliability/test_fuzz.py
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[dev,peers,docs]"
 	touch $(STAMP)
 
+docs: $(STAMP)
+	$(VENV)/bin/mkdocs build --strict
+
+audit: $(STAMP)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[release]"
+	$(VENV)/bin/pip-audit --skip-editable
+
+# The wheel has to work alone: it is installed in an empty environment, and the command line answers there.
+release: $(STAMP)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[release]"
+	rm -rf dist build
+	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv dist/check && dist/check/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	cd dist && check/bin/dyndit --version && check/bin/python -c "import dyndit; dyndit.load('digits')"
+	$(VENV)/bin/cyclonedx-py environment dist/check --output-reproducible --output-file dist/dyndit.cdx.json
+	rm -rf dist/check
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

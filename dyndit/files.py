@@ -91,8 +91,7 @@ def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
     The path has the target's name, and so its suffix. Nothing exists there yet. A file gets the mode that the umask
     gives a new file, whatever mode its writer chose. A folder can replace only an empty folder.
 
-    Raises:
-        InputError: the target cannot be written, for example on a full disk; or it is a device, or of another kind.
+    Raises InputError: the target cannot be written, for example on a full disk; or it is of another kind.
     """
     target = Path(target)
     if target.exists() and not (target.is_dir() if folder else target.is_file()):
@@ -241,10 +240,7 @@ def append_lines(path: Path, lines: str) -> None:
     """Add whole lines to a text file. Make the file if it is missing.
 
     After a kill the file holds its old lines, and perhaps some of the new lines. The last line may be torn:
-    `read_lines` skips it, and the next call cuts it off.
-
-    Raises:
-        InputError: the file cannot be written.
+    `read_lines` skips it, and the next call cuts it off. Raises InputError: the file cannot be written.
     """
     path = Path(path)
     try:
@@ -277,8 +273,7 @@ def _end_of_lines(file: BinaryIO, block: int = 1 << 16) -> int:
 def read_lines(path: Path) -> str:
     """Read the whole lines of a text file. Skip a torn last line, in which a power cut may leave zeros.
 
-    Raises:
-        CheckpointError: the file is missing, or is no text.
+    Raises CheckpointError: the file is missing, or is no text.
     """
     try:
         data = _read(path).partition(b"\0")[0]
@@ -290,8 +285,7 @@ def read_lines(path: Path) -> str:
 def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, object]:
     """Read a JSON object.
 
-    Raises:
-        CheckpointError, or `kind` if given: missing, larger than `MOST_JSON`, no JSON, nested too deep, or no object.
+    Raises CheckpointError, or `kind` if given: missing, over `MOST_JSON` bytes, no JSON, nested too deep, or no object.
     """
     try:
         data = json.loads(_read(path, MOST_JSON).decode(), parse_constant=_refuse_constant)
@@ -338,7 +332,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
+        refuse_pointer(path, error)
         raise CheckpointError(f"{path}: no readable safetensors file ({first_line(error)})") from error
+
+
+def refuse_pointer(path: Path, cause: Exception | None = None) -> None:
+    """Raise CheckpointError if the file is a pointer of Git LFS: a clone without LFS leaves it in a file's place."""
+    try:
+        with opened(path) as file:
+            text = file.read(1024)
+    except OSError:
+        return
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"^size (\d{1,15})$", text, re.MULTILINE)
+        found = f"a Git LFS pointer to {int(size[1]):,} bytes" if size else "a Git LFS pointer"
+        raise CheckpointError(f"{path}: {found}, not the weights; expected the file after `git lfs pull`") from cause
 
 
 def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -370,16 +378,12 @@ def check_free(target: Path, *, folder: bool) -> None:
 def claim(out: Path, besides: tuple[str, ...] = ()) -> None:
     """Make the folder of a new run, or take an empty folder. Drafts of killed writers do not count.
 
-    besides: names that may lie in the folder.
-
-    Raises:
-        InputError: `out` is a file, holds other names, or cannot be made.
+    besides: names that may lie in the folder. Raises InputError: `out` is a file, holds others, or cannot be made.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; expected a folder")
-    if out.exists() and any(
-        entry.name not in (*besides, LOCK) and not is_draft(Path(entry.name)) for entry in out.iterdir()
-    ):
+    names = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if any(name not in (*besides, LOCK) and not is_draft(Path(name)) for name in names):
         raise InputError(f"--out {out}: holds files of no run; expected an empty folder")
     try:
         reached("make", out)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dyndit import files
+from dyndit import files, seals
 from dyndit.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -31,17 +31,35 @@ def machine(device: str = "cpu") -> str:
 
 
 def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
-    """Make a manifest: the run's settings, the code, the machine, and further facts."""
+    """Make a manifest: the run's settings, the code, the machine, further facts, and a checksum over them all."""
     name = Path(sys.argv[0]).name
-    return {
-        "settings": settings,
-        "command": " ".join(["dyndit" if name == "__main__.py" else name, *sys.argv[1:]]),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "revision": _revision(),
-        "machine": machine(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **facts,
-    }
+    return seals.sealed(
+        {
+            "settings": settings,
+            "command": " ".join(["dyndit" if name == "__main__.py" else name, *sys.argv[1:]]),
+            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "revision": _revision(),
+            "machine": machine(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **facts,
+        }
+    )
+
+
+def read(path: Path) -> dict[str, object]:
+    """Read a manifest, and check it. An older manifest without a checksum is taken: `is_sealed` tells.
+
+    Raises:
+        CheckpointError: missing, no JSON, damaged, or edited.
+    """
+    found = files.read_json(path)
+    seals.unsealed(path, found, needed=False)
+    return found
+
+
+def is_sealed(manifest: dict[str, object]) -> bool:
+    """Tell if a manifest carries a checksum, which `read` has checked."""
+    return seals.SEAL in manifest
 
 
 def claim(
@@ -66,7 +84,9 @@ def claim(
             files.write_text(path, text)
             return None
     try:
-        found = files.read_json(path)
+        found = read(path)
+        if not is_sealed(found):
+            raise InputError(f"{path}: damaged or edited (it has no checksum)")
     except InputError as error:
         raise InputError(f"{error}; expected the manifest of a run") from error
     if not isinstance(theirs := found.get("settings"), dict):

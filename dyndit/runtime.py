@@ -89,7 +89,8 @@ def chosen_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("no values on it")
     except (RuntimeError, AssertionError) as error:
         found = f"--device {device}: not available"
         raise InputError(f"{found}; expected auto, cpu, or cuda on a machine with a GPU") from error

@@ -17,10 +17,10 @@ from dataclasses import replace
 from dyndit.analysis.compare.experiment import Controls
 from dyndit.analysis.compare.peers import peers
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.recipes.digits import quickstart
+from dyndit.recipes import digits
 
 experiment = replace(
-    quickstart,
+    digits.quickstart,
     calibration=CalibrationSettings(num_pictures=256, num_bands=10, batch_size=64),
     full_solvers=("dpmpp", "ddpm"),
     full_steps=(4, 5, 6, 7, 8, 10, 12, 15, 20),

@@ -24,10 +24,12 @@ LAYERS = (
     "analysis.report",
     "analysis.compare",
     "recipes",
+    "demo",
     "cli",
 )
 FLOOR = (
-    "assets", "clock", "discovery", "files", "locks", "manifest", "pictures", "process", "progress", "runtime", "stats",
+    "assets", "bounds", "clock", "discovery", "files", "limits", "locks", "manifest", "markdown", "pictures", "process",
+    "progress", "runtime", "seals", "stats", "untrusted",
 )  # fmt: skip
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""

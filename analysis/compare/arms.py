@@ -33,11 +33,15 @@ class Arm:
     peer: PeerSettings | None = None
     decided: Decisions | None = None
     """Depths that the confidence router chose for each picture."""
+    swept: bool = False
+    """True for an arm of the guidance sweep: its name has the plan's scale, which may not be the comparison's."""
 
     @property
     def name(self) -> str:
         """Return a label, unique in a comparison: family, solver, steps, budget and settings."""
-        return arm_name(self.family, self.plan.solver, self.plan.num_steps, self.budget, self.settings)
+        scale = f"scale{self.plan.cfg_scale:g}" if self.swept else ""
+        settings = "-".join(part for part in (self.settings, scale) if part)
+        return arm_name(self.family, self.plan.solver, self.plan.num_steps, self.budget, settings)
 
 
 class Source(Protocol):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DiTPipeline, ModelMixin
 
 from dyndit import manifest
 from dyndit.analysis.metrics.energy import EnergyMeter, energy_meter
@@ -31,8 +31,9 @@ from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import make_scheduler
 from dyndit.sampling.timing import measure_cost
 from dyndit.stats import Reading, Repeats, paired_rounds
+from dyndit.storage.autoencoder import open_autoencoder
 from dyndit.storage.diffusers_folder import to_diffusers
-from dyndit.training.latents import decode_latents, load_autoencoder
+from dyndit.training.autoencoders import decode_latents, latent_space
 
 RANDOM = "random:"
 """Prefix of a card's name: a model of random weights, which is enough to measure times."""
@@ -84,7 +85,7 @@ class Bench:
     """Compile every block and exit head first, for all arms alike."""
     in_pipeline: bool = False
     """Time the plug-in inside an unmodified `DiTPipeline`, and the pipeline without the plug-in."""
-    decoder: AutoencoderKL | None = None
+    decoder: ModelMixin | None = None
     """Autoencoder that decodes latents; its time then counts for every arm."""
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
     return DynamicDepth(backbone, exits, pixel_space=config.in_channels in (1, 3)).to(device).eval()
 
 
-def open_decoder(spec: str, model: DynamicDepth) -> AutoencoderKL:
+def open_decoder(spec: str, model: DynamicDepth) -> ModelMixin:
     """Load an autoencoder, or make one of random weights ("random:f8"), on the model's device, in its precision.
 
     Raises InputError: no autoencoder there, or its latents have other channels than the model's.
@@ -116,8 +117,8 @@ def open_decoder(spec: str, model: DynamicDepth) -> AutoencoderKL:
     if spec == RANDOM_DECODER:
         decoder = _random_autoencoder(channels, widths=(128, 256, 512, 512), layers_per_block=2)
     else:
-        decoder = load_autoencoder(spec)
-    if (found := decoder.config.latent_channels) != channels:
+        decoder = open_autoencoder(spec, model, "this model")
+    if (found := latent_space(decoder).channels) != channels:
         raise InputError(f"--vae {spec}: latents of {found} channels; expected {channels}, which the model makes")
     return decoder.to(weights.device, weights.dtype)
 
@@ -203,6 +204,9 @@ def _in_pipeline(
     Without the user's decoder, a tiny autoencoder decodes, so that a call is nearly all sampling.
     """
     some = next(iter(plans.values()))
+    if not isinstance(model.backbone, ClassConditionalDiT):
+        family = model.backbone.family
+        raise InputError(f"--in-pipeline: DiTPipeline takes a class-conditional DiT, this model's family is {family}")
     classes = model.backbone.condition.num_classes
     if not isinstance(model.process, DDPM):
         raise InputError(f"--in-pipeline: DiTPipeline steps ddpm alone, this model's process is {model.process.name}")

@@ -57,6 +57,21 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class GuidanceSweep:
+    """Guidance scales to run full depth at, for one solver and step count, and ways to guide.
+
+    exits: depths of exits that guide in place of the unconditional pass (Internal Guidance, arXiv:2512.24176).
+    intervals: noise levels (low, high] to guide at (arXiv:2404.07724). The report draws quality over the scale.
+    """
+
+    scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+    solver: str = "ddim"
+    steps: int = 20
+    exits: tuple[int, ...] = ()
+    intervals: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The arms to compare and the number of pictures. Scoring seeds are 0, 1, ...; calibration has its own seed."""
 
@@ -92,6 +107,8 @@ class Experiment:
     """Step counts to choose from. The chosen plans are arms of the family "chosen"."""
     unguided_steps: tuple[int, ...] = ()
     """Step counts of full depth without guidance: a plan may save time by depth or by dropping guidance."""
+    guidance: GuidanceSweep | None = None
+    """Sweep of the guidance scale; None: `cfg_scale` alone."""
     controls: Controls | None = None
     variants: tuple[Variant, ...] = ()
     """Other ways to make exits and plans, each searched at every solver, step count and budget."""
@@ -112,6 +129,11 @@ class Experiment:
     """bf16: run the networks of all arms, peers too, under autocast. Extractors never run under autocast."""
     margin: float = 0.05
     """Non-inferiority margin, as a share of full depth's Fréchet distance."""
+
+    @property
+    def full_depth_points(self) -> tuple[tuple[str, int], ...]:
+        """Return the pairs (solver, steps) that full depth runs at."""
+        return self.full_points or tuple(product((*self.solvers, *self.full_solvers), self.full_steps))
 
     @property
     def dynamic_points(self) -> tuple[tuple[str, int], ...]:

@@ -5,7 +5,8 @@ the same fresh seeds -> report. Every stage stores its result on disk. A valid s
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,18 +30,40 @@ from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
 from dyndit.errors import InputError
 from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.pictures.collection import said_of
 from dyndit.progress import progress_bar
 from dyndit.runtime import chosen_device
 from dyndit.sampling.sample import Samples, sample
+from dyndit.sampling.solvers import kind_of
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures, open_data
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
-    """Run the comparison in `out`, and return it. Raises InputError: it holds another run, or an input does not fit."""
+    """Run the comparison in `out`, and return it. Raises InputError: see `prepared`."""
+    with prepared(experiment, out, inputs, console) as context:
+        comparison = Comparison(experiment, context.model, context.references, out, context.console)
+        with experiment.autocast(context.model.device.type):
+            arms = [arm for source in SOURCES for arm in source.arms(context)]
+            comparison.measure(arms)
+            comparison.report(arms)
+    return out
+
+
+@contextmanager
+def prepared(
+    experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None
+) -> Iterator[Context]:
+    """Load or make the model with its exits in `out/model`, and read the real pictures. Hold the folder meanwhile.
+
+    Raises InputError: `out` holds another run, another process writes there, or an input does not fit.
+    """
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
     data = open_data(inputs.data or experiment.data)
+    data.check()
+    for line in said_of(data.account):
+        console.print(line, highlight=False)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
     named, options = inputs.model or experiment.model, {"process": inputs.process or None, "device": inputs.device}
     given = None if inputs.from_scratch else checkpoints.load(named, **options)
@@ -57,12 +80,11 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         "machine": manifest.machine(inputs.device),
     }
     with locked(out):
-        manifest.claim(out, settings_of(experiment, inputs, data) | identity)
-        _compared(experiment, given, named, data, extractors, inputs, out, console)
-    return out
+        manifest.claim(out, settings_of(experiment, inputs, data) | identity, pictures=data.account)
+        yield _context(experiment, given, named, data, extractors, inputs, out, console)
 
 
-def _compared(
+def _context(
     experiment: Experiment,
     given: DynamicDepth | None,
     named: str,
@@ -71,21 +93,16 @@ def _compared(
     inputs: Inputs,
     out: Path,
     console: Console,
-) -> None:
-    """Run every stage.  given: the model loaded from `named`; None to train one."""
+) -> Context:
+    """Load or make the model with its exits.  given: the model loaded from `named`; None to train one."""
     model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
     if given is not None and given.exits is not None:  # its table; the reader checks that it belongs to the model
         table, place = (folder / checkpoints.TABLE for folder in (Path(named), out / "model"))
         if table.is_file() and not place.exists():
             files.copy(table, place)
-    real = PictureSet(inputs.data or experiment.data, data.uint8())
+    real = PictureSet(inputs.data or experiment.data, data)
     references = tuple(Measured(real, extractor) for extractor in extractors)
-    context = Context(experiment, model, references, data, out, console, given)
-    comparison = Comparison(experiment, model, references, out, console)
-    with experiment.autocast(inputs.device):
-        arms = [arm for source in SOURCES for arm in source.arms(context)]
-        comparison.measure(arms)
-        comparison.report(arms)
+    return Context(experiment, model, references, data, out, console, given)
 
 
 @dataclass(frozen=True)
@@ -159,7 +176,8 @@ class Comparison:
             dynamic = sorted((arm for arm in chosen if arm in searched), key=lambda arm: -arm.budget)
             peers = list({arm.family: arm for arm in reversed(chosen) if arm.peer is not None}.values())
             rows |= {arm.name: self._draw(arm, seed=0, num=10).pictures for arm in full + dynamic + peers}
-        style.save(figures.samples_figure(rows), self.out / "samples.png")
+        of_clips = len(self.model.backbone.sample_shape) == 4
+        style.save(figures.samples_figure(rows), self.out / ("frames.png" if of_clips else "samples.png"))
         write_report(self.out, self.out, margin=self.experiment.margin)
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
@@ -181,13 +199,14 @@ class Comparison:
             uncond, share = cond * plan.guided, cond / plan.num_blocks
         figures = {
             **{name: getattr(arm, name) for name in ("family", "budget", "variant", "settings", "predicted_ms")},
-            **{name: getattr(experiment, name) for name in ("cfg_scale", "num_images", "batch_size")},
+            **{name: getattr(experiment, name) for name in ("num_images", "batch_size")},
             "run": self.out.name,
             "machine": manifest.machine(parameter.device.type),
             "model": self.model.identity.backbone,
             "arm": arm.name,
             "solver": plan.solver,
             "steps": plan.num_steps,
+            "cfg_scale": plan.cfg_scale,
             "block": block,
             "seed": block,
             "share_of_blocks": share,
@@ -195,6 +214,10 @@ class Comparison:
             "mean_depth_uncond": uncond,
             "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
             "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
+            "noise": kind_of(plan.solver),
+            "labels": "balanced",
+            "resize": "",
+            "reference": "pictures",
             "role": "score",
             "plan": "" if arm.variant else arm.plan_file,
             "macs": macs,

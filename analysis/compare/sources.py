@@ -1,4 +1,4 @@
-"""Make the arms: full depth, searched plans and controls, chosen step counts, peers, variants, confidence.
+"""Make the arms: full depth, guidance, searched plans and controls, chosen step counts, peers, variants, confidence.
 
 To add a kind of arm, write a class with one method and add it to `SOURCES`.
 """
@@ -12,6 +12,7 @@ import pandas as pd
 from dyndit.analysis.compare.arms import Arm, Source
 from dyndit.analysis.compare.context import Context, model_with_exits
 from dyndit.analysis.compare.experiment import Variant
+from dyndit.analysis.compare.guidance import Guided
 from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
@@ -32,9 +33,7 @@ class FullDepth:
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`."""
         experiment = context.experiment
-        solvers = (*experiment.solvers, *experiment.full_solvers)
-        points = experiment.full_points or product(solvers, experiment.full_steps)
-        plans = [context.full(*point) for point in points]
+        plans = [context.full(*point) for point in experiment.full_depth_points]
         points = experiment.unguided_points or product(experiment.solvers, experiment.unguided_steps)
         plans += [replace(unguided(context.full(*point)), router="unguided") for point in points]
         return [Arm(plan.router, plan, predicted_ms=context.predicted_ms(plan)) for plan in plans]
@@ -76,7 +75,7 @@ class Searched:
         """Return the constant plan, the searched plan reversed and shuffled, and the ramps closest to the budget."""
         controls, depths = context.experiment.controls, self._control_depths(context)
         full = context.full(controls.solver, controls.steps)
-        predictor = Predictor(context.table, full.timesteps, context.base(controls.solver, controls.steps))
+        predictor = Predictor(context.table, full.timesteps, context.base(controls.solver, controls.steps), full.calls)
         plans = [constant(full, depths, depth), reversed_plan(searched)]
         plans += [shuffled(searched, seed) for seed in range(controls.num_shuffled)]
         plans += _ramps_within(context, full, depths, budget)
@@ -179,7 +178,7 @@ class Confidence:
         return arms
 
 
-SOURCES: tuple[Source, ...] = (FullDepth(), Searched(), Chosen(), Peers(), Variants(), Confidence())
+SOURCES: tuple[Source, ...] = (FullDepth(), Guided(), Searched(), Chosen(), Peers(), Variants(), Confidence())
 """Every source, in the order that makes the arms."""
 
 

@@ -3,11 +3,15 @@
 The key is the pictures' bytes and the extractor's weights; the order and the names of files do not count. Rows are
 sorted by the pictures' hashes, so metrics that cut a set into parts do not depend on its listing. Files lie in
 `$DYNDIT_CACHE`, else `$XDG_CACHE_HOME/dyndit`, else `~/.cache/dyndit`. A damaged file is computed again.
+
+One batch of pictures is in memory at a time. The features of a slow batch are kept at once, so a killed run goes on.
 """
 
 import hashlib
 import logging
-import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -15,22 +19,19 @@ import torch
 from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import Extractor
-from dyndit.analysis.metrics.sets import PictureSet, Statistics
+from dyndit.analysis.metrics.sets import PictureSet
+from dyndit.analysis.metrics.statistics import INCEPTION, Statistics
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import content_hash, read_safetensors, sweep, write_safetensors
 from dyndit.pictures import as_rgb
+from dyndit.progress import progress_bar
 from dyndit.stats import Moments, moments
 
 LAYOUT = 1  # raise it when the features of the same pictures change
 MAIN, SPATIAL = ("features", "logits"), ("spatial",)
-
-
-def cache_folder() -> Path:
-    """Return the folder that features are kept in."""
-    if chosen := os.environ.get("DYNDIT_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dyndit"
+PARTS = "parts"  # folder of the features of single batches, until their set is done
+LEAST_SECONDS = 0.5  # time of a batch that is worth a file
+LEAST_SHOWN = 1000  # pictures whose reading shows progress
 
 
 class Measured:
@@ -62,10 +63,14 @@ class Measured:
         found = self.given.statistics
         if found is None:
             return None
-        ours = found.extractor == self.extractor.fingerprint if found.extractor else self.extractor.name == "inception"
+        # Statistics that do not say their extractor are taken for Inception's; the row then calls it unknown.
+        named = found.extractor or INCEPTION
+        ours = named in (self.extractor.fingerprint, self.extractor.name)
         if not ours and self.given.source is None:
-            whose = "another extractor's features" if found.extractor else "Inception's features"
-            raise InputError(f"{self.given.name}: statistics of {whose}, expected those of {self.extractor.name}")
+            whose = "Inception's features" if named == INCEPTION else "another extractor's features"
+            which = "" if len(named) == 64 or named == INCEPTION else f"; it holds {named}'s"
+            expected = f"expected those of {self.extractor.name}{which}"
+            raise InputError(f"{self.given.name}: statistics of {whose}, {expected}")
         return found if ours else None
 
     def moments(self, name: str = "features") -> Moments:
@@ -80,7 +85,10 @@ class Measured:
     def as_statistics(self) -> Statistics:
         """Return the moments, which are enough for a reference of Fréchet distances."""
         spatial = self.moments("spatial") if self.spatial else None
-        return Statistics(self.moments(), spatial, self.num, self.extractor.fingerprint)
+        resize = str(self.given.account.get("resize") or "none")
+        return Statistics(
+            self.moments(), spatial, self.num, self.extractor.fingerprint, "dyndit", resize, self.given.name
+        )
 
     def _kept_moments(self, name: str) -> Moments:
         path = self._file(f"{name}-moments")
@@ -100,7 +108,7 @@ class Measured:
     @cached_property
     def hashes(self) -> list[bytes]:
         """Return the SHA-256 of each picture, in order. Every picture is read, so a damaged one is found."""
-        return [digest for batch in self._set.batches() for digest in _hashes(batch)]
+        return [digest for batch in self._tracked("reading pictures") for digest in _hashes(batch)]
 
     def check(self) -> None:
         """Read all pictures once if the cache needs their hashes, to find damaged pictures before hours of work."""
@@ -120,15 +128,45 @@ class Measured:
         kept = [_read(self._file(name), names) for name, names in wanted.items()]
         if all(part is not None for part in kept):
             return {k: v for part in kept for k, v in part.items()}
-        parts, hashes = [], []
-        for batch in self._set.batches():
-            hashes += _hashes(batch)
-            parts.append(self.extractor.outputs(batch, spatial=self.spatial))
+        parts, hashes, files = [], [], []
+        for batch in self._tracked("features"):
+            mine = _hashes(batch)
+            part, file = self._part(batch, mine)
+            parts.append(part)
+            files.append(file)
+            hashes += mine
         order = sorted(range(len(hashes)), key=hashes.__getitem__)
-        outputs = {k: torch.cat([part[k] for part in parts])[order] for k in parts[0]}
+        outputs = {k: torch.cat([part.pop(k) for part in parts])[order].double() for k in tuple(parts[0])}
         for name, names in wanted.items():
             _write(self._file(name), {k: outputs[k] for k in names})
+        for file in filter(None, files):
+            with suppress(OSError):
+                file.unlink()
         return outputs
+
+    def _part(self, batch: Tensor, hashes: list[bytes]) -> tuple[dict[str, Tensor], Path | None]:
+        """Return the features of one batch, in the least precision that keeps them, and the file that keeps them."""
+        file = None
+        if self.cache is not None:
+            facts = f"{LAYOUT} {self.extractor.name} {self.extractor.fingerprint} {self._set.size} {self.spatial}"
+            key = hashlib.sha256(facts.encode() + b"".join(hashes)).hexdigest()[:32]
+            file = self.cache / PARTS / f"{key}.safetensors"
+            if (kept := _read(file, MAIN + SPATIAL * self.spatial)) is not None:
+                return {k: _smallest(v) for k, v in kept.items()}, file
+        began = time.perf_counter()
+        found = {k: _smallest(v) for k, v in self.extractor.outputs(batch, spatial=self.spatial).items()}
+        if time.perf_counter() - began >= LEAST_SECONDS:
+            _write(file, found)
+        return found, file
+
+    def _tracked(self, title: str) -> Iterator[Tensor]:
+        """Yield the batches of the set, and show how many pictures are done."""
+        done, total = 0, len(self._set.source)
+        with progress_bar(title, shown=total >= LEAST_SHOWN) as advance:
+            for batch in self._set.batches():
+                yield batch
+                done += len(batch)
+                advance(done, total)
 
 
 def _hashes(batch: Tensor) -> list[bytes]:

@@ -42,6 +42,8 @@ class Macs:
     blocks: tuple[int, ...]
     leave: dict[int, int]
     """Counts of the exit head by depth; at full depth, of the model's own head."""
+    tokens: int = 0
+    """Length of the sequence that the blocks run on."""
 
     def branch(self, depth: int) -> int:
         """Count one branch of one picture up to `depth` blocks."""
@@ -56,7 +58,7 @@ class Macs:
         """Count the denoiser over a sampling of one picture. Raises InputError: a depth of the plan has no exit."""
         if missing := [depth for step in plan.steps for depth in step.exits if depth not in self.leave]:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
-        return sum(map(self.work, plan.works))
+        return sum(n * self.work(work) for n, work in zip(plan.calls_by_step, plan.works, strict=True))
 
     def work(self, work: Work) -> int:
         """Count one step of one picture: its branches, and the exit heads on the way."""
@@ -82,7 +84,7 @@ def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
             blocks.append(count_macs(lambda index=index: states.append(model.backbone.block(index, states[-1]))))
             if index + 1 in model.depths:
                 leave[index + 1] = count_macs(lambda depth=index + 1: model.leave(states[-1], depth))
-    return Macs(embedding, tuple(blocks), leave)
+    return Macs(embedding, tuple(blocks), leave, states[0].tokens.shape[1])
 
 
 def plan_macs(model: DynamicDepth, plan: DepthPlan) -> int:

@@ -14,15 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dyndit import manifest
+from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import CheckpointError, InputError, first_line
-from dyndit.files import read_json
-from dyndit.manifest import MANIFEST
-from dyndit.pictures import as_rgb
+from dyndit.pictures import as_rgb, frames_of
+from dyndit.storage.reading import read_pickled
 
 MAX_PSNR = 100.0  # dB; equal pictures have no finite PSNR
 MIN_LPIPS_SIZE = 16  # VGG halves pictures four times
 LPIPS_LAYERS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer of torchvision's VGG16 -> channels
-PAIRED_SETTINGS = ("model", "labels", "num_images", "seed")
+PAIRED_SETTINGS = ("model", "labels", "num_images", "seed", "autoencoder")
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,10 @@ class Lpips(nn.Module):
         """Read the weights. Raises CheckpointError."""
         model = cls()
         try:
-            state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
+            state = load_file(path) if Path(path).suffix == ".safetensors" else read_pickled(Path(path))
             model.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier.")})
+        except CheckpointError as error:
+            raise CheckpointError(f"--lpips-weights {error}") from error
         except (OSError, RuntimeError, EOFError, AttributeError, SafetensorError, UnpicklingError) as error:
             found = first_line(error)
             raise CheckpointError(f"--lpips-weights {path}: {found}; expected VGG16 and five lin") from error
@@ -128,8 +131,22 @@ def paired_distances(pictures: Tensor, full: Tensor, lpips: Lpips | None = None)
     """
     if pictures.shape != full.shape:
         raise InputError(f"--full: pictures {tuple(full.shape)}, expected {tuple(pictures.shape)} as the samples")
-    spreads = {name: _spread(score(pictures, full)) for name, score in (("psnr", psnr), ("ssim", ssim))}
-    return spreads if lpips is None else spreads | {"lpips": _spread(lpips(pictures, full), worse=0.95)}
+    return paired_sets(PictureSet("samples", pictures), PictureSet("full", full), lpips)
+
+
+def paired_sets(samples: PictureSet, full: PictureSet, lpips: Lpips | None = None) -> dict[str, Spread]:
+    """Do the same for sets, a batch of each at a time. Of clips compare the frames."""
+    ours, theirs = ((len(s.source), *s.size) for s in (samples, full))
+    if ours != theirs:
+        raise InputError(f"--full: pictures {theirs}, expected {ours} (number, height, width) as the samples")
+    scores = {"psnr": psnr, "ssim": ssim} | ({} if lpips is None else {"lpips": lpips})
+    found: dict[str, list[Tensor]] = {name: [] for name in scores}
+    for a, b in zip(samples.batches(), full.batches(), strict=True):
+        a, b = frames_of(a), frames_of(b)
+        pair = (a, b) if a.shape == b.shape else (as_rgb(a), as_rgb(b))
+        for name, score in scores.items():
+            found[name].append(score(*pair))
+    return {name: _spread(torch.cat(parts), 0.95 if name == "lpips" else 0.05) for name, parts in found.items()}
 
 
 def _spread(values: Tensor, worse: float = 0.05) -> Spread:
@@ -147,7 +164,7 @@ def check_same_seeds(samples: Path, full: Path) -> None:
 
 
 def _settings(folder: Path) -> dict[str, object] | None:
-    try:
-        return dict(read_json(folder / MANIFEST)["settings"])
-    except (ValueError, KeyError, TypeError):
+    if not (path := folder / manifest.MANIFEST).is_file():
         return None
+    found = manifest.read(path).get("settings")
+    return found if isinstance(found, dict) else None

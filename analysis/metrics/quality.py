@@ -5,6 +5,7 @@ package computes distances and intervals (`dyndit.stats`, infinity.py, kid.py, m
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,9 +16,11 @@ from dyndit.analysis.metrics.infinity import NUM_SIZES, distance_at_infinity
 from dyndit.analysis.metrics.kid import kernel_distance
 from dyndit.analysis.metrics.memorisation import check_memorisation
 from dyndit.analysis.metrics.metric import Comparison, Figures, metric, metrics_by_name
-from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_distances
-from dyndit.analysis.metrics.sets import PictureSet, Statistics, read_set
+from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_sets
+from dyndit.analysis.metrics.sets import PictureSet, read_set
+from dyndit.analysis.metrics.statistics import NOTHING_TOLD, Statistics, Told
 from dyndit.errors import InputError
+from dyndit.pictures.resize import Resize
 from dyndit.sampling.store import problem_of
 from dyndit.stats import frechet_distance
 
@@ -82,7 +85,7 @@ def _memorisation(c: Comparison) -> Figures:
 
 @metric("paired")
 def _paired(c: Comparison) -> Figures:
-    spreads = paired_distances(c.samples.given.pictures, c.full.pictures, c.lpips)
+    spreads = paired_sets(c.samples.given, c.full, c.lpips)
     named = {f"{PAIRED}{name}": spread for name, spread in spreads.items()}
     return {k: v for name, s in named.items() for k, v in ((f"{name}_median", s.median), (f"{name}_worst", s.worst))}
 
@@ -99,8 +102,13 @@ def evaluate(
     full: Path | Tensor | None = None,
     lpips_weights: Path | None = None,
     cache: Path | None = None,
+    resize: Resize | None = None,
+    skip_damaged: bool = False,
+    told: Told = NOTHING_TOLD,
 ) -> Figures:
-    """Compare samples with a reference on the extractor's features. Sets: folders, .npz files or uint8 (N, C, H, W).
+    """Compare samples with a reference on the extractor's features. Sets: paths (`open_source`) or uint8 (N, C, H, W).
+
+    Sets of clips are uint8 (N, C, T, H, W); "paired" compares their frames.
 
     Returns "metric" (FID for Inception, else FD-<extractor>), "extractor", "num_samples", "num_reference" (None if the
     statistics do not say it), "forced", and for each metric
@@ -117,7 +125,9 @@ def evaluate(
     | paired | paired_psnr_median, paired_psnr_worst, ... ssim, with weights lpips; judges no model, see paired.py |
 
     train: training pictures, if not the reference. held_out: real pictures not trained on, for memorisation. full: the
-    full model's pictures of the same seeds, for paired. cache: folder to keep features in.
+    full model's pictures of the same seeds, for paired. cache: folder to keep features in. resize: crop and resize all
+    sets that lie on disk; added to the figures. skip_damaged: leave damaged pictures out. told: what is known of a
+    reference of statistics; its provenance is added to the figures, and "skipped" if any set skipped anything.
 
     Beyond rounding no figure depends on batches or on the order of pictures; only paired pairs pictures by position.
     Compare fd at equal N only: a Gaussian of 256 features scores 37 against itself at N = 500, 3.7 at 5,000.
@@ -129,7 +139,9 @@ def evaluate(
     unfinished = [problem for source in sources.values() if (problem := problem_of(source))]
     if unfinished and not force:
         raise InputError(f"{unfinished[0]} (--force takes it as it is)")
-    sets = {name: read_set(source, name) for name, source in sources.items() if source is not None}
+    options = {"resize": resize, "skip_damaged": skip_damaged}
+    sets = {name: read_set(source, name, **options) for name, source in sources.items() if source is not None}
+    sets["reference"] = _with(told, sets["reference"])
     _check_pictures(sets)
     if "paired" in metrics and not (isinstance(samples, Tensor) or isinstance(full, Tensor)):
         check_same_seeds(samples, full)
@@ -152,7 +164,7 @@ def evaluate(
     }
     for name in metrics:
         result |= metrics_by_name()[name](comparison)
-    return result
+    return result | _origins(sets, comparison.reference.statistics, resize)
 
 
 def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",)) -> Figures:
@@ -167,10 +179,37 @@ def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",
 
 
 def reference_statistics(
-    reference: Path | Tensor, extractor: Extractor, spatial: bool = False, cache: Path | None = None
+    reference: Path | Tensor,
+    extractor: Extractor,
+    spatial: bool = False,
+    cache: Path | None = None,
+    resize: Resize | None = None,
+    skip_damaged: bool = False,
 ) -> Statistics:
     """Return moments that stand for the reference later, for `sets.save_statistics`. Raises InputError."""
-    return Measured(read_set(reference, "reference"), extractor, spatial, cache).as_statistics()
+    given = read_set(reference, "reference", resize, skip_damaged=skip_damaged)
+    return Measured(given, extractor, spatial, cache).as_statistics()
+
+
+def _with(told: Told, reference: PictureSet) -> PictureSet:
+    """Add what the user says of a reference of statistics. Raises InputError: it holds pictures, or says otherwise."""
+    given = [name for name, value in vars(told).items() if value]
+    if not given:
+        return reference
+    if reference.statistics is None:
+        flag = "count" if given[0] == "num" else given[0]
+        raise InputError(f"--reference-{flag}: {reference.name} holds pictures, expected statistics with it")
+    return replace(reference, statistics=reference.statistics.told(told, reference.name))
+
+
+def _origins(sets: Mapping[str, PictureSet], statistics: Statistics | None, resize: Resize | None) -> Figures:
+    """Return figures about where the numbers come from, as far as there is something to say."""
+    accounts = {name: s.account for name, s in sets.items()}
+    skipped = {name: account for name, account in accounts.items() if account.get("skipped")}
+    found: Figures = {} if resize is None else {"resize": str(resize)}
+    if statistics is not None:
+        found["reference"] = statistics.provenance
+    return found | ({"skipped": skipped} if skipped else {})
 
 
 def _check_names(metrics: Sequence[str], held_out: object, full: object) -> None:
@@ -188,10 +227,11 @@ def _check_pictures(sets: Mapping[str, PictureSet]) -> None:
     for name in ("samples", "full"):
         if name in sets and sets[name].source is None:
             raise InputError(f"{sets[name].name}: holds statistics, expected the pictures of the {name}")
-    sizes = {k: "{}x{}".format(*s.size) for k, s in sets.items() if s.source is not None}
+    sizes = {k: "x".join(map(str, s.size)) for k, s in sets.items() if s.source is not None}
     for name, size in sizes.items():
         if size != sizes["samples"]:
-            raise InputError(f"samples: {sizes['samples']} pixels, expected {size} as in the {name} set")
+            remedy = "--resize-and-crop SIZE brings pictures on disk to one size"
+            raise InputError(f"samples: {sizes['samples']} pixels, expected {size} as in the {name} set; {remedy}")
 
 
 def _too_few(sets: Mapping[str, PictureSet], extractor: Extractor, metrics: Sequence[str], force: bool) -> bool:

@@ -1,140 +1,99 @@
-"""Read sets of pictures: folders, also of `dyndit sample`, and ADM's .npz files (pictures, statistics or both)."""
+"""Read sets of pictures, also of `dyndit sample`, and statistics that stand for a set."""
 
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dyndit.analysis.metrics.statistics import Statistics, has_statistics, read_statistics, save_statistics
 from dyndit.errors import InputError
-from dyndit.files import write_npz
-from dyndit.pictures import PictureFiles, as_nchw
-from dyndit.stats import Moments
+from dyndit.pictures.arrays import PICTURES, headers_of
+from dyndit.pictures.collection import PictureFiles
+from dyndit.pictures.resize import Resize
+
+__all__ = ["PictureSet", "Statistics", "read_pictures", "read_set", "save_statistics"]
 
 
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Moments of a set's features, in place of its pictures.
+class Batches(Protocol):
+    """Pictures that are read batch by batch: `PictureFiles`, or `Pictures` to train on."""
 
-    spatial: moments of the spatial features, if there are any. num: number of pictures; None if the file does not say
-    it. extractor: fingerprint of the network; empty in ADM's files, which use Inception.
-    """
+    size: tuple[int, ...]
 
-    features: Moments
-    spatial: Moments | None = None
-    num: int | None = None
-    extractor: str = ""
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
+        """Yield the pictures in order, uint8 (B, 1 or 3, H, W)."""
 
 
 @dataclass(frozen=True, eq=False)
 class PictureSet:
     """Pictures, or statistics of their features, or both.  name: for messages.
 
-    source: uint8 (N, C, H, W), or files that are read batch by batch.
+    source: uint8 (N, C, H, W), or pictures that are read batch by batch.
     """
 
     name: str
-    source: Tensor | PictureFiles | None = None
+    source: Tensor | Batches | None = None
     statistics: Statistics | None = None
 
     @cached_property
     def pictures(self) -> Tensor | None:
         """Return all pictures in memory, uint8 (N, C, H, W)."""
-        if not isinstance(self.source, PictureFiles):
+        if self.source is None or isinstance(self.source, Tensor):
             return self.source
         parts = list(self.source.batches())
         channels = max(part.shape[1] for part in parts)
-        return torch.cat([part.expand(-1, channels, -1, -1) for part in parts])
+        return torch.cat([part.expand(-1, channels, *part.shape[2:]) for part in parts])
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Return the pictures' size, (H, W)."""
-        return self.source.size if isinstance(self.source, PictureFiles) else tuple(self.source.shape[2:])
+        """Return the pictures' size, (H, W), or (T, H, W) of clips."""
+        return tuple(self.source.shape[2:]) if isinstance(self.source, Tensor) else tuple(self.source.size)
+
+    @property
+    def account(self) -> dict[str, object]:
+        """Return what was read and what was skipped; empty for pictures in memory."""
+        return dict(getattr(self.source, "account", {}))
 
     def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
         """Yield the pictures in order, uint8 (B, 1 or 3, H, W). Files are read one batch at a time."""
-        if isinstance(self.source, PictureFiles):
-            return self.source.batches(batch_size)
-        return iter(self.source.split(batch_size))
+        if isinstance(self.source, Tensor):
+            return iter(self.source.split(batch_size))
+        return self.source.batches(batch_size)
 
 
-def read_set(source: Path | Tensor, name: str) -> PictureSet:
-    """Read an .npz file or a folder, or wrap a tensor. Raises InputError as `read_pictures`."""
-    if isinstance(source, Tensor):
+def read_set(
+    source: Path | Tensor | Batches, name: str, resize: Resize | None = None, *, skip_damaged: bool = False
+) -> PictureSet:
+    """Open pictures or statistics by their path, or wrap a tensor or `Batches`.
+
+    resize: how pictures on disk come to one size. skip_damaged: leave damaged pictures out. Raises InputError as
+    `read_pictures`.
+    """
+    if not isinstance(source, str | Path):
         return PictureSet(name, source)
     path = Path(source)
-    if path.suffix != ".npz":
-        return PictureSet(str(path), PictureFiles.of_folder(path))
-    arrays = _read_arrays(path)
-    statistics = _statistics(path, arrays) if "mu" in arrays else None
-    if statistics is not None and not {"arr_0", "images"} & arrays.keys():
+    statistics = read_statistics(path) if has_statistics(path) else None
+    if statistics is not None and not _has_pictures(path):
         return PictureSet(str(path), None, statistics)
-    return PictureSet(str(path), _pictures(path, arrays), statistics)
-
-
-def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Write ADM's .npz: `mu`, `sigma`, and `mu_s`, `sigma_s` if given. Add `num` and `extractor`."""
-    path = Path(path)
-    if path.suffix != ".npz":
-        raise InputError(f"{path}: expected a name that ends in .npz")
-    m, s = statistics.features, statistics.spatial
-    arrays = {"mu": m.mean.numpy(), "sigma": m.covariance.numpy(), "extractor": np.array(statistics.extractor)}
-    if s is not None:
-        arrays |= {"mu_s": s.mean.numpy(), "sigma_s": s.covariance.numpy()}
-    if statistics.num is not None:
-        arrays["num"] = np.array(statistics.num)
-    write_npz(path, arrays)
-
-
-def _statistics(path: Path, arrays: Mapping[str, np.ndarray]) -> Statistics:
-    num = int(arrays["num"]) if "num" in arrays else None
-    main = _moments(path, arrays, "mu", "sigma", num)
-    spatial = _moments(path, arrays, "mu_s", "sigma_s", num) if "mu_s" in arrays else None
-    return Statistics(main, spatial, num, str(arrays.get("extractor", "")))
-
-
-def _moments(path: Path, arrays: Mapping[str, np.ndarray], mean: str, covariance: str, num: int | None) -> Moments:
-    mu, sigma = arrays[mean], arrays.get(covariance)
-    shape = None if sigma is None else sigma.shape
-    if mu.ndim != 1 or shape != (len(mu), len(mu)):
-        raise InputError(f"{path}: {mean} {mu.shape} and {covariance} {shape}, expected (D,) and (D, D)")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise InputError(f"{path}: {mean}, {covariance} hold values that are not finite, expected numbers")
-    known = {} if num is None else {"num": num}
-    return Moments.of_covariance(torch.from_numpy(mu), torch.from_numpy(sigma), **known)
+    return PictureSet(str(path), PictureFiles.of(path, resize, skip_damaged=skip_damaged), statistics)
 
 
 def read_pictures(path: Path) -> Tensor:
-    """Return the pictures of a folder (searched in depth, sorted) or an .npz file: uint8 (N, C, H, W).
+    """Return the pictures of any place that `dyndit.pictures.collection.open_source` opens: uint8 (N, C, H, W).
 
-    An .npz holds them as ADM's sample sets do: `arr_0` or `images`, uint8 (N, H, W, C). Overview pictures
-    (grid.png, samples.png) are skipped. Raises InputError: missing, unreadable, or of different sizes.
+    Clips are uint8 (N, C, T, H, W). Overview pictures (grid.png, samples.png) are skipped. Raises InputError: missing,
+    unreadable, or of different sizes.
     """
-    return _pictures(path, _read_arrays(path)) if path.suffix == ".npz" else read_set(path, "").pictures
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            wanted = ("arr_0", "images", "mu", "sigma", "mu_s", "sigma_s", "num", "extractor")
-            arrays = {k: archive[k] for k in wanted if k in archive.files}
-            found = ", ".join(archive.files) or "nothing"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: unreadable ({error}), expected an .npz file of pictures") from error
-    if not {"arr_0", "images", "mu"} & arrays.keys():
-        raise InputError(f"{path}: holds {found}, expected an array 'arr_0' or 'images', or statistics 'mu', 'sigma'")
-    return arrays
-
-
-def _pictures(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor:
-    key = next((k for k in ("arr_0", "images") if k in arrays), None)
-    if key is None:
+    found = read_set(path, "").pictures
+    if found is None:
         raise InputError(f"{path}: holds statistics, expected pictures, an array 'arr_0' or 'images'")
-    array = arrays[key]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
-        raise InputError(f"{path}: {key} is {array.dtype} {array.shape}, expected uint8 (N, H, W, 1 or 3)")
-    return as_nchw(array)
+    return found
+
+
+def _has_pictures(path: Path) -> bool:
+    return path.suffix == ".npz" and bool(set(PICTURES) & headers_of(path).keys())

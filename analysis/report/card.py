@@ -7,6 +7,7 @@ from dyndit.analysis.report.plan_figures import plan_figure
 from dyndit.analysis.report.runs import GROUP, RUNS, read_runs
 from dyndit.analysis.report.style import png
 from dyndit.analysis.report.tables import markdown_table
+from dyndit.markdown import plain
 from dyndit.storage.card import CardExtras
 from dyndit.storage.native import plans_in
 
@@ -35,8 +36,9 @@ def _measured(folder: Path) -> str:
         if len(scored):
             first = scored.iloc[0]
             parts.append(
-                f"{first['machine']}; {first['metric']}, guidance {first['cfg_scale']:g}, {scored['block'].nunique()} "
-                f"seed blocks of {first['num_images']:g} pictures; ± is a 95% interval over seed blocks."
+                f"{plain(first['machine'])}; {plain(first['metric'])}, guidance {first['cfg_scale']:g}, "
+                f"{scored['block'].nunique()} seed blocks of {first['num_images']:g} pictures; ± is a 95% interval "
+                "over seed blocks."
             )
             parts.append(markdown_table(summary(runs)).rstrip())
     return "\n\n".join(parts)

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from dyndit.analysis.report.style import COLOURS, FAINT, INK, STYLE, number_log, panels
+from dyndit.pictures import frames_of
 from dyndit.stats import paired_interval
 
 MARKERS = {"full": "o", "searched": "D", "ramp": "^", "constant": "s", "reversed": "v"}
@@ -95,13 +96,14 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
         main = arms[arms["family"].isin(["full", "searched"])]
         main = arms if main.empty else main
         low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
-        top = high + 0.08 * (high - low)
+        span = (high - low) or 1.0  # a lone row has no extent
+        top = high + 0.08 * span
         look = _Look.of(arms)
         for axis, solver in zip(axes, solvers, strict=True):
             _draw_frontier(axis, arms[arms["solver"] == solver], look, top)
             axis.set(title=solver, xlabel="ms per picture, noise to uint8")
             _log_time(axis)
-        axes[0].set_ylim(low - 0.06 * (high - low), top)
+        axes[0].set_ylim(low - 0.06 * span, top)
         for axis in axes[:: min(2, len(solvers))]:
             axis.set_ylabel(f"{metric} (lower is better)")
         key = look.key(arms)
@@ -196,10 +198,13 @@ def _one_line_per_arm(axis: Axes, names: list[str]) -> None:
 
 
 def samples_figure(rows: Mapping[str, Tensor], columns: int = 16) -> Figure:
-    """Draw pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes."""
+    """Draw pictures of the same seeds, a row per arm.  rows: label -> uint8 (N, C, H, W), equal sizes.
+
+    Of clips (N, C, T, H, W) all frames of the first are drawn, then of the next, up to `columns` frames.
+    """
     strips = []
     for pictures in rows.values():
-        few = pictures[:columns].cpu()
+        few = frames_of(pictures)[:columns].cpu()
         few = few.expand(-1, 3, -1, -1) if few.shape[1] == 1 else few
         pad = max(1, few.shape[-1] // 16)
         framed = torch.nn.functional.pad(few, (pad,) * 4, value=255)

@@ -14,8 +14,21 @@ from dyndit.plans.plan import DepthPlan
 
 def findings_of(frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float) -> list[str]:
     """Return all findings of one group. frame: its `frontier.summary`, rows: its raw rows, folder: holds its plans."""
-    found = headlines(frame, margin) + budget_findings(rows) + frontier_findings(frame, margin)
+    found = origin_findings(rows) + headlines(frame, margin) + budget_findings(rows) + frontier_findings(frame, margin)
     return found + unguided_findings(rows) + control_findings(rows) + plan_findings(folder, rows)
+
+
+def origin_findings(runs: pd.DataFrame) -> list[str]:
+    """Warn of unlike classes among one group's rows, and say where a reference of statistics comes from."""
+    scored, found = runs[runs["role"] == "score"], []
+    labels = sorted({value or "unknown" for value in scored["labels"].fillna("")})
+    if len(labels) > 1:
+        found.append(f"Warning: arms differ in their class labels ({', '.join(labels)}); distances differ by that too.")
+    for reference in sorted(set(scored["reference"].fillna("")) - {"", "pictures"}):
+        found.append(f"Reference: {reference}.")
+    for resize in sorted(set(scored["resize"].fillna("")) - {""}):
+        found.append(f"All pictures were cropped and resized: {resize}.")
+    return found
 
 
 def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:

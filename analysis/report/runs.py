@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dyndit.errors import InputError
-from dyndit.files import read_json, write_text
+from dyndit import seals
+from dyndit.errors import InputError, first_line
+from dyndit.files import write_text
 from dyndit.manifest import MANIFEST
+from dyndit.manifest import is_sealed as is_checked
+from dyndit.manifest import read as read_manifest
+from dyndit.sampling.solvers import kind_of
 
 RUNS, PARQUET = "runs.csv", "runs.parquet"
 
@@ -52,12 +56,18 @@ COLUMNS: dict[str, str] = {
     "recall": "share of the reference inside the pictures' manifold (k = 3)",
     "variant": "name of the variant that the arm belongs to; empty for the comparison's own arms",
     "settings": "what tells the arm from others of its family, solver, steps and budget, such as every2-depth6",
+    "noise": "ODE or SDE: whether the solver adds noise; empty: unknown",
+    "labels": "classes of the pictures: balanced, random, or their numbers in turn; empty: unknown",
+    "resize": "how pictures came to one size, such as adm 256; empty: they were not resized",
+    "reference": "pictures, or the provenance of statistics that stand for them; empty: unknown",
 }
+UNTOLD = ("noise", "labels", "resize", "reference")  # a file may lack these columns, and then tells nothing of them
+ALIKE = ("resize", "reference")  # rows of one run, extractor and metric have one value of these
 QUALITY = ("kid", "is", "precision", "recall")  # optional metrics beside fd
 # `threads` and `batch_size` distinguish settings and enter no computation, so they are labels.
 TEXT = (
     "run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan", "compiled", "dtype",
-    "threads", "batch_size", "variant", "settings",
+    "threads", "batch_size", "variant", "settings", "noise", "labels", "resize", "reference",
 )  # fmt: skip
 # These columns may be empty in a row; labels (TEXT) may be empty too.
 OPTIONAL = (
@@ -75,10 +85,12 @@ def read_runs(path: Path) -> pd.DataFrame:
     """Read the runs of a CSV or Parquet file, or of a folder with runs.csv or runs.parquet.
 
     The columns of COLUMNS come first, then other columns of the file. Parquet needs pyarrow.
-    Raises InputError: the file or a column is missing, a value is not a number, or an arm was measured twice.
+    Raises InputError: the file or a column is missing, a value is not a number, an arm was measured twice, or the rows
+    do not fit the column `checksum`. Rows of a file without that column are taken as they are, see `is_sealed`.
     """
     file = runs_file(path)
     runs = _read_table(file)
+    runs = runs.assign(**{name: "" for name in UNTOLD if name not in runs})
     if missing := [name for name in COLUMNS if name not in runs]:
         raise InputError(f"{file}: no column '{missing[0]}', expected {', '.join(COLUMNS)}")
     if runs.empty:
@@ -92,7 +104,55 @@ def read_runs(path: Path) -> pd.DataFrame:
     if twice.any():
         row = runs[twice].iloc[0]
         raise InputError(f"{file}: arm {row['arm']}, block {row['block']} stands twice, expected once")
-    return runs[[*COLUMNS, *(name for name in runs if name not in COLUMNS)]]
+    if file.suffix != ".parquet":
+        _check_seal(file)
+    check_alike(file, runs)
+    return runs[[*COLUMNS, *(name for name in runs if name not in (*COLUMNS, seals.SEAL))]]
+
+
+def is_sealed(path: Path) -> bool:
+    """Tell if a runs file carries a checksum, which `read_runs` has checked."""
+    file = runs_file(path)
+    return file.suffix != ".parquet" and seals.SEAL in _rows_of(file)[0]
+
+
+def _rows_of(file: Path) -> list[list[str]]:
+    """Return the heading and the rows of a CSV file as text."""
+    try:
+        with file.open(encoding="utf-8", newline="") as text:
+            return [row for row in csv.reader(text, strict=True) if row] or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{file}: unreadable ({first_line(error)}), expected a CSV file") from error
+
+
+def _check_seal(file: Path) -> None:
+    """Refuse rows that do not fit the file's checksum: every row ends with the checksum of all rows."""
+    head, *rows = _rows_of(file)
+    if ragged := next((number for number, row in enumerate(rows, 2) if len(row) != len(head)), None):
+        raise InputError(
+            f"{file}, row {ragged}: {len(rows[ragged - 2])} values, expected {len(head)} as in the heading"
+        )
+    found, recorded = seals.checksum([head[:-1], [row[:-1] for row in rows]]), {row[-1] for row in rows if row}
+    is_whole = recorded == {found}
+    if is_whole != (head[-1:] == [seals.SEAL]):
+        raise InputError(
+            f"{file}: damaged or edited (checksum {found}, it records {min(recorded, default='none')!r:.24}); expected "
+            f"it as it was written, or without the column {seals.SEAL}"
+        )
+
+
+def check_alike(file: Path, runs: pd.DataFrame) -> None:
+    """Raise InputError if scored rows of one run, extractor and metric were resized, or compared, in unlike ways."""
+    scored = runs[runs["role"] == "score"].fillna(dict.fromkeys(ALIKE, ""))
+    for _, rows in scored.groupby(["run", "extractor", "metric"], sort=False):
+        for name in ALIKE:
+            unlike = rows.drop_duplicates(name)
+            if len(unlike) > 1:
+                (a, b), arms = unlike[name].iloc[:2], unlike["arm"].iloc[:2]
+                raise InputError(
+                    f"{file}: {name} is '{a}' of arm {arms.iloc[0]} and '{b}' of arm {arms.iloc[1]}; their distances "
+                    "do not compare, expected one way in one file"
+                )
 
 
 def runs_file(path: Path) -> Path:
@@ -156,19 +216,27 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
             raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
-    if path.exists():
-        old = path.read_text(encoding="utf-8")
-        if (found := next(csv.reader([old.partition("\n")[0]]), [])) != list(COLUMNS):
+    sealed = not path.exists()
+    if sealed:
+        writer.writeheader()
+    else:
+        _check_seal(path)
+        found, *old = _rows_of(path)
+        if not old:
+            raise InputError(f"{path}: no rows, expected one per arm and seed block; or no file")
+        sealed = found[-1:] == [seals.SEAL]  # a file without checksums stays one
+        if found[: len(found) - sealed] != list(COLUMNS):
             raise InputError(f"{path}: columns {', '.join(found)}; expected {', '.join(COLUMNS)}")
         new = {_key(row) for row in rows}
-        kept = [row for row in csv.DictReader(io.StringIO(old)) if _key(row) not in new]
-        writer.writeheader()
-        writer.writerows(kept)
-    else:
-        writer.writeheader()
+        kept = (row[: len(COLUMNS)] for row in old if _key(dict(zip(found, row, strict=True))) not in new)
+        csv.writer(text, lineterminator="\n").writerows((COLUMNS, *kept))
     for row in rows:
         empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
         writer.writerow({**row, **empty})
+    if sealed:
+        head, *body = csv.reader(io.StringIO(text.getvalue()))
+        seal, text = seals.checksum([head, body]), io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([[*head, seals.SEAL], *([*row, seal] for row in body)])
     write_text(path, text.getvalue())
 
 
@@ -187,15 +255,23 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
     """Make a row from a folder of `dyndit sample` and figures of `evaluate`. Raises InputError: one lacks a part."""
     path = Path(samples) / MANIFEST
     try:
-        manifest = read_json(path)
+        if not is_checked(manifest := read_manifest(path)):
+            raise ValueError("a checksum")
         settings, plan = manifest["settings"], manifest["plan"]
         full = plan["router"] == "full"
+        # The same latents decode to other pictures under another autoencoder: its hash is part of the model's name.
+        settings["model"] = "/".join(part for part in (settings["model"], settings.get("autoencoder")) if part)
         return dict.fromkeys(COLUMNS) | {
             **{name: settings[name] for name in ("model", "solver", "steps", "cfg_scale", "num_images")},
             **{name: plan[name] for name in ("share_of_blocks", "predicted_fd", "settings")},
             **{name: manifest[name] for name in ("machine", "ms_per_picture", "ms_denoiser")},
             **{name: figures[name] for name in ("extractor", "fd")},
             **{name: figures.get(name) for name in QUALITY},
+            "dtype": settings.get("dtype"),
+            "noise": kind_of(settings["solver"]),
+            "labels": _labels_of(settings.get("labels")),
+            "resize": figures.get("resize", ""),
+            "reference": figures.get("reference", "pictures"),
             "run": run,
             "metric": figures["metric"] + (" (forced)" if figures.get("forced") else ""),  # its own group
             "arm": arm_name(plan["router"], settings["solver"], settings["steps"], plan["budget"], plan["settings"]),
@@ -212,6 +288,33 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
     except (ValueError, KeyError, TypeError) as error:
         expected = "samples of `dyndit sample`, and fd among the metrics"
         raise InputError(f"--out {run}: {path} and the metrics lack {error}; expected {expected}") from error
+
+
+def check_addable(path: Path, row: Mapping[str, object]) -> list[str]:
+    """Return warnings about a row beside the rows of a runs.csv: classes of pictures that are unlike.
+
+    Raises InputError: its arm and block stand there already, or it was resized or compared in another way.
+    """
+    if not Path(path).exists():
+        return []
+    runs = read_runs(path)
+    added = pd.DataFrame([row])
+    mine = runs[(runs["arm"] == row["arm"]) & (runs["block"] == row["block"]) & (runs["metric"] == row["metric"])]
+    mine = mine[(mine["extractor"] == row["extractor"]) & (mine["role"] == row["role"])]
+    for _, found in mine.iterrows():
+        if all(_label(found[name]) == _label(row[name]) for name in GROUP):
+            raise InputError(f"{path}: holds arm {row['arm']}, block {row['block']} already; expected another --out")
+    check_alike(Path(path), pd.concat([runs, added], ignore_index=True))
+    ours = row["labels"] or "unknown"
+    others = sorted({_label(value) or "unknown" for value in runs["labels"]} - {ours})
+    return [f"class labels {ours} beside {', '.join(others)}: distances differ by that too"] if others else []
+
+
+def _labels_of(labels: object) -> str:
+    """Write the labels of a sampling: "balanced", "random", or numbers; "" if unknown."""
+    if isinstance(labels, list | tuple):
+        return " ".join(map(str, labels))
+    return {"in turn": "balanced", None: ""}.get(labels, str(labels))
 
 
 def measured(path: Path, role: str = "score") -> set[tuple[str, int]]:

@@ -16,6 +16,7 @@ from rich.table import Table as TerminalTable
 from dyndit.analysis.report import budgets
 from dyndit.analysis.report.frontier import against_controls
 from dyndit.analysis.report.runs import QUALITY, arm_name
+from dyndit.markdown import plain
 from dyndit.stats import Interval
 
 
@@ -204,8 +205,8 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 def as_markdown(table: Table) -> str:
     """Write a table as Markdown."""
-    lines = [list(table.columns), ["---" if name in TEXT_COLUMNS else "---:" for name in table.columns]]
-    lines += [[cell.text.replace("|", "\\|") for cell in row] for row in table.rows]
+    lines = [list(map(plain, table.columns)), ["---" if name in TEXT_COLUMNS else "---:" for name in table.columns]]
+    lines += [[plain(cell.text) for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
+from dyndit import seals
 from dyndit.analysis.report.write import REPORT, contents_of, overview, table_record
 from dyndit.errors import InputError
 from dyndit.files import read_json, sha256
+from dyndit.markdown import as_plain
 
 
 @dataclass
@@ -32,6 +34,14 @@ def verify(report: Path) -> list[str]:
     """
     report = Path(report)
     folder = report if report.is_dir() else report.parent
+    try:
+        return _mismatches(folder)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{folder / REPORT}: damaged (lacks {error}); expected a report of this version") from error
+
+
+def _mismatches(folder: Path) -> list[str]:
+    """Do what `verify` does. A damaged record may raise any error of a missing field."""
     record = _load(folder / REPORT)
     try:
         sources = [folder / source["runs"] for source in record["sources"]]
@@ -55,7 +65,20 @@ def verify(report: Path) -> list[str]:
         raise InputError(f"{folder}: neither report.md nor report.html, expected one at least")
     for name in there:  # an archived report may lack its page, which is large
         wrong += _differing(name, readers[name]((folder / name).read_text(encoding="utf-8")), expected)
-    return [*wrong, *_differing_figures(folder)]
+    wrong += _differing_figures(folder)
+    return wrong or _edited(folder, record)
+
+
+def _edited(folder: Path, report: dict) -> list[str]:
+    """Compare the report and the figures' manifests with their checksums. Older files have none."""
+    records = {REPORT: report} | {path.name: _load(path) for path in sorted(folder.glob("*.manifest.json"))}
+    found = []
+    for name, data in records.items():
+        try:
+            seals.unsealed(folder / name, data, needed=False)
+        except InputError as error:
+            found.append(str(error))
+    return found
 
 
 def _load(path: Path) -> dict:
@@ -128,13 +151,13 @@ def read_markdown(text: str) -> list[Printed]:
     sections, in_table = [], False
     for line in text.splitlines():
         if line.startswith("## "):
-            sections.append(Printed(line[3:]))
+            sections.append(Printed(as_plain(line[3:])))
         elif line.startswith("- ") and sections:
-            sections[-1].findings.append(line[2:])
+            sections[-1].findings.append(as_plain(line[2:]))
         elif line.startswith("|") and sections:
             if not in_table:
                 sections[-1].tables.append([])
-            cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            cells = [as_plain(cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             if not all(re.fullmatch(r"-+:?", cell) for cell in cells):
                 sections[-1].tables[-1].append(cells)
         in_table = line.startswith("|")

@@ -13,14 +13,16 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dyndit import manifest
+from dyndit import bounds, manifest, seals
 from dyndit.analysis.report import figures, page, plan_figures, style
 from dyndit.analysis.report.findings import findings_of, read_plan
 from dyndit.analysis.report.frontier import summary
-from dyndit.analysis.report.runs import GROUP, read_runs, runs_file, scored_rows
+from dyndit.analysis.report.guidance import guidance_figure, sweep_of
+from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_file, scored_rows
 from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
 from dyndit.errors import InputError
-from dyndit.files import read_json, sha256, write_json, write_text
+from dyndit.files import sha256, write_json, write_text
+from dyndit.markdown import plain
 
 REPORT = "report.json"
 
@@ -28,6 +30,8 @@ REPORT = "report.json"
 CAPTIONS = {
     "plan.png": "Depth over the sampling steps, both guidance branches.",
     "samples.png": "The same seeds side by side: a column per seed, a row per arm.",
+    "frames.png": "All frames of the first clips, the same seeds in every row: a row per arm.",
+    "trainings.png": "Loss and Fréchet distance over compute, and over sampling time. Bars: 95%, over training seeds.",
     "errors.png": "Error of each exit against the full model, per band of log-SNR.",
 }
 DRAWN = {
@@ -36,6 +40,7 @@ DRAWN = {
     "predicted": "Predicted against measured; on the grey line the additive prediction is exact.",
     "plan-map": "Blocks run at each sampling step, a row per plan.",
     "exit-errors": "Error of each exit against the full model, layer over timestep.",
+    "guidance": "Quality over the guidance scale, a line per way to guide. Bars are 95% intervals over seed blocks.",
     "time": "Time per picture, in the denoiser and elsewhere.",
     "spread": "The Fréchet distance of every arm in every seed block.",
 }
@@ -87,19 +92,19 @@ class Pages:
     def markdown(self) -> str:
         """Return report.md; its pictures are links."""
         table = overview(self.contents)
-        parts = [f"# {self.title}", self.how_to_read(), "## Runs", table.caption, as_markdown(table).rstrip()]
+        parts = [f"# {plain(self.title)}", self.how_to_read(), "## Runs", table.caption, as_markdown(table).rstrip()]
         for content, drawn in zip(self.contents, self.pictures, strict=True):
-            parts.append(f"## {content.title}")
+            parts.append(f"## {plain(content.title)}")
             if content.findings:
-                parts.append("\n".join(f"- {finding}" for finding in content.findings))
+                parts.append("\n".join(f"- {plain(finding)}" for finding in content.findings))
             for table in content.tables:
                 parts += [f"### {table.name.capitalize()}", table.caption, as_markdown(table).rstrip()]
             for picture in drawn:
                 link = _link(picture.path, self.out).replace(" ", "%20")
                 parts += [f"![{picture.caption}]({link})", picture.caption]
         for name, facts in self.manifests.items():
-            lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in facts.items()]
-            parts.append("\n".join([f"## Manifest of {name}\n", "| | |", "|---|---|", *lines]))
+            lines = [f"| {plain(key)} | {plain(value)} |" for key, value in facts.items()]
+            parts.append("\n".join([f"## Manifest of {plain(name)}\n", "| | |", "|---|---|", *lines]))
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
@@ -113,6 +118,7 @@ class Pages:
         return page.page(self.title, self.how_to_read(), body)
 
 
+@bounds.checked
 def write_report(
     run_dirs: Path | Sequence[Path], out: Path, title: str = "Dynamic depth: quality and time", margin: float = 0.05
 ) -> Path:
@@ -127,15 +133,17 @@ def write_report(
     contents = contents_of(paths, margin)
     manifests = {}
     for folder in dict.fromkeys(runs_file(path).parent for path in paths):
-        if (file := folder / "manifest.json").is_file() and (facts := dict(_flat("", read_json(file)))):
+        if (file := folder / "manifest.json").is_file() and (facts := manifest.read(file)):
+            facts = dict(_flat("", facts)) | ({} if manifest.is_sealed(facts) else {seals.SEAL: "none: not checked"})
             manifests[folder.name if folder.name not in manifests else str(folder)] = facts
     out, made = Path(out), manifest.describe({"margin": margin})
     suffixes = [""] if len(contents) == 1 else [f"-{k + 1}" for k in range(len(contents))]
     pictures = [_pictures(content, out, suffix, made) for content, suffix in zip(contents, suffixes, strict=True)]
+    pictures[0] += _sweeps(contents, out, made)
     pages = Pages(title, margin, out, contents, pictures, manifests)
     write_text(out / "report.md", pages.markdown())
     write_text(out / "report.html", pages.html())
-    write_json(out / REPORT, _record(pages, list(map(runs_file, paths))) | made)
+    write_json(out / REPORT, seals.sealed(_record(pages, list(map(runs_file, paths))) | made))
     return out / "report.html"
 
 
@@ -195,6 +203,26 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
     return found
 
 
+def _sweeps(contents: Sequence[Content], out: Path, made: Mapping[str, object]) -> list[Picture]:
+    """Draw the guidance sweep of each source that has one. Its rows are in several groups, one per scale."""
+    found = []
+    for k, source in enumerate(dict.fromkeys(content.source for content in contents)):
+        mine = [content for content in contents if content.source == source]
+        sweep = sweep_of(pd.concat([scored_rows(content.rows) for content in mine]))
+        if len(sweep):
+            name = "guidance" if k == 0 else f"guidance-{k + 1}"
+            files = [out / f"{name}.png", out / f"{name}.svg"]
+            drawn = guidance_figure(sweep)
+            for file in files:
+                style.save(drawn, file)
+            lines = [int(row) + 2 for row in sweep.index]  # the heading is line 1
+            facts = {"figure": "guidance", "lines of the runs file": lines}
+            facts |= {"files": {file.name: sha256(file) for file in files}}
+            _write_manifest(out / f"{name}.manifest.json", mine[0], facts, made)
+            found.append(Picture(files[0], DRAWN["guidance"]))
+    return found
+
+
 def _drawn(content: Content) -> dict[str, Figure]:
     """Draw the figures that the rows, plans and exit errors of a group allow."""
     scored = scored_rows(content.rows)
@@ -223,12 +251,14 @@ def _errors_figure(path: Path) -> Figure:
 
 def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], made: Mapping[str, object]) -> None:
     source = {"runs": _link(content.source, path.parent), "sha256 of the runs": sha256(content.source)}
-    write_json(path, {**facts, **source, **made})
+    write_json(path, seals.sealed({**facts, **source, **made}))
 
 
 def _record(pages: Pages, files: Sequence[Path]) -> dict[str, object]:
     """Return the contents of report.json: every printed number, its derivation, and its source files."""
     sources = [{"runs": _link(file, pages.out), "sha256": sha256(file), "rows": len(read_runs(file))} for file in files]
+    for source, file in zip(sources, files, strict=True):
+        source["checksum"] = "fits" if is_sealed(file) else "none: not checked"
     sections = [
         {"title": content.title, "findings": content.findings, "tables": list(map(table_record, content.tables))}
         for content in pages.contents

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dyndit import bounds
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_shifts, reduced
 from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures
@@ -28,6 +29,7 @@ STEP_GRID = (5, 7, 10, 14, 20)
 """Step counts to choose among: neighbours differ by a factor of about 1.4 in time."""
 
 
+@bounds.checked
 def measure_bases(
     model: DynamicDepth,
     table: ShiftTable,
@@ -50,6 +52,8 @@ def measure_bases(
     """
     check_step_grid(step_grid)
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
+    if any(plan.calls for plan in full.values()):
+        raise InputError(f"--step-grid: {solver_name(solver)} calls the network twice a step; expected a solver of one")
     model.check_identity(table.backbone, table.exits, origin="shift table")
     extractor, name = _extractor_of(table, extractor), solver_name(solver)
     missing = [steps for steps in full if table.base_at(name, steps) is None]
@@ -72,6 +76,7 @@ def check_step_grid(step_grid: Sequence[int]) -> None:
         raise InputError(f"--step-grid {bad[0]}: expected 1 to {Process.num_timesteps}")
 
 
+@bounds.checked
 def measure_moments(
     model: DynamicDepth,
     extractor: FeatureExtractor,
@@ -96,6 +101,7 @@ def _moments(
     return moments(extractor.features(as_rgb(sampler.drawn(plan, num_pictures, fresh=fresh))))
 
 
+@bounds.checked
 def plan_on_table(
     model: DynamicDepth,
     table: ShiftTable,
@@ -181,6 +187,7 @@ def _measured(sampler: Sampler, table: ShiftTable, plan: DepthPlan, extractor: F
     return replace(plan, figures=plan.figures | figures)
 
 
+@bounds.checked
 def calibrate(
     model: DynamicDepth,
     *,
@@ -227,6 +234,7 @@ def calibrate(
     return planned(sampler, table, budget, extractor, refinements)
 
 
+@bounds.checked
 def calibrate_steps(
     model: DynamicDepth,
     goal: Goal,

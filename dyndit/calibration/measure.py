@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dyndit import bounds
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.samplers import CALIBRATION_SEED, OwnSampler, Sampler, ToPictures, batches_of
 from dyndit.errors import CheckpointError, InputError
@@ -54,6 +55,7 @@ class CalibrationSettings:
     forecast_ages: int = 0
 
     def __post_init__(self) -> None:
+        bounds.check(**vars(self))
         parsed = tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
         object.__setattr__(self, "choices", parsed)
 
@@ -231,6 +233,7 @@ def measure_table_into(
     return ShiftTable.load(path)  # rounded as in the file, so that a resumed run gives the same results
 
 
+@bounds.checked
 def measure_shifts(
     model: DynamicDepth,
     extractor: FeatureExtractor,

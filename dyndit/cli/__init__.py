@@ -3,30 +3,35 @@
 Every verb imports torch and the package only when it runs, so that `--help` is quick.
 """
 
-import importlib
-import inspect
+import importlib.metadata
 import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from inspect import unwrap
 
 import tyro
 
-from dyndit.cli.flags import PlanChoice
+from dyndit.cli.flags import PlanChoice, checked
 from dyndit.errors import InputError, first_line
+from dyndit.limits import take_limits
 from dyndit.runtime import keep_freed_memory, stoppable
 
 VERBS: dict[str, str] = {
     "train": "models",
     "distill": "models",
     "calibrate": "plans",
+    "plan": "plans",
     "sample": "pictures",
     "evaluate": "results",
     "bench": "results",
     "report": "results",
     "compare": "results",
     "convert": "models",
+    "inspect": "inspection",
+    "info": "models",
     "quickstart": "results",
+    "demo": "demo",
 }
 """The module of this package that defines each verb."""
 
@@ -35,9 +40,13 @@ REGISTRIES = {
     "extractors": "dyndit.analysis.metrics.extractors:EXTRACTORS",
     "metrics": "dyndit.analysis.metrics.metric:metrics_by_name",
     "heads": "dyndit.models.exits:HEADS",
+    "cards": "dyndit.models.dit:CARDS",
+    "conditionings": "dyndit.models.conditioning:CONDITIONINGS",
     "routers": "dyndit.plans.schedules:ROUTERS",
     "processes": "dyndit.process:processes",
     "recipes": "dyndit.cli.recipes:packaged",
+    "families": "dyndit.cli.recipes:quickstarts",
+    "data_sets": "dyndit.training.data:PACKAGED",
 }
 """Registries whose names stand for `{solvers}` and the like in a verb's docstring. They import torch."""
 
@@ -49,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     number (130 for Ctrl-C) if a signal stopped it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"dyndit {importlib.metadata.version('dyndit')}")
+        return
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     keep_freed_memory()
@@ -61,7 +73,8 @@ def _run(arguments: list[str], debug: bool, caught: list[int]) -> None:
         tyro.extras.subcommand_cli_from_dict(
             verbs(arguments),
             prog="dyndit",
-            description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks.",
+            description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks; "
+            "--version alone prints the version.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
@@ -102,9 +115,13 @@ def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
     found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
     asked = next((word for word in arguments if word in VERBS), None)
     if asked is not None and {"--help", "-h"} & set(arguments):
-        for text in (found[asked], inspect.unwrap(found[asked]), PlanChoice):
+        for text in (found[asked], unwrap(found[asked]), PlanChoice):
             text.__doc__ = filled(text.__doc__ or "")
-    return found
+    take_limits(arguments)
+    if "" in arguments:
+        flag = arguments[arguments.index("") - 1] if arguments.index("") else "arguments"
+        raise InputError(f"{flag} '': empty; expected a value, or nothing")
+    return {verb: checked(function) for verb, function in found.items()}
 
 
 def filled(text: str) -> str:

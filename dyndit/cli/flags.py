@@ -3,18 +3,22 @@
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import tyro
 
-from dyndit.errors import InputError
+from dyndit import bounds
+from dyndit.errors import CheckpointError, InputError
 from dyndit.locks import locked
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from collections.abc import Iterable
+
+    from diffusers import ModelMixin
 
     from dyndit.models.dynamic import DynamicDepth
     from dyndit.plans.plan import DepthPlan
@@ -29,10 +33,75 @@ Unnamed = Annotated[T, tyro.conf.arg(name="")]
 NumHeads = Annotated[int | None, tyro.conf.arg(help="Attention heads of a .pt whose width does not tell them.")]
 CfgScale = Annotated[float, tyro.conf.arg(help="Guidance scale; 1 is unguided.")]
 BatchSize = Annotated[int, tyro.conf.arg(help="Pictures at a time.")]
+NumClasses = Annotated[int | None, tyro.conf.arg(help="Classes, without the null class, of a file that does not tell.")]
+Weights = Annotated[str | None, tyro.conf.arg(help="ema, model or a key of a training checkpoint (default: ema).")]
+Vae = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        help="Folder or hub id of an autoencoder of diffusers, or mse or ema for the published ones (default: the one "
+        "in a pipeline's folder; of a card: mse)."
+    ),
+]
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if there is one.")]
 _OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
 Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
+
+
+def also(*names: str) -> object:
+    """Accept further names of a flag, for example those of the published code's scripts."""
+    return tyro.conf.arg(aliases=tuple(f"--{name}" for name in names))
+
+
+@dataclass(frozen=True)
+class PublishedSampling:
+    """Sample as the published DiT's own scripts do, with their flags. `--model CARD` takes the place of MODEL.
+
+    Args:
+        model: A card: DiT-XL/2, DiT-B/4, ... It sets the scripts' solver (ddpm), steps (250), scale (4, or 1.5 with
+            --num-images), guided channels (3) and classes, unless they are given.
+        ckpt: The card's weights (default: pretrained_models/DiT-XL-2-256x256.pt, or 512x512).
+        image_size: Side of the card's pictures: 256 (the default) or 512.
+        num_classes: Classes of the card (default: 1000).
+        sample_dir: Folder for the folder of samples, if --out is not given.
+        tf32: Let a GPU round products to TF32.
+        no_tf32: Keep products in full precision.
+    """
+
+    model: str = ""
+    ckpt: Path | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    sample_dir: Path = Path("samples")
+    tf32: bool = False
+    no_tf32: bool = False
+
+    @property
+    def card(self) -> str:
+        """Return the card of name and size; empty without a name.
+
+        Raises:
+            InputError: no such card, or flags of a card without a card.
+        """
+        from dyndit.storage.published import card_of
+
+        if self.model:
+            return card_of(self.model, self.image_size)
+        for name in ("ckpt", "image_size", "num_classes"):
+            if (value := getattr(self, name)) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value}: belongs to a card; expected --model CARD with it"
+                )
+        return ""
+
+    def set_precision(self) -> None:
+        """Allow or forbid TF32, if a flag says so."""
+        import torch
+
+        if self.tf32 and self.no_tf32:
+            raise InputError("--tf32 and --no-tf32: both given; expected one of them")
+        if self.tf32 or self.no_tf32:
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
 
 
 def holds(name: str, *, make: bool = True) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -85,8 +154,83 @@ class StepChoice:
     """Steps of full depth whose time is the reference (default: the steps that the table was measured at)."""
 
 
+def checked(verb: Callable[..., None]) -> Callable[..., None]:
+    """Check a verb's flags before it runs: numbers by `dyndit.bounds`, and that its inputs are there.
+
+    No library is loaded for that, so a wrong path is refused at once.
+    """
+    signature = inspect.signature(verb)
+
+    @functools.wraps(verb)
+    def run(*args: object, **kwargs: object) -> None:
+        values: dict[str, object] = {}
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        for name, value in given.arguments.items():
+            values = vars(value) | values if is_dataclass(value) else values | {name: value}  # MODEL, not --model CARD
+        bounds.check(**values)
+        if _is_on_the_hub(values.get("vae")):
+            del values["vae"]
+        bounds.check_inputs(values)
+        if values.get("recipe") is not None:
+            from dyndit.cli.recipes import check_name
+
+            check_name(str(values["recipe"]))
+        for name in ("model", "source"):
+            _check_model(values.get(name))
+        verb(*args, **kwargs)
+
+    return run
+
+
+def _is_on_the_hub(vae: object) -> bool:
+    """Tell if an autoencoder is named by a hub id, or as one of the published ones, and not by a path."""
+    from dyndit.storage.hub_id import parse
+
+    return vae is not None and (str(vae) in ("mse", "ema") or parse(str(vae)) is not None)
+
+
+def _check_model(model: object) -> None:
+    """Refuse a model that is no path, no name and no hub id."""
+    from dyndit.storage.hub_id import parse
+
+    if isinstance(model, Path):
+        if not model.is_dir():
+            raise InputError(
+                f"{model}: the table is written into the model's folder; expected a local model folder, which "
+                "`dyndit distill` or `dyndit convert` makes"
+            )
+        return
+    is_name = not model or model == "digits" or str(model).startswith("random:")
+    if not (is_name or Path(str(model)).exists() or parse(str(model))):
+        raise CheckpointError(
+            f"{model}: no such file or folder; expected a model folder, a DiT .pt, 'digits' or a hub id (org/name)"
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read."""
+
+    resize_method: str = "bicubic"
+    """How pictures come to the size: bicubic (crop the centre, then resize once, antialiased), adm (ADM's halving
+    with a box filter, bicubic, centre crop) or clean-fid (as bicubic, on floats)."""
+    skip_damaged: bool = False
+    """Leave damaged pictures out, counted and listed; otherwise they are refused before anything is done."""
+
+
+READING = Reading()
+
+
+def say(lines: "Iterable[str]") -> None:
+    """Print lines to standard error."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
 FULL_DEPTH = PlanChoice()
 AS_GIVEN = StepChoice()
+NOT_PUBLISHED = PublishedSampling()
 
 
 def chosen_plan(
@@ -102,7 +246,7 @@ def chosen_plan(
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: both given; expected one of them")
     if depth.router is not None:
-        return parse_router(depth.router)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
+        return parse_router(depth.router, dynamic.process)(full_plan(dynamic, solver, steps, cfg_scale), dynamic.depths)
     if depth.plan is not None:
         return DepthPlan.load(depth.plan)
     if depth.budget is None and not depth.dynamic:
@@ -122,18 +266,19 @@ def stored_table(model: str) -> "ShiftTable":
     return ShiftTable.load(path)
 
 
-def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "AutoencoderKL | None":
-    """Load the autoencoder of a model's latents. A model of pictures gives None.
+def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, device: str) -> "ModelMixin | None":
+    """Load the autoencoder of a model's latents; print if the model records another. A model of pictures gives None.
 
-    Raises InputError: the model makes latents, and no autoencoder is given.
+    Raises InputError: the model makes latents, and no autoencoder is given or lies beside it.
     """
-    from dyndit.training.latents import load_autoencoder
+    from dyndit.storage.autoencoder import differs, open_autoencoder
 
-    if dynamic.pixel_space:
+    decoder = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
+    if decoder is None:
         return None
-    if vae is None:
-        raise InputError(f"--vae: missing; {model} makes latents, expected the folder of their AutoencoderKL")
-    return load_autoencoder(vae).to(device)
+    for note in differs(decoder, dynamic):
+        print(note)
+    return decoder.to(device)
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":

@@ -1,68 +1,128 @@
-"""Verbs that make models: train, distill, convert."""
+"""Verbs that make models, and one that describes them: train, distill, convert, info."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
+    from dyndit.models.identity import AutoencoderRecord
+    from dyndit.process import Process
+    from dyndit.training.data import Pictures
+    from dyndit.training.train import Train
 
 
 @flags.holds("out")
 def train(
-    recipe: flags.Positional[str],
+    recipe: flags.Positional[str] = "published",
     /,
-    out: Path,
-    data: str = "",
+    out: Annotated[Path | None, flags.also("results-dir")] = None,
+    data: Annotated[str, flags.also("data-path")] = "",
     model: str = "",
     steps: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
+    epochs: int | None = None,
+    batch_size: Annotated[int | None, flags.also("global-batch-size")] = None,
+    seed: Annotated[int | None, flags.also("global-seed")] = None,
     sample_every: int | None = None,
+    weights: flags.Weights = None,
+    process: str = "",
+    text_encoder: Path | None = None,
+    log_every: int | None = None,
+    checkpoint_every: Annotated[int | None, flags.also("ckpt-every")] = None,
+    num_workers: int | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    conditioning: str = "",
     vae: Path | None = None,
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
 
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
-        out: Folder for the model, checkpoints, losses and TensorBoard logs.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
-        model: Weights to start from: a model folder, a published DiT .pt, "digits", or a hub id (default: random
-            weights). Their process must be the recipe's.
+        out: Folder for the model, checkpoints, losses and TensorBoard logs (always needed).
+        data: One of {data_sets}, or pictures: a folder with a subfolder per class or one flat folder, .zip, .tar, .npz,
+            or a data set of Hugging Face (default: the recipe's).
+        model: A card, such as DiT-B/4: train its architecture from random weights. Or weights to start from: a model
+            folder, a published DiT .pt, "digits", or a hub id; their process must be the recipe's.
         steps: Updates (default: the recipe's).
+        epochs: Passes over the data, in place of --steps.
         batch_size: Pictures per update (default: the recipe's).
         seed: Seed (default: the recipe's).
         sample_every: Draw a sample grid after every so many steps; 0 for never.
-        vae: Folder of a diffusers AutoencoderKL: train on its latents, encoded once and cached in the run's folder.
+        process: Process to train under, one of {processes} (default: the recipe's).
+        text_encoder: Folder of a frozen text encoder of transformers, with its tokenizer: a model of captions takes its
+            features in place of embedding the words itself.
+        log_every: Log the losses after every so many steps.
+        checkpoint_every: Write a checkpoint after every so many steps.
+        num_workers: Processes that read pictures.
+        image_size: Side of a card's pictures: 256 (the default) or 512.
+        num_classes: Classes of the backbone (default: the recipe's, or 1000 of a card).
+        conditioning: How blocks learn of timestep and label, one of {conditionings} (default: the recipe's).
+        vae: Folder or hub id of an autoencoder of diffusers: train on its latents, encoded once and cached in the run's
+            folder. mse or ema for the published ones (default of a card: ema).
     """
     from accelerate import PartialState
 
     from dyndit import files, manifest
     from dyndit.cli.recipes import find
+    from dyndit.models.dit import CARDS
     from dyndit.storage import load as checkpoints
+    from dyndit.storage.published import card_of
     from dyndit.training.train import Train
 
-    chosen = find(recipe, "train", Train)
+    if out is None:
+        raise InputError("--out: missing; expected a folder for the run")
+    if steps is not None and epochs is not None:
+        raise InputError(f"--steps {steps} and --epochs {epochs}: both given; expected one of them")
+    chosen, card = find(recipe, "train", Train), ""
+    if model.startswith("DiT-") and not Path(model).exists():
+        card, model = card_of(model, image_size), ""
+        chosen = replace(chosen, backbone=CARDS[card])
+        vae = vae or Path("ema")
+    elif image_size is not None:
+        raise InputError(f"--image-size {image_size}: belongs to a card; expected --model CARD with it")
+    shape = {"conditioning": conditioning or None, "num_classes": num_classes}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    chosen = _changed(chosen.with_backbone(**shape), recipe, process, text_encoder)
     with PartialState().main_process_first():  # encode latents once
-        pictures = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out)
+        pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out, reading)
     chosen.check(pictures)
-    start = checkpoints.load(model, process=chosen.process) if model else None
+    start = _start(model, chosen.process, weights) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
+    settings |= shape | ({"card": card} if card else {})
     if start is not None:
         settings["from"] = start.identity.backbone
+    if process:
+        settings["process"] = process
+    if text_encoder is not None:
+        settings["text_encoder"] = chosen.backbone.text_encoder_hash
     with PartialState().main_process_first():
-        manifest.claim(out, settings, shared=("latents",))
-    changes = {"steps": steps, "batch_size": batch_size, "seed": seed, "sample_every": sample_every}
+        manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
+    if epochs is not None:
+        steps = max(1, epochs * len(pictures) // (batch_size or chosen.fit.batch_size))
+    changes = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "sample_every": sample_every,
+        "log_every": log_every,
+        "checkpoint_every": checkpoint_every,
+        "num_workers": num_workers,
+    }
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
     model, result = chosen.run(pictures, out, start=start, preview=_preview)
     if not PartialState().is_main_process:
         return
+    model.autoencoder = made_by
     checkpoints.save(model, out)
     facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
+    facts["pictures"] = pictures.account
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
@@ -84,7 +144,9 @@ def distill(
     batch_size: int | None = None,
     num_heads: flags.NumHeads = None,
     process: str = "",
-    vae: Path | None = None,
+    weights: flags.Weights = None,
+    vae: flags.Vae = None,
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
 
@@ -95,11 +157,11 @@ def distill(
             heads {heads}. Recipes: {recipes}.
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the model with its exits.
-        data: "digits", or a folder of pictures with a subfolder per class (default: the recipe's).
+        data: One of {data_sets}, or pictures: a folder with a subfolder per class or one flat folder, .zip, .tar, .npz,
+            or a data set of Hugging Face (default: the recipe's).
         steps: Updates (default: the recipe's).
         batch_size: Pictures per update (default: the recipe's).
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
     """
     from accelerate import PartialState
 
@@ -110,26 +172,32 @@ def distill(
     from dyndit.training.exit_errors import exit_error_table
 
     chosen = find(recipe, "distill", Distill)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None)
+    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, weights=weights)
     for note in loaded.notes:
         print(note)
     with PartialState().main_process_first():
-        pictures = _training_data(data or chosen.data, loaded.model.backbone.sample_shape, vae, out)
+        shape = loaded.model.backbone.sample_shape
+        pictures, made_by = _training_data(data or chosen.data, shape, vae, out, reading, model)
     chosen.check(loaded.model, pictures)
     original = loaded.model.identity.backbone
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
     with PartialState().main_process_first():
-        manifest.claim(out, settings, shared=("latents",))
+        manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
     changes = {"steps": steps, "batch_size": batch_size}
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
     if not PartialState().is_main_process:
         return
+    known = loaded.model.autoencoder
+    if known is not None and made_by is not None and known.hash != made_by.hash:
+        print(f"--vae: latents of a {made_by.kind} of hash {made_by.hash}; the model records hash {known.hash}")
+    dynamic.autoencoder = made_by
     checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
     identity = dynamic.identity
     facts = {"fit": vars(fit), "seconds": result.seconds, "exits": identity.exits, "trunk": identity.backbone}
+    facts["pictures"] = pictures.account
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if identity.backbone != original:
         moved = result.losses["full"].iloc[-20:].mean()
@@ -148,6 +216,8 @@ def convert(
     num_heads: flags.NumHeads = None,
     process: str = "",
     revision: str | None = None,
+    weights: flags.Weights = None,
+    num_classes: flags.NumClasses = None,
 ) -> None:
     """Write a model in another format, whole or not at all, and print how far it drifts if it is loaded plainly.
 
@@ -163,28 +233,139 @@ def convert(
     from dyndit.storage.convert import convert as convert_model
 
     options = {"num_heads": num_heads, "revision": revision, "process": process or None}
+    options |= {"weights": weights, "num_classes": num_classes}
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
     print(f"model: {target}")
 
 
-def _training_data(spec: str, shape: tuple[int, ...], vae: Path | None, out: Path) -> object:
-    from dyndit.training.data import open_data
+def info(
+    model: flags.Positional[str],
+    /,
+    layers: tuple[int, ...] = (),
+    head: str = "adaln-linear",
+    conditioning: str = "",
+    batch_size: int = 1,
+    cfg_scale: float = 1.5,
+    dtype: str = "own",
+    tflops: float | None = None,
+    num_heads: int | None = None,
+    process: str = "",
+    json_: flags.Json = False,
+) -> None:
+    """Print a model's parameters, tokens, arithmetic at each exit, and its estimated time and memory. Nothing is run.
+
+    Args:
+        model: A card, one of {cards}; or a model folder, a published DiT .pt, "digits", or a hub id.
+        layers: Exits of a card (default: after every layer, or every fourth of a deep model).
+        head: Head of a card's exits, one of {heads}.
+        conditioning: How a card's blocks learn of timestep and label, one of {conditionings}.
+        batch_size: Pictures of the call whose memory is estimated.
+        cfg_scale: Guidance scale; 1 is one pass a picture, any other two.
+        dtype: Precision: own, float32, bfloat16 or float16.
+        tflops: TFLOP/s to estimate times with (default: this machine's rate of matrix products). A model with a shift
+            table has measured times.
+        num_heads: Attention heads of a .pt whose width does not tell them.
+        process: Process of a model that does not say its own, one of {processes}.
+        json_: End with one line of JSON.
+    """
+    from dyndit.analysis.metrics.describe import describe, outline
+    from dyndit.models.dit import CARDS
+    from dyndit.models.exits import ExitConfig
+    from dyndit.plans.table import ShiftTable
+    from dyndit.runtime import chosen_dtype
+    from dyndit.storage import load as checkpoints
+
+    if tflops is not None and tflops <= 0:
+        raise InputError(f"--tflops {tflops:g}: expected above 0")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: expected at least 1")
+    card, cost = model in CARDS and not Path(model).exists() and model != "digits", None
+    if card:
+        changes = {"conditioning": conditioning} if conditioning else {}
+        described = outline(model, ExitConfig(layers, head), **changes)
+    else:
+        if layers or conditioning:
+            flag = f"--layers {layers[0]}" if layers else f"--conditioning {conditioning}"
+            raise InputError(f"{flag}: {model} has its own; expected a card with it")
+        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device="cpu")
+        described, table = loaded.model, (loaded.folder or Path(model)) / checkpoints.TABLE
+        cost = ShiftTable.load(table).cost if table.is_file() and tflops is None else None
+    rate = None if tflops is None else 1e12 * tflops
+    rows, precision = batch_size * (1 if cfg_scale == 1 else 2), chosen_dtype(dtype, "cpu")
+    found = describe(model, described, rows=rows, dtype=precision, rate=rate, cost=cost)
+    print("\n".join(found.lines()))
+    if json_:
+        print(json.dumps(found.record()))
+
+
+def _changed(chosen: "Train", recipe: str, process: str, text_encoder: Path | None) -> "Train":
+    """Return a recipe under another process, or with features of a text encoder."""
+    from dyndit.models.captions import encoder_condition
+    from dyndit.models.mmdit import MMDiTConfig, with_text_encoder
+    from dyndit.process import processes
+
+    if process:
+        if process not in processes():
+            raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
+        chosen = chosen.under(processes()[process]())
+    if text_encoder is not None:
+        if not isinstance(chosen.backbone, MMDiTConfig):
+            kind = type(chosen.backbone).__name__
+            raise InputError(f"--text-encoder {text_encoder}: {recipe} trains a {kind}; expected an MMDiTConfig")
+        chosen = replace(chosen, backbone=with_text_encoder(chosen.backbone, encoder_condition(text_encoder)))
+    return chosen
+
+
+def _start(model: str, process: "Process", weights: str | None) -> "DynamicDepth":
+    """Load weights to start from, and print what was assumed."""
+    from accelerate import PartialState
+
+    from dyndit.storage import load as checkpoints
+
+    loaded = checkpoints.inspect(model, process=process, weights=weights)
+    for note in loaded.notes if PartialState().is_main_process else ():
+        print(note)
+    return loaded.model
+
+
+def _training_data(
+    spec: str, shape: tuple[int, ...], vae: Path | None, out: Path, reading: flags.Reading, model: str = ""
+) -> "tuple[Pictures, AutoencoderRecord | None]":
+    """Open the pictures to train on, check all their contents, and say what is skipped.
+
+    model: the path or hub id of the model, whose own autoencoder is the default. -> the pictures, or their latents, and
+    the autoencoder of latents.
+    """
+    from dyndit.pictures.collection import said_of
+    from dyndit.training.data import PACKAGED, open_data
 
     if not spec:
-        raise InputError("--data: missing; expected a folder of pictures with a subfolder per class, or 'digits'")
+        names = ", ".join(PACKAGED)
+        raise InputError(
+            f"--data: missing; expected a folder of pictures with a subfolder per class, or one of {names}"
+        )
     channels, *size = shape
-    if vae is None and channels not in (1, 3):
-        raise InputError(f"--vae: missing; latents of {channels} channels, expected the folder of their AutoencoderKL")
-    if vae is None:
-        return open_data(spec, None if spec == "digits" else tuple(size), channels)
-    from dyndit.training.latents import encode_latents, load_autoencoder
+    size, encoder = None if spec in PACKAGED else tuple(size), None
+    if vae is not None or channels not in (1, 3):
+        from dyndit.storage.autoencoder import find
+        from dyndit.training.autoencoders import check_channels, latent_space, load_autoencoder, picture_size, record
+        from dyndit.training.latents import encode_latents
 
-    encoder = load_autoencoder(vae)
-    factor = 2 ** (len(encoder.config.block_out_channels) - 1)
-    return encode_latents(
-        open_data(spec, tuple(side * factor for side in size), encoder.config.in_channels), vae, out / "latents", 16
-    )
+        folder, source = find(vae or model, optional=vae is None)
+        if folder is None:
+            raise InputError(
+                f"--vae: missing; latents of {channels} channels, expected the folder of their autoencoder"
+            )
+        encoder = load_autoencoder(folder)
+        check_channels(encoder, channels, f"--vae {folder}")
+        size, channels = picture_size(encoder, shape[1:]), latent_space(encoder).in_channels
+    pictures = open_data(spec, size, channels, method=reading.resize_method, skip_damaged=reading.skip_damaged)
+    pictures.check()
+    flags.say(said_of(pictures.account))
+    if encoder is None:
+        return pictures, None
+    return encode_latents(pictures, folder, out / "latents", 16), record(encoder, source)
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:

@@ -3,13 +3,13 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
     from torch import Tensor
 
     from dyndit.analysis.metrics.extractors import Extractor
@@ -25,7 +25,7 @@ def calibrate(
     model: flags.Positional[Path],
     /,
     budget: float | None = None,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int | None = None,
     choice: flags.Unnamed[flags.StepChoice] = flags.AS_GIVEN,
     step_grid: tuple[int, ...] = (),
@@ -43,9 +43,10 @@ def calibrate(
     refinements: int = 0,
     batch_size: flags.BatchSize = 128,
     process: str = "",
-    vae: Path | None = None,
+    vae: flags.Vae = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
+    reading: flags.Unnamed[flags.Reading] = flags.READING,
     fresh: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -58,16 +59,17 @@ def calibrate(
     Args:
         model: A local model folder with exits; the table is written into it.
         budget: Share of full depth's time at the same steps, above 0 and at most 1.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps (default: 20, or chosen).
         choice: Goal to choose the steps for.
         step_grid: Step counts to choose among: full depth is measured at each and stored in the table (default: 5 7 10
             14 20 if steps are chosen and the table has no step count of the solver).
         out: File to write the plan to (default: in the model folder).
         extractor: Extractor that quality is measured with, one of {extractors} (default: the extractor of the model's
-            table, else digits for digits and inception for all others).
+            table, else digits for digits, moving-digits for clips and inception for all others).
         extractor_weights: Weights of the extractor, if they do not ship with the package.
-        reference: Real pictures: "digits", or a picture folder.
+        reference: Real pictures: one of {data_sets}, or any that `dyndit evaluate` takes (default: the extractor's own
+            data set, for a model of classes).
         num_pictures: Seeds to measure the table on.
         table_steps: Sampling steps to measure the table at.
         num_bands: Bands of timesteps in the table.
@@ -77,7 +79,6 @@ def calibrate(
         forecast_ages: The table also holds exits with forecasts of their gap to full depth, from up to so many steps
             ago; 0 for no forecasts.
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL, for a model of latents.
         fresh: Measure the table again. A stored table is replaced once the new table has given its plan.
     """
     from dyndit import files
@@ -87,27 +88,20 @@ def calibrate(
     from dyndit.sampling.loop import to_uint8
     from dyndit.sampling.solvers import make_scheduler
     from dyndit.storage import load as checkpoints
-    from dyndit.training.latents import decode_latents
+    from dyndit.training.autoencoders import decode_latents
 
     goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
-    if goal is None and not 0 < budget <= 1:
-        raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
-    for flag, rounds in (("--refinements", refinements), ("--forecast-ages", forecast_ages)):
-        if rounds < 0:
-            raise InputError(f"{flag} {rounds}: expected at least 0")
     if goal is not None and refinements:
         raise InputError(f"--refinements {refinements}: expected --budget with it, not a choice of steps")
     steps = 20 if steps is None else steps
-    calibration.check_step_grid(step_grid)
     device = chosen_device(device)
-    if not model.is_dir():
-        raise InputError(
-            f"{model}: the table is written into the model's folder; expected a local model folder, which "
-            "`dyndit distill` or `dyndit convert` makes"
-        )
-    dynamic = checkpoints.load(model, process=process or None, device=device, dtype=dtype)
+    loaded = checkpoints.inspect(model, process=process or None, device=device, dtype=dtype)
+    dynamic = loaded.model
+    for note in loaded.notes:
+        print(note)
+    solver = solver or dynamic.process.usual_solver
     make_scheduler(solver, steps, dynamic.process)
     if dynamic.exits is None:
         raise InputError(f"{model}: has no exits; expected a model that `dyndit distill` wrote")
@@ -131,7 +125,7 @@ def calibrate(
         if into != path and (left := _left_table(into, dynamic, network, settings, table_steps, cfg_scale)):
             table = left
     if table is None:
-        real = _real_pictures(reference, network, *_picture_shape(dynamic, decoder))
+        real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
         with progress_bar("measuring distribution shifts") as advance:
             reducing, moments = calibration.reduced(network, real)
             table = calibration.measure_shifts(
@@ -170,6 +164,51 @@ def calibrate(
     print(f"plan: {target}")
     if json_:
         print(json.dumps({"plan": str(target), **plan.figures}))
+
+
+def plan(
+    action: flags.Positional[Literal["show", "edit"]],
+    file: flags.Positional[Path],
+    /,
+    out: Path | None = None,
+    step: tuple[str, ...] = (),
+    unbind: bool = False,
+) -> None:
+    """Show a plan, or write an edited plan. An edited plan's router is "manual", wherever the plan is used.
+
+    Args:
+        action: show: print the plan; edit: write a plan with other steps.
+        file: The plan file.
+        out: File for the edited plan. An existing file is refused.
+        step: Steps to set, by number from 0: "3=12|6" "4=8".
+        unbind: The edited plan runs on any model of its depth, not only on the model that it was made for.
+    """
+    from dataclasses import replace
+
+    from dyndit.files import check_free
+    from dyndit.plans.plan import MANUAL, DepthPlan
+    from dyndit.plans.step import Step
+
+    found = DepthPlan.load(file)
+    if action == "show":
+        if out is not None or step or unbind:
+            raise InputError("--out, --step, --unbind: expected them with `dyndit plan edit`")
+        print(found)
+        return
+    if out is None:
+        raise InputError("--out: missing; expected a file for the edited plan")
+    check_free(out, folder=False)
+    steps = list(found.steps)
+    for text in step:
+        number, _, word = text.partition("=")
+        if not number.isdecimal() or not word or int(number) >= len(steps):
+            raise InputError(f"--step {text}: expected NUMBER=STEP, numbers 0 to {len(steps) - 1}, such as 3=12|6")
+        steps[int(number)] = Step.parse(word)
+    identity = {"backbone": "", "exits": ""} if unbind or not (found.backbone and found.exits) else {}
+    edited = replace(found, steps=tuple(steps), router=MANUAL, budget=None, figures={}, note="", **identity)
+    edited.save(out)
+    print(edited)
+    print(f"plan: {out}")
 
 
 def _known_table(path: Path, dynamic: "DynamicDepth", cfg_scale: float) -> "ShiftTable | None":
@@ -250,30 +289,45 @@ def _print_plan(plan: "DepthPlan", distance: str) -> None:
 def _extractor(
     name: str, weights: Path | None, dynamic: "DynamicDepth", table: "ShiftTable | None", device: str
 ) -> "Extractor":
-    """Load the extractor of the flags, else of the table, else the usual extractor for the pictures' size."""
+    """Load the extractor of the flags, else of the table, else the usual extractor for the pictures' shape."""
     from dyndit.analysis import load_extractor
 
-    usual = "digits" if dynamic.backbone.sample_shape[1:] == (8, 8) else "inception"
+    shape = dynamic.backbone.sample_shape
+    usual = "moving-digits" if len(shape) == 4 else "digits" if shape[1:] == (8, 8) else "inception"
     return load_extractor(name or (usual if table is None else table.extractor_name), weights, device)
 
 
-def _picture_shape(dynamic: "DynamicDepth", decoder: "AutoencoderKL | None") -> tuple[tuple[int, ...], int]:
-    """Return (height, width) and channels of a model's decoded pictures."""
+def _picture_shape(dynamic: "DynamicDepth", decoder: "ModelMixin | None") -> tuple[tuple[int, ...], int]:
+    """Return (height, width), or (frames, height, width), and channels of a model's decoded pictures."""
+    from dyndit.training.autoencoders import latent_space, picture_size
+
     channels, *size = dynamic.backbone.sample_shape
     if decoder is None:
         return tuple(size), channels
-    factor = 2 ** (len(decoder.config.block_out_channels) - 1)
-    return tuple(side * factor for side in size), decoder.config.out_channels
+    return picture_size(decoder, tuple(size)), latent_space(decoder).out_channels
 
 
-def _real_pictures(reference: str, extractor: "Extractor", size: tuple[int, ...], channels: int) -> "Tensor":
+def _real_pictures(
+    reference: str,
+    extractor: "Extractor",
+    dynamic: "DynamicDepth",
+    size: tuple[int, ...],
+    channels: int,
+    reading: flags.Reading,
+) -> "Tensor":
     """Read at most 5,000 pictures of the reference, evenly spread over the set, as uint8."""
-    from dyndit.training.data import open_data
+    from dyndit.models.conditions import ClassLabels
+    from dyndit.pictures.collection import said_of
+    from dyndit.training.data import PACKAGED, open_data
 
-    spec = reference or ("digits" if extractor.name == "digits" else "")
+    usual = extractor.name in PACKAGED and isinstance(dynamic.backbone.condition, ClassLabels)
+    spec = reference or (extractor.name if usual else "")
     if not spec:
-        raise InputError("--reference: missing; expected a folder of real pictures")
-    pictures, most = open_data(spec, size, channels), 5000
+        raise InputError(f"--reference: missing; expected a folder of real pictures, or one of {', '.join(PACKAGED)}")
+    options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
+    pictures, most = open_data(spec, size, channels, **options), 5000
+    pictures.check()
+    flags.say(said_of(pictures.account))
     count = len(pictures)
     return pictures.uint8([i * count // most for i in range(most)] if count > most else None)
 

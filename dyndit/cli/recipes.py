@@ -24,10 +24,23 @@ def modules() -> dict[str, str]:
     return _modules(recipes) | _modules(studies)
 
 
+def quickstarts() -> dict[str, str]:
+    """Name the recipes that define a `quickstart`, by family: "flow" -> "digits_flow"."""
+    found = (name for name in packaged() if hasattr(importlib.import_module(modules()[name]), "quickstart"))
+    return {name.removeprefix("digits_"): name for name in found}
+
+
 def _modules(package: ModuleType) -> dict[str, str]:
     """Name the recipes of a package: "digits" -> "dyndit.recipes.digits"."""
     found = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
     return {name: f"{package.__name__}.{name}" for name in sorted(found)}
+
+
+def check_name(recipe: str) -> None:
+    """Refuse a recipe that is no name and no file. Raises InputError."""
+    if recipe not in modules() and not Path(recipe).is_file():
+        expected = f"a path, one of {', '.join(packaged())}, or a study of {studies.__name__}"
+        raise InputError(f"recipe {recipe}: no such file; expected {expected}")
 
 
 def find(recipe: str, attribute: str, kind: type[T]) -> T:
@@ -35,15 +48,12 @@ def find(recipe: str, attribute: str, kind: type[T]) -> T:
 
     Raises InputError: no such recipe, or its attribute is missing or of another kind.
     """
-    known = modules()
-    if recipe in known:
-        found = getattr(importlib.import_module(known[recipe]), attribute, None)
-    elif Path(recipe).is_file():
+    check_name(recipe)
+    if (module := modules().get(recipe)) is not None:
+        found = getattr(importlib.import_module(module), attribute, None)
+    else:
         # Run a path, do not import it: the file may lie anywhere. Its user trusts it as much as with `python FILE`.
         found = runpy.run_path(recipe, run_name="dyndit_recipe").get(attribute)
-    else:
-        expected = f"a path, one of {', '.join(packaged())}, or a study of {studies.__name__}"
-        raise InputError(f"recipe {recipe}: no such file; expected {expected}")
     if not isinstance(found, kind):
         raise InputError(f"recipe {recipe}: defines no `{attribute}`; expected a {kind.__name__}")
     return found

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -27,18 +29,37 @@ class MoreSets:
     """VGG16 and LPIPS weights in one file: adds LPIPS to paired."""
 
 
+@dataclass(frozen=True)
+class AboutReference:
+    """What is known of a reference of statistics that does not say it. The row and the report note what is unknown."""
+
+    reference_extractor: str = ""
+    """Name of the extractor that made the statistics."""
+    reference_resize: str = ""
+    """How their pictures came to their size."""
+    reference_count: int | None = None
+    """Number of their pictures."""
+    reference_source: str = ""
+    """What the pictures are, such as "ImageNet train"."""
+
+
 def evaluate(
-    samples: flags.Positional[Path],
+    samples: flags.Positional[Path | None] = None,
     /,
-    reference: str,
+    reference: str = "",
     extractor: str = "inception",
     extractor_weights: Path | None = None,
     metrics: tuple[str, ...] = ("fd", "kid", "is", "prc"),
     more: flags.Unnamed[MoreSets] = MoreSets(),
+    about: flags.Unnamed[AboutReference] = AboutReference(),
+    resize_and_crop: int | None = None,
+    resize_method: str = "adm",
+    skip_damaged: bool = False,
     force: bool = False,
     save_reference: Path | None = None,
     cache: Path | None = None,
     out: Path | None = None,
+    self_check: Path | None = None,
     device: flags.Device = "auto",
     json_: flags.Json = False,
 ) -> None:
@@ -47,45 +68,69 @@ def evaluate(
     Features are computed once per set of pictures and kept, by content.
 
     Args:
-        samples: Folder of pictures (searched in depth) or an .npz file.
-        reference: The same of real pictures, an .npz of ADM (pictures or statistics), or "digits".
+        samples: Pictures: a folder (searched in depth), .zip, .tar (WebDataset), .npz, or a data set of Hugging Face.
+        reference: The same of real pictures, statistics (of ADM, EDM, pytorch-fid, torch-fidelity), or one of
+            {data_sets}.
         extractor: One of {extractors}.
         extractor_weights: Its weights, if they do not ship with the package.
         metrics: Any of {metrics}.
         more: Sets that some metrics compare with besides the reference.
+        about: What is known of a reference of statistics.
+        resize_and_crop: Crop the pictures on disk to a square, and resize them to this side.
+        resize_method: How: adm (ADM's halving with a box filter, bicubic, centre crop), clean-fid (centre crop, bicubic
+            on floats) or bicubic (as training does).
+        skip_damaged: Leave damaged pictures out, counted and listed; otherwise the first is refused.
         force: Compute the distance even of fewer pictures than features, or of a set that `dyndit sample` has not
             finished; the figures are marked as forced.
         save_reference: An .npz for the reference's statistics, which can stand for it later (fd, sfid, fd-infinity).
         cache: Folder to keep features in (default: $DYNDIT_CACHE, else $XDG_CACHE_HOME/dyndit, else ~/.cache/dyndit).
         out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
             are one seed block.
+        self_check: Only check Inception's weights in this file: their hash, and the distance of made pictures against
+            torch-fidelity's; exit status 1 if it fails.
     """
+    if self_check is not None:
+        from dyndit.analysis.metrics.self_check import self_check as checks
+
+        _print_checks(checks(self_check, _device(device)), json_)
+        return
+    if samples is None or not reference:
+        raise InputError("evaluate: expected SAMPLES and --reference, or --self-check WEIGHTS")
     from dyndit import files
     from dyndit.analysis import append_run, load_extractor, save_statistics
-    from dyndit.analysis.metrics.features import cache_folder
     from dyndit.analysis.metrics.quality import evaluate as compare
     from dyndit.analysis.metrics.quality import reference_statistics
-    from dyndit.analysis.report.runs import RUNS, row_of_samples
-    from dyndit.runtime import chosen_device
-    from dyndit.training.data import open_data
+    from dyndit.analysis.metrics.statistics import Told
+    from dyndit.analysis.report.runs import RUNS, check_addable, row_of_samples
+    from dyndit.pictures.check import cache_folder
+    from dyndit.pictures.collection import said_of
+    from dyndit.pictures.resize import Resize
+    from dyndit.training.data import PACKAGED, open_data
 
     if out is not None:
         with locked(out, wait=_PATIENCE):  # refuse it before the work
             pass
-    device = chosen_device(device)
-    real = open_data("digits").uint8() if reference == "digits" else Path(reference)
+    device = _device(device)
+    resize = None if resize_and_crop is None else Resize(resize_and_crop, resize_method)
+    told = Told(about.reference_extractor, about.reference_resize, about.reference_count, about.reference_source)
+    real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
-    figures = compare(samples, real, network, metrics, force, cache=kept, **vars(more))
+    reading = {"resize": resize, "skip_damaged": skip_damaged}
+    figures = compare(samples, real, network, metrics, force, cache=kept, told=told, **reading, **vars(more))
+    for account in figures.get("skipped", {}).values():
+        flags.say(said_of(account))
     _print_figures(figures)
     if save_reference is not None:
-        save_statistics(save_reference, reference_statistics(real, network, "sfid" in metrics, kept))
+        save_statistics(save_reference, reference_statistics(real, network, "sfid" in metrics, kept, **reading))
         print(f"statistics of the reference: {save_reference}")
     if out is not None:
         row = row_of_samples(samples, figures, run=out.name)
         with locked(out, wait=_PATIENCE):
             files.sweep(out)
+            warnings = check_addable(out / RUNS, row)
             append_run(out / RUNS, row)
+        flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
         print(json.dumps(figures))
@@ -94,7 +139,8 @@ def evaluate(
 def _print_figures(figures: dict[str, object]) -> None:
     """Print a line per figure of `evaluate`: intervals beside their figures, paired distances last."""
     ends = ("_low", "_high")
-    shown = {k: v for k, v in figures.items() if k not in ("metric", "extractor") and not k.endswith(ends)}
+    apart = ("metric", "extractor", "skipped")
+    shown = {k: v for k, v in figures.items() if k not in apart and not k.endswith(ends)}
     names = {"fd": figures["metric"], "fd_infinity": f"{figures['metric']}, N=inf", "sfid": f"s{figures['metric']}"}
     paired = {k: v for k, v in shown.items() if k.startswith("paired_")}
     for name, value in shown.items():
@@ -114,7 +160,7 @@ def bench(
     model: flags.Positional[str] = "",
     /,
     depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
-    solver: str = "ddim",
+    solver: str = "",
     steps: int = 20,
     cfg_scale: flags.CfgScale = 1.5,
     batch_size: tuple[int, ...] = (1, 8, 64),
@@ -122,6 +168,7 @@ def bench(
     until: float = 0.02,
     max_rounds: int | None = None,
     num_heads: flags.NumHeads = None,
+    weights: flags.Weights = None,
     process: str = "",
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -142,7 +189,7 @@ def bench(
     Args:
         model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
         depth: Which depths to run beside full depth.
-        solver: One of {solvers}.
+        solver: One of {solvers} (default: the usual solver of the model's process).
         steps: Sampling steps.
         batch_size: Pictures at a time; several are timed one after the other.
         rounds: Timed rounds at least; each runs every arm once.
@@ -150,7 +197,7 @@ def bench(
             exactly --rounds.
         max_rounds: Rounds at most (default: 60, or --rounds if that is more).
         process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder of a diffusers AutoencoderKL that decodes latents, or "random:f8" for random weights.
+        vae: Folder or hub id of an autoencoder of diffusers that decodes latents, or "random:f8" for random weights.
         in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
         compile: Compile every block and exit head first, for all arms alike.
         self_check: Only check the timing on work of known time (the same twice, a sleep, twice the work); exit
@@ -180,8 +227,12 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device=device)
+        told = {"num_heads": num_heads, "process": process or None, "weights": weights}
+        loaded = checkpoints.inspect(model, device=device, **told)
+        for note in loaded.notes:
+            print(note)
         dynamic, model = loaded.model, str(loaded.folder or model)
+    solver = solver or dynamic.process.usual_solver
     full = full_plan(dynamic, solver, steps, cfg_scale)
     plan = flags.chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
     resolve_plan(dynamic, plan, solver, steps, cfg_scale, origin=str(depth.plan or "plan"))
@@ -207,9 +258,22 @@ def _self_check(device: str, json_: bool) -> None:
     """Check the timing on work of known time and print the result. Exit with status 1 if a check fails."""
     from dyndit.analysis.compare import bench_check
 
-    checks = bench_check.self_check(bench_check.known_work(device))
+    _print_checks(bench_check.self_check(bench_check.known_work(device)), json_)
+
+
+def _device(device: str) -> str:
+    from dyndit.runtime import chosen_device
+
+    return chosen_device(device)
+
+
+def _print_checks(checks: Iterable[Any], json_: bool) -> None:
+    """Print checks as they come. Exit with status 1 if one fails."""
+    done = []
     for check in checks:
         print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
+        done.append(check)
+    checks = done
     if json_:
         print(json.dumps({"checks": [vars(check) for check in checks]}))
     if not all(check.passed for check in checks):
@@ -235,7 +299,7 @@ def report(
     from rich.console import Console
 
     from dyndit.analysis import read_runs, summary, terminal_table, write_report
-    from dyndit.analysis.report.runs import GROUP
+    from dyndit.analysis.report.runs import GROUP, is_sealed
     from dyndit.analysis.report.verify import verify as mismatches
 
     if verify is not None:
@@ -248,20 +312,34 @@ def report(
         raise InputError("report: expected folders of runs and --out DIR, or --verify REPORT")
     write_report(list(runs), out, margin=margin)
     for path in runs:
+        if not is_sealed(path):
+            print(f"{path}: its rows have no checksum; they are taken as they are")
         for _, rows in read_runs(path).groupby(GROUP, sort=False):
             if (rows["role"] == "score").any():
                 Console().print(terminal_table(summary(rows, margin)))
     print(f"report: {out / 'report.html'}")
 
 
-def quickstart(out: Path = Path("runs/quickstart"), from_scratch: bool = False, json_: flags.Json = False) -> None:
-    """Make the digits model dynamic and measure what that saves: a few minutes on two CPU cores.
+def quickstart(
+    family: str = "digits", out: Path | None = None, from_scratch: bool = False, json_: flags.Json = False
+) -> None:
+    """Make a model of digits dynamic and measure what that saves: a few minutes on two CPU cores.
 
     Args:
-        out: Folder of the run; what is there and valid is not done again.
+        family: One of {families}. Only the first ships with its backbone; the others train theirs.
+        out: Folder of the run; what is there and valid is not done again (default: runs/quickstart, or
+            runs/quickstart-FAMILY).
         from_scratch: Train the backbone too, in place of the shipped backbone.
     """
-    _compare("digits", "quickstart", out, from_scratch=from_scratch, json_=json_)
+    from dyndit.analysis.compare.experiment import Experiment
+    from dyndit.cli.recipes import find, quickstarts
+
+    if family not in (known := quickstarts()):
+        raise InputError(f"--family {family}: expected one of {', '.join(known)}")
+    recipe = known[family]
+    out = out or Path("runs/quickstart" if family == "digits" else f"runs/quickstart-{family}")
+    ships = bool(find(recipe, "quickstart", Experiment).model)
+    _compare(recipe, "quickstart", out, from_scratch=from_scratch or not ships, json_=json_)
 
 
 def compare(

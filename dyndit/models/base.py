@@ -52,11 +52,23 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class State:
-    """The state between two blocks. Every tensor has the batch first; other fields serve all rows.
+class PerRow:
+    """Several tensors in one field of a state, each with the batch first. Example: the residuals of a ControlNet."""
 
-    tokens: (B, N, D), cond: (B, D) modulates the exit heads. The class-conditional DiT sums the timestep and label
-    embeddings into it. Families with more streams subclass this with further fields.
+    values: tuple[Tensor, ...]
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        """Return the tensors of these rows of the batch."""
+        return PerRow(tuple(value[rows] for value in self.values))
+
+
+@dataclass(frozen=True)
+class State:
+    """The state between two blocks. A `Tensor` or `PerRow` has the batch first; other fields serve all rows.
+
+    tokens: (B, N, D), cond: (B, D) modulates the exit heads; (B, N, D) in a call with a timestep per token. The
+    class-conditional DiT sums the timestep and label embeddings into it. Families with more streams subclass this with
+    further fields.
     """
 
     tokens: Tensor
@@ -68,10 +80,14 @@ class State:
             return self
         return self.take(slice(start, stop))
 
+    def for_head(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the conditioning that an exit head takes. Families of several streams join them."""
+        return self.tokens, self.cond
+
     def take(self, rows: slice | Tensor) -> Self:
         """Return the state of these rows of the batch.  rows: a slice, or integers (R,)."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(self, **{name: v[rows] for name, v in values.items() if isinstance(v, Tensor | PerRow)})
 
 
 class BackboneConfig(Protocol):
@@ -97,7 +113,7 @@ class Backbone(nn.Module):
 
     num_blocks: int
     width: int
-    """D, the width of `State.cond` and `State.tokens`."""
+    """D, the width of `State.tokens`, and of `State.cond` unless `cond_width` differs."""
     sample_shape: tuple[int, ...]
     """Shape of one picture or latent, (C, H, W), or of one video, (C, T, H, W)."""
     out_channels: int
@@ -108,9 +124,18 @@ class Backbone(nn.Module):
     """The process assumed for weights of this family unless they name another process."""
 
     @property
+    def cond_width(self) -> int:
+        """Return the width of `State.cond`."""
+        return self.width
+
+    @property
     def in_channels(self) -> int:
         """Return the number of input channels."""
         return self.sample_shape[0]
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Tell if the backbone takes inputs of this shape, (C, ...). By default it takes `sample_shape` alone."""
+        return tuple(shape) == tuple(self.sample_shape)
 
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> State:
         """Return the state before block 0.  x: (B, C, H, W), t: (B,), y: (B,) or a `Conditioning`."""
@@ -150,13 +175,14 @@ class Backbone(nn.Module):
         tensors: the weights as a file will hold them (default: `tensors()`). process: the model's process. A process
         other than `usual_process` changes the name.
         """
-        return identity_of(self.tensors() if tensors is None else tensors, self._unseen_text(process))
+        return identity_of(self.tensors() if tensors is None else tensors, self.unseen_text(process))
 
     def checksum(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
         """Return an exact checksum of the weights, for files. See `identity` for the arguments."""
-        return tensors_hash(self.tensors() if tensors is None else tensors, self._unseen_text(process))
+        return tensors_hash(self.tensors() if tensors is None else tensors, self.unseen_text(process))
 
-    def _unseen_text(self, process: Process | None) -> str:
+    def unseen_text(self, process: Process | None) -> str:
+        """Write `unseen` and a process other than the usual one as text, for hashes."""
         other = {} if process in (None, self.usual_process) else {"process": process.config()}
         return json.dumps(self.unseen() | other, sort_keys=True)
 

@@ -43,7 +43,23 @@ class Conditioning:
 
 
 Condition = Tensor | Conditioning
-"""Labels (B,), or a `Conditioning` of B rows."""
+"""Labels (B,), words of captions (B, S), or a `Conditioning` of B rows."""
+
+
+Value = int | str
+"""What a user asks for: the number of a class, or a caption."""
+
+
+class Described(Protocol):
+    """Pictures with a label and a caption each."""
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Return the class of every picture."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """Return the caption of every picture."""
 
 
 class ConditionType(Protocol):
@@ -62,14 +78,24 @@ class ConditionType(Protocol):
         of the step do not change.
         """
 
-    def of(self, values: Sequence[object], device: torch.device | str = "cpu") -> Condition:
-        """Build the condition of these values, one row per value. A class label is a whole number.
+    def plain(self, values: Sequence[Value]) -> list[Value]:
+        """Check values, and return them as plain numbers or text.
 
         Raises InputError, naming a value that this model does not know.
         """
 
-    def in_turn(self, num: int, first: int = 0) -> list[object]:
+    def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Condition:
+        """Build the condition of these values, one row per value.
+
+        Raises:
+            InputError: see `plain`.
+        """
+
+    def in_turn(self, num: int, first: int = 0) -> list[Value]:
         """Return values for pictures `first` to `first + num - 1` of an evaluation: every class in turn."""
+
+    def values_of(self, pictures: Described) -> Sequence[Value]:
+        """Return the value of every picture of a data set: its labels, or its captions."""
 
     def example(self, rows: int, generator: torch.Generator | None = None) -> Condition:
         """Draw a random condition of `rows` rows, for tests and timing."""
@@ -105,16 +131,26 @@ class ClassLabels:
             return condition
         return torch.where(lost.to(condition.device), self.null_label, condition)
 
-    def of(self, values: Sequence[object], device: torch.device | str = "cpu") -> Tensor:
-        """See `ConditionType`.  labels -> (B,)."""
+    def plain(self, values: Sequence[Value]) -> list[Value]:
+        """See `ConditionType`.  labels -> whole numbers."""
+        if words := [value for value in values if isinstance(value, str)]:
+            raise InputError(f"--prompt {words[0]!r:.40}: this model takes class labels, 0 to {self.num_classes - 1}")
         labels = [int(value) for value in values]
         if bad := [label for label in labels if not 0 <= label < self.num_classes]:
             raise InputError(f"--class-labels {bad[0]}: expected 0 to {self.num_classes - 1}")
-        return torch.tensor(labels, device=device)
+        return labels
 
-    def in_turn(self, num: int, first: int = 0) -> list[object]:
+    def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Tensor:
+        """See `ConditionType`.  labels -> (B,)."""
+        return torch.tensor(self.plain(values), device=device)
+
+    def in_turn(self, num: int, first: int = 0) -> list[Value]:
         """See `ConditionType`."""
         return [i % self.num_classes for i in range(first, first + num)]
+
+    def values_of(self, pictures: Described) -> Sequence[Value]:
+        """See `ConditionType`."""
+        return pictures.labels
 
     def example(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """See `ConditionType`.  -> (rows,)."""
@@ -135,11 +171,19 @@ class GivenRows:
         """Return the condition unchanged."""
         return condition
 
-    def of(self, values: Sequence[object], device: torch.device | str = "cpu") -> Condition:
+    def plain(self, values: Sequence[Value]) -> list[Value]:
         """Refuse: the pipeline makes the conditions."""
         raise InputError("condition: this model's come from its pipeline; expected calls of the pipeline")
 
-    def in_turn(self, num: int, first: int = 0) -> list[object]:
+    def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Condition:
+        """Refuse: the pipeline makes the conditions."""
+        raise InputError("condition: this model's come from its pipeline; expected calls of the pipeline")
+
+    def in_turn(self, num: int, first: int = 0) -> list[Value]:
+        """Refuse: the pipeline makes the conditions."""
+        raise InputError("condition: this model's come from its pipeline; expected calls of the pipeline")
+
+    def values_of(self, pictures: Described) -> Sequence[Value]:
         """Refuse: the pipeline makes the conditions."""
         raise InputError("condition: this model's come from its pipeline; expected calls of the pipeline")
 

@@ -1,10 +1,10 @@
 """The class-conditional Diffusion Transformer of Peebles and Xie, "Scalable Diffusion Models with Transformers"
-(ICCV 2023, arXiv:2212.09748), with adaLN-Zero blocks.
+(ICCV 2023, arXiv:2212.09748), with adaLN-Zero blocks or one of the paper's three other ways to condition.
 
 Parameters have the names of the published checkpoints (and of timm), so published state dicts load directly.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
+from dyndit.models.conditioning import CONDITIONINGS, ConditioningName
 from dyndit.models.conditions import ClassLabels
-from dyndit.models.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, position_features, zero_linear
+from dyndit.models.layers import LabelEmbedder, TimestepEmbedder, position_features
 from dyndit.process import Process
 
-Convention = Literal["timesteps", "sit"]
+Convention = Literal["timesteps", "sit", "repa"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class DiTConfig:
     """Timestep features cos(t * 10000^(-i / (128 - shift))): 0 in the published code, 1 in diffusers' DiT."""
     convention: Convention = "timesteps"
     """Time and velocity that the weights expect. "timesteps": time rises from 0 (the picture) to 1000, velocity is
-    eps - x_0. "sit", as in SiT's code: time is 1 - t / 1000, velocity is x_0 - eps. The backbone converts both."""
+    eps - x_0. "sit", as in SiT's code: time is 1 - t / 1000, velocity is x_0 - eps. "repa", as in REPA's code: time is
+    t / 1000, velocity is eps - x_0. The backbone converts both."""
+    conditioning: ConditioningName = "adaln-zero"
+    """How blocks learn of timestep and label (`dyndit.models.conditioning`). Published weights are adaln-zero."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.image_size, int):  # JSON makes a pair a list
@@ -51,8 +55,9 @@ class DiTConfig:
         for name in ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.convention not in get_args(Convention):
-            raise InputError(f"convention {self.convention!r:.40}: expected one of {', '.join(get_args(Convention))}")
+        for name, known in (("convention", get_args(Convention)), ("conditioning", CONDITIONINGS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} {getattr(self, name)!r:.40}: expected one of {', '.join(known)}")
         for size in self.size:
             if size < 1:
                 raise InputError(f"image_size {size}: expected at least 1")
@@ -81,7 +86,8 @@ _UNSEEN = ("num_heads", "norm_eps", "mlp_norm_eps", "frequency_shift")
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 CARDS: dict[str, DiTConfig] = {
-    f"DiT-{size}/{patch}": DiTConfig(num_blocks=blocks, width=width, num_heads=heads, patch_size=patch)
+    f"DiT-{size}/{patch}{suffix}": DiTConfig(side, patch, num_blocks=blocks, width=width, num_heads=heads)
+    for suffix, side in (("", 32), ("-512", 64))
     for size, (blocks, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 } | {
@@ -89,7 +95,8 @@ CARDS: dict[str, DiTConfig] = {
     "digits": DiTConfig(8, 2, 1, width=96, num_blocks=12, num_heads=3, num_classes=10),
     "cifar10": DiTConfig(32, 4, 3, width=192, num_blocks=12, num_heads=3, num_classes=10),
 }
-"""The twelve models of the paper (Table 1; 256 px: latents of 32 x 32 x 4) and the small presets."""
+"""The twelve models of the paper (Table 1) for 256 px (latents of 32 x 32 x 4) and, with "-512", for 512 px, and the
+small presets."""
 
 
 class ClassConditionalDiT(Backbone):
@@ -110,14 +117,19 @@ class ClassConditionalDiT(Backbone):
         self.t_embedder = TimestepEmbedder(c.width, c.frequency_shift)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width, c.label_dropout)
         self.pos_embed = nn.Parameter(position_features(*c.grid, c.width)[None], requires_grad=False)
+        self._conditioning = CONDITIONINGS[c.conditioning]
         self.blocks = nn.ModuleList(
-            DiTBlock(c.width, c.num_heads, c.mlp_ratio, c.norm_eps, c.mlp_norm_eps) for _ in range(c.num_blocks)
+            self._conditioning.block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps, c.mlp_norm_eps)
+            for _ in range(c.num_blocks)
         )
-        self.final_layer = FinalLayer(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
+        self.final_layer = self._conditioning.final(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Set weights: Xavier in linear maps, N(0, 0.02) in embedders, zero in modulations and output (Sec. 3.2)."""
+        """Set weights: Xavier in linear maps, N(0, 0.02) in embedders, zero in the output (Sections 3.2 and 4).
+
+        Of the modulations, only adaLN-Zero's are zero.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -126,10 +138,8 @@ class ClassConditionalDiT(Backbone):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedder.weight, std=0.02)
-        for block in self.blocks:
-            block.reset()
-        zero_linear(self.final_layer.adaLN_modulation[-1])
-        zero_linear(self.final_layer.linear)
+        for module in (*self.blocks, self.final_layer):
+            module.reset()
 
     def config(self) -> dict[str, object]:
         """Return the fields of `DiTConfig`."""
@@ -147,18 +157,21 @@ class ClassConditionalDiT(Backbone):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> State:
         """Embed the inputs.  x: (B, C, H, W), t: (B,), y: (B,) -> State."""
+        if self._config.convention != "timesteps":
+            t = t / Process.num_timesteps
         if self._config.convention == "sit":
-            t = 1 - t / Process.num_timesteps
-        return State(self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y))
+            t = 1 - t
+        tokens = self.x_embedder(x) + self.pos_embed
+        return self._conditioning.state(tokens, self.t_embedder(t), self.y_embedder(y))
 
     def block(self, index: int, state: State) -> State:
         """Run block `index`. With gradient checkpointing, the backward pass runs it again."""
-        block = self.blocks[index]
+        block, given = self.blocks[index], self._conditioning.given(state)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            tokens = torch.utils.checkpoint.checkpoint(block, state.tokens, state.cond, use_reentrant=False)
+            tokens = torch.utils.checkpoint.checkpoint(block, state.tokens, given, use_reentrant=False)
         else:
-            tokens = block(state.tokens, state.cond)
-        return State(tokens, state.cond)
+            tokens = block(state.tokens, given)
+        return replace(state, tokens=tokens)
 
     def block_modules(self) -> list[nn.Module]:
         """Return the blocks."""
@@ -170,7 +183,7 @@ class ClassConditionalDiT(Backbone):
 
     def new_exit_head(self) -> nn.Module:
         """Return a copy of the final layer."""
-        head = FinalLayer(self.width, self.final_layer.linear.out_features, self._config.norm_eps)
+        head = self._conditioning.final(self.width, self.final_layer.linear.out_features, self._config.norm_eps)
         head.load_state_dict(self.final_layer.state_dict())
         return head
 

@@ -17,7 +17,7 @@ from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import Gaps, forecast_gap, remembered
-from dyndit.models.identity import VERSION_1, Identity, check, identity_of, sketch, tensors_hash
+from dyndit.models.identity import VERSION_1, AutoencoderRecord, Identity, check, identity_of, sketch, tensors_hash
 from dyndit.process import Process
 
 
@@ -148,6 +148,8 @@ class DynamicDepth(ModelMixin):
         """True if pictures are pixels in [-1, 1] (predicted x0 is clamped to it); False for latents."""
         self.process = backbone.usual_process if process is None else process
         """The process: how noise and picture mix, and the quantity that the backbone predicts."""
+        self.autoencoder: AutoencoderRecord | None = None
+        """The autoencoder that made the latents, if it is known."""
         self._identity: tuple[str, Identity] | None = None
 
     @property
@@ -254,11 +256,11 @@ class DynamicDepth(ModelMixin):
     @property
     def identity(self) -> Identity:
         """Return the hashes that exits, plans and tables are bound to. Computed again only after weights change."""
-        seen = sketch(self.state_dict())
+        seen = sketch(self.state_dict()) + self.backbone.unseen_text(self.process)
         if self._identity is None or self._identity[0] != seen:
             exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
             self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
-        return self._identity[1]
+        return replace(self._identity[1], autoencoder=self.autoencoder.hash if self.autoencoder else "")
 
     def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:
         """Refuse hashes of another backbone or of other exits: see `dyndit.models.identity.check`."""

@@ -61,7 +61,7 @@ class WideHead(nn.Module):
     def __init__(self, backbone: Backbone, hidden: int) -> None:
         super().__init__()
         self.final = backbone.new_exit_head()
-        self.hidden = HiddenLayer(backbone.width, hidden).to(next(self.final.parameters()))
+        self.hidden = HiddenLayer(backbone.width, hidden, backbone.cond_width).to(next(self.final.parameters()))
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
@@ -71,17 +71,17 @@ class WideHead(nn.Module):
 class HiddenLayer(nn.Module):
     """The MLP half of an adaLN block, ungated. It starts as the identity because its output map is zero."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, cond_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 2 * width))
         zero_linear(self.mlp.fc2)
         zero_linear(self.adaLN_modulation[-1])
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """Add the MLP.  tokens: (B, N, D), cond: (B, D) -> (B, N, D)."""
-        shift, scale = self.adaLN_modulation(cond).chunk(2, dim=1)
+        """Add the MLP.  tokens: (B, N, D), cond: see `State` -> (B, N, D)."""
+        shift, scale = self.adaLN_modulation(cond).chunk(2, dim=-1)
         return tokens + self.mlp(modulate(self.norm(tokens), shift, scale))
 
 
@@ -125,7 +125,7 @@ class Exits(nn.Module):
 
     def patches(self, state: State, depth: int) -> Tensor:
         """Predict at the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
-        return self.heads[str(depth)](state.tokens, state.cond)
+        return self.heads[str(depth)](*state.for_head())
 
     def alike(self) -> dict[int, int]:
         """Map each depth to the first depth whose head has the same shapes and therefore the same cost."""

@@ -30,8 +30,9 @@ class Gaps:
 
 
 def remembered(earlier: Sequence[Gaps], timestep: float, gaps: Mapping[int, Tensor]) -> tuple[Gaps, ...]:
-    """Append one full step and keep the last two, the later step last."""
-    return (*earlier[-1:], Gaps(timestep, gaps))
+    """Append one full step and keep the last two, the later step last. A step evaluated again replaces itself."""
+    before = [known for known in earlier if known.timestep != timestep]
+    return (*before[-1:], Gaps(timestep, gaps))
 
 
 def forecast_gap(

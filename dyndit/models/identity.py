@@ -20,11 +20,31 @@ VERSION_1 = "v1:"
 
 
 @dataclass(frozen=True)
+class AutoencoderRecord:
+    """The autoencoder that made a model's latents. source: its hub id with the commit; "" if it has none."""
+
+    kind: str
+    hash: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Identity:
-    """Hashes of a model's backbone and of its exits ("" without exits)."""
+    """Hashes of a model's backbone, of its exits ("" without exits), and of its autoencoder ("" if none is recorded).
+
+    Exits, plans and tables are bound to backbone and exits. Comparisons of pictures also need the autoencoder.
+    """
 
     backbone: str
     exits: str
+    autoencoder: str = ""
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return a weight's values as an ordinary tensor. Quantisers keep integers and scales; they are multiplied out."""
+    tensor = tensor.detach()
+    quantised = type(tensor).dequantize is not Tensor.dequantize
+    return tensor.dequantize() if quantised else tensor
 
 
 def identity_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
@@ -34,7 +54,7 @@ def identity_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
     """
     straight, through_half = hashlib.sha256(more.encode()), hashlib.sha256(more.encode())
     for name in sorted(tensors):
-        values = tensors[name].detach().cpu()
+        values = plain(tensors[name]).cpu()
         head = f"{name}{tuple(values.shape)}".encode()
         for digest, rounded in ((straight, values), (through_half, values.half())):
             digest.update(head)
@@ -49,7 +69,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], more: str = "") -> str:
     """
     digest = hashlib.sha256(more.encode())
     for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        values = plain(tensors[name]).to("cpu", torch.float32).contiguous()
         digest.update(f"{name}{tuple(values.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -70,7 +90,7 @@ def sketch(tensors: Mapping[str, Tensor], samples: int = 8) -> str:
     for name, tensor in tensors.items():
         if tensor.is_meta:  # offloaded: nothing to look at
             continue
-        picked = tensor.detach().flatten()[:: max(1, tensor.numel() // samples)][:samples]
+        picked = plain(tensor).flatten()[:: max(1, tensor.numel() // samples)][:samples]
         changes = 0 if tensor.is_inference() else tensor._version
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}{changes}".encode())
         digest.update(picked.to("cpu", torch.float32).numpy().tobytes())

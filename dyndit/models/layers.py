@@ -31,7 +31,9 @@ def position_features(rows: int, columns: int, width: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift every token.  x: (B, N, D), shift and scale: (B, D) -> (B, N, D)."""
+    """Scale and shift every token.  x: (B, N, D), shift and scale: (B, D) or (B, N, D) -> (B, N, D)."""
+    if shift.ndim == 3:
+        return x * (1 + scale) + shift
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -66,6 +68,8 @@ class LabelEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
 
+    num_modulations = 6
+
     def __init__(
         self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float, mlp_norm_eps: float | None = None
     ) -> None:
@@ -74,7 +78,7 @@ class DiTBlock(nn.Module):
         self.attn = Attention(width, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps or norm_eps, elementwise_affine=False)
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Run the block.  x: (B, N, D), c: (B, D) -> (B, N, D)."""
@@ -100,6 +104,11 @@ class FinalLayer(nn.Module):
         """Predict patches.  x: (B, N, D), c: (B, D) -> (B, N, patch * patch * C_out)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+    def reset(self) -> None:
+        """Zero the modulation and the output."""
+        zero_linear(self.adaLN_modulation[-1])
+        zero_linear(self.linear)
 
 
 def zero_linear(linear: nn.Linear) -> None:

@@ -52,16 +52,16 @@ class CostModel:
 
     def plan_seconds(self, plan: DepthPlan) -> float:
         """Predict the seconds from noise to picture for one batch."""
-        return sum(map(self.step_seconds, plan.steps))
+        return sum(n * self.step_seconds(step) for n, step in zip(plan.calls_by_step, plan.steps, strict=True))
 
     def network_seconds(self, plan: DepthPlan) -> float:
         """Predict the seconds in the network alone, without the solver."""
-        return self.plan_seconds(plan) - plan.num_steps * self.solver
+        return self.plan_seconds(plan) - sum(plan.calls_by_step) * self.solver
 
     def share_of_time(self, plan: DepthPlan) -> float:
         """Predict the time as a share of the full plan's time at the same steps."""
         full = self.step_seconds(full_step(plan.num_blocks, plan.cfg_scale))
-        return self.plan_seconds(plan) / (full * plan.num_steps)
+        return self.plan_seconds(plan) / (full * sum(plan.calls_by_step))
 
     def _leave(self, parts: PartTimes, depth: int) -> float:
         return parts.head if depth == self.num_blocks else parts.exits.get(depth, parts.exit)

@@ -17,8 +17,14 @@ from dyndit.stats import FrechetTo, Moments
 class Predictor:
     """Predict from a table at given timesteps: plan -> Fréchet distance to the reference."""
 
-    def __init__(self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None) -> None:
-        """Read the table.  base: moments of full depth at these steps (default: the table's moments)."""
+    def __init__(
+        self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None, calls: Sequence[int] = ()
+    ) -> None:
+        """Read the table.
+
+        base: moments of full depth at these steps (default: the table's moments). calls: of the network, per step
+        (default: one).
+        """
         self.table = table
         self.base = table.base if base is None else base
         self.unbias = self.base.num / (self.base.num - 1)
@@ -29,6 +35,7 @@ class Predictor:
         self.mean = pad(table.mean, (0, 0, 0, 1))  # the shift of full depth, which comes last, is zero
         self.second = pad(table.second, (0, 0, 0, 0, 0, 1))
         self.frechet = FrechetTo(table.reference)
+        self.calls = torch.tensor(calls or [1] * len(timesteps), dtype=torch.float64)
         self.seconds = torch.tensor([table.cost.step_seconds(c) for c in self.choices], dtype=torch.float64)
 
     def coverage(self, choices: Tensor) -> Tensor:
@@ -80,6 +87,10 @@ class Predictor:
         if step in self.index:
             return self.index[step]
         return int(np.argmin([_distance(choice, step) for choice in self.choices]))
+
+    def spent(self, choices: Tensor) -> Tensor:
+        """Predict the seconds of plans.  choices: (..., K) -> (...)."""
+        return (self.calls * self.seconds[choices]).sum(-1)
 
     def settled(self, choices: Tensor) -> Tensor:
         """Replace forecasts that have no measured age by plain exits.  choices: (M, K) -> (M, K)."""

@@ -44,7 +44,7 @@ def refined(
     """
     if rounds < 1:
         raise InputError(f"--refinements {rounds}: expected at least 1")
-    predictor, seen = Predictor(table, full.timesteps, base), set()
+    predictor, seen = Predictor(table, full.timesteps, base, full.calls), set()
     measured_before = [plan for plan in smaller if "calibrated_fd" in plan.figures]
     best = min(measured_before, key=lambda plan: plan.figures["calibrated_fd"], default=None)
     least = math.inf if best is None else best.figures["calibrated_fd"]

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan, Router
-from dyndit.plans.step import NoGuide, Step, Unconditional
+from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.process import DDPM, Process
 
 F = TypeVar("F", bound=Callable[..., DepthPlan])
@@ -26,21 +26,29 @@ def router(function: F) -> F:
     return function
 
 
-def parse_router(text: str) -> Router:
+def parse_router(text: str, process: Process = DDPM()) -> Router:
     """Read a router such as "ramp:3" or "ramp:3,12,1.5". Settings follow the order of the function's arguments.
 
-    Raises InputError for an unknown router, or for settings that the router does not take.
+    process: the model's process, for routers that ask for noise levels. Raises InputError for an unknown
+    router, or for settings that the router does not take.
     """
     name, _, rest = text.partition(":")
     if name not in ROUTERS:
         raise InputError(f"--router {text}: expected one of {', '.join(ROUTERS)}, with its settings (ramp:3)")
     try:
         settings = [float(value) for value in rest.split(",") if value]
-        inspect.signature(ROUTERS[name]).bind(None, None, *settings)
+        _settings_of(ROUTERS[name]).bind(*settings)
     except (ValueError, TypeError) as error:
-        wanted = ", ".join(list(inspect.signature(ROUTERS[name]).parameters)[2:])
+        wanted = ", ".join(_settings_of(ROUTERS[name]).parameters)
         raise InputError(f"--router {text}: expected {name}: and numbers for {wanted} ({error})") from error
-    return lambda full, depths: ROUTERS[name](full, depths, *settings)
+    more = {"process": process} if "process" in inspect.signature(ROUTERS[name]).parameters else {}
+    return lambda full, depths: ROUTERS[name](full, depths, *settings, **more)
+
+
+def _settings_of(router: Callable[..., DepthPlan]) -> inspect.Signature:
+    """Return the signature of a router's settings: without plan, depths and process."""
+    given = list(inspect.signature(router).parameters.values())[2:]
+    return inspect.Signature([parameter for parameter in given if parameter.name != "process"])
 
 
 def _scheduled(
@@ -73,6 +81,54 @@ def switch(full: DepthPlan, depths: tuple[int, ...], depth: float, share: float)
     shallow = round(share * full.num_steps)
     wanted = [depth] * shallow + [full.num_blocks] * (full.num_steps - shallow)
     return _scheduled(full, depths, wanted, "switch", depth=depth, share=share)
+
+
+@router
+def skips(
+    full: DepthPlan, depths: tuple[int, ...], start: float = 1, end: float | None = None, every: float = 2
+) -> DepthPlan:
+    """Run full depth every few steps, and between them skip the last blocks, with a forecast of what they would add.
+
+    It needs no training: exits that are copies of the model's own final layer serve, because blocks are residual. The
+    first two steps and the last are at full depth; a skipping step runs depth start + (end - start) * u, with u as in
+    `ramp` (default end: half of L), and holds the guidance of the last full step.
+
+    every: steps from one full step to the next.
+
+    Raises:
+        InputError: `every` is below 2.
+    """
+    if every < 2:
+        raise InputError(f"--router skips: every {every:g}; expected at least 2 steps from one full step to the next")
+    end, last = full.num_blocks / 2 if end is None else end, max(full.num_steps - 1, 1)
+    shallow = [depth for depth in depths if depth < full.num_blocks]
+    steps, since = [], 0
+    for k, whole in enumerate(full.steps):
+        since = 0 if k < 2 or k == last or since + 1 >= every or not shallow else since + 1
+        wanted = start + (end - start) * k / last
+        guide = Held() if isinstance(whole.guide, Unconditional) else NoGuide()
+        nearest = min(shallow, key=lambda depth: (abs(depth - wanted), depth), default=full.num_blocks)
+        steps.append(Step(nearest, guide, forecast=True) if since else whole)
+    return full.with_steps(steps, router="skips", settings={"start": start, "end": end, "every": every})
+
+
+@router
+def own_exit(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPlan:
+    """Guide full depth by its own exit at `depth` at every guided step, in place of the unconditional pass.
+
+    Internal Guidance (Zhou et al. 2025, arXiv:2512.24176) is this, with an intermediate head trained beside the model.
+    """
+    chosen = min(depths[:-1], key=lambda each: (abs(each - depth), each), default=None)
+    if chosen is None:
+        raise InputError(f"--router own_exit:{depth:g}: the model has no exits; expected a model with exits")
+    steps = [replace(s, guide=OwnExit(chosen)) if isinstance(s.guide, Unconditional) else s for s in full.steps]
+    return full.with_steps(steps, router="own_exit", settings={"depth": chosen})
+
+
+@router
+def interval(full: DepthPlan, depths: tuple[int, ...], low: float, high: float, process: Process = DDPM()) -> DepthPlan:
+    """Run full depth, and guide it at noise levels in (low, high] alone (`guidance_interval`)."""
+    return replace(guidance_interval(full, low, high, process), router="interval")
 
 
 def reversed_plan(plan: DepthPlan) -> DepthPlan:

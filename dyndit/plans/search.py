@@ -55,12 +55,12 @@ def search(
         raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
     settings = settings or SearchSettings()
     base = table.base_at(full.solver, full.num_steps) if base is None else base
-    predictor = Predictor(table, full.timesteps, base)
-    limit = budget * predictor.seconds[-1].item() * full.num_steps * (1 + 1e-9)
+    predictor = Predictor(table, full.timesteps, base, full.calls)
+    limit = budget * predictor.seconds[-1].item() * sum(full.calls_by_step) * (1 + 1e-9)
     if budget < table.least_share * (1 - 1e-9):
         raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
     given = [predictor.choice(plan) for plan in starts]
-    given = [choice for choice in given if predictor.seconds[choice].sum() <= limit]
+    given = [choice for choice in given if predictor.spent(choice) <= limit]
     given += _starts(predictor, full, limit, settings.num_starts)
     found = [_improve(predictor, choice, limit, settings) for choice in given]
     best, best_value = min(found, key=lambda improved: improved[1])
@@ -87,7 +87,7 @@ def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> li
     plans = [full.with_steps([choice] * full.num_steps) for choice in plain]
     plans += [ramp(full, depths, *ends, power) for ends in combinations(depths, 2) for power in (0.5, 1.0, 2.0)]
     choices = torch.stack([predictor.choice(plan) for plan in plans] + _periodic(predictor, full.num_steps))
-    choices = choices[predictor.seconds[choices].sum(1) <= limit]
+    choices = choices[predictor.spent(choices) <= limit]
     cheapest = torch.full((full.num_steps,), int(predictor.seconds.argmin()))
     if not len(choices):
         return [cheapest]
@@ -114,11 +114,11 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
     moved = order[: max(1, steps // 3)]
     choice[moved] = torch.randint(len(predictor.choices), (len(moved),), generator=generator)
     for step in order.flip(0).tolist():
-        if predictor.seconds[choice].sum() <= limit:
+        if predictor.spent(choice) <= limit:
             break
         choice[step] = predictor.seconds.argmin()
     settled = predictor.settled(choice[None])[0]
-    return settled if predictor.seconds[settled].sum() <= limit else before
+    return settled if predictor.spent(settled) <= limit else before
 
 
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
@@ -130,8 +130,8 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
     for _ in range(settings.max_moves):
         slopes = predictor.slopes(choice)
         gain = member @ (slopes - slopes.gather(1, choice[:, None]))  # (U, P): first-order change
-        cost = member @ (predictor.seconds[None, :] - predictor.seconds[choice][:, None])
-        spare = limit - predictor.seconds[choice].sum().item()
+        cost = member @ (predictor.calls[:, None] * (predictor.seconds[None, :] - predictor.seconds[choice][:, None]))
+        spare = limit - predictor.spent(choice).item()
         moves = _ranked_moves(gain.flatten(), cost.flatten(), spare, num_choices, settings.evaluations)
         candidates = choice.repeat(len(moves), 1)
         for row, move in enumerate(moves):
@@ -139,7 +139,7 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
                 candidates[row, units[flat // num_choices]] = flat % num_choices
         if predictor.entries is not None:  # a forecast may lose the full-depth step that it builds on
             candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
-            candidates = candidates[predictor.seconds[candidates].sum(1) <= limit]
+            candidates = candidates[predictor.spent(candidates) <= limit]
         if not len(candidates):
             break
         values = predictor.distances(candidates)
@@ -167,7 +167,7 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
         for _ in range(30):
             price = (low + high) / 2
             found = predictor.entries.programmed(costly, predictor.seconds, price)
-            if predictor.seconds[found].sum() <= limit:
+            if predictor.spent(found) <= limit:
                 high, kept = price, found
                 plans.append(kept[None])
             else:

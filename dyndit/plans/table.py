@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dyndit.errors import CheckpointError
-from dyndit.files import write_safetensors
+from dyndit import bounds, seals
+from dyndit.errors import CheckpointError, first_line
+from dyndit.files import read_safetensors, write_safetensors
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import full_step
 from dyndit.plans.step import Step
@@ -115,7 +115,10 @@ class ShiftTable:
         return torch.where(high > low, overlap.clamp(min=0) / (high - low).clamp(min=1e-9), own)
 
     def save(self, path: Path) -> None:
-        """Write safetensors: shifts in float32, moments in float64, the rest as JSON in the metadata."""
+        """Write safetensors: shifts in float32, moments in float64, the rest as JSON in the metadata, and a checksum.
+
+        Raises InputError: a number is not finite. Nothing is written then.
+        """
         tensors = {"mean": self.mean.float(), "second": self.second.float()}
         kept = {f"base.{solver}.{steps}": of for (solver, steps), of in self.bases.items()}
         for name, of in (kept | {"base": self.base, "reference": self.reference}).items():
@@ -132,21 +135,25 @@ class ShiftTable:
             tensors["projection"] = self.projection.double()
         if self.bases:
             metadata["bases"] = json.dumps([[*key, of.num] for key, of in self.bases.items()])
-        write_safetensors(path, tensors, metadata)
+        if odd := seals.first_not_finite(tensors):
+            raise CheckpointError(
+                f"{path}: not written; {odd} of the shift table is not finite, expected finite numbers"
+            )
+        write_safetensors(path, tensors, metadata | {seals.SEAL: seals.tensors_checksum(tensors, metadata)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a table.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or is not a shift table of this version.
+            CheckpointError: the file is missing, damaged or edited, or is not a shift table of this version.
         """
+        stored, metadata = read_safetensors(path)
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+            raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
+        seals.check_tensors(path, stored, metadata)
+        t = {name: tensor.double() for name, tensor in stored.items()}
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
-                    raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
-                t = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
             plain = json.loads(metadata["table"])
             nums, cost = plain.pop("nums"), CostModel.from_description(plain.pop("cost"))
             plain |= {"choices": tuple(map(Step.parse, plain["choices"]))}
@@ -159,9 +166,33 @@ class ShiftTable:
             other = json.loads(metadata.get("bases", "[]"))
             bases = {(solver, steps): kept(f"base.{solver}.{steps}", num) for solver, steps, num in other}
             shifts = {"mean": t["mean"], "second": t["second"], "projection": t.get("projection")}
-            return cls(cost=cost, bases=bases, **moments, **shifts, **plain)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: no readable shift table ({error})") from error
+            found = cls(cost=cost, bases=bases, **moments, **shifts, **plain)
+            found._check()
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, IndexError) as error:
+            raise CheckpointError(f"{path}: no readable shift table ({first_line(error)})") from error
+        return found
+
+    def _check(self) -> None:
+        """Refuse shapes and numbers that do not belong together. Raises ValueError, which names them."""
+        num, size = len(self.choices), len(self.base.mean)
+        shapes = {
+            "mean": (self.mean, (self.num_bands, num, size)),
+            "second": (self.second, (self.num_bands, num, size, size)),
+        }
+        for name, of in {"base": self.base, "reference": self.reference, **self.bases}.items():
+            shapes |= {f"{name} mean": (of.mean, (size,)), f"{name} second": (of.second, (size, size))}
+            bounds.check(num_pictures=of.num)
+        for name, (tensor, expected) in shapes.items():
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        if self.ages and len(self.ages) != num:
+            raise ValueError(f"{len(self.ages)} ages for {num} choices")
+        falls = all(bounds.is_number(edge) for edge in self.edges) and all(
+            high >= low for high, low in zip(self.edges, self.edges[1:], strict=False)
+        )
+        if self.num_bands < 1 or not falls:
+            raise ValueError(f"edges {self.edges!r:.60}, expected falling timesteps")
+        bounds.check(num_pictures=self.num_pictures, cfg_scale=self.cfg_scale, seed=self.seed, num_steps=self.num_steps)
 
     def save_pretrained(self, save_directory: str | Path, **ignored: object) -> None:
         """Write the table under its usual name into the folder of a pipeline's component."""

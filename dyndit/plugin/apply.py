@@ -12,6 +12,7 @@ pipeline call starts a new `Call`.
 """
 
 import copy
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,66 +20,95 @@ from pathlib import Path
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from dyndit.clock import Clock
 from dyndit.errors import InputError, PlanError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
-from dyndit.models.exits import Exits
+from dyndit.models.exits import ExitConfig, Exits
+from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, Router, bind
+from dyndit.plans.schedules import skips
+from dyndit.plugin import checks
 from dyndit.plugin.adapters import Adapter, adapt
-from dyndit.plugin.call import COLUMNS, Call, Record, find_step, the_timestep
+from dyndit.plugin.call import COLUMNS, Call, Record, the_timestep
+from dyndit.plugin.call_plan import CallPlan
+from dyndit.plugin.experts import transformers_in
 from dyndit.plugin.hooks import Target, add_hook, remove_hook, transformer_of
+from dyndit.plugin.weights import Look
 from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
 
 HOOK = "dyndit_dynamic_depth"
+USUAL_EXITS = ExitConfig()
+UNTRAINED = (
+    "apply_dyndit: exits that were not trained: every second step skips most blocks and forecasts what they would add. "
+    "Distilled exits (record_calls, distill_exits) and a calibrated plan (calibrate_pipeline) leave out more at every "
+    "step, for less change in the pictures."
+)
+_log = logging.getLogger(__name__)
 
 
 def apply_dyndit(
     target: Target,
-    exits: Exits | str | Path | None,
+    exits: Exits | ExitConfig | str | Path | None = USUAL_EXITS,
     plan: DepthPlan | str | Path | Router | None = None,
     *,
     cfg_scale: float | None = None,
+    component: str = "transformer",
     check_identity: bool = True,
+    adapter: Adapter | None = None,
 ) -> "DynDiTHandle":
     """Make a pipeline or a transformer of diffusers run a plan. Its call, its class and its weights do not change.
 
-    exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder.
-    plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None for full depth.
-    cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided.
+    exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder. A config:
+    untrained exits, copies of the model's own head. None: no exits.
+    plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None: `skips` for
+    untrained exits, else full depth.
+    cfg_scale: the guidance scale of a router's plans; any value but 1 means that calls are guided. None: each call
+    shows whether it is guided.
+    component: the pipeline's transformer to serve. Wan 2.2 has two, see `dyndit.plugin.experts`.
     check_identity: refuse exits and plans of another backbone. The check reads the transformer's weights, some seconds
     per billion parameters; weights in half precision are the same backbone.
+    adapter: a description of a transformer that no adapter knows (`dyndit.plugin.generic.BlockAdapter`).
 
     Raises:
         InputError: no adapter serves the transformer, or its hooks would no longer run.
         CheckpointError, PlanError: exits or a plan that cannot be read, or that belong to another model.
     """
-    transformer = transformer_of(target)
-    _check_hookable(transformer)
-    adapter = adapt(transformer)
-    if isinstance(exits, str | Path):
+    transformer = transformer_of(target, component)
+    checks.check_hookable(transformer, HOOK)
+    adapter = adapt(transformer, adapter)
+    from_file = isinstance(exits, str | Path)
+    if from_file:
         path = Path(exits)
         exits = load_exits(path / EXITS if path.is_dir() else path, adapter, check_identity=check_identity)
+    if isinstance(exits, ExitConfig):
+        exits = Exits(adapter, exits).requires_grad_(False).eval()
+        if plan is None:
+            plan = skips
+            _log.warning(UNTRAINED)
     if exits is not None and max(exits.layers) >= adapter.num_blocks:
         deepest = max(exits.layers)
         raise InputError(f"exits: one after layer {deepest}, but the transformer has {adapter.num_blocks} blocks")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     handle = DynDiTHandle(DynamicDepth(adapter, exits), pipeline, cfg_scale, check_identity)
+    if from_file and check_identity:
+        handle.bind_exits()
     handle.plan = plan
     add_hook(transformer, _Hook(handle), HOOK)
     return handle
 
 
 def remove_dyndit(target: Target) -> None:
-    """Remove the plug-in and restore the transformer. Without the plug-in, do nothing."""
-    transformer = transformer_of(target)
-    if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit
-        transformer = transformer._orig_mod
-    remove_hook(transformer, HOOK)
+    """Remove the plug-in and restore the transformer, or all of a pipeline's. Without the plug-in, do nothing."""
+    found = transformers_in(target) if isinstance(target, DiffusionPipeline) else []
+    for transformer in found or [transformer_of(target)]:
+        if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit
+            transformer = transformer._orig_mod
+        remove_hook(transformer, HOOK)
 
 
 class DynDiTHandle:
@@ -90,12 +120,14 @@ class DynDiTHandle:
         self.model = model
         """The adapter with its exits; `model.depths` are the depths that a plan can use."""
         self._given = model.exits
-        self._pipeline, self._cfg_scale = pipeline, cfg_scale
         self._check_identity = check_identity
-        self._plan: DepthPlan | None = None
-        self._router: Router | None = None
-        self._timesteps: Tensor | None = None
-        """The scheduler's timesteps in the running call."""
+        self._exits_for = ""
+        """Identity of the backbone that the exits are bound to; "" if they are not."""
+        self._look: Look | None = None
+        """The weights as they were when everything bound to them was checked; None if something does not fit them."""
+        self._bound = False
+        """True if the plan or the exits are bound to the weights."""
+        self._plans = CallPlan(model, pipeline, cfg_scale, self._check)
         self._call = Call()
 
     @property
@@ -106,7 +138,7 @@ class DynDiTHandle:
     @property
     def plan(self) -> DepthPlan | None:
         """Return the given plan, or the plan that the router wrote for the last call; None: full depth."""
-        return self._plan
+        return self._plans.plan
 
     @plan.setter
     def plan(self, plan: DepthPlan | str | Path | Router | None) -> None:
@@ -118,18 +150,18 @@ class DynDiTHandle:
         """
         if isinstance(plan, str | Path):
             plan = DepthPlan.load(plan)
-        router = plan if callable(plan) else None
-        if router is not None and self._pipeline is None:
-            raise InputError("plan: a router needs the scheduler's timesteps; expected apply_dyndit on the pipeline")
-        if plan is not None and router is None:
-            self._check(plan)
-        self._plan, self._router, self._timesteps = (None if router else plan), router, None
+        self._plans.give(plan)
         self._call = Call()
+
+    @property
+    def running(self) -> DepthPlan | None:
+        """Return the plan of the last call: `plan`, rescaled if the call has other timesteps (`DepthPlan.at`)."""
+        return self._plans.running
 
     @property
     def router(self) -> Router | None:
         """Return the router that writes a plan for every call, or None."""
-        return self._router
+        return self._plans.router
 
     def full_plan(self) -> DepthPlan:
         """Return the full plan at the timesteps of the last pipeline call, as input for searches and ramps.
@@ -140,12 +172,13 @@ class DynDiTHandle:
         if not self._call.records:
             raise InputError("plan: no call of the pipeline was seen yet; expected one before")
         timesteps = dict.fromkeys(record.timestep for record in self._call.records)
-        if self._plan is None and self._timesteps is not None:  # take the timesteps before the pipeline rounded them
-            times, first = self._timesteps.tolist(), next(iter(timesteps))
+        plans = self._plans
+        if plans.plan is None and plans.times:  # take the timesteps before the pipeline rounded them
+            times, first = plans.times, next(iter(timesteps))
             start = min(range(len(times)), key=lambda k: abs(times[k] - first))
             timesteps = dict.fromkeys(times[start : start + self._call.step + 1])
-        solver = "" if self._pipeline is None else solver_name(self._pipeline.scheduler)
-        scale = (self._cfg_scale or 1.0) if self._plan is None else self._plan.cfg_scale
+        solver = "" if plans.pipeline is None else solver_name(plans.pipeline.scheduler)
+        scale = (plans.cfg_scale or 1.0) if plans.plan is None else plans.plan.cfg_scale
         return DepthPlan.full(tuple(timesteps), self.model.num_blocks, solver, scale)
 
     def stats(self) -> pd.DataFrame:
@@ -164,26 +197,33 @@ class DynDiTHandle:
         """Run one call of the transformer's forward at the plan's depths."""
         inputs = self.adapter.read(*args, **kwargs)
         self._follow(inputs.x)
-        self._begin()
+        if self._plans.begin(lambda: self._looks_guided(inputs)):
+            self._call = Call()
         try:
             prediction = self._predict(inputs)
         except BaseException:
             self._call = Call()
             raise
-        return self.adapter.output(prediction, kwargs.get("return_dict", True))
+        return self.adapter.output(prediction, inputs, kwargs.get("return_dict", True))
 
     def _predict(self, inputs: Inputs) -> Tensor:
         """Run the step of a call, by the same function as the sampler."""
-        timestep = found = the_timestep(inputs.t) * self.adapter.timestep_scale
+        timestep = found = self.adapter.scheduler_timestep(the_timestep(inputs.t))
+        largest = max(timestep, self.adapter.scheduler_timestep(0.0))  # of time that runs backwards, 0 is the noise
+        slack = torch.finfo(inputs.t.dtype).eps * largest if inputs.t.is_floating_point() else 0.0
         second = self._call.is_second_pass(inputs.x, found)
-        k = self._call.step if second else self._step(timestep, inputs.t.dtype)
-        if not second and self._call.is_over(k):
-            self._call = Call()
+        if second:
+            k = self._call.step
+            self._plans.turn_guided(k)
+        else:
+            k = self._step(timestep, slack)
+            if self._call.is_over(k, self._plans.evaluations(timestep)):
+                self._call = Call()
         timesteps, work, guided = self._asked(k, timestep)
-        if guided is not None and (second or not self._call.records):
-            self._check_guidance(inputs, guided, second)
+        self._look_around(inputs, guided is not None)
         if guided is not None:
-            self._check_goes_on(k, work, len(inputs))
+            checks.check_goes_on(self._plans.running, self._call, k, work, len(inputs))
+            checks.check_guidance(self.adapter, inputs, guided, self._call, second=second)
         clock = Clock(inputs.x.device)
         began = clock.mark()
         if second:
@@ -195,14 +235,15 @@ class DynDiTHandle:
             self._call.first, self._call.memory = self.model.predict(step, self._call.memory)
             prediction, ran = self._call.first[0], [("cond", len(inputs), work.depths[0])]
         seconds = partial(clock.between, began, clock.mark())  # read later, so that nothing waits for the device here
-        self._call.enter(Record(k, timesteps[k], tuple(ran), seconds), found, inputs.x)
+        self._call.enter(Record(k, timesteps[k], tuple(ran), seconds), found, inputs.x, second=second)
         return prediction
 
     def _asked(self, k: int, timestep: float) -> tuple[tuple[float, ...], Work, bool | None]:
         """Return timesteps by step, the work of step k, and True if it is guided (None without a plan)."""
-        if self._plan is None:
+        plan = self._plans.running
+        if plan is None:
             return (timestep,) * (k + 1), Work((self.model.num_blocks,)), None
-        return self._plan.timesteps, self._plan.works[k], self._plan.cfg_scale != 1
+        return plan.timesteps, plan.works[k], plan.cfg_scale != 1
 
     def _stacked(
         self, k: int, inputs: Inputs, work: Work, timesteps: tuple[float, ...]
@@ -234,24 +275,48 @@ class DynDiTHandle:
             prediction = self._call.first[-1].to(self._call.first[0].dtype)
         return prediction, [("uncond", len(inputs), depth)]
 
-    def _step(self, timestep: float, dtype: torch.dtype) -> int:
-        """Find the step of a transformer call.
+    def _step(self, timestep: float, slack: float) -> int:
+        """Find the step of a transformer call."""
+        last = self._call.records[-1] if self._call.records and timestep <= self._call.timestep else None
+        if self._plans.plan is not None:
+            return self._plans.step(timestep, slack, -1 if last is None else last.step)
+        # Full depth throughout: count steps until the timestep rises again.
+        again = self._plans.pipeline is None and timestep == self._call.timestep
+        return 0 if last is None or again else last.step + 1
+
+    def _looks_guided(self, inputs: Inputs) -> bool:
+        """Tell if a call seems to be guided. A family that calls once per branch shows it at its second call."""
+        return self.adapter.guidance != "calls" and self.adapter.is_guided(inputs) is not False
+
+    def _look_around(self, inputs: Inputs, planned: bool) -> None:
+        """Refuse what changed around the plug-in since it was put on, or since the last call.
 
         Raises:
-            PlanError: the plan has no step at this timestep.
+            InputError: another hook or a call that depth cannot be combined with.
+            PlanError: weights that are no longer those that the plan or the exits are bound to.
         """
-        last = self._call.records[-1] if self._call.records and timestep <= self._call.timestep else None
-        if self._plan is None:  # full depth throughout: count steps until the timestep rises again
-            again = self._pipeline is None and timestep == self._call.timestep
-            return 0 if last is None or again else last.step + 1
-        slack = torch.finfo(dtype).eps * timestep if dtype.is_floating_point else 0.0
-        step = find_step(self._plan.timesteps, timestep, slack + 1e-3, -1 if last is None else last.step)
-        if step is None:
+        new, transformer = not self._call.records, self.adapter.transformer
+        if new:
+            checks.check_beside(transformer)
+        if new and planned:
+            checks.check_processors(transformer)
+        if planned:
+            checks.check_rows(inputs, self.adapter)
+        if not (planned and self._bound):
+            return
+        if self._look is not None and (
+            self._look.glance(transformer, self._given)
+            if not new
+            else Look.at(transformer, self._given).unchanged(self._look)
+        ):
+            return
+        self._check(self._plans.plan)
+        if self._look is None:
             raise PlanError(
-                f"plan: made for {self._plan.num_steps} steps of {self._plan.solver or 'its solver'}, none of them at "
-                f"timestep {timestep:g}; expected the scheduler and the number of steps it was made for"
+                f"exits: made for backbone {self._exits_for}, but the transformer's weights are "
+                f"{self.model.identity.backbone} now; expected them unchanged, any LoRA unloaded, or apply_dyndit with "
+                f"check_identity=False"
             )
-        return step
 
     def _follow(self, x: Tensor) -> None:
         """Move the exits to the latents' device and precision, because the pipeline's own `.to` does not know them.
@@ -265,60 +330,20 @@ class DynDiTHandle:
             same = _place(self._given) == there
             self.model.exits = self._given if same else copy.deepcopy(self._given).to(*there)
 
-    def _begin(self) -> None:
-        """Detect a new pipeline call by the scheduler's new timesteps. The router then writes a plan for them."""
-        timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
-        if timesteps is self._timesteps:
-            return
-        self._call = Call()
-        if self._router is not None:
-            self._route(timesteps)
-        self._timesteps = timesteps
-
-    def _route(self, timesteps: Tensor) -> None:
-        """Let the router write a plan if the timesteps differ from its last plan's timesteps."""
-        solver = solver_name(self._pipeline.scheduler)
-        scale = 1.0 if self._cfg_scale is None else self._cfg_scale
-        full = DepthPlan.full(tuple(dict.fromkeys(timesteps.tolist())), self.model.num_blocks, solver, scale)
-        if self._plan is None or (self._plan.timesteps, self._plan.solver) != (full.timesteps, solver):
-            plan = self._router(full, self.model.depths)
-            self._check(plan)
-            self._plan = plan
+    def bind_exits(self) -> None:
+        """Bind the exits to the transformer's weights as they are now."""
+        self._exits_for = self.model.identity.backbone
 
     def _check(self, plan: DepthPlan) -> None:
+        """Check that a plan fits, and remember the weights if the exits fit them too.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
         bind(plan, self.model, check_identity=self._check_identity)
-
-    def _check_guidance(self, inputs: Inputs, guided: bool, second: bool) -> None:
-        """Refuse a guided call under an unguided plan, and the reverse, if the rows show the difference.
-
-        Raises:
-            PlanError: naming the plan's and the call's guidance.
-        """
-        found = True if second else self.adapter.is_guided(inputs)
-        if found is not None and found != guided:
-            words = {True: "guided", False: "unguided"}
-            raise PlanError(f"plan: made for {words[guided]} sampling, but the pipeline's call is {words[found]}")
-        if guided and self.adapter.guidance != "calls" and len(inputs) % 2:
-            raise PlanError(
-                f"plan: made for guided sampling, but the call has {len(inputs)} rows; expected two branches"
-            )
-
-    def _check_goes_on(self, k: int, work: Work, rows: int) -> None:
-        """Refuse a step that does not continue the steps before it.
-
-        Raises:
-            PlanError: the number of rows changed, or a step needs the memory of earlier steps that did not run.
-        """
-        records = self._call.records
-        before = sum(there for _, there, _ in records[-1].branches) if records else rows
-        if rows != before:
-            raise PlanError(f"plan: called with {rows} rows at step {k}, {before} before; expected guidance to stay on")
-        missing = k - len({record.step for record in records} & set(range(k)))
-        if missing and (work.forecast or work.held):
-            raise PlanError(
-                f"plan: step {k} ({self._plan.steps[k]}) builds on the steps before it, of which this call left out "
-                f"{missing}; expected a call that runs the whole plan"
-            )
+        self._bound = bool(self._exits_for or (self._check_identity and (plan.backbone or plan.exits)))
+        fits = not self._exits_for or (self._bound and same(self._exits_for, self.model.identity.backbone))
+        self._look = Look.at(self.adapter.transformer, self._given) if self._bound and fits else None
 
 
 class _Hook(ModelHook):
@@ -327,27 +352,24 @@ class _Hook(ModelHook):
     def __init__(self, handle: DynDiTHandle) -> None:
         super().__init__()
         self.handle = handle
+        # Compiling the transformer as a whole must not trace the plan, which changes from call to call.
+        self._run = torch.compiler.disable(handle.run)
+
+    def __deepcopy__(self, _memo: object) -> "_Hook":
+        return _Hook(self.handle)  # no copy of the pipeline; `pre_forward` refuses the copied transformer
+
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[tuple, dict[str, object]]:
+        """Refuse a copy: the hook in it would run the weights of the original."""
+        if module is not self.handle.adapter.transformer:
+            raise InputError(
+                "transformer: a copy of one that has the plug-in, which would run the original's weights; expected "
+                "remove_dyndit(copy), then apply_dyndit on it"
+            )
+        return args, kwargs
 
     def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> object:
         """See `module.forward`."""
-        return self.handle.run(*args, **kwargs)
-
-
-def _check_hookable(transformer: nn.Module) -> None:
-    """Refuse hooks and whole-model compilation, because the plug-in would bypass them."""
-    if isinstance(transformer, torch._dynamo.OptimizedModule) or transformer._compiled_call_impl is not None:
-        raise InputError(
-            "transformer: compiled as a whole, which fixes its depth; expected its blocks compiled one by one, as by "
-            "`for block in transformer.transformer_blocks: block.compile(fullgraph=True)`"
-        )
-    registry: HookRegistry | None = transformer.__dict__.get("_diffusers_hook")
-    names = list(registry.hooks) if registry is not None else []
-    if HOOK in names:
-        raise InputError("transformer: has the plug-in already; expected `handle.plan = ...`, or remove_dyndit first")
-    if names:
-        raise InputError(f"transformer: has the hook {names[0]}; expected apply_dyndit before other hooks are added")
-    if "_hf_hook" in transformer.__dict__:
-        raise InputError("transformer: is offloaded already; expected apply_dyndit before enable_model_cpu_offload")
+        return self._run(*args, **kwargs)
 
 
 def _place(exits: Exits) -> tuple[torch.device, torch.dtype]:

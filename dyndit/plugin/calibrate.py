@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from dyndit.calibration.calibrate import planned, to_measure_with
 from dyndit.calibration.extractor import FeatureExtractor
-from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_table, measure_table_into
+from dyndit.calibration.measure import (
+    CalibrationSettings,
+    OnProgress,
+    default_choices,
+    measure_table,
+    measure_table_into,
+)
 from dyndit.calibration.samplers import batches_of, replaced_plan
 from dyndit.clock import Clock
 from dyndit.errors import InputError
@@ -22,12 +28,15 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Step
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.apply import DynDiTHandle
+from dyndit.plugin.experts import own_timesteps
 from dyndit.plugin.hooks import watching
 from dyndit.sampling.solvers import solver_name
 from dyndit.sampling.timing import measure_parts
 from dyndit.stats import Moments
 
 HOOK = "dyndit_calibration"
+NUM_PICTURES, NUM_BANDS, NUM_DEPTHS = 256, 5, 4
+"""Defaults of a table. A stored table with other values serves a call that asks for none."""
 
 
 Call = Callable[[Sequence[int]], Tensor]
@@ -81,7 +90,10 @@ class PipelineSampler:
         self.setting = hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()
         self.device = calls[0].x.device.type
         # A pipeline that starts from a picture (`strength` below 1) runs only the last timesteps.
-        timesteps = pipe.scheduler.timesteps.tolist()[-self._num_steps(calls) :]
+        timesteps = own_timesteps(pipe, handle.adapter.transformer).tolist()[-self._num_steps(calls) :]
+        if len(set(timesteps)) < len(timesteps):
+            name = type(pipe.scheduler).__name__
+            raise InputError(f"scheduler {name}: runs the model more than once a step; expected one of order 1")
         solver = solver_name(pipe.scheduler)
         self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
 
@@ -193,10 +205,10 @@ def calibrate_pipeline(
     budget: float,
     extractor: FeatureExtractor | None = None,
     reference: Moments | Tensor | None = None,
-    num_pictures: int = 256,
+    num_pictures: int | None = None,
     cfg_scale: float = 1.0,
-    num_bands: int = 5,
-    num_depths: int = 4,
+    num_bands: int | None = None,
+    num_depths: int | None = None,
     choices: tuple[Step | str, ...] = (),
     batch_size: int = 8,
     table: ShiftTable | None = None,
@@ -207,11 +219,13 @@ def calibrate_pipeline(
 
     call: see `Call`. cfg_scale: the guidance scale of `call`; 1 without a second branch, for example with Flux's
     distilled guidance. table: without a table, measure one: 1 + num_bands * num_choices runs of the pipeline per
-    picture. out: the folder for this table. An interrupted measurement resumes there, and a finished table serves
-    other budgets and step counts. on_progress(done, all) counts batches. The handle's plan is restored at the end.
+    picture; by default of 256 pictures, 5 bands and choices at 4 depths. out: the folder for this table. An interrupted
+    measurement resumes there, and a finished table serves other budgets, step counts and resolutions.
+    on_progress(done, all) counts batches. The handle's plan is restored at the end.
 
     Raises:
-        InputError: an error of `calibrate`, or of `PipelineSampler`.
+        InputError: an error of `calibrate`, or of `PipelineSampler`; or a table whose pictures, bands or choices are
+            not those asked for.
     """
     before = handle.router or handle.plan
     path = None if out is None else Path(out) / FILE
@@ -221,11 +235,51 @@ def calibrate_pipeline(
             there, mine = ShiftTable.load(path), sampler.identity
             is_mine = same(there.backbone, mine.backbone) and (not there.exits or same(there.exits, mine.exits))
             table = there if is_mine and there.cfg_scale == cfg_scale else None
-        if table is None:
+        if table is not None:
+            origin = "table" if path is None else str(path)
+            _check_asked(sampler, table, origin, num_pictures, num_bands, num_depths, choices)
+        else:
             extractor, reference = to_measure_with(extractor, reference)
-            settings = CalibrationSettings(num_pictures, num_bands, batch_size, choices=choices, num_depths=num_depths)
+            settings = CalibrationSettings(
+                num_pictures or NUM_PICTURES,
+                num_bands or NUM_BANDS,
+                batch_size,
+                choices=choices,
+                num_depths=num_depths or NUM_DEPTHS,
+            )
             measure = measure_table if path is None else functools.partial(measure_table_into, path)
             table = measure(sampler, extractor, reference, settings=settings, on_progress=on_progress)
         return planned(sampler, table, budget, extractor)
     finally:
         handle.plan = before
+
+
+def _check_asked(
+    sampler: PipelineSampler,
+    table: ShiftTable,
+    origin: str,
+    num_pictures: int | None,
+    num_bands: int | None,
+    num_depths: int | None,
+    choices: tuple[Step | str, ...],
+) -> None:
+    """Refuse a finished table of other pictures, bands or choices than asked for. None and () ask for nothing.
+
+    Raises:
+        InputError: naming the table, its value and the wanted value.
+    """
+    wanted: tuple[Step, ...] = CalibrationSettings(choices=choices).choices
+    if not wanted and num_depths is not None:
+        wanted = default_choices(sampler.depths, sampler.full.cfg_scale != 1, num_depths)
+    bands = num_bands and min(num_bands, table.num_steps)
+    mine, theirs = (", ".join(sorted(map(str, steps))) for steps in (wanted, table.choices))
+    for asked, found, word in (
+        (num_pictures, table.num_pictures, "{} pictures"),
+        (bands, table.num_bands, "{} bands"),
+        (mine, theirs, "choices {}"),
+    ):
+        if asked and asked != found:
+            raise InputError(
+                f"{origin}: measured with {word.format(found)}, but {asked} asked for; expected the same, or another "
+                f"folder for another table"
+            )

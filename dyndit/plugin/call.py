@@ -1,9 +1,9 @@
 """One call of a pipeline: find the step of each transformer call and record its work."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dyndit.errors import InputError
@@ -62,25 +62,36 @@ class Call:
     first: list[Tensor] = field(default_factory=list)
     """Predictions of the first of two calls: the conditional prediction, then its guide if that call made it."""
     passes: int = 0
-    _latents: Callable[[], Tensor | None] = lambda: None
+    """Transformer calls of the last evaluation of a step: 2 after both branches of a family that calls them apart."""
+    evaluations: int = 0
+    """Evaluations of the last step. A solver of order 2, such as Heun's, evaluates a step twice."""
+    _latents: Tensor | None = None
 
     def is_second_pass(self, x: Tensor, timestep: float) -> bool:
         """Return True if the last call had the same latents: this call is the same step's other branch.
 
-        The timestep tells it from the next step of a loop that writes into its latents.
+        The timestep tells it from the next step of a loop that writes into its latents. A hook that moves inputs makes
+        new tensors, so their values are compared.
         """
-        return self.passes == 1 and self._latents() is x and self.timestep == timestep
+        if self.passes != 1 or self.timestep != timestep or self._latents is None:
+            return False
+        last = self._latents
+        return last is x or (last.shape == x.shape and last.device == x.device and torch.equal(last, x))
 
-    def is_over(self, step: int) -> bool:
-        """Return True if a transformer call at `step` belongs to a new pipeline call."""
-        return step <= self.step
+    def is_over(self, step: int, evaluations: int = 1) -> bool:
+        """Return True if a transformer call at `step` belongs to a new pipeline call.
 
-    def enter(self, record: Record, timestep: float, x: Tensor) -> None:
+        evaluations: how often the solver evaluates this step.
+        """
+        return step < self.step or (step == self.step and self.evaluations >= evaluations)
+
+    def enter(self, record: Record, timestep: float, x: Tensor, *, second: bool) -> None:
         """Record the work and the latents of a transformer call."""
-        self.passes = 2 if self.is_second_pass(x, timestep) else 1
+        self.passes = 2 if second else 1
+        if not second:
+            self.evaluations = self.evaluations + 1 if record.step == self.step else 1
         self.records.append(record)
-        self.step, self.timestep = record.step, timestep
-        self._latents = weakref.ref(x)
+        self.step, self.timestep, self._latents = record.step, timestep, x
 
 
 def the_timestep(t: Tensor) -> float:

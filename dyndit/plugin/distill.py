@@ -6,7 +6,7 @@ from accelerate import PartialState
 
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
-from dyndit.plugin.adapters import adapt
+from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.hooks import Target, transformer_of
 from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
@@ -14,17 +14,23 @@ from dyndit.training.recorded import RecordedCalls
 
 
 def distill_exits(
-    target: Target, calls: RecordedCalls | str | Path, recipe: Distill | None = None, out: str | Path = "exits"
+    target: Target,
+    calls: RecordedCalls | str | Path,
+    recipe: Distill | None = None,
+    out: str | Path = "exits",
+    *,
+    adapter: Adapter | None = None,
 ) -> Exits:
     """Train exits for a transformer of diffusers, in place, on calls that `record_calls` recorded.
 
     target: the pipeline or its transformer; its weights do not change. out: the folder for checkpoints and the log. A
-    stopped run resumes there. At the end the folder holds `exits.safetensors`, bound to the backbone.
+    stopped run resumes there. At the end the folder holds `exits.safetensors`, bound to the backbone. adapter: see
+    `apply_dyndit`.
 
     Raises:
         InputError: no adapter serves the transformer, or the calls belong to another transformer.
     """
-    model = DynamicDepth(adapt(transformer_of(target)), pixel_space=False)
+    model = DynamicDepth(adapt(transformer_of(target), adapter), pixel_space=False)
     calls = calls if isinstance(calls, RecordedCalls) else RecordedCalls(calls)
     dynamic, _ = (recipe or Distill()).run(model, calls, Path(out))
     if PartialState().is_main_process:

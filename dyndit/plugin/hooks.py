@@ -14,18 +14,18 @@ Target = DiffusionPipeline | nn.Module
 """A pipeline with a transformer, or the transformer itself."""
 
 
-def transformer_of(target: Target) -> nn.Module:
-    """Return the transformer of a pipeline, or the module itself.
+def transformer_of(target: Target, component: str = "transformer") -> nn.Module:
+    """Return the transformer of a pipeline, or the module itself. component: its name, see `dyndit.plugin.experts`.
 
     Raises:
         InputError: the pipeline has no transformer.
     """
     if not isinstance(target, DiffusionPipeline):
         return target
-    transformer = target.components.get("transformer")
+    transformer = target.components.get(component)
     if transformer is None:  # pipelines can be loaded without it
         name = type(target).__name__
-        raise InputError(f"{name}: has no transformer; expected the pipeline of a Diffusion Transformer")
+        raise InputError(f"{name}: has no {component}; expected the pipeline of a Diffusion Transformer")
     return transformer
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -37,8 +37,9 @@ from dyndit.sampling.loop import Batch, advance, start, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
 from dyndit.sampling.solvers import named_solver
 from dyndit.storage import load as checkpoints
+from dyndit.storage.autoencoder import find, open_autoencoder
 from dyndit.storage.pretrained import DynamicDepth
-from dyndit.training.latents import decode_batch, load_autoencoder
+from dyndit.training.autoencoders import check_channels, decode_batch
 
 # diffusers looks up in this table how to save and load components that are not its own models.
 _COMPONENTS = {ShiftTable.__name__: ["save_pretrained", "from_pretrained"]}
@@ -92,7 +93,8 @@ class DynDiTPipeline(DiffusionPipeline):
 
     transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any scheduler
     that steps the model's process (`dyndit.sampling.solvers.check_scheduler`). A scheduler of learned variance gets the
-    variance. vae: an `AutoencoderKL` for models that make latents; without it the pipeline returns latents.
+    variance. vae: an autoencoder (`dyndit.training.autoencoders.KINDS`) for models that make latents; without it the
+    pipeline returns latents.
     router: the shift table that `budget=` searches.
 
     Raises:
@@ -107,7 +109,7 @@ class DynDiTPipeline(DiffusionPipeline):
         self,
         transformer: DynamicDepth,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: ModelMixin | None = None,
         router: ShiftTable | None = None,
     ) -> None:
         super().__init__()
@@ -116,11 +118,12 @@ class DynDiTPipeline(DiffusionPipeline):
         backbone = transformer.backbone
         if not isinstance(backbone.condition, ClassLabels):
             raise InputError(f"transformer: a {backbone.family} backbone has no classes; expected a class-conditional")
+        if len(backbone.sample_shape) == 4:
+            raise InputError("transformer: makes clips; expected a model of pictures (`dyndit.sample` draws clips)")
         if vae is not None and transformer.pixel_space:
             raise InputError("vae: this transformer makes pixels; expected none")
-        if vae is not None and vae.config.latent_channels != backbone.in_channels:
-            channels = vae.config.latent_channels
-            raise InputError(f"vae: {channels} latent channels; the transformer's have {backbone.in_channels}")
+        if vae is not None:
+            check_channels(vae, backbone.in_channels)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, router=router)
 
     @classmethod
@@ -129,12 +132,12 @@ class DynDiTPipeline(DiffusionPipeline):
         model_or_folder: DynamicDepth | str | Path,
         *,
         solver: str = "",
-        vae: AutoencoderKL | str | Path | None = None,
+        vae: ModelMixin | str | Path | None = None,
     ) -> "DynDiTPipeline":
         """Build a pipeline from a model, or from any input of `dyndit.load`. A shift table in its folder is the router.
 
         solver: a name of `dyndit.sampling.solvers.SOLVERS`; by default the usual one of the model's process. vae: an
-        autoencoder or its folder.
+        autoencoder, its folder or its hub id (default: the own one of a pipeline's folder).
 
         Raises:
             InputError: an unknown solver, or a folder that cannot be loaded (CheckpointError).
@@ -145,7 +148,10 @@ class DynDiTPipeline(DiffusionPipeline):
             loaded = checkpoints.inspect(model_or_folder)
             model, folder = loaded.model, loaded.folder
         there = folder is not None and (Path(folder) / FILE).exists()
-        vae = load_autoencoder(vae) if isinstance(vae, str | Path) else vae
+        if vae is None and folder is not None and find(model_or_folder, optional=True)[0] is not None:
+            vae = open_autoencoder(None, model, model_or_folder)
+        elif isinstance(vae, str | Path):
+            vae = open_autoencoder(vae, model, "the transformer")
         scheduler = named_solver(solver or model.process.usual_solver, model.process).build(model.process)
         return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
 

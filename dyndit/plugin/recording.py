@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dyndit.plugin.adapters import adapt
+from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.hooks import Target, transformer_of, watching
 from dyndit.training.recorded import Recording
 
@@ -17,17 +17,17 @@ HOOK = "dyndit_recording"
 
 
 @contextmanager
-def record_calls(target: Target, out: str | Path) -> Iterator[Recording]:
+def record_calls(target: Target, out: str | Path, *, adapter: Adapter | None = None) -> Iterator[Recording]:
     """Record every call of a pipeline's transformer in the folder `out` while open. Append to its recorded calls.
 
-    target: the pipeline, or its transformer. It does not change, and no hook remains.
+    target: the pipeline, or its transformer. It does not change, and no hook remains. adapter: see `apply_dyndit`.
 
     Raises:
         InputError: no adapter serves the transformer, it is recorded already, or `out` holds other files. Within a
             call: an argument that no adapter takes or that no file can hold.
     """
     transformer = transformer_of(target)
-    adapter = adapt(transformer)
+    adapter = adapt(transformer, adapter)
     recording = Recording.open(Path(out), adapter)
 
     def on_call(*args: object, **kwargs: object) -> None:

@@ -2,29 +2,57 @@
 
 x_t = (1 - s) x_0 + s eps with s = t / 1000, velocity eps - x_0 (Liu et al. 2022, arXiv:2209.03003; as in SiT, Ma et al.
 2024, arXiv:2401.08740, and Stable Diffusion 3, Esser et al. 2024, arXiv:2403.03206).
+
+Larger pictures need more noise to lose as much. A time shift a maps s to a s / (1 + (a - 1) s), in training and in
+sampling; a = sqrt(m / n) for m pixels keeps the uncertainty that n pixels have without a shift (Esser et al.,
+Section 5.3.2, Equation 23).
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, SchedulerMixin
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 from dyndit.errors import InputError
 from dyndit.process.base import Process
+from dyndit.process.flow_sde import FlowSDEScheduler
 
-_FLOW_MATCHING = FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler
+_TAKE_SHARES = FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler
+_FLOW_MATCHING = _TAKE_SHARES | FlowMatchHeunDiscreteScheduler | FlowSDEScheduler
 
 
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
     """The linear interpolant. Timesteps are real numbers in [0, 1000]."""
 
+    time_shift: float = 1.0
+    """Shift of the timesteps that training draws and named solvers take, see `shift_for`; 1 shifts nothing."""
+
     name: ClassVar[str] = "flow"
     usual_solver: ClassVar[str] = "flow-euler"
     has_variance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.time_shift, int | float) or not 0 < self.time_shift < float("inf"):
+            raise InputError(f"process {self.name}: time_shift {self.time_shift!r:.40}; expected a number above 0")
+
+    @classmethod
+    def shift_for(cls, size: tuple[int, int], base: tuple[int, int]) -> float:
+        """Return the time shift of pictures of `size` that corresponds to none at `base`, both (height, width)."""
+        return math.sqrt(math.prod(size) / math.prod(base))
+
+    def config(self) -> dict[str, object]:
+        """See `Process`. A time shift of 1 is left out: identities of flows without a shift do not name it."""
+        return {"name": self.name} | ({} if self.time_shift == 1 else {"time_shift": self.time_shift})
 
     def _share(self, t: Tensor, like: Tensor) -> Tensor:
         """Return the share of noise s, shaped (B, 1, 1, 1), of `like`'s dtype and device."""
@@ -73,8 +101,12 @@ class RectifiedFlow(Process):
         return weights / weights.mean()
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw s logit-normal, mean 0 and scale 1: the best density that Stable Diffusion 3 compares.  -> (n,)."""
-        return self.num_timesteps * torch.randn(n, generator=generator).sigmoid()
+        """Draw s logit-normal, mean 0 and scale 1: the best density that Stable Diffusion 3 compares.  -> (n,).
+
+        The time shift follows.
+        """
+        share, a = torch.randn(n, generator=generator).sigmoid(), self.time_shift
+        return self.num_timesteps * (share if a == 1 else a * share / (1 + (a - 1) * share))
 
     def loss(
         self, prediction: Tensor, x_0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor
@@ -84,8 +116,8 @@ class RectifiedFlow(Process):
         return mse, {"mse": mse.detach()}
 
     def scheduler_settings(self) -> dict[str, object]:
-        """Return the number of timesteps."""
-        return {"num_train_timesteps": self.num_timesteps}
+        """Return the number of timesteps and the time shift."""
+        return {"num_train_timesteps": self.num_timesteps, "shift": self.time_shift}
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Accept diffusers' flow-matching schedulers, and solvers told to step a flow (`use_flow_sigmas`).
@@ -104,10 +136,13 @@ class RectifiedFlow(Process):
         """Set s = 1, 1 - 1/K, ..., 1/K; the scheduler then applies its own shift.
 
         By default the flow-matching schedulers of diffusers end at s = 1/1000, and their last step moves nothing.
-        Pipelines of diffusers pass these values.
+        Pipelines of diffusers pass these values. Heun's scheduler takes its ends alone.
         """
-        if isinstance(scheduler, _FLOW_MATCHING):
+        if isinstance(scheduler, _TAKE_SHARES):
             scheduler.set_timesteps(num_steps, sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
+        elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps
+            scheduler.set_timesteps(num_steps)
         else:
             super().set_timesteps(scheduler, num_steps)
 

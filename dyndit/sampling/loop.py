@@ -23,6 +23,7 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.solvers import (
     AnySolver,
+    calls_of,
     draws_noise,
     make_scheduler,
     solver_name,
@@ -35,6 +36,7 @@ from dyndit.sampling.solvers import (
 def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale: float) -> DepthPlan:
     """Plan full depth at every step. Raises InputError if the model was not trained for the solver or the guidance."""
     timesteps = timesteps_of(solver, num_steps, model.process)
+    calls = tuple(map(len, calls_of(make_scheduler(solver, num_steps, model.process))))
     backbone, name = model.backbone, solver_name(solver)
     if cfg_scale != 1 and not backbone.condition.guided:
         raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
@@ -51,7 +53,7 @@ def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale:
                 f"scheduler {name}: takes {solver.config.variance_type} variances of 3 channels alone, the model "
                 f"has {backbone.in_channels}; expected variance_type=None"
             )
-    return DepthPlan.full(timesteps, model.num_blocks, name, cfg_scale)
+    return DepthPlan.full(timesteps, model.num_blocks, name, cfg_scale, calls)
 
 
 def picture_generator(*key: int) -> torch.Generator:
@@ -136,11 +138,20 @@ StepEndHook = Callable[[int, Tensor, Tensor], Tensor | None]
 
 @torch.inference_mode()
 def start(
-    model: DynamicDepth, batch: Batch, solver: AnySolver, num_steps: int, *, noise: Tensor | None = None
+    model: DynamicDepth,
+    batch: Batch,
+    solver: AnySolver,
+    num_steps: int,
+    *,
+    noise: Tensor | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> Trajectory:
-    """Start a trajectory at the batch's own noise, or at `noise`, standard normal (B, C, H, W)."""
+    """Start a trajectory at the batch's own noise, or at `noise`, standard normal (B, C, H, W).
+
+    shape: of a picture or clip, (C, ...); None is the model's `sample_shape`.
+    """
     scheduler = make_scheduler(solver, num_steps, model.process)
-    x = batch.noise(model.backbone.sample_shape) if noise is None else noise
+    x = batch.noise(shape or model.backbone.sample_shape) if noise is None else noise
     return Trajectory(model.process.first_state(x, scheduler), scheduler)
 
 
@@ -171,37 +182,45 @@ def advance(
     channels = model.backbone.in_channels
     clock = Clock(x.device) if on_step is not None else float
     time_dtype = torch.long if all(isinstance(t, int) for t in plan.timesteps) else x.dtype
+    calls, k = calls_of(scheduler), first - 1
     for k in range(first, plan.num_steps if stop is None else stop):
-        began = clock()
-        t, timestep, work = scheduler.timesteps[k], plan.timesteps[k], plan.works[k]
-        x_t = model.process.network_input(x, t, scheduler)
-        times = torch.full((len(x),), timestep, dtype=time_dtype, device=x.device)
+        began, inside = clock(), 0.0
+        timestep, work = plan.timesteps[k], plan.works[k]
         if also_keep and work.depths[0] == plan.num_blocks:
             work = work.keeping(tuple(also_keep))
-        entered = clock()
-        asked = x_t.to(dtype)
-        branches = tuple(Inputs(asked, times, y) for y in conditions[: len(work.depths)])
-        step = StepInputs(k, branches, work, plan.timesteps)
-        predictions, trajectory.memory = model.predict(step, trajectory.memory)
-        predictions = [p.to(x.dtype) for p in predictions]
-        left = clock()
-        prediction = predictions[0]
-        if len(predictions) == 2:
-            prediction = guidance.combine(*predictions, channels)
-        if model.pixel_space:
-            prediction = model.process.clamp(prediction, x_t, timestep, channels)
-        if not with_variance:
-            prediction = prediction[:, :channels]
-        drawn = {"generator": batch.generators_of(k)} if stochastic else {}
-        x = scheduler.step(prediction, t, x, return_dict=False, **drawn)[0]
+        for t in scheduler.timesteps[calls[k].start : calls[k].stop]:
+            x_t = model.process.network_input(x, t, scheduler)
+            times = torch.full((len(x),), timestep, dtype=time_dtype, device=x.device)
+            entered = clock()
+            asked = x_t.to(dtype)
+            branches = tuple(Inputs(asked, times, y) for y in conditions[: len(work.depths)])
+            step = StepInputs(k, branches, work, plan.timesteps)
+            predictions, trajectory.memory = model.predict(step, trajectory.memory)
+            predictions = [p.to(x.dtype) for p in predictions]
+            inside += clock() - entered
+            prediction = predictions[0]
+            if len(predictions) == 2:
+                prediction = guidance.combine(*predictions, channels)
+            if model.pixel_space:
+                prediction = model.process.clamp(prediction, x_t, timestep, channels)
+            if not with_variance:
+                prediction = prediction[:, :channels]
+            drawn = {"generator": batch.generators_of(k)} if stochastic else {}
+            x = scheduler.step(prediction, t, x, return_dict=False, **drawn)[0]
         if on_step is not None:
-            on_step(k, clock() - began, left - entered)
+            on_step(k, clock() - began, inside)
         if on_step_end is not None and (changed := on_step_end(k, t, x)) is not None:
             x = changed
+    if k + 1 == plan.num_steps and not bool(torch.isfinite(x).all()):
+        rows = torch.nonzero(~torch.isfinite(x).flatten(1).all(dim=1)).flatten().tolist()
+        raise InputError(
+            f"sampling: {len(rows)} pictures of the batch {batch.indices[0]} to {batch.indices[-1]} are not finite "
+            f"after {plan.num_steps} steps; expected a model and a guidance scale that give finite numbers"
+        )
     trajectory.x = x
     return trajectory
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Convert pixels in [-1, 1] to 0..255, rounded without bias.  (B, C, H, W) -> (B, C, H, W) uint8."""
+    """Convert pixels in [-1, 1] to 0..255, rounded without bias.  (B, C, ...) -> (B, C, ...) uint8."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)

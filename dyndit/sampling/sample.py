@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from dyndit import manifest
+from dyndit import bounds, manifest
 from dyndit.errors import InputError
 from dyndit.locks import locked
+from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.step import NoGuide
@@ -27,14 +28,15 @@ from dyndit.sampling.store import TIMES, Drawn, Store, added
 class Samples:
     """Result of a sampling.
 
-    pictures: (N, C, H, W) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: (N,).
+    pictures: (N, C, ...) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
+    the caption of each picture.
     batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
     batches, if `stats` is set.
     """
 
     pictures: Tensor
     latents: Tensor | None
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
     plan: DepthPlan
     seed: int
     batch_seconds: tuple[float, ...] = ()
@@ -65,15 +67,19 @@ def resolve_plan(
     return bind(written, model, full=full, cfg_scale=cfg_scale, origin=origin)
 
 
-def check_request(model: DynamicDepth, labels: Sequence[int], batch_size: int, seed: int) -> None:
+def check_shape(model: DynamicDepth, shape: tuple[int, ...] | None) -> None:
+    """Raise InputError for a shape (C, ...) that the backbone does not take. None is the model's own."""
+    if shape is not None and not model.backbone.accepts(shape):
+        found, usual = (" ".join(map(str, each[1:])) for each in (shape, model.backbone.sample_shape))
+        raise InputError(f"--shape {found}: expected {usual}, or another shape that this model takes")
+
+
+def check_request(model: DynamicDepth, labels: Sequence[Value], batch_size: int, seed: int) -> None:
     """Raise InputError for labels that the model lacks (it would use wrong classes), no pictures, or empty batches."""
-    model.backbone.condition.of(labels)
+    model.backbone.condition.plain(labels)
     if not labels:
         raise InputError("--num-images 0: expected at least 1")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: expected at least 1")
-    if seed < 0:
-        raise InputError(f"--seed {seed}: expected at least 0")
+    bounds.check(batch_size=batch_size, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Sampling:
     plan: a plan, or a router that writes one; None is the full plan. solver: a name of `SOLVERS`, or a diffusers
     scheduler. guided_channels: see `Guidance`. strict: pad every batch to `batch_size`. Kernels then see one shape, and
     pictures are bit-equal in any grouping at this batch size; else they are equal to 1/255. stats: time every step.
+    shape: (C, ...) of a picture or clip, for a model that takes several; None is the model's own.
     """
 
     plan: DepthPlan | Router | None = None
@@ -94,14 +101,21 @@ class Sampling:
     batch_size: int = 64
     strict: bool = False
     stats: bool = False
+    shape: tuple[int, ...] | None = None
 
-    def bound(self, model: DynamicDepth, labels: Sequence[int], origin: str = "plan") -> Self:
+    def bound(self, model: DynamicDepth, labels: Sequence[Value], origin: str = "plan") -> Self:
         """Check the request, and return the settings with the plan to run: `check_request`, `resolve_plan`."""
         check_request(model, labels, self.batch_size, self.seed)
+        if not bounds.is_number(self.cfg_scale):
+            raise InputError(f"cfg_scale {self.cfg_scale}: expected a finite number")
+        bounds.check(cfg_scale=self.cfg_scale, guided_channels=self.guided_channels)
+        if (self.guided_channels or 0) > (most := model.backbone.in_channels):
+            raise InputError(f"--guided-channels {self.guided_channels}: expected at most {most}, as the model has")
+        check_shape(model, self.shape)
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
 
-    def batches(self, model: DynamicDepth, labels: Sequence[int], ids: Sequence[int]) -> Iterator[Drawn]:
+    def batches(self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int]) -> Iterator[Drawn]:
         """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`."""
         guidance, device = Guidance(self.cfg_scale, self.guided_channels), next(model.parameters()).device
         timed: list[tuple[float, float]] = []
@@ -114,7 +128,7 @@ class Sampling:
             batch = Batch(condition, indices + indices[-1:] * padding, self.seed)
             timed.clear()
             began = time.perf_counter()
-            trajectory = start(model, batch, self.solver, self.plan.num_steps)
+            trajectory = start(model, batch, self.solver, self.plan.num_steps, shape=self.shape)
             x = advance(model, batch, trajectory, self.plan, guidance, on_step=on_step).x
             x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
             seconds = time.perf_counter() - began
@@ -123,7 +137,7 @@ class Sampling:
 
 def sample(
     model: DynamicDepth,
-    labels: Sequence[int],
+    labels: Sequence[Value],
     *,
     plan: DepthPlan | Router | None = None,
     solver: AnySolver = "ddim",
@@ -135,9 +149,12 @@ def sample(
     batch_size: int = 64,
     strict: bool = False,
     stats: bool = False,
+    shape: tuple[int, ...] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Samples:
-    """Draw one picture per label. Picture i has index first_index + i; `Sampling` explains the other settings.
+    """Draw one picture per label: the number of a class, or a caption for a model of captions.
+
+    Picture i has index first_index + i; `Sampling` explains the other settings.
 
     on_batch(n) is called after each batch of n pictures. All pictures are in memory at the end; `draw` holds one batch,
     `sample_into` writes to disk.
@@ -145,8 +162,8 @@ def sample(
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
     """
-    labels = tuple(map(int, labels))
-    asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats)
+    labels = tuple(model.backbone.condition.plain(labels))
+    asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats, shape)
     asked, drawn = asked.bound(model, labels), []
     for batch in asked.batches(model, labels, range(first_index, first_index + len(labels))):
         drawn.append(batch)
@@ -167,7 +184,7 @@ def sample(
 
 
 def draw(
-    model: DynamicDepth, labels: Sequence[int], *, ids: Sequence[int] | None = None, **settings: Any
+    model: DynamicDepth, labels: Sequence[Value], *, ids: Sequence[int] | None = None, **settings: Any
 ) -> Iterator[Drawn]:
     """Draw one picture per label and yield each batch. `sample` collects them.
 
@@ -177,7 +194,7 @@ def draw(
     Raises:
         InputError: raised at the call, as `sample`; or numbers below 0, or another number of ids than labels.
     """
-    labels = tuple(map(int, labels))
+    labels = tuple(model.backbone.condition.plain(labels))
     asked = Sampling(**settings).bound(model, labels)
     ids = range(len(labels)) if ids is None else ids
     if len(ids) != len(labels) or min(ids) < 0:
@@ -202,7 +219,7 @@ class Stored:
 def sample_into(
     out: Path,
     model: DynamicDepth,
-    classes: Sequence[int] | None,
+    classes: Sequence[Value] | Literal["random"] | None,
     num_images: int,
     *,
     ids: Sequence[int] | None = None,
@@ -214,8 +231,9 @@ def sample_into(
 ) -> Stored:
     """Draw a set of pictures into the folder `out`. Existing pictures stay; a finished set does not change.
 
-    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: None takes every
-    class in turn.
+    Picture i has class classes[i % len(classes)] and is a function of (seed, class, i) alone. classes: numbers of
+    classes, or captions; None takes every class, or the model's own prompts, in turn; "random" draws the class of
+    picture i from (seed, i).
     ids: the numbers to draw, of 0 to num_images - 1 (default: all). Processes can share the numbers and draw into one
     folder: `ids=range(0, 25_000)`, `ids=range(25_000, 50_000)`. The process that adds the last picture finishes the
     set. Both processes draw a batch that they share, so cut at multiples of batch_size.
@@ -226,8 +244,11 @@ def sample_into(
         InputError: before any write: see `sample`, or `out` holds another run or other files, or another process draws
             there. Later: the disk is full, or a picture of the folder is damaged.
     """
-    labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
-    labels = [int(labels[i % len(labels)]) for i in range(num_images)] if labels else []
+    if classes == "random":
+        labels = random_labels(model, num_images, settings.get("seed", 0))
+    else:
+        labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
+    labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
     asked = Sampling(**settings).bound(model, labels, origin)
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
@@ -243,13 +264,15 @@ def sample_into(
         "steps": asked.num_steps,
         "cfg_scale": asked.cfg_scale,
         "guided_channels": asked.guided_channels,
-        "labels": "in turn" if classes is None else tuple(classes),
+        "labels": "in turn" if classes is None else classes if classes == "random" else tuple(classes),
         "num_images": num_images,
         "seed": asked.seed,
         "plan_steps": list(map(str, plan.steps)),
         "autoencoder": autoencoder,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+    if asked.shape is not None:
+        run["shape"] = asked.shape
     store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
     # Processes that share the numbers hold the folder together, once one of them has claimed it.
     with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
@@ -284,10 +307,20 @@ def sample_into(
         return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
 
 
+def random_labels(model: DynamicDepth, num: int, seed: int) -> list[int]:
+    """Draw a class for each picture, uniformly; picture i's is a function of (seed, i)."""
+    classes = getattr(model.backbone.condition, "num_classes", 0)
+    if not classes:
+        raise InputError("--class-labels random: the model has no classes; expected no class labels")
+    digests = (hashlib.sha256(f"label {seed} {i}".encode()).digest() for i in range(num))
+    return [int.from_bytes(digest, "big") % classes for digest in digests]
+
+
 def _facts(plan: DepthPlan) -> dict[str, object]:
     """Return the facts about a plan that a manifest holds."""
     return {
         "router": plan.router,
+        "note": plan.note,
         "settings": plan.settings_text,
         "budget": plan.budget,
         "predicted_fd": plan.figures.get("predicted_fd"),

@@ -10,6 +10,7 @@ from diffusers import SchedulerMixin
 
 from dyndit.errors import InputError
 from dyndit.process import DDPM, Process, RectifiedFlow
+from dyndit.process.flow_sde import FlowSDEScheduler
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Solver:
         return self.scheduler(**(process or self.process()).scheduler_settings(), **self.options)
 
 
+_NO_NOISE = (
+    diffusers.EulerDiscreteScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.FlowMatchHeunDiscreteScheduler,
+)
 _MULTISTEP = {"timestep_spacing": "linspace", "final_sigmas_type": "zero"}
 
 SOLVERS: dict[str, Solver] = {
@@ -47,6 +53,8 @@ SOLVERS: dict[str, Solver] = {
     "unipc": Solver(diffusers.UniPCMultistepScheduler, {"solver_order": 2, **_MULTISTEP}),
     "euler": Solver(diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "flow-euler": Solver(diffusers.FlowMatchEulerDiscreteScheduler, {}, RectifiedFlow),
+    "flow-heun": Solver(diffusers.FlowMatchHeunDiscreteScheduler, {}, RectifiedFlow),
+    "flow-sde": Solver(FlowSDEScheduler, {}, RectifiedFlow),
 }
 
 AnySolver = str | SchedulerMixin
@@ -79,6 +87,11 @@ def solver_name(solver: AnySolver) -> str:
     return next((name for name, theirs in named if theirs == mine), type(solver).__name__)
 
 
+def scheduler_class(name: str) -> str:
+    """Return the class of the scheduler that a plan's solver names."""
+    return SOLVERS[name].scheduler.__name__ if name in SOLVERS else name
+
+
 @functools.cache
 def _built(name: str) -> SchedulerMixin:
     return SOLVERS[name].build()
@@ -94,13 +107,20 @@ def takes_variance(solver: AnySolver) -> bool:
     return scheduler.config.get("variance_type") in ("learned", "learned_range")
 
 
+def kind_of(solver: str) -> str:
+    """Return "SDE" if a named solver adds noise, "ODE" if not, "" for an unknown name."""
+    if solver not in SOLVERS:
+        return ""
+    return "SDE" if draws_noise(SOLVERS[solver].build()) else "ODE"
+
+
 def draws_noise(scheduler: SchedulerMixin) -> bool:
     """Tell whether `step` may draw noise, and so needs generators.
 
-    Euler without churn, DDIM with eta = 0 and DPM-Solver on the ODE also take a generator, but draw no noise here.
+    Euler and Heun without churn, DDIM with eta = 0 and DPM-Solver on the ODE also take a generator, but draw no noise.
     Making one generator per picture and step for them would be wasted.
     """
-    if isinstance(scheduler, diffusers.EulerDiscreteScheduler | diffusers.DDIMScheduler):
+    if isinstance(scheduler, _NO_NOISE):
         return False
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         return bool(scheduler.config.stochastic_sampling)
@@ -124,8 +144,9 @@ def check_scheduler(scheduler: SchedulerMixin, process: Process) -> None:
     name = type(scheduler).__name__
     if not isinstance(scheduler, SchedulerMixin):
         raise InputError(f"scheduler {name}: expected a diffusers scheduler")
-    if getattr(scheduler, "order", 1) != 1:
-        raise InputError(f"scheduler {name}: runs the model {scheduler.order} times a step; expected one of order 1")
+    order = getattr(scheduler, "order", 1)
+    if order != 1 and not isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+        raise InputError(f"scheduler {name}: runs the model {order} times a step; expected one of order 1")
     needed = [
         n for n, p in _step_parameters(type(scheduler)).items() if p.default is p.empty and p.kind != p.VAR_KEYWORD
     ]
@@ -134,6 +155,22 @@ def check_scheduler(scheduler: SchedulerMixin, process: Process) -> None:
             f"scheduler {name}: its step needs {', '.join(needed[1:])}; expected a prediction, t and x alone"
         )
     process.check_scheduler(scheduler)
+
+
+def calls_of(scheduler: SchedulerMixin) -> list[range]:
+    """Return the calls of the network at each timestep, as positions in `scheduler.timesteps`.
+
+    A solver of order 2 (Heun's) calls it once at the first timestep. At every later timestep it calls it twice: to
+    correct the step that ends there, and to begin the next step.
+    """
+    num = len(scheduler.timesteps)
+    if getattr(scheduler, "order", 1) == 1:
+        return [range(k, k + 1) for k in range(num)]
+    return [range(max(0, last - 1), last + 1) for last in range(0, num, 2)]
+
+
+def _times(scheduler: SchedulerMixin) -> list[float]:
+    return scheduler.timesteps[:: getattr(scheduler, "order", 1)].tolist()
 
 
 def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> SchedulerMixin:
@@ -162,7 +199,7 @@ def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM())
         process.set_timesteps(scheduler, num_steps)
     except ValueError as error:
         raise InputError(f"scheduler {name}: no {num_steps} steps ({str(error).splitlines()[0]})") from error
-    times = scheduler.timesteps.tolist()
+    times = _times(scheduler)
     if len(times) != num_steps or any(a <= b for a, b in itertools.pairwise(times)):
         found = ", ".join(f"{t:g}" for t in times[:3])
         raise InputError(
@@ -172,6 +209,6 @@ def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM())
 
 
 def timesteps_of(solver: AnySolver, num_steps: int, process: Process = DDPM()) -> tuple[float, ...]:
-    """Return the timesteps of a solver, falling. Whole timesteps are integers."""
-    times = make_scheduler(solver, num_steps, process).timesteps.tolist()
+    """Return the timesteps of a solver, falling, each once. Whole timesteps are integers."""
+    times = _times(make_scheduler(solver, num_steps, process))
     return tuple(int(t) if float(t).is_integer() else t for t in times)

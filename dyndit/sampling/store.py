@@ -1,13 +1,16 @@
 """Store sets of pictures on disk, as `dyndit sample` writes them.
 
-A folder holds a PNG for each picture, `000123-class7.png`, and a `manifest.json`. A finished folder also holds all
-pictures for ADM's evaluator, `samples.npz`, and the first pictures side by side, `grid.png`.
+A folder holds a PNG for each picture, `000123-class7.png`, or `000123-a-three.png` if it has a caption, and a
+`manifest.json`. A finished folder also holds all pictures for ADM's evaluator, `samples.npz`, and the first pictures
+side by side, `grid.png`. A clip's PNG has all its frames side by side; a finished folder also holds a GIF and an MP4 of
+each of the first clips, and of their grid.
 
 Every file is written whole. Batches are always cut from the whole set. A resumed run, or a run shared by processes,
 therefore draws the same batches as an undisturbed run. One batch is in memory at a time.
 """
 
 import json
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +22,9 @@ from torch import Tensor
 
 from dyndit import files, manifest
 from dyndit.errors import CheckpointError, InputError
-from dyndit.pictures import PictureFiles, as_image, as_nchw, grid, write_png
+from dyndit.models.conditions import Value
+from dyndit.pictures import clips, grid, write_png
+from dyndit.pictures.collection import PictureFiles
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
 NUM_IN_GRID = 64
@@ -31,12 +36,13 @@ TIMES = ("machine", "ms_per_picture", "ms_denoiser", "seconds", "step_seconds")
 class Drawn:
     """One batch of a sampling.
 
-    ids: numbers of the pictures. labels: their classes. x: (B, C, H, W) on the host, uint8 of a pixel-space model, else
-    latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty without `stats`.
+    ids: numbers of the pictures. labels: their classes or captions. x: (B, C, ...) on the host, uint8 of a pixel-space
+    model, else latents. seconds: wall time from noise to x. step_seconds, network_seconds: per step, empty without
+    `stats`.
     """
 
     ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
     x: Tensor
     seconds: float
     step_seconds: tuple[float, ...] = ()
@@ -45,14 +51,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of a set.  labels: the class of each picture."""
+    """The folder of a set.  labels: the class or the caption of each picture."""
 
     folder: Path
-    labels: tuple[int, ...]
+    labels: tuple[Value, ...]
 
     def path(self, number: int) -> Path:
         """Return the path of a picture."""
-        return self.folder / f"{number:06d}-class{self.labels[number]}.png"
+        return self.folder / f"{number:06d}-{_word(self.labels[number])}.png"
 
     def missing(self) -> set[int]:
         """Return the numbers of the missing pictures."""
@@ -60,10 +66,10 @@ class Store:
         return {number for number in range(len(self.labels)) if self.path(number).name not in there}
 
     def add(self, numbers: Sequence[int], pictures: Tensor) -> None:
-        """Write pictures.  pictures: uint8 (B, 1 or 3, H, W)."""
+        """Write pictures.  pictures: uint8 (B, 1 or 3, H, W), or clips (B, 1 or 3, T, H, W)."""
         with files.written_together(self.folder) as draft:
             for number, picture in zip(numbers, pictures, strict=True):
-                as_image(picture).save(draft / self.path(number).name)
+                clips.as_png(picture, draft / self.path(number).name)
 
     def note(self, part: str, drawn: Drawn, machine: str, seconds: float) -> None:
         """Keep the times of a batch until the set is finished.  seconds: its wall time, decoding included."""
@@ -107,7 +113,7 @@ class Store:
     @property
     def manifest(self) -> dict[str, object]:
         """Return the folder's manifest."""
-        return files.read_json(self.folder / manifest.MANIFEST)
+        return manifest.read(self.folder / manifest.MANIFEST)
 
     def describe(self, settings: dict[str, object], **facts: object) -> None:
         """Write the manifest."""
@@ -123,16 +129,35 @@ class Store:
         times = self.times()
         if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times
             return
-        pictures = PictureFiles(tuple(map(self.path, range(len(self.labels)))))
+        pictures = PictureFiles.at(tuple(map(self.path, range(len(self.labels)))))
         _write_archive(self.folder / ARCHIVE, pictures, self.labels)
         first = pictures.read(range(min(NUM_IN_GRID, len(pictures))))
-        write_png(self.folder / GRID, grid(as_nchw(first)))
+        write_png(self.folder / GRID, grid(first))
+        if first.ndim == 5:
+            self._write_clips(first)
         self.describe(settings, complete=True, **times | facts)
         self.drop_times()
 
+    def _write_clips(self, first: Tensor) -> None:
+        """Write a GIF and an MP4 of each of these clips, and of their grid.  first: uint8 (N, C, T, H, W)."""
+        with files.written_together(self.folder) as draft:
+            clips.write(draft / Path(GRID).stem, clips.side_by_side(first))
+            for number, clip in enumerate(first):
+                clips.write(draft / self.path(number).stem, clips.frames(clip))
 
-def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], batch_size: int = 256) -> None:
-    """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C)."""
+
+def _word(label: Value) -> str:
+    """Write a label for a file's name: 7 -> "class7", "A three, bold" -> "a-three-bold"."""
+    if not isinstance(label, str):
+        return f"class{label}"
+    return "-".join(re.findall(r"[a-z0-9]+", label.lower()))[:60] or "caption"
+
+
+def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[Value], batch_size: int = 256) -> None:
+    """Write `np.savez(path, arr_0=pictures, arr_1=labels)`, batch by batch.  arr_0: uint8 (N, H, W, C).
+
+    Clips are (N, T, H, W, C).
+    """
     parts = pictures.batches(batch_size)
     first = next(parts)
     shape = (len(pictures), *first.shape[2:], first.shape[1])
@@ -141,7 +166,7 @@ def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[int], ba
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in (first, *parts):
-                file.write(part.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                file.write(part.movedim(1, -1).contiguous().numpy().tobytes())
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(file, np.asarray(labels))
 
@@ -152,13 +177,17 @@ def problem_of(source: object) -> str | None:
     if folder is None or not (folder / manifest.MANIFEST).is_file():
         return None
     try:
-        found = files.read_json(folder / manifest.MANIFEST)
+        found = manifest.read(folder / manifest.MANIFEST)
         settings = dict(found["settings"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        return None  # a manifest of another program
+    except CheckpointError as error:  # damaged, or of another program
+        return str(error) if next(folder.glob("[0-9]*-*.png"), None) else None
+    except (KeyError, TypeError, ValueError):
+        return None
     if settings.get("verb") != "sample":
         return None
-    num, expected = sum(1 for _ in folder.glob("*-class*.png")), settings.get("num_images")
+    if not manifest.is_sealed(found):
+        return f"{folder / manifest.MANIFEST}: edited (it has no checksum); expected it as `dyndit sample` wrote it"
+    num, expected = sum(1 for _ in folder.glob("[0-9]*-*.png")), settings.get("num_images")
     if found.get("complete") is True and num == expected:
         return None
     return f"{folder}: unfinished, {num} of {expected} pictures; expected that `dyndit sample` had come to its end"

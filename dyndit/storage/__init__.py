@@ -1,1 +1,1 @@
-"""Read and write models: one file for each format of a class-conditional DiT, and the native folder."""
+"""Read and write models: one file for each format, and for each class of diffusers."""

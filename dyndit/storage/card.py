@@ -10,6 +10,8 @@ from pathlib import Path
 
 from dyndit.errors import InputError
 from dyndit.files import write_text, written_whole
+from dyndit.markdown import plain
+from dyndit.models.conditions import ClassLabels, Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.plans.plan import DepthPlan
@@ -18,7 +20,7 @@ from dyndit.storage.native import TABLE, plans_in
 
 CARD, PICTURE = "README.md", "plans.png"
 MARK = "<!-- Written by dyndit from the files beside it. Without this line dyndit leaves the card alone. -->"
-TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit", "class-conditional-image-generation")
+TAGS = ("dyndit", "diffusion-transformer", "dit", "early-exit")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def card(
     model: DynamicDepth, folder: Path, plans: Mapping[str, DepthPlan], license: str | None, extras: CardExtras
 ) -> str:
     """Return the card's text.  plans: by file name."""
-    tags = "\n".join(f"- {tag}" for tag in TAGS)
+    labelled = isinstance(model.backbone.condition, ClassLabels)
+    kind = "video" if len(model.backbone.sample_shape) == 4 else "image"
+    task = f"class-conditional-{kind}-generation" if labelled else f"text-to-{kind}"
+    tags = "\n".join(f"- {tag}" for tag in (*TAGS, task))
     named = f"license: {license}\n" if license else ""
     parts = [
         f"---\nlibrary_name: dyndit\n{named}tags:\n{tags}\n---",
@@ -90,7 +95,7 @@ def card(
 
 def _backbone(model: DynamicDepth) -> str:
     config = model.backbone.config()
-    rows = [f"| {name} | {value} |" for name, value in config.items()]
+    rows = [f"| {name} | {_shortened(value)} |" for name, value in config.items()]
     rows += [
         f"| parameters | {sum(p.numel() for p in model.backbone.parameters()):,} |",
         f"| process | {model.process} |",
@@ -123,7 +128,15 @@ def _plans(plans: Mapping[str, DepthPlan], folder: Path, extras: CardExtras) -> 
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
     for name, plan in plans.items():
         budget = "–" if plan.budget is None else f"{plan.budget:g}"
-        named = [f"`{name}`", plan.router, plan.solver, str(plan.num_steps), f"{plan.cfg_scale:g}", budget]
+        routed = plan.router + (f" ({plan.note})" if plan.note else "")
+        named = [
+            f"`{plain(name)}`",
+            plain(routed),
+            plain(plan.solver),
+            str(plan.num_steps),
+            f"{plan.cfg_scale:g}",
+            budget,
+        ]
         figures = [_number(plan.figures.get(column)) for column in columns]
         lines.append([*named, f"{plan.share_of_blocks:.0%}", *figures])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -137,9 +150,8 @@ def _features(folder: Path) -> str:
     if not (folder / TABLE).exists():
         return ""
     table = ShiftTable.load(folder / TABLE)
-    return (
-        f" on the features of `{table.extractor}`, predicted from {table.num_pictures} pictures per entry of the table"
-    )
+    features, num = plain(table.extractor), table.num_pictures
+    return f" on the features of `{features}`, predicted from {num} pictures per entry of the table"
 
 
 def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
@@ -153,8 +165,21 @@ def _loading(model: DynamicDepth, plans: Mapping[str, DepthPlan]) -> str:
     return (
         "## Use\n\n```python\nimport dyndit\n"
         'model = dyndit.load("PATH_OR_HUB_ID")  # this folder, or its id on the hub\n'
-        f"{result} = dyndit.sample(model, labels=[0], {drawn}).{result}\n```"
+        f"{result} = dyndit.sample(model, labels={_asked(model)}, {drawn}).{result}\n```"
     )
+
+
+def _asked(model: DynamicDepth) -> list[Value]:
+    """Return a label or a caption to ask for."""
+    try:
+        return model.backbone.condition.in_turn(1)
+    except InputError:  # a model of captions without prompts of its own
+        return ["CAPTION"]
+
+
+def _shortened(value: object) -> str:
+    """Write a value in at most 200 characters."""
+    return text if len(text := str(value)) <= 200 else f"{text[:199]}…"
 
 
 def _number(value: float | None) -> str:

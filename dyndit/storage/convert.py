@@ -1,7 +1,7 @@
 """Convert a model from one format to another, and measure how far it drifts if it is loaded plainly."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from dyndit import files, manifest
+from dyndit.models.base import Inputs
+from dyndit.models.conditions import ClassLabels
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.layers import position_features
 from dyndit.process import DDPM
 from dyndit.storage import card as model_card
-from dyndit.storage import diffusers_folder, official
+from dyndit.storage import diffusers_folder, hub, official
 from dyndit.storage import load as checkpoints
-from dyndit.storage.names import match_frequencies, own_positions
+from dyndit.storage.autoencoder import find, open_autoencoder
 from dyndit.storage.native import plans_in
-from dyndit.storage.reading import AskedProcess
+from dyndit.storage.reading import AskedProcess, Loaded
 
 Format = Literal["native", "official", "diffusers"]
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""x: (B, C, H, W), t: (B,), y: (B,) -> (B, C_out, H, W)."""
+Predict = Callable[[Inputs], Tensor]
+"""Inputs of B rows -> (B, C_out, H, W)."""
 
 TIMESTEPS = (20, 250, 500, 750, 980)
 """Timesteps to measure drift at."""
@@ -40,12 +41,15 @@ class Drift:
 
 
 @torch.inference_mode()
-def predictions(predict: Predict, config: DiTConfig, batch: int = 2) -> Tensor:
-    """Predict from the same seeded noise at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W)."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, config.in_channels, *config.size, generator=generator)
-    y = torch.arange(batch) % config.num_classes
-    return torch.stack([predict(x, torch.full((batch,), t), y) for t in TIMESTEPS])
+def predictions(predict: Predict, model: DynamicDepth, batch: int = 2) -> Tensor:
+    """Predict from the same seeded inputs of `model` at each of `TIMESTEPS` -> (timesteps, batch, C_out, H, W).
+
+    Class labels are 0, 1, ...; other conditions are examples.
+    """
+    condition, inputs = model.backbone.condition, model.backbone.example(batch, torch.Generator().manual_seed(0))
+    if isinstance(condition, ClassLabels):
+        inputs = replace(inputs, y=condition.of(condition.in_turn(batch)))
+    return torch.stack([predict(replace(inputs, t=torch.full((batch,), t))) for t in TIMESTEPS])
 
 
 def drift(reference: Tensor, other: Tensor) -> Drift:
@@ -63,6 +67,8 @@ def convert(
     num_heads: int | None = None,
     revision: str | None = None,
     process: AskedProcess = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
     card_extras: Callable[[Path], model_card.CardExtras] | None = None,
 ) -> tuple[str, ...]:
     """Read a model and write it in another format, whole or not at all -> notes about it, a line each.
@@ -75,7 +81,9 @@ def convert(
         CheckpointError: the source is missing, damaged or foreign.
     """
     files.check_free(target, folder=to != "official")
-    loaded = checkpoints.inspect(source, num_heads=num_heads, revision=revision, process=process)
+    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    origin = source if Path(source).exists() else hub.parse(str(source), revision) or source
+    loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), str(origin))
     model, folder = loaded.model, loaded.folder
     if to == "official":
         official.write(model, target)
@@ -99,6 +107,18 @@ def convert(
     return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)
 
 
+def _with_autoencoder(loaded: Loaded, source: str) -> Loaded:
+    """Record a pipeline's own autoencoder in its model, and say so."""
+    model = loaded.model
+    if model.pixel_space or model.autoencoder is not None or find(source, optional=True)[0] is None:
+        return loaded
+    open_autoencoder(None, model, source)
+    found = model.autoencoder
+    return replace(
+        loaded, notes=(*loaded.notes, f"autoencoder: {found.kind} of hash {found.hash}, recorded; not copied")
+    )
+
+
 def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:
     left = [f"exits after {len(model.exits.layers)} layers"] if model.exits is not None else []
     if folder is not None:
@@ -108,23 +128,22 @@ def _left_behind(model: DynamicDepth, folder: Path | None) -> tuple[str, ...]:
 
 def _in_diffusers(model: DynamicDepth) -> tuple[str, ...]:
     """Measure how a plainly loaded folder differs from the model, on the diffusers class itself."""
-    transformer, config = diffusers_folder.to_diffusers(model), DiTConfig(**model.backbone.config())
+    layout, transformer = diffusers_folder.layout_for(model), diffusers_folder.to_diffusers(model)
 
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return transformer(x, t, y, return_dict=False)[0]
+    def predict(inputs: Inputs) -> Tensor:
+        return layout.call(transformer, model, inputs)
 
-    matched = predictions(predict, config)
-    note = f"in diffusers, with matched frequencies: {drift(predictions(model, config), matched)}"
-    causes = ["timestep frequencies"] if config.frequency_shift != 1 else []
-    if own_positions(model.backbone.state_dict()) is not None:
-        causes.append("unrounded positions")
+    matched = predictions(predict, model)
+    note = f"in diffusers{layout.matched}: {drift(predictions(_own(model), model), matched)}"
+    causes, remedy = layout.loaded_plainly(model, transformer)
     if not causes:
         return (f"{note}; loaded plainly it is the same: nothing is unmatched",)
-    match_frequencies(transformer, 1)
-    transformer.pos_embed.pos_embed.copy_(position_features(*config.grid, config.width)[None])
-    found = drift(matched, predictions(predict, config))
-    call = f"; call dyndit.storage.names.match_frequencies(transformer, {config.frequency_shift}) after loading"
-    return (note, f"loaded plainly ({' and '.join(causes)} of diffusers, not of this model): {found}{call}")
+    found = drift(matched, predictions(predict, model))
+    return (note, f"loaded plainly ({' and '.join(causes)} of diffusers, not of this model): {found}; {remedy}")
+
+
+def _own(model: DynamicDepth) -> Predict:
+    return lambda inputs: model(inputs.x, inputs.t, inputs.y)
 
 
 def _as_published(model: DynamicDepth) -> str:
@@ -138,8 +157,8 @@ def _as_published(model: DynamicDepth) -> str:
     others = [field.name for field in fields(config) if getattr(config, field.name) != getattr(published, field.name)]
     if not others:
         return "the published code runs it as it is: nothing is unmatched"
-    theirs = ClassConditionalDiT(published).eval()
-    theirs.load_state_dict(model.backbone.state_dict())
+    theirs = DynamicDepth(ClassConditionalDiT(published).eval())
+    theirs.backbone.load_state_dict(model.backbone.state_dict())
     causes = ", ".join(f"{name} {getattr(published, name):g}, not {getattr(config, name):g}" for name in others)
-    found = drift(predictions(model, config), predictions(theirs, config))
+    found = drift(predictions(_own(model), model), predictions(_own(theirs), model))
     return f"loaded plainly (the published code has {causes}): {found}; dyndit.load honours what args record"

@@ -4,47 +4,29 @@ An id is `org/name` or `org/name@revision`. Only a model's own files are fetched
 no safetensors.
 """
 
+import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from dyndit.errors import CheckpointError, first_line
+from dyndit.files import sha256
+from dyndit.storage.hub_id import HubId, parse
 
-_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+__all__ = ["HubId", "fetch", "fetch_autoencoder", "parse", "upload"]
+
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = ("*.json", "runs.csv")
+_CONFIG = "config.json"
+_DIFFUSERS_SAFE = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
 _SAFE = (
     "model.safetensors",
     "exits.safetensors",
     "shift-table.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model-*-of-*.safetensors",
+    *_DIFFUSERS_SAFE,
+    "text_embedder.safetensors",
 )
 _PICKLED = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-*-of-*.bin")
-
-
-@dataclass(frozen=True)
-class HubId:
-    """A model on the hub. revision: branch, tag or commit; None is main."""
-
-    name: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return self.name if self.revision is None else f"{self.name}@{self.revision}"
-
-
-def parse(text: str, revision: str | None = None) -> HubId | None:
-    """Parse `org/name` or `org/name@revision`. Any other text gives None.
-
-    Raises CheckpointError: `revision` and the id name different revisions.
-    """
-    match = _ID.fullmatch(text)
-    if match is None or ".." in text:
-        return None
-    if revision is not None and match["revision"] not in (None, revision):
-        raise CheckpointError(f"{text}: names a revision, but --revision {revision} is asked for")
-    return HubId(match["id"], match["revision"] or revision)
 
 
 def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
@@ -56,10 +38,46 @@ def fetch(model: HubId) -> tuple[Path, tuple[str, ...]]:
     # Look for the weights: exits or a table may lie beside a pickled backbone.
     if not any(any(folder.rglob(name)) for name in ("model.safetensors", "diffusion_pytorch_model*.safetensors")):
         folder = _snapshot(model, (*_SMALL, *_SAFE, *_PICKLED))
+    check_hashes(folder)
     commit = folder.name
     if model.revision is not None and _COMMIT.fullmatch(model.revision):
         return folder, ()
     return folder, (f"{model}: {model.revision or 'main'} is commit {commit} now; pin it as {model.name}@{commit}",)
+
+
+def check_hashes(folder: Path) -> None:
+    """Compare a snapshot's files with the hashes that the hub names them by in its cache.
+
+    A large file's name there is its SHA-256, a small file's the SHA-1 that git gives it. Files that are no links, as on
+    systems without links, have no such name.
+
+    Raises CheckpointError: a file has other content.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.resolve().name
+        if not path.is_symlink() or not _BLOB.fullmatch(name):
+            continue
+        if len(name) == 64:
+            found = sha256(path)
+        else:
+            content = path.read_bytes()
+            found = hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+        if found != name:
+            raise CheckpointError(
+                f"{path}: damaged (hash {found:.12}, fetched as {name:.12}); expected it fetched anew"
+            )
+
+
+def fetch_autoencoder(model: HubId) -> Path:
+    """Download, or find in the cache, an autoencoder, or the autoencoder of a pipeline -> the snapshot's folder.
+
+    Raises CheckpointError: as `fetch`.
+    """
+    folder = _snapshot(model, (_CONFIG, *_DIFFUSERS_SAFE), "vae")
+    if not any(folder.rglob("diffusion_pytorch_model*.safetensors")):
+        folder = _snapshot(model, (_CONFIG, *_PICKLED), "vae")
+    check_hashes(folder)
+    return folder
 
 
 def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: object) -> str:
@@ -83,10 +101,10 @@ def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: obj
     return str(commit)
 
 
-def _snapshot(model: HubId, patterns: tuple[str, ...]) -> Path:
+def _snapshot(model: HubId, patterns: tuple[str, ...], subfolder: str = "transformer") -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [*patterns, *(f"transformer/{pattern}" for pattern in patterns)]
+    wanted = [*patterns, *(f"{subfolder}/{pattern}" for pattern in patterns)]
     try:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # a request fails in many ways

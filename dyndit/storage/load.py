@@ -3,8 +3,9 @@
 | format | read and written by |
 |---|---|
 | native folder: config, backbone, exits, and beside them plans, shift table, manifest | `native.py` |
-| published DiT `.pt`, and SiT's | `official.py` |
-| diffusers `DiTTransformer2DModel` folder | `diffusers_folder.py` |
+| published DiT's weights, in any of the dialects of its descendants (SiT, REPA, ...): a `.pt`, safetensors, an index of
+  shards, or a folder that holds just one of them | `official.py`, `contents.py` |
+| diffusers `DiTTransformer2DModel` or `SD3Transformer2DModel` folder | `diffusers_folder.py` |
 | pipeline folder (`DiTPipeline`, `DynDiTPipeline`): one of the above in `transformer/` | |
 | `org/name` or `org/name@revision`: one of the folders, on the hub | `hub.py` |
 
@@ -15,15 +16,17 @@ import importlib.resources
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from dyndit import files
-from dyndit.errors import CheckpointError, InputError
-from dyndit.models.dit import CARDS, ClassConditionalDiT
+from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.models.dit import CARDS, ClassConditionalDiT, Convention
 from dyndit.models.dynamic import DynamicDepth
-from dyndit.process import DDPM, processes
+from dyndit.process import DDPM, Process, RectifiedFlow, processes
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
-from dyndit.storage import diffusers_folder, hub, native, official
+from dyndit.storage import contents, diffusers_folder, hub, native, official
+from dyndit.storage.names import PROCESS
 from dyndit.storage.native import CONFIG, EXITS, PLANS, TABLE, WEIGHTS
 from dyndit.storage.reading import AskedProcess, Loaded, load_strictly, process_of
 
@@ -42,6 +45,8 @@ def load(
     num_heads: int | None = None,
     revision: str | None = None,
     process: AskedProcess = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
     device: str = "auto",
     dtype: str = "own",
 ) -> DynamicDepth:
@@ -50,16 +55,17 @@ def load(
     path_or_hub_id: a path, "digits" (ships with the package), or a hub id. An existing path wins over a hub id.
     num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
     process: the process that the weights were trained for, or its name ("ddpm", "flow"), if the file does not say it. A
-    file that says another is refused. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights'
+    file that says another is refused. "flow:repa" also says the convention of time and velocity, see `DiTConfig`.
+    weights: "ema", "model" or a key of a training checkpoint (default: ema). num_classes: classes, without the null
+    class, if the file does not tell them. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights'
     precision; "auto" is bfloat16 on a GPU that computes in it.
 
     Raises:
         CheckpointError: missing, damaged, edited or foreign, or of another process.
         InputError: the number of heads is unknown or contradicted.
     """
-    return inspect(
-        path_or_hub_id, num_heads=num_heads, revision=revision, process=process, device=device, dtype=dtype
-    ).model
+    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    return inspect(path_or_hub_id, revision=revision, device=device, dtype=dtype, **told).model
 
 
 def inspect(
@@ -68,6 +74,8 @@ def inspect(
     num_heads: int | None = None,
     revision: str | None = None,
     process: AskedProcess = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
     device: str = "auto",
     dtype: str = "own",
 ) -> Loaded:
@@ -76,27 +84,43 @@ def inspect(
     wanted = None if path.exists() or text == "digits" else hub.parse(text, revision)
     if revision is not None and wanted is None:
         raise InputError(f"--revision {revision}: {text} is no hub id; expected org/name with it")
-    if isinstance(process, str) and process not in processes():
-        raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
+    convention = None
+    if isinstance(process, str):
+        process, _, convention = process.partition(":")
+        if process not in processes():
+            raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
+        if convention and (process != RectifiedFlow.name or convention not in get_args(Convention)):
+            expected = ", ".join(f"{RectifiedFlow.name}:{name}" for name in get_args(Convention))
+            raise InputError(f"--process {process}:{convention}: expected one of {expected}")
+    told = official.Told(num_heads, process, convention or None, weights, num_classes)
     if path.is_dir():
-        loaded = _read_folder(path, process)
+        loaded = _read_folder(path, told)
     elif path.exists():
-        loaded = official.read(path, num_heads, process)
+        loaded = _read_file(path, told)
     elif text == "digits":
-        loaded = Loaded(_packaged_digits(process))
+        loaded = Loaded(_packaged_digits(process), kind="packaged model")
     elif wanted is not None:
         folder, notes = hub.fetch(wanted)
-        loaded = _read_folder(folder, process)
+        loaded = _read_folder(folder, told)
         loaded = replace(loaded, notes=(*notes, *loaded.notes))
     else:
         raise CheckpointError(
             f"{text}: no such file or folder; expected a model folder, a DiT .pt, 'digits' or a hub id (org/name)"
         )
-    found = loaded.model.backbone.config().get("num_heads")
-    if num_heads is not None and num_heads != found:
-        raise InputError(f"--num-heads {num_heads}: {text} records {found}")
+    _check_told(loaded, told, text)
     device = chosen_device(device)
     return replace(loaded, model=loaded.model.to(device, chosen_dtype(dtype, device)))
+
+
+def _check_told(loaded: Loaded, told: official.Told, text: str) -> None:
+    """Refuse settings that a model contradicts. Formats that record everything have no choice of weights."""
+    found = loaded.model.backbone.config()
+    for name in ("num_heads", "num_classes", "convention"):
+        flag, asked = f"--{name.replace('_', '-')}", getattr(told, name)
+        if asked is not None and asked != found.get(name):
+            raise InputError(f"{flag} {asked}: {text} records {found.get(name)}")
+    if told.weights is not None and (loaded.folder is not None or text == "digits"):
+        raise InputError(f"--weights {told.weights}: {text} holds one model; expected a training checkpoint with it")
 
 
 def push(folder: Path, repo_id: str, **options: object) -> str:
@@ -141,31 +165,106 @@ def copy_companions(source: Path, model: DynamicDepth, target: Path) -> tuple[st
     return tuple(path.name for path in found)
 
 
-def _read_folder(folder: Path, process: AskedProcess) -> Loaded:
+def _read_file(path: Path, told: official.Told) -> Loaded:
+    """Read a file of weights. Weights that lie beside the config of their folder are read as the folder."""
+    config = path.parent / CONFIG
+    if path.name.startswith((WEIGHTS, diffusers_folder.WEIGHTS)) and config.is_file():
+        found = files.read_json(config)
+        if "_class_name" in found or found.get("format") == native.MODEL_FORMAT:
+            return _read_folder(path.parent, told)
+    return official.read(path, told)
+
+
+def _read_folder(folder: Path, told: official.Told) -> Loaded:
     """Read a folder. Its files tell the format."""
     if (folder / PIPELINE).exists():
-        return _read_pipeline(folder, process)
+        return _read_pipeline(folder, told)
     path = folder / CONFIG
     if not path.exists():
-        raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of a model or of a pipeline")
+        return official.read(_only_weights(folder), told)
     config = files.read_json(path)
     # diffusers writes the class's name into every config.json; any other config is native or refused.
-    return diffusers_folder.read(folder, process) if "_class_name" in config else native.read(folder, process)
+    if "_class_name" not in config:
+        return replace(native.read(folder, told.process), kind="native folder")
+    kind = f"diffusers folder of a {config['_class_name']!s:.60}"
+    return replace(diffusers_folder.read(folder, told.process), kind=kind)
 
 
-def _read_pipeline(folder: Path, process: AskedProcess) -> Loaded:
-    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents."""
+def _only_weights(folder: Path) -> Path:
+    """Return the one file of weights in a folder without a config: an index of shards, or a file.
+
+    Raises CheckpointError: there is no such file, or more than one, or the folder is of another framework.
+    """
+    for mark, remedy in _FOREIGN.items():
+        if (folder / mark).exists():
+            raise CheckpointError(f"{folder}: holds {mark}; {remedy}")
+    indices = sorted(path for path in folder.iterdir() if contents.is_index(path))
+    found = indices or sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(f"{folder}: holds {len(found)} files of weights, first {found[0].name}; expected one")
+    raise CheckpointError(f"{folder}: holds no {CONFIG}; expected the folder of a model or of a pipeline")
+
+
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_FOREIGN = {
+    ".metadata": "shards of torch.distributed.checkpoint, expected one file: torch.distributed.checkpoint.format_utils "
+    "has dcp_to_torch_save",
+    "latest": "shards of DeepSpeed, expected one file: the zero_to_fp32.py beside them writes it",
+}
+
+
+def _read_pipeline(folder: Path, told: official.Told) -> Loaded:
+    """Read the denoiser of a pipeline's folder. A pipeline with a VAE makes latents.
+
+    The process is the pipeline's scheduler's, with its time shift, if the denoiser records none.
+    """
     index, transformer = files.read_json(folder / PIPELINE), folder / TRANSFORMER
+    name = f"{index.get('_class_name')!s:.60}"
     if not transformer.is_dir():
-        found = index.get("_class_name")
-        raise CheckpointError(
-            f"{folder}: a {found!r:.60} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline"
-        )
-    if "_class_name" not in files.read_json(transformer / CONFIG):
-        return native.read(transformer, process)
+        raise CheckpointError(f"{folder}: a {name!r} without {TRANSFORMER}/; expected a DiTPipeline or DynDiTPipeline")
+    kind = f"pipeline folder of a {name}"
+    raw = files.read_json(transformer / CONFIG)
+    if "_class_name" not in raw:
+        return replace(native.read(transformer, told.process), kind=kind)
     vae = index.get("vae")
     latents = isinstance(vae, list) and any(vae)
-    return diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
+    process, notes = told.process, ()
+    if process is None and PROCESS not in raw:
+        process, notes = _scheduled(folder / "scheduler" / "scheduler_config.json")
+    loaded = diffusers_folder.read(transformer, process, pixel_space=False if latents else None)
+    return replace(loaded, kind=kind, notes=(*loaded.notes, *notes))
+
+
+def _scheduled(path: Path) -> tuple[Process | None, tuple[str, ...]]:
+    """Return the process that a pipeline's scheduler steps, and a note. No scheduler: None.
+
+    Raises CheckpointError: it steps a process that this package does not have.
+    """
+    if not path.is_file():
+        return None, ()
+    config = files.read_json(path)
+    predicts, name = config.get("prediction_type", "epsilon"), str(config.get("_class_name"))
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or predicts == "flow_prediction":
+        shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+        try:
+            process = RectifiedFlow(time_shift=shift)
+        except InputError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    else:
+        expected = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+        expected["trained_betas"] = None
+        for setting, value in expected.items():
+            if (found := config.get(setting, value)) != value:
+                raise CheckpointError(f"{path}: {setting} {found!r:.40}; expected {value!r}, or --process")
+        try:
+            process = DDPM(
+                *(float(config.get(f"beta_{end}", getattr(DDPM, f"beta_{end}"))) for end in ("start", "end"))
+            )
+        except (InputError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {first_line(error)}") from error
+    return process, (f"{path.parent.parent.name}: process {process}, as its {name:.60} says; --process says another",)
 
 
 def _packaged_digits(process: AskedProcess) -> DynamicDepth:

@@ -4,10 +4,13 @@ The backbone's metadata repeats the config, so that edits are found. Hashes iden
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
+from dyndit import seals
 from dyndit.errors import CheckpointError, InputError, PlanError, first_line
 from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
 from dyndit.models import families
@@ -18,7 +21,15 @@ from dyndit.models.identity import same, tensors_hash
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.table import ShiftTable
 from dyndit.process import Process
-from dyndit.storage.reading import AskedProcess, Loaded, built, load_strictly, process_of
+from dyndit.storage.reading import (
+    AskedProcess,
+    Loaded,
+    autoencoder_record,
+    built,
+    check_finite,
+    load_strictly,
+    process_of,
+)
 
 MODEL_FORMAT, VERSION = "dyndit-model", 1
 EXITS_FORMAT, EXITS_VERSION = "dyndit-exits", 2
@@ -37,6 +48,7 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         raise InputError(f"{folder}: a {name} {expected}")
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.backbone.state_dict()
+    check_finite(weights, folder / WEIGHTS)
     if half:
         weights = {name: t.half() for name, t in weights.items()}
     checksum = model.backbone.checksum(weights, model.process)
@@ -49,6 +61,8 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         "trunk": checksum,
         "backbone": model.backbone.config(),
     }
+    if model.autoencoder is not None:
+        config["autoencoder"] = asdict(model.autoencoder)
     write_safetensors(folder / WEIGHTS, weights, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
@@ -85,7 +99,9 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
         raise CheckpointError(f"{folder / WEIGHTS}: damaged (checksum {found}, {CONFIG} records {checksum})")
     if metadata.get("config") is None:
         raise CheckpointError(edited)
-    return completed(folder, backbone, process, pixel_space, notes)
+    loaded = completed(folder, backbone, process, pixel_space, notes)
+    loaded.model.autoencoder = autoencoder_record(config.get("autoencoder"), path)
+    return loaded
 
 
 def completed(folder: Path, backbone: Backbone, process: Process, pixel_space: bool, notes: tuple[str, ...]) -> Loaded:
@@ -94,12 +110,15 @@ def completed(folder: Path, backbone: Backbone, process: Process, pixel_space: b
     model = DynamicDepth(backbone, exits, pixel_space=pixel_space, process=process).eval()
     for path, plan in plans_in(folder).items():
         model.check_identity(plan.backbone, "", origin=str(path), error=CheckpointError)
+    if exits is not None and seals.SEAL not in read_metadata(folder / EXITS):
+        notes = (*notes, f"{EXITS}: written before exits had a checksum; only its numbers are checked, not its layers")
     return Loaded(model, notes, folder)
 
 
 def write_exits(exits: Exits, path: Path, backbone: str) -> None:
     """Write the exits to a file of their own, bound to the backbone of this identity."""
     tensors = exits.state_dict()
+    check_finite(tensors, path)
     metadata = {
         "format": EXITS_FORMAT,
         "version": str(EXITS_VERSION),
@@ -107,6 +126,7 @@ def write_exits(exits: Exits, path: Path, backbone: str) -> None:
         "exits": tensors_hash(tensors),
         "config": json.dumps(exits.describe()),
     }
+    metadata[seals.SEAL] = seals.tensors_checksum(tensors, metadata)
     write_safetensors(path, tensors, metadata)
 
 
@@ -120,6 +140,8 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
     tensors, metadata = read_safetensors(path)
     if (metadata.get("format"), metadata.get("version")) != (EXITS_FORMAT, str(EXITS_VERSION)):
         raise CheckpointError(f"{path}: expected a {EXITS_FORMAT} file of version {EXITS_VERSION}")
+    if metadata.keys() - {"format", "version", "backbone", "exits", "config"}:
+        seals.check_tensors(path, tensors, metadata)
     made_for = metadata.get("backbone", "")
     if check_identity and not same(made_for, found := backbone.identity(process=process)):
         raise CheckpointError(f"{path}: exits of backbone {made_for}, but this backbone is {found}")
@@ -128,13 +150,19 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
     try:
         config = json.loads(metadata["config"])
         exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = first_line(error)
         raise CheckpointError(f"{path}: damaged (no exits are described by its metadata: {found})") from error
     if "gains" in tensors:
         exits.gains = torch.nn.Parameter(torch.zeros_like(tensors["gains"]))
     load_strictly(exits, tensors, path)
     return exits.eval()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file that was read before."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def plans_in(folder: Path) -> dict[Path, DepthPlan]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dyndit import files
+from dyndit import files, seals
 from dyndit.errors import CheckpointError, InputError
 from dyndit.training.config import BOOKKEEPING, FitConfig
 
@@ -65,7 +65,13 @@ class Run:
     ema: Ema
 
     def tensors(self) -> dict[str, Weights]:
-        """Return the contents of a checkpoint, by file name."""
+        """Return the contents of a checkpoint, by file name. Raises InputError: a weight is not finite."""
+        for what, weights in (("weights", self.trainable.state_dict()), ("averages", self.ema.state_dict())):
+            if odd := seals.first_not_finite(weights):
+                raise InputError(
+                    f"training: after the last step {odd} of the {what} is not finite, and is not saved; expected "
+                    "finite numbers: try a lower learning_rate"
+                )
         moments = {}
         for index, state in self.optimizer.state_dict()["state"].items():
             moments.update({f"{key}.{self.ema.names[index]}": value for key, value in state.items()})

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from dyndit import bounds
 from dyndit.errors import InputError
 
 
@@ -36,6 +37,12 @@ class FitConfig:
     compile: bool = False
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, int | float) and not isinstance(each, bool) and not bounds.is_number(each):
+                    raise InputError(f"{name}: found {each}, expected a finite number")
+                if name in bounds.BOUNDS and not bounds.BOUNDS[name].holds(each):
+                    raise InputError(f"{name}: found {each}, expected {bounds.BOUNDS[name]}")
         for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")

@@ -1,49 +1,68 @@
-"""Load pictures to train on (scikit-learn's digits, folders of class subfolders), and choose the batch of each step.
+"""Load pictures and clips to train on: the packaged sets of digits, or pictures from any place.
 
-Picture i is always the same tensor, and the batch of step s is a pure function of (seed, s). So a training run
-resumes exactly without storing any random state.
+Picture i is always the same tensor. Captions of a picture folder are the names of its subfolders.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone
+from dyndit.models.conditions import ClassLabels
+from dyndit.pictures.check import DAMAGED, FRAMES, check_contents, refuse_damaged
+from dyndit.pictures.collection import account_of, as_array, open_source, read_image
+from dyndit.pictures.decode import SUFFIXES
+from dyndit.pictures.resize import Resize, Size, size_pair
+from dyndit.training import captioned, moving
 
-Size = int | tuple[int, int]
-"""The side of a square, or (height, width)."""
-
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+BESIDE = "pictures beside class folders"
 
 
 class Pictures(Dataset, ABC):
-    """Labelled pictures of one shape. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int."""
+    """Labelled pictures of one shape, or clips. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int.
+
+    Clips are (C, T, H, W). They may have several shapes; `shape` is the usual one.
+    """
 
     num_classes: int
     class_names: tuple[str, ...]
     channels: int
-    image_size: int | tuple[int, int]
+    image_size: int | tuple[int, ...]  # a side, (height, width), or (frames, height, width)
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
     fingerprint: str  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
 
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Numbers of the items of each shape, the usual shape first. A batch is of one group. Empty: one shape."""
+    account: Mapping[str, object] = {}
+    """What was read and what was skipped, for manifests; see `account_of`."""
+
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) of every picture."""
-        return (self.channels, *size_pair(self.image_size))
+    def captions(self) -> list[str]:
+        """Return the caption of every picture: the name of its class."""
+        return [self.class_names[label] for label in self.labels]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape (C, H, W) of every picture, or the usual shape (C, T, H, W) of a clip."""
+        size = self.image_size
+        return (self.channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of all items, the usual shape first."""
+        return (self.shape,)
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -52,6 +71,20 @@ class Pictures(Dataset, ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return picture `index`, (C, H, W) float32, and its label."""
+
+    def check(self) -> None:
+        """Look at the contents of all pictures, once. Raises InputError: some are damaged."""
+        self.fingerprint  # noqa: B018  hashes them
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Return (H, W) of every picture, or the usual (T, H, W) of a clip."""
+        return self.shape[1:]
+
+    def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
+        """Read the pictures in order, as uint8 (B, C, H, W)."""
+        for low in range(0, len(self), batch_size):
+            yield self.uint8(range(low, min(low + batch_size, len(self))))
 
     @abstractmethod
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
@@ -86,49 +119,147 @@ def load_digits() -> Pictures:
     return _Digits(bunch.images.astype(np.float32), bunch.target)
 
 
+class _CaptionedDigits(_Digits):
+    """Every scan `repeats` times, in a style of its own each time."""
+
+    class_names = captioned.NAMES
+
+    def __init__(self, levels: np.ndarray, labels: np.ndarray, repeats: int):
+        levels, labels = np.tile(levels, (repeats, 1, 1)), np.tile(labels, repeats)
+        found = [captioned.styled(scan, label, i) for i, (scan, label) in enumerate(zip(levels, labels, strict=True))]
+        super().__init__(np.stack([scan for scan, _ in found]), labels)
+        self._captions = [caption for _, caption in found]
+        self.fingerprint = hashlib.sha256("\n".join([self.fingerprint, *self._captions]).encode()).hexdigest()
+
+    @property
+    def captions(self) -> list[str]:
+        return self._captions
+
+
+def load_captioned_digits() -> Pictures:
+    """Load 7,188 digits with captions such as "number seven, bold, tilted": the 1,797 scans in four styles each."""
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    return _CaptionedDigits(bunch.images.astype(np.float32), bunch.target, repeats=4)
+
+
+class _MovingDigits(Pictures):
+    """Clips (1, T, 16, 16) of bouncing scans. A reference set has the usual shape throughout."""
+
+    num_classes, channels, image_size = 10, 1, moving.SHAPES[0]
+    class_names = tuple("0123456789")
+    can_flip = False
+
+    def __init__(self, levels: np.ndarray, labels: np.ndarray, num: int):
+        self._levels, self._scans_of = levels, [np.flatnonzero(labels == k) for k in range(10)]
+        self.labels = [i % 10 for i in range(num)]
+        number_of = np.array([moving.shape_number(i) for i in range(num)])
+        self.groups = tuple(tuple(np.flatnonzero(number_of == k).tolist()) for k in range(len(moving.SHAPES)))
+        drawn = np.concatenate([self._clip(i).ravel() for i in range(0, num, 80)])  # a sample: it shows other motion
+        self.fingerprint = hashlib.sha256(levels.tobytes() + labels.tobytes() + drawn.tobytes()).hexdigest()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((1, *shape) for shape in moving.SHAPES)
+
+    def _clip(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        shape = shape or moving.SHAPES[moving.shape_number(index)]
+        return moving.clip(self._levels, self._scans_of[self.labels[index]], index, shape)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self._clip(index)).float().unsqueeze(0) / 8 - 1, self.labels[index]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        wanted = range(len(self)) if indices is None else indices
+        levels = torch.from_numpy(np.stack([self._clip(i, self.image_size) for i in wanted]))
+        return (levels.float() * 255 / 16).round().to(torch.uint8).unsqueeze(1)
+
+
+def load_moving_digits() -> Pictures:
+    """Load 4,800 clips of one or two bouncing scans of a class: 8 frames of 16 x 16, and other shapes."""
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    return _MovingDigits(bunch.images.astype(np.uint8), bunch.target.astype(np.uint8), moving.NUM_CLIPS)
+
+
+PACKAGED: dict[str, Callable[[], Pictures]] = {
+    "digits": load_digits,
+    "captioned-digits": load_captioned_digits,
+    "moving-digits": load_moving_digits,
+}
+"""Data sets that need no files, by name."""
+
+
 class PictureFolder(Pictures):
-    """A folder with one subfolder per class, in sorted order. Pictures may lie at any depth below a subfolder.
+    """Pictures by class, from any place that `open_source` opens: a folder with a subfolder per class, an archive, ...
 
-    Each picture is cropped at its centre to the shape of `image_size`, a side or (height, width), then resized to it
-    (bicubic, antialiased). Default: a square, as wide as the shorter side of the first picture.
+    Classes are those that the place states, else the first folders in sorted order; pictures may lie at any depth below
+    a folder, and pictures beside class folders are left out. Pictures without any folder are of one class. labelled:
+    False takes every picture, as a set without classes.
 
-    Raises InputError for a folder without pictures or class subfolders. Reading a damaged picture raises it too.
+    Each picture is cropped and resized to `image_size`, a side or (height, width), by `method` (see `Resize`). Default:
+    a square, as wide as the shorter side of the first picture. skip_damaged: leave damaged pictures out, after reading
+    all; otherwise `fingerprint` reads all, and refuses damaged ones.
+
+    Raises InputError for a place without pictures, or a class folder without pictures.
     """
 
-    def __init__(self, root: str | Path, image_size: Size | None = None, channels: int = 3, can_flip: bool = True):
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: Size | None = None,
+        channels: int = 3,
+        can_flip: bool = True,
+        *,
+        method: str = "bicubic",
+        skip_damaged: bool = False,
+        labelled: bool = True,
+    ):
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise InputError(f"{self.root}: expected a folder with a subfolder of pictures per class")
         if channels not in (1, 3):
             raise InputError(f"channels: found {channels}, expected 1 (grey) or 3 (colour)")
-        if image_size is not None and min(size_pair(image_size)) < 1:
-            raise InputError(f"image_size: found {image_size}, expected at least 1")
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not folders:
-            raise InputError(f"{self.root}: found no subfolder, expected one per class with pictures in it")
-
-        self.class_names = tuple(folder.name for folder in folders)
-        self.num_classes = len(folders)
+        if image_size is not None:
+            Resize(image_size, method)
         self.channels, self.can_flip = channels, can_flip
-        self._paths: list[str] = []
-        self.labels: list[int] = []
-        digest = hashlib.sha256()
-        for label, folder in enumerate(folders):
-            files = _find_pictures(folder)
-            if not files:
-                known = ", ".join(suffix[1:] for suffix in PICTURE_SUFFIXES)
-                raise InputError(f"{folder}: found no picture, expected {known} files in it")
-            for path in files:
-                name = os.path.relpath(path, self.root).replace(os.sep, "/")
-                digest.update(f"{name}\0{Path(path).stat().st_size}\0".encode("utf-8", "surrogateescape"))
-            self._paths += files
-            self.labels += [label] * len(files)
-        height, width = size_pair(image_size or min(read_picture(self._paths[0], channels).size))
+        self._source = open_source(self.root)
+        self._left_out: dict[str, list[str]] = {}
+        names = self._source.names
+        if labelled:
+            self._numbers, self.labels, self.class_names = self._classes()
+        else:
+            self._numbers, self.labels, self.class_names = list(range(len(names))), [0] * len(names), ("",)
+        self.num_classes = len(self.class_names)
+        if skip_damaged:
+            self._leave_damaged_out()
+        first = read_image(self._source, self._numbers[0], channels)
+        self._resize = Resize(image_size or min(first.size), method)
+        height, width = size_pair(self._resize.size)
         self.image_size = height if height == width else (height, width)
-        # Hash names and sizes, not bytes: hashing the bytes of a large set would take an hour. Image size and
-        # channels are hashed because they change the tensors.
-        digest.update(f"{self.image_size} {channels}".encode())
-        self.fingerprint = digest.hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a hash of the pictures' names and contents, and of what changes their tensors.
+
+        The first call reads every picture that was not read before, see `check_contents`. Raises InputError for damaged
+        pictures.
+        """
+        found = check_contents(self._source)
+        kept = [found[number] for number in self._numbers]
+        refuse_damaged(self._source, kept)
+        frames = [self._source.name(n) for n, one in zip(self._numbers, kept, strict=True) if one.frames]
+        self._left_out |= {FRAMES: frames} if frames else {}
+        digest = hashlib.sha256()
+        for number, label, one in zip(self._numbers, self.labels, kept, strict=True):
+            digest.update(f"{self._source.names[number]}\0{one.sha256}\0{label}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{self._resize} {self.channels}".encode())
+        return digest.hexdigest()
+
+    @property
+    def account(self) -> dict[str, object]:
+        """Return what was read and what was skipped, for manifests."""
+        return account_of(self._source, len(self), self._left_out, self._resize)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._read(index).float() / 127.5 - 1, self.labels[index]
@@ -138,62 +269,110 @@ class PictureFolder(Pictures):
         return torch.stack([self._read(i) for i in (range(len(self)) if indices is None else indices)])
 
     def _read(self, index: int) -> Tensor:
-        picture = crop_and_resize(read_picture(self._paths[index], self.channels), self.image_size)
-        array = np.array(picture).reshape(*size_pair(self.image_size), self.channels)
-        return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+        picture = self._resize(read_image(self._source, self._numbers[index], self.channels))
+        return torch.from_numpy(np.array(as_array(picture))).permute(2, 0, 1).contiguous()
+
+    def _classes(self) -> tuple[list[int], list[int], tuple[str, ...]]:
+        """Return the numbers of the pictures with a class, their classes, and the classes' names."""
+        source, names = self._source, self._source.names
+        if source.labels is not None:
+            return list(range(len(names))), source.labels, source.class_names
+        tops = [name.split("/", 1)[0] if "/" in name else "" for name in map(str, names)]
+        folders = sorted(set(source.folders) | set(tops) - {""})
+        if not folders:
+            return list(range(len(names))), [0] * len(names), (self.root.stem,)
+        if empty := sorted(set(folders) - set(tops)):
+            known = ", ".join(suffix[1:] for suffix in SUFFIXES)
+            raise InputError(f"{self.root / empty[0]}: found no picture, expected {known} files in it")
+        labels = {folder: label for label, folder in enumerate(folders)}
+        if loose := [str(name) for name, top in zip(names, tops, strict=True) if not top]:
+            self._left_out[BESIDE] = loose
+        kept = [number for number, top in enumerate(tops) if top]
+        return kept, [labels[tops[number]] for number in kept], tuple(folders)
+
+    def _leave_damaged_out(self) -> None:
+        found = check_contents(self._source)
+        pairs = list(zip(self._numbers, self.labels, strict=True))
+        whole = [(number, label) for number, label in pairs if not found[number].problem]
+        if len(whole) == len(pairs):
+            return
+        self._left_out[DAMAGED] = [self._source.name(number) for number, _ in pairs if found[number].problem]
+        left = {label for _, label in whole}
+        if gone := sorted({label for _, label in pairs} - left):
+            raise InputError(f"{self.root}: all pictures of class {self.class_names[gone[0]]} are damaged")
+        self._numbers, self.labels = map(list, zip(*whole, strict=True))
 
 
-def open_data(spec: str, image_size: Size | None = None, channels: int | None = None) -> Pictures:
-    """Open `"digits"`, or the path of a picture folder (see `PictureFolder`)."""
-    if spec == "digits":
-        if image_size not in (None, 8, (8, 8)) or channels not in (None, 1):
-            raise InputError(f"data digits: asked for size {image_size}, channels {channels}; it has 8 and 1")
-        return load_digits()
-    if not Path(spec).is_dir():
-        raise InputError(f"data: found {spec!r}, expected 'digits' or a folder with a subfolder per class")
-    return PictureFolder(spec, image_size, channels or 3)
+class Some(Pictures):
+    """The first `num` pictures of a set, every class in turn as far as it has pictures.
 
-
-def read_picture(path: str | Path, channels: int = 3) -> Image.Image:
-    """Decode a picture file to 8-bit grey (1 channel) or RGB (3): upright, on white, 16 bits scaled to 8.
-
-    Raises InputError if the file is truncated, no picture, or of a pixel depth without a known range.
+    Raises InputError if the set has fewer pictures.
     """
+
+    def __init__(self, source: Pictures, num: int):
+        if not 1 <= num <= len(source):
+            raise InputError(f"data: asked for {num} pictures, found {len(source)}")
+        of_class = [[i for i, y in enumerate(source.labels) if y == k] for k in range(source.num_classes)]
+        rounds = zip_longest(*of_class)
+        self.source, self._indices = source, [i for each in rounds for i in each if i is not None][:num]
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
+        self.labels = [source.labels[i] for i in self._indices]
+        places = {number: place for place, number in enumerate(self._indices)}
+        kept = (tuple(places[i] for i in group if i in places) for group in source.groups)
+        self.groups = tuple(group for group in kept if group)
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
+        self.account = source.account
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[self._indices[index]]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """See `Pictures`."""
+        return self.source.shapes
+
+    @property
+    def captions(self) -> list[str]:
+        """See `Pictures`."""
+        captions = self.source.captions
+        return [captions[i] for i in self._indices]
+
+    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
+        """See `Pictures`."""
+        wanted = range(len(self)) if indices is None else indices
+        return self.source.uint8([self._indices[i] for i in wanted])
+
+
+def open_data(
+    spec: str,
+    image_size: Size | tuple[int, int, int] | None = None,
+    channels: int | None = None,
+    *,
+    method: str = "bicubic",
+    skip_damaged: bool = False,
+    labelled: bool = True,
+) -> Pictures:
+    """Open a data set of `PACKAGED`, or pictures by their path (see `PictureFolder`)."""
+    if spec in PACKAGED:
+        data = PACKAGED[spec]()
+        if image_size not in (None, data.image_size, data.shape[1:]) or channels not in (None, data.channels):
+            found = f"{data.image_size} and {data.channels}"
+            raise InputError(f"data {spec}: asked for size {image_size}, channels {channels}; it has {found}")
+        return data
+    if isinstance(image_size, tuple) and len(image_size) == 3:
+        raise InputError(f"data {spec}: a folder of pictures, but the model takes clips; expected 'moving-digits'")
+    options = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture = ImageOps.exif_transpose(opened)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... for damaged files
-        raise InputError(f"{path}: cannot be read as a picture ({error})") from error
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
-        # PIL's convert("L") clips 16-bit levels at 255 and so turns most pictures white.
-        levels = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray((levels / 257).round().astype(np.uint8))
-    elif picture.mode in ("I", "F"):
-        raise InputError(f"{path}: found pixels of mode {picture.mode!r}, expected 8 or 16 bits a channel")
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        # Composite on white: dropping alpha would show the colours of transparent pixels.
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("L" if channels == 1 else "RGB")
-
-
-def crop_and_resize(picture: Image.Image, size: Size) -> Image.Image:
-    """Crop the largest centred part of this shape, and resize it. A picture of this size is returned unchanged.
-
-    size: a side, or (height, width).
-    """
-    height, width = size_pair(size)
-    scale = min(picture.width / width, picture.height / height)
-    cut_width, cut_height = round(width * scale), round(height * scale)
-    left, top = (picture.width - cut_width) // 2, (picture.height - cut_height) // 2
-    part = picture.crop((left, top, left + cut_width, top + cut_height))
-    return part if part.size == (width, height) else part.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def size_pair(size: Size) -> tuple[int, int]:
-    """Return (height, width). An integer size is the side of a square."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+        return PictureFolder(spec, image_size, channels or 3, **options)
+    except InputError as error:
+        if Path(spec).exists():
+            raise
+        names = " or ".join(map(repr, PACKAGED))
+        raise InputError(f"data: {error}; or {names}") from error
 
 
 def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> None:
@@ -201,71 +380,17 @@ def check_fit(data: Pictures, backbone: Backbone, *, exactly: bool = False) -> N
 
     exactly: also refuse fewer classes than the backbone has.
 
-    Raises InputError: another shape, or more classes than the backbone has.
+    Raises InputError: another shape, more classes than the backbone has, or a caption that it does not know.
     """
-    if data.shape != tuple(backbone.sample_shape):
-        found, expected = (" x ".join(map(str, shape)) for shape in (data.shape, backbone.sample_shape))
-        raise InputError(f"data: pictures of {found}, but the model takes {expected} (channels, height, width)")
-    known = getattr(backbone.condition, "num_classes", data.num_classes)
+    refused = [shape for shape in data.shapes[1:] if not backbone.accepts(shape)]
+    if data.shape != tuple(backbone.sample_shape) or refused:
+        shapes = (data.shape if data.shape != tuple(backbone.sample_shape) else refused[0], backbone.sample_shape)
+        found, expected = (" x ".join(map(str, shape)) for shape in shapes)
+        axes = "channels, height, width" if len(backbone.sample_shape) == 3 else "channels, frames, height, width"
+        raise InputError(f"data: pictures of {found}, but the model takes {expected} ({axes})")
+    if not isinstance(backbone.condition, ClassLabels):
+        backbone.condition.plain(list(dict.fromkeys(backbone.condition.values_of(data))))
+        return
+    known = backbone.condition.num_classes
     if data.num_classes > known or (exactly and data.num_classes != known):
         raise InputError(f"data: {data.num_classes} classes, but the model has {known}")
-
-
-def _find_pictures(folder: Path) -> list[str]:
-    found = []
-    for parent, _, names in os.walk(folder):
-        found += [
-            os.path.join(parent, name)  # noqa: PTH118  strings: Path objects of a million files take 1 GB
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES  # noqa: PTH122
-        ]
-    return sorted(found)
-
-
-@lru_cache(maxsize=4)
-def _permutation(num_pictures: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_pictures)
-
-
-@dataclass(frozen=True)
-class StepBatches(Sampler[list[int]]):
-    """Choose the pictures of step s: a pure function of (seed, s), so a run can start at any step.
-
-    Each epoch has one permutation, seeded by (seed, epoch). Joined, they make an endless stream; step s takes
-    its positions [s·B, (s+1)·B). Each process gets `num_slices` equal micro-batches of a step. Together the processes
-    see the same batch of B pictures for any number of processes.
-    """
-
-    num_pictures: int
-    batch_size: int  # B: pictures per step, over all micro-batches and processes
-    seed: int
-    start: int = 0
-    stop: int = 2**62
-    num_slices: int = 1
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self):
-        if self.batch_size % (self.num_slices * self.world):
-            raise InputError(
-                f"batch_size: found {self.batch_size}, expected a multiple of accumulation x processes "
-                f"({self.num_slices} x {self.world})"
-            )
-
-    def batch(self, step: int) -> np.ndarray:
-        """Return the indices of the whole batch of `step`, (B,)."""
-        parts, position, missing = [], step * self.batch_size, self.batch_size
-        while missing:
-            epoch, offset = divmod(position, self.num_pictures)
-            part = _permutation(self.num_pictures, self.seed, epoch)[offset : offset + missing]
-            parts.append(part)
-            position, missing = position + len(part), missing - len(part)
-        return np.concatenate(parts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            slices = self.batch(step).reshape(self.num_slices, self.world, -1)
-            yield from slices[:, self.rank].tolist()
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.num_slices

@@ -21,13 +21,14 @@ from dyndit.process import Process
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
+from dyndit.training.conditioned import Rows, conditioned
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors
 from dyndit.training.recorded import RecordedCalls, recorded_sampling
-from dyndit.training.states import TRAJECTORIES_SEED, Rows, States, noised
+from dyndit.training.states import TRAJECTORIES_SEED, States, noised
 
 _NUM_FORECAST = 128
 """Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
@@ -138,6 +139,8 @@ class Distill:
                 backbone.gradient_checkpointing = self.fit.gradient_checkpointing
             if self.states == "sampler":
                 data = self._trajectories(model, Path(out))
+            elif isinstance(data, Pictures):
+                data = conditioned(data, original.condition)
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))

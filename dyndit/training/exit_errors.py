@@ -3,8 +3,10 @@
 import pandas as pd
 import torch
 from accelerate import PartialState
+from torch.utils.data import default_collate
 
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.training.conditioned import as_condition, conditioned
 from dyndit.training.data import Pictures
 from dyndit.training.losses import exit_errors
 
@@ -20,9 +22,11 @@ def exit_error_table(
     """
     process, generator = model.process, torch.Generator().manual_seed(seed)
     device = PartialState().device
-    pick = torch.randperm(len(data), generator=generator)[:num_pictures].tolist()
-    items = [data[i] for i in pick]
-    x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
+    usual = data.groups[0] if data.groups else range(len(data))  # clips of one shape
+    pick = [usual[k] for k in torch.randperm(len(usual), generator=generator)[:num_pictures].tolist()]
+    items = conditioned(data, model.backbone.condition)
+    x_0, y = default_collate([items[i] for i in pick])
+    y = as_condition(y)
     edges = torch.linspace(0, process.num_timesteps, num_bands + 1).long()
     rows = []
     home = next(model.parameters()).device

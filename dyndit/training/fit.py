@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader
 from dyndit import files
 from dyndit.errors import InputError, first_line
 from dyndit.locks import locked
+from dyndit.training.batches import StepBatches
 from dyndit.training.borrowed import modes_kept
 from dyndit.training.checkpoints import Checkpoints, Ema, Run, Weights, to_cpu
 from dyndit.training.config import FitConfig
-from dyndit.training.data import StepBatches
 from dyndit.training.log import Log
 from dyndit.training.memory import Rows, in_parts, is_out_of_memory, smaller
 from dyndit.training.stopping import any_caught, leave, outlive_signals, signals
@@ -120,7 +120,9 @@ def fit(
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(f"accelerate: found {accelerator.distributed_type}, expected one or many plain processes")
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    batches = StepBatches(len(data), config.batch_size, config.seed, 0, config.steps, config.accumulation, rank, world)
+    parts = (0, config.steps, config.accumulation, rank, world)
+    groups = getattr(data, "groups", ())  # of `Pictures` of several shapes
+    batches = StepBatches(len(data), config.batch_size, config.seed, *parts, groups)
 
     trainable = task.trainable
     device = accelerator.device
@@ -173,7 +175,7 @@ def _train(
             torch.manual_seed(seed)  # for dropout, which takes no generator
             if flip:
                 mirrored = torch.rand(len(x), generator=generator) < 0.5
-                x = torch.where(mirrored.to(device)[:, None, None, None], x.flip(-1), x)
+                x = torch.where(mirrored.to(device).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
             with autocast:
                 x, y = task.draw(x, y, generator)
             with accelerator.accumulate(prepared):

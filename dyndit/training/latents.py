@@ -1,7 +1,7 @@
-"""Encode pictures to the latents of a diffusers `AutoencoderKL`, once, and cache them. Latent DiTs train on them.
+"""Encode pictures to the latents of an autoencoder, once, and cache them. Latent DiTs train on them.
 
-A latent is z = (sample - shift) · scale of the posterior N(mean, std²) of a picture (Rombach et al. 2022,
-arXiv:2112.10752), with the autoencoder's own `shift_factor` (0 if it has none) and `scaling_factor`.
+The cache holds the posterior N(mean, std²) of each picture, unscaled (`dyndit.training.autoencoders`). An autoencoder
+without a posterior has std 0.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndit import files
-from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.errors import CheckpointError, InputError
 from dyndit.progress import tracked
+from dyndit.training.autoencoders import encode_batch, latent_space, load_autoencoder
 from dyndit.training.data import Pictures
 
 INDEX = "latents.json"
@@ -31,8 +31,8 @@ class _Identity:
 
     vae_sha256: str
     data_fingerprint: str
-    scaling_factor: float
-    shift_factor: float
+    scaling_factor: float | list[float]
+    shift_factor: float | list[float]
     num_pictures: int
     pictures_per_shard: int
 
@@ -52,12 +52,17 @@ class LatentPictures(Pictures):
         self._identity = _Identity(**index["made_from"])
         self._names: list[str] = list(index["sha256"])
         self._shards: dict[int, safe_open] = {}
-        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.num_classes, self.class_names, self.account = source.num_classes, source.class_names, source.account
         _, self.channels, height, width = self._shard(0).get_slice("mean").get_shape()
         self.image_size = height if height == width else (height, width)
         # Include the shards' hashes: another machine encodes the same pictures to other last bits.
         content = json.dumps([index, use_mode], sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def captions(self) -> list[str]:
+        """Return the pictures' captions."""
+        return self.source.captions
 
     def __len__(self) -> int:
         return self._identity.num_pictures
@@ -71,12 +76,16 @@ class LatentPictures(Pictures):
         if not self.use_mode:
             generator = torch.Generator().manual_seed(index)
             z = z + opened.get_slice("std")[row] * torch.randn(z.shape, generator=generator)
-        z = (z - self._identity.shift_factor) * self._identity.scaling_factor
+        z = (z - self._per_channel("shift_factor")) * self._per_channel("scaling_factor")
         return z, int(opened.get_slice("label")[row])
 
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
         """Return the pictures themselves, so that a reference set has no errors of the autoencoder."""
         return self.source.uint8(indices)
+
+    def _per_channel(self, name: str) -> float | Tensor:
+        value = getattr(self._identity, name)
+        return torch.tensor(value)[:, None, None] if isinstance(value, list) else value
 
     def _shard(self, number: int) -> safe_open:
         if number not in self._shards:
@@ -85,34 +94,6 @@ class LatentPictures(Pictures):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_shards": {}}  # a worker process opens the files itself
-
-
-def load_autoencoder(folder: str | Path) -> AutoencoderKL:
-    """Load a diffusers `AutoencoderKL` folder in fp32, in eval mode. Missing and extra weights are refused.
-
-    Raises InputError if it is another kind of model, or if its weights are missing or damaged, or do not fit its
-    config.json.
-    """
-    folder = Path(folder)
-    try:
-        kind = files.read_json(folder / "config.json").get("_class_name")
-    except CheckpointError as error:
-        raise InputError(f"{error}; expected a diffusers AutoencoderKL folder") from error
-    if kind != "AutoencoderKL":
-        raise InputError(f"{folder / 'config.json'}: found a model {kind!r}, expected 'AutoencoderKL'")
-    try:
-        vae, info = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # diffusers passes on OSError, SafetensorError, RuntimeError on shapes
-        raise InputError(f"{folder}: the autoencoder cannot be loaded ({first_line(error)})") from error
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if wrong:
-        raise InputError(
-            f"{folder}: {len(wrong)} weights do not fit its config.json, the first is {wrong[0]}; "
-            "expected the same names in both"
-        )
-    return vae.float().eval().requires_grad_(False)
 
 
 def encode_latents(
@@ -133,12 +114,13 @@ def encode_latents(
     fit the autoencoder.
     """
     vae = load_autoencoder(vae_folder)
+    space = latent_space(vae)
     _check_fit(pictures, vae)
     identity = _Identity(
         _hash_folder(Path(vae_folder)),
         pictures.fingerprint,
-        vae.config.scaling_factor,
-        vae.config.shift_factor or 0.0,
+        list(space.scale) if isinstance(space.scale, tuple) else space.scale,
+        list(space.shift) if isinstance(space.shift, tuple) else space.shift,
         len(pictures),
         pictures_per_shard,
     )
@@ -162,32 +144,14 @@ def encode_latents(
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL | str | Path, latents: Tensor, batch_size: int = 16) -> Tensor:
-    """Decode scaled latents to pictures, on the autoencoder's device.  (N, C, h, w) -> (N, 3, H, W) uint8."""
-    if not isinstance(vae, AutoencoderKL):
-        vae = load_autoencoder(vae)
-    decoded = []
-    for z in latents.split(batch_size):
-        x = decode_batch(vae, z.to(vae.device))
-        decoded.append((127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu())  # adding 128 before truncation: unbiased
-    return torch.cat(decoded)
-
-
-def decode_batch(vae: AutoencoderKL, z: Tensor) -> Tensor:
-    """Decode scaled latents on their own device.  (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]."""
-    z = z.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(z).sample.float()
-
-
-@torch.no_grad()
-def _encode(pictures: Pictures, indices: range, vae: AutoencoderKL, batch_size: int) -> dict[str, Tensor]:
+def _encode(pictures: Pictures, indices: range, vae: nn.Module, batch_size: int) -> dict[str, Tensor]:
     """Encode pictures to their posteriors -> mean and std (n, C, h, w), label (n,)."""
     means, stds, labels = [], [], []
     for first in range(0, len(indices), batch_size):
         items = [pictures[i] for i in indices[first : first + batch_size]]
-        posterior = vae.encode(torch.stack([x for x, _ in items]).to(vae.device)).latent_dist
-        means.append(posterior.mean.cpu().contiguous())
-        stds.append(posterior.std.cpu().contiguous())
+        mean, std = encode_batch(vae, torch.stack([x for x, _ in items]).to(vae.device))
+        means.append(mean.cpu().contiguous())
+        stds.append(std.cpu().contiguous())
         labels += [label for _, label in items]
     return {"mean": torch.cat(means), "std": torch.cat(stds), "label": torch.tensor(labels)}
 
@@ -219,21 +183,24 @@ def _write_index(folder: Path, identity: _Identity, hashes: dict[str, str]) -> N
     files.write_json(folder / INDEX, {"made_from": asdict(identity), "sha256": hashes})
 
 
-def _check_fit(pictures: Pictures, vae: AutoencoderKL) -> None:
-    if pictures.channels != vae.config.in_channels:
+def _check_fit(pictures: Pictures, vae: nn.Module) -> None:
+    space = latent_space(vae)
+    if pictures.channels != space.in_channels:
         raise InputError(
-            f"data: found pictures of {pictures.channels} channels, the autoencoder expects {vae.config.in_channels}"
+            f"data: found pictures of {pictures.channels} channels, the autoencoder expects {space.in_channels}"
         )
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if any(side % factor for side in pictures.shape[1:]):
+    only = space.picture_size
+    if only is not None and tuple(pictures.shape[1:]) != (only, only):
+        raise InputError(f"data: found pictures of {pictures.image_size} px, the autoencoder expects {only}")
+    if any(side % space.pixels for side in pictures.shape[1:]):
         raise InputError(
-            f"data: found pictures of {pictures.image_size} px, the autoencoder expects multiples of {factor}"
+            f"data: found pictures of {pictures.image_size} px, the autoencoder expects multiples of {space.pixels}"
         )
 
 
 def _hash_folder(folder: Path) -> str:
     """Hash the autoencoder's weights and its configuration."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         digest.update(f"{path.name} {files.sha256(path)}\n".encode())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from dyndit.models.dit import ClassConditionalDiT
 if TYPE_CHECKING:
     from peft import LoraModel
 
-LINEARS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+LINEARS = ["attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.kv", "cross_attn.proj", "mlp.fc1", "mlp.fc2"]
 """Modules that get adapters: the linear maps of a block, without its modulation."""
 
 

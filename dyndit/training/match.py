@@ -11,6 +11,7 @@ from dyndit.models.base import Backbone, Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import tensors_hash
 from dyndit.training.borrowed import borrowed
+from dyndit.training.conditioned import Rows, conditioned
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
 from dyndit.training.distill import _DISTILLING, Distill
@@ -39,7 +40,7 @@ class Match:
             weight = self.variance_weight if model.process.has_variance else 0.0
             task = _Matching(student, backbone, weight, states)
             identity = f"{model.identity.backbone} {kept} {self.variance_weight} {self.null_share}"
-            result = fit(task, data, self.fit, Path(out), identity=identity)
+            result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)
         student.to(next(backbone.parameters()).device)
         return DynamicDepth(student, pixel_space=model.pixel_space, process=model.process).eval(), result
@@ -51,8 +52,8 @@ class _Matching(Task):
     def __init__(self, student: nn.Module, teacher: nn.Module, variance_weight: float, states: States) -> None:
         self.trainable, self.teacher, self.variance_weight, self.states = student, teacher, variance_weight, states
 
-    def draw(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Inputs]:
-        """Make the inputs of the models.  x: (B, C, H, W), y: (B,)."""
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Inputs]:
+        """Make the inputs of the models.  x: (B, C, H, W), y: B rows."""
         return x, self.states(x, y, generator)
 
     def loss(

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dyndit import files
+from dyndit import files, seals
 from dyndit.errors import InputError, first_line
 from dyndit.models.base import Backbone, Inputs, State
-from dyndit.models.conditions import Condition, Conditioning
+from dyndit.models.conditions import Condition, Conditioning, Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same, tensors_hash
 from dyndit.process import Process
@@ -37,7 +38,7 @@ MOST_HASHED = 1_000_000_000
 _NAME = re.compile(r"call-(\d{6,})\.safetensors")
 
 
-def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **options: object) -> Samples:
+def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Path, **options: object) -> Samples:
     """Draw pictures with `sample(model, labels, **options)`, and record the backbone's calls in the folder `out`.
 
     Raises InputError: see `sample`; or `out` holds other files.
@@ -48,7 +49,9 @@ def record_sampling(model: DynamicDepth, labels: list[int], out: str | Path, **o
     return sample(watched, labels, **options)
 
 
-def recorded_sampling(model: DynamicDepth, labels: list[int], folder: str | Path, **options: object) -> "RecordedCalls":
+def recorded_sampling(
+    model: DynamicDepth, labels: Sequence[Value], folder: str | Path, **options: object
+) -> "RecordedCalls":
     """Return the calls of `record_sampling(model, labels, folder, **options)`. An existing `folder` is read, not drawn.
 
     Raises InputError: see `record_sampling`; or `folder` holds another backbone's calls.
@@ -121,6 +124,9 @@ class Recording:
         }
         metadata = {"format": FORMAT, "version": VERSION, "call": json.dumps(facts, sort_keys=True)}
         tensors |= {f"shared.{name}": value for name, value in fixed.items()}
+        if odd := seals.first_not_finite(tensors):
+            raise InputError(f"{self.family}: call {self._next} has {odd} that is not finite; expected finite numbers")
+        metadata |= {seals.SEAL: seals.tensors_checksum(tensors, metadata)}
         files.write_safetensors(self.folder / f"call-{self._next:06d}.safetensors", tensors, metadata)
         self._next += 1
         self.num_calls += 1
@@ -160,6 +166,8 @@ class RecordedCalls(Dataset):
         first = headers[0]
         self.family, self.backbone = first.family, first.backbone
         self._labels, self._paths = first.labels, paths
+        self._checked: set[int] = set()
+        self._check(0)
         self._starts = [0, *itertools.accumulate(header.num_rows for header in headers)]
         self._shared = first.read_shared()
         content = json.dumps([first.common(), [header.digest for header in headers]], sort_keys=True)
@@ -169,15 +177,25 @@ class RecordedCalls(Dataset):
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return row `index` of all calls, in the order of recording."""
+        """Return row `index` of all calls, in the order of recording.
+
+        Raises CheckpointError: the call's file is damaged. It is checked when its first row is read.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._starts, index) - 1
+        self._check(number)
         row = index - self._starts[number]
         with safe_open(self._paths[number], "pt") as file:
             values = {name: file.get_slice(name)[row : row + 1][0] for name in file.keys() if name[:7] != "shared."}  # noqa: SIM118
         x = values.pop("x")
         return x, {name.removeprefix("rows."): value for name, value in values.items()}
+
+    def _check(self, number: int) -> None:
+        """Compare a file with its checksum, once."""
+        if number not in self._checked:
+            seals.check_tensors(self._paths[number], *files.read_safetensors(self._paths[number]))
+            self._checked.add(number)
 
     def inputs(self, x: Tensor, rows: dict[str, Tensor]) -> Inputs:
         """Make the transformer's inputs from a batch of items.  x: (B, ...), rows: B each."""
@@ -219,12 +237,25 @@ class _Header:
                 rows = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
             if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
                 raise InputError(f"{path}: expected a {FORMAT} file of version {VERSION}")
-            return cls(path, **json.loads(metadata["call"]), rows=rows)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            found = cls(path, **json.loads(metadata["call"]), rows=rows)
+            found._check_plain()
+            return found
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             reason = first_line(error)
             raise InputError(f"{path}: no readable recorded call ({reason}); expected it whole, or deleted") from error
+
+    def _check_plain(self) -> None:
+        """Refuse entries of other types, and tensors of other numbers of rows. Raises ValueError."""
+        kinds = {"family": str, "backbone": str, "labels": bool, "digest": str, "shared": dict}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} is {value!r:.40}")
+        if not self.rows.keys() >= {"x", "t", *(["rows.y"] if self.labels else [])}:
+            raise ValueError(f"it holds {', '.join(sorted(self.rows)) or 'nothing'}")
+        if len({tuple(shape[:1]) for _, shape in self.rows.values()}) != 1 or not self.rows["x"][1][:1]:
+            raise ValueError("its tensors have different numbers of rows")
 
     @property
     def num_rows(self) -> int:

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from dyndit.models.base import Inputs
-from dyndit.models.conditions import Condition, ConditionType
+from dyndit.models.conditions import ConditionType
 from dyndit.process import Process
-
-Rows = Tensor | dict[str, Tensor]
-"""Conditions of a batch x: labels (B,), or tensors of B rows by name."""
+from dyndit.training.conditioned import Rows, as_condition
 
 States = Callable[[Tensor, Rows, torch.Generator], Inputs]
 """Makes inputs of the model from a batch of the data: (x, rows, generator) -> inputs. Exits are trained on them."""
@@ -20,9 +18,9 @@ TRAJECTORIES_SEED = 2_000_003
 
 
 def noised(
-    process: Process, null_share: float, condition: ConditionType, x: Tensor, y: Condition, generator: torch.Generator
+    process: Process, null_share: float, condition: ConditionType, x: Tensor, y: Rows, generator: torch.Generator
 ) -> Inputs:
     """Noise pictures at random timesteps, and replace a share of their conditions by the null.  x: (B, C, H, W)."""
     t = process.sample_timesteps(len(x), generator).to(x.device)
     eps = torch.randn(x.shape, generator=generator).to(x.device)
-    return Inputs(process.noised(x, eps, t), t, condition.dropped(y, generator, null_share))
+    return Inputs(process.noised(x, eps, t), t, condition.dropped(as_condition(y), generator, null_share))

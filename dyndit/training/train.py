@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dyndit.models.conditions import Condition
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.process import DDPM, Process
+from dyndit.training.conditioned import Rows, as_condition, conditioned
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, Task, fit
@@ -44,6 +46,24 @@ class Train:
             raise InputError(f"exit_weight {self.exit_weight:g}: expected above 0")
         if self.backbone.learn_variance and not self.process.has_variance:
             raise InputError(f"learn_variance True: the process {self.process.name} has no variance; expected False")
+
+    def under(self, process: Process) -> Self:
+        """Return the recipe under another process. A process without a variance gets a backbone without one."""
+        backbone = self.backbone
+        if backbone.learn_variance and not process.has_variance:
+            backbone = replace(backbone, learn_variance=False)
+        return replace(self, process=process, backbone=backbone)
+
+    def with_backbone(self, **changes: object) -> Self:
+        """Return the recipe with other fields of its backbone's config, for example conditioning="adaln".
+
+        Raises:
+            InputError: the config has no such field, or the value is impossible.
+        """
+        if odd := sorted(changes.keys() - {field.name for field in fields(self.backbone)}):
+            family = type(self.backbone).__name__
+            raise InputError(f"--{odd[0]} {changes[odd[0]]}: a {family} has no such choice; expected none")
+        return replace(self, backbone=replace(self.backbone, **changes))
 
     def check(self, data: Pictures) -> None:
         """Refuse pictures and exits that do not fit the backbone.
@@ -93,7 +113,7 @@ class Train:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:
             identity += f" on from {start.identity.backbone}"
-        result = fit(task, data, self.fit, out, identity=identity)
+        result = fit(task, conditioned(data, backbone.condition), self.fit, out, identity=identity)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 
@@ -105,11 +125,11 @@ class _Denoising(Task):
         self.model, self.trainable = model, _trained_from_scratch(model)
         self.exit_weight, self._preview = exit_weight, preview
 
-    def draw(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor, Condition]]:
-        """Draw timesteps, noise, and labels to drop.  x: (B, C, H, W), y: (B,) -> x, (t, eps, y)."""
+    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, Tensor, Condition]]:
+        """Draw timesteps, noise, and conditions to drop.  x: (B, C, H, W), y: B rows -> x, (t, eps, y)."""
         t = self.model.process.sample_timesteps(len(x), generator).to(x.device)
         eps = torch.randn(x.shape, generator=generator).to(x.device)
-        return x, (t, eps, self.model.backbone.condition.dropped(y, generator))
+        return x, (t, eps, self.model.backbone.condition.dropped(as_condition(y), generator))
 
     def loss(
         self, module: nn.Module, x: Tensor, drawn: tuple[Tensor, Tensor, Condition], _: torch.Generator

@@ -3,6 +3,7 @@
 Adapters are found by themselves: a new file in dyndit/adapters is tested once it has a tiny pipeline.
 """
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +22,38 @@ from dyndit.models.exits import HEADS, ExitConfig, Exits
 from dyndit.plans.step import steps
 from dyndit.plugin.adapters import Adapter, adapt, adapters, collect_exits
 from support.models import randomise
-from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
+from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline, whole
 
 FAMILIES = sorted(adapters())
-OBLONG = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "LatteTransformer3DModel")
+OBLONG = (
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "LatteTransformer3DModel",
+    "SanaTransformer2DModel",
+    "Lumina2Transformer2DModel",
+    "ZImageTransformer2DModel",
+    "WanTransformer3DModel",
+    "CogVideoXTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel",
+)
 
 STRANGERS = {
-    "SD3Transformer2DModel": {"block_controlnet_hidden_states", "joint_attention_kwargs", "skip_layers"},
-    "FluxTransformer2DModel": {
-        "controlnet_block_samples",
-        "controlnet_single_block_samples",
-        "joint_attention_kwargs",
+    "SD3Transformer2DModel": {"joint_attention_kwargs", "skip_layers"},
+    "FluxTransformer2DModel": {"controlnet_blocks_repeat", "joint_attention_kwargs"},
+    "SanaTransformer2DModel": {"attention_kwargs"},
+    "Lumina2Transformer2DModel": {"attention_kwargs"},
+    "QwenImageTransformer2DModel": {"attention_kwargs", "guidance"},
+    "Flux2Transformer2DModel": {"joint_attention_kwargs", "kv_cache", "kv_cache_mode"},
+    "ZImageTransformer2DModel": {"joint_attention_kwargs", "siglip_feats", "image_noise_mask"},
+    "WanTransformer3DModel": {"attention_kwargs"},
+    "WanVACETransformer3DModel": {"attention_kwargs"},
+    "CogVideoXTransformer3DModel": {"attention_kwargs", "timestep_cond"},
+    "HunyuanVideo15Transformer3DModel": {"attention_kwargs"},
+    "LTX2VideoTransformer3DModel": {
+        "attention_kwargs",
+        "isolate_modalities",
+        "perturbation_mask",
+        "spatio_temporal_guidance_blocks",
     },
 }
 """Arguments whose silent loss would be worst: adapters may never come to know them by accident."""
@@ -47,14 +69,20 @@ class Call:
     def of(self, transformer: nn.Module) -> Tensor:
         """The transformer's own prediction for it."""
         output = transformer(*self.args, **self.kwargs | {"return_dict": False})
-        return output[0]
+        return whole(output)
+
+    @classmethod
+    def of_names(cls, transformer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> "Call":
+        """The call with every argument by its name."""
+        names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        return cls((), dict(zip(names, args, strict=False)) | kwargs)
 
 
 def captured(tiny: TinyPipeline, **changes: object) -> list[Call]:
     """Every call that one run of the pipeline makes; the transformer is left as it was."""
     calls: list[Call] = []
     spy = tiny.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: calls.append(Call.of_names(module, args, kwargs)), with_kwargs=True
     )
     try:
         tiny.run(**changes)
@@ -147,6 +175,8 @@ def test_half_precision_is_the_untouched_model_too(tiny: TinyPipeline) -> None:
     def half(value: object) -> object:
         if isinstance(value, dict):
             return {name: half(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [half(entry) for entry in value]
         return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     call = captured(tiny, count=2)[0]
@@ -170,12 +200,13 @@ def test_adapt_changes_nothing(tiny: TinyPipeline) -> None:
 
 def test_output_has_the_shape_that_the_forward_returns(tiny: TinyPipeline) -> None:
     call, adapter = captured(tiny)[0], adapt(tiny.transformer)
-    prediction = call.of(tiny.transformer)
+    prediction, inputs = call.of(tiny.transformer), adapter.read(*call.args, **call.kwargs)
     theirs = tiny.transformer(*call.args, **call.kwargs | {"return_dict": True})
-    ours = adapter.output(prediction, return_dict=True)
+    ours = adapter.output(prediction, inputs, return_dict=True)
     assert type(ours).__name__ == type(theirs).__name__
-    assert torch.equal(ours.sample, theirs.sample)
-    assert torch.equal(adapter.output(prediction, return_dict=False)[0], theirs[0])
+    assert type(ours[0]) is type(theirs[0])
+    for found in (ours.to_tuple(), adapter.output(prediction, inputs, return_dict=False)):
+        assert torch.equal(whole(found), whole(theirs.to_tuple()))
 
 
 def test_an_adapter_knows_its_sizes(tiny: TinyPipeline) -> None:
@@ -184,8 +215,8 @@ def test_an_adapter_knows_its_sizes(tiny: TinyPipeline) -> None:
     state = adapter.embed(inputs.x, inputs.t, inputs.y)
     assert adapter.num_blocks == 4
     assert state.tokens.shape[::2] == (len(inputs), adapter.width)
-    assert state.cond.shape == (len(inputs), adapter.width)
-    channels = -1 if adapter.family.startswith("Flux") else 1
+    assert state.cond.shape == (len(inputs), adapter.cond_width)
+    channels = -1 if inputs.x.ndim == 3 else tiny.channels
     assert inputs.x.shape[channels] == adapter.in_channels
     assert call.of(tiny.transformer).shape[channels] == adapter.out_channels
 
@@ -193,11 +224,14 @@ def test_an_adapter_knows_its_sizes(tiny: TinyPipeline) -> None:
 def test_the_block_modules_are_the_transformers_in_the_order_they_run(tiny: TinyPipeline) -> None:
     adapter, call, ran = adapt(tiny.transformer), captured(tiny)[0], []
     modules = adapter.block_modules()
-    assert {id(m) for m in modules} == {id(m) for m in blocks_of(tiny.transformer)}
-    for module in modules:
+    every = list(blocks_of(tiny.transformer))
+    assert {id(m) for m in modules} <= {id(m) for m in every}
+    for module in every:
         module.register_forward_pre_hook(lambda module, _: ran.append(id(module)))
     call.of(tiny.transformer)
-    assert ran == [id(m) for m in modules]
+    refiners, blocks = ran[: -len(modules)], ran[-len(modules) :]  # refiners of text or latents belong to `embed`
+    assert blocks == [id(m) for m in modules]
+    assert set(refiners) == {id(m) for m in every} - set(blocks)
 
 
 WAYS = {
@@ -226,7 +260,82 @@ WAYS = {
         {"txt_ids": torch.zeros(1, 8, 3), "img_ids": torch.arange(24.0)[None, :, None].expand(1, 24, 3)},
     ),
     "single blocks alone": ("FluxTransformer2DModel", {"num_layers": 0, "num_single_layers": 4}, {}),
+    "guidance as an input of Sana": (
+        "SanaTransformer2DModel",
+        {"guidance_embeds": True},
+        {"guidance": torch.tensor([0.4, 0.9])},
+    ),
+    "Sana's text without a mask": ("SanaTransformer2DModel", {}, {"encoder_attention_mask": None}),
+    "Sana of another time scale": ("SanaTransformer2DModel", {"timestep_scale": 0.001}, {}),
+    "Lumina's texts of one length": (
+        "Lumina2Transformer2DModel",
+        {},
+        {"encoder_attention_mask": (torch.arange(16) < 7).long().expand(2, 16)},
+    ),
+    "Qwen's words masked in the middle": (
+        "QwenImageTransformer2DModel",
+        {},
+        {
+            "encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 32).reshape(2, 8, 32),
+            "encoder_hidden_states_mask": (torch.arange(8) % 3 > 0).long().expand(2, 8),
+        },
+    ),
+    "Qwen's clean references": ("QwenImageTransformer2DModel", {"zero_cond_t": True}, {}),
+    "guidance as an input of FLUX.2": (
+        "Flux2Transformer2DModel",
+        {"guidance_embeds": True},
+        {"guidance": torch.tensor([1.0, 4.0])},
+    ),
+    "FLUX.2's double blocks alone": ("Flux2Transformer2DModel", {"num_layers": 4, "num_single_layers": 0}, {}),
+    "FLUX.2's single blocks alone": ("Flux2Transformer2DModel", {"num_layers": 0, "num_single_layers": 4}, {}),
+    "Z-Image's frames": (
+        "ZImageTransformer2DModel",
+        {},
+        {"x": list(torch.linspace(-1, 1, 2 * 4 * 2 * 8 * 8).sin().reshape(2, 4, 2, 8, 8))},
+    ),
     "frames apart": ("LatteTransformer3DModel", {}, {"enable_temporal_attentions": False}),
+    "positions in the tokens": (
+        "CogVideoXTransformer3DModel",
+        {"use_rotary_positional_embeddings": False},
+        {"image_rotary_emb": None},
+    ),
+    "learned positions": ("CogVideoXTransformer3DModel", {"use_learned_positional_embeddings": True}, {}),
+    "no norm across attention": ("WanTransformer3DModel", {"cross_attn_norm": False}, {}),
+    "patches of two frames": (
+        "WanTransformer3DModel",
+        {"patch_size": (2, 2, 2)},
+        {"hidden_states": torch.linspace(-1, 1, 2 * 4 * 4 * 8 * 8).sin().reshape(2, 4, 4, 8, 8)},
+    ),
+    "control at full strength": ("WanVACETransformer3DModel", {}, {"control_hidden_states_scale": None}),
+    "volumes of two frames": (
+        "HunyuanVideo15Transformer3DModel",
+        {"patch_size_t": 2},
+        {"hidden_states": torch.linspace(-1, 1, 2 * 9 * 4 * 8 * 8).sin().reshape(2, 9, 4, 8, 8)},
+    ),
+    "positions of its own": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"fps": 24.0, "video_coords": None, "audio_coords": None},
+    ),
+    "interleaved positions": ("LTX2VideoTransformer3DModel", {"rope_type": "interleaved"}, {}),
+    "text from the connectors": (
+        "LTX2VideoTransformer3DModel",
+        {"use_prompt_embeddings": False},
+        {
+            "encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 24).sin().reshape(2, 8, 24),
+            "audio_encoder_hidden_states": torch.linspace(-1, 1, 2 * 8 * 16).cos().reshape(2, 8, 16),
+        },
+    ),
+    "an older clock across streams": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"use_cross_timestep": False, "audio_timestep": torch.full((2,), 300.0)},
+    ),
+    "attention within the video masked": (
+        "LTX2VideoTransformer3DModel",
+        {},
+        {"video_self_attention_mask": (torch.arange(288) < 200).float()[None, None].expand(2, 288, 288)},
+    ),
     "one frame": (
         "LatteTransformer3DModel",
         {},
@@ -240,8 +349,7 @@ def test_other_ways_to_build_and_to_call_a_family(way: str) -> None:
     serves, config, arguments = WAYS[way]
     tiny = tiny_pipeline(serves)
     call = captured(tiny, guided=False, count=2)[0]
-    names = list(adapt(tiny.transformer)._signature.parameters)[1:]
-    usual = dict(zip(names, call.args, strict=False)) | call.kwargs
+    usual = call.kwargs
     transformer = tiny.transformer
     if config:
         transformer = randomised(type(transformer).from_config(transformer.config, **config))
@@ -383,7 +491,9 @@ def test_exits_distil(tiny: TinyPipeline) -> None:
 
 def test_unknown_arguments_are_refused_in_one_line(tiny: TinyPipeline) -> None:
     call, adapter = captured(tiny)[0], adapt(tiny.transformer)
-    known = ("self", "hidden_states", "timestep", "return_dict", *adapter.row_arguments, *adapter.shared_arguments)
+    timestep = adapter.timestep_argument
+    known = ("self", *adapter.latents_arguments, timestep, "return_dict")
+    known = (*known, *adapter.row_arguments, *adapter.shared_arguments)
     strangers = {name: p.default for name, p in adapter._signature.parameters.items() if name not in known}
     assert set(STRANGERS.get(adapter.family, {})) <= set(strangers)
     assert strangers
@@ -397,8 +507,8 @@ def test_unknown_arguments_are_refused_in_one_line(tiny: TinyPipeline) -> None:
             collect_exits(tiny.transformer, None, *call.args, **call.kwargs | {name: loud})
     with pytest.raises(InputError, match=f"^{adapter.family}: .*'no_such_argument'$"):
         adapter.read(*call.args, **call.kwargs, no_such_argument=1)
-    with pytest.raises(InputError, match=f"^{adapter.family}: called without timestep"):
-        adapter.read(*call.args, **call.kwargs | {"timestep": None})
+    with pytest.raises(InputError, match=f"^{adapter.family}: called without {timestep}"):
+        adapter.read(*call.args, **call.kwargs | {timestep: None})
 
 
 @pytest.mark.parametrize("transformer", [nn.Linear(2, 2), nn.Identity()])

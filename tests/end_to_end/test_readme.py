@@ -16,6 +16,8 @@ from dyndit.training.data import load_digits
 from support.tiny_pipelines import tiny_pipeline
 
 README = Path(__file__).parents[2] / "README.md"
+FIT = "dyndit.FitConfig(steps=20, batch_size=32, learning_rate=1e-3)"
+TABLE = "dyndit.CalibrationSettings(num_pictures=66, num_bands=2, num_depths=2)"
 SHORT = "dyndit.Distill(fit=dyndit.FitConfig(steps=3, batch_size=4))"
 
 
@@ -49,9 +51,9 @@ def test_a_checkpoint_of_the_published_code(here: Path) -> None:
     arrays = digits.uint8(range(200))[:, 0].numpy()
     write_pictures(here / "pictures", arrays, [digits[i][1] for i in range(200)])
     changes = {
-        "steps=5000, batch_size=128": "steps=20, batch_size=32",
+        'dyndit.ExitConfig(head="wide")': f'dyndit.ExitConfig(head="wide"), fit={FIT}',
         '"inception"': '"digits"',
-        "num_pictures=512, num_bands=10, num_depths=8": "num_pictures=66, num_bands=2, num_depths=2",
+        "reference=real": f"reference=real, settings={TABLE}",
     }
     names: dict = {}
     exec(example("A checkpoint of the published code.", changes), names)

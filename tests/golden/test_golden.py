@@ -173,16 +173,19 @@ def check(cases: Iterator[tuple[str, Draw]], recorded: dict[str, np.ndarray]) ->
     return names
 
 
+with np.load(RECORDED) as _file:
+    RECORDED_FAMILIES = sorted(name for name in TINY_PIPELINES if f"pipeline/{name}/guided/full first" in _file)
+"""Families that were there when the outputs were recorded."""
+
+
 def test_sampling_draws_what_it_drew(recorded: dict[str, np.ndarray]) -> None:
     names = check(sampler_cases(), recorded)
     assert sum(name.startswith("plans/") for name in names) == len(PUBLISHED) > 100
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-@pytest.mark.parametrize("family", sorted(TINY_PIPELINES))
+@pytest.mark.parametrize("family", RECORDED_FAMILIES)
 def test_pipelines_draw_what_they_drew(recorded: dict[str, np.ndarray], family: str, guided: bool) -> None:
-    if f"pipeline/{family}/guided/full first" not in recorded:
-        pytest.skip(f"{family}: came after these outputs were recorded")
     assert len(check(plugin_cases(family, guided), recorded)) == 4
 
 

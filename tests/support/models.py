@@ -5,13 +5,48 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from dyndit.models import families
+from dyndit.models.base import Backbone
+from dyndit.models.conditioning import CONDITIONINGS
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.mmdit import MMDiTConfig
+from dyndit.models.video import VideoConfig
 
 TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
 
-TINY_CONFIGS: dict[str, dict[str, object]] = {"class_conditional": vars(TINY)}
-"""A tiny config of every backbone family. The contract test fails if one is missing."""
+TINY_MMDIT = MMDiTConfig(
+    image_size=8,
+    patch_size=4,
+    in_channels=1,
+    width=24,
+    num_blocks=4,
+    num_heads=2,
+    text_width=16,
+    pooled_width=16,
+    text_length=5,
+    vocabulary=("a", "number", "three", "seven", "bold", "tilted"),
+    prompts=("a three", "number seven, bold"),
+)
+
+TINY_VIDEO = VideoConfig(
+    num_frames=3, image_size=(8, 12), patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10
+)
+
+TINY_CONFIGS: dict[str, dict[str, object]] = {
+    "class_conditional": vars(TINY),
+    **{f"class_conditional/{name}": vars(TINY) | {"conditioning": name} for name in CONDITIONINGS},
+    "mmdit": vars(TINY_MMDIT),
+    "video": vars(TINY_VIDEO),
+}
+"""Tiny configs of every backbone family: "family", or "family/what is special". The contract tests run each of them."""
+
+
+def tiny(name: str) -> Backbone:
+    """The backbone of a tiny config, random all through."""
+    backbone = families()[name.partition("/")[0]].from_config(TINY_CONFIGS[name]).eval()
+    randomise(backbone, seed=0)
+    return backbone
 
 
 MakeBackbone = Callable[..., ClassConditionalDiT]

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -38,6 +40,8 @@ class TinyPipeline:
     settings: dict[str, object] = field(default_factory=dict)
     """Arguments of every call."""
     num_steps: int = 3
+    channels: int = 1
+    """The dimension of the latents that has the channels."""
 
     def run(self, *, guided: bool = True, count: int = 1, seed: int = 0, **changes: object) -> Tensor:
         """Call the pipeline as a user does; what comes out, as one tensor."""
@@ -55,6 +59,19 @@ class TinyPipeline:
     def transformer(self) -> nn.Module:
         """The pipeline's own."""
         return self.pipe.transformer
+
+
+def whole(output: tuple[Tensor | list[Tensor], ...]) -> Tensor:
+    """What a transformer returns, as one tensor: Z-Image returns a list with a tensor per row, LTX-2 sound too."""
+    if isinstance(output[0], list):
+        return torch.stack(output[0])
+    return output[0] if len(output) == 1 else torch.cat(output, dim=1)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of smooth random colours."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def tokenizer(clip: bool) -> transformers.PreTrainedTokenizerFast:

@@ -3,7 +3,7 @@
 A Fréchet distance on features other than Inception's is called FD-<extractor>, never FID. It does not compare with any
 published FID. To add an extractor, add one file here that registers its network; it is found by itself. Importing this
 package also registers the classifiers with torch-fidelity's command line and `calculate_metrics`, under the names
-`digits`, `digits-lenet`, `resnet20-cifar10` and `vgg-cifar10`.
+`digits`, `digits-lenet`, `moving-digits`, `resnet20-cifar10` and `vgg-cifar10`.
 """
 
 import importlib

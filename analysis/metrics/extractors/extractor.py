@@ -82,7 +82,7 @@ class Extractor:
 
 def _first_channels(activation: Tensor) -> Tensor:
     """Flatten (B, C, H, W) -> (B, H W 7), in ADM's order, so that ADM's statistics can serve as reference."""
-    return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+    return activation[:, :SPATIAL_CHANNELS].movedim(1, -1).flatten(1)
 
 
 @contextmanager

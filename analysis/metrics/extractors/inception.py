@@ -1,14 +1,13 @@
 """Build Inception v3. A Fréchet distance on its features is called FID."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dyndit.analysis.metrics.extractors.registry import register
 from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.storage.reading import read_pickled
 
 
 # sFID on 17 x 17 x 7 = 2,023 features: TensorFlow's "mixed_6/conv", which ADM reads.
@@ -21,10 +20,7 @@ def inception(weights: Path | None) -> FeatureExtractorBase:
         InputError: the download failed.
     """
     if weights is not None:
-        try:  # torch-fidelity unpickles without restriction, so check first that the file holds only tensors
-            torch.load(weights, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(f"{weights}: {first_line(error)}; expected torch-fidelity's Inception") from error
+        read_pickled(weights)  # torch-fidelity unpickles without restriction: the file must hold tensors alone
     path = None if weights is None else str(weights)
     try:
         options = {"feature_extractor_weights_path": path, "verbose": False}

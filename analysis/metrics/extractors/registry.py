@@ -89,11 +89,15 @@ class ClassifierExtractor(FeatureExtractorBase):
         """Scale uint8 (B, 3, H, W) -> float32 (B, C, H, W), the classifier's training range."""
         raise NotImplementedError
 
+    def check(self, pictures: Tensor) -> None:
+        """Refuse pictures of another size than the classifier takes. Raises InputError."""
+        if pictures.shape[2:] != (self.size, self.size):
+            found = "x".join(map(str, pictures.shape[2:]))
+            raise InputError(f"extractor {self.name}: pictures are {found}, expected {self.size}x{self.size}")
+
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         """Run uint8 (B, 3, size, size) -> one tensor for each requested feature. Raises InputError."""
-        if pictures.shape[-2:] != (self.size, self.size):
-            found = "{}x{}".format(*pictures.shape[-2:])
-            raise InputError(f"extractor {self.name}: pictures are {found}, expected {self.size}x{self.size}")
+        self.check(pictures)
         features = self.classifier.features(self.scale(pictures))
         outputs = {"64": features, "logits": self.classifier.linear(features)}
         return tuple(outputs[name] for name in self.features_list)

@@ -23,12 +23,16 @@ def adapters() -> dict[str, type[Adapter]]:
     return {adapter.family: adapter for adapter in subclasses_in(__name__, __path__, Adapter)}
 
 
-def adapt(transformer: nn.Module) -> Adapter:
-    """Wrap this transformer in its adapter. The modules are shared, not copied.
+def adapt(transformer: nn.Module, given: Adapter | None = None) -> Adapter:
+    """Wrap this transformer in its adapter, or return the adapter given for it. Modules are shared, not copied.
 
     Raises:
-        InputError: no adapter serves its class.
+        InputError: no adapter serves its class, or the given one serves another transformer.
     """
+    if given is not None:
+        if given.transformer is not transformer:
+            raise InputError(f"adapter: describes another {given.family} than the one it is given for")
+        return given
     known = adapters()
     for base in type(transformer).__mro__:
         if base.__name__ in known:

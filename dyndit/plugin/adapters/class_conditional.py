@@ -4,24 +4,30 @@
 the null label, which follows the last class.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from dyndit.errors import CheckpointError
+from dyndit.errors import CheckpointError, InputError
 from dyndit.models.base import Inputs, State
 from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import FinalLayer
 from dyndit.plugin.adapters.base import Adapter, join_patches
+from dyndit.plugin.weights import added_tensors, own_tensors
 from dyndit.process import DDPM, from_config
 from dyndit.storage.names import FREQUENCY_SHIFT, PROCESS, frequency_shift_of, to_native
+
+PIPELINE_NULL = 1000
+"""The null label of `DiTPipeline`, whatever the model."""
 
 
 @dataclass(frozen=True)
 class _State(State):
     t: Tensor
     y: Tensor
+    side: int
+    """Patches on a side: pictures are square."""
 
 
 class DiTAdapter(Adapter):
@@ -51,7 +57,23 @@ class DiTAdapter(Adapter):
             )
 
     def _condition(self, call: dict[str, object]) -> Tensor:
-        return call["class_labels"]
+        """Return the labels of a bound call.
+
+        `DiTPipeline` uses 1000 as the null label of any model. With fewer classes than 1000 only the null label can be
+        meant.
+
+        Raises:
+            InputError: the pictures are not square, or there are no labels.
+        """
+        height, width = call["hidden_states"].shape[-2:]
+        if height != width:
+            raise InputError(f"{self.family}: called with latents of {height} x {width}; expected a square")
+        labels, null = call.get("class_labels"), self.condition.null_label
+        if labels is None:
+            raise InputError(f"{self.family}: called without class_labels")
+        if null < PIPELINE_NULL:
+            labels = labels.masked_fill(labels == PIPELINE_NULL, null)
+        return labels
 
     def is_guided(self, inputs: Inputs) -> bool:
         """Return True if all rows of the second half, and no row of the first, carry the null label."""
@@ -63,7 +85,7 @@ class DiTAdapter(Adapter):
         """Return the state before block 0.  x: (B, C, H, W), t: (B,), y: (B,)."""
         tokens = self.transformer.pos_embed(x)
         cond = self.transformer.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=tokens.dtype)
-        return _State(tokens, cond, t, y)
+        return _State(tokens, cond, t, y, x.shape[-1] // self.transformer.patch_size)
 
     def block(self, index: int, state: _State) -> State:
         """Run block `index`."""
@@ -77,7 +99,7 @@ class DiTAdapter(Adapter):
             cross_attention_kwargs=None,
             class_labels=state.y,
         )
-        return _State(tokens, state.cond, state.t, state.y)
+        return replace(state, tokens=tokens)
 
     def block_modules(self) -> list[nn.Module]:
         """Return the blocks."""
@@ -100,19 +122,23 @@ class DiTAdapter(Adapter):
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         """Join patches to pictures.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
-        patch = self.transformer.patch_size
-        return join_patches(patches, *(side // patch for side in self.sample_shape[1:]), patch)
+        return join_patches(patches, state.side, state.side, self.transformer.patch_size)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights under their native names, so that the backbone has one identity in both libraries."""
-        return to_native(self.transformer.state_dict(), self.sample_shape[1] // self.transformer.patch_size)
+        native = to_native(own_tensors(self.transformer), self.sample_shape[1] // self.transformer.patch_size)
+        return native | added_tensors(self.transformer)
 
     def unseen(self) -> dict[str, object]:
-        """Return the same settings as the native class and its process."""
+        """Return the same settings as the native class and its process, and the scales of low-rank adapters."""
         process = {} if self.usual_process == DDPM() else {"process": self.usual_process.config()}
-        return process | {
-            "num_heads": self.transformer.config.num_attention_heads,
-            "norm_eps": self.transformer.norm_out.eps,
-            "mlp_norm_eps": self.transformer.config.norm_eps,
-            "frequency_shift": frequency_shift_of(self.transformer),
-        }
+        return (
+            process
+            | self._added()
+            | {
+                "num_heads": self.transformer.config.num_attention_heads,
+                "norm_eps": self.transformer.norm_out.eps,
+                "mlp_norm_eps": self.transformer.config.norm_eps,
+                "frequency_shift": frequency_shift_of(self.transformer),
+            }
+        )

@@ -7,16 +7,20 @@ The step is read from `timestep`, one per row: the pipelines pass the scheduler'
 the precision of the latents. `guidance_scale` is an input of the distilled models (`guidance`), no second branch. True
 guidance (`true_cfg_scale` above 1 and a negative prompt) makes two calls at every step on the same latents tensor:
 first the conditional call, then the unconditional call.
+
+Kontext appends the tokens of a reference image, whose positions begin with another number: (B, N + R, C). The
+prediction covers the picture's N tokens; the transformer's own forward also returns R tokens, which the pipelines drop.
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor, nn
 
-from dyndit.models.base import State
+from dyndit.models.base import PerRow, State
 from dyndit.models.conditions import Conditioning
-from dyndit.plugin.adapters.base import Adapter, ContinuousHead
+from dyndit.plugin.adapters.base import Adapter, ContinuousHead, first_image, in_order
 from dyndit.process import RectifiedFlow
 
 
@@ -25,13 +29,28 @@ class _State(State):
     text: Tensor
     rotary: tuple[Tensor, Tensor]
     """Cosines and sines of the positions of text, then picture: (S + N, D_head), the same for all rows."""
+    residuals: PerRow | None
+    """Residuals of double blocks."""
+    single_residuals: PerRow | None
+    size: int
+    """N: number of the picture's tokens."""
+
+    def for_head(self) -> tuple[Tensor, Tensor]:
+        """Return the picture's tokens, (B, N, D), and the conditioning."""
+        return self.tokens[:, : self.size], self.cond
 
 
 class FluxAdapter(Adapter):
     """FLUX.1: double blocks, then single blocks."""
 
     family = "FluxTransformer2DModel"
-    row_arguments = ("encoder_hidden_states", "pooled_projections", "guidance")
+    row_arguments = (
+        "encoder_hidden_states",
+        "pooled_projections",
+        "guidance",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+    )
     shared_arguments = ("img_ids", "txt_ids")
     guidance = "calls"
     timestep_scale = 1000.0
@@ -53,19 +72,31 @@ class FluxAdapter(Adapter):
         text = model.context_embedder(y["encoder_hidden_states"])
         # Older callers pass positions with a batch dimension, the same in every row.
         ids = [v[0] if v.ndim == 3 else v for v in (y["txt_ids"], y["img_ids"])]
-        return _State(tokens, cond, text, model.pos_embed(torch.cat(ids)))
+        return _State(
+            tokens,
+            cond,
+            text,
+            model.pos_embed(torch.cat(ids)),
+            in_order(y, "controlnet_block_samples"),
+            in_order(y, "controlnet_single_block_samples"),
+            size=first_image(ids[1]),
+        )
 
     def block(self, index: int, state: _State) -> State:
-        """Run block `index`: first the double blocks, then the single blocks."""
-        double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
-        block = double[index] if index < len(double) else single[index - len(double)]
-        text, tokens = block(
+        """Run block `index`, first the double blocks, then the single blocks; then add a ControlNet's residual."""
+        blocks, residuals = self.transformer.transformer_blocks, state.residuals
+        if index >= len(blocks):
+            index -= len(blocks)
+            blocks, residuals = self.transformer.single_transformer_blocks, state.single_residuals
+        text, tokens = blocks[index](
             hidden_states=state.tokens,
             encoder_hidden_states=state.text,
             temb=state.cond,
             image_rotary_emb=state.rotary,
             joint_attention_kwargs=None,
         )
+        if residuals is not None:
+            tokens = tokens + residuals.values[index // ceil(len(blocks) / len(residuals.values))]
         return replace(state, tokens=tokens, text=text)
 
     def block_modules(self) -> list[nn.Module]:
@@ -82,5 +113,5 @@ class FluxAdapter(Adapter):
         return ContinuousHead(self.transformer.norm_out, self.transformer.proj_out)
 
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
-        """Return the patches: the model's predictions are packed too.  -> (B, N, C_out)."""
-        return patches
+        """Return the picture's patches: the model's predictions are packed too.  -> (B, N, C_out)."""
+        return patches[:, : state.size]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from dyndit.models.base import State
+from dyndit.models.base import PerRow, State
 from dyndit.models.conditions import Conditioning
-from dyndit.plugin.adapters.base import Adapter, ContinuousHead, join_patches
+from dyndit.plugin.adapters.base import Adapter, ContinuousHead, in_order, join_patches
 from dyndit.process import RectifiedFlow
 
 
@@ -21,6 +21,7 @@ from dyndit.process import RectifiedFlow
 class _State(State):
     text: Tensor | None
     """(B, S, D); None after the last block."""
+    residuals: PerRow | None
     grid: tuple[int, int]
     """Rows and columns of patches."""
 
@@ -29,7 +30,7 @@ class SD3Adapter(Adapter):
     """Stable Diffusion 3: picture and text tokens attend to each other in every block."""
 
     family = "SD3Transformer2DModel"
-    row_arguments = ("encoder_hidden_states", "pooled_projections")
+    row_arguments = ("encoder_hidden_states", "pooled_projections", "block_controlnet_hidden_states")
     guidance = "uncond first"
     usual_process = RectifiedFlow()
 
@@ -46,17 +47,22 @@ class SD3Adapter(Adapter):
             model.pos_embed(x).contiguous(),
             model.time_text_embed(t, y["pooled_projections"]),
             model.context_embedder(y["encoder_hidden_states"]),
+            in_order(y, "block_controlnet_hidden_states"),
             grid=(x.shape[-2] // patch, x.shape[-1] // patch),
         )
 
     def block(self, index: int, state: _State) -> State:
-        """Run block `index`."""
-        text, tokens = self.transformer.transformer_blocks[index](
+        """Run block `index`, then add a ControlNet's residual."""
+        block = self.transformer.transformer_blocks[index]
+        text, tokens = block(
             hidden_states=state.tokens,
             encoder_hidden_states=state.text,
             temb=state.cond,
             joint_attention_kwargs=None,
         )
+        if state.residuals is not None and not block.context_pre_only:
+            samples = state.residuals.values
+            tokens = tokens + samples[int(index / (self.num_blocks / len(samples)))]
         return replace(state, tokens=tokens, text=text)
 
     def block_modules(self) -> list[nn.Module]:

@@ -18,9 +18,12 @@ from dyndit.analysis.compare.bench_verdict import lines, verdict
 from dyndit.analysis.metrics.energy import Counter, EnergyMeter
 from dyndit.analysis.metrics.macs import plan_macs
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.schedules import ramp
+from dyndit.process import DDPM
 from dyndit.sampling.loop import full_plan
 from dyndit.stats import Repeats
+from support.models import tiny
 
 THREE = Repeats(rounds=3)
 
@@ -76,6 +79,13 @@ def test_inside_a_pipeline_beside_the_pipeline_as_it_is(make_model) -> None:
     assert set(times.loc[times["scope"] == "denoiser", "arm"]) == {FULL, AGAIN, "ramp"}
     with pytest.raises(InputError, match="1000 classes"):
         measure(model, plans_of(model, 1.5), Bench((2,), THREE, in_pipeline=True))
+
+
+def test_a_pipeline_of_labels_takes_no_captions() -> None:
+    model = DynamicDepth(tiny("mmdit"), process=DDPM()).eval()
+    full = full_plan(model, "ddim", 3, 1.0)
+    with pytest.raises(InputError, match="this model's family is mmdit"):
+        measure(model, {FULL: full}, Bench((2,), THREE, in_pipeline=True))
 
 
 def test_half_precision_is_computed_in_and_recorded(make_model) -> None:

@@ -13,7 +13,9 @@ from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
 from dyndit.errors import CheckpointError, InputError
 from dyndit.pictures import as_rgb
-from dyndit.recipes.studies import digits_classifier
+from dyndit.recipes.studies import digits_classifier, moving_digits_classifier
+from dyndit.stats import frechet_distance, moments
+from dyndit.training.data import open_data
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 
@@ -45,6 +47,32 @@ def test_packaged_digits_weights_reach_the_stated_accuracy(name: str) -> None:
 
 def test_packaged_digits_weights_are_small() -> None:
     assert all(path.stat().st_size < 1_000_000 for path in digits_classifier.OUT.values())
+
+
+def test_packaged_clip_weights_reach_the_stated_accuracies() -> None:
+    study = moving_digits_classifier
+    with safe_open(study.OUT, "pt") as file:
+        stated = [float(file.metadata()[name]) for name in ("accuracy", "accuracy_order")]
+    assert study.OUT.stat().st_size <= 300_000
+    found = study.accuracies(load_extractor("moving-digits").network.classifier, torch.Generator().manual_seed(0))
+    assert found[0] == pytest.approx(stated[0], abs=1e-3)
+    assert found[1] == pytest.approx(stated[1], abs=0.01)  # other random orders
+    assert min(found) >= 0.9
+    assert all(f"{share:.1%}" in study.__doc__ for share in stated)
+
+
+def test_features_of_clips_see_motion_and_no_batch_mates() -> None:
+    extractor, data = load_extractor("moving-digits"), open_data("moving-digits")
+    real = data.uint8(range(0, 1200, 8))
+    assert torch.allclose(extractor.features(real[:7]), extractor.features(real[:7], batch_size=1), atol=1e-5)
+    half, other = (moments(extractor.features(part)) for part in (real[:75], real[75:]))
+    shuffled = real[75:][:, :, [4, 0, 6, 2, 7, 3, 1, 5]]
+    frozen = real[75:][:, :, :1].expand_as(shuffled)
+    like = frechet_distance(other, half)
+    for wrong in (shuffled, frozen):
+        assert frechet_distance(moments(extractor.features(wrong)), half) > 2 * like
+    assert extractor.features(torch.zeros(2, 1, 3, 8, 20, dtype=torch.uint8)).shape == (2, 64)
+    assert extractor.outputs(real[:2], spatial=True)["spatial"].shape == (2, 8 * 4 * 4 * 7)
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-lenet", "resnet20-cifar10"])

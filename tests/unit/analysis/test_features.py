@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import Extractor, load_extractor
-from dyndit.analysis.metrics.features import Measured, cache_folder
+from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import InputError
+from dyndit.pictures.check import cache_folder
 from dyndit.stats import moments
 
 

@@ -1,4 +1,4 @@
-"""Recipes by name: the seven that people run and the studies, each readable with one other recipe open at most."""
+"""Recipes by name: those that people run and the studies, each readable with one other recipe open at most."""
 
 import ast
 import importlib
@@ -14,14 +14,20 @@ from dyndit.training.distill import Distill
 from dyndit.training.train import Train
 
 ROOT = Path(__file__).parents[3] / "recipes"
-SEVEN = ["cifar10", "cifar10_frontier", "cifar10_on", "digits", "digits_frontier", "digits_peers", "finetune_exits"]
+RUN = [
+    *("cifar10", "cifar10_frontier", "cifar10_on", "digits", "digits_flow", "digits_frontier", "digits_peers"),
+    *("finetune_exits", "mmdit", "plain_accelerate_loop", "published", "video"),
+]
 KINDS = {"train": Train, "distill": Distill, "experiment": Experiment, "quickstart": Experiment}
-SCRIPTS = {"cifar10_classifier", "digits_classifier", "kid_coverage"}
-"""Studies that are run with `python -m`; the others define what the command line takes."""
+SCRIPTS = {
+    *("cifar10_classifier", "conditioning", "digits_classifier", "kid_coverage", "ladder", "moving_digits_classifier"),
+    "plain_accelerate_loop",
+}
+"""Recipes that are run with `python -m`; the others define what the command line takes."""
 
 
 def path(name: str) -> Path:
-    return ROOT / f"{name}.py" if name in SEVEN else ROOT / "studies" / f"{name}.py"
+    return ROOT / f"{name}.py" if name in RUN else ROOT / "studies" / f"{name}.py"
 
 
 def parents(name: str) -> set[str]:
@@ -37,17 +43,17 @@ def parents(name: str) -> set[str]:
     return {next(part for part in parts if part in names) for parts in recipes}
 
 
-def test_the_seven_come_first() -> None:
-    assert packaged() == SEVEN
-    assert list(modules())[:7] == SEVEN
-    assert list(modules())[7:] == sorted(
+def test_those_that_people_run_come_first() -> None:
+    assert packaged() == RUN
+    assert list(modules())[: len(RUN)] == RUN
+    assert list(modules())[len(RUN) :] == sorted(
         file.stem for file in (ROOT / "studies").glob("*.py") if file.stem != "__init__"
     )
 
 
 @pytest.mark.parametrize("name", modules())
 def test_it_loads_and_is_found(name: str) -> None:
-    module = importlib.import_module(f"dyndit.recipes.{'' if name in SEVEN else 'studies.'}{name}")
+    module = importlib.import_module(f"dyndit.recipes.{'' if name in RUN else 'studies.'}{name}")
     defined = {attribute: kind for attribute, kind in KINDS.items() if isinstance(vars(module).get(attribute), kind)}
     assert bool(defined) != (name in SCRIPTS)
     for attribute, kind in defined.items():
@@ -56,10 +62,10 @@ def test_it_loads_and_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", modules())
 def test_it_is_readable_by_itself(name: str) -> None:
-    """It imports at most one other recipe, one of the seven; a parent of one of the seven has no parent itself."""
+    """It imports at most one other recipe, one that people run, which has no parent itself."""
     assert len(parents(name)) <= 1
-    assert parents(name) <= set(SEVEN)
-    if name in SEVEN:
+    assert parents(name) <= set(RUN)
+    if name in RUN:
         assert not any(parents(parent) for parent in parents(name))
 
 
@@ -74,21 +80,21 @@ def test_parents_are_seen() -> None:
 def test_its_docstring_has_its_command(name: str) -> None:
     """An indented line of its own, so that it can be copied; a study also states its result and its cost."""
     command = (
-        rf"python -m dyndit\.recipes\.studies\.{name}"
+        rf"python -m dyndit\.recipes\.(studies\.)?{name}"
         if name in SCRIPTS
         else rf"dyndit (?:train|distill|compare) {name}"
     )
     text = ast.get_docstring(ast.parse(path(name).read_text()))
     assert re.search(rf"^    {command}\b", text, re.M)
-    if name not in SEVEN:
+    if name not in RUN:
         assert re.search(r"\b(Measured|not yet measured)\b", text)
         assert re.search(r"\b(minutes|seconds|s of|days|not timed)\b", text)
 
 
-def test_an_unknown_name_is_told_the_seven_and_where_the_studies_are() -> None:
+def test_an_unknown_name_is_told_the_recipes_and_where_the_studies_are() -> None:
     with pytest.raises(InputError) as error:
         find("digits_leavers", "experiment", Experiment)
-    assert all(name in str(error.value) for name in SEVEN)
+    assert all(name in str(error.value) for name in RUN)
     assert "dyndit.recipes.studies" in str(error.value)
     with pytest.raises(InputError, match="digits_levers: defines no `train`; expected a Train"):
         find("digits_levers", "train", Train)

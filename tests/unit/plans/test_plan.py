@@ -163,7 +163,7 @@ def test_impossible_plans_are_refused(changes: dict, named: str) -> None:
 FIRST = {"format": "dyndit-plan", "version": 1, "timesteps": [9, 1], "cond": [1, 2], "uncond": [0, 0]}
 FIRST |= {"num_blocks": 2, "solver": "ddim"}
 GOOD = {"format": "dyndit-plan", "version": 2, "timesteps": [9, 1], "steps": ["1", "2"]}
-GOOD |= {"num_blocks": 2, "solver": "ddim"}
+GOOD |= {"num_blocks": 2, "solver": "ddim", "router": "manual"}
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ def test_a_pipeline_s_table_is_our_own_sampling_s(tiny, reference, scale: float,
     assert (mine.int() - sampler.drawn(plan, NUM_PICTURES, fresh=False).int()).abs().max() <= 1
 
 
+@pytest.mark.usefixtures("known_times")
 def test_calibrate_pipeline_gives_a_plan_that_the_handle_takes(tiny, reference, tmp_path: Path) -> None:
     handle = apply_dyndit(tiny.pipe, random_exits(tiny))
     numbers: list[int] = []
@@ -267,7 +268,17 @@ def test_every_family_is_drawn_and_timed(family: str, guided: bool) -> None:
     assert cost.share_of_time(sampler.full) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("family", [DIT, "SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        DIT,
+        "SD3Transformer2DModel",
+        "FluxTransformer2DModel",
+        "Lumina2Transformer2DModel",
+        "QwenImageTransformer2DModel",
+        "ZImageTransformer2DModel",
+    ],
+)
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_call_that_is_not_guided_as_said_is_refused(family: str, guided: bool) -> None:
     tiny = tiny_pipeline(family)
@@ -362,6 +373,7 @@ def test_a_table_in_the_folder_serves_half_precision_too(tiny, reference, tmp_pa
     assert handle.plan.share_of_blocks < 1
 
 
+@pytest.mark.usefixtures("known_times")
 def test_the_whole_way_in_place(tiny, reference, tmp_path: Path) -> None:
     """Record, distil, plug in, calibrate, run: every public name, on a pipeline that knows nothing of it."""
     call = call_of(tiny, 4.0)

@@ -29,7 +29,7 @@ from dyndit.sampling.sample import sample, unguided
 from dyndit.sampling.solvers import SOLVERS, make_scheduler
 from dyndit.stats import moments
 from dyndit.storage.load import TABLE
-from dyndit.training.latents import decode_latents
+from dyndit.training.autoencoders import decode_latents
 from support.models import randomise
 
 LABELS = [3, 1, 4, 9]

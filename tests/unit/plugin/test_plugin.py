@@ -30,7 +30,7 @@ from dyndit.sampling.solvers import make_scheduler, timesteps_of
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.storage.load import save_exits
 from dyndit.storage.names import match_frequencies, to_native
-from dyndit.training.latents import decode_latents
+from dyndit.training.autoencoders import decode_latents
 from support.tiny_pipelines import tiny_pipeline
 
 STEPS, SCALE, SEED = 5, 1.5, 3
@@ -422,8 +422,14 @@ def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path) -> None:
     handle = dyndit.apply_dyndit(pipe, exits, the_plan())
     with pytest.raises(InputError, match="has the plug-in already"):
         dyndit.apply_dyndit(pipe, exits, the_plan())
-    with pytest.raises(PlanError, match="none of them at timestep"):
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(PlanError, match=r"made for 5 steps of ddim, but the pipeline runs 7 of DDIMScheduler"):
         draw(pipe, steps=STEPS + 2)
+    pipe.scheduler = make_scheduler("ddim", STEPS)
+    bare = a_transformer()
+    dyndit.apply_dyndit(bare, some_exits(bare), the_plan(1.0))
+    with pytest.raises(PlanError, match=r"none of them at timestep 42; .* bare transformer"):
+        bare(torch.zeros(1, 4, 8, 8), torch.tensor([42]), torch.tensor([3]))
     with pytest.raises(PlanError, match="guided sampling, but the pipeline's call is unguided"):
         draw(pipe, 1.0)
     handle.plan = the_plan(1.0)

@@ -28,6 +28,7 @@ from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 from dyndit.training.losses import exit_errors
 from dyndit.training.recorded import RecordedCalls, Recording, record_sampling
+from support import tiny_pipelines
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline
 
 FAMILIES = sorted(TINY_PIPELINES)
@@ -80,7 +81,9 @@ def test_every_call_is_recorded_as_it_was_made(family: str, guided: bool, tmp_pa
     """The recorded rows give the very predictions that the transformer gave, and nothing else is changed."""
     tiny = tiny_pipeline(family)
     predictions: list[Tensor] = []
-    watch = tiny.transformer.register_forward_hook(lambda *parts: predictions.append(parts[-1][0].clone()))
+    watch = tiny.transformer.register_forward_hook(
+        lambda *parts: predictions.append(tiny_pipelines.whole(parts[-1]).clone())
+    )
     before, state = weights(tiny.transformer), condition(tiny.transformer)
     plain = tiny.run(guided=guided, count=2)
     predictions.clear()

@@ -249,7 +249,6 @@ def test_flows_are_stepped_by_any_scheduler_of_flows(make_model, scheduler) -> N
 @pytest.mark.parametrize(
     ("scheduler", "named"),
     [
-        (diffusers.FlowMatchHeunDiscreteScheduler(), "runs the model 2 times a step"),
         (diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "num_train_timesteps 100; expected 1000"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "no 4 steps"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "expected as many, falling"),

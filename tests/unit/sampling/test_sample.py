@@ -406,7 +406,7 @@ def test_noise_levels_between_whole_timesteps_are_eulers() -> None:
 def test_a_schedulers_traits_are_read_off_it() -> None:
     named = {name: make_scheduler(name, 3, known.process()) for name, known in SOLVERS.items()}
     assert {name for name, scheduler in named.items() if takes_variance(scheduler)} == {"ddpm"}
-    assert {name for name, scheduler in named.items() if draws_noise(scheduler)} == {"ddpm"}
+    assert {name for name, scheduler in named.items() if draws_noise(scheduler)} == {"ddpm", "flow-sde"}
     assert {name: solver_name(scheduler) for name, scheduler in named.items()} == {name: name for name in SOLVERS}
     for scheduler in named.values():
         again = type(scheduler).from_config(scheduler.config)

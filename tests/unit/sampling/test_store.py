@@ -353,3 +353,9 @@ def test_drafts_are_no_pictures(whole: Path) -> None:
     finally:
         (draft / "000000-class3.png").unlink()
         draft.rmdir()
+
+
+def test_captions_name_files_in_plain_letters(tmp_path: Path) -> None:
+    store = Store(tmp_path, ("A three, bold!", "三", "x" * 200, 7))
+    names = [store.path(number).name for number in range(4)]
+    assert names == ["000000-a-three-bold.png", "000001-caption.png", f"000002-{'x' * 60}.png", "000003-class7.png"]

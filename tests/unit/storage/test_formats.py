@@ -26,7 +26,7 @@ from dyndit.plans.step import steps
 from dyndit.plans.table import ShiftTable
 from dyndit.plugin.adapters import adapt
 from dyndit.storage import card as model_card
-from dyndit.storage import diffusers_folder, official
+from dyndit.storage import contents, diffusers_folder, official
 from dyndit.storage import load as checkpoints
 from dyndit.storage.convert import convert
 from dyndit.storage.diffusers_folder import WEIGHTS, from_diffusers, to_diffusers
@@ -984,7 +984,7 @@ def random_checkpoint(path: Path) -> Path:
 
 def check_every_backend(source: Path, folder: Path, batch: int, steps: int) -> None:
     """Byte-equal tensors after the round trip, and the same pictures from each backend."""
-    weights = official._contents(source)[0]
+    weights = contents.read(source).tensors
     convert(source, folder / "native", "native")
     convert(folder / "native", folder / "diffusers", "diffusers")
     convert(folder / "diffusers", folder / "back.pt", "official")

@@ -237,7 +237,7 @@ def test_its_time_and_direction_travel(sit, make_inputs, tmp_path: Path, write: 
     [
         ({"path_type": "GVP", "prediction": "velocity"}, "path_type 'GVP', prediction 'velocity'; expected 'Linear'"),
         ({"path_type": "Linear", "prediction": "score"}, "prediction 'score'"),
-        ({"path_type": "linear", "prediction": "v"}, "path_type 'linear', prediction 'v'"),
+        ({"path_type": "cosine", "prediction": "v"}, "path_type 'cosine', prediction 'v'"),
         ({"path_type": "Linear"}, "prediction None"),
     ],
 )

@@ -15,7 +15,12 @@ from dyndit.errors import InputError
 from dyndit.models.dit import DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig
+from dyndit.plans.search import search
+from dyndit.plans.step import OwnExit, Step
+from dyndit.plans.table import ShiftTable
 from dyndit.process import DDPM, RectifiedFlow
+from dyndit.recipes import digits, digits_flow
+from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
@@ -79,6 +84,48 @@ def test_a_flow_is_trained_distilled_calibrated_and_sampled(distilled: DynamicDe
     images = pipe(labels, plan=plan, seed=0, output_type="pt").images
     assert torch.equal((255 * images).round().to(torch.uint8).float().mean().round(), pictures.float().mean().round())
     assert "| process | flow |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def table(distilled: DynamicDepth) -> ShiftTable:
+    """With own guides and forecasts, measured at eight steps."""
+    extractor, reference = reduced(load_extractor("digits"), DIGITS.uint8())
+    settings = CalibrationSettings(80, 8, 40, num_depths=2, own_guides=True, forecast_ages=1)
+    return measure_shifts(distilled, extractor, reference, num_steps=8, settings=settings, cost=COST)
+
+
+@pytest.mark.parametrize("solver", ["flow-euler", "flow-heun", "flow-sde"])
+@pytest.mark.parametrize("num_steps", [4, 8, 10, 20])
+def test_plans_of_a_flow_are_searched_at_any_number_of_steps(
+    distilled: DynamicDepth, table: ShiftTable, num_steps: int, solver: str
+) -> None:
+    kinds = {type(choice.guide) for choice in table.choices}
+    assert OwnExit in kinds
+    assert any(choice.forecast for choice in table.choices)
+    full = full_plan(distilled, solver, num_steps, 1.5)
+    plan = search(table, full, 0.5)
+    assert plan.timesteps == full.timesteps
+    assert COST.share_of_time(plan) <= 0.5 * (1 + 1e-6)
+    options = {"solver": solver, "num_steps": num_steps, "cfg_scale": 1.5}
+    pictures = sample(distilled, [1, 2], plan=plan, **options).pictures
+    assert not torch.equal(pictures, sample(distilled, [1, 2], **options).pictures)
+
+
+@pytest.mark.parametrize("step", ["2|e1", "2+", "3|held"])
+def test_every_kind_of_step_runs_under_a_flow(distilled: DynamicDepth, step: str) -> None:
+    full = full_plan(distilled, "flow-euler", 4, 1.5)
+    plan = full.with_steps([*full.steps[:2], Step.parse(step), Step.parse(step)])
+    options = {"solver": "flow-euler", "num_steps": 4}
+    pictures = sample(distilled, [1, 2], plan=plan, **options).pictures
+    assert not torch.equal(pictures, sample(distilled, [1, 2], **options).pictures)
+
+
+def test_a_recipe_trains_under_another_process() -> None:
+    ddpm = replace(TRAIN, process=DDPM(), backbone=replace(TINY, learn_variance=True))
+    assert ddpm.under(RectifiedFlow()) == TRAIN
+    assert ddpm.under(DDPM(beta_end=0.01)).backbone.learn_variance
+    assert digits_flow.train.process == RectifiedFlow()
+    assert replace(digits_flow.train.backbone, learn_variance=True) == digits.train.backbone
 
 
 def test_a_run_goes_on_under_its_own_process_alone(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from dyndit.errors import CheckpointError, InputError
+from dyndit.training.autoencoders import decode_latents, load_autoencoder
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures, load_digits
 from dyndit.training.fit import Task, fit
-from dyndit.training.latents import decode_latents, encode_latents, load_autoencoder
+from dyndit.training.latents import encode_latents
 from support.autoencoders import make_autoencoder
 
 
@@ -126,14 +126,11 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_an_autoencoder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         load_autoencoder(tmp_path / "nowhere")
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    ).save_pretrained(tmp_path / "tiny")
-    with pytest.raises(InputError, match="AutoencoderTiny"):
-        load_autoencoder(tmp_path / "tiny")
+    folder = make_autoencoder(tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderOobleck"}))
+    with pytest.raises(InputError, match="AutoencoderOobleck"):
+        load_autoencoder(folder)
 
     folder = make_autoencoder(tmp_path / "edited")
     config = json.loads((folder / "config.json").read_text())

@@ -1,0 +1,73 @@
+"""Moving digits: a spatial-temporal DiT that draws clips of bouncing scans, and exits after every layer.
+
+    dyndit quickstart --family video                                   # all of it
+    dyndit train video --out runs/video                                # the backbone alone
+    dyndit distill video --model runs/video --out runs/video-exits     # the exits alone
+    dyndit sample runs/video --shape 16 16 24 --out runs/long          # clips of another shape
+
+Clips are 8 frames of 16 x 16 pixels with one or two scans of their class. Half of the training batches have another
+shape: wide, tall, short, or one frame, a picture. Quality and cost are not yet measured.
+"""
+
+from dyndit.analysis.compare.experiment import Experiment
+from dyndit.calibration.measure import CalibrationSettings
+from dyndit.models.exits import ExitConfig
+from dyndit.models.video import VideoConfig
+from dyndit.training.config import FitConfig
+from dyndit.training.distill import Distill
+from dyndit.training.train import Train
+
+train = Train(
+    backbone=VideoConfig(
+        num_frames=8,
+        image_size=16,
+        patch_size=4,
+        patch_frames=2,
+        in_channels=1,
+        width=96,
+        num_blocks=8,
+        num_heads=3,
+        rotary_base=100.0,
+        num_classes=10,
+    ),
+    data="moving-digits",
+    fit=FitConfig(
+        steps=1_800,
+        batch_size=64,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        ema_decay=0.995,
+        seed=0,
+    ),
+)
+
+distill = Distill(
+    exits=ExitConfig(head="adaln-linear"),
+    data="moving-digits",
+    fit=FitConfig(
+        steps=300,
+        batch_size=64,
+        learning_rate=1e-3,
+        warmup_steps=25,
+        schedule="cosine",
+        ema_decay=0.99,
+        seed=1,
+    ),
+)
+
+quickstart = Experiment(
+    model="",
+    data="moving-digits",
+    extractor="moving-digits",
+    train=train,
+    distill=distill,
+    calibration=CalibrationSettings(num_pictures=96, num_bands=5, batch_size=48, num_depths=4),
+    full_steps=(5, 8, 10, 14, 20),
+    dynamic_steps=(10,),
+    budgets=(0.5, 0.65, 0.8),
+    solvers=("ddim",),
+    num_blocks=4,
+    num_images=96,
+    batch_size=48,
+)

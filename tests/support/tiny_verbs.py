@@ -80,7 +80,7 @@ class TinyVerbs:
         results.compare(str(self.recipe), out / "run", from_scratch=True)
 
     def quickstart(self, out: Path) -> None:
-        results.quickstart(out / "run", from_scratch=True)
+        results.quickstart(out=out / "run", from_scratch=True)
 
 
 def left(folder: Path) -> dict[str, object]:

@@ -231,13 +231,17 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
         kept = (row[: len(COLUMNS)] for row in old if _key(dict(zip(found, row, strict=True))) not in new)
         csv.writer(text, lineterminator="\n").writerows((COLUMNS, *kept))
     for row in rows:
-        empty = {k: "" for k, v in row.items() if v is None or (isinstance(v, float) and math.isnan(v))}
-        writer.writerow({**row, **empty})
+        writer.writerow(_without_none(row))
     if sealed:
         head, *body = csv.reader(io.StringIO(text.getvalue()))
         seal, text = seals.checksum([head, body]), io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([[*head, seals.SEAL], *([*row, seal] for row in body)])
     write_text(path, text.getvalue())
+
+
+def _without_none(row: Mapping[str, object]) -> dict[str, object]:
+    """Return the row with empty text for None and NaN, as a file has it."""
+    return {k: "" if v is None or (isinstance(v, float) and math.isnan(v)) else v for k, v in row.items()}
 
 
 def _key(row: Mapping[str, object]) -> tuple[str, ...]:
@@ -288,6 +292,16 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
     except (ValueError, KeyError, TypeError) as error:
         expected = "samples of `dyndit sample`, and fd among the metrics"
         raise InputError(f"--out {run}: {path} and the metrics lack {error}; expected {expected}") from error
+
+
+def holds(path: Path, row: Mapping[str, object]) -> bool:
+    """Tell if a runs.csv has this very row: the same set, evaluated to the same figures. Raises InputError: damage."""
+    if not Path(path).exists():
+        return False
+    read_runs(path)
+    head, *rows = _rows_of(Path(path))
+    wanted = {name: str(value) for name, value in _without_none(row).items()}
+    return any({k: v for k, v in zip(head, found, strict=True) if k != seals.SEAL} == wanted for found in rows)
 
 
 def check_addable(path: Path, row: Mapping[str, object]) -> list[str]:

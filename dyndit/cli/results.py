@@ -101,7 +101,7 @@ def evaluate(
     from dyndit.analysis.metrics.quality import evaluate as compare
     from dyndit.analysis.metrics.quality import reference_statistics
     from dyndit.analysis.metrics.statistics import Told
-    from dyndit.analysis.report.runs import RUNS, check_addable, row_of_samples
+    from dyndit.analysis.report.runs import RUNS, check_addable, holds, row_of_samples
     from dyndit.pictures.check import cache_folder
     from dyndit.pictures.collection import said_of
     from dyndit.pictures.resize import Resize
@@ -128,8 +128,10 @@ def evaluate(
         row = row_of_samples(samples, figures, run=out.name)
         with locked(out, wait=_PATIENCE):
             files.sweep(out)
-            warnings = check_addable(out / RUNS, row)
-            append_run(out / RUNS, row)
+            warnings = []
+            if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
+                warnings = check_addable(out / RUNS, row)
+                append_run(out / RUNS, row)
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:

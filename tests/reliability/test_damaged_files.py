@@ -20,7 +20,7 @@ from dyndit.analysis.report.write import write_report
 from dyndit.errors import InputError, PlanError
 from dyndit.files import read_json, write_json, write_npz
 from dyndit.models.identity import tensors_hash
-from dyndit.pictures import read_picture
+from dyndit.pictures.collection import read_picture
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan

@@ -156,6 +156,12 @@ def test_evaluating_twice_gives_one_row(verbs: TinyVerbs, tmp_path: Path) -> Non
     assert len(pd.read_csv(tmp_path / "run" / "runs.csv")) == 1
     verbs.evaluate(tmp_path / "again")
     assert (tmp_path / "again" / "run" / "runs.csv").read_text() == text
+    with pytest.raises(InputError, match="holds arm full-ddim-1, block 0 already"):
+        results.evaluate(
+            verbs.root / "samples", str(verbs.root / "samples"), extractor="digits", metrics=("fd",),
+            cache=tmp_path / "cache", out=tmp_path / "run",
+        )  # fmt: skip
+    assert (tmp_path / "run" / "runs.csv").read_text() == text
 
 
 def test_two_samplings_of_other_seeds_do_not_mix(verbs: TinyVerbs, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 from dyndit.cli import models, pictures, plans, results
 from dyndit.locks import LOCK
 from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.seals import SEAL
 
 RECIPE = """
 from dyndit.analysis.compare.experiment import Experiment
@@ -32,8 +33,8 @@ quickstart = experiment = Experiment(
 )
 """
 
-TIMES = ["ms_per_picture", "ms_denoiser", "peak_memory_mib"]
-"""Columns of runs.csv that differ from run to run."""
+TIMES = ["ms_per_picture", "ms_denoiser", "peak_memory_mib", SEAL]
+"""Columns of runs.csv that differ from run to run; the checksum is also of the times."""
 
 
 def fixed_cost(model: object, *, batch_size: int, **_: object) -> CostModel:
@@ -80,7 +81,7 @@ class TinyVerbs:
         results.compare(str(self.recipe), out / "run", from_scratch=True)
 
     def quickstart(self, out: Path) -> None:
-        results.quickstart(out / "run", from_scratch=True)
+        results.quickstart(out=out / "run", from_scratch=True)
 
 
 def left(folder: Path) -> dict[str, object]:

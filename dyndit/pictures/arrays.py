@@ -120,7 +120,9 @@ def headers_of(path: Path) -> dict[str, Header]:
         found = {}
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
-                if member.filename.endswith(".npy"):
+                if not member.filename.endswith(".npy"):
+                    archive.open(member).close()  # compares its name with that at its bytes
+                else:
                     check_size(path, member.file_size, path.stat().st_size, streamed=True)
                     key = member.filename.removesuffix(".npy")
                     with archive.open(member) as inner:

@@ -34,7 +34,7 @@ from dyndit.training.checkpoints import Checkpoints, Ema, Run, Weights, to_cpu
 from dyndit.training.config import FitConfig
 from dyndit.training.log import Log
 from dyndit.training.memory import Rows, in_parts, is_out_of_memory, smaller
-from dyndit.training.stopping import any_caught, leave, outlive_signals, signals
+from dyndit.training.stopping import any_caught, leave, outlive_signals, signals, undisturbed
 
 
 class TrainingData(Protocol):
@@ -223,13 +223,13 @@ def _train(
                         torch.cuda.empty_cache()
                         _restore(buffers, before)
                 norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
-                whole = None
-                optimizer.step()
-                optimizer.zero_grad()
-                run.ema.update(step)
-                log.add(step + 1, config.learning_rate_at(step), norm, figures)
-
-                done = whole = step + 1
+                with undisturbed():
+                    whole = None
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    run.ema.update(step)
+                    log.add(step + 1, config.learning_rate_at(step), norm, figures)
+                    done = whole = step + 1
                 is_last = done == config.steps
                 due = is_last or done % config.checkpoint_every == 0
                 stop = any_caught(caught, accelerator, is_last or step % config.log_every == 0)

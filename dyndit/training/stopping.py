@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
@@ -30,6 +31,24 @@ def signals() -> Iterator[list[int]]:
 
     with runtime.handling(note):
         yield caught
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off the news of a dead loader until the block is over: torch raises it wherever the main thread stands."""
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = None if number is None else signal.getsignal(number)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    signal.signal(number, lambda received, _frame: came.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+    if came:
+        handler(number, None)
 
 
 def outlive_signals(over: Event, _worker: int) -> None:

@@ -289,6 +289,32 @@ def test_a_killed_loader(tmp_path: Path) -> None:
     assert np.array_equal(losses_of(tmp_path / "run", Plain(), config), losses_of(tmp_path / "whole", Plain(), config))
 
 
+@pytest.mark.reliability("A loader that dies in the middle of an update: the update is finished, and saved")
+def test_a_loader_that_dies_in_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def died(_number: int, _frame: object) -> None:
+        raise RuntimeError("a loader died")
+
+    class Struck(torch.optim.AdamW):
+        """Hears of the death within its second step."""
+
+        def step(self, closure: object = None) -> None:
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 2:
+                os.kill(os.getpid(), signal.SIGCHLD)
+            super().step(closure)
+
+    before = signal.signal(signal.SIGCHLD, died)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim, "AdamW", Struck)
+            with pytest.raises(RuntimeError, match="a loader died"):
+                fit(Plain(), DIGITS, CONFIG, tmp_path / "run", progress=False)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert [place.name for place in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    assert np.array_equal(losses_of(tmp_path / "run", Plain()), losses_of(tmp_path / "whole", Plain()))
+
+
 @pytest.mark.reliability("The log belongs to the checkpoint: torn, cut, missing or foreign, no row is lost or doubled")
 @pytest.mark.parametrize("damage", ["missing", "empty", "torn", "zeros", "cut", "foreign"])
 def test_the_log_belongs_to_the_checkpoint(damage: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.context_parallel import ContextParallelGatherHook
 from diffusers.models._modeling_parallel import ContextParallelConfig
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -315,8 +316,17 @@ def test_offloading_after(family: str, put_on: Callable) -> None:
 # What a pipeline's call says.
 
 
+@pytest.fixture
+def _own_backend() -> Iterator[None]:
+    """diffusers sets a backend for the whole process too: put back what other tests had."""
+    backend = _AttentionBackendRegistry.get_active_backend()[0]
+    yield
+    _AttentionBackendRegistry.set_active_backend(backend)
+
+
 @BEFORE
 @pytest.mark.parametrize("family", [SD3, FLUX, PIXART])
+@pytest.mark.usefixtures("_own_backend")
 def test_attention_backends(family: str, before: bool) -> None:
     def put_on(tiny: TinyPipeline) -> None:
         tiny.transformer.set_attention_backend("_native_math")

@@ -200,6 +200,7 @@ def _train(
         signals() as caught,
         torch.random.fork_rng([device] if device.type == "cuda" else []),  # the loop seeds it at every step
         loading as micro_batches,
+        undisturbed() as deaths,
         log,
     ):
         trainable.train()
@@ -223,13 +224,14 @@ def _train(
                         torch.cuda.empty_cache()
                         _restore(buffers, before)
                 norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
-                with undisturbed():
-                    whole = None
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    run.ema.update(step)
-                    log.add(step + 1, config.learning_rate_at(step), norm, figures)
-                    done = whole = step + 1
+                whole = None
+                optimizer.step()
+                optimizer.zero_grad()
+                run.ema.update(step)
+                log.add(step + 1, config.learning_rate_at(step), norm, figures)
+                done = whole = step + 1
+                if deaths:
+                    raise deaths[0]
                 is_last = done == config.steps
                 due = is_last or done % config.checkpoint_every == 0
                 stop = any_caught(caught, accelerator, is_last or step % config.log_every == 0)
@@ -300,8 +302,8 @@ def _loading(
         if traceback:
             raise InputError(last.split(": ", 1)[-1]) from None
         raise
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # a torn connection: it died while it sent a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise InputError(
             f"training: a process that loads pictures died ({first_line(error)}); expected memory for {num_workers} "

@@ -34,21 +34,26 @@ def signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Put off the news of a dead loader until the block is over: torch raises it wherever the main thread stands."""
+def undisturbed() -> Iterator[list[RuntimeError]]:
+    """Collect the news of a dead loader in a list. torch would raise it wherever the main thread stands."""
+    deaths: list[RuntimeError] = []
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = None if number is None else signal.getsignal(number)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
+        yield deaths
         return
-    came: list[int] = []
-    signal.signal(number, lambda received, _frame: came.append(received))
+
+    def note(received: int, frame: object) -> None:
+        try:
+            handler(received, frame)
+        except RuntimeError as error:
+            deaths.append(error)
+
+    signal.signal(number, note)
     try:
-        yield
+        yield deaths
     finally:
         signal.signal(number, handler)
-    if came:
-        handler(number, None)
 
 
 def outlive_signals(over: Event, _worker: int) -> None:

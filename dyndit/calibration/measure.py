@@ -33,9 +33,11 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """The settings of a table's measurement.
+    """Set up a table's measurement: `dyndit.CalibrationSettings(num_pictures=128, num_bands=5)` is a quick one.
 
+    num_pictures: seeds to measure on. num_depths: conditional depths of the default choices, at most.
     num_bands: bands of steps that are replaced together. Each costs one continuation at full depth per choice.
+    batch_size: pictures at a time.
     choices: the steps to measure, as `Step`s or their text ("8|e4"). Empty: `default_choices` on `num_depths` depths.
     held: add default choices that hold the guidance of earlier steps ("8|held").
     own_guides: add default choices that are guided by the branch's own exits ("8|e4").

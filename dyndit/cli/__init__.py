@@ -12,7 +12,7 @@ from inspect import unwrap
 
 import tyro
 
-from dyndit.cli.flags import PlanChoice, checked
+from dyndit.cli.flags import PlanChoice, checked, take_trust
 from dyndit.errors import InputError, first_line
 from dyndit.limits import take_limits
 from dyndit.runtime import keep_freed_memory, stoppable
@@ -70,11 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool, caught: list[int]) -> None:
     try:
+        take_trust(arguments)
         tyro.extras.subcommand_cli_from_dict(
             verbs(arguments),
             prog="dyndit",
             description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks; "
-            "--version alone prints the version.",
+            "--version alone prints the version. --trust MODULE (or FILE.py, and again for more) imports a module that "
+            "registers a backbone of your own.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
@@ -110,7 +112,7 @@ def fault(error: Exception) -> tuple[str, int]:
     return f"a fault of the program, {type(error).__name__}: {found}; --debug shows where", 1
 
 
-def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
+def verbs(arguments: list[str]) -> dict[str, Callable[..., None]]:
     """Return the functions of all verbs. If help is asked for, fill in the names of the registries."""
     found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
     asked = next((word for word in arguments if word in VERBS), None)

@@ -154,10 +154,26 @@ class StepChoice:
     """Steps of full depth whose time is the reference (default: the steps that the table was measured at)."""
 
 
+_trusted: list[str] = []
+"""Modules that this command line trusts."""
+
+
+def take_trust(arguments: list[str]) -> None:
+    """Take every `--trust MODULE` out of the command line; `checked` imports them. Raises InputError: it names none."""
+    _trusted.clear()
+    while "--trust" in arguments:
+        at = arguments.index("--trust")
+        if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
+            raise InputError("--trust: names no module; expected a module or a Python file, such as my_dit.py")
+        _trusted.append(arguments[at + 1])
+        del arguments[at : at + 2]
+
+
 def checked(verb: Callable[..., None]) -> Callable[..., None]:
     """Check a verb's flags before it runs: numbers by `dyndit.bounds`, and that its inputs are there.
 
-    No library is loaded for that, so a wrong path is refused at once.
+    No library is loaded for that, so a wrong path is refused at once. Trusted modules are imported after the checks, as
+    `python -m` would import them from here.
     """
     signature = inspect.signature(verb)
 
@@ -178,6 +194,11 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
             check_name(str(values["recipe"]))
         for name in ("model", "source"):
             _check_model(values.get(name))
+        if _trusted:
+            from dyndit.models.registry import trust
+
+            sys.path.insert(0, str(Path.cwd()))
+            trust(*_trusted)
         verb(*args, **kwargs)
 
     return run

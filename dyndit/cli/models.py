@@ -92,6 +92,7 @@ def train(
     with PartialState().main_process_first():  # encode latents once
         pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out, reading)
     chosen.check(pictures)
+    checkpoints.check_savable(chosen.outline(), out)
     start = _start(model, chosen.process, weights) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     settings |= shape | ({"card": card} if card else {})
@@ -243,7 +244,7 @@ def info(
     model: flags.Positional[str],
     /,
     layers: tuple[int, ...] = (),
-    head: str = "adaln-linear",
+    head: str = "wide",
     conditioning: str = "",
     batch_size: int = 1,
     cfg_scale: float = 1.5,

@@ -103,7 +103,11 @@ class ConditionType(Protocol):
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Class labels 0 to num_classes - 1. If training drops labels, label `num_classes` is the null label."""
+    """Class labels 0 to num_classes - 1: `dyndit.ClassLabels(10)`.
+
+    num_classes: classes, without the null class. dropout: share of labels that training replaced by the null label,
+    which is `num_classes`: an embedding of labels has one row more. 0: no null label, and no guidance.
+    """
 
     num_classes: int
     dropout: float = 0.1

@@ -18,6 +18,7 @@ from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import Gaps, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, AutoencoderRecord, Identity, check, identity_of, sketch, tensors_hash
+from dyndit.models.own import check_backbone
 from dyndit.process import Process
 
 
@@ -128,6 +129,11 @@ class Storage(Protocol):
 class DynamicDepth(ModelMixin):
     """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
 
+        model = dyndit.DynamicDepth(MyDiT())           # a backbone of your own; dyndit.load opens saved ones
+        model(x, t, y)                                 # full depth
+        model(x, t, y, depth=6)                        # the exit after block 6
+        model.save_pretrained("runs/mine")
+
     A `ModelMixin`, so that pipelines of diffusers save and load it among their components, as a native folder.
     """
 
@@ -141,7 +147,15 @@ class DynamicDepth(ModelMixin):
         pixel_space: bool = True,
         process: Process | None = None,
     ) -> None:
+        """Make a model of a backbone. A user's own backbone is checked on one call of two rows.
+
+        exits: `Exits(backbone, ExitConfig())`, or None: full depth alone, until `Distill` trains some. process: default
+        the backbone's `usual_process`.
+
+        Raises InputError: no backbone, or a backbone that does not do as it says (`dyndit.models.own`).
+        """
         super().__init__()
+        check_backbone(backbone, process)
         self.backbone = backbone
         self.exits = exits
         self.pixel_space = pixel_space
@@ -301,10 +315,12 @@ class DynamicDepth(ModelMixin):
         revision: str | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        trust: str | Sequence[str] = (),
         **of_diffusers: object,
     ) -> Self:
         """Load any path or hub id that `dyndit.load` recognises, in eval mode.
 
+        trust: modules that define a backbone of your own, see `dyndit.load`.
         of_diffusers: options that diffusers passes to each component of a pipeline, for example `variant`; ignored.
 
         Raises:
@@ -313,7 +329,7 @@ class DynamicDepth(ModelMixin):
         """
         if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
             raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
-        model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision)
+        model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision, trust=trust)
         if wanted := dtype or torch_dtype:
             for part in model.children():  # `ModelMixin.to` itself warns of every dtype, even without need
                 part.to(wanted)

@@ -18,15 +18,16 @@ HeadName = Literal["adaln-linear", "wide"]
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """Depths and heads of the exits.
+    """Choose where exits stand, and their heads: `dyndit.ExitConfig(layers=(2, 4, 8), head="wide")`.
 
-    layers: depths in 1..L-1 after which an exit stands; empty means the default (`default_layers`).
-    head: "adaln-linear" has the shape of the model's final layer and starts as its copy. "wide" puts an MLP before
-    it; earlier exits get a wider MLP (`hidden_ratio`).
+    layers: depths in 1..L-1 after which an exit stands. Empty: after every layer of a model of up to 16 blocks, after
+    every fourth layer of a deeper model (`default_layers`).
+    head: "wide" puts an MLP before a layer of the final layer's shape; earlier exits get a wider MLP (`hidden_ratio`).
+    "adaln-linear", the plain head, has the shape of the model's final layer. Both start as the model's final layer.
     """
 
     layers: tuple[int, ...] = ()
-    head: HeadName = "adaln-linear"
+    head: HeadName = "wide"
 
     def resolved(self, num_blocks: int) -> "ExitConfig":
         """Fill in the default layers. Raises InputError for a layer outside 1..L-1, or an unknown head."""

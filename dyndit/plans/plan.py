@@ -30,6 +30,10 @@ REACH = 2.0
 class DepthPlan:
     """The steps of a sampling, from the noisiest step to the last.
 
+        plan = dyndit.DepthPlan.load("plan.json")
+        print(plan, plan.depths, plan.share_of_blocks)
+        plan.with_steps([*plan.steps[:-1], dyndit.Step.parse("12|12")], router="mine").save("careful.json")
+
     A depth of L (`num_blocks`) is the full model. A plan of guidance scale 1 has no guides.
 
     Raises:

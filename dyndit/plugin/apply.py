@@ -42,7 +42,8 @@ from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
 
 HOOK = "dyndit_dynamic_depth"
-USUAL_EXITS = ExitConfig()
+USUAL_EXITS = ExitConfig(head="adaln-linear")
+"""Exits that are never trained: an MLP that is still the identity would only take time."""
 UNTRAINED = (
     "apply_dyndit: exits that were not trained: every second step skips most blocks and forecasts what they would add. "
     "Distilled exits (record_calls, distill_exits) and a calibrated plan (calibrate_pipeline) leave out more at every "
@@ -63,6 +64,13 @@ def apply_dyndit(
 ) -> "DynDiTHandle":
     """Make a pipeline or a transformer of diffusers run a plan. Its call, its class and its weights do not change.
 
+        handle = dyndit.apply_dyndit(pipe)                                             # untrained exits, at once
+        handle = dyndit.apply_dyndit(pipe, "runs/exits", "plan.json")                  # distilled, calibrated
+        pipe(class_labels=[207], num_inference_steps=20)                               # the pipeline's own call
+        print(handle.stats())
+        dyndit.remove_dyndit(pipe)
+
+    target: a pipeline of diffusers, or its transformer.
     exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder. A config:
     untrained exits, copies of the model's own head. None: no exits.
     plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None: `skips` for
@@ -103,7 +111,10 @@ def apply_dyndit(
 
 
 def remove_dyndit(target: Target) -> None:
-    """Remove the plug-in and restore the transformer, or all of a pipeline's. Without the plug-in, do nothing."""
+    """Remove the plug-in and restore the transformer. Without the plug-in, do nothing: `dyndit.remove_dyndit(pipe)`.
+
+    target: the transformer, or a pipeline, all of whose transformers are restored.
+    """
     found = transformers_in(target) if isinstance(target, DiffusionPipeline) else []
     for transformer in found or [transformer_of(target)]:
         if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit

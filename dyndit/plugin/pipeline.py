@@ -89,7 +89,10 @@ class _Noise:
 
 
 class DynDiTPipeline(DiffusionPipeline):
-    """Turn class labels into pictures, at the depths of a plan.
+    """Turn class labels into pictures, at the depths of a plan: a pipeline of diffusers.
+
+        pipe = dyndit.DynDiTPipeline.from_model(model, solver="unipc")
+        images = pipe([3, 7], num_inference_steps=20, seed=0).images
 
     transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any scheduler
     that steps the model's process (`dyndit.sampling.solvers.check_scheduler`). A scheduler of learned variance gets the

@@ -18,9 +18,14 @@ HOOK = "dyndit_recording"
 
 @contextmanager
 def record_calls(target: Target, out: str | Path, *, adapter: Adapter | None = None) -> Iterator[Recording]:
-    """Record every call of a pipeline's transformer in the folder `out` while open. Append to its recorded calls.
+    """Record every call of a pipeline's transformer while the context is open.
 
-    target: the pipeline, or its transformer. It does not change, and no hook remains. adapter: see `apply_dyndit`.
+        with dyndit.record_calls(pipe, "runs/calls"):
+            pipe(class_labels=[207, 360], num_inference_steps=20)
+
+    target: the pipeline, or its transformer. It does not change, and no hook remains.
+    out: the folder for the calls. Calls that it holds already stay; new ones are added.
+    adapter: see `apply_dyndit`.
 
     Raises:
         InputError: no adapter serves the transformer, it is recorded already, or `out` holds other files. Within a

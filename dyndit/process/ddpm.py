@@ -18,7 +18,10 @@ from dyndit.process.base import Process
 
 @dataclass(frozen=True)
 class DDPM(Process):
-    """The linear schedule of DDPM: beta rises from 1e-4 to 0.02 over 1000 timesteps. Tables are float64."""
+    """Noise is predicted, on DDPM's schedule: `dyndit.DDPM()`. The published DiT follows it.
+
+    beta_start, beta_end: beta rises linearly between them over 1000 timesteps. Tables are float64.
+    """
 
     name: ClassVar[str] = "ddpm"
     usual_solver: ClassVar[str] = "ddim"

@@ -32,10 +32,13 @@ _FLOW_MATCHING = _TAKE_SHARES | FlowMatchHeunDiscreteScheduler | FlowSDESchedule
 
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
-    """The linear interpolant. Timesteps are real numbers in [0, 1000]."""
+    """The velocity eps - x_0 is predicted, on the linear interpolant: `dyndit.RectifiedFlow()`. SiT and SD3 follow it.
+
+    Timesteps are real numbers in [0, 1000]. time_shift: shift of the timesteps that training draws and named solvers
+    take, see `shift_for`; 1 shifts nothing.
+    """
 
     time_shift: float = 1.0
-    """Shift of the timesteps that training draws and named solvers take, see `shift_for`; 1 shifts nothing."""
 
     name: ClassVar[str] = "flow"
     usual_solver: ClassVar[str] = "flow-euler"

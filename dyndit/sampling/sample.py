@@ -152,12 +152,31 @@ def sample(
     shape: tuple[int, ...] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Samples:
-    """Draw one picture per label: the number of a class, or a caption for a model of captions.
+    """Draw one picture per label, and hold all of them in memory.
 
-    Picture i has index first_index + i; `Sampling` explains the other settings.
+        drawn = dyndit.sample(model, labels=[3, 7], num_steps=20)                      # full depth
+        quick = dyndit.sample(model, labels=[3, 7], plan=plan, num_steps=20)           # under a plan, same seeds
+        drawn.pictures                                                                 # (2, C, H, W) uint8
 
-    on_batch(n) is called after each batch of n pictures. All pictures are in memory at the end; `draw` holds one batch,
-    `sample_into` writes to disk.
+    model: from `dyndit.load`, from training, or `DynamicDepth(backbone)`.
+    labels: the class of each picture; captions for a model of captions.
+    plan: a `DepthPlan`, or a router that writes one, such as `functools.partial(dyndit.ramp, start=4)`. None: full
+    depth at every step.
+    solver: a name, such as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers.
+    num_steps: sampling steps. A plan's own number has to be the same.
+    cfg_scale: scale of classifier-free guidance; 1 is unguided, and costs one pass a step in place of two.
+    guided_channels: guide only the first so many channels (the published DiT guides 3). None: all.
+    seed: picture i depends on the seed, its label and its index alone, not on the batch that it is drawn in.
+    first_index: index of the first picture; picture i has index first_index + i.
+    batch_size: pictures at a time.
+    strict: pad every batch to `batch_size`. Pictures are then bit-equal in any grouping; else equal to 1/255.
+    stats: time every step, in `step_seconds` and `network_seconds` of the result.
+    shape: (C, ...) of a picture or clip, for a model that takes several shapes. None: the model's own.
+    on_batch: called with n after each batch of n pictures.
+
+    `dyndit.sampling.sample.sample_into` draws a large set to disk, and `draw` yields batches.
+
+    -> `Samples`: pictures (N, C, H, W) uint8, or latents of a model of latents; labels, plan and times.
 
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).

@@ -17,7 +17,7 @@ from dyndit import bounds, seals
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import opened, refuse_pointer
 from dyndit.limits import LIMITS
-from dyndit.models.base import Backbone
+from dyndit.models.base import Backbone, outlined
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import AutoencoderRecord
 from dyndit.process import DDPM, Process, from_config
@@ -179,13 +179,12 @@ def built(
         _check_numbers(config)
         if (num := config.get("num_blocks", 0)) > len(tensors):
             raise InputError(f"{num} blocks, but {len(tensors)} tensors")
-        with torch.device("meta"):  # shapes alone: nothing is built that the file cannot fill
-            outline = family.from_config(config)
+        outline = outlined(family, config)  # shapes alone: nothing is built that the file cannot fill
         check_shapes(outline, tensors, weights)
         backbone = family.from_config(config)
     except CheckpointError:
         raise
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: impossible architecture ({first_line(error)})") from error
     load_strictly(backbone, tensors, weights)
     return backbone

@@ -9,7 +9,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -303,50 +302,6 @@ class PictureFolder(Pictures):
         self._numbers, self.labels = map(list, zip(*whole, strict=True))
 
 
-class Some(Pictures):
-    """The first `num` pictures of a set, every class in turn as far as it has pictures.
-
-    Raises InputError if the set has fewer pictures.
-    """
-
-    def __init__(self, source: Pictures, num: int):
-        if not 1 <= num <= len(source):
-            raise InputError(f"data: asked for {num} pictures, found {len(source)}")
-        of_class = [[i for i, y in enumerate(source.labels) if y == k] for k in range(source.num_classes)]
-        rounds = zip_longest(*of_class)
-        self.source, self._indices = source, [i for each in rounds for i in each if i is not None][:num]
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
-        self.labels = [source.labels[i] for i in self._indices]
-        places = {number: place for place, number in enumerate(self._indices)}
-        kept = (tuple(places[i] for i in group if i in places) for group in source.groups)
-        self.groups = tuple(group for group in kept if group)
-        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
-        self.account = source.account
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.source[self._indices[index]]
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """See `Pictures`."""
-        return self.source.shapes
-
-    @property
-    def captions(self) -> list[str]:
-        """See `Pictures`."""
-        captions = self.source.captions
-        return [captions[i] for i in self._indices]
-
-    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
-        """See `Pictures`."""
-        wanted = range(len(self)) if indices is None else indices
-        return self.source.uint8([self._indices[i] for i in wanted])
-
-
 def open_data(
     spec: str,
     image_size: Size | tuple[int, int, int] | None = None,
@@ -356,7 +311,25 @@ def open_data(
     skip_damaged: bool = False,
     labelled: bool = True,
 ) -> Pictures:
-    """Open a data set of `PACKAGED`, or pictures by their path (see `PictureFolder`)."""
+    """Open pictures to train on, or to measure against.
+
+        pictures = dyndit.open_data("pictures/", 32)           # a folder with a subfolder per class
+        pictures = dyndit.open_data("digits")                  # 1,797 scanned digits, which ship with scikit-learn
+        x, label = pictures[0]                                 # (C, H, W) in [-1, 1]
+        real = pictures.uint8()                                # (N, C, H, W) uint8
+
+    spec: "digits", "captioned-digits" or "moving-digits"; or the path of a folder, a .zip, .tar or .npz, or a data set
+    of Hugging Face (see `PictureFolder`).
+    image_size: a side, or (height, width), to crop and resize to. None: a square as wide as the first picture's shorter
+    side.
+    channels: 1 (grey) or 3 (colour). None: 3, or the packaged set's own.
+    method: how pictures are resized: "bicubic", "adm" or "clean-fid".
+    skip_damaged: leave damaged pictures out; else they are refused.
+    labelled: False takes every picture, as a set without classes.
+
+    Raises:
+        InputError: no such place, no pictures in it, or a packaged set of another size or number of channels.
+    """
     if spec in PACKAGED:
         data = PACKAGED[spec]()
         if image_size not in (None, data.image_size, data.shape[1:]) or channels not in (None, data.channels):

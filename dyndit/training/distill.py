@@ -10,7 +10,6 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.models import families
 from dyndit.models.base import Backbone, Inputs
 from dyndit.models.conditions import Condition
 from dyndit.models.dit import ClassConditionalDiT
@@ -42,6 +41,29 @@ _DISTILLING = FitConfig(
 class Distill:
     """Train every exit at once on the full model's own predictions. If asked for, train the backbone with them.
 
+        recipe = dyndit.Distill(fit=dyndit.FitConfig(steps=1_000, batch_size=64, learning_rate=1e-3))
+        model, result = recipe.run(model, pictures, "runs/exits")
+
+    exits: where exits stand, and their heads (`ExitConfig`).
+    fit: the training loop: steps, batch size, learning rate (`FitConfig`).
+    data: a recipe's data set, such as "digits", for the command line.
+    variance_weight: weight of the variance outputs' error, relative to the noise's error. 0 if the process has no
+    variance.
+    null_share: share of labels replaced by the null label: guided sampling runs exits on both branches. Recorded calls
+    hold both branches already.
+    backbone: the trained part of the backbone: "frozen", nothing; "whole", everything; "lora", low-rank adapters on the
+    blocks' linear maps, merged at the end.
+    hold: weight of full depth's error if the backbone trains, relative to one exit's error.
+    backbone_rate: learning rate of the backbone's trained part, as a factor of the exits' learning rate.
+    lora_rank: rank of the adapters.
+    states: inputs to train exits on: "noised" pictures, or the states that the full model's own "sampler" meets.
+    Recorded calls are used as they are.
+    num_trajectories: trajectories of the sampler, every class in turn. Each gives `num_steps` states of either guidance
+    branch. solver, num_steps, cfg_scale: of that sampler.
+    weighting: weight of an error by timestep: "even", or as in the KL between two paths, "path-kl"
+    (`Process.path_kl_weights`).
+    forecasts: also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories.
+
     The backbone that trains is a copy; its teacher is the frozen original. The exits and the copy's full depth are
     both matched to the teacher's full depth, so that full depth stays close to the original.
     """
@@ -50,30 +72,18 @@ class Distill:
     fit: FitConfig = _DISTILLING
     data: str = ""
     variance_weight: float = 0.1
-    """Weight of the variance outputs' error, relative to the noise's error. 0 if the process has no variance."""
     null_share: float = 0.3
-    """Share of labels replaced by the null label: guided sampling runs exits on both branches. Recorded calls hold both
-    branches already."""
     backbone: Literal["frozen", "lora", "whole"] = "frozen"
-    """Trained part of the backbone: nothing, everything ("whole"), or low-rank adapters on the blocks' linear maps,
-    merged at the end."""
     hold: float = 10.0
-    """Weight of full depth's error if the backbone trains, relative to one exit's error."""
     backbone_rate: float = 0.1
-    """Learning rate of the backbone's trained part, as a factor of the exits' learning rate."""
     lora_rank: int = 8
     states: Literal["noised", "sampler"] = "noised"
-    """Inputs to train exits on: noised pictures, or the states that the full model's own sampler meets. Recorded calls
-    are used as they are."""
     num_trajectories: int = 512
-    """Trajectories of the sampler, every class in turn. Each gives `num_steps` states of either guidance branch."""
     solver: str = "ddim"
     num_steps: int = 20
     cfg_scale: float = 1.5
     weighting: Literal["even", "path-kl"] = "even"
-    """Weight of an error by timestep: equal, or as in the KL between two paths (`Process.path_kl_weights`)."""
     forecasts: bool = False
-    """Also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories."""
 
     def __post_init__(self) -> None:
         for name in ("backbone", "states", "weighting"):
@@ -115,14 +125,19 @@ class Distill:
         if self.backbone == "lora" and not issubclass(found, ClassConditionalDiT):
             raise InputError(f"backbone 'lora': needs a ClassConditionalDiT, found {found.__name__}")
         for name in ("backbone", "states", "weighting", "forecasts"):
-            if getattr(self, name) != getattr(Distill, name) and found not in families().values():
+            if getattr(self, name) != getattr(Distill, name) and backbone.foreign:
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a native backbone, found {found.__name__}")
 
-    def run(self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path) -> tuple[DynamicDepth, FitResult]:
+    def run(
+        self, model: DynamicDepth, data: Pictures | RecordedCalls, out: str | Path
+    ) -> tuple[DynamicDepth, FitResult]:
         """Return a model with trained exits on the same backbone, or on its trained copy, and the loop's record.
 
-        data: pictures, which are noised, or recorded calls, which are used as they are. The backbone's flags, modes and
-        device are restored at the end. The exits are in eval mode, in single precision, and so is a trained backbone.
+        model: its own exits are ignored. The backbone's flags, modes and device are restored at the end.
+        data: pictures, which are noised, or recorded calls, which are used as they are.
+        out: the folder for checkpoints and the log; a stopped run resumes there. `save_pretrained` saves the model.
+
+        The exits are in eval mode, in single precision, and so is a trained backbone.
 
         Raises InputError: see `check`; or the backbone lies on several devices.
         """

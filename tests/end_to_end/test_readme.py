@@ -51,7 +51,7 @@ def test_a_checkpoint_of_the_published_code(here: Path) -> None:
     arrays = digits.uint8(range(200))[:, 0].numpy()
     write_pictures(here / "pictures", arrays, [digits[i][1] for i in range(200)])
     changes = {
-        'dyndit.ExitConfig(head="wide")': f'dyndit.ExitConfig(head="wide"), fit={FIT}',
+        "dyndit.Distill()": f"dyndit.Distill(fit={FIT})",
         '"inception"': '"digits"',
         "reference=real": f"reference=real, settings={TABLE}",
     }

@@ -58,5 +58,5 @@ def collect_exits(
     adapter = adapt(transformer)
     inputs = adapter.read(*args, **kwargs)
     if not isinstance(exits, Exits):
-        exits = Exits(adapter, exits or ExitConfig())
+        exits = Exits(adapter, exits or ExitConfig(head="adaln-linear"))
     return DynamicDepth(adapter, exits).every_exit(inputs.x, inputs.t, inputs.y)

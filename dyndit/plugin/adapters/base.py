@@ -29,6 +29,7 @@ class Adapter(Backbone):
 
     family: ClassVar[str]
     """Name of the diffusers class that the adapter serves."""
+    foreign = True
     latents_arguments: ClassVar[tuple[str, ...]] = ("hidden_states",)
     """Arguments of the forward that hold the latents."""
     timestep_argument: ClassVar[str] = "timestep"

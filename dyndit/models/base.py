@@ -217,8 +217,8 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
-    def block(self, index: int, state: State) -> State:
-        """Run block `index` (0-based)."""
+    def block(self, index: int, state: Any) -> State:
+        """Run block `index` (0-based).  state: the family's own subclass of `State`, here and below."""
         raise NotImplementedError
 
     def block_modules(self) -> list[nn.Module]:
@@ -232,7 +232,7 @@ class Backbone(nn.Module):
             raise InputError(f"{found}; expected a method block_modules() that returns the blocks")
         return list(lists[0])
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: Any) -> Tensor:
         """Run the model's own final layer -> (B, C_out, H, W)."""
         raise NotImplementedError
 
@@ -240,7 +240,7 @@ class Backbone(nn.Module):
         """Return a trainable copy of the final layer: (tokens, cond) -> patches that `unpatchify` takes."""
         raise NotImplementedError
 
-    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+    def unpatchify(self, patches: Tensor, state: Any) -> Tensor:
         """Join patches to pictures of the input size of `state`.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         raise NotImplementedError
 

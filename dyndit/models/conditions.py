@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -63,15 +63,20 @@ class Described(Protocol):
 
 
 class ConditionType(Protocol):
-    """The kind of condition that a backbone takes. Samplers, training and tests use it instead of labels."""
+    """The kind of condition that a backbone takes. Samplers, training and tests use it instead of labels.
 
-    guided: bool
-    """True if there is a null condition. Classifier-free guidance needs it."""
+    `Any` stands for the kind's own rows: `Tensor` of labels, or `Conditioning`.
+    """
 
-    def null(self, like: Condition) -> Condition:
+    @property
+    def guided(self) -> bool:
+        """Tell if there is a null condition. Classifier-free guidance needs it."""
+        ...
+
+    def null(self, like: Any) -> Any:
         """Return the null condition, repeated for the rows of `like`. Raises InputError if there is none."""
 
-    def dropped(self, condition: Condition, generator: torch.Generator, share: float | None = None) -> Condition:
+    def dropped(self, condition: Any, generator: torch.Generator, share: float | None = None) -> Any:
         """Replace each row by the null condition with probability `share` (default: the model's own dropout).
 
         Without a null condition, return the rows unchanged. Random numbers are drawn either way, so that later draws

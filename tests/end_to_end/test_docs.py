@@ -246,6 +246,16 @@ def test_the_readme_is_short_and_its_links_and_picture_are_there() -> None:
     assert f"version = {{{dyndit.__version__}}}" in text
 
 
+def test_the_words_of_the_pages_are_defined() -> None:
+    """Words of this project alone stand in the glossary, and words that it no longer uses stand on no page of use."""
+    glossary = (ROOT / "docs/glossary.md").read_text()
+    for word in ("arm", "band", "own guide", "exit", "plan", "budget", "router", "held", "forecast", "8\\|e4", "4+"):
+        assert re.search(rf"^\*\*{re.escape(word)}\*\*|`{re.escape(word)}`", glossary, re.M), word
+    history = {"docs/decisions.md", "docs/experiments.md", "docs/first-hour.md"}
+    for page in set(pages()) - history:
+        assert not re.search(r"\b(trunks?|witness(es)?|a judge|judges of)\b", (ROOT / page).read_text()), page
+
+
 def test_the_tables_of_cifar10_follow_from_their_rows() -> None:
     """Every cell of the README's table and of its longer form, both extractors, at the margin that they name."""
     runs = read_runs(ROOT / "docs/results/cifar10")

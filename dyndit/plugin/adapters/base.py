@@ -5,7 +5,7 @@ Below it stand parts that several families share: exit heads in the shape of fin
 
 import inspect
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -49,6 +49,8 @@ class Adapter(Backbone):
     """The scheduler's timestep as a multiple of the forward's timestep."""
 
     condition = GivenRows()
+    transformer: Any
+    """The transformer of diffusers, an nn.Module. `Any`, because its parts have no types."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dyndit.errors import InputError
 
@@ -124,7 +124,7 @@ def checked(function: F) -> F:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def wrapper(*args: object, **kwargs: object) -> object:
+    def wrapper(*args: Any, **kwargs: Any) -> object:
         given = signature.bind(*args, **kwargs).arguments
         for name, value in given.items():
             is_more = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
@@ -143,7 +143,7 @@ NAMES = ("", "digits", "captioned-digits", "moving-digits")
 """Names that stand for a data set in place of a path: those of `training.data.PACKAGED`, and none."""
 
 
-def check_inputs(values: Mapping[str, object]) -> None:
+def check_inputs(values: Mapping[str, Any]) -> None:
     """Check that the files and folders which flags name are there, before any library is loaded.
 
     Raises:

@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -282,7 +282,7 @@ def read_lines(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
 
 
-def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, object]:
+def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises CheckpointError, or `kind` if given: missing, over `MOST_JSON` bytes, no JSON, nested too deep, or no object.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -288,7 +289,7 @@ def paired_rounds(
     baseline: every other arm's ratio to this arm has to become narrow (default: the first arm).
     """
     names: list[str] = list(arms)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     baseline = baseline or names[0]
     for name in names * repeats.warmup:
         arms[name]()
@@ -364,5 +365,5 @@ def summarise(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
 
-def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["round", "arm", "scope", "seconds", "joules"])

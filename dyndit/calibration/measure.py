@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,7 +226,7 @@ def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Ste
 
 
 def measure_table_into(
-    path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: object
+    path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: Any
 ) -> ShiftTable:
     """Run `measure_table` resumably and save the table in the file `path`."""
     partial = path.with_suffix(".partial")
@@ -248,7 +249,7 @@ def measure_shifts(
     settings: CalibrationSettings | None = None,
     to_pictures: ToPictures = to_uint8,
     into: Path | None = None,
-    **options: object,
+    **options: Any,
 ) -> ShiftTable:
     """Run `measure_table` with dyndit's own sampling.
 

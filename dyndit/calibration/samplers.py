@@ -51,12 +51,15 @@ class Sampler(Protocol):
 
         Raises InputError: ages are given, but this sampler cannot forecast.
         """
+        ...
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
         """Draw the table's pictures or fresh pictures under a plan, (N, 1 or 3, H, W) uint8."""
+        ...
 
     def cost(self, batch_size: int) -> CostModel:
         """Measure the seconds of the parts of a step for batches of `batch_size` pictures."""
+        ...
 
     def bind(self, table: ShiftTable) -> None:
         """Refuse a table of another model. Raises InputError naming both identities."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import tyro
 
@@ -178,8 +178,8 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(verb)
 
     @functools.wraps(verb)
-    def run(*args: object, **kwargs: object) -> None:
-        values: dict[str, object] = {}
+    def run(*args: Any, **kwargs: Any) -> None:
+        values: dict[str, Any] = {}
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         for name, value in given.arguments.items():
@@ -302,7 +302,7 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
     return decoder.to(device)
 
 
-def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":
+def goal_of(choice: StepChoice, steps: int | None, **others: Any) -> "Goal | None":
     """Return the goal to choose steps for. None: the steps are given. others: flags that exclude a goal."""
     from dyndit.plans.step_counts import LatencyBudget, TargetFD
 

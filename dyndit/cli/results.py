@@ -138,7 +138,7 @@ def evaluate(
         print(json.dumps(figures))
 
 
-def _print_figures(figures: dict[str, object]) -> None:
+def _print_figures(figures: dict[str, Any]) -> None:
     """Print a line per figure of `evaluate`: intervals beside their figures, paired distances last."""
     ends = ("_low", "_high")
     apart = ("metric", "extractor", "skipped")

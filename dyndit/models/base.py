@@ -120,9 +120,9 @@ class Architecture:
     """
 
     backbone: type["Backbone"]
-    settings: Mapping[str, object]
+    settings: Mapping[str, Any]
 
-    def changed(self, **changes: object) -> Self:
+    def changed(self, **changes: Any) -> Self:
         """Return the architecture with other arguments. Raises InputError: the class does not take them."""
         other = replace(self, settings={**self.settings, **changes})
         try:
@@ -248,7 +248,7 @@ class Backbone(nn.Module):
         """Return the weights that identify the backbone. They do not depend on the library whose modules hold them."""
         return self.state_dict()
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return settings that change a prediction but no tensor, for example the number of heads or an epsilon."""
         return {}
 
@@ -269,7 +269,7 @@ class Backbone(nn.Module):
         other = {} if process in (None, self.usual_process) else {"process": process.config()}
         return json.dumps(self.unseen() | other, sort_keys=True)
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return plain data from which `from_config` builds the same architecture: the arguments of the class.
 
         Raises InputError: the class defines no `config`, so it cannot be saved, copied or trained from scratch.
@@ -283,7 +283,7 @@ class Backbone(nn.Module):
         return cls(**config)
 
     @classmethod
-    def architecture(cls, **settings: object) -> Architecture:
+    def architecture(cls, **settings: Any) -> Architecture:
         """Return the architecture with these arguments, for recipes that train it: `MyDiT.architecture(width=64)`."""
         return Architecture(cls, settings)
 
@@ -301,7 +301,7 @@ class Backbone(nn.Module):
         return self.head(state)
 
 
-def outlined(kind: type[Backbone], settings: Mapping[str, object]) -> Backbone:
+def outlined(kind: type[Backbone], settings: Mapping[str, Any]) -> Backbone:
     """Build a backbone without weights, on the meta device: shapes alone, whatever sizes are asked for.
 
     A class of a user's own whose constructor needs values is built with them.

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from dyndit.models.base import State
-from dyndit.models.layers import DiTBlock, FinalLayer, modulate, zero_linear
+from dyndit.models.layers import TANH_GELU, DiTBlock, FinalLayer, modulate, zero_linear
 
 ConditioningName = Literal["in-context", "cross-attention", "adaln", "adaln-zero"]
 
@@ -37,7 +37,7 @@ class PlainBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
         """Run the block.  x: (B, N + 2, D) with the condition among the tokens; `given` is not read."""
@@ -133,15 +133,19 @@ class ConditioningKind(Protocol):
 
     def block(self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float, mlp_norm_eps: float) -> nn.Module:
         """Make a block: (tokens, what `given` returns) -> tokens. Its `reset` sets the first weights."""
+        ...
 
     def final(self, width: int, num_outputs: int, norm_eps: float) -> nn.Module:
         """Make a final layer: (tokens, cond (B, D)) -> patches (B, N, patch * patch * C_out)."""
+        ...
 
     def state(self, tokens: Tensor, t: Tensor, y: Tensor) -> State:
         """Return the state before block 0.  tokens: (B, N, D), embeddings t and y: (B, D)."""
+        ...
 
     def given(self, state: State) -> Tensor:
         """Return what a block reads of the condition beside the tokens."""
+        ...
 
 
 class AdaLNZero:

@@ -19,9 +19,9 @@ class Conditioning:
     """
 
     rows: Mapping[str, Tensor]
-    shared: Mapping[str, object] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> object:
+    def __getitem__(self, name: str) -> Any:
         """Return the entry `name` from `rows` or `shared`; None if it is absent."""
         return self.rows[name] if name in self.rows else self.shared.get(name)
 
@@ -56,10 +56,12 @@ class Described(Protocol):
     @property
     def labels(self) -> Sequence[int]:
         """Return the class of every picture."""
+        ...
 
     @property
     def captions(self) -> Sequence[str]:
         """Return the caption of every picture."""
+        ...
 
 
 class ConditionType(Protocol):
@@ -88,6 +90,7 @@ class ConditionType(Protocol):
 
         Raises InputError, naming a value that this model does not know.
         """
+        ...
 
     def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Condition:
         """Build the condition of these values, one row per value.
@@ -95,15 +98,19 @@ class ConditionType(Protocol):
         Raises:
             InputError: see `plain`.
         """
+        ...
 
     def in_turn(self, num: int, first: int = 0) -> list[Value]:
         """Return values for pictures `first` to `first + num - 1` of an evaluation: every class in turn."""
+        ...
 
     def values_of(self, pictures: Described) -> Sequence[Value]:
         """Return the value of every picture of a data set: its labels, or its captions."""
+        ...
 
     def example(self, rows: int, generator: torch.Generator | None = None) -> Condition:
         """Draw a random condition of `rows` rows, for tests and timing."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ Parameters have the names of the published checkpoints (and of timm), so publish
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
@@ -69,7 +70,7 @@ class DiTConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Return (height, width)."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -141,17 +142,17 @@ class ClassConditionalDiT(Backbone):
         for module in (*self.blocks, self.final_layer):
             module.reset()
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the fields of `DiTConfig`."""
         return asdict(self._config)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return heads, the norms' epsilon, timestep frequencies, and a convention other than "timesteps"."""
         names = _UNSEEN if self._config.convention == "timesteps" else (*_UNSEEN, "convention")
         return {name: getattr(self._config, name) for name in names}
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "ClassConditionalDiT":
+    def from_config(cls, config: dict[str, Any]) -> "ClassConditionalDiT":
         """Build the backbone from the fields of `config()`."""
         return cls(DiTConfig(**config))
 
@@ -168,7 +169,7 @@ class ClassConditionalDiT(Backbone):
         """Run block `index`. With gradient checkpointing, the backward pass runs it again."""
         block, given = self.blocks[index], self._conditioning.given(state)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            tokens = torch.utils.checkpoint.checkpoint(block, state.tokens, given, use_reentrant=False)
+            tokens = checkpoint(block, state.tokens, given, use_reentrant=False)
         else:
             tokens = block(state.tokens, given)
         return replace(state, tokens=tokens)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from diffusers import ModelMixin
@@ -116,14 +116,16 @@ class Storage(Protocol):
     The model imports no file format, so that file formats can import the model.
     """
 
-    def save(self, model: DynamicDepth, folder: Path, **options: object) -> None:
+    def save(self, model: DynamicDepth, folder: Path, **options: Any) -> None:
         """See `DynamicDepth.save_pretrained`."""
 
-    def load(self, path_or_hub_id: str | Path, **options: object) -> DynamicDepth:
+    def load(self, path_or_hub_id: str | Path, **options: Any) -> DynamicDepth:
         """See `DynamicDepth.from_pretrained`."""
+        ...
 
-    def push(self, model: DynamicDepth, repo_id: str, **options: object) -> str:
+    def push(self, model: DynamicDepth, repo_id: str, **options: Any) -> str:
         """See `DynamicDepth.push_to_hub`."""
+        ...
 
 
 class DynamicDepth(ModelMixin):
@@ -293,7 +295,7 @@ class DynamicDepth(ModelMixin):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         license: str | None = None,
-        **hub: object,
+        **hub: Any,
     ) -> None:
         """Write a native folder with its model card. With `push_to_hub`, upload it with the plans and table in it.
 
@@ -316,7 +318,7 @@ class DynamicDepth(ModelMixin):
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         trust: str | Sequence[str] = (),
-        **of_diffusers: object,
+        **of_diffusers: Any,
     ) -> Self:
         """Load any path or hub id that `dyndit.load` recognises, in eval mode.
 
@@ -335,7 +337,7 @@ class DynamicDepth(ModelMixin):
                 part.to(wanted)
         return model
 
-    def push_to_hub(self, repo_id: str, *, folder: str | Path | None = None, **hub: object) -> str:
+    def push_to_hub(self, repo_id: str, *, folder: str | Path | None = None, **hub: Any) -> str:
         """Upload the native folder and its model card to the hub -> the address of the commit.
 
         folder: a native folder of this model; its plans and shift table are uploaded too. hub: private, token,
@@ -353,7 +355,7 @@ class DynamicDepth(ModelMixin):
         return cls.storage
 
 
-def compile_parts(model: DynamicDepth, **options: object) -> None:
+def compile_parts(model: DynamicDepth, **options: Any) -> None:
     """Compile every block and every exit head by itself, in place. Depths then change without compiling again.
 
     Blocks of a kind share one code, and so do heads of the same shapes. A guided plan with unequal depths calls it

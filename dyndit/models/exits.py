@@ -3,15 +3,14 @@ bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
-from dyndit.models.layers import modulate, zero_linear
+from dyndit.models.layers import TANH_GELU, modulate, zero_linear
 
 HeadName = Literal["adaln-linear", "wide"]
 
@@ -75,7 +74,7 @@ class HiddenLayer(nn.Module):
     def __init__(self, width: int, hidden: int, cond_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, hidden, act_layer=TANH_GELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 2 * width))
         zero_linear(self.mlp.fc2)
         zero_linear(self.adaLN_modulation[-1])
@@ -134,6 +133,6 @@ class Exits(nn.Module):
         shapes = {d: tuple((n, p.shape) for n, p in self.heads[str(d)].named_parameters()) for d in self.layers}
         return {depth: first.setdefault(shapes[depth], depth) for depth in self.layers}
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """Return plain data for the side-car's metadata."""
         return asdict(self.config)

@@ -9,17 +9,19 @@ words or class labels. A model of text features has none.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.captions import POOLED, TOKENS, Encoded, Words
 from dyndit.models.conditions import ClassLabels, Condition, Conditioning, ConditionType
-from dyndit.models.layers import FinalLayer, TimestepEmbedder, modulate, position_features, zero_linear
+from dyndit.models.layers import TANH_GELU, FinalLayer, TimestepEmbedder, modulate, position_features, zero_linear
 from dyndit.process import RectifiedFlow
 
 NORM_EPS = 1e-6
@@ -85,7 +87,7 @@ class MMDiTConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Return (height, width)."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -175,17 +177,17 @@ class MMDiT(Backbone):
         zero_linear(self.final_layer.adaLN_modulation[-1])
         zero_linear(self.final_layer.linear)
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the fields of `MMDiTConfig`."""
         return asdict(self._config)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return heads, the order of the words, and the hash of the text encoder: no tensor shows them."""
         c = self._config
         return {"num_heads": c.num_heads, "vocabulary": c.vocabulary, "text_encoder": c.text_encoder_hash}
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "MMDiT":
+    def from_config(cls, config: dict[str, Any]) -> "MMDiT":
         """Build the backbone from the fields of `config()`."""
         return cls(MMDiTConfig(**config))
 
@@ -206,7 +208,7 @@ class MMDiT(Backbone):
         """Run block `index`. With gradient checkpointing, the backward pass runs it again."""
         block, inputs = self.joint_blocks[index], (state.tokens, state.text, state.cond)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            tokens, text = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+            tokens, text = checkpoint(block, *inputs, use_reentrant=False)
         else:
             tokens, text = block(*inputs)
         return _State(tokens, state.cond, text)
@@ -293,7 +295,7 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if pre_only else 6) * width))
         if not pre_only:
             self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-            self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+            self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
 
     def queries(self, tokens: Tensor, cond: Tensor) -> tuple[tuple[Tensor, ...], *tuple[Tensor, ...]]:
         """Return queries, keys and values, (B, H, N, D / H) each, and the modulation that `update` takes."""

@@ -10,18 +10,18 @@ clip's shape. A picture is a clip of one frame.
 """
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditions import ClassLabels
-from dyndit.models.layers import FinalLayer, LabelEmbedder, TimestepEmbedder, modulate, zero_linear
+from dyndit.models.layers import TANH_GELU, FinalLayer, LabelEmbedder, TimestepEmbedder, modulate, zero_linear
 
 Attends = Literal["factorised", "full"]
 Rotary = tuple[Tensor, Tensor]
@@ -148,7 +148,7 @@ class VideoBlock(nn.Module):
         self.attn = RotaryAttention(c.width, c.num_heads)
         if self.factorised:
             self.time_attn = RotaryAttention(c.width, c.num_heads)
-        self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio), act_layer=TANH_GELU)
         num = 9 if self.factorised else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, num * c.width))
 
@@ -220,17 +220,17 @@ class VideoDiT(Backbone):
             zero_linear(part.adaLN_modulation[-1])
         zero_linear(self.final_layer.linear)
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the fields of `VideoConfig`."""
         return asdict(self._config)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return heads, the norms' epsilon, the rotations and the sides of a patch."""
         names = ("num_heads", "norm_eps", "rotary_base", "patch_size", "patch_frames")
         return {name: getattr(self._config, name) for name in names}
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "VideoDiT":
+    def from_config(cls, config: dict[str, Any]) -> "VideoDiT":
         """Build the backbone from the fields of `config()`."""
         return cls(VideoConfig(**config))
 
@@ -258,7 +258,7 @@ class VideoDiT(Backbone):
         block = self.blocks[index]
         inputs = (state.tokens, state.cond, state.turns, self._config.grid(state.clip)[0])
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return replace(state, tokens=torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False))
+            return replace(state, tokens=checkpoint(block, *inputs, use_reentrant=False))
         return replace(state, tokens=block(*inputs))
 
     def block_modules(self) -> list[nn.Module]:

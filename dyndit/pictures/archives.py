@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dyndit.errors import InputError, first_line
 from dyndit.files import MOST_JSON
@@ -98,7 +99,7 @@ class Zip(Source):
         self.labels = [given.get(name, given.get(base + name)) for name in self.names]
         self.class_names = _numbered(self.labels, f"{self.root}: {LABELS}")
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}  # a worker process opens the file itself
 
 

@@ -82,7 +82,7 @@ class Table(Source):
         found = next((name for name in CLASSES if name in typed), None) or next(iter([*typed, *whole]), "")
         return found, tuple(map(str, features.get(found, {}).get("names") or ())) if found in typed else ()
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrow": None}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from dyndit.plans.plan import DepthPlan, full_step
 from dyndit.plans.step import Step
@@ -66,7 +66,7 @@ class CostModel:
     def _leave(self, parts: PartTimes, depth: int) -> float:
         return parts.head if depth == self.num_blocks else parts.exits.get(depth, parts.exit)
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
 

@@ -16,6 +16,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -204,7 +205,7 @@ class DynDiTHandle:
         """Remove the plug-in from this transformer. See `remove_dyndit`."""
         remove_dyndit(self.adapter.transformer)
 
-    def run(self, *args: object, **kwargs: object) -> object:
+    def run(self, *args: Any, **kwargs: Any) -> object:
         """Run one call of the transformer's forward at the plan's depths."""
         inputs = self.adapter.read(*args, **kwargs)
         self._follow(inputs.x)
@@ -369,7 +370,7 @@ class _Hook(ModelHook):
     def __deepcopy__(self, _memo: object) -> "_Hook":
         return _Hook(self.handle)  # no copy of the pipeline; `pre_forward` refuses the copied transformer
 
-    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[tuple, dict[str, object]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         """Refuse a copy: the hook in it would run the weights of the original."""
         if module is not self.handle.adapter.transformer:
             raise InputError(
@@ -378,7 +379,7 @@ class _Hook(ModelHook):
             )
         return args, kwargs
 
-    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> object:
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         """See `module.forward`."""
         return self._run(*args, **kwargs)
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin
@@ -37,7 +37,7 @@ from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, join_patches
 from dyndit.process import Process, RectifiedFlow
 
-Values = dict[str, object]
+Values = dict[str, Any]
 """Arguments of a block by name."""
 
 
@@ -124,7 +124,7 @@ class BlockAdapter(Adapter):
         """See `Backbone`."""
         return self._cond_width
 
-    def read(self, *args: object, **kwargs: object) -> Inputs:
+    def read(self, *args: Any, **kwargs: Any) -> Inputs:
         """See `Adapter`. Check the description on the first call.
 
         Raises:
@@ -154,11 +154,11 @@ class BlockAdapter(Adapter):
                 f"{wanted}"
             )
 
-    def _latents(self, call: dict[str, object]) -> Tensor:
+    def _latents(self, call: dict[str, Any]) -> Tensor:
         """See `Adapter`."""
         return call[self.latents_arguments[0]]
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """See `Adapter`. Rows are tensors here."""
         for name in self.row_arguments:
             if not isinstance(call.get(name), Tensor | None):
@@ -231,7 +231,7 @@ class BlockAdapter(Adapter):
         """Return the blocks."""
         return [block for _, blocks in self._lists for block in blocks]
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the named head -> the prediction."""
         pieces = [attrgetter(name)(self.transformer) for name in self._head]
         return self.unpatchify(_run_head(pieces, *state.for_head()), state)
@@ -249,7 +249,7 @@ class BlockAdapter(Adapter):
         plain = "return_dict" not in self._signature.parameters
         return prediction if plain else super().output(prediction, inputs, return_dict)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return the configuration, if the transformer keeps one."""
         return super().unseen() if isinstance(self.transformer, ConfigMixin) else {"class": self.family}
 
@@ -261,7 +261,7 @@ class _ReachedError(Exception):
 class _Stop(nn.Module):
     """Stand in for the first block and end the forward there."""
 
-    def forward(self, *args: object, **kwargs: object) -> None:
+    def forward(self, *args: Any, **kwargs: Any) -> None:
         """Raise the arguments."""
         raise _ReachedError(args, kwargs)
 

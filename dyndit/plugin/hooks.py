@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
@@ -94,5 +95,5 @@ class _Watch:
     name: str
     on_call: Callable[..., None]
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         self.on_call(*args, **kwargs)

@@ -15,10 +15,11 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -111,7 +112,7 @@ class DynDiTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: DynamicDepth,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         vae: ModelMixin | None = None,
         router: ShiftTable | None = None,
     ) -> None:
@@ -159,7 +160,7 @@ class DynDiTPipeline(DiffusionPipeline):
         return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **options: object) -> str:
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
         """Fetch a pipeline from the hub -> its folder.
 
         The base class fetches only the usual names of weights, so neither the exits nor the shift table.

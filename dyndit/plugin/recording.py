@@ -8,6 +8,7 @@ exits = dyndit.distill_exits(pipe, "calls", out="exits")
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.hooks import Target, transformer_of, watching
@@ -35,7 +36,7 @@ def record_calls(target: Target, out: str | Path, *, adapter: Adapter | None = N
     adapter = adapt(transformer, adapter)
     recording = Recording.open(Path(out), adapter)
 
-    def on_call(*args: object, **kwargs: object) -> None:
+    def on_call(*args: Any, **kwargs: Any) -> None:
         recording.write(adapter.read(*args, **kwargs))
 
     with watching(transformer, HOOK, on_call):

@@ -6,10 +6,9 @@ beta_t, alpha_bar_t, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from dyndit.errors import InputError
@@ -111,12 +110,12 @@ class DDPM(Process):
         vb = variational_bound(self, prediction, x_0, x_t, t).mean()
         return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
-    def scheduler_settings(self) -> dict[str, object]:
+    def scheduler_settings(self) -> dict[str, Any]:
         """Return the betas."""
         betas = {"beta_start": self.beta_start, "beta_end": self.beta_end, "beta_schedule": "linear"}
         return {"num_train_timesteps": self.num_timesteps} | betas
 
-    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+    def check_scheduler(self, scheduler: Any) -> None:
         """Accept a scheduler that predicts noise on these betas. Raise InputError for any other."""
         name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
         if not isinstance(betas, Tensor) or scheduler.config.get("use_flow_sigmas"):

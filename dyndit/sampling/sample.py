@@ -42,7 +42,7 @@ class Samples:
     batch_seconds: tuple[float, ...] = ()
     step_seconds: tuple[float, ...] = ()
     network_seconds: tuple[float, ...] = ()
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -231,7 +231,7 @@ class Stored:
 
     folder: Path
     plan: DepthPlan
-    manifest: dict[str, object]
+    manifest: dict[str, Any]
     num_drawn: int
 
 
@@ -335,7 +335,7 @@ def random_labels(model: DynamicDepth, num: int, seed: int) -> list[int]:
     return [int.from_bytes(digest, "big") % classes for digest in digests]
 
 
-def _facts(plan: DepthPlan) -> dict[str, object]:
+def _facts(plan: DepthPlan) -> dict[str, Any]:
     """Return the facts about a plan that a manifest holds."""
     return {
         "router": plan.router,

@@ -7,6 +7,7 @@ plain `from_pretrained` of the class loads. A family says its class in a `Layout
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -122,7 +123,7 @@ def layout_for(model: DynamicDepth) -> Layout:
     return found
 
 
-def _layout_of(raw: Mapping[str, object], path: Path) -> Layout:
+def _layout_of(raw: Mapping[str, Any], path: Path) -> Layout:
     found = next((layout for layout in LAYOUTS if layout.serves(raw)), None)
     if found is None:
         names = " or ".join(f"a {layout.name}" if layout is LAYOUTS[0] else layout.name for layout in LAYOUTS)
@@ -130,7 +131,7 @@ def _layout_of(raw: Mapping[str, object], path: Path) -> Layout:
     return found
 
 
-def _sealed(layout: Layout, config: Mapping[str, object]) -> str:
+def _sealed(layout: Layout, config: Mapping[str, Any]) -> str:
     return json.dumps({name: config[name] for name in layout.private if name in config})
 
 

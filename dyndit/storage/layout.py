@@ -35,48 +35,57 @@ class Layout(Protocol):
     matched: ClassVar[str]
     """What `module` matches beyond a plain load, for messages; "" if there is nothing to match."""
 
-    def serves(self, raw: Mapping[str, object]) -> bool:
+    def serves(self, raw: Mapping[str, Any]) -> bool:
         """Tell whether a config.json is of the class."""
+        ...
 
-    def config(self, model: DynamicDepth) -> dict[str, object]:
+    def config(self, model: DynamicDepth) -> dict[str, Any]:
         """Return the config.json of a model: the class's arguments, and the private names.
 
         Raises InputError: the class cannot express the model.
         """
+        ...
 
     def native(
-        self, raw: Mapping[str, object], tensors: Mapping[str, Tensor], path: Path
+        self, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the native architecture, and the tensors under native names.
 
         Raises:
             CheckpointError: the config is impossible, or the weights do not fit it.
         """
+        ...
 
     def split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return a native state dict under the class's names, and the tensors of the companion file."""
+        ...
 
-    def notes(self, raw: Mapping[str, object], config: Mapping[str, object], folder: Path) -> tuple[str, ...]:
+    def notes(self, raw: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
         """Return notes on inferred settings, a line each."""
+        ...
 
-    def module(self, model: DynamicDepth, config: Mapping[str, object]) -> nn.Module:
+    def module(self, model: DynamicDepth, config: Mapping[str, Any]) -> nn.Module:
         """Convert to the class in memory."""
+        ...
 
-    def recorded(self, transformer: nn.Module) -> dict[str, object]:
+    def recorded(self, transformer: nn.Module) -> dict[str, Any]:
         """Return the config of a transformer in memory, with the private names.
 
         Raises:
             CheckpointError: it runs otherwise than its config records.
         """
+        ...
 
     def call(self, transformer: nn.Module, model: DynamicDepth, inputs: Inputs) -> Tensor:
         """Predict with the class, from the native model's inputs."""
+        ...
 
     def loaded_plainly(self, model: DynamicDepth, transformer: nn.Module) -> tuple[tuple[str, ...], str]:
         """Turn a transformer of `module` into what a plain load gives -> the causes of a difference, and its remedy."""
+        ...
 
 
-def private(raw: Mapping[str, object], name: str, kind: type, default: object, path: Path) -> object:
+def private(raw: Mapping[str, Any], name: str, kind: type, default: object, path: Path) -> object:
     """Return the checked value of a private name. Files that diffusers wrote give the default."""
     value = raw.get(name, default)
     if type(value) is not kind:
@@ -84,7 +93,7 @@ def private(raw: Mapping[str, object], name: str, kind: type, default: object, p
     return value
 
 
-def checked_sizes(raw: Mapping[str, object], defaults: Mapping[str, int], path: Path) -> dict[str, int]:
+def checked_sizes(raw: Mapping[str, Any], defaults: Mapping[str, int], path: Path) -> dict[str, int]:
     """Return the sizes of a config.json, by the class's defaults where it leaves one out."""
     sizes = {name: raw.get(name, default) for name, default in defaults.items()}
     for name, value in sizes.items():

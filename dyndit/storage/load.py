@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError, first_line
@@ -136,7 +136,7 @@ def _check_told(loaded: Loaded, told: official.Told, text: str) -> None:
         raise InputError(f"--weights {told.weights}: {text} holds one model; expected a training checkpoint with it")
 
 
-def push(folder: Path, repo_id: str, **options: object) -> str:
+def push(folder: Path, repo_id: str, **options: Any) -> str:
     """Upload a native folder with its plans and table -> the address of the commit.
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.
@@ -149,7 +149,7 @@ def push(folder: Path, repo_id: str, **options: object) -> str:
 
 
 def push_model(
-    model: DynamicDepth, repo_id: str, *, folder: Path | None = None, license: str | None = None, **options: object
+    model: DynamicDepth, repo_id: str, *, folder: Path | None = None, license: str | None = None, **options: Any
 ) -> str:
     """Upload a model with its card, and the plans and table of `folder` -> the address of the commit.
 

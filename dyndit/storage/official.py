@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,8 +138,8 @@ class _Args:
     """The `args` of a checkpoint. Only `args` that `write` made are trusted for the architecture."""
 
     path: Path
-    found: Mapping[str, object]
-    script: Mapping[str, object]
+    found: Mapping[str, Any]
+    script: Mapping[str, Any]
     """Options of a training script, if `args` is its namespace."""
 
     @classmethod

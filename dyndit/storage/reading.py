@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath, WindowsPath
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ def _check_numbers(config: object) -> None:
 
 
 def built(
-    family: type[Backbone], config: dict[str, object], path: Path, tensors: Mapping[str, Tensor], weights: Path
+    family: type[Backbone], config: dict[str, Any], path: Path, tensors: Mapping[str, Tensor], weights: Path
 ) -> Backbone:
     """Build a backbone of the architecture in the file `path`, and load the tensors of the file `weights` strictly.
 

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Pictures(Dataset, ABC):
 
     groups: tuple[tuple[int, ...], ...] = ()
     """Numbers of the items of each shape, the usual shape first. A batch is of one group. Empty: one shape."""
-    account: Mapping[str, object] = {}
+    account: Mapping[str, Any] = {}
     """What was read and what was skipped, for manifests; see `account_of`."""
 
     @property
@@ -256,7 +257,7 @@ class PictureFolder(Pictures):
         return digest.hexdigest()
 
     @property
-    def account(self) -> dict[str, object]:
+    def account(self) -> dict[str, Any]:
         """Return what was read and what was skipped, for manifests."""
         return account_of(self._source, len(self), self._left_out, self._resize)
 

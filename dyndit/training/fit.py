@@ -72,6 +72,7 @@ class Task(Protocol):
         `module` is `trainable`, prepared for this machine: call it, not `trainable`. Draw random numbers in `draw`
         from `generator` (on the CPU), which the loop seeds for this step; else the loss depends on how a batch is cut.
         """
+        ...
 
     def preview(self, out: Path, step: int, ema: Weights) -> None:
         """Write sample pictures below `out`, from the averaged weights of `trainable`. By default write nothing."""

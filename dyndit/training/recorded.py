@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ MOST_HASHED = 1_000_000_000
 _NAME = re.compile(r"call-(\d{6,})\.safetensors")
 
 
-def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Path, **options: object) -> Samples:
+def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Path, **options: Any) -> Samples:
     """Draw pictures with `sample(model, labels, **options)`, and record the backbone's calls in the folder `out`.
 
     Raises InputError: see `sample`; or `out` holds other files.
@@ -50,7 +51,7 @@ def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Pat
 
 
 def recorded_sampling(
-    model: DynamicDepth, labels: Sequence[Value], folder: str | Path, **options: object
+    model: DynamicDepth, labels: Sequence[Value], folder: str | Path, **options: Any
 ) -> "RecordedCalls":
     """Return the calls of `record_sampling(model, labels, folder, **options)`. An existing `folder` is read, not drawn.
 
@@ -224,7 +225,7 @@ class _Header:
     backbone: str
     labels: bool
     digest: str
-    shared: dict[str, object]
+    shared: dict[str, Any]
     rows: dict[str, tuple[str, list[int]]]
     """Dtype and shape of each tensor that has rows."""
 
@@ -261,7 +262,7 @@ class _Header:
     def num_rows(self) -> int:
         return self.rows["x"][1][0]
 
-    def common(self) -> dict[str, object]:
+    def common(self) -> dict[str, Any]:
         """Return the facts that all calls of a data set share."""
         rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
         kept = {name: getattr(self, name) for name in ("family", "backbone", "labels", "shared")}
@@ -286,7 +287,7 @@ class _Header:
             if mine[name] != theirs[name]:
                 raise InputError(f"{other.path}: {name} {theirs[name]}, but {mine[name]} in {self.path.name}")
 
-    def read_shared(self) -> dict[str, object]:
+    def read_shared(self) -> dict[str, Any]:
         """Read the shared arguments, with their tensors."""
         with safe_open(self.path, "pt") as file:
             tensors = {n[7:]: file.get_tensor(n) for n in file.keys() if n[:7] == "shared."}  # noqa: SIM118

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Train:
             backbone = replace(backbone, learn_variance=False)
         return replace(self, process=process, backbone=backbone)
 
-    def with_backbone(self, **changes: object) -> Self:
+    def with_backbone(self, **changes: Any) -> Self:
         """Return the recipe with other fields of its backbone's config, for example conditioning="adaln".
 
         Raises:

@@ -52,12 +52,12 @@ class Adapter(Backbone):
     transformer: Any
     """The transformer of diffusers, an nn.Module. `Any`, because its parts have no types."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
         self._signature = inspect.signature(type(transformer).forward)
 
-    def read(self, *args: object, **kwargs: object) -> Inputs:
+    def read(self, *args: Any, **kwargs: Any) -> Inputs:
         """Convert the arguments of a transformer call to `Inputs`.
 
         Raises:
@@ -93,7 +93,7 @@ class Adapter(Backbone):
                     "as of the latents"
                 )
 
-    def _latents(self, call: dict[str, object]) -> Tensor:
+    def _latents(self, call: dict[str, Any]) -> Tensor:
         """Return the latents of a bound call as one tensor, the batch first."""
         return call["hidden_states"]
 
@@ -106,7 +106,7 @@ class Adapter(Backbone):
         default = self._signature.parameters[name].default
         return value is None or value is default or (isinstance(value, Mapping) and not value)
 
-    def _condition(self, call: dict[str, object]) -> Condition:
+    def _condition(self, call: dict[str, Any]) -> Condition:
         """Return the conditioning of a bound call."""
         rows: dict[str, Tensor] = {}
         for name in self.row_arguments:
@@ -136,7 +136,7 @@ class Adapter(Backbone):
         """Return the transformer's own weights, and those of low-rank adapters that count in a call."""
         return own_tensors(self.transformer) | added_tensors(self.transformer)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return the transformer's whole configuration, and the scales of low-rank adapters that count in a call."""
         return (
             {"class": self.family}
@@ -148,7 +148,7 @@ class Adapter(Backbone):
             }
         )
 
-    def _added(self) -> dict[str, object]:
+    def _added(self) -> dict[str, Any]:
         scales = added_scales(self.transformer)
         return {"adapters": scales} if scales else {}
 

@@ -5,6 +5,7 @@ the null label, which follows the last class.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -41,7 +42,7 @@ class DiTAdapter(Adapter):
     row_arguments = ("class_labels",)
     guidance = "cond first"
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
@@ -56,7 +57,7 @@ class DiTAdapter(Adapter):
                 f"expected dyndit.storage.names.match_frequencies(transformer, {trained}) after loading"
             )
 
-    def _condition(self, call: dict[str, object]) -> Tensor:
+    def _condition(self, call: dict[str, Any]) -> Tensor:
         """Return the labels of a bound call.
 
         `DiTPipeline` uses 1000 as the null label of any model. With fewer classes than 1000 only the null label can be
@@ -129,7 +130,7 @@ class DiTAdapter(Adapter):
         native = to_native(own_tensors(self.transformer), self.sample_shape[1] // self.transformer.patch_size)
         return native | added_tensors(self.transformer)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return the same settings as the native class and its process, and the scales of low-rank adapters."""
         process = {} if self.usual_process == DDPM() else {"process": self.usual_process.config()}
         return (

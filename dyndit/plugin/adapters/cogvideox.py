@@ -8,6 +8,7 @@ above 1) stacks [unconditional; conditional]: the same latents twice, the embedd
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusers.models.normalization import AdaLayerNorm
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class CogVideoXAdapter(Adapter):
     shared_arguments = ("ofs", "image_rotary_emb")
     guidance = "uncond first"
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim
@@ -48,7 +49,7 @@ class CogVideoXAdapter(Adapter):
         """Return the width of the timestep's embedding."""
         return self.transformer.config.time_embed_dim
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Return the conditioning, with the pair of rotary tensors as two entries."""
         condition = super()._condition(call)
         shared = dict(condition.shared)
@@ -88,7 +89,7 @@ class CogVideoXAdapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, F, C_out, H, W)."""
         model = self.transformer
         tokens = model.norm_out(model.norm_final(state.tokens), temb=state.cond)

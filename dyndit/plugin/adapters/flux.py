@@ -14,6 +14,7 @@ prediction covers the picture's N tokens; the transformer's own forward also ret
 
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class FluxAdapter(Adapter):
     timestep_scale = 1000.0
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers + c.num_single_layers, transformer.inner_dim

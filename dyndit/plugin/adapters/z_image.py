@@ -11,6 +11,7 @@ unconditional]: the same latents twice. The pipelines' scale s is 1 + s elsewher
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -58,7 +59,7 @@ class ZImageAdapter(Adapter):
     guidance = "cond first"
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.n_layers, transformer.dim
@@ -79,7 +80,7 @@ class ZImageAdapter(Adapter):
         """See `Adapter`. Time runs backwards."""
         return 1000 * (1 - t)
 
-    def _latents(self, call: dict[str, object]) -> Tensor:
+    def _latents(self, call: dict[str, Any]) -> Tensor:
         """Stack the rows.  -> (B, C, F, H, W).
 
         Raises:
@@ -90,7 +91,7 @@ class ZImageAdapter(Adapter):
             raise InputError(f"{self.family}: called with x of several images or sizes; expected one size in a batch")
         return value if isinstance(value, Tensor) else torch.stack(list(value))
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Pad the texts, so that rows of several lengths fit together.  -> texts (B, P, D_text), lengths (B,)."""
         texts = call["cap_feats"]
         lengths = [len(text) for text in texts]
@@ -141,7 +142,7 @@ class ZImageAdapter(Adapter):
         """Return the joint blocks."""
         return list(self.transformer.layers)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, C, F, H, W)."""
         return self.unpatchify(self._final(state.tokens, c=state.cond), state)
 

@@ -40,7 +40,7 @@ class Bound:
     whole: bool = False
     above: bool = False
 
-    def holds(self, value: object) -> bool:
+    def holds(self, value: Any) -> bool:
         """Tell if a value is inside."""
         if not is_number(value) or (self.whole and not isinstance(value, numbers.Integral)):
             return False
@@ -131,7 +131,7 @@ def checked(function: F) -> F:
             check(**(value if is_more else {name: value}))
         return function(*args, **kwargs)
 
-    return wrapper
+    return wrapper  # pyright: ignore[reportReturnType]  it takes what the function takes
 
 
 INPUTS = (

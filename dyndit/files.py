@@ -203,7 +203,11 @@ def _not_finite(data: object, name: str = "") -> Iterator[tuple[str, float]]:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors and metadata. The same content makes the same bytes: metadata is sorted by name."""
     with written_whole(path) as draft:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            draft,
+            dict(metadata) if metadata is not None else None,
+        )
         if metadata:
             _sort_metadata(draft)
 
@@ -227,7 +231,7 @@ def _sort_metadata(path: Path) -> None:
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name. The path ends in .npz."""
     with written_whole(path) as draft:
-        np.savez(draft, **arrays)
+        np.savez(draft, **dict[str, Any](arrays))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -145,7 +145,7 @@ class Interval:
         return format(self, "")
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
+def paired_interval(a: Any, b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
     """Compute Student's t interval of the mean of a, or of a - b paired by position.
 
     a, b: one number per seed block, in the same order of blocks. Blocks with a NaN drop out. One block gives its mean
@@ -210,7 +210,7 @@ def _resamples(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
     return counts, scipy.stats.multinomial.pmf(counts, num_blocks, [1 / num_blocks] * num_blocks)
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def median_interval(values: Any, confidence: float = 0.95) -> Interval:
     """Return the median with two order statistics as limits, at this confidence or more.
 
     Distribution-free, since the count below the median is binomial. Of 9 values the limits are the 2nd and the 8th, of
@@ -330,7 +330,8 @@ def paired_times(
     for name in list(arms) * warmup:
         arms[name]()
     calls = {name: (lambda run=run: timed(run)) for name, run in arms.items()}
-    return paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0))[["round", "arm", "seconds"]]
+    found: Any = paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0))
+    return found[["round", "arm", "seconds"]]
 
 
 def _widest_ratio(times: pd.DataFrame, baseline: str) -> float:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -303,7 +304,7 @@ def _share_of_time(
     labels = model.backbone.condition.in_turn(batch_size)
 
     def drawing(of: DepthPlan) -> Callable[[], object]:
-        options = {"num_steps": of.num_steps, "cfg_scale": of.cfg_scale, "batch_size": batch_size}
+        options: dict[str, Any] = {"num_steps": of.num_steps, "cfg_scale": of.cfg_scale, "batch_size": batch_size}
         return lambda: sample(model, labels, plan=of, solver=solver, **options)
 
     arms = {"reference": drawing(reference), "plan": drawing(plan)}

@@ -59,8 +59,12 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         bounds.check(**vars(self))
-        parsed = tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
-        object.__setattr__(self, "choices", parsed)
+        object.__setattr__(self, "choices", self.steps)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Return the choices as steps."""
+        return tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
 
 
 def default_choices(
@@ -206,7 +210,7 @@ def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:
 def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Step, ...], tuple[int, ...]]:
     """Return the choices to measure, each forecast once per age, and the ages (empty without forecasts)."""
     guided = sampler.full.cfg_scale != 1
-    choices = settings.choices or default_choices(
+    choices = settings.steps or default_choices(
         sampler.depths, guided, settings.num_depths, held=settings.held, own_guides=settings.own_guides
     )
     if not settings.forecast_ages:

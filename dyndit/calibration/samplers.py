@@ -29,15 +29,35 @@ ToPictures = Callable[[Tensor], Tensor]
 class Sampler(Protocol):
     """Draws pictures under plans. The same picture number always has the same noise."""
 
-    full: DepthPlan
-    """The full plan, with the timesteps, the solver and the guidance scale to calibrate."""
-    depths: tuple[int, ...]
-    identity: Identity
-    """Identity of the model. Tables are bound to it."""
-    seed: int
-    device: str
-    setting: object
-    """Other settings that change the pictures, as plain data."""
+    @property
+    def full(self) -> DepthPlan:
+        """The full plan, with the timesteps, the solver and the guidance scale to calibrate."""
+        ...
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The depths that can be run, rising."""
+        ...
+
+    @property
+    def identity(self) -> Identity:
+        """Identity of the model. Tables are bound to it."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the table's pictures."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """The kind of device."""
+        ...
+
+    @property
+    def setting(self) -> object:
+        """Other settings that change the pictures, as plain data."""
+        ...
 
     def replaced(
         self, indices: Sequence[int], bands: Sequence[Sequence[int]], choices: Sequence[Step], ages: Sequence[int] = ()
@@ -144,7 +164,7 @@ class OwnSampler:
             seed=self.seed + fresh,
             batch_size=self.batch_size,
         )
-        return result.pictures if self.model.pixel_space else self.to_pictures(result.latents)
+        return result.pictures if result.latents is None else self.to_pictures(result.latents)
 
     def cost(self, batch_size: int) -> CostModel:
         """See `Sampler`."""

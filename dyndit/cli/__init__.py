@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from inspect import unwrap
+from typing import Any
 
 import tyro
 
@@ -130,6 +131,6 @@ def filled(text: str) -> str:
     """Replace each `{registry}` of a docstring by the registry's names."""
     for name, place in REGISTRIES.items():
         if (mark := f"{{{name}}}") in text:
-            names = pkgutil.resolve_name(place)
+            names: Any = pkgutil.resolve_name(place)
             text = text.replace(mark, ", ".join(names() if callable(names) else names))
     return text

@@ -299,7 +299,8 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
         return None
     for note in differs(decoder, dynamic):
         print(note)
-    return decoder.to(device)
+    decoder.to(device)
+    return decoder
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: Any) -> "Goal | None":
@@ -321,4 +322,4 @@ def goal_of(choice: StepChoice, steps: int | None, **others: Any) -> "Goal | Non
         raise InputError(f"--steps {steps}: --{asked[0]} chooses the step count; expected one of them")
     if choice.target_fd is not None:
         return TargetFD(choice.target_fd, choice.reference_steps)
-    return LatencyBudget(choice.latency_budget, choice.reference_steps)
+    return LatencyBudget(choice.latency_budget or 0.0, choice.reference_steps)

@@ -1,5 +1,8 @@
 """The page itself, in Gradio: inputs on the left, full depth and the plan side by side on the right."""
 
+# pyright: reportMissingImports=false
+# gradio is an extra.
+
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 

@@ -48,7 +48,7 @@ class Inputs:
         """Join several batches into one. Entries that all rows share are taken from the first batch."""
         if len(parts) == 1:
             return parts[0]
-        conditions = [part.y for part in parts]
+        conditions: list[Any] = [part.y for part in parts]
         y = Conditioning.joined(conditions) if isinstance(conditions[0], Conditioning) else torch.cat(conditions)
         return cls(torch.cat([part.x for part in parts]), torch.cat([part.t for part in parts]), y)
 
@@ -61,7 +61,7 @@ class PerRow:
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         """Return the tensors of these rows of the batch."""
-        return PerRow(tuple(value[rows] for value in self.values))
+        return replace(self, values=tuple(value[rows] for value in self.values))
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,8 @@ class Backbone(nn.Module):
     """C_out: C, or 2C with a learned variance."""
     condition: ConditionType
     """The kind of condition, for example `ClassLabels`."""
+    gradient_checkpointing: bool = False
+    """Hold fewer activations in training, and compute them again. A family that can, does so in `block`."""
     usual_process: Process = DDPM()
     """The process that weights of this family follow unless they name another one: `dyndit.DDPM()` for noise
     prediction, `dyndit.RectifiedFlow()` for velocity. Timesteps rise from 0, the picture, to 1000, the noise."""

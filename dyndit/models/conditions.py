@@ -151,8 +151,8 @@ class ClassLabels:
         """See `ConditionType`.  labels -> whole numbers."""
         if words := [value for value in values if isinstance(value, str)]:
             raise InputError(f"--prompt {words[0]!r:.40}: this model takes class labels, 0 to {self.num_classes - 1}")
-        labels = [int(value) for value in values]
-        if bad := [label for label in labels if not 0 <= label < self.num_classes]:
+        labels: list[Value] = [int(value) for value in values]
+        if bad := [label for label in labels if not 0 <= int(label) < self.num_classes]:
             raise InputError(f"--class-labels {bad[0]}: expected 0 to {self.num_classes - 1}")
         return labels
 

@@ -123,7 +123,7 @@ class ClassConditionalDiT(Backbone):
             self._conditioning.block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps, c.mlp_norm_eps)
             for _ in range(c.num_blocks)
         )
-        self.final_layer = self._conditioning.final(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
+        self.final_layer: Any = self._conditioning.final(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -135,12 +135,15 @@ class ClassConditionalDiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        projection: Any = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(self.width, -1))
+        nn.init.zeros_(projection.bias)
+        embedders: tuple[Any, ...] = (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2])
+        for embedder in embedders:
             nn.init.normal_(embedder.weight, std=0.02)
-        for module in (*self.blocks, self.final_layer):
-            module.reset()
+        parts: list[Any] = [*self.blocks, self.final_layer]
+        for part in parts:
+            part.reset()
 
     def config(self) -> dict[str, Any]:
         """Return the fields of `DiTConfig`."""

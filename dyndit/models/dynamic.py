@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from diffusers import ModelMixin
@@ -141,6 +141,12 @@ class DynamicDepth(ModelMixin):
 
     storage: ClassVar[Storage | None] = None
 
+    if TYPE_CHECKING:
+
+        def to(self, *args: Any, **kwargs: Any) -> Self:
+            """See `nn.Module`. diffusers wraps it so that checkers lose its arguments."""
+            ...
+
     def __init__(
         self,
         backbone: Backbone,
@@ -188,7 +194,7 @@ class DynamicDepth(ModelMixin):
             raise InputError(f"depth {depth}: expected one of {list(self.depths)}, where this model has exits")
         return self.branches(x, t, [y], [depth])[0]
 
-    def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
+    def predict(self, step: StepInputs, memory: Any) -> tuple[list[Tensor], Any]:
         """Run one sampling step: the one function that samplers and the plug-in call.
 
         memory: None at the first step, later the memory that the step before returned. A model that reuses earlier
@@ -262,6 +268,7 @@ class DynamicDepth(ModelMixin):
         """Predict from the state after `depth` blocks -> (B, C_out, H, W)."""
         if depth == self.num_blocks:
             return self.backbone.head(state)
+        assert self.exits is not None  # `depths` has no other depth without exits
         return self.backbone.unpatchify(self.exits.patches(state, depth), state)
 
     def every_exit(self, x: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
@@ -288,7 +295,7 @@ class DynamicDepth(ModelMixin):
             exact = Identity(self.backbone.checksum(process=self.process), of_exits)
         check(self.identity, backbone, exits, origin=origin, exact=exact, error=error)
 
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  diffusers' takes other options
         self,
         save_directory: str | Path,
         *,
@@ -309,7 +316,7 @@ class DynamicDepth(ModelMixin):
         self._stored().save(self, Path(save_directory), **options)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  diffusers' takes other options
         cls,
         path_or_hub_id: str | Path,
         *,
@@ -319,7 +326,7 @@ class DynamicDepth(ModelMixin):
         dtype: torch.dtype | None = None,
         trust: str | Sequence[str] = (),
         **of_diffusers: Any,
-    ) -> Self:
+    ) -> DynamicDepth:
         """Load any path or hub id that `dyndit.load` recognises, in eval mode.
 
         trust: modules that define a backbone of your own, see `dyndit.load`.
@@ -337,7 +344,9 @@ class DynamicDepth(ModelMixin):
                 part.to(wanted)
         return model
 
-    def push_to_hub(self, repo_id: str, *, folder: str | Path | None = None, **hub: Any) -> str:
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  diffusers' takes other options
+        self, repo_id: str, *, folder: str | Path | None = None, **hub: Any
+    ) -> str:
         """Upload the native folder and its model card to the hub -> the address of the commit.
 
         folder: a native folder of this model; its plans and shift table are uploaded too. hub: private, token,

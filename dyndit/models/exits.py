@@ -111,6 +111,7 @@ class Exits(nn.Module):
         super().__init__()
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
+        self.gains: nn.Parameter | None
         self.register_parameter("gains", None)
         """Learned correction of forecasts, (E, 2, NUM_TERMS), or None (`dyndit.models.forecasts`)."""
 

@@ -54,7 +54,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps.  t: (B,) -> (B, D)."""
         features = timestep_features(t, self.num_features, self.frequency_shift)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -166,12 +166,15 @@ class MMDiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for mlp in (self.t_embedder.mlp, self.y_embedder.mlp):
+        projection: Any = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(self.width, -1))
+        nn.init.zeros_(projection.bias)
+        mlps: tuple[Any, ...] = (self.t_embedder.mlp, self.y_embedder.mlp)
+        for mlp in mlps:
             nn.init.normal_(mlp[0].weight, std=0.02)
             nn.init.normal_(mlp[2].weight, std=0.02)
-        for block in self.joint_blocks:
+        blocks: list[Any] = list(self.joint_blocks)
+        for block in blocks:
             zero_linear(block.x_block.adaLN_modulation[-1])
             zero_linear(block.context_block.adaLN_modulation[-1])
         zero_linear(self.final_layer.adaLN_modulation[-1])
@@ -274,11 +277,12 @@ class JointBlock(nn.Module):
         """Run the block.  tokens: (B, N, D), text: (B, S, D), cond: (B, D) -> both streams."""
         picture, *of_picture = self.x_block.queries(tokens, cond)
         caption, *of_caption = self.context_block.queries(text, cond)
-        both = [torch.cat(parts, dim=2) for parts in zip(picture, caption, strict=True)]
-        attended = scaled_dot_product_attention(*both).transpose(1, 2).flatten(2)
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(picture, caption, strict=True))
+        attended = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         num = tokens.shape[1]
-        tokens = self.x_block.update(tokens, attended[:, :num], *of_picture)
-        return tokens, self.context_block.update(text, attended[:, num:], *of_caption)
+        updated = self.x_block.update(tokens, attended[:, :num], *of_picture)
+        assert updated is not None  # of the picture; the text may be read only
+        return updated, self.context_block.update(text, attended[:, num:], *of_caption)
 
 
 class StreamBlock(nn.Module):

@@ -76,8 +76,8 @@ class VideoConfig:
     @property
     def clip(self) -> tuple[int, int, int]:
         """Return (T, H, W) of the usual clip."""
-        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return (self.num_frames, *size)
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return self.num_frames, height, width
 
     @property
     def head_width(self) -> int:
@@ -214,9 +214,11 @@ class VideoDiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        embedders: tuple[Any, ...] = (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2])
+        for embedder in embedders:
             nn.init.normal_(embedder.weight, std=0.02)
-        for part in (*self.blocks, self.final_layer):
+        parts: list[Any] = [*self.blocks, self.final_layer]
+        for part in parts:
             zero_linear(part.adaLN_modulation[-1])
         zero_linear(self.final_layer.linear)
 
@@ -241,7 +243,9 @@ class VideoDiT(Backbone):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> ClipState:
         """Embed the inputs.  x: (B, C, T, H, W), t: (B,), y: (B,) -> ClipState."""
-        c, clip = self._config, tuple(x.shape[2:])
+        c = self._config
+        frames, height, width = x.shape[2:]
+        clip = frames, height, width
         if not self.accepts(tuple(x.shape[1:])):
             found, sides = " x ".join(map(str, x.shape[1:])), f"sides multiples of {c.patch_size}"
             raise InputError(f"clips of {found}: expected {c.in_channels} x frames x height x width, {sides}")
@@ -250,7 +254,8 @@ class VideoDiT(Backbone):
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         cut = x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
         patches = cut.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, F R S, pf p p C)
-        turns = tuple(part.to(x.dtype) for part in rotary(grid, c.head_width, c.rotary_base, x.device))
+        cos, sin = rotary(grid, c.head_width, c.rotary_base, x.device)
+        turns = cos.to(x.dtype), sin.to(x.dtype)
         return ClipState(self.x_embedder(patches), self.t_embedder(t) + self.y_embedder(y), clip, turns)
 
     def block(self, index: int, state: ClipState) -> ClipState:

@@ -98,7 +98,7 @@ def account_of(
     source: Source, num: int, left_out: Mapping[str, Sequence[str]], resize: Resize | None
 ) -> dict[str, Any]:
     """Say for a manifest what was read and what was not: counts, and the first names for each reason."""
-    skipped = {k: {"number": len(v), "names": list(v[:MOST_LISTED])} for k, v in (source.skipped | left_out).items()}
+    skipped = {k: {"number": len(v), "names": list(v[:MOST_LISTED])} for k, v in {**source.skipped, **left_out}.items()}
     return {
         "source": str(source.root),
         "pictures": num,

@@ -1,5 +1,8 @@
 """Read pictures from data sets of Hugging Face: `save_to_disk` folders and .parquet files. Needs pyarrow."""
 
+# pyright: reportMissingImports=false, reportUnusedImport=false
+# pyarrow is an extra.
+
 import json
 from collections.abc import Sequence
 from functools import lru_cache

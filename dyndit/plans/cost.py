@@ -71,10 +71,12 @@ class CostModel:
         return asdict(self)
 
     @classmethod
-    def from_description(cls, data: dict) -> Self:
+    def from_description(cls, data: dict[str, Any]) -> Self:
         """Build from the output of `describe`, also after JSON has turned its keys into text."""
 
-        def parts(times: dict) -> PartTimes:
-            return PartTimes(**times | {"exits": {int(depth): seconds for depth, seconds in times["exits"].items()}})
+        def parts(times: dict[str, Any]) -> PartTimes:
+            exits = {int(depth): seconds for depth, seconds in times["exits"].items()}
+            return PartTimes(**{**times, "exits": exits})
 
-        return cls(**data | {"one": parts(data["one"]), "two": parts(data["two"])})
+        both: dict[str, Any] = {"one": parts(data["one"]), "two": parts(data["two"])}
+        return cls(**{**data, **both})

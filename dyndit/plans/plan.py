@@ -314,7 +314,7 @@ _VERSION_1 = frozenset(
 ) | {"exits", "figures"}
 
 
-def _of_version_1(data: dict) -> dict[str, Any]:
+def _of_version_1(data: dict[str, Any]) -> dict[str, Any]:
     """Convert the fields of a version 1 plan. Its depths are whole numbers; negative numbers are codes."""
     if odd := data.keys() - _VERSION_1:
         raise PlanError(f"plan: {min(odd)!r:.40} is no field of version 1")

@@ -103,7 +103,8 @@ class Step:
                 return Work((self.depth,), own_exit=depth, forecast=self.forecast)
             case Held():
                 return Work((self.depth,), held=True, forecast=self.forecast)
-        return Work((self.depth,), forecast=self.forecast)
+            case _:
+                return Work((self.depth,), forecast=self.forecast)
 
     @property
     def exits(self) -> tuple[int, ...]:

@@ -118,8 +118,8 @@ def remove_dyndit(target: Target) -> None:
     """
     found = transformers_in(target) if isinstance(target, DiffusionPipeline) else []
     for transformer in found or [transformer_of(target)]:
-        if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit
-            transformer = transformer._orig_mod
+        if isinstance(transformer, torch._dynamo.OptimizedModule):  # pyright: ignore[reportPrivateUsage]  compiled as a whole after apply_dyndit
+            transformer = transformer._orig_mod  # pyright: ignore[reportPrivateUsage]
         remove_hook(transformer, HOOK)
 
 
@@ -145,6 +145,7 @@ class DynDiTHandle:
     @property
     def adapter(self) -> Adapter:
         """Return the transformer, cut into embed, blocks and head."""
+        assert isinstance(self.model.backbone, Adapter)
         return self.model.backbone
 
     @property
@@ -161,7 +162,7 @@ class DynDiTHandle:
             InputError: a router, but the plug-in sits on a bare transformer and sees no scheduler.
         """
         if isinstance(plan, str | Path):
-            plan = DepthPlan.load(plan)
+            plan = DepthPlan.load(Path(plan))
         self._plans.give(plan)
         self._call = Call()
 
@@ -370,7 +371,7 @@ class _Hook(ModelHook):
     def __deepcopy__(self, _memo: object) -> "_Hook":
         return _Hook(self.handle)  # no copy of the pipeline; `pre_forward` refuses the copied transformer
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Refuse a copy: the hook in it would run the weights of the original."""
         if module is not self.handle.adapter.transformer:
             raise InputError(

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ class PipelineSampler:
         solver = solver_name(pipe.scheduler)
         self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
 
-    def _watching(self, calls: list[Inputs]) -> object:
+    def _watching(self, calls: list[Inputs]) -> AbstractContextManager[None]:
         """Collect the inputs of every transformer call."""
         adapter = self._handle.adapter
         return watching(adapter.transformer, HOOK, lambda *args, **kwargs: calls.append(adapter.read(*args, **kwargs)))
@@ -282,7 +283,7 @@ def _check_asked(
     Raises:
         InputError: naming the table, its value and the wanted value.
     """
-    wanted: tuple[Step, ...] = CalibrationSettings(choices=choices).choices
+    wanted: tuple[Step, ...] = CalibrationSettings(choices=choices).steps
     if not wanted and num_depths is not None:
         wanted = default_choices(sampler.depths, sampler.full.cfg_scale != 1, num_depths)
     bands = num_bands and min(num_bands, table.num_steps)

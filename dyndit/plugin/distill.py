@@ -41,6 +41,7 @@ def distill_exits(
     model = DynamicDepth(adapt(transformer_of(target), adapter), pixel_space=False)
     calls = calls if isinstance(calls, RecordedCalls) else RecordedCalls(calls)
     dynamic, _ = (recipe or Distill()).run(model, calls, Path(out))
+    assert dynamic.exits is not None  # `Distill` trained them
     if PartialState().is_main_process:
         checkpoints.save_exits(dynamic.exits, Path(out) / checkpoints.EXITS, model.identity.backbone)
     return dynamic.exits

@@ -28,7 +28,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from dyndit.errors import InputError, first_line
@@ -97,10 +96,12 @@ class BlockAdapter(Adapter):
         cond_width: int | None = None,
     ) -> None:
         super().__init__(transformer)
-        self.family = type(transformer).__name__
-        self.latents_arguments, self.timestep_argument = (latents,), timestep
-        self.row_arguments, self.shared_arguments = tuple(rows), tuple(shared)
-        self.timestep_scale, self.guidance, self.usual_process = timestep_scale, guidance, process or RectifiedFlow()
+        # What a class says of its family, the description says of this transformer alone.
+        own: Any = self
+        own.family, own.guidance = type(transformer).__name__, guidance
+        own.latents_arguments, own.timestep_argument = (latents,), timestep
+        own.row_arguments, own.shared_arguments = tuple(rows), tuple(shared)
+        self.timestep_scale, self.usual_process = timestep_scale, process or RectifiedFlow()
         self._returned, self._head, self._enter = dict(blocks), tuple(head), dict(enter or {})
         self._tokens, self._cond, self._picture, self._joined = tokens, cond, picture, unpatchify or _joined
         try:
@@ -184,7 +185,7 @@ class BlockAdapter(Adapter):
         call = {self.latents_arguments[0]: inputs.x, self.timestep_argument: inputs.t}
         first, blocks[0] = blocks[0], _Stop()
         try:
-            type(self.transformer).forward(self.transformer, **call, **inputs.y.rows, **inputs.y.shared)
+            type(self.transformer).forward(self.transformer, **call, **given.rows, **given.shared)
         except _ReachedError as reached:
             bound = inspect.signature(type(first).forward).bind(first, *reached.args[0], **reached.args[1])
             return dict(list(bound.arguments.items())[1:])
@@ -244,7 +245,7 @@ class BlockAdapter(Adapter):
         """Make the prediction of patches.  (B, N, P) -> the shape that the forward returns."""
         return self._joined(patches, state.shape)
 
-    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, ...] | Tensor:
+    def output(self, prediction: Any, inputs: Inputs, return_dict: bool) -> Any:
         """Wrap the prediction. A forward without `return_dict` returns the tensor itself."""
         plain = "return_dict" not in self._signature.parameters
         return prediction if plain else super().output(prediction, inputs, return_dict)

@@ -152,12 +152,16 @@ class DynDiTPipeline(DiffusionPipeline):
             loaded = checkpoints.inspect(model_or_folder)
             model, folder = loaded.model, loaded.folder
         there = folder is not None and (Path(folder) / FILE).exists()
-        if vae is None and folder is not None and find(model_or_folder, optional=True)[0] is not None:
-            vae = open_autoencoder(None, model, model_or_folder)
+        origin = "" if isinstance(model_or_folder, DynamicDepth) else model_or_folder
+        decoder = None if isinstance(vae, str | Path) else vae
+        if vae is None and folder is not None and find(origin, optional=True)[0] is not None:
+            decoder = open_autoencoder(None, model, origin)
         elif isinstance(vae, str | Path):
-            vae = open_autoencoder(vae, model, "the transformer")
+            decoder = open_autoencoder(vae, model, "the transformer")
         scheduler = named_solver(solver or model.process.usual_solver, model.process).build(model.process)
-        return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
+        return cls(
+            model, scheduler, decoder, ShiftTable.from_pretrained(folder) if folder is not None and there else None
+        )
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
@@ -189,7 +193,7 @@ class DynDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Draw one picture per label, all in one batch.
 
         Depth: full depth by default; or `plan`, a `DepthPlan` or its file; or `budget`, a share of full depth's time
@@ -231,14 +235,15 @@ class DynDiTPipeline(DiffusionPipeline):
 
         _to_its_device(model)
         trajectory = start(model, batch, self.scheduler, plan.num_steps, noise=latents)
-        with self.progress_bar(total=plan.num_steps) as bar:
+        bars: Any = self.progress_bar
+        with bars(total=plan.num_steps) as bar:
 
             def step_ended(k: int, t: Tensor, x: Tensor) -> Tensor | None:
                 bar.update()
                 return None if on_step_end is None else on_step_end(k, t, x)
 
             x = advance(model, batch, trajectory, plan, guidance, on_step_end=step_ended).x
-        images = x.clone() if output_type == "latent" else self._pictures(x, output_type)
+        images: Any = x.clone() if output_type == "latent" else self._pictures(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -263,7 +268,7 @@ class DynDiTPipeline(DiffusionPipeline):
             raise InputError(
                 f"budget {budget:g}: this pipeline has no router; expected one with a shift table, or plan="
             )
-        plan = DepthPlan.load(plan) if isinstance(plan, str | Path) else plan
+        plan = DepthPlan.load(Path(plan)) if isinstance(plan, str | Path) else plan
         default_scale = CFG_SCALE if self.transformer.backbone.condition.guided else 1.0
         steps, scale = (NUM_STEPS, default_scale) if plan is None else (plan.num_steps, plan.cfg_scale)
         steps = steps if num_inference_steps is None else num_inference_steps

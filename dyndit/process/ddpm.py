@@ -68,7 +68,8 @@ class DDPM(Process):
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (B, 1, 1, 1), in `like`'s dtype and on its device."""
         alpha_bar = self.alphas_bar[t.long().cpu()].view(-1, *[1] * (like.ndim - 1))
-        return tuple(scale.to(like.device, like.dtype) for scale in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return signal.to(like.device, like.dtype), noise.to(like.device, like.dtype)
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Mix to x_t by DDPM, Equation 4.  x_0, eps: (B, C, H, W), t: (B,) -> (B, C, H, W)."""

@@ -143,7 +143,7 @@ class RectifiedFlow(Process):
         Pipelines of diffusers pass these values. Heun's scheduler takes its ends alone.
         """
         if isinstance(scheduler, _TAKE_SHARES):
-            scheduler.set_timesteps(num_steps, sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
+            scheduler.set_timesteps(num_steps, sigmas=np.linspace(1, 0, num_steps + 1)[:-1])  # pyright: ignore[reportArgumentType]  an array is what it makes of it
         elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
             scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps
             scheduler.set_timesteps(num_steps)

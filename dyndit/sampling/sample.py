@@ -115,6 +115,13 @@ class Sampling:
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
 
+    @property
+    def running(self) -> DepthPlan:
+        """Return the plan to run. Raises TypeError before `bound` has resolved it."""
+        if not isinstance(self.plan, DepthPlan):
+            raise TypeError("plan: not bound yet; expected `Sampling.bound` before")
+        return self.plan
+
     def batches(self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int]) -> Iterator[Drawn]:
         """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`."""
         guidance, device = Guidance(self.cfg_scale, self.guided_channels), next(model.parameters()).device
@@ -128,8 +135,8 @@ class Sampling:
             batch = Batch(condition, indices + indices[-1:] * padding, self.seed)
             timed.clear()
             began = time.perf_counter()
-            trajectory = start(model, batch, self.solver, self.plan.num_steps, shape=self.shape)
-            x = advance(model, batch, trajectory, self.plan, guidance, on_step=on_step).x
+            trajectory = start(model, batch, self.solver, self.running.num_steps, shape=self.shape)
+            x = advance(model, batch, trajectory, self.running, guidance, on_step=on_step).x
             x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
             seconds = time.perf_counter() - began
             yield Drawn(indices, mine, x[: len(mine)], seconds, *zip(*timed, strict=True))
@@ -193,12 +200,12 @@ def sample(
         pictures=result if model.pixel_space else torch.empty(0, dtype=torch.uint8),
         latents=None if model.pixel_space else result,
         labels=labels,
-        plan=asked.plan,
+        plan=asked.running,
         seed=seed,
         batch_seconds=tuple(batch.seconds for batch in drawn),
         step_seconds=added(batch.step_seconds for batch in drawn),
         network_seconds=added(batch.network_seconds for batch in drawn),
-        settings=vars(asked) | {"solver": asked.plan.solver, "first_index": first_index},
+        settings=vars(asked) | {"solver": asked.running.solver, "first_index": first_index},
     )
 
 
@@ -269,12 +276,13 @@ def sample_into(
         labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
     labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
     asked = Sampling(**settings).bound(model, labels, origin)
+    decode = to_uint8 if to_pictures is None else to_pictures
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
     wanted = set(range(num_images) if ids is None else ids)
     if odd := sorted(wanted - set(range(num_images))):
         raise InputError(f"ids: {odd[0]}; expected 0 to {num_images - 1}")
-    plan = asked.plan
+    plan = asked.running
     run = {
         "verb": "sample",
         "model": model.identity.backbone,
@@ -292,7 +300,7 @@ def sample_into(
     }
     if asked.shape is not None:
         run["shape"] = asked.shape
-    store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
+    store, facts = Store(Path(out), tuple(labels)), dict[str, Any](plan=_facts(plan))
     # Processes that share the numbers hold the folder together, once one of them has claimed it.
     with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
         found = manifest.claim(store.folder, run, complete=False, **facts)
@@ -313,7 +321,7 @@ def sample_into(
             on_progress(done, num_images)
         for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
             began = time.perf_counter()
-            pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
+            pictures = drawn.x if model.pixel_space else decode(drawn.x)
             # Write times before pictures: every batch on disk then has its time.
             store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
             rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]

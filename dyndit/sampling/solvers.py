@@ -104,7 +104,7 @@ def _settings(scheduler: Any) -> dict[str, Any]:
 
 def takes_variance(solver: AnySolver) -> bool:
     """Tell whether `step` takes the learned-variance half of a prediction."""
-    scheduler = _built(solver) if isinstance(solver, str) else solver
+    scheduler: Any = _built(solver) if isinstance(solver, str) else solver
     return scheduler.config.get("variance_type") in ("learned", "learned_range")
 
 
@@ -123,8 +123,9 @@ def draws_noise(scheduler: Any) -> bool:
     """
     if isinstance(scheduler, _NO_NOISE):
         return False
+    settings = scheduler.config
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        return bool(scheduler.config.stochastic_sampling)
+        return bool(settings.stochastic_sampling)
     if str(scheduler.config.get("algorithm_type", "sde")).startswith("dpmsolver"):
         return False
     return "generator" in _step_parameters(type(scheduler))
@@ -194,8 +195,9 @@ def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM())
         scheduler = named.build(process)
         process.set_timesteps(scheduler, num_steps)
         return scheduler
-    check_scheduler(solver, process)
-    name, scheduler = type(solver).__name__, type(solver).from_config(solver.config)
+    given: Any = solver
+    check_scheduler(given, process)
+    name, scheduler = type(given).__name__, type(given).from_config(given.config)
     try:
         process.set_timesteps(scheduler, num_steps)
     except ValueError as error:

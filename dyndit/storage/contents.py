@@ -101,7 +101,7 @@ def read(path: Path, weights: str | None = None) -> Contents:
     return Contents(chosen.tensors, args, tuple(notes), (*unused, *extra, *of_training))
 
 
-def _options(value: object, name: str) -> object:
+def _options(value: Any, name: str) -> object:
     """Return a script's options as a namespace. A dict under "args" stays a dict: `official.write` makes one."""
     plain = name != "args" and isinstance(value, dict) and all(isinstance(key, str) for key in value)
     return Namespace(**value) if plain else value

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
@@ -52,10 +52,9 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
         raise CheckpointError(
             f"{folder}: {CONFIG} edited, or {name} damaged (hash {checksum}, recorded {metadata.get(CHECKSUM_KEY)})"
         )
-    if pixel_space is None:
-        pixel_space = backbone.in_channels in (1, 3)
-    pixel_space = private(raw, PIXEL_SPACE, bool, pixel_space, path)
-    return completed(folder, backbone, process, pixel_space, (*layout.notes(raw, config, folder), *assumed))
+    usual = backbone.in_channels in (1, 3) if pixel_space is None else pixel_space
+    pixels: bool = private(raw, PIXEL_SPACE, bool, usual, path)
+    return completed(folder, backbone, process, pixels, (*layout.notes(raw, config, folder), *assumed))
 
 
 def write(model: DynamicDepth, folder: Path) -> None:
@@ -76,7 +75,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
         write_exits(model.exits, folder / EXITS, model.identity.backbone)
 
 
-def to_diffusers(model: DynamicDepth) -> nn.Module:
+def to_diffusers(model: DynamicDepth) -> Any:
     """Convert to the family's class of diffusers in memory. Exits are left out.
 
     Raises InputError: the class cannot express the model.
@@ -90,9 +89,7 @@ def to_diffusers(model: DynamicDepth) -> nn.Module:
     return transformer if reference.dtype == transformer.dtype else transformer.to(reference.dtype)
 
 
-def from_diffusers(
-    transformer: nn.Module, pixel_space: bool | None = None, process: AskedProcess = None
-) -> DynamicDepth:
+def from_diffusers(transformer: Any, pixel_space: bool | None = None, process: AskedProcess = None) -> DynamicDepth:
     """Copy a transformer of diffusers to its native class, without exits.
 
     pixel_space: True if it makes pixels (default: as its config records, else True for 1 or 3 channels). process: the

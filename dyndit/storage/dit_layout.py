@@ -119,7 +119,7 @@ class DiTLayout:
             width = tensors["pos_embed.proj.weight"].shape[0]
             if width != config.width:
                 raise CheckpointError(f"{path}: heads are {config.width} wide in all, but the weights are {width} wide")
-            return asdict(config), to_native(tensors, config.image_size // config.patch_size)
+            return asdict(config), to_native(tensors, config.size[0] // config.patch_size)
         except CheckpointError as error:
             raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         except (KeyError, ValueError, IndexError, RuntimeError) as error:
@@ -144,7 +144,7 @@ class DiTLayout:
         """Convert to diffusers' class in memory, with the model's own timestep frequencies."""
         from diffusers import DiTTransformer2DModel
 
-        transformer = DiTTransformer2DModel(**{name: v for name, v in config.items() if not name.startswith("_")})
+        transformer: Any = DiTTransformer2DModel(**{name: v for name, v in config.items() if not name.startswith("_")})
         tensors = from_native(model.backbone.state_dict())
         positions = tensors.pop(POSITIONS, None)
         transformer.load_state_dict(tensors)
@@ -153,7 +153,7 @@ class DiTLayout:
         match_frequencies(transformer, config[FREQUENCY_SHIFT])
         return transformer
 
-    def recorded(self, transformer: nn.Module) -> dict[str, Any]:
+    def recorded(self, transformer: Any) -> dict[str, Any]:
         """See `Layout`. The frequencies are the transformer's present ones."""
         shift = frequency_shift_of(transformer)
         recorded = transformer.config.get(FREQUENCY_SHIFT, shift)
@@ -164,11 +164,11 @@ class DiTLayout:
             )
         return dict(transformer.config) | {"_class_name": self.name, FREQUENCY_SHIFT: shift}
 
-    def call(self, transformer: nn.Module, model: DynamicDepth, inputs: Inputs) -> Tensor:
+    def call(self, transformer: Any, model: DynamicDepth, inputs: Inputs) -> Tensor:
         """See `Layout`."""
         return transformer(inputs.x, inputs.t, inputs.y, return_dict=False)[0]
 
-    def loaded_plainly(self, model: DynamicDepth, transformer: nn.Module) -> tuple[tuple[str, ...], str]:
+    def loaded_plainly(self, model: DynamicDepth, transformer: Any) -> tuple[tuple[str, ...], str]:
         """See `Layout`."""
         config = DiTConfig(**model.backbone.config())
         causes = ["timestep frequencies"] if config.frequency_shift != 1 else []

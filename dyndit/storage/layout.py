@@ -6,12 +6,12 @@ A family says its layout in a file of its own (`dit_layout.py`, `sd3_layout.py`)
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndit.errors import CheckpointError
-from dyndit.models.base import Backbone, Inputs
+from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage.names import PROCESS as PROCESS
 
@@ -24,15 +24,15 @@ _LARGEST = 1 << 20
 class Layout(Protocol):
     """A transformer class of diffusers, as the folder of a native family."""
 
-    name: ClassVar[str]
+    name: str
     """Name of the class."""
-    family: ClassVar[type[Backbone]]
+    family: Any
     """The native family that holds its weights."""
-    private: ClassVar[tuple[str, ...]]
+    private: Any
     """Names in config.json that diffusers ignores and our metadata seals."""
-    companion: ClassVar[str]
+    companion: str
     """File beside the weights for tensors that the class lacks, under native names; "" if there are none."""
-    matched: ClassVar[str]
+    matched: str
     """What `module` matches beyond a plain load, for messages; "" if there is nothing to match."""
 
     def serves(self, raw: Mapping[str, Any]) -> bool:
@@ -64,11 +64,11 @@ class Layout(Protocol):
         """Return notes on inferred settings, a line each."""
         ...
 
-    def module(self, model: DynamicDepth, config: Mapping[str, Any]) -> nn.Module:
+    def module(self, model: DynamicDepth, config: Mapping[str, Any]) -> Any:
         """Convert to the class in memory."""
         ...
 
-    def recorded(self, transformer: nn.Module) -> dict[str, Any]:
+    def recorded(self, transformer: Any) -> dict[str, Any]:
         """Return the config of a transformer in memory, with the private names.
 
         Raises:
@@ -76,16 +76,16 @@ class Layout(Protocol):
         """
         ...
 
-    def call(self, transformer: nn.Module, model: DynamicDepth, inputs: Inputs) -> Tensor:
+    def call(self, transformer: Any, model: DynamicDepth, inputs: Inputs) -> Tensor:
         """Predict with the class, from the native model's inputs."""
         ...
 
-    def loaded_plainly(self, model: DynamicDepth, transformer: nn.Module) -> tuple[tuple[str, ...], str]:
+    def loaded_plainly(self, model: DynamicDepth, transformer: Any) -> tuple[tuple[str, ...], str]:
         """Turn a transformer of `module` into what a plain load gives -> the causes of a difference, and its remedy."""
         ...
 
 
-def private(raw: Mapping[str, Any], name: str, kind: type, default: object, path: Path) -> object:
+def private(raw: Mapping[str, Any], name: str, kind: type, default: object, path: Path) -> Any:
     """Return the checked value of a private name. Files that diffusers wrote give the default."""
     value = raw.get(name, default)
     if type(value) is not kind:

@@ -75,7 +75,7 @@ def load(
         CheckpointError: missing, damaged, edited or foreign, or of another process.
         InputError: the number of heads is unknown or contradicted, or a trusted module cannot be imported.
     """
-    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    told: dict[str, Any] = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
     return inspect(path_or_hub_id, revision=revision, device=device, dtype=dtype, trust=trust, **told).model
 
 
@@ -97,7 +97,7 @@ def inspect(
     wanted = None if path.exists() or text == "digits" else hub.parse(text, revision)
     if revision is not None and wanted is None:
         raise InputError(f"--revision {revision}: {text} is no hub id; expected org/name with it")
-    convention = None
+    convention: Any = None
     if isinstance(process, str):
         process, _, convention = process.partition(":")
         if process not in processes():
@@ -266,7 +266,11 @@ def _scheduled(path: Path) -> tuple[Process | None, tuple[str, ...]]:
         except InputError as error:
             raise CheckpointError(f"{path}: {error}") from error
     else:
-        expected = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+        expected: dict[str, Any] = {
+            "prediction_type": "epsilon",
+            "beta_schedule": "linear",
+            "num_train_timesteps": 1000,
+        }
         expected["trained_betas"] = None
         for setting, value in expected.items():
             if (found := config.get(setting, value)) != value:

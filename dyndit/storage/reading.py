@@ -49,7 +49,7 @@ AskedProcess = Process | str | None
 
 
 def process_of(
-    recorded: object, asked: AskedProcess, path: Path, usual: Process = DDPM()
+    recorded: Any, asked: AskedProcess, path: Path, usual: Process = DDPM()
 ) -> tuple[Process, tuple[str, ...]]:
     """Choose the process of a checkpoint -> the process, and a note if it is assumed.
 
@@ -63,7 +63,7 @@ def process_of(
         return usual, (note,)
     wanted = from_config({"name": asked}) if isinstance(asked, str) else asked
     if recorded is None:
-        return wanted, ()
+        return wanted or usual, ()
     try:
         found = from_config(recorded)
     except (InputError, TypeError, ValueError) as error:
@@ -73,7 +73,7 @@ def process_of(
     return found, ()
 
 
-def autoencoder_record(recorded: object, path: Path) -> AutoencoderRecord | None:
+def autoencoder_record(recorded: Any, path: Path) -> AutoencoderRecord | None:
     """Read the record of a model's autoencoder from plain data. Raises CheckpointError: it is no record."""
     if recorded is None:
         return None
@@ -87,7 +87,7 @@ def autoencoder_record(recorded: object, path: Path) -> AutoencoderRecord | None
 
 
 _SCALAR = np.float64(0).__reduce__()[0]
-_PLAIN = (
+_PLAIN: tuple[Any, ...] = (
     *(argparse.Namespace, SimpleNamespace, PosixPath, WindowsPath, np.dtype, np.dtypes.Float64DType),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 )
@@ -102,7 +102,7 @@ def read_pickled(path: Path) -> object:
 
     def read() -> object:
         # Pass a file, not a path: torch.load trusts the suffix of a path.
-        with opened(path) as file, torch.serialization.safe_globals(list(_PLAIN)):
+        with opened(path) as file, torch.serialization.safe_globals([*_PLAIN]):
             return torch.load(file, map_location="cpu", weights_only=True)
 
     try:

@@ -155,20 +155,21 @@ class SD3Layout:
         from diffusers import SD3Transformer2DModel
 
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-        transformer = SD3Transformer2DModel(**arguments | {"dual_attention_layers": ()})
+        transformer = SD3Transformer2DModel(**{**arguments, "dual_attention_layers": ()})
         transformer.load_state_dict(self.split(model.backbone.state_dict())[0])
         return transformer
 
-    def recorded(self, transformer: nn.Module) -> dict[str, Any]:
+    def recorded(self, transformer: Any) -> dict[str, Any]:
         """See `Layout`."""
         return dict(transformer.config) | {"_class_name": self.name}
 
-    def call(self, transformer: nn.Module, model: DynamicDepth, inputs: Inputs) -> Tensor:
+    def call(self, transformer: Any, model: DynamicDepth, inputs: Inputs) -> Tensor:
         """See `Layout`."""
-        rows = model.backbone.text_of(inputs.y).rows
+        backbone: Any = model.backbone
+        rows = backbone.text_of(inputs.y).rows
         return transformer(inputs.x, rows[TOKENS], rows[POOLED], inputs.t, return_dict=False)[0]
 
-    def loaded_plainly(self, model: DynamicDepth, transformer: nn.Module) -> tuple[tuple[str, ...], str]:
+    def loaded_plainly(self, model: DynamicDepth, transformer: Any) -> tuple[tuple[str, ...], str]:
         """See `Layout`. The class has an argument for everything."""
         return (), ""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from dyndit.training import captioned, moving
 BESIDE = "pictures beside class folders"
 
 
-class Pictures(Dataset, ABC):
+class Pictures(Dataset[Any], ABC):
     """Labelled pictures of one shape, or clips. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int.
 
     Clips are (C, T, H, W). They may have several shapes; `shape` is the usual one.
@@ -41,11 +41,11 @@ class Pictures(Dataset, ABC):
     image_size: int | tuple[int, ...]  # a side, (height, width), or (frames, height, width)
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
-    fingerprint: str  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
+    fingerprint: Any  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
 
     groups: tuple[tuple[int, ...], ...] = ()
     """Numbers of the items of each shape, the usual shape first. A batch is of one group. Empty: one shape."""
-    account: Mapping[str, Any] = {}
+    account: Any = {}  # noqa: RUF012  never written to
     """What was read and what was skipped, for manifests; see `account_of`."""
 
     @property
@@ -115,7 +115,7 @@ def load_digits() -> Pictures:
     """Load scikit-learn's 1,797 scanned digits: 8x8, one channel, 10 classes. Ink 0 to 16 becomes -1 to 1."""
     from sklearn import datasets
 
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     return _Digits(bunch.images.astype(np.float32), bunch.target)
 
 
@@ -140,7 +140,7 @@ def load_captioned_digits() -> Pictures:
     """Load 7,188 digits with captions such as "number seven, bold, tilted": the 1,797 scans in four styles each."""
     from sklearn import datasets
 
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     return _CaptionedDigits(bunch.images.astype(np.float32), bunch.target, repeats=4)
 
 
@@ -163,7 +163,7 @@ class _MovingDigits(Pictures):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return tuple((1, *shape) for shape in moving.SHAPES)
 
-    def _clip(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def _clip(self, index: int, shape: Any = None) -> np.ndarray:
         shape = shape or moving.SHAPES[moving.shape_number(index)]
         return moving.clip(self._levels, self._scans_of[self.labels[index]], index, shape)
 
@@ -180,7 +180,7 @@ def load_moving_digits() -> Pictures:
     """Load 4,800 clips of one or two bouncing scans of a class: 8 frames of 16 x 16, and other shapes."""
     from sklearn import datasets
 
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     return _MovingDigits(bunch.images.astype(np.uint8), bunch.target.astype(np.uint8), moving.NUM_CLIPS)
 
 
@@ -339,7 +339,7 @@ def open_data(
         return data
     if isinstance(image_size, tuple) and len(image_size) == 3:
         raise InputError(f"data {spec}: a folder of pictures, but the model takes clips; expected 'moving-digits'")
-    options = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
+    options: dict[str, Any] = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
         return PictureFolder(spec, image_size, channels or 3, **options)
     except InputError as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -32,7 +32,7 @@ from dyndit.training.states import TRAJECTORIES_SEED, States, noised
 _NUM_FORECAST = 128
 """Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
 
-_DISTILLING = FitConfig(
+DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
 )
 
@@ -69,7 +69,7 @@ class Distill:
     """
 
     exits: ExitConfig = field(default_factory=ExitConfig)
-    fit: FitConfig = _DISTILLING
+    fit: FitConfig = DISTILLING
     data: str = ""
     variance_weight: float = 0.1
     null_share: float = 0.3
@@ -149,31 +149,31 @@ class Distill:
                 # Exits start as copies of the backbone's head, which may be in half precision and frozen.
                 exits = Exits(original, self.exits).float().requires_grad_(True)
                 backbone = original if self.backbone == "frozen" else trainable_copy(original)
-                adapters = with_adapters(backbone, self.lora_rank) if self.backbone == "lora" else None
+                lora = self.backbone == "lora" and isinstance(backbone, ClassConditionalDiT)  # `check` refuses others
+                adapters = with_adapters(backbone, self.lora_rank) if lora else None
             if backbone is not original:
                 backbone.gradient_checkpointing = self.fit.gradient_checkpointing
             if self.states == "sampler":
                 data = self._trajectories(model, Path(out))
-            elif isinstance(data, Pictures):
-                data = conditioned(data, original.condition)
+            items = conditioned(data, original.condition) if isinstance(data, Pictures) else data
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))
             own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("exits", "fit", "data"))
             identity = f"{model.identity.backbone} {exits.config} {' '.join(own)}"
-            result = fit(task, data, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
+            result = fit(task, items, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
             trained.load_state_dict(result.ema)
             if adapters is not None:
                 adapters.merge_and_unload()
             dynamic.eval()
         dynamic.to(next(original.parameters()).device)
         if self.forecasts:
-            dynamic.exits.gains = nn.Parameter(self._gains(dynamic))
+            exits.gains = nn.Parameter(self._gains(dynamic, exits))
         return dynamic, result
 
-    def _gains(self, dynamic: DynamicDepth) -> Tensor:
+    def _gains(self, dynamic: DynamicDepth, exits: Exits) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
-        regression, seed = GapRegression(dynamic.exits.layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
+        regression, seed = GapRegression(exits.layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
         full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
         device = next(dynamic.parameters()).device
         for low in range(0, _NUM_FORECAST, self.fit.batch_size):
@@ -181,7 +181,7 @@ class Distill:
             batch = batch_in_turn(dynamic, numbers, seed)
             trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
             for k in range(self.num_steps):
-                step = {"first": k, "stop": k + 1, "also_keep": dynamic.exits.layers}
+                step: dict[str, Any] = {"first": k, "stop": k + 1, "also_keep": exits.layers}
                 gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory.gaps[-1])
             regression.add(gaps)
         return regression.gains().to(device)

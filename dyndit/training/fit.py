@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -57,7 +57,7 @@ class Task(Protocol):
 
     trainable: nn.Module
 
-    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Rows]:
+    def draw(self, x: Tensor, y: Any, generator: torch.Generator, /) -> tuple[Tensor, Any]:
         """Return what `loss` takes for a batch, with every random number drawn: noise, timesteps.  x: (B, ...).
 
         The loop may cut the result into parts of fewer rows. By default return x and y as they are.
@@ -65,7 +65,7 @@ class Task(Protocol):
         return x, y
 
     def loss(
-        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, y: Any, generator: torch.Generator, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a scalar loss, a mean over rows, and scalar figures to log.  x, y: from `draw`, all rows or a part.
 
@@ -181,9 +181,9 @@ def _train(
                 x, y = task.draw(x, y, generator)
             with accelerator.accumulate(prepared):
                 means: dict[str, Tensor] = {}
-                for share, *rows in in_parts(x, y, num_parts):
+                for share, part, drawn in in_parts(x, y, num_parts):
                     with autocast:
-                        loss, extra = task.loss(module, *rows, generator)
+                        loss, extra = task.loss(module, part, drawn, generator)
                     accelerator.backward(loss * share)
                     for name, value in {"loss": loss, **extra}.items():
                         means[name] = means.get(name, 0) + value.detach() * share

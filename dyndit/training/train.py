@@ -56,7 +56,7 @@ class Train:
 
     def under(self, process: Process) -> Self:
         """Return the recipe under another process. A process without a variance gets a backbone without one."""
-        backbone = self.backbone
+        backbone: Any = self.backbone
         own = isinstance(backbone, Architecture)
         if backbone.learn_variance and not process.has_variance and not own:
             backbone = replace(backbone, learn_variance=False)
@@ -70,10 +70,11 @@ class Train:
         """
         if isinstance(self.backbone, Architecture):
             return replace(self, backbone=self.backbone.changed(**changes))
-        if odd := sorted(changes.keys() - {field.name for field in fields(self.backbone)}):
-            family = type(self.backbone).__name__
+        config: Any = self.backbone  # a dataclass
+        if odd := sorted(changes.keys() - {field.name for field in fields(config)}):
+            family = type(config).__name__
             raise InputError(f"--{odd[0]} {changes[odd[0]]}: a {family} has no such choice; expected none")
-        return replace(self, backbone=replace(self.backbone, **changes))
+        return replace(self, backbone=replace(config, **changes))
 
     def check(self, data: Pictures) -> None:
         """Refuse pictures and exits that do not fit the backbone.

@@ -10,13 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, Inputs, PerRow
-from dyndit.models.conditions import Condition, Conditioning, GivenRows
+from dyndit.models.conditions import Conditioning, GivenRows
 from dyndit.plugin.weights import added_scales, added_tensors, own_tensors
 
 
@@ -106,12 +105,12 @@ class Adapter(Backbone):
         default = self._signature.parameters[name].default
         return value is None or value is default or (isinstance(value, Mapping) and not value)
 
-    def _condition(self, call: dict[str, Any]) -> Condition:
+    def _condition(self, call: dict[str, Any]) -> Any:
         """Return the conditioning of a bound call."""
         rows: dict[str, Tensor] = {}
         for name in self.row_arguments:
             value = call.get(name)
-            entries = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+            entries: Any = dict(enumerate(value)) if isinstance(value, list | tuple) else value
             entries = entries if isinstance(entries, Mapping) else {name: value}
             named = {f"{name}.{key}" if isinstance(key, int) else key: entry for key, entry in entries.items()}
             rows |= {key: entry for key, entry in named.items() if entry is not None}
@@ -128,7 +127,7 @@ class Adapter(Backbone):
             return None
         return None if len(inputs) == 2 * half and torch.equal(inputs.x[:half], inputs.x[half:]) else False
 
-    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, ...]:
+    def output(self, prediction: Any, inputs: Inputs, return_dict: bool) -> Any:
         """Wrap the prediction for `inputs` as the transformer's forward returns it."""
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -168,7 +167,7 @@ class ContinuousHead(nn.Module):
         super().__init__()
         check_copies(norm_out.linear)
         widths = (proj_out.in_features, norm_out.linear.in_features)
-        options = {"eps": norm_out.norm.eps, "bias": norm_out.linear.bias is not None}
+        options: dict[str, Any] = {"eps": norm_out.norm.eps, "bias": norm_out.linear.bias is not None}
         self.norm_out = AdaLayerNormContinuous(*widths, elementwise_affine=False, **options)
         self.norm_out.load_state_dict(norm_out.state_dict())
         self.proj_out = linear_copy(proj_out)
@@ -201,7 +200,7 @@ class TableHead(nn.Module):
 
     def __init__(self, norm_out: nn.LayerNorm, scale_shift_table: Tensor, proj_out: nn.Linear) -> None:
         super().__init__()
-        self.norm_out = nn.LayerNorm(norm_out.normalized_shape, eps=norm_out.eps, elementwise_affine=False)
+        self.norm_out = nn.LayerNorm(list(norm_out.normalized_shape), eps=norm_out.eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(scale_shift_table.detach().clone())
         self.proj_out = linear_copy(proj_out)
 

@@ -46,7 +46,7 @@ class DiTAdapter(Adapter):
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
-        self.condition = ClassLabels(c.num_embeds_ada_norm)
+        self.condition: ClassLabels = ClassLabels(c.num_embeds_ada_norm)
         self.sample_shape, self.out_channels = (c.in_channels, c.sample_size, c.sample_size), transformer.out_channels
 
         self.usual_process = from_config(c.get(PROCESS, DDPM().config()))
@@ -121,7 +121,7 @@ class DiTAdapter(Adapter):
         head.adaLN_modulation[1].load_state_dict(model.proj_out_1.state_dict())
         return head.to(model.proj_out_2.weight)
 
-    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+    def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
         """Join patches to pictures.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         return join_patches(patches, state.side, state.side, self.transformer.patch_size)
 

@@ -115,7 +115,7 @@ class _Head(nn.Module):
     def __init__(self, norm_final: nn.LayerNorm, norm_out: AdaLayerNorm, proj_out: nn.Linear) -> None:
         super().__init__()
         inner = norm_out.norm
-        self.norm_final = nn.LayerNorm(norm_final.normalized_shape, norm_final.eps, norm_final.elementwise_affine)
+        self.norm_final = nn.LayerNorm(list(norm_final.normalized_shape), norm_final.eps, norm_final.elementwise_affine)
         self.norm_out = AdaLayerNorm(
             norm_out.linear.in_features,
             output_dim=norm_out.linear.out_features,

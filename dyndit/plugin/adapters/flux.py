@@ -113,6 +113,6 @@ class FluxAdapter(Adapter):
         """Return a copy of the final layer."""
         return ContinuousHead(self.transformer.norm_out, self.transformer.proj_out)
 
-    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+    def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
         """Return the picture's patches: the model's predictions are packed too.  -> (B, N, C_out)."""
         return patches[:, : state.size]

@@ -82,7 +82,7 @@ class Flux2Adapter(Adapter):
             model.double_stream_modulation_img(cond),
             model.double_stream_modulation_txt(cond),
             model.single_stream_modulation(cond),
-            tuple(torch.cat(parts) for parts in zip(text, pictures, strict=True)),
+            (torch.cat([text[0], pictures[0]]), torch.cat([text[1], pictures[1]])),
             places=(len(y["txt_ids"]), first_image(y["img_ids"])),
         )
 

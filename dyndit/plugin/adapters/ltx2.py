@@ -165,7 +165,8 @@ class LTX2Adapter(Adapter):
             "temb_prompt": prompt,
             "temb_prompt_audio": prompt_audio,
         }
-        return modulation, tuple(c[:, 0] if c.shape[1] == 1 else c for c in (cond, sound_cond))
+        own, beside = (c[:, 0] if c.shape[1] == 1 else c for c in (cond, sound_cond))
+        return modulation, (own, beside)
 
     def _text(self, y: Conditioning, dtype: torch.dtype, num: int) -> dict[str, Tensor | None]:
         """Return the text of both streams, and all masks as biases on attention scores."""
@@ -246,7 +247,8 @@ class LTX2Adapter(Adapter):
 
     def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, Tensor]:
         """Split a prediction into video and sound."""
-        num = inputs.y[VIDEO_TOKENS]
+        given: Any = inputs.y
+        num = given[VIDEO_TOKENS]
         video, sound = prediction[:, :num], prediction[:, num:]
         return AudioVisualModelOutput(sample=video, audio_sample=sound) if return_dict else (video, sound)
 

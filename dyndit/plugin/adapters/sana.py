@@ -76,7 +76,8 @@ class SanaAdapter(Adapter):
             cond,
             modulation,
             model.caption_norm(text),
-            *biases,
+            biases[0],
+            biases[1],
             in_order(y, "controlnet_block_samples"),
             grid=(x.shape[-2] // patch, x.shape[-1] // patch),
         )

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -72,7 +71,7 @@ class ZImageAdapter(Adapter):
         return self._final.adaLN_modulation[1].in_features
 
     @property
-    def _final(self) -> nn.Module:
+    def _final(self) -> Any:
         """Return the final layer."""
         return self.transformer.all_final_layer[f"{_PATCH}-{_FRAMES}"]
 
@@ -134,7 +133,7 @@ class ZImageAdapter(Adapter):
     def block(self, index: int, state: _State) -> State:
         """Run block `index`, then add a ControlNet's residual."""
         tokens = self.transformer.layers[index](state.tokens, state.mask, state.rotary, state.cond)
-        if index in state.after:
+        if state.residuals is not None and index in state.after:
             tokens = tokens + state.residuals.values[state.after.index(index)]
         return replace(state, tokens=tokens)
 
@@ -155,6 +154,6 @@ class ZImageAdapter(Adapter):
         sizes = [state.size] * len(patches)
         return torch.stack(self.transformer.unpatchify(list(patches.unbind(0)), sizes, _PATCH, _FRAMES))
 
-    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[list[Tensor]]:
+    def output(self, prediction: Any, inputs: Inputs, return_dict: bool) -> Any:
         """Return a list with a prediction per row, as the transformer's forward does."""
         return super().output(list(prediction.unbind(0)), inputs, return_dict)

@@ -44,7 +44,8 @@ class Bound:
         """Tell if a value is inside."""
         if not is_number(value) or (self.whole and not isinstance(value, numbers.Integral)):
             return False
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        number: Any = value
+        return self.low <= number <= self.high and not (self.above and number == self.low)
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above else f"at least {self.low}"

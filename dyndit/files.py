@@ -206,7 +206,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
             draft,
-            dict(metadata) if metadata is not None else None,
+            None if metadata is None else dict(metadata),
         )
         if metadata:
             _sort_metadata(draft)
@@ -366,7 +366,7 @@ def sha256(path: Path) -> str:
     """Hash a file. Raises CheckpointError if it cannot be read."""
     try:
         with opened(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  it reads bytes
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
 

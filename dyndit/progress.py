@@ -37,7 +37,7 @@ def progress_bar(
         yield _in_lines(title, console, every)
 
 
-def _unseen(_done: int, _total: int, _words: str | None = None) -> None:
+def _unseen(done: int, total: int, words: str | None = None) -> None:
     """Show nothing."""
 
 

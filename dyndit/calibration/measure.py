@@ -277,8 +277,8 @@ def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtra
     features = extractor.features(as_rgb(pictures))
     if features.shape[1] > MAX_FEATURES:
         _, vectors = torch.linalg.eigh(torch.cov(features.T))
-        extractor = extractor.projected(vectors[:, -NUM_COMPONENTS:])
-        features = features @ extractor.projection
+        leading = vectors[:, -NUM_COMPONENTS:]
+        extractor, features = extractor.projected(leading), features @ leading
     return extractor, moments(features)
 
 

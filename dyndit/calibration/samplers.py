@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -30,17 +30,17 @@ class Sampler(Protocol):
     """Draws pictures under plans. The same picture number always has the same noise."""
 
     @property
-    def full(self) -> DepthPlan:
+    def full(self) -> Any:
         """The full plan, with the timesteps, the solver and the guidance scale to calibrate."""
         ...
 
     @property
-    def depths(self) -> tuple[int, ...]:
+    def depths(self) -> Any:
         """The depths that can be run, rising."""
         ...
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> Any:
         """Identity of the model. Tables are bound to it."""
         ...
 
@@ -50,12 +50,12 @@ class Sampler(Protocol):
         ...
 
     @property
-    def device(self) -> str:
+    def device(self) -> Any:
         """The kind of device."""
         ...
 
     @property
-    def setting(self) -> object:
+    def setting(self) -> Any:
         """Other settings that change the pictures, as plain data."""
         ...
 

@@ -132,5 +132,6 @@ def filled(text: str) -> str:
     for name, place in REGISTRIES.items():
         if (mark := f"{{{name}}}") in text:
             names: Any = pkgutil.resolve_name(place)
-            text = text.replace(mark, ", ".join(names() if callable(names) else names))
+            known: Any = names() if callable(names) else names
+            text = text.replace(mark, ", ".join(known))
     return text

@@ -294,7 +294,7 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
     """
     from dyndit.storage.autoencoder import differs, open_autoencoder
 
-    decoder = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
+    decoder: Any = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
     if decoder is None:
         return None
     for note in differs(decoder, dynamic):

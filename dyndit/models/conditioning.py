@@ -193,7 +193,7 @@ class CrossAttended(AdaLNZero):
         return state.context
 
 
-CONDITIONINGS: dict[ConditioningName, ConditioningKind] = {
+CONDITIONINGS: dict[ConditioningName, Any] = {
     "in-context": InContext(),
     "cross-attention": CrossAttended(),
     "adaln": AdaLN(),

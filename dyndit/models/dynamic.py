@@ -139,11 +139,12 @@ class DynamicDepth(ModelMixin):
     A `ModelMixin`, so that pipelines of diffusers save and load it among their components, as a native folder.
     """
 
-    storage: ClassVar[Storage | None] = None
+    storage: ClassVar[Any] = None
+    """A `Storage`; None before `dyndit.storage.pretrained` sets it."""
 
     if TYPE_CHECKING:
 
-        def to(self, *args: Any, **kwargs: Any) -> Self:
+        def to(self, *args: Any, **kwargs: Any) -> Self:  # pyright: ignore[reportIncompatibleVariableOverride]
             """See `nn.Module`. diffusers wraps it so that checkers lose its arguments."""
             ...
 

@@ -76,7 +76,8 @@ class CostModel:
 
         def parts(times: dict[str, Any]) -> PartTimes:
             exits = {int(depth): seconds for depth, seconds in times["exits"].items()}
-            return PartTimes(**{**times, "exits": exits})
+            known: dict[str, Any] = {**times, "exits": exits}
+            return PartTimes(**known)
 
         both: dict[str, Any] = {"one": parts(data["one"]), "two": parts(data["two"])}
         return cls(**{**data, **both})

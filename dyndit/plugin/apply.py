@@ -234,7 +234,7 @@ class DynDiTHandle:
                 self._call = Call()
         timesteps, work, guided = self._asked(k, timestep)
         self._look_around(inputs, guided is not None)
-        if guided is not None:
+        if guided is not None and self._plans.running is not None:
             checks.check_goes_on(self._plans.running, self._call, k, work, len(inputs))
             checks.check_guidance(self.adapter, inputs, guided, self._call, second=second)
         clock = Clock(inputs.x.device)
@@ -323,7 +323,8 @@ class DynDiTHandle:
             else Look.at(transformer, self._given).unchanged(self._look)
         ):
             return
-        self._check(self._plans.plan)
+        if self._plans.plan is not None:  # as it is where `planned`
+            self._check(self._plans.plan)
         if self._look is None:
             raise PlanError(
                 f"exits: made for backbone {self._exits_for}, but the transformer's weights are "
@@ -339,7 +340,7 @@ class DynDiTHandle:
         if self._given is None:
             return
         there = (x.device, x.dtype)
-        if _place(self.model.exits) != there:
+        if self.model.exits is None or _place(self.model.exits) != there:
             same = _place(self._given) == there
             self.model.exits = self._given if same else copy.deepcopy(self._given).to(*there)
 

@@ -185,6 +185,7 @@ class BlockAdapter(Adapter):
         call = {self.latents_arguments[0]: inputs.x, self.timestep_argument: inputs.t}
         first, blocks[0] = blocks[0], _Stop()
         try:
+            given: Any = inputs.y
             type(self.transformer).forward(self.transformer, **call, **given.rows, **given.shared)
         except _ReachedError as reached:
             bound = inspect.signature(type(first).forward).bind(first, *reached.args[0], **reached.args[1])

@@ -78,8 +78,8 @@ class _Noise:
             if isinstance(several, Sequence) and len(several) != len(labels):
                 raise InputError(f"{name}: {len(several)} for {len(labels)} pictures; expected one each")
         seeds = [self.seed] if self.seeds is None else list(self.seeds)
-        if any(seed is not None and seed < 0 for seed in seeds) or self.first_index < 0:
-            raise InputError(f"seed {min([self.first_index, *seeds])}: expected at least 0")
+        if (least := min([self.first_index, *(seed for seed in seeds if seed is not None)])) < 0:
+            raise InputError(f"seed {least}: expected at least 0")
         y = torch.tensor(labels, device=device)
         if self.seeds is not None:
             return Batch(y, (0,) * len(labels), tuple(int(seed) for seed in self.seeds))
@@ -151,7 +151,7 @@ class DynDiTPipeline(DiffusionPipeline):
         else:
             loaded = checkpoints.inspect(model_or_folder)
             model, folder = loaded.model, loaded.folder
-        there = folder is not None and (Path(folder) / FILE).exists()
+        table = None if folder is None or not (folder / FILE).exists() else ShiftTable.from_pretrained(folder)
         origin = "" if isinstance(model_or_folder, DynamicDepth) else model_or_folder
         decoder = None if isinstance(vae, str | Path) else vae
         if vae is None and folder is not None and find(origin, optional=True)[0] is not None:
@@ -159,9 +159,7 @@ class DynDiTPipeline(DiffusionPipeline):
         elif isinstance(vae, str | Path):
             decoder = open_autoencoder(vae, model, "the transformer")
         scheduler = named_solver(solver or model.process.usual_solver, model.process).build(model.process)
-        return cls(
-            model, scheduler, decoder, ShiftTable.from_pretrained(folder) if folder is not None and there else None
-        )
+        return cls(model, scheduler, decoder, table)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
@@ -334,4 +332,4 @@ _to_its_device = apply_forward_hook(lambda model: None)
 
 # `DiffusionPipeline.from_pretrained` looks up the class in model_index.json in the namespace of diffusers. It has no
 # entry point for classes of other packages.
-diffusers.DynDiTPipeline = DynDiTPipeline
+diffusers.DynDiTPipeline = DynDiTPipeline  # pyright: ignore[reportAttributeAccessIssue]

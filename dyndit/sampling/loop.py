@@ -184,7 +184,8 @@ def advance(
     channels = model.backbone.in_channels
     clock = Clock(x.device) if on_step is not None else float
     time_dtype = torch.long if all(isinstance(t, int) for t in plan.timesteps) else x.dtype
-    calls, k, t = calls_of(scheduler), first - 1, None
+    t: Any = None
+    calls, k = calls_of(scheduler), first - 1
     for k in range(first, plan.num_steps if stop is None else stop):
         began, inside = clock(), 0.0
         timestep, work = plan.timesteps[k], plan.works[k]

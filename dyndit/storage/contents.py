@@ -79,7 +79,7 @@ def read(path: Path, weights: str | None = None) -> Contents:
         CheckpointError: the file is damaged, or holds no state dict.
         InputError: the file lacks the asked weights.
     """
-    data = everything(path)
+    data: Any = everything(path)
     args = next((_options(data[name], name) for name in _ARGS if isinstance(data, dict) and name in data), None)
     found = list(_state_dicts(data, path))
     if not found:

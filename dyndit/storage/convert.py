@@ -100,8 +100,8 @@ def convert(
             settings = {"verb": "convert", "source": str(source), "model": model.identity.backbone}
             files.write_json(partial / manifest.MANIFEST, manifest.describe(settings))
             license = None if folder is None else model_card.license_of(folder)
-            ours = card_extras is None or model_card.is_foreign(partial)
-            model_card.write(model, partial, license=license, extras=None if ours else card_extras(partial))
+            wanted = None if model_card.is_foreign(partial) else card_extras
+            model_card.write(model, partial, license=license, extras=None if wanted is None else wanted(partial))
     if model.exits is not None:
         carried = (checkpoints.EXITS, *carried)
     return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)

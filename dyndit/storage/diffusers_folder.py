@@ -104,10 +104,11 @@ def from_diffusers(transformer: Any, pixel_space: bool | None = None, process: A
     config, native = layout.native(raw, transformer.state_dict(), where)
     reference = next(transformer.parameters())
     backbone = built(layout.family, config, where, native, where).to(reference.device, reference.dtype)
-    if pixel_space is None:
-        pixel_space = private(raw, PIXEL_SPACE, bool, backbone.in_channels in (1, 3), where)
+    pixels = pixel_space
+    if pixels is None:
+        pixels = bool(private(raw, PIXEL_SPACE, bool, backbone.in_channels in (1, 3), where))
     process, _ = process_of(raw.get(PROCESS), process, where, backbone.usual_process)
-    return DynamicDepth(backbone, pixel_space=pixel_space, process=process).eval()
+    return DynamicDepth(backbone, pixel_space=pixels, process=process).eval()
 
 
 def layout_for(model: DynamicDepth) -> Layout:

@@ -154,8 +154,9 @@ class SD3Layout:
         """Convert to diffusers' class in memory. A text embedder stays behind (`MMDiT.text_of`)."""
         from diffusers import SD3Transformer2DModel
 
-        arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-        transformer = SD3Transformer2DModel(**{**arguments, "dual_attention_layers": ()})
+        arguments: dict[str, Any] = {name: value for name, value in config.items() if not name.startswith("_")}
+        arguments["dual_attention_layers"] = ()
+        transformer = SD3Transformer2DModel(**arguments)
         transformer.load_state_dict(self.split(model.backbone.state_dict())[0])
         return transformer
 

@@ -145,13 +145,12 @@ def decode_batch(vae: Any, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
+def decode_latents(vae: nn.Module | str | Path, latents: Tensor, batch_size: int = 16) -> Tensor:
     """Decode scaled latents to pictures, on the autoencoder's device.  (N, C, h, w) -> (N, 3, H, W) uint8."""
-    if not isinstance(vae, nn.Module):
-        vae = load_autoencoder(vae)
+    network: Any = vae if isinstance(vae, nn.Module) else load_autoencoder(vae)
     decoded = []
     for z in latents.split(batch_size):
-        x = decode_batch(vae, z.to(vae.device))
+        x = decode_batch(network, z.to(network.device))
         decoded.append((127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu())  # adding 128 before truncation: unbiased
     return torch.cat(decoded)
 

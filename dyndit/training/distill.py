@@ -149,8 +149,8 @@ class Distill:
                 # Exits start as copies of the backbone's head, which may be in half precision and frozen.
                 exits = Exits(original, self.exits).float().requires_grad_(True)
                 backbone = original if self.backbone == "frozen" else trainable_copy(original)
-                lora = self.backbone == "lora" and isinstance(backbone, ClassConditionalDiT)  # `check` refuses others
-                adapters = with_adapters(backbone, self.lora_rank) if lora else None
+                adapted: Any = backbone  # a ClassConditionalDiT, as `check` has seen
+                adapters = with_adapters(adapted, self.lora_rank) if self.backbone == "lora" else None
             if backbone is not original:
                 backbone.gradient_checkpointing = self.fit.gradient_checkpointing
             if self.states == "sampler":
@@ -208,7 +208,8 @@ class _Distillation(Task):
     def __init__(
         self, trained: "_FrozenBackbone | _TaughtBackbone", recipe: Distill, process: Process, states: States
     ) -> None:
-        self.trainable, self.recipe, self.states = trained, recipe, states
+        self.trainable: Any = trained
+        self.recipe, self.states = recipe, states
         self.variance_weight = recipe.variance_weight if process.has_variance else 0.0
         self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
 

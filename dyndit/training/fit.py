@@ -45,7 +45,7 @@ class TrainingData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int | dict[str, Tensor]]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]: ...
 
 
 class Task(Protocol):
@@ -159,7 +159,7 @@ def _train(
     trainable, device, is_main = task.trainable, accelerator.device, accelerator.is_main_process
     alone = accelerator.num_processes == 1
     prepared, optimizer = accelerator.prepare(trainable, run.optimizer)
-    module = torch.compile(prepared) if config.compile else prepared
+    module: Any = torch.compile(prepared) if config.compile else prepared
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
     flip = config.flip and data.can_flip
     parameters = [p for p in trainable.parameters() if p.requires_grad]
@@ -224,7 +224,7 @@ def _train(
                         trainable.zero_grad()
                         torch.cuda.empty_cache()
                         _restore(buffers, before)
-                norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
+                norm: Any = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
                 whole = None
                 optimizer.step()
                 optimizer.zero_grad()
@@ -287,8 +287,9 @@ def _loading(
 ) -> Iterator[Iterator[tuple[Tensor, Rows]]]:
     """Load the micro-batches with workers that ignore caught signals.  Pictures: x (B, C, H, W), y (B,)."""
     over = multiprocessing.Event()
+    items: Any = data
     loader = DataLoader(
-        data,
+        items,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",

@@ -135,7 +135,8 @@ def encode_latents(
         if not (folder / name).is_file() or files.sha256(folder / name) != hashes.get(name)
     ]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    vae.to(device)
+    network: Any = vae
+    network.to(device)
     for name, start in tracked(todo, "encoding", shown=progress and bool(todo)):
         shard = range(start, min(start + pictures_per_shard, len(pictures)))
         files.write_safetensors(folder / name, _encode(pictures, shard, vae, batch_size))

@@ -3,6 +3,8 @@
 A clip is a function of its number and its shape alone. Scans move in whole pixels, so they keep their levels of ink.
 """
 
+from typing import Any
+
 import numpy as np
 
 NUM_CLIPS = 4_800

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class Recording:
         facts = {
             "family": self.family,
             "backbone": self.backbone,
-            "labels": labels,
+            "labels": not isinstance(inputs.y, Conditioning),
             "digest": tensors_hash(tensors),
             "shared": {name: self._plain(name, value) for name, value in shared.items() if name not in fixed}
             | {name: {"tensor": tensors_hash({"": value})} for name, value in fixed.items()},

@@ -39,8 +39,8 @@ def undisturbed() -> Iterator[list[RuntimeError]]:
     """Collect the news of a dead loader in a list. torch would raise it wherever the main thread stands."""
     deaths: list[RuntimeError] = []
     number: Any = getattr(signal, "SIGCHLD", None)  # Windows has none
-    handler = None if number is None else signal.getsignal(number)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+    handler: Any = None if number is None else signal.getsignal(number)
+    if number is None or not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield deaths
         return
 

@@ -72,13 +72,14 @@ class DiTAdapter(Adapter):
         labels, null = call.get("class_labels"), self.condition.null_label
         if labels is None:
             raise InputError(f"{self.family}: called without class_labels")
-        if null < PIPELINE_NULL:
+        if null is not None and null < PIPELINE_NULL:
             labels = labels.masked_fill(labels == PIPELINE_NULL, null)
         return labels
 
     def is_guided(self, inputs: Inputs) -> bool:
         """Return True if all rows of the second half, and no row of the first, carry the null label."""
-        null = [label == self.condition.null_label for label in inputs.y.tolist()]
+        labels: Any = inputs.y
+        null = [label == self.condition.null_label for label in labels.tolist()]
         half = len(null) // 2
         return len(null) == 2 * half and not any(null[:half]) and all(null[half:])
 
@@ -106,7 +107,7 @@ class DiTAdapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, C_out, H, W)."""
         model = self.transformer
         shift, scale = model.proj_out_1(silu(state.cond)).chunk(2, dim=1)

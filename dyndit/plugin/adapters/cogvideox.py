@@ -71,7 +71,7 @@ class CogVideoXAdapter(Adapter):
         length = text.shape[1]
         rotary = None if y["rotary_cos"] is None else (y["rotary_cos"], y["rotary_sin"])
         patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
-        grid = tuple(size // step for size, step in zip((x.shape[1], *x.shape[3:]), patch, strict=True))
+        grid = (x.shape[1] // patch[0], x.shape[3] // patch[1], x.shape[4] // patch[2])
         return _State(joint[:, length:], cond, joint[:, :length], rotary, grid)
 
     def block(self, index: int, state: _State) -> State:

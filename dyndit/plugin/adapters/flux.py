@@ -104,7 +104,7 @@ class FluxAdapter(Adapter):
         """Return the double blocks, then the single blocks."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Predict from the state after the last block.  -> (B, N, C_out)."""
         model = self.transformer
         return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)

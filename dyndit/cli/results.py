@@ -117,9 +117,10 @@ def evaluate(
     real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
-    reading = {"resize": resize, "skip_damaged": skip_damaged}
+    reading: dict[str, Any] = {"resize": resize, "skip_damaged": skip_damaged}
     figures = compare(samples, real, network, metrics, force, cache=kept, told=told, **reading, **vars(more))
-    for account in figures.get("skipped", {}).values():
+    skipped: Any = figures.get("skipped", {})
+    for account in skipped.values():
         flags.say(said_of(account))
     _print_figures(figures)
     if save_reference is not None:
@@ -139,7 +140,7 @@ def evaluate(
         print(json.dumps(figures))
 
 
-def _print_figures(figures: dict[str, object]) -> None:
+def _print_figures(figures: dict[str, Any]) -> None:
     """Print a line per figure of `evaluate`: intervals beside their figures, paired distances last."""
     ends = ("_low", "_high")
     apart = ("metric", "extractor", "skipped")
@@ -230,7 +231,7 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        told = {"num_heads": num_heads, "process": process or None, "weights": weights}
+        told: dict[str, Any] = {"num_heads": num_heads, "process": process or None, "weights": weights}
         loaded = checkpoints.inspect(model, device=device, **told)
         for note in loaded.notes:
             print(note)
@@ -254,7 +255,7 @@ def bench(
         rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
         shared = ("machine", "device", "dtype", "threads", "compiled")
         recorded = json.loads(times[list(shared)].iloc[0].to_json())
-        print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records"))}))
+        print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records") or "[]")}))
 
 
 def _self_check(device: str, json_: bool) -> None:
@@ -373,7 +374,7 @@ def compare(
     _compare(recipe, "experiment", out, json_=json_, device=device, from_scratch=from_scratch, **inputs)
 
 
-def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: object) -> None:
+def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: Any) -> None:
     from rich.console import Console
 
     from dyndit.analysis import read_runs, summary, terminal_table
@@ -390,4 +391,5 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: o
         rows = table[["arm", "solver", "steps", "share_of_blocks", "ms", "time_saved"]].copy()
         for name in ("fd", "fd_diff", "time_saved_equal_fd"):
             rows[name] = [[i.mean, i.low, i.high] for i in table[name]]
-        print(json.dumps({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))}))
+        arms = json.loads(rows.to_json(orient="records") or "[]")
+        print(json.dumps({"report": str(out / "report.html"), "arms": arms}))

@@ -1,5 +1,8 @@
 """The page itself, in Gradio: inputs on the left, full depth and the plan side by side on the right."""
 
+# pyright: reportMissingImports=false
+# gradio is an extra.
+
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +11,7 @@ from PIL import Image
 from dyndit.demo import drawings
 from dyndit.demo.studio import MOST_PICTURES, MOST_SCALE, MOST_STEPS, Point, Request, Side, Studio
 from dyndit.errors import InputError
-from dyndit.models.conditions import ClassLabels
+from dyndit.models.conditions import ClassLabels, Value
 from dyndit.pictures import grid
 
 if TYPE_CHECKING:
@@ -114,12 +117,12 @@ def build(studio: Studio) -> "gradio.Blocks":
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
 
 
-def _request(studio: Studio, values: object, seed: object, *others: object) -> Request:
+def _request(studio: Studio, values: Any, seed: Any, *others: Any) -> Request:
     """Make a request of what the page sent. A page can send anything, so everything is checked here."""
     solver, steps, scale, budget = others
     try:
         if isinstance(studio.model.backbone.condition, ClassLabels):
-            chosen: tuple[object, ...] = tuple(int(str(value)) for value in values or ())
+            chosen: tuple[Value, ...] = tuple(int(str(value)) for value in values or ())
         else:
             chosen = tuple(line.strip()[:MOST_TEXT] for line in str(values or "").splitlines() if line.strip())
         asked = Request(chosen, int(seed), str(solver), int(steps), float(scale), float(budget))

@@ -9,6 +9,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from dyndit.errors import InputError
+from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
@@ -28,7 +29,7 @@ BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 class Request:
     """What a visitor asks for.  values: a condition per picture, for example labels. budget: share of the time."""
 
-    values: tuple[object, ...]
+    values: tuple[Value, ...]
     seed: int = 0
     solver: str = "ddim"
     steps: int = 10

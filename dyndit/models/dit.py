@@ -5,11 +5,12 @@ Parameters have the names of the published checkpoints (and of timm), so publish
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
@@ -113,7 +114,7 @@ class ClassConditionalDiT(Backbone):
             self._conditioning.block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps, c.mlp_norm_eps)
             for _ in range(c.num_blocks)
         )
-        self.final_layer = self._conditioning.final(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
+        self.final_layer: Any = self._conditioning.final(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -125,24 +126,27 @@ class ClassConditionalDiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        projection: Any = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(self.width, -1))
+        nn.init.zeros_(projection.bias)
+        embedders: tuple[Any, ...] = (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2])
+        for embedder in embedders:
             nn.init.normal_(embedder.weight, std=0.02)
-        for module in (*self.blocks, self.final_layer):
-            module.reset()
+        parts: list[Any] = [*self.blocks, self.final_layer]
+        for part in parts:
+            part.reset()
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the fields of `DiTConfig`."""
         return asdict(self._config)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return heads, the norms' epsilon, timestep frequencies, and a convention other than "timesteps"."""
         names = _UNSEEN if self._config.convention == "timesteps" else (*_UNSEEN, "convention")
         return {name: getattr(self._config, name) for name in names}
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "ClassConditionalDiT":
+    def from_config(cls, config: dict[str, Any]) -> "ClassConditionalDiT":
         """Build the backbone from the fields of `config()`."""
         return cls(DiTConfig(**config))
 
@@ -159,7 +163,7 @@ class ClassConditionalDiT(Backbone):
         """Run block `index`. With gradient checkpointing, the backward pass runs it again."""
         block, given = self.blocks[index], self._conditioning.given(state)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            tokens = torch.utils.checkpoint.checkpoint(block, state.tokens, given, use_reentrant=False)
+            tokens = checkpoint(block, state.tokens, given, use_reentrant=False)
         else:
             tokens = block(state.tokens, given)
         return replace(state, tokens=tokens)

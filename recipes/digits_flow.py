@@ -5,12 +5,12 @@
     dyndit train digits --process flow --out runs/flow                     # the same
     dyndit distill digits_flow --model runs/flow --out runs/flow-exits     # the exits alone
 
-DDPM beside it, in one report:
+`experiment` is DDPM beside it: the same backbone, updates, steps, budgets and pictures. One report shows both:
 
-    dyndit quickstart --from-scratch --out runs/quickstart-ddpm
-    dyndit report runs/quickstart-flow runs/quickstart-ddpm --out runs/processes
+    dyndit compare digits_flow --from-scratch --out runs/ddpm
+    dyndit report runs/quickstart-flow runs/ddpm --out runs/processes
 
-The table also holds guidance by the model's own exits, and forecasts. Quality and cost are not yet measured.
+The tables also hold guidance by the model's own exits, and forecasts. Quality and cost are not yet measured.
 """
 
 from dataclasses import replace
@@ -23,17 +23,26 @@ train = digits.train.under(RectifiedFlow())
 
 distill = replace(digits.distill, forecasts=True, solver="flow-euler", num_steps=10)
 
-quickstart = replace(
+experiment = replace(
     digits.quickstart,
-    model="",
-    train=train,
-    distill=distill,
+    distill=replace(distill, solver="ddim"),
     calibration=CalibrationSettings(
         num_pictures=128, num_bands=10, batch_size=64, num_depths=5, own_guides=True, forecast_ages=1
     ),
-    calibration_solver="flow-euler",
-    full_steps=(4, 8, 10, 14, 20),
+    full_steps=(2, 3, 4, 6, 8, 10, 14, 20),
     dynamic_steps=(4, 8, 10, 20),
+    solvers=("ddim",),
+    full_solvers=("unipc",),
+    num_images=400,
+    batch_size=50,
+)
+
+quickstart = replace(
+    experiment,
+    model="",
+    train=train,
+    distill=distill,
+    calibration_solver="flow-euler",
     solvers=("flow-euler",),
     full_solvers=("flow-heun",),
 )

@@ -10,7 +10,7 @@
     dyndit compare digits_flow --from-scratch --out runs/ddpm
     dyndit report runs/quickstart-flow runs/ddpm --out runs/processes
 
-The tables also hold guidance by the model's own exits, and forecasts. Quality and cost are not yet measured.
+The tables also hold guidance by the model's own exits, and forecasts. Quality and cost are in docs/family.md.
 """
 
 from dataclasses import replace

@@ -7,7 +7,7 @@
 
 The pictures are scikit-learn's scans, made bold, tilted or small as their captions say. The model embeds the words
 itself; `dyndit train mmdit --text-encoder FOLDER` takes frozen features of a text encoder in their place. Quality and
-cost are not yet measured.
+cost are in docs/family.md.
 """
 
 from dyndit.analysis.compare.experiment import Experiment

@@ -6,7 +6,7 @@
     dyndit sample runs/video --shape 16 16 24 --out runs/long          # clips of another shape
 
 Clips are 8 frames of 16 x 16 pixels with one or two scans of their class. Half of the training batches have another
-shape: wide, tall, short, or one frame, a picture. Quality and cost are not yet measured.
+shape: wide, tall, short, or one frame, a picture. Quality and cost are in docs/family.md.
 """
 
 from dyndit.analysis.compare.experiment import Experiment

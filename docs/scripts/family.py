@@ -129,6 +129,12 @@ class Run:
         return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["name", "seed", "seconds"])
 
     @property
+    def seconds(self) -> dict[str, float]:
+        """Return the time of each part of a comparison: backbone, exits, table, and drawing the scored pictures."""
+        drawn = (self.rows["ms_per_picture"] * self.rows["num_images"]).sum() / 1e3
+        return dict(zip(self.costs["name"], self.costs["seconds"], strict=True)) | {"drawing": drawn}
+
+    @property
     def metric(self) -> str:
         """Return what the Fréchet distance is called."""
         return self.rows["metric"].iloc[0]
@@ -247,6 +253,7 @@ class Family:
         yield from run.figure("frontier.png", "Full depth over steps, plans over budgets")
         yield from run.figure("samples.png", "The same seeds, a row per arm")
         yield from run.figure("frames.png", "All frames of the first clips, the same seeds in every row")
+        yield f"Minutes: {', '.join(f'{part} {minutes(seconds)}' for part, seconds in run.seconds.items())}."
         yield run.source
 
     def guidance(self, run: Run) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 import dyndit
 from dyndit.analysis import read_runs
@@ -45,6 +46,7 @@ experiment = replace(
 def small(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Experiment]:
     """The small recipe of a family, in an empty folder, and its quickstart."""
     monkeypatch.setattr(samplers, "measure_cost", fixed_cost)
+    monkeypatch.setattr(Figure, "savefig", lambda _self, to, **_: getattr(to, "write_bytes", bytes)(b"drawn"))
     monkeypatch.setattr("dyndit.pictures.clips.find_spec", lambda name: None)  # GIF alone: 64 MP4 files take seconds
     _, recipe = request.param
     path = tmp_path / "recipe.py"

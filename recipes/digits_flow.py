@@ -14,10 +14,13 @@ The tables also hold guidance by the model's own exits, and forecasts. Quality a
 """
 
 from dataclasses import replace
+from itertools import product
 
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.process import RectifiedFlow
 from dyndit.recipes import digits
+
+STEPS = (2, 3, 4, 6, 8, 10, 14, 20)
 
 train = digits.train.under(RectifiedFlow())
 
@@ -27,13 +30,12 @@ experiment = replace(
     digits.quickstart,
     distill=replace(distill, solver="ddim"),
     calibration=CalibrationSettings(
-        num_pictures=128, num_bands=10, batch_size=64, num_depths=5, own_guides=True, forecast_ages=1
+        num_pictures=128, num_bands=10, batch_size=64, num_depths=4, own_guides=True, forecast_ages=1
     ),
-    full_steps=(2, 3, 4, 6, 8, 10, 14, 20),
+    full_points=(*product(("ddim",), STEPS), *product(("unipc",), (4, 10, 20))),
     dynamic_steps=(4, 8, 10, 20),
     solvers=("ddim",),
-    full_solvers=("unipc",),
-    num_images=400,
+    num_images=250,
     batch_size=50,
 )
 
@@ -43,6 +45,6 @@ quickstart = replace(
     train=train,
     distill=distill,
     calibration_solver="flow-euler",
+    full_points=(*product(("flow-euler",), STEPS), *product(("flow-heun",), (2, 5, 10))),
     solvers=("flow-euler",),
-    full_solvers=("flow-heun",),
 )

@@ -20,8 +20,8 @@ from dyndit.training.config import FitConfig
 from dyndit.training.train import Train
 
 FIT = FitConfig(
-    steps=1_500,
-    batch_size=128,
+    steps=1_000,
+    batch_size=64,
     learning_rate=1e-3,
     warmup_steps=100,
     schedule="cosine",

@@ -35,7 +35,7 @@ def short(recipe, **changes):
 train = short(whole.train, backbone=replace(whole.train.backbone, width=24, num_blocks=3, num_heads=2))
 distill = short(whole.distill)
 experiment = replace(
-    whole.quickstart, model="", train=train, distill=distill, calibration_steps=2, full_steps=(1, 2),
+    whole.quickstart, model="", train=train, distill=distill, calibration_steps=2, full_steps=(1, 2), full_points=(),
     calibration=CalibrationSettings(num_pictures=80, num_bands=2, batch_size=40, num_depths=2), dynamic_steps=(2,),
     budgets=(0.9,), num_blocks=2, num_images=80, batch_size=40,
 )

@@ -66,6 +66,8 @@ def prepared(
         console.print(line, highlight=False)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
     named, options = inputs.model or experiment.model, {"process": inputs.process or None, "device": inputs.device}
+    if not (named or inputs.from_scratch):
+        raise InputError("--model: missing; expected a model, as this experiment names none, or --from-scratch")
     given = None if inputs.from_scratch else checkpoints.load(named, **options)
     if given is None and experiment.train is None:
         raise InputError("--from-scratch: this experiment has no recipe for its backbone")

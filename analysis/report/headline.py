@@ -42,9 +42,8 @@ def glance_of(frame: pd.DataFrame, rows: pd.DataFrame, margin: float) -> Glance:
 
 def sentences(runs: pd.DataFrame, margin: float) -> list[str]:
     """Return the sentence of each group of a run's rows, named if there are several. For the terminal."""
-    groups = [rows for _, rows in runs.groupby(GROUP, sort=False) if (rows["role"] == "score").any()]
-    found = [glance_of(summary(rows, margin), rows, margin) for rows in groups]
-    return named(found, [scored_rows(rows) for rows in groups])
+    groups = [rows for _, rows in scored_rows(runs).groupby(GROUP, sort=False)]
+    return named([glance_of(summary(rows, margin), rows, margin) for rows in groups], groups)
 
 
 def shown_first(glances: Sequence[Glance]) -> list[int]:

@@ -338,6 +338,5 @@ def test_nothing_is_told_twice(tmp_path: Path) -> None:
     assert "](plan-map.png)" in text
     assert "](plan.png)" not in text
     assert len(re.findall(r"time saved at equal FD", text)) == 1
-    budgets = re.findall(r"^\| ([\d.]+) \| (\w+) \|", text, re.M)
-    assert budgets == [("4", "full"), ("5", "searched"), ("8", "searched"), ("20", "full")][: len(budgets)]
-    assert len(budgets) >= 2, "a budget without news has no row of its own"
+    budgets = re.findall(r"^\| ([\d.]+) \| \w+ \|", text, re.M)
+    assert budgets == ["4", "5", "8"], "a budget without news has no row of its own"

@@ -97,7 +97,8 @@ def headline_figure(runs: pd.DataFrame, most: int = 3) -> Figure | None:
         return None
     in_time = rivals[rivals["ms"] <= plans["ms"].max()]
     best = (in_time if len(in_time) else rivals).groupby("family", sort=False)["fd"].min().nsmallest(most).index
-    return frontier_figure(runs[runs["family"].isin([*SWEEPS, *PLANS, *best])])
+    shown = runs["family"].isin([*SWEEPS, *PLANS, *best]) & runs["solver"].isin(set(plans["solver"]))
+    return frontier_figure(runs[shown])
 
 
 def frontier_figure(runs: pd.DataFrame) -> Figure:

@@ -23,6 +23,8 @@ class Glance:
     """The answer of one group of comparable rows: its sentence, and the best plan at each solver and step count."""
 
     sentence: str
+    detail: str
+    """Which plan, its FD, and what the result rests on; "" if there is none."""
     best: pd.DataFrame
     """Columns of `calibrations.by_plan`, and rival (arm; "" for none), rival_fd (Interval: its FD less the plan's)."""
     of_plans: bool
@@ -37,11 +39,11 @@ def glance_of(frame: pd.DataFrame, rows: pd.DataFrame, margin: float) -> Glance:
     if len(best):
         found = [_rival(row, frame, rows) for _, row in best.iterrows()]
         best = best.assign(rival=[name for name, _ in found], rival_fd=[difference for _, difference in found])
-    return Glance(_sentence(plans, judged, frame, margin), best, bool(is_plan(frame["family"]).any()))
+    return Glance(*_sentences(plans, judged, frame, margin), best, bool(is_plan(frame["family"]).any()))
 
 
 def sentences(runs: pd.DataFrame, margin: float) -> list[str]:
-    """Return the sentence of each group of a run's rows, named if there are several. For the terminal."""
+    """Return the sentence and the detail of each group of a run's rows that `shown_first` shows. For the terminal."""
     groups = [rows for _, rows in scored_rows(runs).groupby(GROUP, sort=False)]
     return named([glance_of(summary(rows, margin), rows, margin) for rows in groups], groups)
 
@@ -53,15 +55,18 @@ def shown_first(glances: Sequence[Glance]) -> list[int]:
 
 
 def named(glances: Sequence[Glance], groups: Sequence[pd.DataFrame]) -> list[str]:
-    """Return the sentences of the groups on the first screen, each with what tells its group from the others."""
+    """Return sentence and detail, in turn, of the groups on the first screen, with what tells these groups apart."""
     shown = shown_first(glances)
     differ = [name for name in GROUP if len({str(groups[k][name].iloc[0]) for k in shown}) > 1]
     differ = [name for name in differ if not (name == "extractor" and "metric" in differ)]
     units = {"cfg_scale": "guidance {}", "num_images": "{} pictures a block", "threads": "{} threads"}
     units["batch_size"] = "batches of {}"
-    labels = [", ".join(units.get(n, "{}").format(f"{groups[k][n].iloc[0]}") for n in differ) for k in shown]
-    both = zip(labels, (glances[k].sentence for k in shown), strict=True)
-    return [f"{label}: {sentence}" if label else sentence for label, sentence in both]
+    found = []
+    for k in shown:
+        label = ", ".join(units.get(name, "{}").format(groups[k][name].iloc[0]) for name in differ)
+        sentence = f"{label}: {glances[k].sentence}" if label else glances[k].sentence
+        found += [sentence[0].upper() + sentence[1:], glances[k].detail]
+    return found
 
 
 def _best(plans: pd.DataFrame) -> pd.Series:
@@ -86,41 +91,41 @@ def _rival(plan: pd.Series, frame: pd.DataFrame, rows: pd.DataFrame) -> tuple[st
     return name, paired_interval(both[name], both[plan["arm"]])
 
 
-def _sentence(plans: pd.DataFrame, judged: pd.DataFrame, frame: pd.DataFrame, margin: float) -> str:
+def _sentences(plans: pd.DataFrame, judged: pd.DataFrame, frame: pd.DataFrame, margin: float) -> tuple[str, str]:
+    """Write the sentence and the detail of a group."""
     noun = "plan" if is_plan(frame["family"]).any() else "arm"
     if plans.empty:
-        return "full depth alone was measured: nothing to compare it with."
+        return "full depth alone was measured: nothing to compare it with.", ""
     if judged.empty:
-        return f"no verdict: full depth was not measured at the steps of any {noun}."
-    best, metric = _best(judged), frame["metric"].iloc[0]
+        return f"no verdict: full depth was not measured at the steps of any {noun}.", ""
+    best, num = _best(judged), f"{len(judged)} {noun}{'s' * (len(judged) > 1)}"
     where = f"full depth at the same {int(best['steps'])} steps of {best['solver']}"
-    moved = f"{metric} {best['fd_diff']:+.2f}"
-    times = f"{number(best['ms'])} ms a picture where {where} takes {number(best['ms_full'])}"
+    moved = f"{frame['metric'].iloc[0]} {best['fd_diff']:+.2f}, margin {margin:.0%}"
+    rest = f"; {words(best['calibrations'])}" if noun == "plan" else ""
     if best["verdict"] == KEPT:
-        rest = f"; {words(best['calibrations'])}" if noun == "plan" else ""
-        chosen = f"; the best of {len(judged)} {noun}s, chosen on these very pictures" if len(judged) > 1 else ""
-        return (
-            f"{percent(best['time_saved'])} of the time is saved at unchanged quality: {times}, and "
-            f"{_equal(best, metric)} ({best['arm']}, {moved}, margin {margin:.0%}{chosen}{rest})."
-        )
-    saved = f"{best['arm']} takes {percent(best['time_saved'])} less time than {where}, {moved}"
+        chosen = f"; the best of {num}, chosen on these very pictures" if len(judged) > 1 else ""
+        times = f"{number(best['ms'])} ms a picture where {where} takes {number(best['ms_full'])}"
+        saved = f"{percent(best['time_saved'])} of the time is saved at unchanged quality"
+        return f"{saved}: {times}; {_equal(best)}.", f"{best['arm']}: {moved}{chosen}{rest}."
+    nearest = f"{best['arm']} takes {percent(best['time_saved'])} less time than {where}: {moved}{rest}."
     if (judged["verdict"] == NONE).all():
-        return f"{NO_VERDICT}; {saved}."
+        return f"{NO_VERDICT}.", nearest
     counts = judged["verdict"].value_counts()
-    held = [f"{counts.get(OPEN, 0)} of {len(judged)} {noun}s undecided: draw more"] if OPEN in counts else []
-    held += [f"{counts.get(LOST, 0)} of {len(judged)} {noun}s worse by more than that"] if LOST in counts else []
-    held += [f"{counts.get(NONE, 0)} of {len(judged)} on one seed block"] if NONE in counts else []
-    return f"no {noun} is shown to keep full depth's quality within {margin:.0%} ({'; '.join(held)}); nearest, {saved}."
+    held = [f"{counts[OPEN]} of {num} undecided: draw more"] if OPEN in counts else []
+    held += [f"{counts[LOST]} of {num} worse by more than that"] if LOST in counts else []
+    held += [f"{counts[NONE]} of {num} on one seed block"] if NONE in counts else []
+    lost = f"no {noun} is shown to keep full depth's quality within {margin:.0%} ({'; '.join(held)})."
+    return lost, f"Nearest: {nearest}"
 
 
-def _equal(plan: pd.Series, metric: str) -> str:
+def _equal(plan: pd.Series) -> str:
     """Say the saving against full depth with fewer steps, where it is as good."""
-    against = f"full depth with fewer steps at equal {metric}"
+    against = "full depth with fewer steps at equal FD"
     if not math.isnan(plan["time_saved_at_least"]):
-        return f"at least {plan['time_saved_at_least']:.0%} against {against}"
+        return f"against {against}, at least {plan['time_saved_at_least']:.0%}"
     if math.isnan(plan["time_saved_equal_fd"].mean):
-        return f"no figure against {against}, which lies outside what was measured"
-    return f"{percent(plan['time_saved_equal_fd'])} against {against}"
+        return f"{against} lies outside what was measured"
+    return f"against {against}, {percent(plan['time_saved_equal_fd'])}"
 
 
 def glance_table(glances: Sequence[Glance], margin: float) -> Table:
@@ -128,6 +133,7 @@ def glance_table(glances: Sequence[Glance], margin: float) -> Table:
     frames = [glances[k].best for k in shown_first(glances) if len(glances[k].best)]
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"family": []})
     differ = [name for name in GROUP if name in frame and name != "extractor" and frame[name].nunique() > 1]
+    numbers = [Column("calibrations", "calibrations")] if len(frame) and frame["calibrations"].max() > 1 else []
     return filled(
         NAME,
         "The fastest plan that keeps quality at each solver and step count; where none does, the one that is nearest. "
@@ -147,7 +153,7 @@ def glance_table(glances: Sequence[Glance], margin: float) -> Table:
             Column("quality", lambda r: WORDS[r["verdict"]]),
             Column("rival in that time", lambda r: r["rival"] or "none as fast"),
             Column("its FD − plan's", "rival_fd", "{:+.2f}".format),
-            Column("calibrations", lambda r: {0: "not recorded"}.get(r["calibrations"], str(r["calibrations"]))),
+            *numbers,
         ],
         frame,
     )

@@ -14,7 +14,8 @@ h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
 p, ul { max-width: 60rem; }
-p.lead { font-size: 1.22rem; line-height: 1.4; margin: .2rem 0 .7rem; max-width: 66rem; }
+em { font-style: normal; }
+p.lead { font-size: 1.22rem; line-height: 1.35; margin: .5rem 0 0; max-width: 66rem; }
 p.note, figcaption, p.caption { color: var(--faint); font-size: .87rem; margin: .2rem 0 .6rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -33,11 +34,12 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 figure { margin: 1.4rem 0; }
 figure img { max-width: 100%; height: auto; }
 figure.first { margin: .6rem 0; }
-figure.first img { max-height: 26rem; width: auto; }
-h1 + h2 { border-top: none; margin-top: .8rem; padding-top: 0; }
+figure.first img { max-height: 23rem; width: auto; }
+h1 + h2 { border-top: none; margin: .4rem 0; padding-top: 0; }
 li, h2, figcaption { overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; }
+  h1 { font-size: 1.3rem; }
   p.lead { font-size: 1.08rem; }
   ul { padding-left: 1.1rem; }
 }
@@ -79,9 +81,10 @@ def heading(text: str) -> str:
     return f"<h2>{html.escape(text)}</h2>"
 
 
-def lead(sentence: str) -> str:
-    """Return a sentence of the answer."""
-    return f'<p class="lead">{html.escape(sentence)}</p>'
+def lead(sentence: str, detail: str = "") -> str:
+    """Return a sentence of the answer, and its detail in small print."""
+    small = f'<p class="note"><em>{html.escape(detail)}</em></p>' if detail else ""
+    return f'<p class="lead"><em>{html.escape(sentence)}</em></p>{small}'
 
 
 def note(text: str) -> str:

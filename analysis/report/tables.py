@@ -104,7 +104,7 @@ def terminal_table(frame: pd.DataFrame) -> TerminalTable:
     columns = {"FD ± 95%" if c.title.endswith("± 95%") else c.title: c for c in _columns(frame)}
     metric = next(c.title for c in columns.values() if c.title.endswith("± 95%")).removesuffix(" ± 95%")
     title = None if metric == "FD" else f"FD is {metric}"
-    table = TerminalTable(title=title, header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = TerminalTable(title=title, header_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     # On a narrow terminal the arm's name folds; figures never fold.
     table.add_column("arm", overflow="fold")
     table.add_column("solver\nsteps", no_wrap=True)

@@ -18,8 +18,8 @@ def show(path: Path, margin: float, console: Console | None = None) -> None:
     for _, rows in runs.groupby(GROUP, sort=False):
         if (rows["role"] == "score").any():
             console.print(terminal_table(summary(rows, margin)))
-    for sentence in sentences(runs, margin):
-        console.print(sentence[0].upper() + sentence[1:], highlight=False)
+    for sentence in filter(None, sentences(runs, margin)):
+        console.print(sentence, highlight=False)
 
 
 def record(path: Path, margin: float) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from dyndit import seals
-from dyndit.analysis.report.write import REPORT, RESULT, answer, contents_of, overview, table_record
+from dyndit.analysis.report.write import REPORT, RESULT, answer_record, contents_of, overview, table_record
 from dyndit.errors import InputError
 from dyndit.files import read_json, sha256
 from dyndit.markdown import as_plain
@@ -52,8 +52,8 @@ def _mismatches(folder: Path) -> list[str]:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / REPORT}: lacks {error}, expected a report of this version") from error
     contents = contents_of(sources, margin)
-    sentences, glance = answer(contents, margin)
-    expected = [_printed(RESULT, sentences, [table_record(glance)] if glance.rows else [])]
+    first = answer_record(contents, margin)
+    expected = [_printed(RESULT, first["findings"], first["tables"])]
     expected.append(_printed("Runs", [], [table_record(overview(contents))]))
     expected += [_printed(part.title, part.findings, list(map(table_record, part.tables))) for part in contents]
     wrong = [
@@ -192,18 +192,18 @@ class _Reader(HTMLParser):
                 self.sections[-1].tables.append([])
         elif tag == "tr" and self._sorts:
             self.sections[-1].tables[-1].append([])
-        elif tag in ("h2", "li") or (tag in ("td", "th") and self._sorts) or ("class", "lead") in attrs:
+        elif tag in ("h2", "li") or (tag in ("td", "th") and self._sorts) or tag == "em":
             self._text = []
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "table":
             self._sorts = False
-        if self._text is None or tag not in ("h2", "li", "p", "td", "th"):
+        if self._text is None or tag not in ("h2", "li", "em", "td", "th"):
             return
         text, self._text = "".join(self._text), None
         if tag == "h2":
             self.sections.append(Printed(text))
-        elif tag in ("li", "p"):
+        elif tag in ("li", "em"):
             self.sections[-1].findings.append(text)
         else:
             self.sections[-1].tables[-1][-1].append(text)

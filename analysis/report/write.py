@@ -109,7 +109,9 @@ class Pages:
     def markdown(self) -> str:
         """Return report.md; its pictures are links."""
         sentences, glance = answer(self.contents, self.margin)
-        parts = [f"# {plain(self.title)}", f"## {RESULT}", *(f"**{plain(sentence)}**" for sentence in sentences)]
+        parts = [f"# {plain(self.title)}", f"## {RESULT}"]
+        for sentence, detail in sentences:
+            parts += [f"**{plain(sentence)}**", *([f"- {plain(detail)}"] if detail else [])]
         parts += [as_markdown(glance).rstrip(), glance.caption] if glance.rows else []
         parts += [*self._shown(self.pictures[self.lead][0]), self.how_to_read()]
         table = overview(self.contents)
@@ -130,7 +132,7 @@ class Pages:
     def html(self) -> str:
         """Return report.html; its pictures are embedded."""
         sentences, glance = answer(self.contents, self.margin)
-        body = [page.heading(RESULT), *map(page.lead, sentences)]
+        body = [page.heading(RESULT), *(page.lead(*both) for both in sentences)]
         body += [page.sortable(glance, headed=False, caption_first=False)] if glance.rows else []
         first = self.pictures[self.lead][0]
         body += [page.figure(first.path.read_bytes(), first.caption, kind="first"), page.note(self.how_to_read())]
@@ -197,12 +199,18 @@ def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
     return contents
 
 
-def answer(contents: Sequence[Content], margin: float) -> tuple[list[str], Table]:
-    """Return the first screen: a sentence per group with plans, and the table of the best plans."""
+def answer(contents: Sequence[Content], margin: float) -> tuple[list[tuple[str, str]], Table]:
+    """Return the first screen: sentence and detail of each group with plans, and the table of the best plans."""
     glances = [content.glance for content in contents]
-    groups = [scored_rows(content.rows) for content in contents]
-    sentences = [sentence[0].upper() + sentence[1:] for sentence in named(glances, groups)]
-    return sentences, glance_table(glances, margin)
+    found = named(glances, [scored_rows(content.rows) for content in contents])
+    return list(zip(found[::2], found[1::2], strict=True)), glance_table(glances, margin)
+
+
+def answer_record(contents: Sequence[Content], margin: float) -> dict[str, object]:
+    """Return the first screen as JSON."""
+    sentences, glance = answer(contents, margin)
+    findings = [text for both in sentences for text in both if text]
+    return {"findings": findings, "tables": [table_record(glance)] if glance.rows else []}
 
 
 def overview(contents: Sequence[Content]) -> Table:
@@ -324,9 +332,8 @@ def _record(pages: Pages, files: Sequence[Path]) -> dict[str, object]:
         {"title": content.title, "findings": content.findings, "tables": list(map(table_record, content.tables))}
         for content in pages.contents
     ]
-    sentences, glance = answer(pages.contents, pages.margin)
     of_all = {"title": pages.title, "margin": pages.margin, "sources": sources}
-    of_all |= {"answer": {"findings": sentences, "tables": [table_record(glance)] if glance.rows else []}}
+    of_all["answer"] = answer_record(pages.contents, pages.margin)
     return of_all | {"overview": table_record(overview(pages.contents)), "sections": sections}
 
 

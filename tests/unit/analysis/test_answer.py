@@ -76,21 +76,21 @@ def test_no_says_worse_and_not_shown_says_draw_more() -> None:
     assert verdict(frame(ms=5.0, fd=14.0, noise=0.01)) == LOST
     undecided = frame(ms=5.0, fd=12.5, noise=2.0)
     assert verdict(undecided) == OPEN
-    assert "1 of 1 plans undecided: draw more" in sentences(undecided, 0.05)[0]
-    assert "1 of 1 plans worse by more than that" in sentences(frame(ms=5.0, fd=14.0), 0.05)[0]
+    assert "1 of 1 plan undecided: draw more" in sentences(undecided, 0.05)[0]
+    assert "1 of 1 plan worse by more than that" in sentences(frame(ms=5.0, fd=14.0), 0.05)[0]
     assert summary(undecided).iloc[-1]["unchanged"] is False
 
 
 def test_the_sentence_says_how_much_faster_and_against_what() -> None:
-    (found,) = sentences(frame(ms=5.0, fd=12.0, noise=0.01), 0.05)
-    assert found.startswith(
+    assert sentences(frame(ms=5.0, fd=12.0, noise=0.01), 0.05) == [
         "38% of the time is saved at unchanged quality: 5.00 ms a picture where full depth at the same 8 steps of ddim "
-        "takes 8.00, and 38 ± 0% against full depth with fewer steps at equal FD-digits"
-    )
-    assert "(searched, FD-digits -0.00" in found.replace("+", "-")
-    assert "the best of 9 plans, chosen on these very pictures" in sentences(read_runs(RESULTS / "cifar10"), 0.03)[0]
+        "takes 8.00; against full depth with fewer steps at equal FD, 37 ± 0%.",
+        "searched: FD-digits +0.00 ± 0.01, margin 5%; calibrations not recorded.",
+    ]
+    assert "the best of 9 plans, chosen on these very pictures" in sentences(read_runs(RESULTS / "cifar10"), 0.03)[1]
     assert sentences(frame(ms=5.0, fd=12.0, steps=9), 0.05) == [
-        "no verdict: full depth was not measured at the steps of any plan."
+        "No verdict: full depth was not measured at the steps of any plan.",
+        "",
     ]
     full = frame(ms=5.0, fd=12.0)
     assert "nothing to compare" in sentences(full[full["family"] == "full"], 0.05)[0]
@@ -102,8 +102,8 @@ def test_several_extractors_have_a_sentence_each_and_shared_figures_once(tmp_pat
     folder = written(tmp_path / "run", pd.concat([runs, other]))
     section = read_markdown((folder / "report.md").read_text(encoding="utf-8"))[0]
     assert section.title == RESULT
-    assert [finding.split(":")[0] for finding in section.findings] == ["FD-digits", "FD-other"]
-    assert "FD-other: no plan is shown to keep" in section.findings[1]
+    assert [finding.split(":")[0] for finding in section.findings] == ["FD-digits", "searched", "FD-other", "Nearest"]
+    assert "FD-other: no plan is shown to keep" in section.findings[2]
     names = {path.name for path in folder.glob("*.png")}
     assert {"frontier-1.png", "frontier-2.png", "spread-1.png", "spread-2.png", "time-1.png"} == names
     assert verify(folder) == []
@@ -118,8 +118,8 @@ def test_the_first_screen_comes_first(tmp_path: Path) -> None:
     assert places == sorted(places)
     assert page.count("<figure") == 3
     first = read_html(page)[0]
-    assert (first.title, len(first.findings), len(first.tables)) == (RESULT, 1, 1)
-    assert "calibrations not recorded" in first.findings[0]
+    assert (first.title, len(first.findings), len(first.tables)) == (RESULT, 2, 1)
+    assert "calibrations not recorded" in first.findings[1]
 
 
 def test_an_edited_answer_is_found(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_calibrations_are_the_unit_where_there_are_several() -> None:
 def test_one_calibration_is_called_one() -> None:
     runs = calibrated(12.0)
     assert calibration_findings(summary(runs))[0].startswith("One calibration: ")
-    assert "; one calibration)" in sentences(runs, 0.05)[0]
+    assert sentences(runs, 0.05)[1].endswith("; one calibration.")
     assert not any(table.name == "calibrations" for table in tables_of(summary(runs), runs))
 
 
@@ -213,9 +213,10 @@ def test_rows_of_earlier_runs_say_what_they_do_not_record() -> None:
     assert runs["macs_heads"].isna().all()
     assert set(runs["calibration"]) == {""}
     assert "the number of calibrations" in unrecorded_findings(runs)[0]
-    assert all("calibrations not recorded" in sentence for sentence in sentences(runs, 0.03))
-    assert sentences(runs, 0.03)[0].startswith("FD-resnet20-cifar10: 70% of the time is saved")
-    assert sentences(runs, 0.03)[1].startswith("FD-vgg-cifar10: 45% of the time is saved")
+    found = sentences(runs, 0.03)
+    assert found[0].startswith("FD-resnet20-cifar10: 70% of the time is saved")
+    assert found[2].startswith("FD-vgg-cifar10: 45% of the time is saved")
+    assert all("calibrations not recorded" in detail for detail in found[1::2])
 
 
 def test_predicted_stands_beside_measured_and_the_bias_is_named() -> None:

@@ -69,7 +69,7 @@ def test_a_checkpoint_without_exits_gets_all_of_it(here: Path, make_model: MakeM
     assert made.depths == (1, 2, 3, 4, 5, 6)
     printed = " ".join(capsys.readouterr().out.split())
     assert "of the time is saved at unchanged quality" in printed or "no plan is shown to keep" in printed.lower()
-    assert "one calibration" in (run / "report.md").read_text()
+    assert "one calibration." in (run / "report.md").read_text()
 
 
 def test_a_flow_runs_its_own_solver(here: Path, make_model: MakeModel) -> None:

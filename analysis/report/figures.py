@@ -274,8 +274,9 @@ def predicted_figure(runs: pd.DataFrame) -> Figure:
         if len(arms) > 2:
             rank = arms["predicted"].corr(arms["fd"], method="spearman")
             bias = (arms["fd"] / arms["predicted"]).median() - 1
-            text = f"{len(arms)} plans: rank correlation {rank:.2f}, measured {bias:+.0%} of predicted (median)"
-            axis.text(0.03, 0.96, text, transform=axis.transAxes, va="top", fontsize=8)
+            text = f"{len(arms)} plans: rank correlation {rank:.2f}; measured {abs(bias):.0%} "
+            text += f"{'above' if bias >= 0 else 'below'} predicted (median)"
+            axis.set_title(text, fontsize=8, fontweight="normal", loc="left")
         axis.set(xlabel=f"predicted {metric}", ylabel=f"measured {metric}")
         axis.legend(handles=look.key(arms), loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

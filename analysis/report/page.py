@@ -9,13 +9,13 @@ from dyndit.analysis.report.cells import TEXT_COLUMNS, Cell, Table
 
 CSS = """
 :root { --ink: #222; --faint: #6b6b6b; --line: #e2e2e2; --mark: #0072B2; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1360px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1360px; margin: 1rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
-p, ul { max-width: 60rem; }
+p, ul { max-width: 66rem; }
 em { font-style: normal; }
-p.lead { font-size: 1.22rem; line-height: 1.35; margin: .5rem 0 0; max-width: 66rem; }
+p.lead { font-size: 1.22rem; line-height: 1.35; margin: .5rem 0 0; }
 p.note, figcaption, p.caption { color: var(--faint); font-size: .87rem; margin: .2rem 0 .6rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -34,7 +34,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 figure { margin: 1.4rem 0; }
 figure img { max-width: 100%; height: auto; }
 figure.first { margin: .6rem 0; }
-figure.first img { max-height: 23rem; width: auto; }
+figure.first img { max-height: 20rem; width: auto; }
 h1 + h2 { border-top: none; margin: .4rem 0; padding-top: 0; }
 li, h2, figcaption { overflow-wrap: anywhere; }
 @media (max-width: 40rem) {

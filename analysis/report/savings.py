@@ -55,40 +55,39 @@ def _parts(row: pd.Series, full: pd.DataFrame, key: tuple[object, ...]) -> Parts
 
 
 def predictions(frame: pd.DataFrame) -> pd.DataFrame:
-    """List predicted beside measured; one row per arm with a prediction of its time or its FD.
+    """List predicted beside measured; one row per arm with a predicted FD.
 
     Columns: arm, family, predicted_ms, ms, ms_ratio, predicted_fd, fd (mean), fd_ratio. Ratios are measured over
     predicted.
     """
-    known = frame[frame["predicted_ms"].notna() | frame["predicted_fd"].notna()]
+    known = frame[frame["predicted_fd"].notna()]
     found = known[["arm", "family", "predicted_ms", "ms", "predicted_fd"]].astype({"predicted_fd": float})
-    found = found.assign(fd=[value.mean for value in known["fd"]])
-    return found.assign(
-        ms_ratio=found["ms"] / found["predicted_ms"].astype(float), fd_ratio=found["fd"] / found["predicted_fd"]
-    )
+    found = found.assign(fd=[value.mean for value in known["fd"]], ms_ratio=_ms_ratio(known))
+    return found.assign(fd_ratio=found["fd"] / found["predicted_fd"])
 
 
 def bias_findings(frame: pd.DataFrame) -> list[str]:
     """Name the bias of the predictions, in a sentence each for time and for FD."""
-    table, found = predictions(frame), []
-    plans = table[table["predicted_fd"].notna()]
-    whole = table[(table["family"] == "full") & table["ms_ratio"].notna()]
-    if (plans["ms_ratio"].notna()).any():
-        text = f"Predicted time: plans take {_bias(plans['ms_ratio'], 'more', 'less')} time than predicted"
-        if len(whole):
-            text += f"; full depth itself {_bias(whole['ms_ratio'], 'more', 'less')}"
-        found.append(f"{text}.")
+    plans, found = predictions(frame), []
+    whole = _ms_ratio(frame[frame["family"] == "full"])
+    if plans["ms_ratio"].notna().any():
+        text = f"Predicted time: plans take {_bias(plans['ms_ratio'], 'more time', 'less time')}"
+        found.append(text + (f"; full depth {_bias(whole, 'more', 'less')}." if whole.notna().any() else "."))
     if len(plans):
-        found.append(f"Predicted FD: plans measure {_bias(plans['fd_ratio'], 'higher', 'lower')} than predicted.")
+        found.append(f"Predicted FD: plans measure {_bias(plans['fd_ratio'], 'higher', 'lower')}.")
     return found
 
 
+def _ms_ratio(frame: pd.DataFrame) -> pd.Series:
+    return frame["ms"] / frame["predicted_ms"].astype(float)
+
+
 def _bias(ratios: pd.Series, above: str, below: str) -> str:
-    """Write `14% less (median of 9; 20% less to 2% more)`."""
+    """Write `14% less time than predicted (median of 9; 20% less time to 2% more time)`."""
     ratios = ratios.dropna()
 
     def one(ratio: float) -> str:
         return f"{abs(ratio - 1):.0%} {above if ratio >= 1 else below}"
 
     spread = "" if len(ratios) < 2 else f" (median of {len(ratios)}; {one(ratios.min())} to {one(ratios.max())})"
-    return one(float(ratios.median())) + spread
+    return f"{one(float(ratios.median()))} than predicted{spread}"

@@ -274,7 +274,11 @@ def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtra
     Above `MAX_FEATURES` features, keep the `NUM_COMPONENTS` leading principal components of the pictures' features. A
     table holds a matrix per entry, and the search diagonalises thousands of matrices.
     """
-    features = extractor.features(as_rgb(pictures))
+    return of_few_features(extractor, extractor.features(as_rgb(pictures)))
+
+
+def of_few_features(extractor: FeatureExtractor, features: Tensor) -> tuple[FeatureExtractor, Moments]:
+    """Do the same as `reduced`, from the pictures' features (N, D)."""
     if features.shape[1] > MAX_FEATURES:
         _, vectors = torch.linalg.eigh(torch.cov(features.T))
         leading = vectors[:, -NUM_COMPONENTS:]

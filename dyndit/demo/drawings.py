@@ -6,6 +6,7 @@ ask for.
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -35,9 +36,10 @@ STYLE = """
   padding: 8px; opacity: .7 }
 .dd-map svg { display: block; width: 100%; max-width: 640px; height: auto; font: 11px sans-serif }
 .dd-map h3 { margin: 4px 0 2px; font-size: 1em }
-.dd-map p { margin: 2px 0 6px; font-size: .9em }
+.dd-map p { margin: 2px 0 6px; font-size: .9em; line-height: 1.4 }
 .dd-key { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin: 0 .3em 0 .8em;
   vertical-align: -.1em }
+.dd-key:first-child { margin-left: 0 }
 @media (max-width: 700px) {
   #left { display: contents }
   #ask { order: 1 } #shown { order: 2 } #more { order: 3 }
@@ -75,11 +77,12 @@ def source(pictures: Tensor) -> str:
     count = len(pictures)
     columns = max(-(-count // 2), min(count, 2))
     frames = [pictures] if pictures.ndim == 4 else list(pictures.unbind(2))
-    images = [grid(frame, columns=columns, least=480).convert("RGB") for frame in frames]
+    small = max(pictures.shape[-2:]) <= SMALL
+    images = [grid(frame, columns, pad=1 if small else 4, least=480).convert("RGB") for frame in frames]
     for image in images:
         image.thumbnail((MOST_WIDTH, 4 * MOST_WIDTH))
     file = io.BytesIO()
-    how = {"lossless": True} if max(pictures.shape[-2:]) <= SMALL else {"quality": 90}
+    how = {"lossless": True} if small else {"quality": 90}
     moving = {"save_all": True, "append_images": images[1:], "duration": round(1000 / FRAMES_PER_SECOND), "loop": 0}
     images[0].save(file, "WEBP", **how, **(moving if len(images) > 1 else {}))
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -99,7 +102,7 @@ def plan_map(plan: DepthPlan, done: int = 0) -> str:
     done: steps drawn so far; the last of them is framed.
     """
     blocks, steps = plan.num_blocks, plan.num_steps
-    left, top, width, height = 34.0, 8.0, 370.0, 12.0 * min(blocks, 14)
+    left, top, width, height = 34.0, 6.0, 280.0, min(max(12.0 * blocks, 96.0), 168.0)
     w, h = width / steps, height / blocks
     gap_x, gap_y = min(1.0, w / 5), min(1.0, h / 5)
     parts = []
@@ -114,14 +117,16 @@ def plan_map(plan: DepthPlan, done: int = 0) -> str:
                 f'fill-opacity="{opacity:g}"/>'
             )
         if steps <= MOST_NAMED:
-            parts.append(_text(left + (k + 0.5) * w, top + height + 13, str(step), more='font-size="9"'))
+            x, y = left + (k + 0.5) * w + 3, top + height + 6
+            parts.append(_text(x, y, str(step), "end", f'font-size="10" transform="rotate(-90 {x:.1f} {y:g})"'))
     if done:
         x = left + (done - 1) * w
         parts.append(
             f'<rect x="{x - 1:.1f}" y="{top - 3:g}" width="{w + 1:.1f}" height="{height + 5:g}" fill="none" '
             f'stroke="{MARK}" stroke-width="2"/>'
         )
-    middle, low = top + height / 2, top + height + 28
+    longest = max(len(str(step)) for step in plan.steps) if steps <= MOST_NAMED else 0
+    middle, low = top + height / 2, top + height + 17 + 6 * longest
     parts += [_text(left - 5, top + 9, str(blocks), "end"), _text(left - 5, top + height, "1", "end")]
     parts.append(_text(12, middle, "layer", more=f'transform="rotate(-90 12 {middle:g})"'))
     parts.append(_text(left, low, f"t = {plan.timesteps[0]:.0f}: noise", "start"))
@@ -132,7 +137,7 @@ def plan_map(plan: DepthPlan, done: int = 0) -> str:
         f'<i class="dd-key" style="background:{colour};opacity:{opacity:g}"></i>{name}'
         for name, colour, opacity in (key if plan.cfg_scale != 1 else (("runs", BLUE, 0.5), key[2]))
     )
-    svg = _svg(left + width + 8, top + height + 34, f"The plan: {blocks} layers over {steps} steps", *parts)
+    svg = _svg(left + width + 6, low + 6, f"The plan: {blocks} layers over {steps} steps", *parts)
     return f'<div class="dd-map"><h3>The plan{now}</h3>{svg}<p>{keys}</p></div>'
 
 
@@ -142,11 +147,12 @@ def frontier(points: Sequence[Point], rivals: Sequence[Point], chosen: Point | N
     rivals: full depth, at these steps and at fewer. why_not: said if nothing is predicted.
     """
     if not points:
-        return f'<div class="dd-map"><h3>The frontier</h3><p>{escape(why_not)}</p></div>'
+        said = re.sub("`(.*?)`", r"<code>\1</code>", escape(why_not))
+        return f'<div class="dd-map"><h3>The frontier</h3><p>{said}</p></div>'
     shown = [*points, *rivals, *([chosen] if chosen else ())]
     low, high = min(p.fd for p in shown), max(p.fd for p in shown)
     span = (high - low) or 1.0
-    left, top, width, height = 48.0, 12.0, 330.0, 130.0
+    left, top, width, height = 46.0, 24.0, 240.0, 120.0
 
     def at(point: Point) -> tuple[float, float]:
         return left + width * min(max(point.share, 0), 1.05), top + height * (high - point.fd) / span
@@ -161,21 +167,21 @@ def frontier(points: Sequence[Point], rivals: Sequence[Point], chosen: Point | N
     for point in rivals:
         x, y = at(point)
         parts.append(f'<path d="M{x - 4:.1f} {y - 4:.1f}h8v8h-8z" fill="none" stroke="currentColor"/>')
-        parts.append(_text(x - 8, y + 4, point.name, "end", 'font-size="9"'))
+        parts.append(_text(x + 6, y - 9, point.name, "end", 'font-size="10"'))
     parts += [_text(left - 5, top + height + 4, f"{low:.2f}", "end"), _text(left - 5, top + 4, f"{high:.2f}", "end")]
     parts += [_text(left + width * s, top + height + 22, f"{s:.0%}") for s in (0.25, 0.5, 0.75, 1.0)]
     parts.append(_text(12, top + height / 2, "distance", more=f'transform="rotate(-90 12 {top + height / 2:g})"'))
-    parts.append(_text(left + width / 2, top + height + 38, "share of full depth's time"))
+    parts.append(_text(left + width / 2, top + height + 40, "share of full depth's time"))
     if chosen:
         x, y = at(chosen)
         parts.append(f'<circle id="chosen" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{MARK}"/>')
-    svg = _svg(left + width + 26, top + height + 44, "Predicted distance over predicted time", *parts)
+    svg = _svg(left + width + 34, top + height + 46, "Predicted distance over predicted time", *parts)
     key = (
         f'<i class="dd-key" style="background:{BLUE}"></i>plans'
         f'<i class="dd-key" style="background:{MARK};border-radius:50%"></i>this budget'
         '<i class="dd-key" style="border:1px solid"></i>full depth'
     )
     return (
-        f'<div class="dd-map"><h3>The frontier, as predicted</h3>{svg}<p>{key}. A lower Fréchet distance to real '
+        f'<div class="dd-map"><h3>The frontier, as predicted</h3>{svg}<p>{key}</p><p>A lower Fréchet distance to real '
         "pictures is better.</p></div>"
     )

@@ -51,8 +51,8 @@ def build(studio: Studio) -> "gradio.Blocks":
                             elem_id="values",
                         )
                     budget = gr.Slider(
-                        studio.planner.least_budget, 1, 0.5, step=0.01, label="Budget: share of full depth's time",
-                        elem_id="budget",
+                        studio.planner.least_budget, 1, studio.planner.usual_budget, step=0.01,
+                        label="Budget: share of full depth's time", elem_id="budget",
                     )  # fmt: skip
                     draw = gr.Button("Draw", variant="primary", elem_id="draw")
                     said = gr.Markdown(elem_id="said")
@@ -70,8 +70,10 @@ def build(studio: Studio) -> "gradio.Blocks":
             with gr.Column(scale=2, min_width=300, elem_id="shown"):
                 pictures = gr.HTML(drawings.sides(None, None), elem_id="pictures")
                 with gr.Row():
-                    plan = gr.HTML(elem_id="plan", min_width=300)
-                    frontier = gr.HTML(elem_id="frontier", min_width=300)
+                    with gr.Column(min_width=280):
+                        plan = gr.HTML(elem_id="plan")
+                    with gr.Column(min_width=280):
+                        frontier = gr.HTML(elem_id="frontier")
         inputs = [values, seed, solver, steps, scale, budget]
 
         def chosen(*given: object) -> Iterator[tuple[object, ...]]:
@@ -152,10 +154,10 @@ def _times(studio: Studio, full: Side, dynamic: Side | None) -> str:
     if dynamic is None:
         return f"Step {full.step} of {full.plan.num_steps} at full depth, {drawings.milliseconds(full.seconds)}."
     saved = 1 - dynamic.seconds / full.seconds
+    part = f"**{saved:.0%} of the time saved**" if saved >= 0 else f"none of the time saved ({-saved:.0%} more)"
     told = (
         f"Step {full.step} of {full.plan.num_steps}: full depth {drawings.milliseconds(full.seconds)}, dynamic depth "
-        f"{drawings.milliseconds(dynamic.seconds)}: **{saved:.0%} of the time saved**, at "
-        f"{dynamic.plan.share_of_blocks:.0%} of the blocks"
+        f"{drawings.milliseconds(dynamic.seconds)}: {part}, at {dynamic.plan.share_of_blocks:.0%} of the blocks"
     )
     if studio.planner.table is None:
         return f"{told}."

@@ -46,6 +46,11 @@ class Planner:
         """Return the share of time of the cheapest plan, rounded up to a hundredth."""
         return LEAST if self.table is None else min(1.0, math.ceil(100 * self.table.least_share) / 100)
 
+    @property
+    def usual_budget(self) -> float:
+        """Return the budget to begin with. Untrained exits can leave out less."""
+        return max(0.5 if self.trained else 0.75, self.least_budget)
+
     def searches(self, full: DepthPlan) -> bool:
         """Tell if the table serves this sampling: both are guided, or neither."""
         return self.table is not None and (self.table.cfg_scale == 1) == (full.cfg_scale == 1)
@@ -112,14 +117,18 @@ class Planner:
         return found if self.predicts(full) else replace(found, cfg_scale=full.cfg_scale, figures={})
 
     def _scheduled(self, full: DepthPlan, budget: float) -> DepthPlan:
-        """Return the deepest fixed schedule within the budget, or the shallowest of all."""
-        plans = [replace(full, router="ramp" if self.trained else "skips"), *self._schedules(full)]
-        fitting = [plan for plan in plans if self.share_of_time(plan) <= budget]
-        return max(fitting, key=self.share_of_time) if fitting else min(plans, key=self.share_of_time)
+        """Return the deepest fixed schedule within the budget, of the first kind that has one; or the shallowest."""
+        whole = replace(full, router="ramp" if self.trained else "skips")
+        kinds = [[whole, *kind] for kind in self._schedules(full)]
+        for plans in kinds:
+            if fitting := [plan for plan in plans if self.share_of_time(plan) <= budget]:
+                return max(fitting, key=self.share_of_time)
+        return min((plan for plans in kinds for plan in plans), key=self.share_of_time)
 
-    def _schedules(self, full: DepthPlan) -> Iterable[DepthPlan]:
+    def _schedules(self, full: DepthPlan) -> Iterable[list[DepthPlan]]:
+        """Return fixed schedules by kind, the gentlest kind first: a forecast's error grows with its reach."""
+        depths = self.depths
         if self.trained:
-            yield from (ramp(full, self.depths, first) for first in self.depths)
-            yield from (ramp(full, self.depths, self.depths[0], last) for last in self.depths)
-        else:
-            yield from (skips(full, self.depths, 1, last, every) for every in range(2, 7) for last in self.depths[:-1])
+            ends = [(first, full.num_blocks) for first in depths] + [(depths[0], last) for last in depths]
+            return [[ramp(full, depths, *each) for each in ends]]
+        return [[skips(full, depths, 1, last, every) for last in depths[:-1]] for every in range(2, 7)]

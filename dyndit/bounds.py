@@ -136,8 +136,8 @@ def checked(function: F) -> F:
 
 
 INPUTS = (
-    "data", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference", "runs", "samples",
-    "train", "vae", "verify",
+    "data", "exits", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference", "runs",
+    "samples", "table", "train", "vae", "verify",
 )  # fmt: skip
 """Flags that name files or folders to read."""
 NAMES = ("", "digits", "captioned-digits", "moving-digits")

@@ -8,7 +8,7 @@ Shape legend, used in every docstring of the package:
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
@@ -233,6 +233,16 @@ class Backbone(nn.Module):
             found = f"{type(self).__name__}: holds {len(lists)} nn.ModuleLists of {self.num_blocks} modules"
             raise InputError(f"{found}; expected a method block_modules() that returns the blocks")
         return list(lists[0])
+
+    def block_kinds(self) -> tuple[Hashable, ...]:
+        """Return the kind of each block: blocks of one kind take the same time. By default shapes of weights tell."""
+        try:
+            modules = self.block_modules()
+        except InputError:
+            modules = []
+        if len(modules) != self.num_blocks:
+            return ("",) * self.num_blocks
+        return tuple((type(m).__name__, *(tuple(p.shape) for p in m.parameters())) for m in modules)
 
     def head(self, state: Any) -> Tensor:
         """Run the model's own final layer -> (B, C_out, H, W)."""

@@ -17,6 +17,7 @@ from dyndit.models.base import Backbone, State
 from dyndit.models.conditioning import CONDITIONINGS, ConditioningName
 from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import LabelEmbedder, TimestepEmbedder, position_features
+from dyndit.models.sizes import check_sizes, sides
 from dyndit.process import Process
 
 Convention = Literal["timesteps", "sit", "repa"]
@@ -50,27 +51,17 @@ class DiTConfig:
     """How blocks learn of timestep and label (`dyndit.models.conditioning`). Published weights are adaln-zero."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON makes a pair a list
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
-        for name in ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+        check_sizes(self, "in_channels", "width", "num_blocks", "num_heads", "num_classes")
         for name, known in (("convention", get_args(Convention)), ("conditioning", CONDITIONINGS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r:.40}: expected one of {', '.join(known)}")
-        for size in self.size:
-            if size < 1:
-                raise InputError(f"image_size {size}: expected at least 1")
-            if size % self.patch_size:
-                raise InputError(f"image_size {size} is no multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads or self.width % 4:
             raise InputError(f"width {self.width} must be a multiple of 4 and of num_heads {self.num_heads}")
 
     @property
     def size(self) -> tuple[int, int]:
         """Return (height, width)."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return sides(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:

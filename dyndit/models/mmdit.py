@@ -22,6 +22,7 @@ from dyndit.models.base import Backbone, State
 from dyndit.models.captions import POOLED, TOKENS, Encoded, Words
 from dyndit.models.conditions import ClassLabels, Condition, Conditioning, ConditionType
 from dyndit.models.layers import TANH_GELU, FinalLayer, TimestepEmbedder, modulate, position_features, zero_linear
+from dyndit.models.sizes import check_sizes, sides
 from dyndit.process import RectifiedFlow
 
 NORM_EPS = 1e-6
@@ -65,18 +66,10 @@ class MMDiTConfig:
     learn_variance = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON makes a pair a list
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
         for name in ("vocabulary", "prompts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        sizes = ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "text_width", "text_length")
-        for name in (*sizes, "pooled_width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        for size in self.size:
-            if size < 1 or size % self.patch_size:
-                raise InputError(f"image_size {size}: expected a multiple of patch_size {self.patch_size}")
+        sizes = ("in_channels", "width", "num_blocks", "num_heads", "text_width", "text_length", "pooled_width")
+        check_sizes(self, *sizes)
         if self.width % self.num_heads or self.width % 4:
             raise InputError(f"width {self.width} must be a multiple of 4 and of num_heads {self.num_heads}")
         if sum(map(bool, (self.vocabulary, self.num_classes, self.text_encoder))) > 1:
@@ -87,7 +80,7 @@ class MMDiTConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Return (height, width)."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return sides(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import TANH_GELU, FinalLayer, LabelEmbedder, TimestepEmbedder, modulate, zero_linear
+from dyndit.models.sizes import check_sizes, sides
 
 Attends = Literal["factorised", "full"]
 Rotary = tuple[Tensor, Tensor]
@@ -56,28 +57,19 @@ class VideoConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON makes a pair a list
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
-        sizes = ("num_frames", "patch_size", "patch_frames", "in_channels", "width", "num_blocks", "num_heads")
-        for name in (*sizes, "num_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+        sizes = ("num_frames", "patch_frames", "in_channels", "width", "num_blocks", "num_heads", "num_classes")
+        check_sizes(self, *sizes)
         if self.attention not in get_args(Attends):
             raise InputError(f"attention {self.attention!r:.40}: expected one of {', '.join(get_args(Attends))}")
         if self.rotary_base <= 1:
             raise InputError(f"rotary_base {self.rotary_base:g}: expected above 1")
-        for size in self.clip[1:]:
-            if size < 1 or size % self.patch_size:
-                raise InputError(f"image_size {size}: expected a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads or self.head_width % 2 or self.head_width < 6:
             raise InputError(f"width {self.width}: expected an even number of at least 6 for each of the num_heads")
 
     @property
     def clip(self) -> tuple[int, int, int]:
         """Return (T, H, W) of the usual clip."""
-        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return self.num_frames, height, width
+        return (self.num_frames, *sides(self.image_size))
 
     @property
     def head_width(self) -> int:

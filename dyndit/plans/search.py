@@ -21,7 +21,8 @@ class SearchSettings:
     """The effort of a search.
 
     num_kicks: restarts from the best plan with a third of its steps made random. evaluations: exact evaluations per
-    move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25.
+    move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25. seed:
+    of the kicks.
     """
 
     num_starts: int = 6
@@ -29,6 +30,7 @@ class SearchSettings:
     evaluations: int = 48
     max_units: int = 25
     max_moves: int = 400
+    seed: int = 0
 
 
 def search(
@@ -64,7 +66,7 @@ def search(
     given += _starts(predictor, full, limit, settings.num_starts)
     found = [_improve(predictor, choice, limit, settings) for choice in given]
     best, best_value = min(found, key=lambda improved: improved[1])
-    kicks = torch.Generator().manual_seed(0)
+    kicks = torch.Generator().manual_seed(settings.seed)
     for _ in range(settings.num_kicks):
         choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
         if value < best_value:

@@ -86,6 +86,7 @@ class FitResult:
     weights: Weights
     losses: pd.DataFrame  # a row per step: step (1-based), loss, learning_rate, grad_norm, the task's figures
     seconds: float  # of this call, without a resumed run's earlier part
+    updates: int  # steps of this call
 
 
 def fit(
@@ -140,7 +141,9 @@ def fit(
             loading = _loading(data, replace(batches, start=first), config.num_workers, device)
             _train(task, data, config, out, accelerator, run, checkpoints, first, log, loading)
     seconds = 0.0 if first == config.steps else time.monotonic() - started
-    return FitResult(to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), seconds)
+    return FitResult(
+        to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), seconds, config.steps - first
+    )
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -45,8 +46,8 @@ def demo(
     if model == "digits":
         studio = open_digits(out, device)
     else:
-        options = {"exits": exits, "table": table, "vae": vae, "process": process or None, "shape": shape}
-        studio = open_studio(model, device=device, dtype=dtype, **options)
+        options: dict[str, Any] = {"exits": exits, "table": table, "vae": vae, "shape": shape}
+        studio = open_studio(model, process=process or None, device=device, dtype=dtype, **options)
     flags.say(studio.notes)
     page = build(studio)
     launch(page, host, port)

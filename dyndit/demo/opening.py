@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -55,12 +56,12 @@ def open_studio(
     if exits is not None:
         raise InputError(f"--exits {exits}: {model} is no pipeline of diffusers; expected the exits in its folder")
     loaded = checkpoints.inspect(model, process=process, device=device, dtype=dtype)
-    decoder = None if loaded.model.pixel_space else open_autoencoder(vae, loaded.model, model)
+    decoder: Any = None if loaded.model.pixel_space else open_autoencoder(vae, loaded.model, model)
     notes = (*loaded.notes, *(differs(decoder, loaded.model) if decoder is not None else ()))
     known = _table(table, loaded.folder, Path(model) / "router")
     if known is not None:
         known = table_for(loaded.model, known, known.solver)
-    options = {} if decoder is None else {"to_pictures": partial(decode_latents, decoder.to(device))}
+    options: dict[str, Any] = {} if decoder is None else {"to_pictures": partial(decode_latents, decoder.to(device))}
     made = ModelStudio(loaded.model, known, name=Path(model).name, shape=shape, **options)
     made.notes = notes
     return made

@@ -8,10 +8,11 @@ autoencoder can decode it on its own. Other families show their pictures at the 
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -83,7 +84,7 @@ class PipelineStudio(Studio):
         )
         if table is not None:
             self._handle.model.check_identity(table.backbone, table.exits, origin=f"{name}: shift table")
-        self._schedulers = _schedulers(pipe)
+        self._schedulers: Mapping[str, Any] = _schedulers(pipe)
         self._known: dict[tuple[object, ...], tuple[tuple[float, ...], bool]] = {}
         scales = [each for each in ("true_cfg_scale", "guidance_scale") if each in self._takes]
         self._scale = scales[0] if scales else None
@@ -145,14 +146,15 @@ class PipelineStudio(Studio):
                 for before, side in zip(left, steps, strict=True):
                     yield before, side
 
-    def _steps(self, request: Request, shown: DepthPlan, run: DepthPlan | None) -> Iterator[Side]:
+    def _steps(self, request: Request, shown: DepthPlan, run: DepthPlan | None) -> Generator[Side, None, None]:
         """Run the pipeline in a thread of its own, and yield each step as it ends.  run: None is full depth."""
         news: queue.Queue[Side | Exception | None] = queue.Queue()
         gone = threading.Event()
         count = len(request.values)
 
         def seconds() -> float:
-            return float(self._handle.stats()["seconds"].sum())
+            stats: Any = self._handle.stats()
+            return float(stats["seconds"].sum())
 
         def step_ended(step: int, x: Tensor) -> None:
             if gone.is_set():
@@ -212,7 +214,8 @@ class PipelineStudio(Studio):
                 step_ended(len(times) - 1, inputs.x)
 
         with watching(self.pipe.transformer, HOOK, called):
-            made = np.asarray(self.pipe(**arguments)[0], dtype=np.float32)
+            pipe: Any = self.pipe
+            made = np.asarray(pipe(**arguments)[0], dtype=np.float32)
         return as_nchw((255 * made + 0.5).clip(0, 255).astype(np.uint8))
 
     def _seen(self, request: Request) -> tuple[tuple[float, ...], bool]:
@@ -255,7 +258,7 @@ class PipelineStudio(Studio):
         return pictures.unflatten(0, (count, -1)).transpose(1, 2) if x.ndim == 5 else pictures
 
 
-def _needed(parameters: object) -> list[str]:
+def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """Return the names of arguments without a default."""
     return [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
 

@@ -63,7 +63,8 @@ class Planner:
         """Return the best known plan within `budget`, a share of the full plan's time; at least the cheapest plan."""
         key = (full.timesteps, full.solver, full.cfg_scale, full.calls, budget)
         if key not in self._plans:
-            plan = self._searched(full, budget) if self.searches(full) else self._scheduled(full, budget)
+            table = self.table if self.searches(full) else None
+            plan = self._scheduled(full, budget) if table is None else self._searched(full, budget, table)
             while len(self._plans) >= MOST_KEPT:
                 self._plans.pop(next(iter(self._plans)), None)
             self._plans[key] = plan
@@ -87,13 +88,14 @@ class Planner:
 
     def rivals(self, full: DepthPlan) -> list[Point]:
         """Return full depth at these steps, and at the fewer steps whose pictures the table has measured."""
-        if not self.predicts(full):
+        if self.table is None or not self.predicts(full):
             return []
         fewer = (steps for steps in self.table.step_counts(full.solver) if steps < full.num_steps)
         points = [(steps / full.num_steps, self.table.base_at(full.solver, steps), f"{steps} steps") for steps in fewer]
         base = self.table.base_at(full.solver, full.num_steps) or self.table.base
         points.append((1.0, base, "full depth"))
-        return [Point(share, frechet_distance(of, self.table.reference), name) for share, of, name in points]
+        reference = self.table.reference
+        return [Point(share, frechet_distance(of, reference), name) for share, of, name in points if of is not None]
 
     def why_not(self, full: DepthPlan) -> str:
         """Say why nothing is predicted; "" if it is."""
@@ -107,13 +109,13 @@ class Planner:
             return "No shift table, so plans are ramps and nothing is predicted. `dyndit calibrate` measures a table."
         return "No trained exits: plans skip blocks and forecast what they would add. `dyndit distill` trains exits."
 
-    def _searched(self, full: DepthPlan, budget: float) -> DepthPlan:
+    def _searched(self, full: DepthPlan, budget: float, table: ShiftTable) -> DepthPlan:
         """Search on the table. Smaller budgets' plans are starts, so a larger budget is never predicted to be worse."""
         smaller = [step for step in BUDGETS if self.least_budget <= step < budget][-1:]
-        starts = [replace(self.plan(full, step), cfg_scale=self.table.cfg_scale) for step in smaller]
-        measured = replace(full, cfg_scale=self.table.cfg_scale)
+        starts = [replace(self.plan(full, step), cfg_scale=table.cfg_scale) for step in smaller]
+        measured = replace(full, cfg_scale=table.cfg_scale)
         with self._lock:
-            found = search(self.table, measured, max(budget, self.table.least_share), starts=starts)
+            found = search(table, measured, max(budget, table.least_share), starts=starts)
         return found if self.predicts(full) else replace(found, cfg_scale=full.cfg_scale, figures={})
 
     def _scheduled(self, full: DepthPlan, budget: float) -> DepthPlan:

@@ -15,6 +15,7 @@ def demo(
     host: str = "127.0.0.1",
     port: int = 7860,
     device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
 ) -> None:
     """Serve a page: full depth and a plan side by side, from the same seed, as they form. Needs `dyndit[demo]`.
 
@@ -45,7 +46,7 @@ def demo(
         with prepared(quickstart, out, Inputs(device=device)) as context:
             studio = Studio(context.model, context.table, name=model)
     else:
-        loaded = checkpoints.inspect(model, process=process or None, device=device)
+        loaded = checkpoints.inspect(model, process=process or None, device=device, dtype=dtype)
         for note in loaded.notes:
             print(note)
         decoder = flags.decoder_of(loaded.model, model, vae, device)

@@ -11,7 +11,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditioning import CONDITIONINGS, ConditioningName
 from dyndit.models.conditions import ClassLabels
@@ -57,7 +57,7 @@ class DiTConfig:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
         for name, known in (("convention", get_args(Convention)), ("conditioning", CONDITIONINGS)):
             if getattr(self, name) not in known:
-                raise InputError(f"{name} {getattr(self, name)!r:.40}: expected one of {', '.join(known)}")
+                raise InputError(f"{name} {getattr(self, name)!r:.40}: {expected_one_of(getattr(self, name), known)}")
         for size in self.size:
             if size < 1:
                 raise InputError(f"image_size {size}: expected at least 1")

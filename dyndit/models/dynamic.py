@@ -150,7 +150,16 @@ class DynamicDepth(ModelMixin):
         """The process: how noise and picture mix, and the quantity that the backbone predicts."""
         self.autoencoder: AutoencoderRecord | None = None
         """The autoencoder that made the latents, if it is known."""
+        self.folder: Path | None = None
+        """The native folder that the model was loaded from or saved in; its shift table serves `sample(budget=...)`."""
         self._identity: tuple[str, Identity] | None = None
+
+    def __repr__(self) -> str:
+        """Describe the model in a line. `print(model.backbone)` shows its modules."""
+        backbone, shape = self.backbone, "x".join(map(str, self.backbone.sample_shape))
+        exits = f"exits after {', '.join(map(str, self.exits.layers))}" if self.exits is not None else "no exits"
+        sizes = f"{self.num_blocks} blocks of width {backbone.width}, {exits}"
+        return f"DynamicDepth({type(backbone).__name__}, {sizes}, {self.process.name}, {shape})"
 
     @property
     def num_blocks(self) -> int:

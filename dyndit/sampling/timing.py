@@ -73,7 +73,7 @@ def measure_parts(
         add("two", two)
     draws: list[Sequence[float]] = []
     parts["steps"] = lambda: draws.append(draw())
-    timed = paired_times(parts, rounds=rounds, warmup=1, clock=Clock(device))
+    timed = paired_times(parts, rounds=rounds, warmup=1, clock=Clock(device), title="timing the parts of a step")
     seconds = timed.groupby("arm")["seconds"].median().to_dict()
     rest = [step for measured in draws[1:] for step in measured]  # the first draw warms up
 

@@ -83,11 +83,18 @@ class Train:
             return self.backbone.build()
 
     def run(
-        self, data: Pictures, out: Path, *, start: DynamicDepth | None = None, preview: Preview | None = None
+        self,
+        data: Pictures,
+        out: Path,
+        *,
+        start: DynamicDepth | None = None,
+        preview: Preview | None = None,
+        extend: bool = False,
     ) -> tuple[DynamicDepth, FitResult]:
         """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
 
-        start: model to copy the backbone's first weights from. Its exits are ignored.
+        start: model to copy the backbone's first weights from. Its exits are ignored. extend: take up a finished run
+        of fewer steps in `out`, see `training.fit.fit`: `replace(recipe, fit=replace(recipe.fit, steps=20_000))`.
 
         Raises InputError: see `check`; or `start` is of another shape or process than the recipe's.
         """
@@ -113,7 +120,7 @@ class Train:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:
             identity += f" on from {start.identity.backbone}"
-        result = fit(task, conditioned(data, backbone.condition), self.fit, out, identity=identity)
+        result = fit(task, conditioned(data, backbone.condition), self.fit, out, identity=identity, extend=extend)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 

@@ -116,6 +116,33 @@ def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path: Path, stop: int)
     assert not torch.equal(resumed.ema["1.weight"], resumed.weights["1.weight"])
 
 
+def test_an_extended_run_follows_the_longer_schedule_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    """Under a cosine: the rates of four steps of four, then of steps five to eight of eight."""
+    short, long = (replace(CONFIG, schedule="cosine", steps=steps, checkpoint_every=2) for steps in (4, 8))
+
+    class Dies(Denoise):
+        calls = 0
+
+        def loss(self, *args):
+            self.calls += 1
+            if self.calls == 5:  # the first half of the third step that is added
+                raise RuntimeError("no power")
+            return super().loss(*args)
+
+    for name in ("a", "b"):
+        run(tmp_path / name, short)
+    extended = run(tmp_path / "a", long, extend=True)
+    rates = [*map(short.learning_rate_at, range(4)), *map(long.learning_rate_at, range(4, 8))]
+    assert extended.losses["learning_rate"].tolist() == rates
+    with pytest.raises(RuntimeError, match="no power"):
+        run(tmp_path / "b", long, Dies(), extend=True)
+    resumed = run(tmp_path / "b", long)  # it is of eight steps now: nothing is extended again
+    assert same(resumed, extended)
+    assert resumed.extended == extended.extended == (4,)
+    with pytest.raises(InputError, match="made with steps 8, found 4"):
+        run(tmp_path / "a", short, extend=True)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(whole, tmp_path: Path, number: int) -> None:
     class Interrupted(Denoise):

@@ -350,15 +350,6 @@ def refuse_pointer(path: Path, cause: Exception | None = None) -> None:
         raise CheckpointError(f"{path}: {found}, not the weights; expected the file after `git lfs pull`") from cause
 
 
-def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Hash every bit of tensors and metadata, by name: SHA-256 in hexadecimal."""
-    digest = hashlib.sha256("".join(f"{name}={text}\n" for name, text in sorted((metadata or {}).items())).encode())
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def sha256(path: Path) -> str:
     """Hash a file. Raises CheckpointError if it cannot be read."""
     try:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dyndit import bounds
+from dyndit import bounds, seals
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.samplers import CALIBRATION_SEED, OwnSampler, Sampler, ToPictures, batches_of
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import content_hash, read_safetensors, remove, write_safetensors
+from dyndit.files import read_safetensors, remove, write_safetensors
 from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
@@ -156,7 +156,7 @@ def measure_table(
             sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
             if partial is not None:
                 progress = {"key": key, "done": str(number + 1)}
-                write_safetensors(partial, sums, progress | {"hash": content_hash(sums, progress)})
+                write_safetensors(partial, sums, progress | {seals.SEAL: seals.tensors_checksum(sums, progress)})
     mean, second = (sums[name].unflatten(0, (len(bands), len(choices))) / n for name in ("mean", "second"))
     return ShiftTable(
         edges=_edges(full, bands),
@@ -286,8 +286,7 @@ def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
         return {}, 0
     try:
         sums, metadata = read_safetensors(partial)
-        progress = {"key": key, "done": metadata["done"]}
-        mine = metadata["key"] == key and metadata["hash"] == content_hash(sums, progress)
+        mine = metadata["key"] == key and metadata[seals.SEAL] == seals.tensors_checksum(sums, metadata)
         return (sums, int(metadata["done"])) if mine else ({}, 0)
     except (CheckpointError, KeyError, ValueError):
         return {}, 0

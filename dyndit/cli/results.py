@@ -84,12 +84,14 @@ def evaluate(
         out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
             are one seed block.
         self_check: Only check Inception's weights in this file: their hash, and the distance of made pictures against
-            torch-fidelity's; exit status 1 if it fails.
+            torch-fidelity's; exit status 1 if it fails. With --reference, the folder of cifar-10-batches-py, also the
+            FID that torch-fidelity's own test expects of CIFAR-10.
     """
     if self_check is not None:
         from dyndit.analysis.metrics.self_check import self_check as checks
 
-        flags.print_checks(checks(self_check, _device(device)), json_)
+        real = Path(reference) if reference else None
+        flags.print_checks(checks(self_check, _device(device), real), json_)
         return
     if samples is None or not reference:
         raise InputError("evaluate: expected SAMPLES and --reference, or --self-check WEIGHTS")

@@ -8,7 +8,7 @@ Shape legend, used in every docstring of the package:
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Protocol, Self
 
@@ -148,6 +148,16 @@ class Backbone(nn.Module):
     def block_modules(self) -> list[nn.Module]:
         """Return the modules that `block` calls, from first to last. `compile_parts` compiles them."""
         raise NotImplementedError
+
+    def block_kinds(self) -> tuple[Hashable, ...]:
+        """Return the kind of each block: blocks of one kind take the same time. By default shapes of weights tell."""
+        try:
+            modules = self.block_modules()
+        except NotImplementedError:
+            modules = []
+        if len(modules) != self.num_blocks:
+            return ("",) * self.num_blocks
+        return tuple((type(m).__name__, *(tuple(p.shape) for p in m.parameters())) for m in modules)
 
     def head(self, state: State) -> Tensor:
         """Run the model's own final layer -> (B, C_out, H, W)."""

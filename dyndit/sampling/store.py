@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dyndit import files, manifest
+from dyndit import files, manifest, seals
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.conditions import Value
 from dyndit.pictures import clips, grid, write_png
@@ -83,7 +83,7 @@ class Store:
         """Keep the times of a batch until the set is finished.  seconds: its wall time, decoding included."""
         row = {"first": drawn.ids[0], "num": len(drawn.ids), "machine": machine, "seconds": seconds}
         row |= {"step_seconds": drawn.step_seconds, "network_seconds": drawn.network_seconds}
-        files.append_lines(self.folder / f"times-{part}.jsonl", json.dumps(row) + "\n")
+        files.append_lines(self.folder / f"times-{part}.jsonl", json.dumps(seals.sealed(row)) + "\n")
 
     def times(self) -> dict[str, object]:
         """Return the times named in `TIMES`, over the batches of the machine that drew most pictures.
@@ -93,9 +93,10 @@ class Store:
         rows = []
         for path in sorted(self.folder.glob("times-*.jsonl")):
             try:
-                rows += [json.loads(line) for line in files.read_lines(path).splitlines()]
-            except ValueError as error:
+                found = [dict(json.loads(line)) for line in files.read_lines(path).splitlines()]
+            except (ValueError, TypeError) as error:
                 raise InputError(f"{path}: damaged ({error}); expected it whole, or deleted") from error
+            rows += [seals.unsealed(path, row, InputError) for row in found]
         if not rows:
             return {}
         nums: Counter[str] = Counter()

@@ -2,11 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 
 import torch
 
 from dyndit.clock import Clock
-from dyndit.models.base import Inputs
+from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.sampling.guidance import Guidance
@@ -52,18 +54,16 @@ def measure_parts(
     first_alike = model.exits.alike() if model.exits is not None else {}
     shallowest = model.depths[0]  # L without exits
     exits = sorted({shallowest, *first_alike.values()})
+    names = backbone.block_kinds()
+    kinds = [names.index(name) for name in names]  # each kind is known by its first block
     parts: dict[str, Callable[[], object]] = {}
 
     def add(name: str, inputs: Inputs) -> None:
         state = backbone.embed(inputs.x, inputs.t, inputs.y)
 
-        def blocks() -> None:
-            out = state
-            for index in range(model.num_blocks):
-                out = backbone.block(index, out)
-
         parts[f"{name}.embed"] = lambda: backbone.embed(inputs.x, inputs.t, inputs.y)
-        parts[f"{name}.block"] = blocks
+        for kind, run in _runs(backbone, kinds, state).items():
+            parts[f"{name}.blocks.{kind}"] = run
         for depth in exits:
             parts[f"{name}.exit.{depth}"] = lambda depth=depth: model.leave(state, depth)
         parts[f"{name}.head"] = lambda: backbone.head(state)
@@ -78,12 +78,32 @@ def measure_parts(
     rest = [step for measured in draws[1:] for step in measured]  # the first draw warms up
 
     def times(name: str, factor: int = 1) -> PartTimes:
-        embed, block, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "block", "head"))
+        embed, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "head"))
+        blocks = tuple(factor * seconds[f"{name}.blocks.{kind}"] / kinds.count(kind) for kind in kinds)
+        block = sum(blocks) / len(blocks)
         leave = {depth: factor * seconds[f"{name}.exit.{depth}"] for depth in exits}
         others = {depth: leave[first] for depth, first in first_alike.items() if first != shallowest}
-        return PartTimes(embed, block / model.num_blocks, leave[shallowest], head, others)
+        return PartTimes(embed, block, leave[shallowest], head, others, blocks if len(set(kinds)) > 1 else ())
 
     both = times("one", 2) if two is None else times("two")
     # A pipeline of one step has no time between calls.
     solver = statistics.median(rest) if rest else 0.0
     return CostModel(len(one), model.num_blocks, times("one"), both, solver, device.type)
+
+
+def _runs(backbone: Backbone, kinds: Sequence[int], state: State) -> dict[int, Callable[[], None]]:
+    """Return what runs all blocks of a kind, for each kind. Each series of them begins with the state before it."""
+    series: dict[int, list[tuple[State, list[int]]]] = {}
+    for kind, indices in groupby(range(len(kinds)), kinds.__getitem__):
+        several = list(indices)
+        series.setdefault(kind, []).append((state, several))
+        for index in several:
+            state = backbone.block(index, state)
+
+    def run(kind: int) -> None:
+        for first, several in series[kind]:
+            out = first
+            for index in several:
+                out = backbone.block(index, out)
+
+    return {kind: partial(run, kind) for kind in series}

@@ -55,3 +55,7 @@ class WanVACEAdapter(WanAdapter):
     def block_modules(self) -> list[nn.Module]:
         """Return the control blocks, then the blocks."""
         return [*self.transformer.vace_blocks, *self.transformer.blocks]
+
+    def block_kinds(self) -> tuple[bool, ...]:
+        """Tell which blocks have a control block."""
+        return tuple(index in self.transformer.config.vace_layers for index in range(self.num_blocks))

@@ -47,6 +47,37 @@ def test_one_time_may_serve_all_exits() -> None:
     assert [found.step_seconds(Step(depth)) for depth in (1, 2, 3, 4)] == [17.75, 18.75, 19.75, 20.375]
 
 
+def test_blocks_that_differ_cost_their_own_time() -> None:
+    one = replace(ONE, exits={}, blocks=(1.0, 2.0, 4.0, 8.0))
+    cost = CostModel(8, 4, one, replace(one, blocks=(2.0, 4.0, 8.0, 16.0)), 16.0)
+    assert CostModel.from_description(json.loads(json.dumps(cost.describe()))) == cost
+    assert [cost.step_seconds(Step(depth)) for depth in (1, 2, 4)] == [17.75, 19.75, 16.25 + 15 + 0.125]
+    assert cost.step_seconds(Step.parse("2|4")) == 16.25 + (2 + 4) + 0.5 + (4 + 8) + 0.125
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_blocks_are_timed_by_their_kind(several: bool, make_model, monkeypatch) -> None:
+    """On a clock that only blocks move: block i takes 2^i seconds; 1 and 3 are of another kind."""
+    model, now = make_model((2,)), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    block = type(model.backbone).block
+
+    def passes(self, index: int, state):
+        now[0] += 2**index
+        return block(self, index, state)
+
+    monkeypatch.setattr(type(model.backbone), "block", passes)
+    if several:
+        kinds = tuple(index in (1, 3) for index in range(model.num_blocks))
+        monkeypatch.setattr(type(model.backbone), "block_kinds", lambda self: kinds)
+    found, num = measure_cost(model, batch_size=2, rounds=1), model.num_blocks
+    for parts in (found.one, found.two):
+        assert parts.block == (2**num - 1) / num
+        others = [2**i for i in range(num) if i not in (1, 3)]
+        mean = sum(others) / len(others)
+        assert parts.blocks == (tuple(5.0 if i in (1, 3) else mean for i in range(num)) if several else ())
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_are_timed_by_their_shapes_and_equal_ones_once(head: str, make_model, monkeypatch) -> None:
     """On a clock that only exits move: 2^depth seconds each."""

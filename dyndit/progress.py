@@ -6,7 +6,7 @@ minute, and at its end, whether it moved or not. A stage within a stage is shown
 
     measuring the plan: 1 of 2, 12 s, about 12 s left (sampling 512 pictures: 40 of 80 steps, 6 s, about 6 s left)
 
-`DYNDIT_PROGRESS=off` in the environment keeps every stage silent.
+`DYNDIT_PROGRESS=off` in the environment keeps every stage silent. Of several processes of one run, the first speaks.
 """
 
 import os
@@ -101,7 +101,7 @@ def progress_bar(
         if outer is not None:
             stage.moved, outer.inner = outer.moved, stage
             yield stage.advance
-        elif not shown or os.environ.get("DYNDIT_PROGRESS", "").lower() in ("0", "off", "no", "false"):
+        elif not shown or _is_silent():
             yield stage.advance
         else:
             with _face(stage, console or Console(stderr=True), every):
@@ -119,6 +119,12 @@ def tracked(items: Sequence[Item], title: str, *, unit: str = "", shown: bool = 
         for done, item in enumerate(items, 1):
             yield item
             advance(done, len(items))
+
+
+def _is_silent() -> bool:
+    """Tell if the user wants silence, or another process of the same run speaks."""
+    wanted = os.environ.get("DYNDIT_PROGRESS", "").lower()
+    return wanted in ("0", "off", "no", "false") or os.environ.get("RANK", "0") != "0"
 
 
 def _face(stage: _Stage, console: Console, every: float) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from dyndit.models.exits import Exits
 from dyndit.models.forecasts import Gaps, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, AutoencoderRecord, Identity, check, identity_of, sketch, tensors_hash
 from dyndit.process import Process
+from dyndit.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -267,8 +268,9 @@ class DynamicDepth(ModelMixin):
         """Return the hashes that exits, plans and tables are bound to. Computed again only after weights change."""
         seen = sketch(self.state_dict()) + self.backbone.unseen_text(self.process)
         if self._identity is None or self._identity[0] != seen:
-            exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
-            self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
+            with progress_bar("hashing the weights"):
+                exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
+                self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
         return replace(self._identity[1], autoencoder=self.autoencoder.hash if self.autoencoder else "")
 
     def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:

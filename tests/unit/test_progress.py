@@ -12,6 +12,11 @@ from dyndit import progress
 from dyndit.progress import progress_bar, tracked
 
 
+@pytest.fixture(autouse=True)
+def _aloud(monkeypatch) -> None:
+    monkeypatch.delenv("DYNDIT_PROGRESS", raising=False)
+
+
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """The time in seconds, to be set by the test. Nothing is said but when the work moves."""

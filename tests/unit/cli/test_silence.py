@@ -32,6 +32,7 @@ SMALL = ["--num-pictures", "70", "--batch-size", "35", "--table-steps", "2", "--
 def _at_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "PATIENCE", 0.0)
+        patch.delenv("DYNDIT_PROGRESS", raising=False)
         yield
 
 

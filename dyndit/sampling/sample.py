@@ -26,7 +26,7 @@ from dyndit.sampling.loop import Batch, full_plan, start, to_uint8
 from dyndit.sampling.loop import advance as run
 from dyndit.sampling.samples import Samples
 from dyndit.sampling.solvers import AnySolver
-from dyndit.sampling.store import TIMES, Drawn, Store, added, facts_of
+from dyndit.sampling.store import TIMES, Drawn, Store, added
 
 
 def resolve_plan(
@@ -205,6 +205,7 @@ def sample(
         network_seconds=added(batch.network_seconds for batch in drawn),
         settings=vars(asked) | {"solver": asked.plan.solver, "first_index": first_index},
         run=settings | ({"first_index": first_index} if first_index else {}),
+        facts=_facts(asked.plan),
         device=str(next(model.parameters()).device),
     )
 
@@ -283,7 +284,7 @@ def sample_into(
         raise InputError(f"ids: {odd[0]}; expected 0 to {num_images - 1}")
     plan = asked.plan
     run = run_settings(model, asked, classes, num_images, autoencoder)
-    store, facts = Store(Path(out), tuple(labels)), {"plan": facts_of(plan)}
+    store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
     # Processes that share the numbers hold the folder together, once one of them has claimed it.
     with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
         found = manifest.claim(store.folder, run, complete=False, **facts)
@@ -352,6 +353,19 @@ def run_settings(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     return run if asked.shape is None else run | {"shape": asked.shape}
+
+
+def _facts(plan: DepthPlan) -> dict[str, object]:
+    """Return the facts about a plan that a set's manifest holds."""
+    return {
+        "router": plan.router,
+        "note": plan.note,
+        "settings": plan.settings_text,
+        "budget": plan.budget,
+        "predicted_fd": plan.figures.get("predicted_fd"),
+        "share_of_blocks": plan.share_of_blocks,
+        "mean_depth": plan.mean_depth,
+    }
 
 
 def unguided(plan: DepthPlan) -> DepthPlan:

@@ -14,7 +14,7 @@ from dyndit.models.conditions import Value
 from dyndit.pictures import as_image, grid
 from dyndit.pictures.rows import COLUMNS, in_rows
 from dyndit.plans.plan import DepthPlan
-from dyndit.sampling.store import NUM_IN_GRID, Store, facts_of
+from dyndit.sampling.store import NUM_IN_GRID, Store
 
 ALIKE = ("model", "labels", "num_images", "seed", "first_index")
 """Settings in which sets agree that stand side by side."""
@@ -27,7 +27,7 @@ class Samples:
     pictures: (N, C, ...) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
     the caption of each picture.
     batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
-    batches, if `stats` is set. run: the settings that make the pictures, for a manifest.
+    batches, if `stats` is set. run: the settings that make the pictures, and facts: of the plan, both for a manifest.
     """
 
     pictures: Tensor
@@ -40,6 +40,7 @@ class Samples:
     network_seconds: tuple[float, ...] = ()
     settings: dict[str, object] = field(default_factory=dict)
     run: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
     device: str = "cpu"
 
     @property
@@ -74,10 +75,10 @@ class Samples:
         network = 1e3 * sum(self.network_seconds) / num if self.network_seconds else None
         times |= {"ms_denoiser": network, "step_seconds": list(self.step_seconds) or None}
         with locked(store.folder):
-            found = manifest.claim(store.folder, self.run, complete=False, plan=facts_of(self.plan))
+            found = manifest.claim(store.folder, self.run, complete=False, plan=self.facts)
             if found is None or found.get("complete") is not True:
                 store.add(store.numbers, pictures)
-                store.finish(self.run, {"plan": facts_of(self.plan)} | times)
+                store.finish(self.run, {"plan": self.facts} | times)
         return store.folder
 
     def beside(self, other: "Samples", columns: int = COLUMNS) -> Image.Image:

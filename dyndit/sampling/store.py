@@ -25,7 +25,6 @@ from dyndit.errors import CheckpointError, InputError
 from dyndit.models.conditions import Value
 from dyndit.pictures import clips, grid, write_png
 from dyndit.pictures.collection import PictureFiles
-from dyndit.plans.plan import DepthPlan
 from dyndit.progress import progress_bar
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
@@ -206,19 +205,6 @@ def problem_of(source: object) -> str | None:
     if found.get("complete") is True and num == expected:
         return None
     return f"{folder}: unfinished, {num} of {expected} pictures; expected that `dyndit sample` had come to its end"
-
-
-def facts_of(plan: DepthPlan) -> dict[str, object]:
-    """Return the facts about a plan that a set's manifest holds."""
-    return {
-        "router": plan.router,
-        "note": plan.note,
-        "settings": plan.settings_text,
-        "budget": plan.budget,
-        "predicted_fd": plan.figures.get("predicted_fd"),
-        "share_of_blocks": plan.share_of_blocks,
-        "mean_depth": plan.mean_depth,
-    }
 
 
 def added(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:

@@ -14,9 +14,14 @@ RUN_ID = "wandb-id.txt"
 """File with the id of a W&B run in the folder of a training: a resumed training goes on in the same run."""
 
 
+def has_wandb() -> bool:
+    """Tell if wandb is installed."""
+    return importlib.util.find_spec("wandb") is not None
+
+
 def log_with(tracker: Tracker) -> str | None:
     """Return what `Accelerator(log_with=...)` takes. Raises InputError: the tracker is not installed."""
-    if tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+    if tracker == "wandb" and not has_wandb():
         raise InputError("--tracker wandb: not installed; expected `pip install 'dyndit[wandb]'`, or another tracker")
     return None if tracker == "none" else tracker
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.utils import LoggerType
 from PIL import Image
 
 import dyndit
@@ -266,13 +267,12 @@ class FakeWandb:
 def test_a_training_is_tracked_by_wandb(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """The figures of losses.csv go to one run of W&B, in which a resumed training goes on."""
     run = [*[a.format(root=root, out=tmp_path / "run") for a in RUN], "--tracker", "wandb"]
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "has_wandb", lambda: False)
     assert "--tracker wandb: not installed; expected `pip install 'dyndit[wandb]'`" in refused(capsys, *run)
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers, "has_wandb", lambda: True)
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
     main(run)
     main([*run, "--steps", "3"])
     first, second = fake.begun

@@ -4,8 +4,8 @@
 
 For each family and batch size a calibration promises the seconds of full depth and of a ramp. Then both run in turn, in
 one process; the time of a run is from its first call of the transformer to its last. Promise and runs are repeated one
-after the other, because a machine does not stay equally fast. A row holds medians over the repeats, and the ratio of the
-saving that was measured to the saving that was promised, with a 95% interval over the repeats.
+after the other, because a machine does not stay equally fast. A row holds medians over the repeats, and the ratio of
+the saving that was measured to the saving that was promised, with a 95% interval over the repeats.
 """
 
 import argparse
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--family", nargs="*", default=sorted(adapters()))
     parser.add_argument("--batch-size", type=int, nargs="*", default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     asked = parser.parse_args()
     rows = []
     facts = {

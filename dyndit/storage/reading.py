@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndit import bounds, seals
-from dyndit.errors import CheckpointError, InputError, first_line, misspelt
+from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import opened, refuse_pointer
 from dyndit.limits import LIMITS
 from dyndit.models.base import Backbone
@@ -186,8 +186,7 @@ def built(
     except CheckpointError:
         raise
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
-        meant = misspelt(error) if isinstance(error, TypeError) else ""
-        raise CheckpointError(f"{path}: impossible architecture ({first_line(error)}{meant})") from error
+        raise CheckpointError(f"{path}: impossible architecture ({first_line(error)})") from error
     load_strictly(backbone, tensors, weights)
     return backbone
 

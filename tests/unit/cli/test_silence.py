@@ -144,7 +144,7 @@ def test_python_speaks_too(root: Path, tmp_path: Path) -> None:
     heard = spoken(lambda: measure_bases(model, table, digits, step_grid=(1, 2)))
     assert "measuring full depth at 1 steps: " in heard
     table = measure_bases(model, table, digits, step_grid=(1,))
-    heard = spoken(lambda: calibrate_steps(model, LatencyBudget(1.0), table=table, extractor=digits, rounds=1))
+    heard = spoken(lambda: calibrate_steps(model, LatencyBudget(1.0), table=table, extractor=digits, rounds=6))
     assert "measuring full depth at the reference's steps: " in heard
     assert "timing the plan: " in heard
     assert "computing metrics: " in spoken(lambda: evaluate(root / "samples", load_digits().uint8(), digits, ("fd",)))

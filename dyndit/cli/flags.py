@@ -191,6 +191,8 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
         for name, value in given.arguments.items():
             values = vars(value) | values if is_dataclass(value) else values | {name: value}  # MODEL, not --model CARD
         bounds.check(**values)
+        if not getattr(given.arguments.get("published"), "model", ""):  # refused for that, whatever it is
+            values.pop("ckpt", None)
         if _is_on_the_hub(values.get("vae")):
             del values["vae"]
         bounds.check_inputs(values)

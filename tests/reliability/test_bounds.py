@@ -33,6 +33,7 @@ NEEDED = {
     "calibrate": ["{model}", "--budget", "0.6"],
     "plan": ["edit", "{plan}", "--out", "{out}"],
     "sample": ["{model}", "--out", "{out}"],
+    "grid": ["{model}", "--out", "{out}"],
     "evaluate": ["{model}", "--reference", "digits", "--out", "{out}"],
     "bench": ["{model}", "--out", "{out}"],
     "report": ["{model}", "--out", "{out}"],

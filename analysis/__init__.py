@@ -11,6 +11,7 @@
 """
 
 from importlib import import_module
+from typing import Any
 
 _NAMES = {
     "metrics.extractors": ("Extractor", "load_extractor"),
@@ -32,7 +33,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import a public name from the module it lives in."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 Every stage stores its result on disk. A valid stored result is reused.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dyndit.analysis.compare.costs import COSTS, backbone_cost, exits_cost, note
 from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
@@ -36,7 +38,7 @@ from dyndit.training.exit_errors import exit_error_table
 def model_with_exits(
     experiment: Experiment, backbone: DynamicDepth | None, data: Pictures, out: Path, console: Console
 ) -> DynamicDepth:
-    """Load the model with its exits from `out/model`, or train it and save it there.
+    """Load the model with its exits from `out/model`, or train it and save it there, and what that cost.
 
     backbone: the given model; None: train one. A model that comes with exits keeps them.
     """
@@ -46,11 +48,15 @@ def model_with_exits(
         return checkpoints.load(folder)
     if backbone is None:
         console.print("training the backbone")
-        backbone, _ = experiment.train.run(data, out / "training")
+        backbone, result = experiment.train.run(data, out / "training")
+        fit = experiment.train.fit
+        note(out / COSTS, {"name": "backbone", "seed": fit.seed} | backbone_cost(backbone, fit, result))
     model = backbone
     if backbone.exits is None:
         console.print("distilling exits")
-        model, _ = experiment.distill.run(backbone, data, out / "distillation")
+        model, result = experiment.distill.run(backbone, data, out / "distillation")
+        found = exits_cost(model, experiment.distill, result)
+        note(out / COSTS, {"name": "exits", "seed": experiment.distill.fit.seed} | found)
     write_text(out / "exit-errors.csv", exit_error_table(model, data).to_csv(index=False))
     checkpoints.save(model, folder)
     return model
@@ -205,6 +211,10 @@ class Context:
     def _measured_table(self) -> ShiftTable:
         options = self._calibration_point | {"settings": self.experiment.calibration, "into": self._table_file}
         extractor, reference = of_few_features(self.extractor, self.references[0].features)
+        started = time.monotonic()
         options |= {"to_pictures": self.to_pictures}
         with progress_bar("measuring distribution shifts", self.console) as advance:
-            return measure_shifts(self.model, extractor, reference, on_progress=advance, **options)
+            table = measure_shifts(self.model, extractor, reference, on_progress=advance, **options)
+        seconds = time.monotonic() - started
+        note(self.out / COSTS, {"name": "table", "seed": self.experiment.calibration.seed, "seconds": seconds})
+        return table

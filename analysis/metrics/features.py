@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dyndit import seals
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.manifold import radii
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.metrics.statistics import INCEPTION, Statistics
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import content_hash, read_safetensors, sweep, write_safetensors
+from dyndit.files import read_safetensors, sweep, write_safetensors
 from dyndit.pictures import as_rgb
 from dyndit.progress import progress_bar
 from dyndit.stats import Moments, moments
@@ -186,7 +187,7 @@ def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:
     small = {k: _smallest(v) for k, v in tensors.items()}
     try:
         sweep(path.parent)
-        write_safetensors(path, small, {"hash": content_hash(small)})
+        write_safetensors(path, small, {seals.SEAL: seals.tensors_checksum(small, {})})
     except InputError as error:
         logging.getLogger(__name__).warning("features not kept: %s", error)
 
@@ -199,7 +200,7 @@ def _read(path: Path | None, names: tuple[str, ...]) -> dict[str, Tensor] | None
         tensors, metadata = read_safetensors(path)
     except CheckpointError:
         return None
-    whole = tensors.keys() == set(names) and metadata.get("hash") == content_hash(tensors)
+    whole = tensors.keys() == set(names) and metadata.get(seals.SEAL) == seals.tensors_checksum(tensors, metadata)
     return {k: v.double() for k, v in tensors.items()} if whole else None
 
 

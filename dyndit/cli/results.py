@@ -87,12 +87,13 @@ def evaluate(
         out: Folder of a run: the figures become a row of its runs.csv, for `dyndit report`. Samples that share a seed
             are one seed block.
         self_check: Only check Inception's weights in this file: their hash, and the distance of made pictures against
-            torch-fidelity's; exit status 1 if it fails.
+            torch-fidelity's; exit status 1 if it fails. With --reference, the folder of cifar-10-batches-py, also the
+            FID that torch-fidelity's own test expects of CIFAR-10.
     """
     if self_check is not None:
         from dyndit.analysis.metrics.self_check import self_check as checks
 
-        _print_checks(checks(self_check, _device(device)), json_)
+        _print_checks(checks(self_check, _device(device), Path(reference) if reference else None), json_)
         return
     if samples is None or not reference:
         raise InputError("evaluate: expected SAMPLES and --reference, or --self-check WEIGHTS")
@@ -118,9 +119,10 @@ def evaluate(
     real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
-    reading = {"resize": resize, "skip_damaged": skip_damaged}
+    reading: dict[str, Any] = {"resize": resize, "skip_damaged": skip_damaged}
     figures = compare(samples, real, network, metrics, force, cache=kept, told=told, **reading, **vars(more))
-    for account in figures.get("skipped", {}).values():
+    skipped: Any = figures.get("skipped", {})
+    for account in skipped.values():
         flags.say(said_of(account))
     _print_figures(figures)
     if save_reference is not None:
@@ -141,7 +143,7 @@ def evaluate(
         print(json.dumps(figures))
 
 
-def _print_figures(figures: dict[str, object]) -> None:
+def _print_figures(figures: dict[str, Any]) -> None:
     """Print a line per figure of `evaluate`: intervals beside their figures, paired distances last."""
     ends = ("_low", "_high")
     apart = ("metric", "extractor", "skipped")
@@ -232,7 +234,7 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        told = {"num_heads": num_heads, "process": process or None, "weights": weights}
+        told: dict[str, Any] = {"num_heads": num_heads, "process": process or None, "weights": weights}
         loaded = checkpoints.inspect(model, device=device, **told)
         for note in loaded.notes:
             print(note)
@@ -256,7 +258,7 @@ def bench(
         rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
         shared = ("machine", "device", "dtype", "threads", "compiled")
         recorded = json.loads(times[list(shared)].iloc[0].to_json())
-        print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records"))}))
+        print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records") or "[]")}))
 
 
 def _self_check(device: str, json_: bool) -> None:
@@ -386,7 +388,7 @@ def compare(
     _compare(recipe, "experiment", out, json_=json_, device=device, from_scratch=from_scratch, **inputs)
 
 
-def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: object) -> None:
+def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: Any) -> None:
     from dyndit.analysis.compare import run as comparison
     from dyndit.analysis.compare.experiment import Experiment, Inputs
     from dyndit.analysis.report.terminal import record, show

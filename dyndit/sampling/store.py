@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dyndit import files, manifest
+from dyndit import files, manifest, seals
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.conditions import Value
 from dyndit.pictures import clips, grid, write_png
@@ -75,9 +76,9 @@ class Store:
         """Keep the times of a batch until the set is finished.  seconds: its wall time, decoding included."""
         row = {"first": drawn.ids[0], "num": len(drawn.ids), "machine": machine, "seconds": seconds}
         row |= {"step_seconds": drawn.step_seconds, "network_seconds": drawn.network_seconds}
-        files.append_lines(self.folder / f"times-{part}.jsonl", json.dumps(row) + "\n")
+        files.append_lines(self.folder / f"times-{part}.jsonl", json.dumps(seals.sealed(row)) + "\n")
 
-    def times(self) -> dict[str, object]:
+    def times(self) -> dict[str, Any]:
         """Return the times named in `TIMES`, over the batches of the machine that drew most pictures.
 
         Raises InputError if a file of times is damaged.
@@ -85,9 +86,10 @@ class Store:
         rows = []
         for path in sorted(self.folder.glob("times-*.jsonl")):
             try:
-                rows += [json.loads(line) for line in files.read_lines(path).splitlines()]
-            except ValueError as error:
+                found = [dict(json.loads(line)) for line in files.read_lines(path).splitlines()]
+            except (ValueError, TypeError) as error:
                 raise InputError(f"{path}: damaged ({error}); expected it whole, or deleted") from error
+            rows += [seals.unsealed(path, row, InputError) for row in found]
         if not rows:
             return {}
         nums: Counter[str] = Counter()
@@ -111,11 +113,11 @@ class Store:
             files.remove(path)
 
     @property
-    def manifest(self) -> dict[str, object]:
+    def manifest(self) -> dict[str, Any]:
         """Return the folder's manifest."""
         return manifest.read(self.folder / manifest.MANIFEST)
 
-    def describe(self, settings: dict[str, object], **facts: object) -> None:
+    def describe(self, settings: dict[str, Any], **facts: Any) -> None:
         """Write the manifest."""
         files.write_json(self.folder / manifest.MANIFEST, manifest.describe(settings, **facts))
 
@@ -124,7 +126,7 @@ class Store:
         """Tell if the archive and the grid exist."""
         return all((self.folder / name).is_file() for name in (ARCHIVE, GRID))
 
-    def finish(self, settings: dict[str, object], facts: dict[str, object]) -> None:
+    def finish(self, settings: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write the archive, the grid and the manifest of a set. Raises InputError if a picture cannot be read."""
         times = self.times()
         if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times

@@ -368,11 +368,9 @@ def compare(
 ) -> None:
     """Run a whole comparison: exits, plans, every arm, the report. Resumable.
 
-    `dyndit compare --model my-dit.pt --data pictures/` does all of it on your own checkpoint.
-
     Args:
-        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment`. Recipes:
-            {recipes}.
+        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment` (default: the one
+            for your own checkpoint: `dyndit compare --model my-dit.pt --data pictures/`). Recipes: {recipes}.
         out: Folder of the run; what is there and valid is not done again.
         model: A model in place of the recipe's. A folder's exits and shift table are taken as they are; a model
             without exits gets some, distilled on the pictures.

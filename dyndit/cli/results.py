@@ -136,7 +136,7 @@ def evaluate(
             if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
                 warnings = check_addable(out / RUNS, row)
                 append_run(out / RUNS, row)
-                strips.save(out, row["arm"], row["seed"], next(read_set(samples, "samples").batches(strips.MOST)))
+                strips.save(out, row["arm"], row["seed"], next(read_set(samples, "", **reading).batches(strips.MOST)))
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:

@@ -108,6 +108,21 @@ def test_latents_are_judged_as_pictures(here: Path, make_model: MakeModel) -> No
     assert (here / "run" / "samples.png").exists()
 
 
+def test_one_seed_of_two_sets_is_no_verdict_but_a_picture(here: Path, make_model: MakeModel, capsys) -> None:
+    """The documents' verdict block with one seed: sample, sample, evaluate, evaluate, report."""
+    make_model((2, 4)).save_pretrained(here / "mine")
+    for name, more in (("full-0", []), ("dynamic-0", ["--router", "ramp:2"])):
+        main(["sample", "mine", "--steps", "2", "--num-images", "66", "--out", name, *more])
+        main(["evaluate", name, "--reference", "pictures", "--extractor", "digits", "--out", "verdict"])
+    main(["report", "verdict"])
+    printed = " ".join(capsys.readouterr().out.split()).lower()
+    assert "one seed block: no verdict, draw more" in printed
+    text = (here / "verdict" / "report.md").read_text()
+    assert "](side-by-side.png)" in text
+    assert "**One seed block: no verdict, draw more.**" in text
+    assert verify(here / "verdict") == []
+
+
 REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda root: ["--model", str(root / "native")], "--data: missing; expected a folder of pictures"),
     (lambda root: ["--data", "digits"], "--model: missing; expected a checkpoint"),

@@ -220,4 +220,11 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
         if chosen.train is not None:
             owner["train"]["process"] = chosen.train.process.config()  # without its tables
     choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
-    return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
+    return {"experiment": _without_trackers(choices), "inputs": asdict(inputs), "data": data.fingerprint}
+
+
+def _without_trackers(choices: object) -> object:
+    """Return the choices without those of a tracker, which change nothing."""
+    if isinstance(choices, dict):
+        return {name: _without_trackers(value) for name, value in choices.items() if name != "tracker"}
+    return type(choices)(map(_without_trackers, choices)) if isinstance(choices, list | tuple) else choices

@@ -50,7 +50,8 @@ class Searched:
         if controls is not None:
             budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
         searched, arms = {}, []
-        with progress_bar("searching plans", context.console) as advance:
+        with progress_bar("searching plans", context.console, unit="points") as advance:
+            advance(0, len(budgets))
             for done, (point, wanted) in enumerate(budgets.items()):
                 for budget, plan, file in context.searched(*point, wanted):
                     searched[point, budget] = plan

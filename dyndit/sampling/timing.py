@@ -101,7 +101,7 @@ def measure_parts(
     draws: dict[int, list[Sequence[CallTimes]]] = {depth: [] for depth in {model.num_blocks, shallowest}}
     for depth in draws:
         parts[f"steps.{depth}"] = lambda depth=depth: draws[depth].append(draw(depth))
-    timed = paired_times(parts, rounds=rounds, warmup=1, clock=Clock(device))
+    timed = paired_times(parts, rounds=rounds, warmup=1, clock=Clock(device), title="timing the parts of a step")
     seconds = timed.groupby("arm")["seconds"].median().to_dict()
     # The first draw of each depth warms up.
     steps = {depth: [step for measured in some[1:] for step in measured] for depth, some in draws.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
 from support.autoencoders import make_autoencoder
 from support.models import MakeModel
+from support.tiny_verbs import fixed_cost
 
 SMALL = replace(
     my_checkpoint.experiment,
@@ -38,6 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with pictures, and the recipe with fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(my_checkpoint, "experiment", SMALL)
+    monkeypatch.setattr("dyndit.calibration.samplers.measure_cost", partial(fixed_cost, num_blocks=6))
     data = load_digits()
     for index, array in enumerate(data.uint8(range(70))[:, 0].numpy()):
         folder = tmp_path / "pictures" / f"class-{data[index][1]}"
@@ -143,3 +146,12 @@ def test_what_is_missing_is_said_before_anything_is_written(
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
     assert not (here / "runs").exists()
+
+
+def test_a_budget_that_no_plan_meets_is_left_out(here: Path, make_model: MakeModel, capsys) -> None:
+    my_checkpoint.experiment = replace(SMALL, budgets=(0.05, 0.9))
+    make_model((2, 4)).save_pretrained(here / "mine")
+    main(["compare", "--model", "mine", "--data", "digits", *COMMON])
+    assert "no plan within 0.05: the cheapest plan takes 0." in " ".join(capsys.readouterr().err.split())
+    runs = read_runs(here / "runs" / "compare")
+    assert set(runs[runs["family"] == "searched"]["budget"]) == {0.9}

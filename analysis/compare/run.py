@@ -76,8 +76,6 @@ def prepared(
     experiment = inputs.applied(experiment)
     given, process = None, experiment.train.process if experiment.train is not None else None
     if not inputs.from_scratch:
-        if not experiment.model:
-            raise InputError("--model: missing; expected a model, as this experiment names none, or --from-scratch")
         options = {"process": inputs.process or None, "num_heads": inputs.num_heads, "weights": inputs.weights}
         options["device"] = inputs.device
         given = checkpoints.load(experiment.model, **options)

@@ -3,7 +3,7 @@
     dyndit quickstart
     python docs/scripts/screenshots.py runs/quickstart
 
-Needs the extra `demo`, playwright and Chromium. Digits of seed 3, UniPC, 10 steps, budget 0.5.
+Needs the extra `demo`, playwright and Chromium. Digits of seed 3, DDIM, 10 steps, budget 0.5.
 """
 
 import shutil

@@ -98,12 +98,16 @@ def build(studio: Studio) -> "gradio.Blocks":
             except Exception as error:
                 yield drawings.sides(None, None), "", "", _told(error)
 
-        options = {"show_progress": "hidden", "api_visibility": "private"}
-        shown = {"inputs": inputs, "outputs": [plan, frontier, said], **options}
+        shown = {"inputs": inputs, "outputs": [plan, frontier, said], "show_progress": "hidden"}
+        shown |= {"api_visibility": "private"}
         page.load(chosen, **shown)
         for control in (solver, steps, scale, budget):
             control.change(chosen, **shown, trigger_mode="always_last")
-        draw.click(drawn, inputs, [pictures, plan, frontier, said], **options)
+        draw.click(None, None, said, js="() => 'Waiting for the drawings before this one.'")
+        draw.click(
+            drawn, inputs, [pictures, plan, frontier, said],
+            show_progress="minimal", show_progress_on=said, api_visibility="private",
+        )  # fmt: skip
     # One at a time: the machine is shared, and two drawings at once would falsify each other's times.
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
 
@@ -147,7 +151,7 @@ def _request(studio: Studio, *given: Any) -> Request:
 def _frontier(studio: Studio, asked: Request) -> str:
     planner, full = studio.planner, studio.full(asked)
     point = planner.point(planner.plan(full, asked.budget))
-    return drawings.frontier(planner.frontier(full), planner.rivals(full), point, planner.why_not(full))
+    return drawings.frontier(planner.frontier(full), planner.rivals(full), point, planner.caution(full))
 
 
 def _times(studio: Studio, full: Side, dynamic: Side | None) -> str:

@@ -86,19 +86,29 @@ class Planner:
         return [point for point in map(self.point, plans) if point is not None]
 
     def rivals(self, full: DepthPlan) -> list[Point]:
-        """Return full depth at these steps, and at the fewer steps whose pictures the table has measured."""
+        """Return full depth at these steps, and at fewer steps, as far as the table has measured both."""
         if not self.predicts(full):
             return []
-        fewer = (steps for steps in self.table.step_counts(full.solver) if steps < full.num_steps)
-        points = [(steps / full.num_steps, self.table.base_at(full.solver, steps), f"{steps} steps") for steps in fewer]
-        base = self.table.base_at(full.solver, full.num_steps) or self.table.base
-        points.append((1.0, base, "full depth"))
-        return [Point(share, frechet_distance(of, self.table.reference), name) for share, of, name in points]
+        table, solver = self.table, full.solver
+        measured = [steps for steps in table.step_counts(solver) if steps <= full.num_steps]
+        if full.num_steps not in measured:
+            return [Point(1.0, frechet_distance(table.base, table.reference), "full depth")]
+        return [
+            Point(
+                steps / full.num_steps,
+                frechet_distance(table.base_at(solver, steps), table.reference),
+                "full depth" if steps == full.num_steps else f"{steps} steps",
+            )
+            for steps in measured
+        ]
 
-    def why_not(self, full: DepthPlan) -> str:
-        """Say why nothing is predicted; "" if it is."""
+    def caution(self, full: DepthPlan) -> str:
+        """Say why nothing is predicted, or what the prediction takes from elsewhere; "" if neither."""
         if self.predicts(full):
-            return ""
+            table = self.table
+            if table.base_at(full.solver, full.num_steps) is not None:
+                return ""
+            return f"Full depth's distance is that of {table.solver} at {table.num_steps} steps, where it was measured."
         if self.table is not None:
             return (
                 f"The shift table was measured at guidance {self.table.cfg_scale:g}: at another, nothing is predicted."

@@ -65,8 +65,9 @@ def build(studio: Studio) -> "gradio.Blocks":
                     with gr.Row():
                         seed = gr.Number(0, precision=0, label="Seed", min_width=100, elem_id="seed")
                         solver = gr.Dropdown(
-                            list(form.solvers), value=form.solvers[0], label="Solver", min_width=150, elem_id="solver"
-                        )
+                            [(name.removesuffix("Scheduler"), name) for name in form.solvers],
+                            value=form.solvers[0], label="Solver", min_width=150, elem_id="solver",
+                        )  # fmt: skip
             with gr.Column(scale=2, min_width=300, elem_id="shown"):
                 pictures = gr.HTML(drawings.sides(None, None), elem_id="pictures")
                 with gr.Row():

@@ -84,6 +84,7 @@ class PipelineStudio(Studio):
         if table is not None:
             self._handle.model.check_identity(table.backbone, table.exits, origin=f"{name}: shift table")
         self._schedulers = _schedulers(pipe)
+        self._warm: set[int] = set()
         self._known: dict[tuple[object, ...], tuple[tuple[float, ...], bool]] = {}
         scales = [each for each in ("true_cfg_scale", "guidance_scale") if each in self._takes]
         self._scale = scales[0] if scales else None
@@ -136,6 +137,7 @@ class PipelineStudio(Studio):
         """See `Studio`. The plan's side follows full depth's, whose steps are shown again beside it."""
         full, plan = self.full(request), self.plan(request)
         with self._lock:
+            self._warm_up(request)
             left = []
             with closing(self._steps(request, full, None)) as steps:
                 for side in steps:
@@ -144,6 +146,19 @@ class PipelineStudio(Studio):
             with closing(self._steps(request, plan, plan)) as steps:
                 for before, side in zip(left, steps, strict=True):
                     yield before, side
+
+    def _warm_up(self, request: Request) -> None:
+        """Run the first step of a call, untimed, if none of so many pictures has run: a first call costs more."""
+
+        def step_ended(step: int, _x: Tensor) -> None:
+            if step:
+                raise _Left
+
+        if (count := len(request.values)) not in self._warm:
+            self._handle.plan = None
+            with suppress(_Left):
+                self._call(request, step_ended)
+            self._warm.add(count)
 
     def _steps(self, request: Request, shown: DepthPlan, run: DepthPlan | None) -> Iterator[Side]:
         """Run the pipeline in a thread of its own, and yield each step as it ends.  run: None is full depth."""

@@ -115,7 +115,10 @@ class Planner:
             )
         if self.trained:
             return "No shift table, so plans are ramps and nothing is predicted. `dyndit calibrate` measures a table."
-        return "No trained exits: plans skip blocks and forecast what they would add. `dyndit distill` trains exits."
+        return (
+            "No trained exits: plans skip blocks and forecast what they would add. `dyndit distill` trains exits, "
+            "`dyndit.distill_exits` those of a pipeline."
+        )
 
     def _searched(self, full: DepthPlan, budget: float) -> DepthPlan:
         """Search on the table. Smaller budgets' plans are starts, so a larger budget is never predicted to be worse."""

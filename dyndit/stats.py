@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,15 +30,19 @@ from torch import Tensor
 
 from dyndit.clock import Clock
 from dyndit.errors import InputError
+from dyndit.progress import Advance, progress_bar
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moments:
     """First two moments of `num` features, float64.  mean: (D,), second: (D, D), raw E[f fᵀ]."""
 
     mean: Tensor
     second: Tensor
     num: int
+
+    def __repr__(self) -> str:
+        return f"Moments({len(self.mean)} features, {self.num} pictures)"
 
     @property
     def covariance(self) -> Tensor:
@@ -144,7 +149,7 @@ class Interval:
         return format(self, "")
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
+def paired_interval(a: Any, b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
     """Compute Student's t interval of the mean of a, or of a - b paired by position.
 
     a, b: one number per seed block, in the same order of blocks. Blocks with a NaN drop out. One block gives its mean
@@ -209,7 +214,7 @@ def _resamples(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
     return counts, scipy.stats.multinomial.pmf(counts, num_blocks, [1 / num_blocks] * num_blocks)
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def median_interval(values: Any, confidence: float = 0.95) -> Interval:
     """Return the median with two order statistics as limits, at this confidence or more.
 
     Distribution-free, since the count below the median is binomial. Of 9 values the limits are the 2nd and the 8th, of
@@ -281,15 +286,34 @@ def order_of(arms: list[str], round_index: int) -> list[str]:
 
 
 def paired_rounds(
-    arms: Mapping[str, Callable[[], Sequence[Reading]]], repeats: Repeats, baseline: str | None = None
+    arms: Mapping[str, Callable[[], Sequence[Reading]]],
+    repeats: Repeats,
+    baseline: str | None = None,
+    *,
+    title: str = "timing",
+    on_round: Callable[[pd.DataFrame], str | None] | None = None,
 ) -> pd.DataFrame:
     """Let the arms take turns; each call times itself. -> columns round, arm, scope, seconds, joules.
 
-    baseline: every other arm's ratio to this arm has to become narrow (default: the first arm).
+    baseline: every other arm's ratio to this arm has to become narrow (default: the first arm). title: of the stage.
+    on_round(table so far) is called after each round; what it returns is shown with the progress.
     """
+    with progress_bar(title, unit="rounds") as advance:
+        return _paired_rounds(arms, repeats, baseline or next(iter(arms)), advance, on_round)
+
+
+def _paired_rounds(
+    arms: Mapping[str, Callable[[], Sequence[Reading]]],
+    repeats: Repeats,
+    baseline: str,
+    advance: Advance,
+    on_round: Callable[[pd.DataFrame], str | None] | None,
+) -> pd.DataFrame:
     names: list[str] = list(arms)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     baseline = baseline or names[0]
+    most = max(repeats.rounds, repeats.most) if repeats.until else repeats.rounds
+    advance(0, most, "warming up" if repeats.warmup else None)
     for name in names * repeats.warmup:
         arms[name]()
 
@@ -301,6 +325,7 @@ def paired_rounds(
         for name in order_of(names, done):
             rows += [{"round": done, "arm": name, **asdict(reading)} for reading in arms[name]()]
         done += 1
+        advance(done, most, "" if on_round is None else on_round(_frame(rows)))
     return _frame(rows)
 
 
@@ -312,12 +337,13 @@ def paired_times(
     clock: Callable[[], float] | None = None,
     until: float = 0.0,
     max_rounds: int = 60,
+    title: str = "timing",
 ) -> pd.DataFrame:
     """Time the arms: one row per round and arm, columns round, arm, seconds.
 
     warmup: calls of each arm before the first round, not timed. clock: read before and after each timed call
     (default: the CPU's clock). For a GPU pass its `Clock`, because calls return before their work is done.
-    until, max_rounds: see `Repeats`.
+    until, max_rounds: see `Repeats`. title: of the stage that shows the progress.
     """
     clock = clock or Clock()
 
@@ -329,7 +355,8 @@ def paired_times(
     for name in list(arms) * warmup:
         arms[name]()
     calls = {name: (lambda run=run: timed(run)) for name, run in arms.items()}
-    return paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0))[["round", "arm", "seconds"]]
+    found: Any = paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0), title=title)
+    return found[["round", "arm", "seconds"]]
 
 
 def _widest_ratio(times: pd.DataFrame, baseline: str) -> float:
@@ -364,5 +391,5 @@ def summarise(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
 
-def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["round", "arm", "scope", "seconds", "joules"])

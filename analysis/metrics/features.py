@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dyndit import seals
 from dyndit.analysis.metrics.extractors import Extractor
+from dyndit.analysis.metrics.manifold import radii
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.metrics.statistics import INCEPTION, Statistics
 from dyndit.errors import CheckpointError, InputError
-from dyndit.files import content_hash, read_safetensors, sweep, write_safetensors
+from dyndit.files import read_safetensors, sweep, write_safetensors
 from dyndit.pictures import as_rgb
 from dyndit.progress import progress_bar
 from dyndit.stats import Moments, moments
@@ -31,7 +33,6 @@ LAYOUT = 1  # raise it when the features of the same pictures change
 MAIN, SPATIAL = ("features", "logits"), ("spatial",)
 PARTS = "parts"  # folder of the features of single batches, until their set is done
 LEAST_SECONDS = 0.5  # time of a batch that is worth a file
-LEAST_SHOWN = 1000  # pictures whose reading shows progress
 
 
 class Measured:
@@ -50,6 +51,11 @@ class Measured:
     def logits(self) -> Tensor:
         """Return the logits, (N, K) float64."""
         return self._outputs["logits"]
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """Return the radius of each picture's ball, (N,): see `manifold`."""
+        return radii(self.features)
 
     @cached_property
     def num(self) -> int | None:
@@ -129,7 +135,7 @@ class Measured:
         if all(part is not None for part in kept):
             return {k: v for part in kept for k, v in part.items()}
         parts, hashes, files = [], [], []
-        for batch in self._tracked("features"):
+        for batch in self._tracked(f"features by {self.extractor.name}"):
             mine = _hashes(batch)
             part, file = self._part(batch, mine)
             parts.append(part)
@@ -162,7 +168,8 @@ class Measured:
     def _tracked(self, title: str) -> Iterator[Tensor]:
         """Yield the batches of the set, and show how many pictures are done."""
         done, total = 0, len(self._set.source)
-        with progress_bar(title, shown=total >= LEAST_SHOWN) as advance:
+        with progress_bar(title, unit="pictures") as advance:
+            advance(0, total)
             for batch in self._set.batches():
                 yield batch
                 done += len(batch)
@@ -180,7 +187,7 @@ def _write(path: Path | None, tensors: dict[str, Tensor]) -> None:
     small = {k: _smallest(v) for k, v in tensors.items()}
     try:
         sweep(path.parent)
-        write_safetensors(path, small, {"hash": content_hash(small)})
+        write_safetensors(path, small, {seals.SEAL: seals.tensors_checksum(small, {})})
     except InputError as error:
         logging.getLogger(__name__).warning("features not kept: %s", error)
 
@@ -193,7 +200,7 @@ def _read(path: Path | None, names: tuple[str, ...]) -> dict[str, Tensor] | None
         tensors, metadata = read_safetensors(path)
     except CheckpointError:
         return None
-    whole = tensors.keys() == set(names) and metadata.get("hash") == content_hash(tensors)
+    whole = tensors.keys() == set(names) and metadata.get(seals.SEAL) == seals.tensors_checksum(tensors, metadata)
     return {k: v.double() for k, v in tensors.items()} if whole else None
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.errors import InputError, first_line
 from dyndit.files import sha256
+from dyndit.progress import progress_bar
 from dyndit.stats import frechet_distance, moments
 
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -26,6 +28,12 @@ SHARES = {"plain": 4, "dim": 3}
 PICTURES_SHA256 = "33dee556415e2f9630b5539c434e500565788df00c0f8bb1890e9bef933a7bc3"
 TOLERANCE = 0.01
 """Largest difference of the two distances. Theirs takes roots of eigenvalues that rounding makes negative."""
+CIFAR10_FID, CIFAR10_TOLERANCE, CIFAR10_NUM, CIFAR10_SEED = 10.3233274, 1e-4, 5_000, 2020
+"""What torch-fidelity's own test expects of 5,000 train against 5,000 test pictures of CIFAR-10, and how close.
+
+Its tests/tf1/numerical_precision/test_metric_fid_fidelity.py has the value, which the first TensorFlow code of FID
+reproduces there. Its utils/util_dump_dataset_as_images.py draws the pictures: RandomState(2020), without replacement.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,16 @@ def made_pictures(name: str, num: int = NUM) -> Tensor:
     return torch.from_numpy(tiles.repeat(SIDE // TILES, 2).repeat(SIDE // TILES, 3))
 
 
-def self_check(weights: Path, device: str = "cpu", num: int = NUM, dims: int = DIMS) -> Iterator[Check]:
+def self_check(
+    weights: Path, device: str = "cpu", cifar10: Path | None = None, num: int = NUM, dims: int = DIMS
+) -> Iterator[Check]:
     """Yield the checks, one after the other. The command line takes 64 pictures and all 2,048 features.
 
-    Raises InputError, CheckpointError: the file is no weights of Inception.
+    cifar10: the folder that holds CIFAR-10 as published, cifar-10-batches-py; compares a distance on it as well.
+
+    Raises InputError, CheckpointError: the file is no weights of Inception, or the folder holds no CIFAR-10.
     """
+    drawn = None if cifar10 is None else [_of_cifar10(cifar10, train) for train in (True, False)]
     sets = {name: made_pictures(name, num) for name in SHARES}
     found = hashlib.sha256(b"".join(made_pictures(name).numpy().tobytes() for name in SHARES)).hexdigest()
     yield Check("made pictures", found[:16], PICTURES_SHA256[:16], found == PICTURES_SHA256)
@@ -60,10 +73,31 @@ def self_check(weights: Path, device: str = "cpu", num: int = NUM, dims: int = D
     yield Check("SHA-256 of the weights", found, f"{PUBLISHED}, as published", found == PUBLISHED)
     ours = [extractor.features(pictures, batch_size=16)[:, :dims] for pictures in sets.values()]
     distance = frechet_distance(*map(moments, ours))
-    theirs = _theirs(list(sets.values()), weights, device, dims)
+    with progress_bar("torch-fidelity's distance"):
+        theirs = _theirs(list(sets.values()), weights, device, dims)
     close = abs(distance - theirs) <= TOLERANCE * max(1, theirs / 100)
     name = f"FID of {' and '.join(SHARES)}, {num} pictures each"
     yield Check(name, f"{distance:.4f}", f"{theirs:.4f} by torch-fidelity", close)
+    if drawn is not None:
+        ours = [extractor.features(pictures, batch_size=50)[:, :dims] for pictures in drawn]
+        distance = frechet_distance(*map(moments, ours))
+        close = abs(distance - CIFAR10_FID) <= CIFAR10_TOLERANCE
+        expected = f"{CIFAR10_FID:.4f} in torch-fidelity's own test"
+        yield Check(f"FID of CIFAR-10, {CIFAR10_NUM:,} train and test pictures", f"{distance:.4f}", expected, close)
+
+
+def _of_cifar10(folder: Path, train: bool) -> Tensor:
+    """Return the pictures that torch-fidelity's test draws, uint8 (5,000, 3, 32, 32)."""
+    from torchvision.datasets import CIFAR10  # slow to import
+
+    try:
+        pictures = CIFAR10(str(folder), train=train).data  # (N, 32, 32, 3); compares the files with their hashes
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"{folder}: found {first_line(error)}; expected CIFAR-10 as published, {CIFAR10.base_folder}/ in it"
+        ) from None
+    chosen = np.random.RandomState(CIFAR10_SEED).choice(len(pictures), CIFAR10_NUM, replace=False)
+    return torch.from_numpy(pictures[chosen]).permute(0, 3, 1, 2).contiguous()
 
 
 def _theirs(sets: list[Tensor], weights: Path, device: str, dims: int) -> float:

@@ -1,5 +1,8 @@
 """The page itself, in Gradio: inputs on the left; full depth and the plan side by side on the right."""
 
+# pyright: reportMissingImports=false
+# gradio is an extra.
+
 import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dyndit.demo import drawings
 from dyndit.demo.studio import MOST_SCALE, MOST_STEPS, MOST_TEXT, Request, Side, Studio
 from dyndit.errors import InputError
+from dyndit.models.conditions import Value
 
 if TYPE_CHECKING:
     import gradio
@@ -139,7 +143,7 @@ def _request(studio: Studio, *given: Any) -> Request:
     values, seed, solver, steps, scale, budget = given
     try:
         if studio.form.labels:
-            chosen: tuple[object, ...] = tuple(int(value) for value in values or ())
+            chosen: tuple[Value, ...] = tuple(int(str(value)) for value in values or ())
         else:
             chosen = tuple(line.strip() for line in str(values or "").splitlines() if line.strip())
         asked = Request(chosen, int(seed), str(solver), int(steps), float(scale), float(budget))

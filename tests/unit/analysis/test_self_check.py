@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -10,6 +11,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from dyndit.analysis.metrics import self_check as module
 from dyndit.analysis.metrics.self_check import Check, made_pictures, self_check
 from dyndit.cli import main
+from dyndit.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,36 @@ def test_the_distance_is_torch_fidelitys_and_the_hash_tells_other_weights(weight
     assert float(distance.found) > 50 * module.TOLERANCE  # otherwise agreement proves nothing
 
 
+def test_cifar10_is_drawn_as_by_torch_fidelitys_test(weights: Path, tmp_path: Path, monkeypatch) -> None:
+    whole = {True: np.arange(50_000), False: np.arange(10_000)}
+    made = {train: np.repeat(n[:, None], 12, 1).reshape(-1, 2, 2, 3) % 251 for train, n in whole.items()}
+
+    class Made:
+        base_folder = "cifar-10-batches-py"
+
+        def __init__(self, root: str, train: bool) -> None:
+            self.data = made[train].astype(np.uint8)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Made)
+    drawn = module._of_cifar10(tmp_path, train=True)
+    order = np.random.RandomState(2020).choice(50_000, 5_000, replace=False)
+    assert (drawn.shape, drawn.dtype) == ((5_000, 3, 2, 2), torch.uint8)
+    assert np.array_equal(drawn[:, 0, 0, 0].numpy(), order % 251)
+    assert order[:5].tolist() == [24397, 39273, 6546, 13504, 49765]  # numpy keeps RandomState's numbers for good
+    monkeypatch.setattr(module, "CIFAR10_NUM", 4)
+    *_, last = self_check(weights, cifar10=tmp_path, num=4, dims=32)
+    assert last.name.startswith("FID of CIFAR-10")
+    assert not last.passed  # random weights
+
+
+def test_a_folder_without_cifar10_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cifar-10-batches-py"):
+        next(self_check(tmp_path / "unread", cifar10=tmp_path))
+
+
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_command_exits_by_the_result(tmp_path: Path, monkeypatch, capsys, passed: bool) -> None:
-    monkeypatch.setattr(module, "self_check", lambda weights, device: iter([Check("a", "1", "2", passed)]))
+    monkeypatch.setattr(module, "self_check", lambda weights, device, cifar10: iter([Check("a", "1", "2", passed)]))
     if passed:
         main(["evaluate", "--self-check", str(tmp_path / "w.pth"), "--json"])
     else:

@@ -9,7 +9,7 @@ import pytest
 from dyndit.models.exits import HEADS
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.step import Step
-from dyndit.sampling.timing import measure_cost
+from dyndit.sampling.timing import _fitted, measure_cost
 
 ONE = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125, exits={2: 4.0, 3: 2.0})
 COST = CostModel(8, num_blocks=4, one=ONE, two=replace(ONE, block=2.0, exit=1.0, exits={2: 8.0}), solver=16.0)
@@ -45,6 +45,47 @@ def test_one_time_may_serve_all_exits() -> None:
     found = CostModel.from_description(json.loads(json.dumps(described)))
     assert found == CostModel(8, 4, parts, parts, 16.0)
     assert [found.step_seconds(Step(depth)) for depth in (1, 2, 3, 4)] == [17.75, 18.75, 19.75, 20.375]
+
+
+def test_blocks_that_differ_cost_their_own_time() -> None:
+    one = replace(ONE, exits={}, blocks=(1.0, 2.0, 4.0, 8.0))
+    cost = CostModel(8, 4, one, replace(one, blocks=(2.0, 4.0, 8.0, 16.0)), 16.0)
+    assert CostModel.from_description(json.loads(json.dumps(cost.describe()))) == cost
+    assert [cost.step_seconds(Step(depth)) for depth in (1, 2, 4)] == [17.75, 19.75, 16.25 + 15 + 0.125]
+    assert cost.step_seconds(Step.parse("2|4")) == 16.25 + (2 + 4) + 0.5 + (4 + 8) + 0.125
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_blocks_are_timed_by_their_kind(several: bool, make_model, monkeypatch) -> None:
+    """On a clock that only blocks move: 2 seconds a block, or 5 in blocks 1 and 3."""
+    model, now = make_model((2,)), [0.0]
+    kinds = tuple(several and index in (1, 3) for index in range(model.num_blocks))
+    seconds = [5.0 if kind else 2.0 for kind in kinds]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    block = type(model.backbone).block
+
+    def passes(self, index: int, state):
+        now[0] += seconds[index]
+        return block(self, index, state)
+
+    monkeypatch.setattr(type(model.backbone), "block", passes)
+    monkeypatch.setattr(type(model.backbone), "block_kinds", lambda self: kinds)
+    found = measure_cost(model, batch_size=2, rounds=1)
+    for parts in (found.one, found.two):
+        assert parts.block == pytest.approx(sum(seconds) / len(seconds))
+        assert parts.blocks == (pytest.approx(tuple(seconds)) if several else ())
+
+
+def test_parts_are_fitted_to_real_steps() -> None:
+    """Real steps take twice the parts' seconds and 3 more; a pipeline's two calls share them."""
+    parts = {"one": ONE, "two": replace(ONE, embed=1.0)}
+    alone = {1: 2.0, 4: 5.0}
+    real = {depth: 2 * seconds + 3 for depth, seconds in alone.items()}
+    found = _fitted(parts, alone, real, calls=2)
+    assert found["one"] == PartTimes(2 * 0.25 + 1.5, 2.0, 1.0, 0.25, {2: 8.0, 3: 4.0})
+    assert found["two"].embed == 2 * 1.0 + 3
+    assert _fitted(parts, {4: 5.0}, {4: 10.0}, calls=1)["two"] == replace(found["two"], embed=2.0)
+    assert _fitted(parts, alone, {}, calls=1) == parts
 
 
 @pytest.mark.parametrize("head", HEADS)

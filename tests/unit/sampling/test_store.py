@@ -197,6 +197,20 @@ def test_times_add_up_over_parts(into: Draw, tmp_path: Path, monkeypatch) -> Non
     assert found["ms_denoiser"] == pytest.approx(1e3 * sum(row[3] for row in noted) / NUM)
 
 
+def test_a_changed_byte_of_the_times_is_refused(into: Draw, tmp_path: Path) -> None:
+    into(tmp_path, ids=range(4), stats=True)
+    (path,) = tmp_path.glob("times-*.jsonl")
+    text, store = path.read_bytes(), Store(tmp_path, ())
+    whole = store.times()
+    assert whole["seconds"] > 0
+    for place in range(0, len(text) - 1, 7):
+        path.write_bytes(text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :])
+        with pytest.raises(InputError, match="damaged"):
+            store.times()
+    path.write_bytes(text)
+    assert store.times() == whole
+
+
 def test_times_of_two_machines_are_not_mixed(into: Draw, tmp_path: Path, monkeypatch) -> None:
     into(tmp_path, ids=range(8))
     with monkeypatch.context() as patch:

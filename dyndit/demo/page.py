@@ -103,11 +103,11 @@ def build(studio: Studio) -> "gradio.Blocks":
             except Exception as error:
                 yield drawings.sides(None, None), "", "", _told(error)
 
-        shown = {"inputs": inputs, "outputs": [plan, frontier, said], "show_progress": "hidden"}
-        shown |= {"api_visibility": "private"}
-        page.load(chosen, **shown)
-        for control in (solver, steps, scale, budget):
-            control.change(chosen, **shown, trigger_mode="always_last")
+        for event in (page.load, solver.change, steps.change, scale.change, budget.change):
+            event(
+                chosen, inputs, [plan, frontier, said],
+                show_progress="hidden", api_visibility="private", trigger_mode="always_last",
+            )  # fmt: skip
         draw.click(None, None, said, js="() => 'Waiting for the drawings before this one.'")
         draw.click(
             drawn, inputs, [pictures, plan, frontier, said],

@@ -8,15 +8,16 @@ autoencoder can decode it on its own. Other families show their pictures at the 
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from dyndit.demo.planner import Planner
@@ -160,14 +161,14 @@ class PipelineStudio(Studio):
                 self._call(request, step_ended)
             self._warm.add(count)
 
-    def _steps(self, request: Request, shown: DepthPlan, run: DepthPlan | None) -> Iterator[Side]:
+    def _steps(self, request: Request, shown: DepthPlan, run: DepthPlan | None) -> Generator[Side]:
         """Run the pipeline in a thread of its own, and yield each step as it ends.  run: None is full depth."""
         news: queue.Queue[Side | Exception | None] = queue.Queue()
         gone = threading.Event()
         count = len(request.values)
 
         def seconds() -> float:
-            return float(self._handle.stats()["seconds"].sum())
+            return float(np.asarray(self._handle.stats()["seconds"]).sum())
 
         def step_ended(step: int, x: Tensor) -> None:
             if gone.is_set():
@@ -226,8 +227,9 @@ class PipelineStudio(Studio):
                 times.append(timestep)
                 step_ended(len(times) - 1, inputs.x)
 
+        call = cast("Callable[..., tuple[object, ...]]", self.pipe)  # the base class has no call of its own
         with watching(self.pipe.transformer, HOOK, called):
-            made = np.asarray(self.pipe(**arguments)[0], dtype=np.float32)
+            made = np.asarray(call(**arguments)[0], dtype=np.float32)
         return as_nchw((255 * made + 0.5).clip(0, 255).astype(np.uint8))
 
     def _seen(self, request: Request) -> tuple[tuple[float, ...], bool]:
@@ -270,12 +272,12 @@ class PipelineStudio(Studio):
         return pictures.unflatten(0, (count, -1)).transpose(1, 2) if x.ndim == 5 else pictures
 
 
-def _needed(parameters: object) -> list[str]:
+def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """Return the names of arguments without a default."""
     return [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
 
 
-def _schedulers(pipe: DiffusionPipeline) -> dict[str, object]:
+def _schedulers(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
     """Return the pipeline's own scheduler, first, and others of the same settings that may take its place."""
     own = pipe.scheduler
     found = {type(own).__name__: own}

@@ -23,7 +23,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.refined import refined
-from dyndit.plans.search import search
+from dyndit.plans.search import SearchSettings, search
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.progress import progress_bar
 from dyndit.sampling.loop import full_plan
@@ -155,10 +155,11 @@ class Context:
         return {"solver": experiment.calibration_solver, "num_steps": experiment.calibration_steps, "cfg_scale": scale}
 
     def _search(self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]) -> DepthPlan:
-        rounds = self.experiment.refinements
+        rounds, settings = self.experiment.refinements, SearchSettings(whole=self.experiment.whole)
+        options = {"base": base, "settings": settings}
         if not rounds:
-            return search(self.table, full, budget, base=base, starts=smaller)
-        return refined(self.table, full, budget, self.moments, rounds=rounds, base=base, smaller=smaller)
+            return search(self.table, full, budget, starts=smaller, **options)
+        return refined(self.table, full, budget, self.moments, rounds=rounds, smaller=smaller, **options)
 
     def _stored_table(self) -> ShiftTable | None:
         """Return the table in `out/model` if it is readable and belongs to this model and this extractor."""

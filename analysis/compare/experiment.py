@@ -8,10 +8,13 @@ from typing import Literal
 
 import torch
 
+from dyndit.analysis.compare.evolution import Evolution
 from dyndit.analysis.compare.peers import PeerSettings
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
+from dyndit.analysis.compare.tuning import Tuning
 from dyndit.calibration.calibrate import STEP_GRID
 from dyndit.calibration.measure import CalibrationSettings
+from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
@@ -48,6 +51,9 @@ class Variant:
     calibration_steps: int | None = None
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
+    whole: bool | None = None
+    points: tuple[tuple[str, int], ...] | None = None
+    budgets: tuple[float, ...] | None = None
     train: Train | None = None
 
     def applied(self, experiment: "Experiment") -> "Experiment":
@@ -73,7 +79,7 @@ class GuidanceSweep:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The arms to compare and the number of pictures. Scoring seeds are 0, 1, ...; calibration has its own seed."""
+    """The arms to compare and the number of pictures. Calibration has its own seed."""
 
     model: str
     data: str
@@ -88,6 +94,10 @@ class Experiment:
     """None: `cfg_scale`. Another scale tests the table under a guidance that it was not measured with."""
     refinements: int = 0
     """Rounds that measure a searched plan and correct the prediction with the result (`plans.refined`)."""
+    whole: bool = True
+    """Let searched plans take the original model's own step; False: the calibration's choices alone."""
+    shuffle_seeds: tuple[int, ...] = ()
+    """Random orders of every searched plan's steps, an arm each."""
     solvers: tuple[str, ...] = ("ddim", "unipc")
     full_solvers: tuple[str, ...] = ()
     """More solvers, run at full depth only: plans must also beat a better solver."""
@@ -117,11 +127,19 @@ class Experiment:
     peers: tuple[PeerSettings, ...] = ()
     """Alternatives to dynamic depth (`dyndit.analysis.compare.peers`), at every solver and `peer_steps`."""
     peer_steps: tuple[int, ...] = (10,)
+    peer_fit: FitConfig | None = None
+    """Training of the peers that train; None: the exits' own, so that both cost the same."""
+    evolution: Evolution | None = None
+    """Schedules of cached parts, evolved at every solver, step count and budget; None: no such arms."""
+    tunings: tuple[Tuning, ...] = ()
+    """Rivals whose settings are chosen on the calibration seeds."""
     cfg_scale: float = 1.5
     metrics: tuple[str, ...] = ("fd",)
     """Metrics of `evaluate` for every arm and block: "fd", and any of "kid", "is", "prc"."""
     more_extractors: tuple[str, ...] = ()
     """More extractors that score the same pictures; no plan is chosen with them."""
+    first_seed: int = 0
+    """Seed of the first block of pictures to score; the others count up from it."""
     num_blocks: int = 5
     num_images: int = 600
     batch_size: int = 100
@@ -144,6 +162,11 @@ class Experiment:
     def peer_points(self) -> tuple[tuple[str, int], ...]:
         """Return the pairs (solver, steps) that peers run at."""
         return self.points or tuple(product(self.solvers, self.peer_steps))
+
+    @property
+    def peer_budget(self) -> FitConfig:
+        """Return the training of the peers that train."""
+        return self.peer_fit or self.distill.fit
 
     def autocast(self, device: str) -> AbstractContextManager:
         """Return the context that sets the sampling precision."""
@@ -172,5 +195,6 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
             owner["calibration"]["choices"] = list(map(str, chosen.calibration.choices))
         if chosen.train is not None:
             owner["train"]["process"] = chosen.train.process.config()  # without its tables
-    choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
+    for chosen, owner in ((experiment, choices), *zip(experiment.tunings, choices["tunings"], strict=True)):
+        owner["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in chosen.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}

@@ -137,7 +137,7 @@ class Comparison:
         experiment, path = self.experiment, self.out / RUNS
         done = measured(path) if path.exists() else set()
         batches, size = -(-experiment.num_images // experiment.batch_size), experiment.batch_size
-        blocks = range(experiment.num_blocks)
+        blocks, first = range(experiment.num_blocks), experiment.first_seed
         missing = {block: [arm for arm in arms if (arm.name, block) not in done] for block in blocks}
         total = batches * experiment.num_blocks * len(arms)
         count = total - batches * sum(map(len, missing.values()))
@@ -151,7 +151,7 @@ class Comparison:
                 for batch in range(batches):
                     num = min(size, experiment.num_images - batch * size)
                     for arm in in_turn(waiting, block, batch):
-                        part = self._draw(arm, seed=block, num=num, first=batch * size, stats=True)
+                        part = self._draw(arm, seed=first + block, num=num, first=batch * size, stats=True)
                         drawn[arm.name].append(part)
                         count += 1
                         advance(count, total)
@@ -208,7 +208,7 @@ class Comparison:
             "steps": plan.num_steps,
             "cfg_scale": plan.cfg_scale,
             "block": block,
-            "seed": block,
+            "seed": experiment.first_seed + block,
             "share_of_blocks": share,
             "mean_depth_cond": cond,
             "mean_depth_uncond": uncond,

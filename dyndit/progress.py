@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,12 +29,16 @@ def progress_bar(
     """
     console = console or Console(stderr=True)
     if not shown:
-        yield lambda _done, _total, _words=None: None
+        yield _unseen
     elif console.is_terminal:
         with _on_terminal(title, console) as advance:
             yield advance
     else:
         yield _in_lines(title, console, every)
+
+
+def _unseen(done: int, total: int, words: str | None = None) -> None:
+    """Show nothing."""
 
 
 def tracked(items: Sequence[Item], title: str, *, shown: bool = True) -> Iterator[Item]:
@@ -63,7 +67,8 @@ def _on_terminal(title: str, console: Console) -> Iterator[Advance]:
             if before:  # earlier work tells nothing about the speed
                 progress.reset(task, total=total, completed=done)
             before = False
-            progress.update(task, completed=done, total=total, **({} if words is None else {"words": words}))
+            said: dict[str, Any] = {} if words is None else {"words": words}
+            progress.update(task, completed=done, total=total, **said)
 
         yield advance
 

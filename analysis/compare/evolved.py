@@ -7,7 +7,6 @@ from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.evolution import Measurements, evolve
 from dyndit.analysis.compare.peers.ecad import Ecad, Genome, PartShares, part_shares, periodic
-from dyndit.calibration.calibrate import measure_moments
 from dyndit.progress import progress_bar
 from dyndit.stats import frechet_distance
 
@@ -42,9 +41,7 @@ class Evolved:
 
         def measure(genome: Genome) -> float:
             peer = Ecad(genome=genome)
-            options = {"num_pictures": context.table.num_pictures, "seed": context.table.seed}
-            plan, options["batch_size"] = peer.plan(full, context.model.depths), experiment.batch_size
-            found = measure_moments(peer.model(context.model), context.extractor, plan, **options)
+            found = context.moments(peer.plan(full, context.model.depths), peer.model(context.model))
             return frechet_distance(found, context.table.reference)
 
         place = context.out / "ecad" / f"{solver}-{steps}-b{budget:g}.json"
@@ -58,4 +55,5 @@ class Evolved:
         peer = Ecad(genome=best)
         plan, predicted = peer.plan(full, context.model.depths), 1e3 * seconds(best) / cost.batch_size
         model = peer.model(context.model)
-        return Arm(peer.name, plan, budget, "evolved", model=model, peer=peer, predicted_ms=predicted)
+        made = {"model": model, "peer": peer, "predicted_ms": predicted, "calibration": context.calibration}
+        return Arm(peer.name, plan, budget, "evolved", **made)

@@ -14,7 +14,6 @@ from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.peers import PeerContext, PeerSettings
 from dyndit.analysis.compare.tuning import SLACK, Tuning
-from dyndit.calibration.calibrate import measure_moments
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, bind
@@ -76,9 +75,8 @@ def _best(context: Context, tuning: Tuning) -> Arm:
     _, _, best = min(tried, key=lambda found: found[:2])
     label = f"{best.peer.name}-{best.peer.label}"
     predicted = context.predicted_ms(best.plan) if best.model is context.model else None
-    return Arm(
-        tuning.family, best.plan, None, label, model=best.model, peer=best.peer, predicted_ms=predicted, swept=True
-    )
+    made = {"model": best.model, "peer": best.peer, "predicted_ms": predicted, "calibration": context.calibration}
+    return Arm(tuning.family, best.plan, None, label, swept=True, **made)
 
 
 class _Log:
@@ -110,10 +108,7 @@ class _Log:
         return row
 
     def _distance(self, candidate: Candidate) -> float:
-        context, table = self.context, self.context.table
-        options = {"num_pictures": table.num_pictures, "seed": table.seed, "batch_size": context.experiment.batch_size}
-        found = measure_moments(candidate.model, context.extractor, candidate.plan, **options)
-        return frechet_distance(found, table.reference)
+        return frechet_distance(self.context.moments(candidate.plan, candidate.model), self.context.table.reference)
 
     def _share(self, candidate: Candidate) -> float:
         """Predict the share of full depth's time. Time one batch of a model that the cost model does not know."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import tyro
 
@@ -154,16 +154,32 @@ class StepChoice:
     """Steps of full depth whose time is the reference (default: the steps that the table was measured at)."""
 
 
+_trusted: list[str] = []
+"""Modules that this command line trusts."""
+
+
+def take_trust(arguments: list[str]) -> None:
+    """Take every `--trust MODULE` out of the command line; `checked` imports them. Raises InputError: it names none."""
+    _trusted.clear()
+    while "--trust" in arguments:
+        at = arguments.index("--trust")
+        if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
+            raise InputError("--trust: names no module; expected a module or a Python file, such as my_dit.py")
+        _trusted.append(arguments[at + 1])
+        del arguments[at : at + 2]
+
+
 def checked(verb: Callable[..., None]) -> Callable[..., None]:
     """Check a verb's flags before it runs: numbers by `dyndit.bounds`, and that its inputs are there.
 
-    No library is loaded for that, so a wrong path is refused at once.
+    No library is loaded for that, so a wrong path is refused at once. Trusted modules are imported after the checks, as
+    `python -m` would import them from here.
     """
     signature = inspect.signature(verb)
 
     @functools.wraps(verb)
-    def run(*args: object, **kwargs: object) -> None:
-        values: dict[str, object] = {}
+    def run(*args: Any, **kwargs: Any) -> None:
+        values: dict[str, Any] = {}
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         for name, value in given.arguments.items():
@@ -178,6 +194,11 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
             check_name(str(values["recipe"]))
         for name in ("model", "source"):
             _check_model(values.get(name))
+        if _trusted:
+            from dyndit.models.registry import trust
+
+            sys.path.insert(0, str(Path.cwd()))
+            trust(*_trusted)
         verb(*args, **kwargs)
 
     return run
@@ -273,15 +294,16 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
     """
     from dyndit.storage.autoencoder import differs, open_autoencoder
 
-    decoder = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
+    decoder: Any = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
     if decoder is None:
         return None
     for note in differs(decoder, dynamic):
         print(note)
-    return decoder.to(device)
+    decoder.to(device)
+    return decoder
 
 
-def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":
+def goal_of(choice: StepChoice, steps: int | None, **others: Any) -> "Goal | None":
     """Return the goal to choose steps for. None: the steps are given. others: flags that exclude a goal."""
     from dyndit.plans.step_counts import LatencyBudget, TargetFD
 
@@ -300,4 +322,4 @@ def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | 
         raise InputError(f"--steps {steps}: --{asked[0]} chooses the step count; expected one of them")
     if choice.target_fd is not None:
         return TargetFD(choice.target_fd, choice.reference_steps)
-    return LatencyBudget(choice.latency_budget, choice.reference_steps)
+    return LatencyBudget(choice.latency_budget or 0.0, choice.reference_steps)

@@ -2,8 +2,9 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -92,6 +93,7 @@ def train(
     with PartialState().main_process_first():  # encode latents once
         pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out, reading)
     chosen.check(pictures)
+    checkpoints.check_savable(chosen.outline(), out)
     start = _start(model, chosen.process, weights) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     settings |= shape | ({"card": card} if card else {})
@@ -100,7 +102,8 @@ def train(
     if process:
         settings["process"] = process
     if text_encoder is not None:
-        settings["text_encoder"] = chosen.backbone.text_encoder_hash
+        backbone: Any = chosen.backbone
+        settings["text_encoder"] = backbone.text_encoder_hash
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
     if epochs is not None:
@@ -116,12 +119,12 @@ def train(
     }
     fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
-    model, result = chosen.run(pictures, out, start=start, preview=_preview)
+    trained, result = chosen.run(pictures, out, start=start, preview=_preview)
     if not PartialState().is_main_process:
         return
-    model.autoencoder = made_by
-    checkpoints.save(model, out)
-    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
+    trained.autoencoder = made_by
+    checkpoints.save(trained, out)
+    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": trained.identity.backbone}
     facts["pictures"] = pictures.account
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
@@ -232,7 +235,7 @@ def convert(
     from dyndit.analysis.report.card import card_extras
     from dyndit.storage.convert import convert as convert_model
 
-    options = {"num_heads": num_heads, "revision": revision, "process": process or None}
+    options: dict[str, Any] = {"num_heads": num_heads, "revision": revision, "process": process or None}
     options |= {"weights": weights, "num_classes": num_classes}
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
@@ -243,7 +246,7 @@ def info(
     model: flags.Positional[str],
     /,
     layers: tuple[int, ...] = (),
-    head: str = "adaln-linear",
+    head: str = "wide",
     conditioning: str = "",
     batch_size: int = 1,
     cfg_scale: float = 1.5,
@@ -283,7 +286,8 @@ def info(
     card, cost = model in CARDS and not Path(model).exists() and model != "digits", None
     if card:
         changes = {"conditioning": conditioning} if conditioning else {}
-        described = outline(model, ExitConfig(layers, head), **changes)
+        exits: Any = {"layers": layers, "head": head}
+        described = outline(model, ExitConfig(**exits), **changes)
     else:
         if layers or conditioning:
             flag = f"--layers {layers[0]}" if layers else f"--conditioning {conditioning}"
@@ -345,8 +349,10 @@ def _training_data(
         raise InputError(
             f"--data: missing; expected a folder of pictures with a subfolder per class, or one of {names}"
         )
-    channels, *size = shape
-    size, encoder = None if spec in PACKAGED else tuple(size), None
+    channels, *sides = shape
+    size: Any = None if spec in PACKAGED else tuple(sides)
+    encode: Any = None
+    made_by = None
     if vae is not None or channels not in (1, 3):
         from dyndit.storage.autoencoder import find
         from dyndit.training.autoencoders import check_channels, latent_space, load_autoencoder, picture_size, record
@@ -360,12 +366,12 @@ def _training_data(
         encoder = load_autoencoder(folder)
         check_channels(encoder, channels, f"--vae {folder}")
         size, channels = picture_size(encoder, shape[1:]), latent_space(encoder).in_channels
+        made_by = record(encoder, source)
+        encode = partial(encode_latents, vae_folder=folder, out=out / "latents", batch_size=16)
     pictures = open_data(spec, size, channels, method=reading.resize_method, skip_damaged=reading.skip_damaged)
     pictures.check()
     flags.say(said_of(pictures.account))
-    if encoder is None:
-        return pictures, None
-    return encode_latents(pictures, folder, out / "latents", 16), record(encoder, source)
+    return (pictures if encode is None else encode(pictures)), made_by
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
@@ -376,6 +382,6 @@ def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
     if model.pixel_space:
         labels = model.backbone.condition.in_turn(40)
         scale = 1.5 if model.backbone.condition.guided else 1.0
-        options = {"solver": model.process.usual_solver, "num_steps": 20, "cfg_scale": scale, "batch_size": 40}
-        pictures = draw(model, labels, **options).pictures
+        solver = model.process.usual_solver
+        pictures = draw(model, labels, solver=solver, num_steps=20, cfg_scale=scale, batch_size=40).pictures
         write_png(out / "previews" / f"step-{step:06d}.png", grid(pictures))

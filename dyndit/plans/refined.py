@@ -61,4 +61,5 @@ def refined(
             figures = plan.figures | {"calibrated_fd": distance, "predicted_fd_full": predicted_full}
             best, least = replace(plan, router="refined", figures=figures), distance
         base = predictor.base_through(plan, found)
+    assert best is not None  # the first plan is below infinity
     return replace(best, budget=budget)

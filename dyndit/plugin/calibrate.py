@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ class PipelineSampler:
         solver = solver_name(pipe.scheduler)
         self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
 
-    def _watching(self, calls: list[Inputs]) -> object:
+    def _watching(self, calls: list[Inputs]) -> AbstractContextManager[None]:
         """Collect the inputs of every transformer call."""
         adapter = self._handle.adapter
         return watching(adapter.transformer, HOOK, lambda *args, **kwargs: calls.append(adapter.read(*args, **kwargs)))
@@ -222,13 +223,27 @@ def calibrate_pipeline(
     out: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> DepthPlan:
-    """Calibrate a user's pipeline that has the plug-in: `handle.plan = calibrate_pipeline(pipe, handle, ...)`.
+    """Search a plan for a user's pipeline that has the plug-in, by running the pipeline.
 
-    call: see `Call`. cfg_scale: the guidance scale of `call`; 1 without a second branch, for example with Flux's
-    distilled guidance. table: without a table, measure one: 1 + num_bands * num_choices runs of the pipeline per
-    picture; by default of 256 pictures, 5 bands and choices at 4 depths. out: the folder for this table. An interrupted
-    measurement resumes there, and a finished table serves other budgets, step counts and resolutions.
-    on_progress(done, all) counts batches. The handle's plan is restored at the end.
+        handle = dyndit.apply_dyndit(pipe, "runs/exits", None)
+        options = {"budget": 0.6, "extractor": extractor, "reference": real, "cfg_scale": 4.0}
+        handle.plan = dyndit.calibrate_pipeline(pipe, handle, call, **options, out="runs/calibration")
+
+    pipe: the pipeline. handle: what `apply_dyndit` returned for it; its plan is restored at the end.
+    call: your function that runs the pipeline: picture numbers -> (B, 3, H, W) uint8, see `Call`.
+    budget: share of full depth's time, above 0 and at most 1.
+    extractor: the network whose features quality is measured by (`dyndit.load_extractor`).
+    reference: real pictures, (N, 3, H, W) uint8, or the moments of their features.
+    num_pictures: pictures to measure a table on. None: 256, or those of a finished table.
+    cfg_scale: the guidance scale of `call`; 1 without a second branch, for example with Flux's distilled guidance.
+    num_bands: bands of steps that are replaced together. None: 5, or those of a finished table.
+    num_depths: depths of the choices. None: 4, or those of a finished table.
+    choices: the steps to measure, such as ("8|4", "8"). Empty: `default_choices`.
+    batch_size: pictures a call.
+    table: a table measured before. None: one is measured, in 1 + num_bands * num_choices runs a picture.
+    out: the folder for this table. An interrupted measurement resumes there, and a finished table serves other budgets,
+    step counts and resolutions. None: the table is not kept.
+    on_progress: called with the batches done and all batches.
 
     Raises:
         InputError: an error of `calibrate`, or of `PipelineSampler`; or a table whose pictures, bands or choices are
@@ -275,7 +290,7 @@ def _check_asked(
     Raises:
         InputError: naming the table, its value and the wanted value.
     """
-    wanted: tuple[Step, ...] = CalibrationSettings(choices=choices).choices
+    wanted: tuple[Step, ...] = CalibrationSettings(choices=choices).steps
     if not wanted and num_depths is not None:
         wanted = default_choices(sampler.depths, sampler.full.cfg_scale != 1, num_depths)
     bands = num_bands and min(num_bands, table.num_steps)

@@ -42,7 +42,7 @@ class Samples:
     batch_seconds: tuple[float, ...] = ()
     step_seconds: tuple[float, ...] = ()
     network_seconds: tuple[float, ...] = ()
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -115,6 +115,13 @@ class Sampling:
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
 
+    @property
+    def running(self) -> DepthPlan:
+        """Return the plan to run. Raises TypeError before `bound` has resolved it."""
+        if not isinstance(self.plan, DepthPlan):
+            raise TypeError("plan: not bound yet; expected `Sampling.bound` before")
+        return self.plan
+
     def batches(self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int]) -> Iterator[Drawn]:
         """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`."""
         guidance, device = Guidance(self.cfg_scale, self.guided_channels), next(model.parameters()).device
@@ -128,8 +135,8 @@ class Sampling:
             batch = Batch(condition, indices + indices[-1:] * padding, self.seed)
             timed.clear()
             began = time.perf_counter()
-            trajectory = start(model, batch, self.solver, self.plan.num_steps, shape=self.shape)
-            x = advance(model, batch, trajectory, self.plan, guidance, on_step=on_step).x
+            trajectory = start(model, batch, self.solver, self.running.num_steps, shape=self.shape)
+            x = advance(model, batch, trajectory, self.running, guidance, on_step=on_step).x
             x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
             seconds = time.perf_counter() - began
             yield Drawn(indices, mine, x[: len(mine)], seconds, *zip(*timed, strict=True))
@@ -152,12 +159,31 @@ def sample(
     shape: tuple[int, ...] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Samples:
-    """Draw one picture per label: the number of a class, or a caption for a model of captions.
+    """Draw one picture per label, and hold all of them in memory.
 
-    Picture i has index first_index + i; `Sampling` explains the other settings.
+        drawn = dyndit.sample(model, labels=[3, 7], num_steps=20)                      # full depth
+        quick = dyndit.sample(model, labels=[3, 7], plan=plan, num_steps=20)           # under a plan, same seeds
+        drawn.pictures                                                                 # (2, C, H, W) uint8
 
-    on_batch(n) is called after each batch of n pictures. All pictures are in memory at the end; `draw` holds one batch,
-    `sample_into` writes to disk.
+    model: from `dyndit.load`, from training, or `DynamicDepth(backbone)`.
+    labels: the class of each picture; captions for a model of captions.
+    plan: a `DepthPlan`, or a router that writes one, such as `functools.partial(dyndit.ramp, start=4)`. None: full
+    depth at every step.
+    solver: a name, such as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers.
+    num_steps: sampling steps. A plan's own number has to be the same.
+    cfg_scale: scale of classifier-free guidance; 1 is unguided, and costs one pass a step in place of two.
+    guided_channels: guide only the first so many channels (the published DiT guides 3). None: all.
+    seed: picture i depends on the seed, its label and its index alone, not on the batch that it is drawn in.
+    first_index: index of the first picture; picture i has index first_index + i.
+    batch_size: pictures at a time.
+    strict: pad every batch to `batch_size`. Pictures are then bit-equal in any grouping; else equal to 1/255.
+    stats: time every step, in `step_seconds` and `network_seconds` of the result.
+    shape: (C, ...) of a picture or clip, for a model that takes several shapes. None: the model's own.
+    on_batch: called with n after each batch of n pictures.
+
+    `dyndit.sampling.sample.sample_into` draws a large set to disk, and `draw` yields batches.
+
+    -> `Samples`: pictures (N, C, H, W) uint8, or latents of a model of latents; labels, plan and times.
 
     Raises:
         InputError: a label or setting out of range, or a plan that does not fit (PlanError).
@@ -174,12 +200,12 @@ def sample(
         pictures=result if model.pixel_space else torch.empty(0, dtype=torch.uint8),
         latents=None if model.pixel_space else result,
         labels=labels,
-        plan=asked.plan,
+        plan=asked.running,
         seed=seed,
         batch_seconds=tuple(batch.seconds for batch in drawn),
         step_seconds=added(batch.step_seconds for batch in drawn),
         network_seconds=added(batch.network_seconds for batch in drawn),
-        settings=vars(asked) | {"solver": asked.plan.solver, "first_index": first_index},
+        settings=vars(asked) | {"solver": asked.running.solver, "first_index": first_index},
     )
 
 
@@ -212,7 +238,7 @@ class Stored:
 
     folder: Path
     plan: DepthPlan
-    manifest: dict[str, object]
+    manifest: dict[str, Any]
     num_drawn: int
 
 
@@ -250,12 +276,13 @@ def sample_into(
         labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
     labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
     asked = Sampling(**settings).bound(model, labels, origin)
+    decode = to_uint8 if to_pictures is None else to_pictures
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
     wanted = set(range(num_images) if ids is None else ids)
     if odd := sorted(wanted - set(range(num_images))):
         raise InputError(f"ids: {odd[0]}; expected 0 to {num_images - 1}")
-    plan = asked.plan
+    plan = asked.running
     run = {
         "verb": "sample",
         "model": model.identity.backbone,
@@ -273,7 +300,7 @@ def sample_into(
     }
     if asked.shape is not None:
         run["shape"] = asked.shape
-    store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
+    store, facts = Store(Path(out), tuple(labels)), dict[str, Any](plan=_facts(plan))
     # Processes that share the numbers hold the folder together, once one of them has claimed it.
     with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
         found = manifest.claim(store.folder, run, complete=False, **facts)
@@ -294,7 +321,7 @@ def sample_into(
             on_progress(done, num_images)
         for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
             began = time.perf_counter()
-            pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
+            pictures = drawn.x if model.pixel_space else decode(drawn.x)
             # Write times before pictures: every batch on disk then has its time.
             store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
             rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
@@ -316,7 +343,7 @@ def random_labels(model: DynamicDepth, num: int, seed: int) -> list[int]:
     return [int.from_bytes(digest, "big") % classes for digest in digests]
 
 
-def _facts(plan: DepthPlan) -> dict[str, object]:
+def _facts(plan: DepthPlan) -> dict[str, Any]:
     """Return the facts about a plan that a manifest holds."""
     return {
         "router": plan.router,

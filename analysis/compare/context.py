@@ -29,7 +29,7 @@ from dyndit.plans.search import SearchSettings, search
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.progress import progress_bar
 from dyndit.sampling.loop import full_plan, to_uint8
-from dyndit.stats import Moments
+from dyndit.stats import Moments, frechet_distance
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.exit_errors import exit_error_table
@@ -116,14 +116,21 @@ class Context:
         known = self.table.base_at(solver, steps) if same_guidance else None
         return known or self.moments(self.full(solver, steps))
 
-    def moments(self, plan: DepthPlan, model: DynamicDepth | None = None) -> Moments:
-        """Sample pictures under a plan on the calibration seeds and return their features' moments.
+    def moments(self, plan: DepthPlan) -> Moments:
+        """Sample pictures under a plan on the calibration seeds and return their features' moments."""
+        options = {"num_pictures": self.table.num_pictures, "seed": self.table.seed, "to_pictures": self.to_pictures}
+        extractor, size = self._seen_by(self.table), self.experiment.batch_size
+        return measure_moments(self.model, extractor, plan, batch_size=size, **options)
+
+    def distance(self, plan: DepthPlan, model: DynamicDepth | None = None) -> float:
+        """Return the Fréchet distance of pictures drawn on the experiment's calibration seeds. It needs no table.
 
         model: another one than the comparison's, such as a peer.
         """
-        options = {"num_pictures": self.table.num_pictures, "seed": self.table.seed, "to_pictures": self.to_pictures}
-        extractor, size = self._seen_by(self.table), self.experiment.batch_size
-        return measure_moments(model or self.model, extractor, plan, batch_size=size, **options)
+        chosen, size = self.experiment.calibration, self.experiment.batch_size
+        options = {"num_pictures": chosen.num_pictures, "seed": chosen.seed, "to_pictures": self.to_pictures}
+        found = measure_moments(model or self.model, self.extractor, plan, batch_size=size, **options)
+        return frechet_distance(found, self.references[0].moments())
 
     def predicted_ms(self, plan: DepthPlan) -> float:
         """Predict milliseconds per picture with the table's cost model."""

@@ -8,7 +8,6 @@ from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.evolution import Measurements, evolve
 from dyndit.analysis.compare.peers.ecad import Ecad, Genome, PartShares, part_shares, periodic
 from dyndit.progress import progress_bar
-from dyndit.stats import frechet_distance
 
 
 class Evolved:
@@ -41,12 +40,11 @@ class Evolved:
 
         def measure(genome: Genome) -> float:
             peer = Ecad(genome=genome)
-            found = context.moments(peer.plan(full, context.model.depths), peer.model(context.model))
-            return frechet_distance(found, context.table.reference)
+            return context.distance(peer.plan(full, context.model.depths), peer.model(context.model))
 
-        place = context.out / "ecad" / f"{solver}-{steps}-b{budget:g}.json"
+        chosen, place = experiment.calibration, context.out / "ecad" / f"{solver}-{steps}-b{budget:g}.json"
         key = f"{context.model.identity.backbone} {context.extractor.fingerprint} {solver} {steps} "
-        key += f"{experiment.cfg_scale} {experiment.precision} {context.table.seed} {context.table.num_pictures}"
+        key += f"{experiment.cfg_scale} {experiment.precision} {chosen.seed} {chosen.num_pictures}"
         measured = Measurements.open(place, key)
         limit = budget * cost.plan_seconds(full)
         with progress_bar(f"evolving a schedule, {solver} {steps}, {budget:g}", context.console) as advance:

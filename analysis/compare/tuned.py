@@ -20,13 +20,12 @@ from dyndit.plans.plan import DepthPlan, bind
 from dyndit.progress import progress_bar
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
-from dyndit.stats import frechet_distance
 
 TUNING = "tuning.csv"
 KEY = ("family", "peer", "settings", "solver", "steps", "cfg_scale")
 COLUMNS = (*KEY, "share", "fd", "seconds")
-"""A row per setting and step count. share: of full depth's time at the reference steps. fd: on the calibration seeds;
-empty if the time was over the limit. seconds: of training, timing and drawing."""
+"""A row per setting and step count. share: of full depth's time at the reference steps; 0 without a limit. fd: on the
+calibration seeds; empty if the time was over the limit. seconds: of training, timing and drawing."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,16 @@ class Tuned:
         tunings, arms = context.experiment.tunings, []
         with progress_bar("tuning rivals", context.console) as advance:
             for number, tuning in enumerate(tunings):
-                arms.append(_best(context, tuning))
+                arms.append(_arm(context, tuning.family, choose(context, tuning)))
                 advance(number + 1, len(tunings))
         return arms
 
 
-def _best(context: Context, tuning: Tuning) -> Arm:
+def choose(context: Context, tuning: Tuning) -> Candidate:
+    """Return the setting of least distance on the calibration seeds; of equal ones the faster.
+
+    Raises InputError: no setting is within the time.
+    """
     log, tried = _Log(context, tuning), []
     trained_in = PeerContext(
         context.out / "peers", context.data, context.experiment.peer_budget, context.experiment.train
@@ -72,11 +75,13 @@ def _best(context: Context, tuning: Tuning) -> Arm:
     if not tried:
         limit = f"{tuning.share:g} of full depth's time at {tuning.reference} steps"
         raise InputError(f"tuning {tuning.family}: no setting within {limit}; expected a larger share or fewer steps")
-    _, _, best = min(tried, key=lambda found: found[:2])
-    label = f"{best.peer.name}-{best.peer.label}"
+    return min(tried, key=lambda found: found[:2])[2]
+
+
+def _arm(context: Context, family: str, best: Candidate) -> Arm:
     predicted = context.predicted_ms(best.plan) if best.model is context.model else None
     made = {"model": best.model, "peer": best.peer, "predicted_ms": predicted, "calibration": context.calibration}
-    return Arm(tuning.family, best.plan, None, label, swept=True, **made)
+    return Arm(family, best.plan, None, f"{best.peer.name}-{best.peer.label}", swept=True, **made)
 
 
 class _Log:
@@ -100,20 +105,19 @@ class _Log:
         key = dict(zip(KEY, values, strict=True))
         if known := next((row for row in self.rows if all(row[name] == key[name] for name in KEY)), None):
             return known
-        share, limit = self._share(candidate), self.tuning.share
-        fd = None if limit is not None and share > limit * SLACK else self._distance(candidate)
+        limit = self.tuning.share
+        share = 0.0 if limit is None else self._share(candidate)
+        within = limit is None or share <= limit * SLACK
+        fd = self.context.distance(candidate.plan, candidate.model) if within else None
         row = {**key, "share": share, "fd": fd, "seconds": time.perf_counter() - began}
         self.rows.append(row)
         files.write_text(self.path, pd.DataFrame(self.rows, columns=COLUMNS).to_csv(index=False))
         return row
 
-    def _distance(self, candidate: Candidate) -> float:
-        return frechet_distance(self.context.moments(candidate.plan, candidate.model), self.context.table.reference)
-
     def _share(self, candidate: Candidate) -> float:
         """Predict the share of full depth's time. Time one batch of a model that the cost model does not know."""
-        cost = self.context.table.cost
-        if candidate.model is self.context.model:
+        if candidate.model is self.context.model and not self.tuning.timed:
+            cost = self.context.table.cost
             return cost.plan_seconds(candidate.plan) / cost.plan_seconds(self.reference)
         if self.full_seconds is None:
             self.full_seconds = self._seconds(self.context.model, self.reference)
@@ -124,5 +128,5 @@ class _Log:
         size = self.context.experiment.batch_size
         labels = self.context.model.backbone.condition.in_turn(size)
         options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale}
-        options |= {"seed": self.context.table.seed, "batch_size": size}
+        options |= {"seed": self.context.experiment.calibration.seed, "batch_size": size}
         return min([sample(model, labels, plan=plan, **options).seconds for _ in range(3)][1:])

@@ -17,7 +17,7 @@ from dyndit.analysis.compare.peers.ecad import Ecad
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.analysis.compare.run import Comparison
 from dyndit.analysis.compare.sources import Searched, Variants
-from dyndit.analysis.compare.tuned import TUNING, Tuned
+from dyndit.analysis.compare.tuned import TUNING, Tuned, choose
 from dyndit.analysis.compare.tuning import SLACK, Tuning
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
@@ -94,7 +94,7 @@ def test_it_resumes_from_what_was_tried(context: Context, tmp_path: Path, monkey
     rows.head(2).to_csv(tmp_path / TUNING, index=False)
     again, calls = Tuned().arms(own)[0], []
     assert (again.name, again.plan) == (whole.name, whole.plan)
-    monkeypatch.setattr(Context, "moments", lambda *_: calls.append(1))
+    monkeypatch.setattr(Context, "distance", lambda *_: calls.append(1))
     assert Tuned().arms(own)[0].plan == whole.plan
     assert not calls
     kept = [line.rsplit(",", 1)[0] for line in text.splitlines()]
@@ -109,6 +109,21 @@ def test_a_model_that_is_no_plan_is_timed(context: Context, tmp_path: Path, monk
     assert pd.read_csv(tmp_path / TUNING)["share"].tolist() == [0.5, 0.7]
     assert arm.settings == "ecad-every2"
     assert arm.predicted_ms is None
+
+
+def test_a_scale_can_be_chosen_before_there_is_a_table(context: Context, tmp_path: Path) -> None:
+    """As the claim does: the table is measured at the scale that full depth does best with."""
+    own = with_tuning(context, tmp_path, peers=DEPTHS[2:], scales=(1.0, 1.5, 3.0), steps=(4,))
+    timed = replace(own.experiment.tunings[0], share=0.9, timed=True, steps=(2, 4))
+    del vars(own)["table"]
+    best = choose(own, own.experiment.tunings[0])
+    rows = pd.read_csv(tmp_path / TUNING)
+    assert best.plan.cfg_scale == rows.loc[rows["fd"].idxmin(), "cfg_scale"]
+    assert (rows["share"] == 0).all()
+    assert rows["fd"].min() == pytest.approx(own.distance(best.plan))
+    assert choose(own, replace(timed, family="timed")).plan.num_steps in (2, 4)
+    assert "table" not in vars(own)
+    assert not (tmp_path / "model").exists()
 
 
 def test_minutes_end_a_tuning(context: Context, tmp_path: Path) -> None:
@@ -160,7 +175,7 @@ def test_an_evolved_arm_keeps_its_time_and_what_it_measured(context: Context, tm
     full = context.predicted_ms(context.full("ddim", 4))
     assert arm.predicted_ms <= 0.6 * full * (1 + 1e-9)
     assert (arm.family, arm.budget, arm.settings) == ("ecad", 0.6, "evolved")
-    monkeypatch.setattr(Context, "moments", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(Context, "distance", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("dyndit.analysis.compare.evolved.part_shares", lambda *_: pytest.fail("timed again"))
     assert Evolved().arms(own)[0].peer == arm.peer
     assert len(list((tmp_path / "ecad").iterdir())) == 2

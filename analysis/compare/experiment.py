@@ -1,5 +1,6 @@
 """Describe a comparison: the choices that a recipe makes. `run.run` carries it out."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -252,5 +253,10 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
         if chosen.train is not None:
             owner["train"]["process"] = chosen.train.process.config()  # without its tables
     for chosen, owner in ((experiment, choices), *zip(experiment.tunings, choices["tunings"], strict=True)):
-        owner["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in chosen.peers]
+        owner["peers"] = [{"peer": peer.name, **_plain(peer)} for peer in chosen.peers]
     return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
+
+
+def _plain(peer: PeerSettings) -> dict[str, object]:
+    """Return a peer's settings as JSON holds them: infinity as text."""
+    return {name: str(value) if value == math.inf else value for name, value in asdict(peer).items()}

@@ -1,5 +1,6 @@
 """Rivals tuned on the calibration seeds: least distance within the time, resumed from the file, never from scores."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from dyndit import files
 from dyndit.analysis.compare import tuned
 from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.evolution import Evolution
@@ -27,6 +29,7 @@ from dyndit.errors import InputError
 from dyndit.models.dit import CARDS
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.step import OwnExit, locked
+from dyndit.recipes.studies import claim
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill
@@ -182,10 +185,11 @@ def test_an_evolved_arm_keeps_its_time_and_what_it_measured(context: Context, tm
 
 
 def test_settings_of_tunings_name_their_peers() -> None:
-    tuning = Tuning("rival", (ConstantExit(3, 2),))
+    tuning = Tuning("rival", (ConstantExit(3, 2), GuidanceInterval(0.0, math.inf)))
     experiment = Experiment("", "digits", "digits", Distill(), tunings=(tuning,))
     found = settings_of(experiment, Inputs(), load_digits())["experiment"]["tunings"][0]
-    assert found["peers"] == [{"peer": "constant-exit", "depth": 3, "guide": 2}]
+    whole = {"peer": "interval", "low": 0.0, "high": "inf"}  # JSON has no infinity
+    assert found["peers"] == [{"peer": "constant-exit", "depth": 3, "guide": 2}, whole]
 
 
 def test_a_calibration_has_seeds_of_its_own() -> None:
@@ -215,6 +219,18 @@ def test_a_time_that_no_setting_meets_is_one_line(context: Context, tmp_path: Pa
         Tuned().arms(with_tuning(context, tmp_path, share=0.01))
 
 
-def test_the_cards_exits_are_where_the_protocol_says() -> None:
-    blocks = CARDS["cifar10"].num_blocks
-    assert [round(share * blocks) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3)] == [2, 4, 6, 8]
+def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:
+    """Seeds as the page says, the rivals by letter, and settings that a manifest can hold."""
+    found = claim.compared(3, 1.5, 4, minutes=60.0, updates=100)
+    families = {tuning.family for tuning in found.tunings}
+    assert families == {*"ABCDHK", "C-pass", "C-interval", *claim.CACHES}
+    assert [variant.name for variant in found.variants] == ["E1", "E2"]
+    assert (found.first_seed, found.shuffle_seeds, found.search_seed, found.evolution.seed) == (10_003, (3,), 3, 3)
+    assert found.calibration.seed == 1_003_003
+    assert found.distill.fit.seed == found.peer_fit.seed == 3_000
+    assert {tuning.share for tuning in found.tunings} == {None, 0.45}
+    assert [round(share * CARDS["cifar10"].num_blocks) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3)] == list(claim.EXITS)
+    for tuning in found.tunings:
+        assert len({(peer.name, peer.label) for peer in tuning.peers}) == len(tuning.peers)
+    settings = settings_of(found, Inputs(), load_digits())
+    assert files.to_json(Path("manifest.json"), settings)

@@ -11,11 +11,13 @@ import pandas as pd
 
 from dyndit.analysis.compare.arms import Arm, Source
 from dyndit.analysis.compare.context import Context, model_with_exits
+from dyndit.analysis.compare.evolved import Evolved
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.analysis.compare.guidance import Guided
 from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
+from dyndit.analysis.compare.tuned import Tuned
 from dyndit.files import write_text
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
@@ -57,6 +59,7 @@ class Searched:
                 for budget, plan, file in context.searched(*point, wanted):
                     searched[point, budget] = plan
                     arms.append(_searched_arm(context, "searched", budget, plan, file))
+                    arms += _shuffled(context, budget, plan)
                 advance(done + 1, len(budgets))
         for depth, budget in shares.items():
             plan = searched[(controls.solver, controls.steps), budget]
@@ -114,7 +117,7 @@ class Peers:
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`."""
         experiment, arms = context.experiment, []
-        for_peers = PeerContext(context.out / "peers", context.data, experiment.distill.fit, experiment.train)
+        for_peers = PeerContext(context.out / "peers", context.data, experiment.peer_budget, experiment.train)
         for peer in experiment.peers:
             model = peer.model(context.model, for_peers).eval()
             for solver, steps in experiment.peer_points:
@@ -167,7 +170,9 @@ class Calibrations:
         changes = {"experiment": experiment, "out": folder, "calibration": number, "given": context.backbone}
         own = replace(context, model=model.to(context.model.device), known=None, **changes)
         arms = [arm for source in (Searched(), Chosen()) for arm in source.arms(own)]
-        return [replace(arm, model=own.model, plan_file=f"{name}/{arm.plan_file}") for arm in arms]
+        return [
+            replace(arm, model=own.model, plan_file=f"{name}/{arm.plan_file}" * bool(arm.plan_file)) for arm in arms
+        ]
 
 
 class Confidence:
@@ -197,7 +202,8 @@ class Confidence:
 
 
 SOURCES: tuple[Source, ...] = (
-    *(FullDepth(), Guided(), Searched(), Chosen(), Peers(), Variants(), Calibrations(), Confidence()),
+    *(FullDepth(), Guided(), Searched(), Chosen(), Peers(), Tuned(), Evolved(), Variants(), Calibrations()),
+    Confidence(),
 )
 """Every source, in the order that makes the arms."""
 
@@ -213,6 +219,13 @@ def _budgets_within(context: Context, whose: str = "") -> list[float]:
 def _searched_arm(context: Context, family: str, budget: float, plan: DepthPlan, file: str) -> Arm:
     predicted = {"predicted_fd": plan.figures["predicted_fd"], "predicted_ms": context.predicted_ms(plan)}
     return Arm(family, plan, budget, plan_file=file, calibration=context.calibration, **predicted)
+
+
+def _shuffled(context: Context, budget: float, searched: DepthPlan) -> list[Arm]:
+    """Return a searched plan's steps in other orders, one for each of the experiment's seeds."""
+    plans = {seed: shuffled(searched, seed) for seed in context.experiment.shuffle_seeds}
+    made = {"predicted_ms": context.predicted_ms(searched), "calibration": context.calibration}
+    return [Arm("shuffled", plan, budget, f"seed{seed}", **made) for seed, plan in plans.items()]
 
 
 def _ramps_within(context: Context, full: DepthPlan, depths: tuple[int, ...], budget: float) -> list[DepthPlan]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dyndit.errors import InputError, did_you_mean
 
@@ -40,11 +40,12 @@ class Bound:
     whole: bool = False
     above: bool = False
 
-    def holds(self, value: object) -> bool:
+    def holds(self, value: Any) -> bool:
         """Tell if a value is inside."""
         if not is_number(value) or (self.whole and not isinstance(value, numbers.Integral)):
             return False
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        number: Any = value
+        return self.low <= number <= self.high and not (self.above and number == self.low)
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above else f"at least {self.low}"
@@ -124,26 +125,26 @@ def checked(function: F) -> F:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def wrapper(*args: object, **kwargs: object) -> object:
+    def wrapper(*args: Any, **kwargs: Any) -> object:
         given = signature.bind(*args, **kwargs).arguments
         for name, value in given.items():
             is_more = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             check(**(value if is_more else {name: value}))
         return function(*args, **kwargs)
 
-    return wrapper
+    return wrapper  # pyright: ignore[reportReturnType]  it takes what the function takes
 
 
 INPUTS = (
-    "ckpt", "data", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference", "runs",
-    "samples", "self_check", "sets", "text_encoder", "train", "vae", "verify",
+    "ckpt", "data", "exits", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference",
+    "runs", "samples", "self_check", "sets", "table", "text_encoder", "train", "vae", "verify",
 )  # fmt: skip
 """Flags that name files or folders to read."""
 NAMES = ("", "digits", "captioned-digits", "moving-digits")
 """Names that stand for a data set in place of a path: those of `training.data.PACKAGED`, and none."""
 
 
-def check_inputs(values: Mapping[str, object]) -> None:
+def check_inputs(values: Mapping[str, Any]) -> None:
     """Check that the files and folders which flags name are there, before any library is loaded.
 
     Raises:

@@ -8,7 +8,10 @@ from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """Bad input. The command line prints the message alone and exits with status 2."""
+    """Bad input: a file, flag or argument, what was found, and what was expected, in one line.
+
+    The command line prints the message alone and exits with status 2. In Python: `except dyndit.InputError as error`.
+    """
 
 
 class CheckpointError(InputError):

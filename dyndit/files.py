@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -204,7 +204,11 @@ def _not_finite(data: object, name: str = "") -> Iterator[tuple[str, float]]:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors and metadata. The same content makes the same bytes: metadata is sorted by name."""
     with written_whole(path) as draft:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            draft,
+            None if metadata is None else dict(metadata),
+        )
         if metadata:
             _sort_metadata(draft)
 
@@ -228,7 +232,7 @@ def _sort_metadata(path: Path) -> None:
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name. The path ends in .npz."""
     with written_whole(path) as draft:
-        np.savez(draft, **arrays)
+        np.savez(draft, **dict[str, Any](arrays))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -283,7 +287,7 @@ def read_lines(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
 
 
-def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, object]:
+def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises CheckpointError, or `kind` if given: missing, over `MOST_JSON` bytes, no JSON, nested too deep, or no object.
@@ -354,7 +358,7 @@ def sha256(path: Path) -> str:
     """Hash a file. Raises CheckpointError if it cannot be read."""
     try:
         with opened(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  it reads bytes
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -148,7 +149,7 @@ class Interval:
         return format(self, "")
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
+def paired_interval(a: Any, b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
     """Compute Student's t interval of the mean of a, or of a - b paired by position.
 
     a, b: one number per seed block, in the same order of blocks. Blocks with a NaN drop out. One block gives its mean
@@ -213,7 +214,7 @@ def _resamples(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
     return counts, scipy.stats.multinomial.pmf(counts, num_blocks, [1 / num_blocks] * num_blocks)
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def median_interval(values: Any, confidence: float = 0.95) -> Interval:
     """Return the median with two order statistics as limits, at this confidence or more.
 
     Distribution-free, since the count below the median is binomial. Of 9 values the limits are the 2nd and the 8th, of
@@ -309,7 +310,7 @@ def _paired_rounds(
     on_round: Callable[[pd.DataFrame], str | None] | None,
 ) -> pd.DataFrame:
     names: list[str] = list(arms)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     most = max(repeats.rounds, repeats.most) if repeats.until else repeats.rounds
     advance(0, most, "warming up" if repeats.warmup else None)
     for name in names * repeats.warmup:
@@ -353,7 +354,8 @@ def paired_times(
     for name in list(arms) * warmup:
         arms[name]()
     calls = {name: (lambda run=run: timed(run)) for name, run in arms.items()}
-    return paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0), title=title)[["round", "arm", "seconds"]]
+    found: Any = paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0), title=title)
+    return found[["round", "arm", "seconds"]]
 
 
 def _widest_ratio(times: pd.DataFrame, baseline: str) -> float:
@@ -388,5 +390,5 @@ def summarise(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
 
-def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["round", "arm", "scope", "seconds", "joules"])

@@ -7,7 +7,7 @@
 
 The pictures are scikit-learn's scans, made bold, tilted or small as their captions say. The model embeds the words
 itself; `dyndit train mmdit --text-encoder FOLDER` takes frozen features of a text encoder in their place. Quality and
-cost are not yet measured.
+cost are in docs/family.md.
 """
 
 from dyndit.analysis.compare.experiment import Experiment
@@ -67,13 +67,13 @@ quickstart = Experiment(
     extractor="digits",
     train=train,
     distill=distill,
-    calibration=CalibrationSettings(num_pictures=160, num_bands=5, batch_size=80),
+    calibration=CalibrationSettings(num_pictures=160, num_bands=10, batch_size=80, num_depths=4),
     calibration_solver="flow-euler",
-    full_steps=(4, 8, 10, 14, 20),
+    full_steps=(3, 4, 5, 6, 8, 10, 14),
     dynamic_steps=(10,),
-    budgets=(0.5, 0.65, 0.8),
+    budgets=(0.35, 0.5, 0.65, 0.8),
     solvers=("flow-euler",),
     num_blocks=5,
-    num_images=160,
+    num_images=320,
     batch_size=80,
 )

@@ -6,7 +6,7 @@
     dyndit sample runs/video --shape 16 16 24 --out runs/long          # clips of another shape
 
 Clips are 8 frames of 16 x 16 pixels with one or two scans of their class. Half of the training batches have another
-shape: wide, tall, short, or one frame, a picture. Quality and cost are not yet measured.
+shape: wide, tall, short, or one frame, a picture. Quality and cost are in docs/family.md.
 """
 
 from dyndit.analysis.compare.experiment import Experiment
@@ -63,11 +63,11 @@ quickstart = Experiment(
     train=train,
     distill=distill,
     calibration=CalibrationSettings(num_pictures=96, num_bands=5, batch_size=48, num_depths=4),
-    full_steps=(5, 8, 10, 14, 20),
+    full_steps=(3, 4, 5, 6, 8, 10, 14),
     dynamic_steps=(10,),
-    budgets=(0.5, 0.65, 0.8),
+    budgets=(0.35, 0.5, 0.65, 0.8),
     solvers=("ddim",),
     num_blocks=4,
-    num_images=96,
-    batch_size=48,
+    num_images=240,
+    batch_size=40,
 )

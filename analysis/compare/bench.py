@@ -95,7 +95,7 @@ class Bench:
 
 
 def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
-    """Make "random:CARD": random weights, an exit after every layer. Raises InputError: there is no such card."""
+    """Make "random:CARD": random weights, a plain exit after every layer. Raises InputError: there is no such card."""
     name = spec.removeprefix(RANDOM)
     if name not in CARDS:
         raise InputError(f"{spec}: no such card; after {RANDOM} {expected_one_of(name, CARDS)}")
@@ -103,7 +103,7 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = ClassConditionalDiT(config)
-        exits = Exits(backbone, ExitConfig(tuple(range(1, config.num_blocks))))
+        exits = Exits(backbone, ExitConfig(tuple(range(1, config.num_blocks)), "adaln-linear"))
     return DynamicDepth(backbone, exits, pixel_space=config.in_channels in (1, 3)).to(device).eval()
 
 

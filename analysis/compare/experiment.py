@@ -12,9 +12,14 @@ from dyndit.analysis.compare.peers import PeerSettings
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
 from dyndit.calibration.calibrate import STEP_GRID
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.training.data import Pictures
+from dyndit.errors import InputError
+from dyndit.process import Process
+from dyndit.training.data import PACKAGED, Pictures
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
+
+SEED_STRIDE = 1_000
+"""Distance between the seeds of two calibrations: a calibration also uses the seed after its own."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,13 @@ class Experiment:
     """None: `cfg_scale`. Another scale tests the table under a guidance that it was not measured with."""
     refinements: int = 0
     """Rounds that measure a searched plan and correct the prediction with the result (`plans.refined`)."""
+    num_calibrations: int = 1
+    """Independent calibrations: each distils exits, measures a table and searches plans with seeds of its own. Of
+    several the report gives intervals over calibrations: they also hold the luck of a calibration."""
+    search_seed: int = 0
+    """Seed of the search's random restarts."""
     solvers: tuple[str, ...] = ("ddim", "unipc")
+    """Empty, as `calibration_solver` may be: the usual solver of the model's process."""
     full_solvers: tuple[str, ...] = ()
     """More solvers, run at full depth only: plans must also beat a better solver."""
     full_steps: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14, 17, 20)
@@ -118,8 +129,8 @@ class Experiment:
     """Alternatives to dynamic depth (`dyndit.analysis.compare.peers`), at every solver and `peer_steps`."""
     peer_steps: tuple[int, ...] = (10,)
     cfg_scale: float = 1.5
-    metrics: tuple[str, ...] = ("fd",)
-    """Metrics of `evaluate` for every arm and block: "fd", and any of "kid", "is", "prc"."""
+    metrics: tuple[str, ...] = ("fd", "kid", "prc")
+    """Metrics of `evaluate` for every arm and block: "fd", and any of "kid", "is", "prc" (precision and recall)."""
     more_extractors: tuple[str, ...] = ()
     """More extractors that score the same pictures; no plan is chosen with them."""
     num_blocks: int = 5
@@ -145,6 +156,23 @@ class Experiment:
         """Return the pairs (solver, steps) that peers run at."""
         return self.points or tuple(product(self.solvers, self.peer_steps))
 
+    def fitted(self, process: Process, guided: bool) -> "Experiment":
+        """Fill in the choices that the recipe leaves to the model. A model that cannot be guided is not guided."""
+        usual = process.usual_solver
+        found = replace(self, solvers=self.solvers or (usual,), calibration_solver=self.calibration_solver or usual)
+        return found if guided else replace(found, cfg_scale=1.0, unguided_steps=(), unguided_points=())
+
+    def calibrated(self, number: int) -> "Experiment":
+        """Return the experiment of calibration `number`: other seeds of distillation, table and search, no controls."""
+        fit = replace(self.distill.fit, seed=self.distill.fit.seed + number * SEED_STRIDE)
+        return replace(
+            self,
+            distill=replace(self.distill, fit=fit),
+            calibration=replace(self.calibration, seed=self.calibration.seed + number * SEED_STRIDE),
+            search_seed=self.search_seed + number,
+            controls=None,
+        )
+
     def autocast(self, device: str) -> AbstractContextManager:
         """Return the context that sets the sampling precision."""
         halved = self.precision == "bf16"
@@ -158,10 +186,29 @@ class Inputs:
     model: str = ""
     process: str = ""
     """Diffusion process of a model that does not name its own."""
+    num_heads: int | None = None
+    """Attention heads of a .pt whose width does not tell them."""
+    weights: str | None = None
+    """Key of the weights in a training checkpoint; None: its moving average."""
     data: str = ""
+    extractor: str = ""
     extractor_weights: Path | None = None
+    num_images: int | None = None
+    """Pictures in a seed block."""
+    vae: Path | None = None
+    """Autoencoder of a model of latents; None: the one beside the model."""
     from_scratch: bool = False
     device: str = "auto"
+
+    def applied(self, experiment: Experiment) -> Experiment:
+        """Return the experiment with these choices. Raises InputError: nobody chose a model, or pictures."""
+        own = {name: getattr(self, name) for name in ("model", "data", "extractor", "num_images")}
+        chosen = replace(experiment, **{name: value for name, value in own.items() if value})
+        if not chosen.data:
+            raise InputError(f"--data: missing; expected a folder of pictures, or one of {', '.join(PACKAGED)}")
+        if not (chosen.model or self.from_scratch):
+            raise InputError("--model: missing; expected a checkpoint, or --from-scratch if the recipe trains one")
+        return chosen
 
 
 def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[str, object]:

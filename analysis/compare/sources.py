@@ -153,6 +153,24 @@ class Variants:
         return [replace(arm, model=own.model, variant=variant.name) for arm in arms]
 
 
+class Calibrations:
+    """The searched plans of more calibrations. Each keeps its exits, table and plans in `out/calibrations`."""
+
+    def arms(self, context: Context) -> list[Arm]:
+        """See `Source`."""
+        return [arm for k in range(1, context.experiment.num_calibrations) for arm in self._of(context, k)]
+
+    def _of(self, context: Context, number: int) -> list[Arm]:
+        name = f"calibrations/{number}"
+        folder, experiment = context.out / name, context.experiment.calibrated(number)
+        context.console.print(f"calibration {number + 1} of {experiment.num_calibrations}")
+        model = model_with_exits(experiment, context.backbone, context.data, folder, context.console)
+        changes = {"experiment": experiment, "out": folder, "calibration": number, "given": context.backbone}
+        own = replace(context, model=model.to(context.model.device), known=None, **changes)
+        arms = [arm for source in (Searched(), Chosen()) for arm in source.arms(own)]
+        return [replace(arm, model=own.model, plan_file=f"{name}/{arm.plan_file}") for arm in arms]
+
+
 class Confidence:
     """The confidence router. Its thresholds and its decisions at every step are written to `out`."""
 
@@ -179,13 +197,15 @@ class Confidence:
         return arms
 
 
-SOURCES: tuple[Source, ...] = (FullDepth(), Guided(), Searched(), Chosen(), Peers(), Variants(), Confidence())
+SOURCES: tuple[Source, ...] = (
+    *(FullDepth(), Guided(), Searched(), Chosen(), Peers(), Variants(), Calibrations(), Confidence()),
+)
 """Every source, in the order that makes the arms."""
 
 
 def _searched_arm(context: Context, family: str, budget: float, plan: DepthPlan, file: str) -> Arm:
     predicted = {"predicted_fd": plan.figures["predicted_fd"], "predicted_ms": context.predicted_ms(plan)}
-    return Arm(family, plan, budget, plan_file=file, **predicted)
+    return Arm(family, plan, budget, plan_file=file, calibration=context.calibration, **predicted)
 
 
 def _ramps_within(context: Context, full: DepthPlan, depths: tuple[int, ...], budget: float) -> list[DepthPlan]:

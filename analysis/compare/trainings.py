@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from dyndit import files, manifest
+from dyndit import manifest
+from dyndit.analysis.compare.costs import COSTS, backbone_cost, note
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
-from dyndit.analysis.metrics.macs import flops, model_macs
+from dyndit.analysis.metrics.macs import model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report import style
@@ -29,14 +30,12 @@ from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import kind_of
 from dyndit.storage import load as checkpoints
-from dyndit.training.data import Pictures, Some, open_data
+from dyndit.training.data import Pictures, open_data
 from dyndit.training.losses import denoising_loss
+from dyndit.training.subset import Some
 from dyndit.training.train import Train
 
-COSTS = "trainings.csv"
 FIGURE = "trainings.png"
-PASSES = 3
-"""Passes' worth of arithmetic in an update: forward once, backward twice."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def run(trainings: Trainings, out: Path, data: str = "", console: Console | None
             console.print(f"{name}, seed {seed}: training")
             model, cost = _trained(replace(recipe, fit=replace(recipe.fit, seed=seed)), pictures, out, name)
             # The cost first: a row of runs.csv marks the training as done.
-            _note(out / COSTS, {"name": name, "seed": seed} | cost)
+            note(out / COSTS, {"name": name, "seed": seed} | cost)
             append_run(out / RUNS, _row(trainings, name, seed, model, reference, out.name))
     costs = pd.read_csv(out / COSTS)
     style.save(trainings_figure(costs, pd.read_csv(out / RUNS), list(trainings.recipes)), out / FIGURE)
@@ -115,17 +114,7 @@ def _trained(recipe: Train, pictures: Pictures, out: Path, name: str) -> tuple[D
     place = f"{name.replace('/', '-')}-s{recipe.fit.seed}"
     model, result = recipe.run(pictures, out / "trainings" / place)
     checkpoints.save(model, out / "models" / place)
-    macs = model_macs(model)
-    return model, {
-        "parameters": sum(p.numel() for p in model.backbone.parameters()),
-        "tokens": macs.tokens,
-        "macs": macs.full,
-        "updates": recipe.fit.steps,
-        "pictures": recipe.fit.steps * recipe.fit.batch_size,
-        "training_flops": PASSES * flops(macs.full) * recipe.fit.steps * recipe.fit.batch_size,
-        "seconds": result.seconds,
-        "loss": final_loss(model, pictures),
-    }
+    return model, backbone_cost(model, recipe.fit, result) | {"loss": final_loss(model, pictures)}
 
 
 @torch.no_grad()
@@ -140,15 +129,6 @@ def final_loss(model: DynamicDepth, pictures: Pictures, num: int = 512, batch_si
         loss, _ = denoising_loss(model, process, *(part.to(device) for part in (x, t, eps, y)))
         total += loss.item() * len(x)
     return total / num
-
-
-def _note(path: Path, row: Mapping[str, object]) -> None:
-    """Add a training's row, or put it in the place of an earlier one."""
-    new = pd.DataFrame([row])
-    if path.exists():
-        old = pd.read_csv(path)
-        new = pd.concat([old[(old["name"] != row["name"]) | (old["seed"] != row["seed"])], new])
-    files.write_text(path, new.to_csv(index=False))
 
 
 def _row(

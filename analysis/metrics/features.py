@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dyndit import seals
 from dyndit.analysis.metrics.extractors import Extractor
+from dyndit.analysis.metrics.manifold import radii
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.metrics.statistics import INCEPTION, Statistics
 from dyndit.errors import CheckpointError, InputError
@@ -50,6 +51,11 @@ class Measured:
     def logits(self) -> Tensor:
         """Return the logits, (N, K) float64."""
         return self._outputs["logits"]
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """Return the radius of each picture's ball, (N,): see `manifold`."""
+        return radii(self.features)
 
     @cached_property
     def num(self) -> int | None:

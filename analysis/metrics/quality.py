@@ -1,7 +1,7 @@
 """Compare two sets of pictures: `evaluate` returns named numbers.
 
-Features are computed here once per set. torch-fidelity computes Inception score, precision and recall from them. This
-package computes distances and intervals (`dyndit.stats`, infinity.py, kid.py, memorisation.py, paired.py).
+Features are computed here once per set. torch-fidelity computes the Inception score from them. This package computes
+the rest (`dyndit.stats`, infinity.py, kid.py, manifold.py, memorisation.py, paired.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.infinity import NUM_SIZES, distance_at_infinity
 from dyndit.analysis.metrics.kid import kernel_distance
+from dyndit.analysis.metrics.manifold import NEIGHBOURS, share_within
 from dyndit.analysis.metrics.memorisation import check_memorisation
 from dyndit.analysis.metrics.metric import Comparison, Figures, metric, metrics_by_name
 from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_sets
@@ -27,7 +28,6 @@ from dyndit.stats import frechet_distance
 
 DEFAULT_METRICS = ("fd", "kid", "is", "prc")
 NUM_SPLITS = 10  # parts of a set for the Inception score
-NEIGHBOURS = 3  # k of precision and recall, as in ADM
 PAIRED = "paired_"  # prefix of figures that judge no model
 
 
@@ -62,14 +62,13 @@ def _inception_score(c: Comparison) -> Figures:
 
 @metric("prc")
 def _precision_recall(c: Comparison) -> Figures:
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    ours, theirs = c.samples.features, c.reference.features
-    if min(len(ours), len(theirs)) < NEIGHBOURS + 2:
-        raise InputError(f"--metrics prc: {min(len(ours), len(theirs))} pictures, expected at least {NEIGHBOURS + 2}")
-    options = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "prc_batch_size": 2000, "verbose": False}
-    found = prc_features_to_metric(ours, theirs, **options)
-    return {"precision": found["precision"], "recall": found["recall"]}
+    fewest = min(len(c.samples.features), len(c.reference.features))
+    if fewest < NEIGHBOURS + 2:
+        raise InputError(f"--metrics prc: {fewest} pictures, expected at least {NEIGHBOURS + 2}")
+    return {
+        "precision": share_within(c.samples.features, c.reference.features, c.reference.radii),
+        "recall": share_within(c.reference.features, c.samples.features, c.samples.radii),
+    }
 
 
 @metric("memorisation")

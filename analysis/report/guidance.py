@@ -40,7 +40,7 @@ def guidance_figure(sweep: pd.DataFrame) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(len(shown), min(2, len(shown)), 8.0 if len(shown) > 1 else 5.5, 3.2)
         for axis, (column, label) in zip(axes, shown.items(), strict=True):
-            for k, (way, rows) in enumerate(_lines(sweep).items()):
+            for k, (way, rows) in enumerate(lines_of(sweep).items()):
                 found = {scale: paired_interval(same[column]) for scale, same in rows.groupby("cfg_scale")}
                 halves = [float(np.nan_to_num(value.half)) for value in found.values()]
                 means = [value.mean for value in found.values()]
@@ -51,7 +51,7 @@ def guidance_figure(sweep: pd.DataFrame) -> Figure:
     return figure
 
 
-def _lines(sweep: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def lines_of(sweep: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Name the rows of each way to guide. Unguided rows begin every line."""
     unguided = sweep[(sweep["family"] == "full") & (sweep["cfg_scale"] == 1)]
     lines = {}

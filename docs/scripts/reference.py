@@ -40,10 +40,14 @@ def on_page_markdown(markdown: str, page: object, **_: object) -> str:
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Replace each formula by MathML."""
-    return FORMULA.sub(
-        lambda found: convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline"), content
-    )
+    """Replace each formula by MathML. One on a line of its own scrolls where the window is narrow."""
+
+    def drawn(found: re.Match[str]) -> str:
+        if found[2] == "(":
+            return convert(html.unescape(found[3]), display="inline")
+        return f'<div style="overflow-x:auto">{convert(html.unescape(found[3]), display="block")}</div>'
+
+    return FORMULA.sub(drawn, content)
 
 
 def name_section(name: str) -> str:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -181,17 +182,37 @@ def calibrate(
     refinements: int = 0,
     out: str | Path | None = None,
 ) -> DepthPlan:
-    """Search a plan for (solver, steps, budget) and report its predicted and measured Fréchet distance.
+    """Search the plan of least predicted Fréchet distance within a budget of time.
 
-    The prediction starts from full depth at these steps, measured on the table's own seeds. The distances of the plan
-    and of full depth are measured on fresh seeds (`table.seed` + 1). `plan.figures` holds predicted_fd, measured_fd,
-    predicted_fd_full, measured_fd_full, predicted_share_of_time, share_of_blocks.
+        extractor, real = dyndit.load_extractor("digits"), dyndit.open_data("digits").uint8()
+        plan = dyndit.calibrate(model, budget=0.6, num_steps=20, extractor=extractor, reference=real)
+        print(plan, plan.figures["predicted_fd"], plan.figures["measured_fd"])
+        plan.save("plan.json")
+
+    model: a model with exits, from `Distill`.
+    budget: share of full depth's time at the same solver and steps, above 0 and at most 1.
+    solver: a name, such as "ddim" or "unipc", or a scheduler of diffusers.
+    num_steps: sampling steps of the plan.
+    cfg_scale: guidance scale; 1 is unguided.
+    table: the shift table to search on, from `dyndit.calibration.measure.measure_shifts`. It serves other budgets, step
+    counts and solvers too. None: a table is measured first, which takes most of the time.
+    extractor: the network whose features quality is measured by, from `dyndit.load_extractor`. With a table but without
+    an extractor, nothing is measured.
+    reference: the real pictures, (N, C, H, W) uint8, or the moments of their features. Needed without a table.
+    settings: how a table is measured: seeds, bands, depths (`CalibrationSettings`). None: the defaults.
+    guided_channels: guide only the first so many channels. None: all.
+    to_pictures: turns the sampler's last state into pictures, (B, C, H, W) -> (B, 3, H, W) uint8: for latents, their
+    decoder.
+    batch_size: pictures at a time, when plans are measured.
     refinements: rounds that measure the plan on the table's seeds and correct the prediction.
-    With a table but no extractor, nothing is measured. Without a table, a table is measured first, with `extractor`
-    against `reference`: moments, or real pictures (N, C, H, W) uint8. A table of `measure_shifts` can be kept for
-    other budgets, step counts and solvers.
     out: a folder, for example the model's. As `dyndit calibrate` does there, it leaves `shift-table.safetensors` and
     `plan-ddim-20-b0.6.json`. An interrupted measurement resumes; a table that is there already is searched.
+
+    The prediction starts from full depth at these steps, measured on the table's own seeds. The plan and full depth are
+    measured on fresh seeds (`table.seed` + 1).
+
+    -> the plan. Its `figures` hold predicted_fd, measured_fd, predicted_fd_full, measured_fd_full,
+    predicted_share_of_time and share_of_blocks.
 
     Raises:
         InputError: the budget is out of range, the table belongs to another model or guidance scale, or without a
@@ -285,7 +306,7 @@ def _share_of_time(
     labels = model.backbone.condition.in_turn(batch_size)
 
     def drawing(of: DepthPlan) -> Callable[[], object]:
-        options = {"num_steps": of.num_steps, "cfg_scale": of.cfg_scale, "batch_size": batch_size}
+        options: dict[str, Any] = {"num_steps": of.num_steps, "cfg_scale": of.cfg_scale, "batch_size": batch_size}
         return lambda: sample(model, labels, plan=of, solver=solver, **options)
 
     arms = {"reference": drawing(reference), "plan": drawing(plan)}

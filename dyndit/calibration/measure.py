@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,11 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """The settings of a table's measurement.
+    """Set up a table's measurement: `dyndit.CalibrationSettings(num_pictures=128, num_bands=5)` is a quick one.
 
+    num_pictures: seeds to measure on. num_depths: conditional depths of the default choices, at most.
     num_bands: bands of steps that are replaced together. Each costs one continuation at full depth per choice.
+    batch_size: pictures at a time.
     choices: the steps to measure, as `Step`s or their text ("8|e4"). Empty: `default_choices` on `num_depths` depths.
     held: add default choices that hold the guidance of earlier steps ("8|held").
     own_guides: add default choices that are guided by the branch's own exits ("8|e4").
@@ -58,8 +61,12 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         bounds.check(**vars(self))
-        parsed = tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
-        object.__setattr__(self, "choices", parsed)
+        object.__setattr__(self, "choices", self.steps)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Return the choices as steps."""
+        return tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
 
 
 def default_choices(
@@ -208,7 +215,7 @@ def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:
 def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Step, ...], tuple[int, ...]]:
     """Return the choices to measure, each forecast once per age, and the ages (empty without forecasts)."""
     guided = sampler.full.cfg_scale != 1
-    choices = settings.choices or default_choices(
+    choices = settings.steps or default_choices(
         sampler.depths, guided, settings.num_depths, held=settings.held, own_guides=settings.own_guides
     )
     if not settings.forecast_ages:
@@ -228,7 +235,7 @@ def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Ste
 
 
 def measure_table_into(
-    path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: object
+    path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: Any
 ) -> ShiftTable:
     """Run `measure_table` resumably and save the table in the file `path`."""
     partial = path.with_suffix(".partial")
@@ -251,7 +258,7 @@ def measure_shifts(
     settings: CalibrationSettings | None = None,
     to_pictures: ToPictures = to_uint8,
     into: Path | None = None,
-    **options: object,
+    **options: Any,
 ) -> ShiftTable:
     """Run `measure_table` with dyndit's own sampling.
 
@@ -272,11 +279,15 @@ def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtra
     Above `MAX_FEATURES` features, keep the `NUM_COMPONENTS` leading principal components of the pictures' features. A
     table holds a matrix per entry, and the search diagonalises thousands of matrices.
     """
-    features = extractor.features(as_rgb(pictures))
+    return of_few_features(extractor, extractor.features(as_rgb(pictures)))
+
+
+def of_few_features(extractor: FeatureExtractor, features: Tensor) -> tuple[FeatureExtractor, Moments]:
+    """Do the same as `reduced`, from the pictures' features (N, D)."""
     if features.shape[1] > MAX_FEATURES:
         _, vectors = torch.linalg.eigh(torch.cov(features.T))
-        extractor = extractor.projected(vectors[:, -NUM_COMPONENTS:])
-        features = features @ extractor.projection
+        leading = vectors[:, -NUM_COMPONENTS:]
+        extractor, features = extractor.projected(leading), features @ leading
     return extractor, moments(features)
 
 

@@ -10,10 +10,11 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from inspect import unwrap
+from typing import Any
 
 import tyro
 
-from dyndit.cli.flags import PlanChoice, checked, flags_of
+from dyndit.cli.flags import PlanChoice, checked, flags_of, take_trust
 from dyndit.errors import InputError, did_you_mean, expected_one_of, first_line
 from dyndit.limits import take_limits
 from dyndit.runtime import keep_freed_memory, stoppable
@@ -72,11 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool, caught: list[int]) -> None:
     try:
+        take_trust(arguments)
         tyro.extras.subcommand_cli_from_dict(
             verbs(arguments),
             prog="dyndit",
             description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks; "
-            "--version alone prints the version; --tyro-write-completion bash|zsh|tcsh|fish FILE writes completions.",
+            "--version alone prints the version; --tyro-write-completion bash|zsh|tcsh|fish FILE writes completions. "
+            "--trust MODULE (or FILE.py, and again for more) imports a module that registers a backbone of your own.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
@@ -112,7 +115,7 @@ def fault(error: Exception) -> tuple[str, int]:
     return f"a fault of the program, {type(error).__name__}: {found}; --debug shows where", 1
 
 
-def verbs(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
+def verbs(arguments: list[str]) -> dict[str, Callable[..., None]]:
     """Return the functions of all verbs. If help is asked for, fill in the names of the registries."""
     found = {verb: getattr(importlib.import_module(f"{__name__}.{module}"), verb) for verb, module in VERBS.items()}
     asked = next((word for word in arguments if word in VERBS), None)
@@ -145,6 +148,7 @@ def filled(text: str) -> str:
     """Replace each `{registry}` of a docstring by the registry's names."""
     for name, place in REGISTRIES.items():
         if (mark := f"{{{name}}}") in text:
-            names = pkgutil.resolve_name(place)
-            text = text.replace(mark, ", ".join(names() if callable(names) else names))
+            names: Any = pkgutil.resolve_name(place)
+            known: Any = names() if callable(names) else names
+            text = text.replace(mark, ", ".join(known))
     return text

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from dyndit import bounds
-from dyndit.errors import CheckpointError, InputError, did_you_mean, expected_one_of
+from dyndit.errors import CheckpointError, InputError, did_you_mean
 from dyndit.locks import locked
 
 if TYPE_CHECKING:
@@ -49,24 +49,6 @@ Vae = Annotated[
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if there is one.")]
 _OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
 Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
-Precision = Annotated[
-    str,
-    tyro.conf.arg(
-        help="Precision to compute in: own (the recipe's), auto (bfloat16 on a GPU that computes in it, else own), "
-        "float32 or bfloat16. Weights and averages stay in float32."
-    ),
-]
-Tracker = Annotated[
-    Literal["tensorboard", "wandb", "none"],
-    tyro.conf.arg(help="Where the losses go besides losses.csv; wandb needs dyndit[wandb]."),
-]
-Extend = Annotated[
-    bool,
-    tyro.conf.arg(
-        help="Take up a finished run of fewer steps in --out, at the rates of a run of --steps from there on. A "
-        "constant rate needs no --extend."
-    ),
-]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
 
 
@@ -176,16 +158,32 @@ class StepChoice:
     """Steps of full depth whose time is the reference (default: the steps that the table was measured at)."""
 
 
+_trusted: list[str] = []
+"""Modules that this command line trusts."""
+
+
+def take_trust(arguments: list[str]) -> None:
+    """Take every `--trust MODULE` out of the command line; `checked` imports them. Raises InputError: it names none."""
+    _trusted.clear()
+    while "--trust" in arguments:
+        at = arguments.index("--trust")
+        if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
+            raise InputError("--trust: names no module; expected a module or a Python file, such as my_dit.py")
+        _trusted.append(arguments[at + 1])
+        del arguments[at : at + 2]
+
+
 def checked(verb: Callable[..., None]) -> Callable[..., None]:
     """Check a verb's flags before it runs: numbers by `dyndit.bounds`, and that its inputs are there.
 
-    No library is loaded for that, so a wrong path is refused at once.
+    No library is loaded for that, so a wrong path is refused at once. Trusted modules are imported after the checks, as
+    `python -m` would import them from here.
     """
     signature = inspect.signature(verb)
 
     @functools.wraps(verb)
-    def run(*args: object, **kwargs: object) -> None:
-        values: dict[str, object] = {}
+    def run(*args: Any, **kwargs: Any) -> None:
+        values: dict[str, Any] = {}
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         for name, value in given.arguments.items():
@@ -204,6 +202,11 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
             _check_model(values.get(name), verb.__name__)
         with loading():
             importlib.import_module("dyndit.models.dynamic")
+        if _trusted:
+            from dyndit.models.registry import trust
+
+            sys.path.insert(0, str(Path.cwd()))
+            trust(*_trusted)
         verb(*args, **kwargs)
 
     return run
@@ -329,34 +332,16 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
     """
     from dyndit.storage.autoencoder import differs, open_autoencoder
 
-    decoder = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
+    decoder: Any = None if dynamic.pixel_space else open_autoencoder(vae, dynamic, model)
     if decoder is None:
         return None
     for note in differs(decoder, dynamic):
         print(note)
-    return decoder.to(device)
+    decoder.to(device)
+    return decoder
 
 
-def training(device: str, dtype: str, **changes: object) -> dict[str, object]:
-    """Let accelerate train on the device -> the fields of `FitConfig` to change: those given, and the precision."""
-    from dyndit.runtime import train_on
-
-    changes["precision"] = precision_of(dtype, train_on(device))
-    return {name: value for name, value in changes.items() if value is not None}
-
-
-def precision_of(dtype: str, device: str) -> "Literal['fp32', 'bf16'] | None":
-    """Return the precision of a recipe for a flag of type `Precision`; None for the recipe's own."""
-    from dyndit.runtime import chosen_dtype
-
-    precisions = {"float32": "fp32", "bfloat16": "bf16"}
-    if dtype not in ("own", "auto", *precisions):
-        raise InputError(f"--dtype {dtype}: {expected_one_of(dtype, ('auto', 'own', *precisions))}")
-    wanted = chosen_dtype(dtype, device)
-    return None if wanted is None else precisions[str(wanted).removeprefix("torch.")]
-
-
-def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | None":
+def goal_of(choice: StepChoice, steps: int | None, **others: Any) -> "Goal | None":
     """Return the goal to choose steps for. None: the steps are given. others: flags that exclude a goal."""
     from dyndit.plans.step_counts import LatencyBudget, TargetFD
 
@@ -375,17 +360,16 @@ def goal_of(choice: StepChoice, steps: int | None, **others: object) -> "Goal | 
         raise InputError(f"--steps {steps}: --{asked[0]} chooses the step count; expected one of them")
     if choice.target_fd is not None:
         return TargetFD(choice.target_fd, choice.reference_steps)
-    return LatencyBudget(choice.latency_budget, choice.reference_steps)
+    return LatencyBudget(choice.latency_budget or 0.0, choice.reference_steps)
 
 
 def print_checks(checks: "Iterable[Any]", json_: bool) -> None:
     """Print checks as they come. Exit with status 1 if one fails."""
-    done = []
+    done: list[Any] = []
     for check in checks:
         print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
         done.append(check)
-    checks = done
     if json_:
-        print(json.dumps({"checks": [vars(check) for check in checks]}))
-    if not all(check.passed for check in checks):
+        print(json.dumps({"checks": [vars(check) for check in done]}))
+    if not all(check.passed for check in done):
         sys.exit(1)

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from dyndit.cli import flags
 from dyndit.errors import InputError, did_you_mean
@@ -47,7 +48,7 @@ def info(
     model: flags.Positional[str],
     /,
     layers: tuple[int, ...] = (),
-    head: str = "adaln-linear",
+    head: str = "wide",
     conditioning: str = "",
     batch_size: int = 1,
     cfg_scale: float = 1.5,
@@ -89,7 +90,8 @@ def info(
         raise InputError(f"{model}: no such card{did_you_mean(model, CARDS)} (`dyndit info --help` lists them)")
     if card:
         changes = {"conditioning": conditioning} if conditioning else {}
-        described = outline(model, ExitConfig(layers, head), **changes)
+        exits: Any = {"layers": layers, "head": head}
+        described = outline(model, ExitConfig(**exits), **changes)
     else:
         if layers or conditioning:
             flag = f"--layers {layers[0]}" if layers else f"--conditioning {conditioning}"

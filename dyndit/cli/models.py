@@ -1,10 +1,11 @@
 """Verbs that make models: train, distill, convert."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dyndit.cli import flags
+from dyndit.cli import flags, trainings
 from dyndit.errors import InputError, expected_one_of
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def train(
     conditioning: str = "",
     vae: Path | None = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
-    tracker: flags.Tracker = "tensorboard",
-    extend: flags.Extend = False,
+    dtype: trainings.Precision = "own",
+    tracker: trainings.Tracker = "tensorboard",
+    extend: trainings.Extend = False,
     reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
@@ -81,7 +82,7 @@ def train(
 
     if out is None:
         raise InputError("--out: missing; expected a folder for the run")
-    precision = flags.training(device, dtype)
+    precision = trainings.training(device, dtype)
     if steps is not None and epochs is not None:
         raise InputError(f"--steps {steps} and --epochs {epochs}: both given; expected one of them")
     chosen, card = find(recipe, "train", Train), ""
@@ -97,6 +98,7 @@ def train(
     with PartialState().main_process_first():  # encode latents once
         pictures, made_by = _training_data(data or chosen.data, chosen.outline().sample_shape, vae, out, reading)
     chosen.check(pictures)
+    checkpoints.check_savable(chosen.outline(), out)
     start = _start(model, chosen.process, weights) if model else None
     settings = {"verb": "train", "recipe": recipe, "data": pictures.fingerprint}
     settings |= shape | ({"card": card} if card else {})
@@ -105,7 +107,8 @@ def train(
     if process:
         settings["process"] = process
     if text_encoder is not None:
-        settings["text_encoder"] = chosen.backbone.text_encoder_hash
+        backbone: Any = chosen.backbone
+        settings["text_encoder"] = backbone.text_encoder_hash
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
     if epochs is not None:
@@ -122,13 +125,13 @@ def train(
     }
     fit = replace(chosen.fit, **precision | {k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
-    model, result = chosen.run(pictures, out, start=start, preview=_preview, extend=extend)
+    trained, result = chosen.run(pictures, out, start=start, preview=_preview, extend=extend)
     if not PartialState().is_main_process:
         return
-    model.autoencoder = made_by
+    trained.autoencoder = made_by
     with progress_bar("saving the model"):
-        checkpoints.save(model, out)
-        facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": model.identity.backbone}
+        checkpoints.save(trained, out)
+        facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": trained.identity.backbone}
     facts |= {"pictures": pictures.account, "extended": list(result.extended)}
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
@@ -154,9 +157,9 @@ def distill(
     weights: flags.Weights = None,
     vae: flags.Vae = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
-    tracker: flags.Tracker = "tensorboard",
-    extend: flags.Extend = False,
+    dtype: trainings.Precision = "own",
+    tracker: trainings.Tracker = "tensorboard",
+    extend: trainings.Extend = False,
     reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
@@ -183,7 +186,7 @@ def distill(
     from dyndit.training.distill import Distill
     from dyndit.training.exit_errors import exit_error_table
 
-    changes = flags.training(device, dtype, steps=steps, batch_size=batch_size, tracker=tracker)
+    changes = trainings.training(device, dtype, steps=steps, batch_size=batch_size, tracker=tracker)
     chosen = find(recipe, "distill", Distill)
     told = {"num_heads": num_heads, "process": process or None, "weights": weights}
     loaded = checkpoints.inspect(model, device=device, **told)
@@ -246,7 +249,7 @@ def convert(
     from dyndit.analysis.report.card import card_extras
     from dyndit.storage.convert import convert as convert_model
 
-    options = {"num_heads": num_heads, "revision": revision, "process": process or None}
+    options: dict[str, Any] = {"num_heads": num_heads, "revision": revision, "process": process or None}
     options |= {"weights": weights, "num_classes": num_classes}
     for note in convert_model(source, target, to, card_extras=card_extras, **options):
         print(note)
@@ -299,8 +302,10 @@ def _training_data(
         raise InputError(
             f"--data: missing; expected a folder of pictures with a subfolder per class, or one of {names}"
         )
-    channels, *size = shape
-    size, encoder = None if spec in PACKAGED else tuple(size), None
+    channels, *sides = shape
+    size: Any = None if spec in PACKAGED else tuple(sides)
+    encode: Any = None
+    made_by = None
     if vae is not None or channels not in (1, 3):
         from dyndit.storage.autoencoder import find
         from dyndit.training.autoencoders import check_channels, latent_space, load_autoencoder, picture_size, record
@@ -314,12 +319,12 @@ def _training_data(
         encoder = load_autoencoder(folder)
         check_channels(encoder, channels, f"--vae {folder}")
         size, channels = picture_size(encoder, shape[1:]), latent_space(encoder).in_channels
+        made_by = record(encoder, source)
+        encode = partial(encode_latents, vae_folder=folder, out=out / "latents", batch_size=16)
     pictures = open_data(spec, size, channels, method=reading.resize_method, skip_damaged=reading.skip_damaged)
     pictures.check()
     flags.say(said_of(pictures.account))
-    if encoder is None:
-        return pictures, None
-    return encode_latents(pictures, folder, out / "latents", 16), record(encoder, source)
+    return (pictures if encode is None else encode(pictures)), made_by
 
 
 def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
@@ -330,6 +335,6 @@ def _preview(model: "DynamicDepth", out: Path, step: int) -> None:
     if model.pixel_space:
         labels = model.backbone.condition.in_turn(40)
         scale = 1.5 if model.backbone.condition.guided else 1.0
-        options = {"solver": model.process.usual_solver, "num_steps": 20, "cfg_scale": scale, "batch_size": 40}
-        pictures = draw(model, labels, **options).pictures
+        solver = model.process.usual_solver
+        pictures = draw(model, labels, solver=solver, num_steps=20, cfg_scale=scale, batch_size=40).pictures
         write_png(out / "previews" / f"step-{step:06d}.png", grid(pictures))

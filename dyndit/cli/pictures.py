@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -95,9 +95,9 @@ def sample(
     if out is None:
         if not card:
             raise InputError("--out: missing; expected a folder for the pictures")
-        out = published.sample_dir / cards.sample_folder(card, published.ckpt, vae, cfg_scale, seed)
+        out = published.sample_dir / cards.sample_folder(card, published.ckpt, vae or Path("mse"), cfg_scale, seed)
     published.set_precision()
-    options = {"process": process or None, "device": device, "dtype": dtype, "weights": weights}
+    options: dict[str, Any] = {"process": process or None, "device": device, "dtype": dtype, "weights": weights}
     if card:
         loaded = cards.inspect(card, published.ckpt, published.num_classes, **options)
         model = str(published.ckpt or card)

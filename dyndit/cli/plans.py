@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -117,21 +117,18 @@ def calibrate(
     # A stored table stays until a new one is whole and has given its plan.
     into = path.with_name(f"new-{path.name}") if fresh and path.exists() else path
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
-    if search_only and table is None:
-        raise InputError(f"{path}: no such file; expected the table that a call without --search-only measures")
     network = None if search_only else _extractor(extractor, extractor_weights, dynamic, table, device)
-    if table is None:
-        settings = calibration.CalibrationSettings(
-            num_pictures,
-            num_bands,
-            batch_size,
-            num_depths=num_depths,
-            own_guides=own_guides,
-            forecast_ages=forecast_ages,
-        )
-        if into != path and (left := _left_table(into, dynamic, network, settings, table_steps, cfg_scale)):
-            table = left
-    if table is None:
+    settings = calibration.CalibrationSettings(
+        num_pictures,
+        num_bands,
+        batch_size,
+        num_depths=num_depths,
+        own_guides=own_guides,
+        forecast_ages=forecast_ages,
+    )
+    if table is None and network is not None and into != path:
+        table = _left_table(into, dynamic, network, settings, table_steps, cfg_scale)
+    if table is None and network is not None:
         real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
         reducing, moments = calibration.reduced(network, real)
         table = calibration.measure_shifts(
@@ -144,15 +141,17 @@ def calibrate(
             to_pictures=to_pictures,
             into=into,
         )
-    options = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
-    if goal is not None and not search_only and not any(name == solver for name, _ in table.bases):
+    if table is None:
+        raise InputError(f"{path}: no such file; expected the table that a call without --search-only measures")
+    options: dict[str, Any] = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
+    if goal is not None and network is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID
-    if step_grid:
+    if step_grid and network is not None:
         table = calibration.measure_bases(dynamic, table, network, step_grid=step_grid, into=into, **options)
-    measured = {"table": table, "extractor": None if search_only else network, **options}
+    measured: dict[str, Any] = {"table": table, "extractor": network, **options}
     if goal is None:
         plan = calibration.calibrate(
-            dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
+            dynamic, budget=budget or 0.0, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
         )
         target = out or model / file_name(solver, steps, budget)
     else:
@@ -318,7 +317,7 @@ def _real_pictures(
     reference: str,
     extractor: "Extractor",
     dynamic: "DynamicDepth",
-    size: tuple[int, ...],
+    size: Any,
     channels: int,
     reading: flags.Reading,
 ) -> "Tensor":
@@ -331,7 +330,7 @@ def _real_pictures(
     spec = reference or (extractor.name if usual else "")
     if not spec:
         raise InputError(f"--reference: missing; expected a folder of real pictures, or one of {', '.join(PACKAGED)}")
-    options = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
+    options: dict[str, Any] = {"method": reading.resize_method, "skip_damaged": reading.skip_damaged, "labelled": False}
     pictures, most = open_data(spec, size, channels, **options), 5000
     pictures.check()
     flags.say(said_of(pictures.account))

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import runpy
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -52,7 +53,9 @@ def find(recipe: str, attribute: str, kind: type[T]) -> T:
     if (module := modules().get(recipe)) is not None:
         found = getattr(importlib.import_module(module), attribute, None)
     else:
-        # Run a path, do not import it: the file may lie anywhere. Its user trusts it as much as with `python FILE`.
+        # Run a path, do not import it: the file may lie anywhere. Its user trusts it as much as with `python FILE`, and
+        # it may import what lies beside it.
+        sys.path.insert(0, str(Path(recipe).resolve().parent))
         try:
             found = runpy.run_path(recipe, run_name="dyndit_recipe").get(attribute)
         except TypeError as error:

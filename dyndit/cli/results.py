@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dyndit.cli import flags
+from dyndit.cli import flags, trainings
 from dyndit.errors import InputError, expected_one_of
 from dyndit.locks import locked
 
@@ -99,7 +100,9 @@ def evaluate(
     from dyndit.analysis import append_run, load_extractor, save_statistics
     from dyndit.analysis.metrics.quality import evaluate as compare
     from dyndit.analysis.metrics.quality import reference_statistics
+    from dyndit.analysis.metrics.sets import read_set
     from dyndit.analysis.metrics.statistics import Told
+    from dyndit.analysis.report import strips
     from dyndit.analysis.report.runs import RUNS, check_addable, holds, row_of_samples
     from dyndit.pictures.check import cache_folder
     from dyndit.pictures.collection import said_of
@@ -115,9 +118,10 @@ def evaluate(
     real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
     network = load_extractor(extractor, extractor_weights, device)
-    reading = {"resize": resize, "skip_damaged": skip_damaged}
+    reading: dict[str, Any] = {"resize": resize, "skip_damaged": skip_damaged}
     figures = compare(samples, real, network, metrics, force, cache=kept, told=told, **reading, **vars(more))
-    for account in figures.get("skipped", {}).values():
+    skipped: Any = figures.get("skipped", {})
+    for account in skipped.values():
         flags.say(said_of(account))
     _print_figures(figures)
     if save_reference is not None:
@@ -131,13 +135,14 @@ def evaluate(
             if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
                 warnings = check_addable(out / RUNS, row)
                 append_run(out / RUNS, row)
+                strips.save(out, row["arm"], row["seed"], next(read_set(samples, "samples").batches(strips.MOST)))
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
         print(json.dumps(figures))
 
 
-def _print_figures(figures: dict[str, object]) -> None:
+def _print_figures(figures: dict[str, Any]) -> None:
     """Print a line per figure of `evaluate`: intervals beside their figures, paired distances last."""
     ends = ("_low", "_high")
     apart = ("metric", "extractor", "skipped")
@@ -174,15 +179,14 @@ def report(
 
     Args:
         runs: Folders of runs (or their runs.csv, or runs.parquet).
-        out: Folder for the report.
+        out: Folder for the report (default: beside the run, if there is one run).
         margin: Non-inferiority margin, as a share of full depth's Fréchet distance.
         verify: A report, or its folder: compute every printed number again from the raw rows, print a line per
             mismatch, and exit with status 1 if there is any.
     """
-    from rich.console import Console
-
-    from dyndit.analysis import read_runs, summary, terminal_table, write_report
-    from dyndit.analysis.report.runs import GROUP, is_sealed
+    from dyndit.analysis import write_report
+    from dyndit.analysis.report.runs import is_sealed, runs_file
+    from dyndit.analysis.report.terminal import show
     from dyndit.analysis.report.verify import verify as mismatches
     from dyndit.progress import progress_bar
 
@@ -192,16 +196,17 @@ def report(
             raise SystemExit(1)
         print(f"{verify}: every number follows from the raw rows")
         return
-    if out is None or not runs:
-        raise InputError("report: expected folders of runs and --out DIR, or --verify REPORT")
+    if not runs:
+        raise InputError("report: expected folders of runs, or --verify REPORT")
+    if out is None and len(runs) > 1:
+        raise InputError(f"--out: missing; expected a folder for the report of {len(runs)} runs")
+    out = runs_file(runs[0]).parent if out is None else out
     with progress_bar("writing the report"):
         write_report(list(runs), out, margin=margin)
     for path in runs:
         if not is_sealed(path):
             print(f"{path}: its rows have no checksum; they are taken as they are")
-        for _, rows in read_runs(path).groupby(GROUP, sort=False):
-            if (rows["role"] == "score").any():
-                Console().print(terminal_table(summary(rows, margin)))
+        show(path, margin)
     print(f"report: {out / 'report.html'}")
 
 
@@ -209,7 +214,7 @@ def quickstart(
     family: str = "digits",
     out: Path | None = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
+    dtype: trainings.Precision = "own",
     from_scratch: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -234,52 +239,57 @@ def quickstart(
 
 
 def compare(
-    recipe: flags.Positional[str],
+    recipe: flags.Positional[str] = "my_checkpoint",
     /,
-    out: Path,
+    out: Path = Path("runs/compare"),
     model: str = "",
     process: str = "",
+    num_heads: flags.NumHeads = None,
+    weights: flags.Weights = None,
     data: str = "",
+    extractor: str = "",
     extractor_weights: Path | None = None,
+    num_images: int | None = None,
+    vae: flags.Vae = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
+    dtype: trainings.Precision = "own",
     from_scratch: bool = False,
     json_: flags.Json = False,
 ) -> None:
-    """Run a recipe's whole comparison: exits, plans, every arm, the report. Resumable.
+    """Run a whole comparison: exits, plans, every arm, the report. Resumable.
+
+    `dyndit compare --model my-dit.pt --data pictures/` does all of it on your own checkpoint.
 
     Args:
         recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment`. Recipes:
             {recipes}.
         out: Folder of the run; what is there and valid is not done again.
-        model: A model in place of the recipe's. A folder's exits and shift table are taken as they are.
+        model: A model in place of the recipe's. A folder's exits and shift table are taken as they are; a model
+            without exits gets some, distilled on the pictures.
         process: Process of a model that does not say its own, one of {processes}.
-        data: Pictures in place of the recipe's.
+        data: Pictures in place of the recipe's: one of {data_sets}, or a folder with a subfolder per class, .zip, ...
+        extractor: One of {extractors}, in place of the recipe's.
         extractor_weights: Weights of the extractor, if they do not ship with the package.
+        num_images: Pictures in a seed block, in place of the recipe's number.
         from_scratch: Train the backbone first.
     """
-    inputs = {"model": model, "process": process, "data": data, "extractor_weights": extractor_weights}
+    inputs = {"model": model, "process": process, "num_heads": num_heads, "weights": weights, "data": data, "vae": vae}
+    inputs |= {"extractor": extractor, "extractor_weights": extractor_weights, "num_images": num_images}
     inputs |= {"device": device, "from_scratch": from_scratch}
     _compare(recipe, "experiment", out, json_=json_, dtype=dtype, **inputs)
 
 
-def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, dtype: str, **inputs: object) -> None:
-    from rich.console import Console
-
-    from dyndit.analysis import read_runs, summary, terminal_table
+def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, dtype: str, **inputs: Any) -> None:
     from dyndit.analysis.compare import run as comparison
     from dyndit.analysis.compare.experiment import Experiment, Inputs
+    from dyndit.analysis.report.terminal import record, show
     from dyndit.cli.recipes import find
 
     chosen = find(recipe, attribute, Experiment)
-    if precision := flags.precision_of(dtype, _device(str(inputs["device"]))):
+    if precision := trainings.precision_of(dtype, _device(str(inputs["device"]))):
         chosen = replace(chosen, precision=precision)
     comparison.run(chosen, out, Inputs(**inputs))
-    table = summary(read_runs(out), chosen.margin)
-    Console().print(terminal_table(table))
+    show(out, chosen.margin)
     print(f"report: {out / 'report.html'}")
     if json_:
-        rows = table[["arm", "solver", "steps", "share_of_blocks", "ms", "time_saved"]].copy()
-        for name in ("fd", "fd_diff", "time_saved_equal_fd"):
-            rows[name] = [[i.mean, i.low, i.high] for i in table[name]]
-        print(json.dumps({"report": str(out / "report.html"), "arms": json.loads(rows.to_json(orient="records"))}))
+        print(json.dumps({"report": str(out / "report.html"), "arms": record(out, chosen.margin)}))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +124,7 @@ def _read(record: Path) -> dict[tuple[str, tuple[int, ...]], Checked]:
     return known
 
 
-def _keep(write: object, record: Path, lines: list[str]) -> None:
+def _keep(write: Callable[[Path, str], None], record: Path, lines: list[str]) -> None:
     """Write lines to a record. On a full or read-only disk nothing is kept, and nothing is raised."""
     try:
         write(record, "".join(lines))

@@ -48,7 +48,7 @@ class Resize:
 def _bicubic(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize the largest centred part of this shape in one step, bicubic and antialiased."""
     part = _centre(picture, size)
-    return part if part.size == size[::-1] else part.resize(size[::-1], Image.Resampling.BICUBIC)
+    return part if part.size == size[::-1] else part.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def _clean(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -57,7 +57,7 @@ def _clean(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     if part.size == size[::-1]:
         return part
     channels = [
-        np.asarray(Image.fromarray(np.asarray(c, np.float32)).resize(size[::-1], Image.Resampling.BICUBIC))
+        np.asarray(Image.fromarray(np.asarray(c, np.float32)).resize((size[1], size[0]), Image.Resampling.BICUBIC))
         for c in part.split()
     ]
     array = np.stack(channels, axis=-1).clip(0, 255).round().astype(np.uint8)

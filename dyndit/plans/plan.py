@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from dyndit import bounds, files, seals
 from dyndit.errors import PlanError, first_line
@@ -30,6 +30,10 @@ REACH = 2.0
 @dataclass(frozen=True, repr=False)
 class DepthPlan:
     """The steps of a sampling, from the noisiest step to the last.
+
+        plan = dyndit.DepthPlan.load("plan.json")
+        print(plan, plan.depths, plan.share_of_blocks)
+        plan.with_steps([*plan.steps[:-1], dyndit.Step.parse("12|12")], router="mine").save("careful.json")
 
     A depth of L (`num_blocks`) is the full model. A plan of guidance scale 1 has no guides.
 
@@ -180,7 +184,7 @@ class DepthPlan:
         """Write the router's settings in a few characters for file names: "4-12-1"."""
         return "-".join(f"{value:g}" for value in self.settings.values())
 
-    def with_steps(self, steps: Sequence[Step], **changes: object) -> Self:
+    def with_steps(self, steps: Sequence[Step], **changes: Any) -> Self:
         """Return this plan with other steps at the same timesteps."""
         return replace(self, steps=tuple(steps), **changes)
 
@@ -236,7 +240,7 @@ class DepthPlan:
         """Write the plan as JSON. An interrupted write leaves no partial file."""
         files.write_json(Path(path), self.to_json())
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Return plain data with a checksum. Each step is its text: "12|6", "8|e4", "4+"."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "note"}
         if not self.calls:
@@ -329,7 +333,7 @@ _VERSION_1 = frozenset(
 ) | {"exits", "figures"}
 
 
-def _of_version_1(data: dict) -> dict[str, object]:
+def _of_version_1(data: dict[str, Any]) -> dict[str, Any]:
     """Convert the fields of a version 1 plan. Its depths are whole numbers; negative numbers are codes."""
     if odd := data.keys() - _VERSION_1:
         raise PlanError(f"plan: {min(odd)!r:.40} is no field of version 1")

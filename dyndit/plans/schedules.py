@@ -69,7 +69,15 @@ def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPla
 def ramp(
     full: DepthPlan, depths: tuple[int, ...], start: float, end: float | None = None, power: float = 1.0
 ) -> DepthPlan:
-    """Run depth start + (end - start) * u^power (default end: L). u rises from 0 at the first step to 1 at the last."""
+    """Rise from depth `start` at the first step to `end` at the last. It needs no calibration.
+
+        plan = functools.partial(dyndit.ramp, start=4)
+        drawn = dyndit.sample(model, labels=[3, 7], plan=plan)
+
+    full: the full plan, which the sampler hands over. depths: the model's depths; wanted depths are rounded to them.
+    start: the first step's depth. end: the last step's depth; None: L. power: step k of K wants depth
+    start + (end - start) * (k / (K - 1))^power. -> the plan.
+    """
     end, last = full.num_blocks if end is None else end, max(full.num_steps - 1, 1)
     wanted = [start + (end - start) * (step / last) ** power for step in range(full.num_steps)]
     return _scheduled(full, depths, wanted, "ramp", start=start, end=end, power=power)

@@ -22,7 +22,8 @@ class SearchSettings:
     """The effort of a search.
 
     num_kicks: restarts from the best plan with a third of its steps made random. evaluations: exact evaluations per
-    move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25.
+    move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25. seed:
+    of the kicks.
     """
 
     num_starts: int = 6
@@ -30,6 +31,7 @@ class SearchSettings:
     evaluations: int = 48
     max_units: int = 25
     max_moves: int = 400
+    seed: int = 0
 
 
 def search(
@@ -85,7 +87,7 @@ def _best(
             advance(len(found), total)
             found.append(_improve(predictor, choice, limit, settings))
         best, best_value = min(found, key=lambda improved: improved[1])
-        kicks = torch.Generator().manual_seed(0)
+        kicks = torch.Generator().manual_seed(settings.seed)
         for kick in range(settings.num_kicks):
             advance(len(found) + kick, total)
             choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
@@ -172,7 +174,9 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
     Bisection finds the price of a second.
     """
     values, plans = predictor.entry_slopes(choice), []
-    stay = predictor.entries.taken(choice[None])[1][0]
+    entries = predictor.entries
+    assert entries is not None  # of tables with ages
+    stay = entries.taken(choice[None])[1][0]
     gained = values - values.gather(1, stay[:, None])
     scale = gained.abs().median().item()
     for reluctance in (0.0, 0.3, 1.0, 3.0):
@@ -181,7 +185,7 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
         low, high = 0.0, 1e3 * scale / predictor.seconds.min().item()
         for _ in range(30):
             price = (low + high) / 2
-            found = predictor.entries.programmed(costly, predictor.seconds, price)
+            found = entries.programmed(costly, predictor.seconds, price)
             if predictor.spent(found) <= limit:
                 high, kept = price, found
                 plans.append(kept[None])
@@ -196,7 +200,9 @@ def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_choices: int, nu
     gain, cost: (U * P,); the index of a move is unit * P + choice. A small table (up to 64 moves) returns all moves.
     """
     singles = torch.nonzero(cost <= spare).flatten()
-    moves = [(gain[i].item(), (int(i),)) for i in singles[gain[singles].argsort()[:num]]]
+    moves: list[tuple[float, tuple[int, ...]]] = [
+        (float(gain[i]), (int(i),)) for i in singles[gain[singles].argsort()[:num]]
+    ]
     # Double moves: one of the best buys, with another of the best buys or of the cheapest sales.
     keep = min(len(gain), 128)
     buy = gain.argsort()[:keep]
@@ -209,7 +215,7 @@ def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_choices: int, nu
         if total[flat] == torch.inf:
             break
         double = sorted((int(buy[flat // len(other)]), int(other[flat % len(other)])))
-        moves.append((total[flat].item(), tuple(double)))
+        moves.append((float(total[flat]), tuple(double)))
     moves.sort(key=lambda move: move[0])
     if len(gain) > 64:
         # Keep single moves even if the first-order sums of double moves look better.

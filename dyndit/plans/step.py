@@ -57,7 +57,7 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Step:
-    """One sampling step: `depth` blocks of the conditional branch, and its guide.
+    """One sampling step: `depth` blocks of the conditional branch, and its guide: `dyndit.Step.parse("12|6")`.
 
     As text: "12|6" runs 12 blocks with the condition and 6 without. "8|e4" is guided by its own exit at 4. "4+" leaves
     at 4 and forecasts the rest. "4+|held" also holds the last guidance. "12" is not guided.
@@ -103,7 +103,8 @@ class Step:
                 return Work((self.depth,), own_exit=depth, forecast=self.forecast)
             case Held():
                 return Work((self.depth,), held=True, forecast=self.forecast)
-        return Work((self.depth,), forecast=self.forecast)
+            case _:
+                return Work((self.depth,), forecast=self.forecast)
 
     @property
     def exits(self) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ class ShiftTable:
         shifts = {"mean": self.mean[:, picks], "second": self.second[:, picks]}
         return replace(self, choices=tuple(choices), ages=tuple(ages), **shifts)
 
-    def weights(self, timesteps: Sequence[int]) -> Tensor:
+    def weights(self, timesteps: Sequence[float]) -> Tensor:
         """Return the share of each band that every step covers, (K, bands).
 
         Step k covers the timesteps from its own down to the next step's; the last step covers down to 0. With these

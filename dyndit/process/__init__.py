@@ -6,6 +6,7 @@ calibration and peers use the model's process. To add a process, add one file he
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from dyndit.discovery import subclasses_in
 from dyndit.errors import InputError, expected_one_of
@@ -22,7 +23,7 @@ def processes() -> dict[str, type[Process]]:
     return {process.name: process for process in subclasses_in(__name__, __path__, Process)}
 
 
-def from_config(config: Mapping[str, object]) -> Process:
+def from_config(config: Mapping[str, Any]) -> Process:
     """Build the process that `Process.config()` described. Raises InputError for unknown or impossible fields."""
     fields = dict(config)
     name = fields.pop("name", None)

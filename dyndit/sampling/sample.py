@@ -20,7 +20,7 @@ from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.step import NoGuide
 from dyndit.plans.table import ShiftTable
 from dyndit.progress import Advance, progress_bar
-from dyndit.sampling.budget import plan_on_table, stored_table
+from dyndit.sampling.budget import plan_within
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, full_plan, start, to_uint8
 from dyndit.sampling.loop import advance as run
@@ -94,6 +94,13 @@ class Sampling:
         plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
         return replace(self, plan=plan)
 
+    @property
+    def running(self) -> DepthPlan:
+        """Return the plan to run. Raises TypeError before `bound` has resolved it."""
+        if not isinstance(self.plan, DepthPlan):
+            raise TypeError("plan: not bound yet; expected `Sampling.bound` before")
+        return self.plan
+
     def batches(
         self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int], advance: Advance | None = None
     ) -> Iterator[Drawn]:
@@ -110,7 +117,7 @@ class Sampling:
         def stepped(*_: object) -> None:
             nonlocal done
             done += 1
-            advance(done, len(starts) * self.plan.num_steps)
+            advance(done, len(starts) * self.running.num_steps)
 
         for low in starts:
             part = slice(low, low + self.batch_size)
@@ -120,8 +127,8 @@ class Sampling:
             batch = Batch(condition, indices + indices[-1:] * padding, self.seed)
             timed.clear()
             began = time.perf_counter()
-            trajectory = start(model, batch, self.solver, self.plan.num_steps, shape=self.shape)
-            x = run(model, batch, trajectory, self.plan, guidance, on_step=on_step, on_step_end=stepped).x
+            trajectory = start(model, batch, self.solver, self.running.num_steps, shape=self.shape)
+            x = run(model, batch, trajectory, self.running, guidance, on_step=on_step, on_step_end=stepped).x
             x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
             seconds = time.perf_counter() - began
             yield Drawn(indices, mine, x[: len(mine)], seconds, *zip(*timed, strict=True))
@@ -148,16 +155,37 @@ def sample(
     on_batch: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> Samples:
-    """Draw one picture per label: the number of a class, or a caption for a model of captions.
+    """Draw one picture per label, and hold all of them in memory.
 
-    Picture i has index first_index + i; `Sampling` explains the other settings.
+        drawn = dyndit.sample(model, labels=[3, 7], num_steps=20)                      # full depth
+        quick = dyndit.sample(model, labels=[3, 7], plan=plan, num_steps=20)           # under a plan, same seeds
+        drawn.pictures                                                                 # (2, C, H, W) uint8
 
-    plan: a plan, its file ("plan.json"), or a router. budget: a share of full depth's time, for which a plan is
-    searched in seconds on `table`: a shift table, its file or folder, by default the folder that the model was loaded
-    from. solver, num_steps, cfg_scale: by default the plan's; else "ddim", 20, and the table's or 1.5.
-    to_pictures: a decoder of latents, (B, C, h, w) -> uint8 (B, 3, H, W). progress: False shows no bar.
-    on_batch(n) is called after each batch of n pictures. All pictures are in memory at the end; `draw` holds one batch,
-    `sample_into` writes to disk.
+    model: from `dyndit.load`, from training, or `DynamicDepth(backbone)`.
+    labels: the class of each picture; captions for a model of captions.
+    plan: a `DepthPlan`, its file ("plan.json"), or a router that writes one, such as `functools.partial(dyndit.ramp,
+    start=4)`. None: full depth at every step.
+    budget: a share of full depth's time, in place of a plan; a plan is searched in seconds.
+    table: the shift table to search on, its file or its folder. None: the one in the folder that the model is from.
+    solver: a name, such as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers. None: the plan's, else
+    "ddim".
+    num_steps: sampling steps. None: the plan's, else 20.
+    cfg_scale: scale of classifier-free guidance; 1 is unguided, and costs one pass a step in place of two. None: the
+    plan's, else 1.5.
+    guided_channels: guide only the first so many channels (the published DiT guides 3). None: all.
+    seed: picture i depends on the seed, its label and its index alone, not on the batch that it is drawn in.
+    first_index: index of the first picture; picture i has index first_index + i.
+    batch_size: pictures at a time.
+    strict: pad every batch to `batch_size`. Pictures are then bit-equal in any grouping; else equal to 1/255.
+    stats: time every step, in `step_seconds` and `network_seconds` of the result.
+    shape: (C, ...) of a picture or clip, for a model that takes several shapes. None: the model's own.
+    to_pictures: decoder of latents, (B, C, h, w) -> (B, 3, H, W) uint8. None: the result holds latents.
+    on_batch: called with n after each batch of n pictures.
+    progress: show how far the sampling is.
+
+    `dyndit.sampling.sample.sample_into` draws a large set to disk, and `draw` yields batches.
+
+    -> `Samples`: pictures (N, C, H, W) uint8, or latents of a model of latents; labels, plan and times.
 
     Raises:
         InputError: a label or setting out of range, a plan and a budget, no table, or a plan that does not fit
@@ -166,16 +194,10 @@ def sample(
     labels = tuple(model.backbone.condition.plain(labels))
     origin = str(plan) if isinstance(plan, str | Path) else "plan"
     plan = DepthPlan.load(Path(plan)) if isinstance(plan, str | Path) else plan
-    if budget is None and table is not None:
-        raise InputError("table: expected a budget with it")
-    if budget is not None:
-        if plan is not None:
-            raise InputError("plan and budget are both given; expected one of them")
-        if not isinstance(table, ShiftTable):
-            table = stored_table(model.folder if table is None else table, budget)
-        point = {"solver": solver or "ddim", "num_steps": 20 if num_steps is None else num_steps}
-        cfg_scale = table.cfg_scale if cfg_scale is None else cfg_scale
-        plan = plan_on_table(model, table, budget=budget, **point)
+    if budget is not None or table is not None:
+        if plan is not None or budget is None:
+            raise InputError("plan, budget, table: expected a plan, or a budget with or without a table")
+        plan = plan_within(model, budget, table, solver or "ddim", 20 if num_steps is None else num_steps)
     usual = plan if isinstance(plan, DepthPlan) else None
     solver = solver or (usual.solver if usual else "ddim")
     num_steps = num_steps if num_steps is not None else usual.num_steps if usual else 20
@@ -198,14 +220,14 @@ def sample(
         pictures=pictures,
         latents=latents,
         labels=labels,
-        plan=asked.plan,
+        plan=asked.running,
         seed=seed,
         batch_seconds=tuple(batch.seconds for batch in drawn),
         step_seconds=added(batch.step_seconds for batch in drawn),
         network_seconds=added(batch.network_seconds for batch in drawn),
-        settings=vars(asked) | {"solver": asked.plan.solver, "first_index": first_index},
+        settings=vars(asked) | {"solver": asked.running.solver, "first_index": first_index},
         run=settings | ({"first_index": first_index} if first_index else {}),
-        facts=_facts(asked.plan),
+        facts=_facts(asked.running),
         device=str(next(model.parameters()).device),
     )
 
@@ -239,7 +261,7 @@ class Stored:
 
     folder: Path
     plan: DepthPlan
-    manifest: dict[str, object]
+    manifest: dict[str, Any]
     num_drawn: int
 
 
@@ -277,14 +299,15 @@ def sample_into(
         labels = model.backbone.condition.in_turn(num_images) if classes is None else classes
     labels = model.backbone.condition.plain([labels[i % len(labels)] for i in range(num_images)] if labels else [])
     asked = Sampling(**settings).bound(model, labels, origin)
+    decode = to_uint8 if to_pictures is None else to_pictures
     if not model.pixel_space and to_pictures is None:
         raise InputError("to_pictures: missing; the model makes latents, expected their decoder")
     wanted = set(range(num_images) if ids is None else ids)
     if odd := sorted(wanted - set(range(num_images))):
         raise InputError(f"ids: {odd[0]}; expected 0 to {num_images - 1}")
-    plan = asked.plan
+    plan = asked.running
     run = run_settings(model, asked, classes, num_images, autoencoder)
-    store, facts = Store(Path(out), tuple(labels)), {"plan": _facts(plan)}
+    store, facts = Store(Path(out), tuple(labels)), dict[str, Any](plan=_facts(plan))
     # Processes that share the numbers hold the folder together, once one of them has claimed it.
     with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
         found = manifest.claim(store.folder, run, complete=False, **facts)
@@ -307,7 +330,7 @@ def sample_into(
         with progress_bar(f"sampling {len(numbers)} pictures", unit="steps") as advance:
             for drawn in asked.batches(model, labels, numbers, advance):
                 began = time.perf_counter()
-                pictures = drawn.x if model.pixel_space else to_pictures(drawn.x)
+                pictures = drawn.x if model.pixel_space else decode(drawn.x)
                 # Write times before pictures: every batch on disk then has its time.
                 store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
                 rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
@@ -335,28 +358,28 @@ def run_settings(
     classes: Sequence[Value] | Literal["random"] | None,
     num_images: int,
     autoencoder: str = "",
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return the settings that make a set of pictures, for its manifest.  asked: from `Sampling.bound`."""
     run = {
         "verb": "sample",
         "model": model.identity.backbone,
         "exits": model.identity.exits,
-        "solver": asked.plan.solver,
+        "solver": asked.running.solver,
         "steps": asked.num_steps,
         "cfg_scale": asked.cfg_scale,
         "guided_channels": asked.guided_channels,
         "labels": "in turn" if classes is None else classes if classes == "random" else tuple(classes),
         "num_images": num_images,
         "seed": asked.seed,
-        "plan_steps": list(map(str, asked.plan.steps)),
+        "plan_steps": list(map(str, asked.running.steps)),
         "autoencoder": autoencoder,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     return run if asked.shape is None else run | {"shape": asked.shape}
 
 
-def _facts(plan: DepthPlan) -> dict[str, object]:
-    """Return the facts about a plan that a set's manifest holds."""
+def _facts(plan: DepthPlan) -> dict[str, Any]:
+    """Return the facts about a plan that a manifest holds."""
     return {
         "router": plan.router,
         "note": plan.note,

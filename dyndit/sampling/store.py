@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -84,7 +85,7 @@ class Store:
         row |= {"step_seconds": drawn.step_seconds, "network_seconds": drawn.network_seconds}
         files.append_lines(self.folder / f"times-{part}.jsonl", json.dumps(seals.sealed(row)) + "\n")
 
-    def times(self) -> dict[str, object]:
+    def times(self) -> dict[str, Any]:
         """Return the times named in `TIMES`, over the batches of the machine that drew most pictures.
 
         Raises InputError if a file of times is damaged.
@@ -119,11 +120,11 @@ class Store:
             files.remove(path)
 
     @property
-    def manifest(self) -> dict[str, object]:
+    def manifest(self) -> dict[str, Any]:
         """Return the folder's manifest."""
         return manifest.read(self.folder / manifest.MANIFEST)
 
-    def describe(self, settings: dict[str, object], **facts: object) -> None:
+    def describe(self, settings: dict[str, Any], **facts: Any) -> None:
         """Write the manifest."""
         files.write_json(self.folder / manifest.MANIFEST, manifest.describe(settings, **facts))
 
@@ -132,7 +133,7 @@ class Store:
         """Tell if the archive and the grid exist."""
         return all((self.folder / name).is_file() for name in (ARCHIVE, GRID))
 
-    def finish(self, settings: dict[str, object], facts: dict[str, object]) -> None:
+    def finish(self, settings: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write the archive, the grid and the manifest of a set. Raises InputError if a picture cannot be read."""
         times = self.times()
         if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times

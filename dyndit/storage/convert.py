@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def convert(
         CheckpointError: the source is missing, damaged or foreign.
     """
     files.check_free(target, folder=to != "official")
-    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    told: dict[str, Any] = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
     origin = source if Path(source).exists() else hub.parse(str(source), revision) or source
     loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), str(origin))
     model, folder = loaded.model, loaded.folder
@@ -102,8 +102,8 @@ def convert(
             settings = {"verb": "convert", "source": str(source), "model": model.identity.backbone}
             files.write_json(partial / manifest.MANIFEST, manifest.describe(settings))
             license = None if folder is None else model_card.license_of(folder)
-            wanted = card_extras is not None and not model_card.is_foreign(partial)
-            model_card.write(model, partial, license=license, extras=card_extras(partial) if wanted else None)
+            wanted = None if model_card.is_foreign(partial) else card_extras
+            model_card.write(model, partial, license=license, extras=None if wanted is None else wanted(partial))
     if model.exits is not None:
         carried = (checkpoints.EXITS, *carried)
     return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)
@@ -116,6 +116,7 @@ def _with_autoencoder(loaded: Loaded, source: str) -> Loaded:
         return loaded
     open_autoencoder(None, model, source)
     found = model.autoencoder
+    assert found is not None  # `open_autoencoder` recorded it
     return replace(
         loaded, notes=(*loaded.notes, f"autoencoder: {found.kind} of hash {found.hash}, recorded; not copied")
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,7 +23,7 @@ from dyndit.training.autoencoders import latent_space, load_autoencoder, record
 from dyndit.training.latents import INDEX
 
 
-def describe(path_or_hub_id: str | Path, **told: object) -> Description:
+def describe(path_or_hub_id: str | Path, **told: Any) -> Description:
     """Describe a path or a hub id: by the registered kinds, else as a model.
 
     told: num_heads, process, weights, num_classes and revision, as in `dyndit.load`.
@@ -72,7 +73,7 @@ def _model(loaded: Loaded, origin: str | Path) -> Description:
     return Description(loaded.kind, _facts(model), tuple(taken), loaded.ignored, tuple(missing), notes)
 
 
-def _facts(model: DynamicDepth) -> dict[str, object]:
+def _facts(model: DynamicDepth) -> dict[str, Any]:
     facts = {"family": model.backbone.family} | model.backbone.config() | {"process": str(model.process)}
     facts |= {"makes": "pixels in [-1, 1]" if model.pixel_space else "latents", "hash": model.identity.backbone}
     if model.autoencoder is not None:
@@ -81,7 +82,7 @@ def _facts(model: DynamicDepth) -> dict[str, object]:
     return facts
 
 
-def _holdings(path: Path) -> dict[str, object]:
+def _holdings(path: Path) -> dict[str, Any]:
     """List what is in a folder, or the first names in a file of weights."""
     if path.is_dir():
         return {"holds": [entry.name for entry in sorted(path.iterdir())][:20]}

@@ -1,6 +1,7 @@
 """Store models for `DynamicDepth.save_pretrained` and `from_pretrained`, in native folders and on the hub."""
 
 from pathlib import Path
+from typing import Any
 
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage import card
@@ -22,7 +23,7 @@ class NativeStorage:
         push_to_hub: bool = False,
         repo_id: str | None = None,
         license: str | None = None,
-        **hub: object,
+        **hub: Any,
     ) -> None:
         """See `DynamicDepth.save_pretrained`."""
         checkpoints.save(model, folder)

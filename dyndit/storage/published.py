@@ -5,6 +5,7 @@ Nothing is downloaded here. A missing file is named, with its place and its addr
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dyndit.errors import InputError, did_you_mean
 from dyndit.models.dit import CARDS, DiTConfig
@@ -88,7 +89,12 @@ def inspect(
     """
     config = CARDS[card]
     path = _published_weights(card) if ckpt is None else ckpt
-    told = {"num_heads": config.num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    told: dict[str, Any] = {
+        "num_heads": config.num_heads,
+        "process": process,
+        "weights": weights,
+        "num_classes": num_classes,
+    }
     loaded = checkpoints.inspect(path, device=device, dtype=dtype, **told)
     wanted = {
         "image_size": config.image_size,

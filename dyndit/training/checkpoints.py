@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the averages towards the parameters. The first steps move them faster."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        parameters: list[Tensor] = list(self.parameters)
+        torch._foreach_lerp_(self.averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateUsage]  one kernel
 
     def state_dict(self) -> Weights:
         """Return the module's state dict with averages. Buffers and frozen parameters are the module's own."""
@@ -178,7 +180,7 @@ class Checkpoints:
         found = [p for p in self.folder.glob("step-*") if p.name[5:].isdecimal()]
         return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
-    def _check(self, place: Path, state: dict) -> None:
+    def _check(self, place: Path, state: dict[str, Any]) -> None:
         if state["data_fingerprint"] != self.data_fingerprint:
             raise InputError(
                 f"{place}: made with the data {state['data_fingerprint'][:12]}..., "
@@ -210,11 +212,11 @@ class Checkpoints:
                 )
 
 
-def _checksum(state: dict) -> str:
+def _checksum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _read_checkpoint(place: Path) -> tuple[dict, dict[str, Weights], str]:
+def _read_checkpoint(place: Path) -> tuple[dict[str, Any], dict[str, Weights], str]:
     path = place / "state.json"
     state = files.read_json(path)
     if state.pop("checksum", "none") != _checksum(state):

@@ -1,5 +1,7 @@
 """Measure each exit's error against the full model, by band of log-SNR."""
 
+from typing import Any
+
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -22,7 +24,7 @@ def exit_error_table(
     the noise channels), variance_error. A diagnostic: README says why plans are not chosen on it.
     """
     process, generator = model.process, torch.Generator().manual_seed(seed)
-    device = PartialState().device
+    device: Any = PartialState().device
     usual = data.groups[0] if data.groups else range(len(data))  # clips of one shape
     pick = [usual[k] for k in torch.randperm(len(usual), generator=generator)[:num_pictures].tolist()]
     items = conditioned(data, model.backbone.condition)

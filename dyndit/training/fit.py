@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -46,7 +46,7 @@ class TrainingData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int | dict[str, Tensor]]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]: ...
 
 
 class Task(Protocol):
@@ -58,7 +58,7 @@ class Task(Protocol):
 
     trainable: nn.Module
 
-    def draw(self, x: Tensor, y: Rows, generator: torch.Generator) -> tuple[Tensor, Rows]:
+    def draw(self, x: Tensor, y: Any, generator: torch.Generator, /) -> tuple[Tensor, Any]:
         """Return what `loss` takes for a batch, with every random number drawn: noise, timesteps.  x: (B, ...).
 
         The loop may cut the result into parts of fewer rows. By default return x and y as they are.
@@ -66,13 +66,14 @@ class Task(Protocol):
         return x, y
 
     def loss(
-        self, module: nn.Module, x: Tensor, y: Rows, generator: torch.Generator
+        self, module: nn.Module, x: Tensor, y: Any, generator: torch.Generator, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a scalar loss, a mean over rows, and scalar figures to log.  x, y: from `draw`, all rows or a part.
 
         `module` is `trainable`, prepared for this machine: call it, not `trainable`. Draw random numbers in `draw`
         from `generator` (on the CPU), which the loop seeds for this step; else the loss depends on how a batch is cut.
         """
+        ...
 
     def preview(self, out: Path, step: int, ema: Weights) -> None:
         """Write sample pictures below `out`, from the averaged weights of `trainable`. By default write nothing."""
@@ -86,6 +87,7 @@ class FitResult:
     weights: Weights
     losses: pd.DataFrame  # a row per step: step (1-based), loss, learning_rate, grad_norm, the task's figures
     seconds: float  # of this call, without a resumed run's earlier part
+    updates: int  # steps of this call
     extended: tuple[int, ...] = ()  # steps at which the run was extended along another schedule
 
     def __repr__(self) -> str:
@@ -152,7 +154,7 @@ def fit(
             _train(task, data, config, out, accelerator, run, checkpoints, first, log, loading)
     seconds = 0.0 if first == config.steps else time.monotonic() - started
     weights = to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict())
-    return FitResult(*weights, log.read(), seconds, tuple(checkpoints.extended))
+    return FitResult(*weights, log.read(), seconds, config.steps - first, tuple(checkpoints.extended))
 
 
 def _train(
@@ -171,7 +173,7 @@ def _train(
     trainable, device, is_main = task.trainable, accelerator.device, accelerator.is_main_process
     alone = accelerator.num_processes == 1
     prepared, optimizer = accelerator.prepare(trainable, run.optimizer)
-    module = torch.compile(prepared) if config.compile else prepared
+    module: Any = torch.compile(prepared) if config.compile else prepared
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
     flip = config.flip and data.can_flip
     parameters = [p for p in trainable.parameters() if p.requires_grad]
@@ -193,9 +195,9 @@ def _train(
                 x, y = task.draw(x, y, generator)
             with accelerator.accumulate(prepared):
                 means: dict[str, Tensor] = {}
-                for share, *rows in in_parts(x, y, num_parts):
+                for share, part, drawn in in_parts(x, y, num_parts):
                     with autocast:
-                        loss, extra = task.loss(module, *rows, generator)
+                        loss, extra = task.loss(module, part, drawn, generator)
                     accelerator.backward(loss * share)
                     for name, value in {"loss": loss, **extra}.items():
                         means[name] = means.get(name, 0) + value.detach() * share
@@ -236,7 +238,7 @@ def _train(
                         trainable.zero_grad()
                         torch.cuda.empty_cache()
                         _restore(buffers, before)
-                norm = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
+                norm: Any = accelerator.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
                 whole = None
                 optimizer.step()
                 optimizer.zero_grad()
@@ -299,8 +301,9 @@ def _loading(
 ) -> Iterator[Iterator[tuple[Tensor, Rows]]]:
     """Load the micro-batches with workers that ignore caught signals.  Pictures: x (B, C, H, W), y (B,)."""
     over = multiprocessing.Event()
+    items: Any = data
     loader = DataLoader(
-        data,
+        items,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -92,7 +93,7 @@ class LatentPictures(Pictures):
             self._shards[number] = safe_open(self.folder / self._names[number], framework="pt")
         return self._shards[number]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}  # a worker process opens the files itself
 
 
@@ -134,7 +135,8 @@ def encode_latents(
         if not (folder / name).is_file() or files.sha256(folder / name) != hashes.get(name)
     ]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    vae.to(device)
+    network: Any = vae
+    network.to(device)
     shards = [range(start, min(start + pictures_per_shard, len(pictures))) for _, start in todo]
     total = sum(map(len, shards))
     with progress_bar("encoding", unit="pictures", shown=progress) as advance:
@@ -149,7 +151,7 @@ def encode_latents(
 
 @torch.no_grad()
 def _encode(
-    pictures: Pictures, indices: range, vae: nn.Module, batch_size: int, advance: Callable[[int], None]
+    pictures: Pictures, indices: range, vae: Any, batch_size: int, advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """Encode pictures to their posteriors -> mean and std (n, C, h, w), label (n,).  advance: told the count."""
     means, stds, labels = [], [], []

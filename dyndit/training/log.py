@@ -6,6 +6,7 @@ import io
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,8 +78,9 @@ class Log:
         if not self.rows:
             return
         names = self.rows[0][2]
-        values = self.accelerator.reduce(torch.stack([row[3] for row in self.rows]), "mean").double().cpu()
-        frame = pd.DataFrame(values.numpy(), columns=names)
+        reduced: Any = self.accelerator.reduce(torch.stack([row[3] for row in self.rows]), "mean")
+        values = reduced.double().cpu()
+        frame: Any = pd.DataFrame(values.numpy(), columns=names)
         frame.insert(0, "step", [row[0] for row in self.rows])
         frame.insert(2, "learning_rate", [row[1] for row in self.rows])
         frame = frame[["step", "loss", "learning_rate", "grad_norm", *names[2:]]]

@@ -14,7 +14,7 @@ from dyndit.training.borrowed import borrowed
 from dyndit.training.conditioned import Rows, conditioned
 from dyndit.training.config import FitConfig
 from dyndit.training.data import Pictures
-from dyndit.training.distill import _DISTILLING, Distill
+from dyndit.training.distill import DISTILLING, Distill
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.losses import halves
 from dyndit.training.states import States, noised
@@ -24,7 +24,7 @@ from dyndit.training.states import States, noised
 class Match:
     """Train a student backbone on a frozen full model's predictions, as `Distill` trains exits."""
 
-    fit: FitConfig = _DISTILLING
+    fit: FitConfig = DISTILLING
     variance_weight: float = 0.1
     null_share: float = 0.3
 

@@ -1,9 +1,10 @@
 """What every native family can do from training to pictures, asked through the package's own verbs in Python.
 
-Each tiny config of tests/support trains, resumes, is saved and loaded, gets exits and runs a plan.
+Each tiny config of tests/support trains, resumes, is saved and loaded, gets exits and runs a plan, under every process.
 """
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dyndit.models.conditions import ConditionType
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.step import steps
+from dyndit.process import processes
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.storage import load as checkpoints
@@ -25,6 +27,7 @@ from dyndit.training.fit import FitResult, fit
 from dyndit.training.train import _Denoising
 from support.models import TINY_CONFIGS, randomise, tiny
 
+of_every_family = pytest.mark.parametrize(("name", "process"), list(product(TINY_CONFIGS, processes())))
 FIT = FitConfig(steps=4, batch_size=4, learning_rate=1e-2, ema_decay=0.5, checkpoint_every=2, log_every=1, flip=False)
 
 
@@ -50,20 +53,24 @@ class Noise(Pictures):
         return ((self.x if indices is None else self.x[list(indices)]) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def with_exits(name: str) -> DynamicDepth:
-    backbone = tiny(name)
+def without_exits(name: str, process: str) -> DynamicDepth:
+    return DynamicDepth(tiny(name, process), process=processes()[process]()).eval()
+
+
+def with_exits(name: str, process: str) -> DynamicDepth:
+    backbone = tiny(name, process)
     exits = Exits(backbone, ExitConfig())
     randomise(exits, seed=1)
-    return DynamicDepth(backbone, exits).eval()
+    return DynamicDepth(backbone, exits, process=processes()[process]()).eval()
 
 
 def data_of(model: DynamicDepth) -> Noise:
     return Noise(model.backbone.sample_shape, model.backbone.condition)
 
 
-@pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_plans_run_and_pictures_know_no_batch_mates(name: str) -> None:
-    model = with_exits(name)
+@of_every_family
+def test_plans_run_and_pictures_know_no_batch_mates(name: str, process: str) -> None:
+    model = with_exits(name, process)
     condition, solver = model.backbone.condition, model.process.usual_solver
     scale = 1.5 if condition.guided else 1.0
     options = {"solver": solver, "num_steps": 4, "cfg_scale": scale, "seed": 3, "batch_size": 4, "strict": True}
@@ -80,9 +87,9 @@ def test_plans_run_and_pictures_know_no_batch_mates(name: str) -> None:
     assert not torch.equal(together, whole.pictures)
 
 
-@pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_saved_and_loaded_it_is_the_same_model(name: str, tmp_path: Path) -> None:
-    model = with_exits(name)
+@of_every_family
+def test_saved_and_loaded_it_is_the_same_model(name: str, process: str, tmp_path: Path) -> None:
+    model = with_exits(name, process)
     checkpoints.save(model, tmp_path / "model")
     found = checkpoints.load(tmp_path / "model")
     assert found.identity == model.identity
@@ -92,14 +99,14 @@ def test_saved_and_loaded_it_is_the_same_model(name: str, tmp_path: Path) -> Non
             assert torch.equal(found(call.x, call.t, call.y, depth), model(call.x, call.t, call.y, depth))
 
 
-@pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_training_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+@of_every_family
+def test_training_resumes_bit_for_bit(name: str, process: str, tmp_path: Path) -> None:
     def run(out: Path) -> FitResult:
-        task = _Denoising(DynamicDepth(tiny(name)), 1.0, None)
+        task = _Denoising(without_exits(name, process), 1.0, None)
         data = conditioned(data_of(task.model), task.model.backbone.condition)
         return fit(task, data, FIT, out, progress=False)
 
-    before, whole = tiny(name).state_dict(), run(tmp_path / "whole").weights
+    before, whole = tiny(name, process).state_dict(), run(tmp_path / "whole").weights
     assert any(not torch.equal(before[key], value) for key, value in whole.items())
     kept = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
@@ -111,9 +118,9 @@ def test_training_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-@pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_exits_distil(name: str, tmp_path: Path) -> None:
-    model = DynamicDepth(tiny(name)).eval()
+@of_every_family
+def test_exits_distil(name: str, process: str, tmp_path: Path) -> None:
+    model = without_exits(name, process)
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     settings = FitConfig(steps=12, batch_size=16, learning_rate=5e-3, ema_decay=0.5, flip=False)
     found, result = Distill(fit=settings).run(model, data_of(model), tmp_path)

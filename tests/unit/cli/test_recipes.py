@@ -16,7 +16,7 @@ from dyndit.training.train import Train
 ROOT = Path(__file__).parents[3] / "recipes"
 RUN = [
     *("cifar10", "cifar10_frontier", "cifar10_on", "digits", "digits_flow", "digits_frontier", "digits_peers"),
-    *("finetune_exits", "mmdit", "plain_accelerate_loop", "published", "video"),
+    *("finetune_exits", "mmdit", "my_checkpoint", "plain_accelerate_loop", "published", "video"),
 ]
 KINDS = {"train": Train, "distill": Distill, "experiment": Experiment, "quickstart": Experiment}
 SCRIPTS = {

@@ -153,7 +153,7 @@ def calibrate(
         plan = calibration.calibrate(
             dynamic, budget=budget or 0.0, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
         )
-        target = out or model / file_name(solver, steps, budget)
+        target = out or model / file_name(solver, steps, budget or 0.0)
     else:
         plan = calibration.calibrate_steps(dynamic, goal, **measured)
         _print_step_counts(calibration.table_for(dynamic, table, solver), plan, dynamic.process)

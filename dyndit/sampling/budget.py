@@ -23,8 +23,8 @@ def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim"
     model.check_identity(table.backbone, table.exits, origin="shift table")
     if table.cost.device == next(model.parameters()).device.type:
         return table
-    options = {"batch_size": table.cost.batch_size, "solver": solver, "cfg_scale": table.cfg_scale}
-    return replace(table, cost=measure_cost(model, **options))  # shifts hold on any device, times do not
+    cost = measure_cost(model, batch_size=table.cost.batch_size, solver=solver, cfg_scale=table.cfg_scale)
+    return replace(table, cost=cost)  # shifts hold on any device, times do not
 
 
 @bounds.checked

@@ -112,12 +112,12 @@ class Sampling:
         timed: list[tuple[float, float]] = []
         on_step = (lambda _, *seconds: timed.append(seconds)) if self.stats else None
         starts, done = range(0, len(ids), self.batch_size), 0
-        advance = advance or (lambda *_: None)
 
         def stepped(*_: object) -> None:
             nonlocal done
             done += 1
-            advance(done, len(starts) * self.running.num_steps)
+            if advance is not None:
+                advance(done, len(starts) * self.running.num_steps)
 
         for low in starts:
             part = slice(low, low + self.batch_size)

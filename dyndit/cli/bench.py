@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyndit.cli import flags
+from dyndit.cli.checks import print_checks
 from dyndit.errors import InputError
 
 if TYPE_CHECKING:
@@ -153,4 +154,4 @@ def _self_check(device: str, json_: bool) -> None:
     """Check the timing on work of known time and print the result. Exit with status 1 if a check fails."""
     from dyndit.analysis.compare import bench_check
 
-    flags.print_checks(bench_check.self_check(bench_check.known_work(device)), json_)
+    print_checks(bench_check.self_check(bench_check.known_work(device)), json_)

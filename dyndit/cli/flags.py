@@ -3,7 +3,6 @@
 import functools
 import importlib
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable

@@ -92,7 +92,7 @@ def evaluate(
         from dyndit.analysis.metrics.self_check import self_check as checks
 
         real = Path(reference) if reference else None
-        flags.print_checks(checks(self_check, _device(device), real), json_)
+        print_checks(checks(self_check, _device(device), real), json_)
         return
     if samples is None or not reference:
         raise InputError("evaluate: expected SAMPLES and --reference, or --self-check WEIGHTS")

@@ -175,7 +175,7 @@ def sample(
     guided_channels: guide only the first so many channels (the published DiT guides 3). None: all.
     seed: picture i depends on the seed, its label and its index alone, not on the batch that it is drawn in.
     first_index: index of the first picture; picture i has index first_index + i.
-    batch_size: pictures at a time.
+    batch_size: pictures at a time. All are in memory at the end.
     strict: pad every batch to `batch_size`. Pictures are then bit-equal in any grouping; else equal to 1/255.
     stats: time every step, in `step_seconds` and `network_seconds` of the result.
     shape: (C, ...) of a picture or clip, for a model that takes several shapes. None: the model's own.
@@ -360,7 +360,7 @@ def run_settings(
     autoencoder: str = "",
 ) -> dict[str, Any]:
     """Return the settings that make a set of pictures, for its manifest.  asked: from `Sampling.bound`."""
-    run = {
+    run: dict[str, Any] = {
         "verb": "sample",
         "model": model.identity.backbone,
         "exits": model.identity.exits,

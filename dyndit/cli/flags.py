@@ -360,15 +360,3 @@ def goal_of(choice: StepChoice, steps: int | None, **others: Any) -> "Goal | Non
     if choice.target_fd is not None:
         return TargetFD(choice.target_fd, choice.reference_steps)
     return LatencyBudget(choice.latency_budget or 0.0, choice.reference_steps)
-
-
-def print_checks(checks: "Iterable[Any]", json_: bool) -> None:
-    """Print checks as they come. Exit with status 1 if one fails."""
-    done: list[Any] = []
-    for check in checks:
-        print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
-        done.append(check)
-    if json_:
-        print(json.dumps({"checks": [vars(check) for check in done]}))
-    if not all(check.passed for check in done):
-        sys.exit(1)

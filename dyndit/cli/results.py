@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dyndit.cli import flags, trainings
+from dyndit.cli.checks import print_checks
 from dyndit.errors import InputError, expected_one_of
 from dyndit.locks import locked
 

@@ -341,7 +341,6 @@ def _paired_rounds(
 ) -> pd.DataFrame:
     names: list[str] = list(arms)
     rows: list[dict[str, Any]] = []
-    baseline = baseline or names[0]
     most = max(repeats.rounds, repeats.most) if repeats.until else repeats.rounds
     advance(0, most, "warming up" if repeats.warmup else None)
     for name in names * repeats.warmup:

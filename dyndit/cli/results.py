@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dyndit.cli import flags
+from dyndit.cli import flags, trainings
 from dyndit.cli.checks import print_checks
 from dyndit.errors import InputError, expected_one_of
 from dyndit.locks import locked
@@ -216,7 +216,7 @@ def quickstart(
     family: str = "digits",
     out: Path | None = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
+    dtype: trainings.Precision = "own",
     from_scratch: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -254,7 +254,7 @@ def compare(
     num_images: int | None = None,
     vae: flags.Vae = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
+    dtype: trainings.Precision = "own",
     from_scratch: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -286,7 +286,7 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, dtype: str,
     from dyndit.cli.recipes import find
 
     chosen = find(recipe, attribute, Experiment)
-    if precision := flags.precision_of(dtype, _device(str(inputs["device"]))):
+    if precision := trainings.precision_of(dtype, _device(str(inputs["device"]))):
         chosen = replace(chosen, precision=precision)
     comparison.run(chosen, out, Inputs(**inputs))
     show(out, chosen.margin)

@@ -90,7 +90,7 @@ def _best(
             advance(len(found), total)
             found.append(_improve(predictor, choice, limit, settings))
         best, best_value = min(found, key=lambda improved: improved[1])
-        kicks = torch.Generator().manual_seed(0)
+        kicks = torch.Generator().manual_seed(settings.seed)
         for kick in range(settings.num_kicks):
             advance(len(found) + kick, total)
             choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)

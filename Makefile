@@ -24,6 +24,11 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	mkdir -p build/types/dyndit
+	ln -sfn ../../../analysis build/types/dyndit/analysis
+	ln -sfn ../../../recipes build/types/dyndit/recipes
+	ln -sfn ../../../dyndit/__init__.py build/types/dyndit/__init__.py
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

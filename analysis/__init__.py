@@ -1,7 +1,8 @@
 """Analyse the files that a run left on disk. The suite never reaches into training.
 
 - `metrics` measure. `sets` and `features` read pictures, `extractors` turn them into features; `infinity`, `kid`,
-  `memorisation` and `paired` compare them; `quality` gathers all figures. `macs`, `energy` and `memory` measure cost.
+  `manifold`, `memorisation` and `paired` compare them; `quality` gathers all figures. `macs`, `energy` and `memory`
+  measure cost.
 - `report` shows. `runs` holds the rows, `frontier` sets quality against time, `budgets` finds the best family.
   `write` makes a report from `tables`, `findings`, `figures` and `plan_figures` on a `page`; `verify` checks a report.
 - `compare` runs. `run` measures the `arms` of an `experiment`, `peers` are the alternatives, `bench` times plans.
@@ -10,6 +11,7 @@
 """
 
 from importlib import import_module
+from typing import Any
 
 _NAMES = {
     "metrics.extractors": ("Extractor", "load_extractor"),
@@ -31,7 +33,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import a public name from the module it lives in."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -40,11 +40,12 @@ class Bound:
     whole: bool = False
     above: bool = False
 
-    def holds(self, value: object) -> bool:
+    def holds(self, value: Any) -> bool:
         """Tell if a value is inside."""
         if not is_number(value) or (self.whole and not isinstance(value, numbers.Integral)):
             return False
-        return self.low <= value <= self.high and not (self.above and value == self.low)
+        number: Any = value
+        return self.low <= number <= self.high and not (self.above and number == self.low)
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above else f"at least {self.low}"
@@ -124,26 +125,26 @@ def checked(function: F) -> F:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def wrapper(*args: object, **kwargs: object) -> object:
+    def wrapper(*args: Any, **kwargs: Any) -> object:
         given = signature.bind(*args, **kwargs).arguments
         for name, value in given.items():
             is_more = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             check(**(value if is_more else {name: value}))
         return function(*args, **kwargs)
 
-    return wrapper
+    return wrapper  # pyright: ignore[reportReturnType]  it takes what the function takes
 
 
 INPUTS = (
-    "data", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference", "runs", "samples",
-    "train", "vae", "verify",
+    "ckpt", "data", "exits", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference",
+    "runs", "samples", "self_check", "sets", "table", "text_encoder", "train", "vae", "verify",
 )  # fmt: skip
 """Flags that name files or folders to read."""
 NAMES = ("", "digits", "captioned-digits", "moving-digits")
 """Names that stand for a data set in place of a path: those of `training.data.PACKAGED`, and none."""
 
 
-def check_inputs(values: Mapping[str, object]) -> None:
+def check_inputs(values: Mapping[str, Any]) -> None:
     """Check that the files and folders which flags name are there, before any library is loaded.
 
     Raises:
@@ -152,17 +153,26 @@ def check_inputs(values: Mapping[str, object]) -> None:
     for name in INPUTS:
         value = values.get(name)
         for each in value if isinstance(value, tuple) else (value,):
-            if each is None or str(each) in NAMES or str(each).startswith("random:"):
+            if each is None or isinstance(each, bool) or str(each) in NAMES or str(each).startswith("random:"):
                 continue
             path = Path(str(each))
             if not path.exists():
                 beside = path.parent.iterdir() if set(path.name) & set("*?[") and path.parent.is_dir() else ()
                 if any(fnmatch(found.name, path.name) for found in beside):  # a pattern, such as train-*.tar
                     continue
-                raise InputError(f"{_flag(name)}{each!s:.200}: no such file or folder; expected a path to read")
+                meant = did_you_mean(path.name, [*beside_of(path), *(NAMES if name in ("data", "reference") else ())])
+                raise InputError(f"{_flag(name)}{each!s:.200}: no such file or folder; expected a path to read{meant}")
             if not os.access(path, os.R_OK):
                 raise InputError(f"{_flag(name)}{each!s:.200}: may not be read; expected a file or folder to read")
 
 
+def beside_of(path: Path) -> list[str]:
+    """Return the names in the folder that a missing path would lie in; none if they cannot be listed."""
+    try:
+        return [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return []
+
+
 def _flag(name: str) -> str:
-    return "" if name in ("samples", "runs", "file") else f"--{name.replace('_', '-')} "
+    return "" if name in ("samples", "sets", "runs", "file") else f"--{name.replace('_', '-')} "

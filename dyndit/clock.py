@@ -12,6 +12,7 @@ seconds = clock.between(began, ended)   # waits until the device has passed the 
 """
 
 import time
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Clock:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def between(self, began: Mark, ended: Mark) -> float:
+    def between(self, began: Any, ended: Any) -> float:
         """Return the seconds between two marks. Wait until the device has passed the second mark."""
         if isinstance(ended, float):
             return ended - began

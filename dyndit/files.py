@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -88,8 +88,8 @@ def remove(path: Path) -> None:
 def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
     """Yield a path to write a file or a folder at. If the block succeeds, it becomes `target`; else it is removed.
 
-    The path has the target's name, and so its suffix. Nothing exists there yet. A file gets the mode that the umask
-    gives a new file, whatever mode its writer chose. A folder can replace only an empty folder.
+    The path has the target's name, and so its suffix. Nothing exists there yet. A file, also one in a folder, gets the
+    mode that the umask gives a new file, whatever mode its writer chose. A folder can replace only an empty folder.
 
     Raises InputError: the target cannot be written, for example on a full disk; or it is of another kind.
     """
@@ -115,10 +115,11 @@ def written_together(folder: Path, about: Path | None = None) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         mode = draft.stat().st_mode & 0o666  # the umask, as mkdir applied it
-        for path in (made := sorted(draft.iterdir())):
-            if path.is_file():
+        for path in (written := [*draft.rglob("*")]):
+            if path.is_file() and not path.is_symlink():
                 path.chmod(mode)
-        sync(*draft.rglob("*"))
+        made = sorted(draft.iterdir())
+        sync(*written)
         for path in made:
             reached("rename", folder / path.name)
             path.replace(folder / path.name)
@@ -203,7 +204,11 @@ def _not_finite(data: object, name: str = "") -> Iterator[tuple[str, float]]:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors and metadata. The same content makes the same bytes: metadata is sorted by name."""
     with written_whole(path) as draft:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft, metadata)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            draft,
+            None if metadata is None else dict(metadata),
+        )
         if metadata:
             _sort_metadata(draft)
 
@@ -227,7 +232,7 @@ def _sort_metadata(path: Path) -> None:
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name. The path ends in .npz."""
     with written_whole(path) as draft:
-        np.savez(draft, **arrays)
+        np.savez(draft, **dict[str, Any](arrays))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -282,7 +287,7 @@ def read_lines(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
 
 
-def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, object]:
+def read_json(path: Path, kind: type[InputError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises CheckpointError, or `kind` if given: missing, over `MOST_JSON` bytes, no JSON, nested too deep, or no object.
@@ -353,7 +358,7 @@ def sha256(path: Path) -> str:
     """Hash a file. Raises CheckpointError if it cannot be read."""
     try:
         with opened(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  it reads bytes
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
 

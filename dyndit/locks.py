@@ -4,6 +4,9 @@ A writer holds a lock of the operating system on the file `.lock` in the folder,
 lock of a killed process is gone at once; its file may stay and does no harm. The file names the holder.
 """
 
+# pyright: reportOptionalMemberAccess=false
+# Without fcntl there are no handles, and nothing of it is used.
+
 import errno
 import os
 import socket

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def machine(device: str = "cpu") -> str:
     return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
-def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
+def describe(settings: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """Make a manifest: the run's settings, the code, the machine, further facts, and a checksum over them all."""
     name = Path(sys.argv[0]).name
     return seals.sealed(
@@ -46,7 +47,7 @@ def describe(settings: dict[str, object], **facts: object) -> dict[str, object]:
     )
 
 
-def read(path: Path) -> dict[str, object]:
+def read(path: Path) -> dict[str, Any]:
     """Read a manifest, and check it. An older manifest without a checksum is taken: `is_sealed` tells.
 
     Raises:
@@ -57,14 +58,12 @@ def read(path: Path) -> dict[str, object]:
     return found
 
 
-def is_sealed(manifest: dict[str, object]) -> bool:
+def is_sealed(manifest: dict[str, Any]) -> bool:
     """Tell if a manifest carries a checksum, which `read` has checked."""
     return seals.SEAL in manifest
 
 
-def claim(
-    out: Path, settings: dict[str, object], shared: tuple[str, ...] = (), **facts: object
-) -> dict[str, object] | None:
+def claim(out: Path, settings: dict[str, Any], shared: tuple[str, ...] = (), **facts: Any) -> dict[str, Any] | None:
     """Make `out` the folder of a run with these settings. Return its manifest if it already holds this run.
 
     shared: names that may lie in the folder before the run claims it. facts: further entries of a new manifest.

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,15 @@ def checksum(data: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def sealed(data: Mapping[str, object]) -> dict[str, object]:
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data with the seal as its last entry. An older seal is replaced."""
     bare = {name: value for name, value in data.items() if name != SEAL}
     return bare | {SEAL: checksum(bare)}
 
 
 def unsealed(
-    path: Path, data: Mapping[str, object], kind: type[InputError] = CheckpointError, *, needed: bool = True
-) -> dict[str, object]:
+    path: Path, data: Mapping[str, Any], kind: type[InputError] = CheckpointError, *, needed: bool = True
+) -> dict[str, Any]:
     """Return the data without its seal, which is checked.
 
     needed: False takes data without a seal as they are; `SEAL in data` tells.

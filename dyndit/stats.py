@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,15 +30,19 @@ from torch import Tensor
 
 from dyndit.clock import Clock
 from dyndit.errors import InputError
+from dyndit.progress import Advance, progress_bar
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moments:
     """First two moments of `num` features, float64.  mean: (D,), second: (D, D), raw E[f fᵀ]."""
 
     mean: Tensor
     second: Tensor
     num: int
+
+    def __repr__(self) -> str:
+        return f"Moments({len(self.mean)} features, {self.num} pictures)"
 
     @property
     def covariance(self) -> Tensor:
@@ -144,7 +149,7 @@ class Interval:
         return format(self, "")
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
+def paired_interval(a: Any, b: Sequence[float] | None = None, confidence: float = 0.95) -> Interval:
     """Compute Student's t interval of the mean of a, or of a - b paired by position.
 
     a, b: one number per seed block, in the same order of blocks. Blocks with a NaN drop out. One block gives its mean
@@ -165,6 +170,36 @@ def non_inferior(difference: Interval, reference: float, margin: float) -> bool:
     reference: FD(full), margin: a fraction (0.05 on digits, 0.03 on CIFAR-10). False without limits.
     """
     return difference.high <= margin * reference
+
+
+def over_calibrations(a: Mapping[int, float], b: Mapping[int, float] | None = None) -> tuple[Interval, float]:
+    """Return Student's 95% interval of the mean of a - b over calibrations, and its two-sided p value.
+
+    a, b: a figure by number of the calibration; without b the figures of a alone. Calibrations that only one arm has
+    drop out. Fewer than two: limits and p are NaN. Equal differences: p is 0, or 1 if they are all 0.
+    """
+    differences = [a[k] - (0.0 if b is None else b[k]) for k in (a if b is None else a.keys() & b.keys())]
+    found, freedom = paired_interval(differences), sum(map(math.isfinite, differences)) - 1
+    if freedom < 1:
+        return found, math.nan
+    error = found.half / float(scipy.stats.t.ppf(0.975, freedom))
+    return found, float(2 * scipy.stats.t.sf(abs(found.mean) / error, freedom) if error else found.mean == 0)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct the p values of several comparisons by name (Holm 1979, "A Simple Sequentially Rejective Test").
+
+    The i-th smallest of m, from 0, is multiplied by m - i, and is at least the one before, at most 1. Example: 0.01,
+    0.04, 0.03 become 0.03, 0.06, 0.06. A NaN stays and counts as a comparison. Raises InputError: a value not in 0..1.
+    """
+    if bad := [name for name, p in p_values.items() if not (math.isnan(p) or 0 <= p <= 1)]:
+        raise InputError(f"p value of {bad[0]}: {p_values[bad[0]]:g}, expected 0 to 1")
+    known = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=lambda name: p_values[name])
+    corrected, least = dict(p_values), 0.0
+    for rank, name in enumerate(known):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
+        corrected[name] = least
+    return corrected
 
 
 def bootstrap_interval(
@@ -209,7 +244,7 @@ def _resamples(num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
     return counts, scipy.stats.multinomial.pmf(counts, num_blocks, [1 / num_blocks] * num_blocks)
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def median_interval(values: Any, confidence: float = 0.95) -> Interval:
     """Return the median with two order statistics as limits, at this confidence or more.
 
     Distribution-free, since the count below the median is binomial. Of 9 values the limits are the 2nd and the 8th, of
@@ -281,15 +316,33 @@ def order_of(arms: list[str], round_index: int) -> list[str]:
 
 
 def paired_rounds(
-    arms: Mapping[str, Callable[[], Sequence[Reading]]], repeats: Repeats, baseline: str | None = None
+    arms: Mapping[str, Callable[[], Sequence[Reading]]],
+    repeats: Repeats,
+    baseline: str | None = None,
+    *,
+    title: str = "timing",
+    on_round: Callable[[pd.DataFrame], str | None] | None = None,
 ) -> pd.DataFrame:
     """Let the arms take turns; each call times itself. -> columns round, arm, scope, seconds, joules.
 
-    baseline: every other arm's ratio to this arm has to become narrow (default: the first arm).
+    baseline: every other arm's ratio to this arm has to become narrow (default: the first arm). title: of the stage.
+    on_round(table so far) is called after each round; what it returns is shown with the progress.
     """
+    with progress_bar(title, unit="rounds") as advance:
+        return _paired_rounds(arms, repeats, baseline or next(iter(arms)), advance, on_round)
+
+
+def _paired_rounds(
+    arms: Mapping[str, Callable[[], Sequence[Reading]]],
+    repeats: Repeats,
+    baseline: str,
+    advance: Advance,
+    on_round: Callable[[pd.DataFrame], str | None] | None,
+) -> pd.DataFrame:
     names: list[str] = list(arms)
-    rows: list[dict[str, object]] = []
-    baseline = baseline or names[0]
+    rows: list[dict[str, Any]] = []
+    most = max(repeats.rounds, repeats.most) if repeats.until else repeats.rounds
+    advance(0, most, "warming up" if repeats.warmup else None)
     for name in names * repeats.warmup:
         arms[name]()
 
@@ -301,6 +354,7 @@ def paired_rounds(
         for name in order_of(names, done):
             rows += [{"round": done, "arm": name, **asdict(reading)} for reading in arms[name]()]
         done += 1
+        advance(done, most, "" if on_round is None else on_round(_frame(rows)))
     return _frame(rows)
 
 
@@ -312,12 +366,13 @@ def paired_times(
     clock: Callable[[], float] | None = None,
     until: float = 0.0,
     max_rounds: int = 60,
+    title: str = "timing",
 ) -> pd.DataFrame:
     """Time the arms: one row per round and arm, columns round, arm, seconds.
 
     warmup: calls of each arm before the first round, not timed. clock: read before and after each timed call
     (default: the CPU's clock). For a GPU pass its `Clock`, because calls return before their work is done.
-    until, max_rounds: see `Repeats`.
+    until, max_rounds: see `Repeats`. title: of the stage that shows the progress.
     """
     clock = clock or Clock()
 
@@ -329,7 +384,8 @@ def paired_times(
     for name in list(arms) * warmup:
         arms[name]()
     calls = {name: (lambda run=run: timed(run)) for name, run in arms.items()}
-    return paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0))[["round", "arm", "seconds"]]
+    found: Any = paired_rounds(calls, Repeats(rounds, until, max_rounds, warmup=0), title=title)
+    return found[["round", "arm", "seconds"]]
 
 
 def _widest_ratio(times: pd.DataFrame, baseline: str) -> float:
@@ -364,5 +420,5 @@ def summarise(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
 
-def _frame(rows: list[dict[str, object]]) -> pd.DataFrame:
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["round", "arm", "scope", "seconds", "joules"])

@@ -61,7 +61,7 @@ def _child_limits(num_bytes: int) -> Iterator[None]:
     import resource  # Unix alone
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, used + num_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     yield
 

@@ -23,6 +23,8 @@ class Arm:
     """Settings that distinguish arms of one family, solver, steps and budget, such as "every2-depth6"."""
     variant: str = ""
     """Name of the variant that made the arm."""
+    calibration: int | None = None
+    """Number of the calibration that made the plan; None if the arm needs none."""
     plan_file: str = ""
     """Name of the file that holds the plan, if the plan was searched."""
     predicted_fd: float | None = None
@@ -38,9 +40,10 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Return a label, unique in a comparison: family, solver, steps, budget and settings."""
+        """Return a label, unique in a comparison: family, solver, steps, budget, settings, calibration."""
         scale = f"scale{self.plan.cfg_scale:g}" if self.swept else ""
-        settings = "-".join(part for part in (self.settings, scale) if part)
+        again = f"c{self.calibration}" if self.calibration else ""  # the first has the plain name
+        settings = "-".join(part for part in (self.settings, scale, again) if part)
         return arm_name(self.family, self.plan.solver, self.plan.num_steps, self.budget, settings)
 
 

@@ -17,19 +17,18 @@ from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.calibration.calibrate import measure_bases, measure_moments
-from dyndit.calibration.measure import measure_shifts, part_of
-from dyndit.calibration.samplers import OwnSampler
+from dyndit.calibration.measure import measure_shifts, of_few_features, part_of
+from dyndit.calibration.samplers import OwnSampler, ToPictures
 from dyndit.errors import CheckpointError
 from dyndit.files import remove, write_text
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
-from dyndit.plans.plan import DepthPlan, bind
+from dyndit.plans.plan import DepthPlan, bind, file_name
 from dyndit.plans.refined import refined
-from dyndit.plans.search import search
+from dyndit.plans.search import SearchSettings, search
 from dyndit.plans.table import FILE, ShiftTable
-from dyndit.progress import progress_bar
-from dyndit.sampling.loop import full_plan
-from dyndit.stats import Moments
+from dyndit.sampling.loop import full_plan, to_uint8
+from dyndit.stats import Moments, frechet_distance
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.exit_errors import exit_error_table
@@ -79,6 +78,10 @@ class Context:
     console: Console
     given: DynamicDepth | None = None
     known: ShiftTable | None = None
+    calibration: int = 0
+    """Number of the calibration, of `experiment.num_calibrations`."""
+    to_pictures: ToPictures = to_uint8
+    """Decoder of a model of latents."""
 
     @property
     def extractor(self) -> Extractor:
@@ -114,8 +117,19 @@ class Context:
 
     def moments(self, plan: DepthPlan) -> Moments:
         """Sample pictures under a plan on the calibration seeds and return their features' moments."""
-        options = {"num_pictures": self.table.num_pictures, "seed": self.table.seed}
-        return measure_moments(self.model, self.extractor, plan, batch_size=self.experiment.batch_size, **options)
+        options = {"num_pictures": self.table.num_pictures, "seed": self.table.seed, "to_pictures": self.to_pictures}
+        extractor, size = self._seen_by(self.table), self.experiment.batch_size
+        return measure_moments(self.model, extractor, plan, batch_size=size, **options)
+
+    def distance(self, plan: DepthPlan, model: DynamicDepth | None = None) -> float:
+        """Return the Fréchet distance of pictures drawn on the experiment's calibration seeds. It needs no table.
+
+        model: another one than the comparison's, such as a peer.
+        """
+        chosen, size = self.experiment.calibration, self.experiment.batch_size
+        options = {"num_pictures": chosen.num_pictures, "seed": chosen.seed, "to_pictures": self.to_pictures}
+        found = measure_moments(model or self.model, self.extractor, plan, batch_size=size, **options)
+        return frechet_distance(found, self.references[0].moments())
 
     def predicted_ms(self, plan: DepthPlan) -> float:
         """Predict milliseconds per picture with the table's cost model."""
@@ -129,7 +143,7 @@ class Context:
         found: list[tuple[float, DepthPlan, str]] = []
         full, base = self.full(solver, steps), None
         for budget in sorted(set(budgets)):
-            name = f"plan-{solver}-{steps}-b{budget:g}.json"
+            name = file_name(solver, steps, budget)
             if (self.out / name).exists():
                 plan = self.read_plan(name)
             else:
@@ -146,9 +160,8 @@ class Context:
     def with_bases(self, solver: str) -> ShiftTable:
         """Add full depth's moments at the experiment's `latency_steps` to the table and its file; return the table."""
         options = {"solver": solver, "step_grid": self.experiment.latency_steps, "into": self._table_file}
-        options["batch_size"] = self.experiment.batch_size
-        with progress_bar("measuring full depth", self.console) as advance:
-            return measure_bases(self.model, self.table, self.extractor, on_progress=advance, **options)
+        options |= {"batch_size": self.experiment.batch_size, "to_pictures": self.to_pictures}
+        return measure_bases(self.model, self.table, self.extractor, **options)
 
     @property
     def _table_file(self) -> Path:
@@ -161,10 +174,12 @@ class Context:
         return {"solver": experiment.calibration_solver, "num_steps": experiment.calibration_steps, "cfg_scale": scale}
 
     def _search(self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]) -> DepthPlan:
-        rounds = self.experiment.refinements
+        chosen = self.experiment
+        rounds, settings = chosen.refinements, SearchSettings(seed=chosen.search_seed, whole=chosen.whole)
+        options = {"base": base, "settings": settings}
         if not rounds:
-            return search(self.table, full, budget, base=base, starts=smaller)
-        return refined(self.table, full, budget, self.moments, rounds=rounds, base=base, smaller=smaller)
+            return search(self.table, full, budget, starts=smaller, **options)
+        return refined(self.table, full, budget, self.moments, rounds=rounds, smaller=smaller, **options)
 
     def _stored_table(self) -> ShiftTable | None:
         """Return the table in `out/model` if it is readable and belongs to this model and this extractor."""
@@ -180,7 +195,7 @@ class Context:
         if not (same(table.backbone, mine.backbone) and same(table.exits, mine.exits)):
             self.console.print(f"{path}: of another model; measured again")
             return None
-        if table.extractor_fingerprint != self.extractor.fingerprint:
+        if table.extractor_fingerprint != self._seen_by(table).fingerprint:
             # This table came with the model: searching on it would optimise for another extractor.
             name, of = self.extractor.name, table.extractor
             theirs = of if of != name else f"other weights of {of}"
@@ -189,6 +204,10 @@ class Context:
         remove(path.with_suffix(".partial"))  # of a run that was killed when the table was whole
         self.console.print(f"shift table: there already ({path})")
         return table
+
+    def _seen_by(self, table: ShiftTable) -> Extractor:
+        """Return the extractor with the table's reduction to few features, if it has one."""
+        return self.extractor if table.projection is None else self.extractor.projected(table.projection)
 
     def _known_table(self) -> ShiftTable | None:
         """Return the part of the known table that equals this context's table; None if entries are missing."""
@@ -200,9 +219,10 @@ class Context:
 
     def _measured_table(self) -> ShiftTable:
         options = self._calibration_point | {"settings": self.experiment.calibration, "into": self._table_file}
-        reference, started = self.references[0].moments(), time.monotonic()
-        with progress_bar("measuring distribution shifts", self.console) as advance:
-            table = measure_shifts(self.model, self.extractor, reference, on_progress=advance, **options)
+        extractor, reference = of_few_features(self.extractor, self.references[0].features)
+        started = time.monotonic()
+        options |= {"to_pictures": self.to_pictures}
+        table = measure_shifts(self.model, extractor, reference, **options)
         seconds = time.monotonic() - started
         note(self.out / COSTS, {"name": "table", "seed": self.experiment.calibration.seed, "seconds": seconds})
         return table

@@ -5,14 +5,16 @@ the same fresh seeds -> report. Every stage stores its result on disk. A valid s
 """
 
 import random
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from rich.console import Console
+from torch import nn
 
 from dyndit import files, manifest
 from dyndit.analysis.compare.arms import Arm
@@ -21,32 +23,43 @@ from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
 from dyndit.analysis.compare.sources import SOURCES
-from dyndit.analysis.metrics.extractors import Extractor, load_extractor
+from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
+from dyndit.calibration.samplers import ToPictures
 from dyndit.errors import InputError
 from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures.collection import said_of
-from dyndit.progress import progress_bar
+from dyndit.progress import progress_bar, tracked
 from dyndit.runtime import chosen_device
+from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import kind_of
 from dyndit.storage import load as checkpoints
-from dyndit.training.data import Pictures, open_data
+from dyndit.storage.autoencoder import find as find_autoencoder
+from dyndit.storage.autoencoder import open_autoencoder
+from dyndit.training.autoencoders import decode_latents, latent_space, picture_size
+from dyndit.training.data import PACKAGED, Pictures, open_data
+from dyndit.training.latents import encode_latents
+
+LATENTS = "latents"
+"""Folder in a run for the latents of the pictures, if the model makes latents."""
 
 
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
     """Run the comparison in `out`, and return it. Raises InputError: see `prepared`."""
     with prepared(experiment, out, inputs, console) as context:
-        comparison = Comparison(experiment, context.model, context.references, out, context.console)
-        with experiment.autocast(context.model.device.type):
+        fitted, given = context.experiment, (context.model, context.references, out, context.console)
+        comparison = Comparison(fitted, *given, context.to_pictures)
+        with fitted.autocast(context.model.device.type):
             arms = [arm for source in SOURCES for arm in source.arms(context)]
             comparison.measure(arms)
-            comparison.report(arms)
+            with progress_bar("writing the report", context.console):
+                comparison.report(arms)
     return out
 
 
@@ -60,19 +73,20 @@ def prepared(
     """
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
-    data = open_data(inputs.data or experiment.data)
-    data.check()
-    for line in said_of(data.account):
+    experiment = inputs.applied(experiment)
+    given, process = None, experiment.train.process if experiment.train is not None else None
+    if not inputs.from_scratch:
+        options = {"process": inputs.process or None, "num_heads": inputs.num_heads, "weights": inputs.weights}
+        options["device"] = inputs.device
+        given = checkpoints.load(experiment.model, **options)
+        process = given.process
+    if process is None:
+        raise InputError("--from-scratch: this experiment has no recipe for its backbone")
+    experiment = experiment.fitted(process, given is None or given.backbone.condition.guided)
+    real, decoder = _pictures(experiment, given, inputs)
+    for line in said_of(real.account):
         console.print(line, highlight=False)
     extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
-    named, options = inputs.model or experiment.model, {"process": inputs.process or None, "device": inputs.device}
-    if not (named or inputs.from_scratch):
-        raise InputError("--model: missing; expected a model, as this experiment names none, or --from-scratch")
-    given = None if inputs.from_scratch else checkpoints.load(named, **options)
-    if given is None and experiment.train is None:
-        raise InputError("--from-scratch: this experiment has no recipe for its backbone")
-    if given is not None and not given.pixel_space:
-        raise InputError(f"--model {inputs.model}: makes latents; expected a model of pixels")
     extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.more_extractors)]
     identity = {
         "trunk": "" if given is None else given.identity.backbone,
@@ -82,29 +96,50 @@ def prepared(
         "machine": manifest.machine(inputs.device),
     }
     with locked(out):
-        manifest.claim(out, settings_of(experiment, inputs, data) | identity, pictures=data.account)
-        yield _context(experiment, given, named, data, extractors, inputs, out, console)
+        settings = settings_of(experiment, inputs, real) | identity
+        manifest.claim(out, settings, pictures=real.account)
+        data, to_pictures = real, to_uint8
+        if decoder is not None:
+            folder, _ = find_autoencoder(inputs.vae or experiment.model)
+            data, to_pictures = encode_latents(real, folder, out / LATENTS, 16), partial(decode_latents, decoder)
+        references = tuple(Measured(PictureSet(experiment.data, real), one) for one in extractors)
+        model = _model(experiment, given, data, inputs, out, console)
+        more = {"calibration": experiment.number, "to_pictures": to_pictures}
+        yield Context(experiment, model, references, data, out, console, given, **more)
 
 
-def _context(
+def _pictures(experiment: Experiment, given: DynamicDepth | None, inputs: Inputs) -> tuple[Pictures, nn.Module | None]:
+    """Open the real pictures, of the size that the model makes, and the decoder of a model of latents.
+
+    Raises InputError: pictures cannot be read, or the autoencoder is missing.
+    """
+    decoder = None if given is None else open_autoencoder(inputs.vae, given, experiment.model)
+    if given is None or experiment.data in PACKAGED:
+        pictures = open_data(experiment.data)
+    else:
+        channels, *size = given.backbone.sample_shape
+        if decoder is not None:
+            size, channels = picture_size(decoder, tuple(size)), latent_space(decoder).in_channels
+        pictures = open_data(experiment.data, tuple(size), channels)
+    pictures.check()
+    return pictures, None if decoder is None else decoder.to(inputs.device)
+
+
+def _model(
     experiment: Experiment,
     given: DynamicDepth | None,
-    named: str,
     data: Pictures,
-    extractors: list[Extractor],
     inputs: Inputs,
     out: Path,
     console: Console,
-) -> Context:
-    """Load or make the model with its exits.  given: the model loaded from `named`; None to train one."""
+) -> DynamicDepth:
+    """Load or make the model with its exits.  given: the user's model; None to train one."""
     model = model_with_exits(experiment, given, data, out, console).to(inputs.device)
     if given is not None and given.exits is not None:  # its table; the reader checks that it belongs to the model
-        table, place = (folder / checkpoints.TABLE for folder in (Path(named), out / "model"))
+        table, place = (folder / checkpoints.TABLE for folder in (Path(experiment.model), out / "model"))
         if table.is_file() and not place.exists():
             files.copy(table, place)
-    real = PictureSet(inputs.data or experiment.data, data)
-    references = tuple(Measured(real, extractor) for extractor in extractors)
-    return Context(experiment, model, references, data, out, console, given)
+    return model
 
 
 @dataclass(frozen=True)
@@ -117,17 +152,22 @@ class Comparison:
     """Real pictures as each extractor sees them; plans were calibrated on the first extractor."""
     out: Path
     console: Console
+    to_pictures: ToPictures = to_uint8
+    """Decoder of a model of latents."""
 
-    def _macs(self, arms: Iterable[Arm]) -> dict[str, float]:
-        """Count the denoiser's multiply-accumulates per picture of each arm; peers on a batch, as data may decide."""
+    def _macs(self, arms: Iterable[Arm]) -> dict[str, tuple[float, float | None]]:
+        """Count the denoiser's multiply-accumulates per picture of each arm, and those of its exit heads.
+
+        Peers are counted on a batch, as data may decide; their heads are not told apart.
+        """
         num, parts, counted = min(self.experiment.batch_size, self.experiment.num_images), {}, {}
-        for arm in arms:
+        for arm in tracked(list(arms), "counting arithmetic", unit="arms"):
             model = arm.model or self.model
             if isinstance(model, Peer | ConfidentDepth):
-                counted[arm.name] = count_macs(lambda arm=arm: self._draw(arm, seed=0, num=num)) / num
+                counted[arm.name] = count_macs(lambda arm=arm: self._drawn(arm, seed=0, num=num)) / num, None
             else:
-                parts[id(model)] = parts.get(id(model)) or model_macs(model)
-                counted[arm.name] = parts[id(model)].plan(arm.plan)
+                mine = parts[id(model)] = parts.get(id(model)) or model_macs(model)
+                counted[arm.name] = mine.plan(arm.plan), mine.heads(arm.plan)
         return counted
 
     def measure(self, arms: list[Arm]) -> None:
@@ -137,40 +177,41 @@ class Comparison:
         interrupted block, the arms without a row draw it again.
         """
         experiment, path = self.experiment, self.out / RUNS
+        for real in self.references:
+            if experiment.num_images <= (dims := real.features.shape[1]):
+                few = f"{experiment.num_images} pictures a block, no more than the {dims} features"
+                self.console.print(f"warning: {few} of {real.extractor.name}; distances are then far too large")
         done = measured(path) if path.exists() else set()
         batches, size = -(-experiment.num_images // experiment.batch_size), experiment.batch_size
-        blocks = range(experiment.num_blocks)
+        blocks, first = range(experiment.num_blocks), experiment.first_seed
         missing = {block: [arm for arm in arms if (arm.name, block) not in done] for block in blocks}
         total = batches * experiment.num_blocks * len(arms)
         count = total - batches * sum(map(len, missing.values()))
         if count < total:
-            for arm in {(arm.family, id(arm.model)): arm for arm in arms}.values():  # warm-up
+            for arm in tracked([*{(a.family, id(a.model)): a for a in arms}.values()], "warming up", unit="arms"):
                 self._draw(arm, seed=0, num=min(size, experiment.num_images))
         macs = self._macs({arm.name: arm for waiting in missing.values() for arm in waiting}.values())
-        with progress_bar("sampling and scoring", self.console) as advance:
+        with progress_bar("sampling and scoring", self.console, unit="batches") as advance:
+            advance(count, total)
             for block, waiting in missing.items():
                 drawn: dict[str, list[Samples]] = {arm.name: [] for arm in waiting}
                 for batch in range(batches):
                     num = min(size, experiment.num_images - batch * size)
                     for arm in in_turn(waiting, block, batch):
-                        part = self._draw(arm, seed=block, num=num, first=batch * size, stats=True)
+                        part = self._draw(arm, seed=first + block, num=num, first=batch * size, stats=True)
                         drawn[arm.name].append(part)
                         count += 1
                         advance(count, total)
                 for arm in waiting:
-                    append_run(path, *self._rows(arm, block, drawn.pop(arm.name), macs[arm.name]))
+                    append_run(path, *self._rows(arm, block, drawn.pop(arm.name), *macs[arm.name]))
 
     def report(self, arms: list[Arm]) -> None:
         """Draw the figures and write the pages from the files in `out`."""
         from dyndit.analysis.report import figures, plan_figures, style
         from dyndit.analysis.report.write import write_report
 
-        searched = [arm for arm in arms if arm.family == "searched"]
+        searched = [arm for arm in arms if arm.family == "searched" and not arm.calibration]
         style.save(plan_figures.plan_figure({arm.name: arm.plan for arm in searched}), self.out / "plan.png")
-        if (self.out / "exit-errors.csv").exists():
-            errors = pd.read_csv(self.out / "exit-errors.csv")
-            table = errors.pivot(index="depth", columns="log_snr_low", values="noise_error").sort_index(axis=1)
-            style.save(figures.error_figure(table, "mean squared error on the noise"), self.out / "errors.png")
         rows, first = {}, dict(reversed(self.experiment.dynamic_points))
         for solver, steps in first.items():
             chosen = [arm for arm in arms if (arm.plan.solver, arm.plan.num_steps) == (solver, steps)]
@@ -183,13 +224,25 @@ class Comparison:
         write_report(self.out, self.out, margin=self.experiment.margin)
 
     def _draw(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
-        """Draw pictures `first` to `first + num - 1` of an arm, classes in turn."""
+        """Draw pictures `first` to `first + num - 1` of an arm, classes in turn. Time includes decoding latents."""
+        drawn = self._drawn(arm, seed=seed, num=num, first=first, stats=stats)
+        if drawn.latents is None:
+            return drawn
+        began = time.perf_counter()
+        pictures = self.to_pictures(drawn.latents)
+        seconds = (*drawn.batch_seconds, time.perf_counter() - began)
+        return replace(drawn, pictures=pictures, batch_seconds=seconds)
+
+    def _drawn(self, arm: Arm, *, seed: int, num: int, first: int = 0, stats: bool = False) -> Samples:
+        """Draw pictures, or the latents of a model of latents."""
         plan, labels = arm.plan, self.model.backbone.condition.in_turn(num, first)
         options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale, "stats": stats}
         options |= {"seed": seed, "first_index": first, "batch_size": self.experiment.batch_size}
         return sample(arm.model or self.model, labels, plan=plan, **options)
 
-    def _rows(self, arm: Arm, block: int, drawn: list[Samples], macs: float) -> list[dict[str, object]]:
+    def _rows(
+        self, arm: Arm, block: int, drawn: list[Samples], macs: float, macs_heads: float | None = None
+    ) -> list[dict[str, object]]:
         """Score the batches of one arm in one block; return a row of runs.csv for each extractor."""
         experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
         pictures = torch.cat([part.pictures for part in drawn])
@@ -210,7 +263,7 @@ class Comparison:
             "steps": plan.num_steps,
             "cfg_scale": plan.cfg_scale,
             "block": block,
-            "seed": block,
+            "seed": experiment.first_seed + block,
             "share_of_blocks": share,
             "mean_depth_cond": cond,
             "mean_depth_uncond": uncond,
@@ -223,6 +276,8 @@ class Comparison:
             "role": "score",
             "plan": "" if arm.variant else arm.plan_file,
             "macs": macs,
+            "macs_heads": macs_heads,
+            "calibration": "" if arm.calibration is None else str(arm.calibration),
             "compiled": "eager",
             "dtype": "bf16 autocast" if experiment.precision == "bf16" else str(parameter.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

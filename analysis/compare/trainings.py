@@ -30,8 +30,9 @@ from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import kind_of
 from dyndit.storage import load as checkpoints
-from dyndit.training.data import Pictures, Some, open_data
+from dyndit.training.data import Pictures, open_data
 from dyndit.training.losses import denoising_loss
+from dyndit.training.subset import Some
 from dyndit.training.train import Train
 
 FIGURE = "trainings.png"

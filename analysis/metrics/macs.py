@@ -60,6 +60,12 @@ class Macs:
             raise InputError(f"plan: depth {missing[0]}, this model leaves after one of {sorted(self.leave)}")
         return sum(n * self.work(work) for n, work in zip(plan.calls_by_step, plan.works, strict=True))
 
+    def heads(self, plan: DepthPlan) -> int:
+        """Count the exit heads alone over a sampling of one picture, without the model's own head."""
+        depth, works = len(self.blocks), zip(plan.calls_by_step, plan.works, strict=True)
+        exits = ((n, (*work.depths, *work.heads_on_the_way)) for n, work in works)
+        return sum(n * self.leave[d] for n, depths in exits for d in depths if d != depth)
+
     def work(self, work: Work) -> int:
         """Count one step of one picture: its branches, and the exit heads on the way."""
         return sum(map(self.branch, work.depths)) + sum(self.leave[depth] for depth in work.heads_on_the_way)

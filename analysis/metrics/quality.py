@@ -1,7 +1,7 @@
 """Compare two sets of pictures: `evaluate` returns named numbers.
 
-Features are computed here once per set. torch-fidelity computes Inception score, precision and recall from them. This
-package computes distances and intervals (`dyndit.stats`, infinity.py, kid.py, memorisation.py, paired.py).
+Features are computed here once per set. torch-fidelity computes the Inception score from them. This package computes
+the rest (`dyndit.stats`, infinity.py, kid.py, manifold.py, memorisation.py, paired.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,20 @@ from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.infinity import NUM_SIZES, distance_at_infinity
 from dyndit.analysis.metrics.kid import kernel_distance
+from dyndit.analysis.metrics.manifold import NEIGHBOURS, share_within
 from dyndit.analysis.metrics.memorisation import check_memorisation
 from dyndit.analysis.metrics.metric import Comparison, Figures, metric, metrics_by_name
 from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_sets
 from dyndit.analysis.metrics.sets import PictureSet, read_set
 from dyndit.analysis.metrics.statistics import NOTHING_TOLD, Statistics, Told
-from dyndit.errors import InputError
+from dyndit.errors import InputError, did_you_mean
 from dyndit.pictures.resize import Resize
+from dyndit.progress import progress_bar, tracked
 from dyndit.sampling.store import problem_of
 from dyndit.stats import frechet_distance
 
 DEFAULT_METRICS = ("fd", "kid", "is", "prc")
 NUM_SPLITS = 10  # parts of a set for the Inception score
-NEIGHBOURS = 3  # k of precision and recall, as in ADM
 PAIRED = "paired_"  # prefix of figures that judge no model
 
 
@@ -61,14 +62,13 @@ def _inception_score(c: Comparison) -> Figures:
 
 @metric("prc")
 def _precision_recall(c: Comparison) -> Figures:
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    ours, theirs = c.samples.features, c.reference.features
-    if min(len(ours), len(theirs)) < NEIGHBOURS + 2:
-        raise InputError(f"--metrics prc: {min(len(ours), len(theirs))} pictures, expected at least {NEIGHBOURS + 2}")
-    options = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "prc_batch_size": 2000, "verbose": False}
-    found = prc_features_to_metric(ours, theirs, **options)
-    return {"precision": found["precision"], "recall": found["recall"]}
+    fewest = min(len(c.samples.features), len(c.reference.features))
+    if fewest < NEIGHBOURS + 2:
+        raise InputError(f"--metrics prc: {fewest} pictures, expected at least {NEIGHBOURS + 2}")
+    return {
+        "precision": share_within(c.samples.features, c.reference.features, c.reference.radii),
+        "recall": share_within(c.reference.features, c.samples.features, c.samples.radii),
+    }
 
 
 @metric("memorisation")
@@ -151,8 +151,9 @@ def evaluate(
         for name, s in sets.items()
         if name != "full"
     }
-    for part in measured.values():
-        part.check()
+    for name, part in measured.items():
+        with progress_bar(f"reading the {name.replace('_', ' ')} set"):
+            part.check()
     lpips = None if lpips_weights is None or "paired" not in metrics else Lpips.load(lpips_weights)
     comparison = Comparison(**({"train": measured["reference"]} | measured), full=sets.get("full"), lpips=lpips)
     result: Figures = {
@@ -162,7 +163,7 @@ def evaluate(
         "num_reference": comparison.reference.num,
         "forced": forced,
     }
-    for name in metrics:
+    for name in tracked(metrics, "computing metrics", unit="metrics"):
         result |= metrics_by_name()[name](comparison)
     return result | _origins(sets, comparison.reference.statistics, resize)
 
@@ -215,7 +216,7 @@ def _origins(sets: Mapping[str, PictureSet], statistics: Statistics | None, resi
 def _check_names(metrics: Sequence[str], held_out: object, full: object) -> None:
     for name in metrics:
         if name not in (known := metrics_by_name()):
-            raise InputError(f"--metrics: '{name}', expected some of {', '.join(known)}")
+            raise InputError(f"--metrics: '{name}', expected some of {', '.join(known)}{did_you_mean(name, known)}")
     if "memorisation" in metrics and held_out is None:
         raise InputError("--held-out: missing, expected real pictures not trained on, for memorisation")
     if "paired" in metrics and full is None:

@@ -1,5 +1,6 @@
 """Draw the figures of a run: quality over time, time, spread over seeds, predictions, samples, errors of the exits."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from dyndit.analysis.report.runs import PLANS, label
 from dyndit.analysis.report.style import COLOURS, FAINT, INK, STYLE, number_log, panels
 from dyndit.pictures import frames_of
 from dyndit.stats import paired_interval
@@ -22,6 +25,9 @@ OTHER_MARKERS = "P", "X", "*", "p", "h", "<", ">", "d", "8", "H"
 # Colours show step counts for up to four families of plans and peers, and families for more.
 FAMILY_COLOURS = (*COLOURS, "#8B4513", "#7B68EE", "#556B2F", "#B22222", "#008B8B", "#C0A000")
 MOST_FAMILIES_BY_STEPS = 4
+
+LABEL_SHARE = 0.06
+"""Share of a panel's width and height that a label takes, about."""
 
 # Families with a sweep over steps: lines, labelled with the number of steps.
 SWEEPS = {
@@ -35,7 +41,8 @@ def _arms(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, arm in runs[runs["role"] == "score"].groupby("arm", sort=False):
         fd = paired_interval(arm["fd"])
-        row = {name: arm[name].iloc[0] for name in ("arm", "family", "solver", "steps", "budget")}
+        row = {name: arm[name].iloc[0] for name in ("arm", "family", "solver", "steps", "budget", "calibration")}
+        row["calibration"] = label(row["calibration"])
         row |= {"ms": arm["ms_per_picture"].median(), "fd": fd.mean, "half": np.nan_to_num(fd.half)}
         rows.append(row | {"predicted": arm["predicted_fd"].mean()})
     return pd.DataFrame(rows)
@@ -82,6 +89,22 @@ class _Look:
         return key
 
 
+def headline_figure(runs: pd.DataFrame, most: int = 3) -> Figure | None:
+    """Draw the frontier of full depth, plans, and the `most` families of rivals that reach the lowest FD in their time.
+
+    Return None if there are so few families that `frontier_figure` shows them as clearly.
+    """
+    arms = _arms(runs)
+    rivals = arms[~arms["family"].isin([*SWEEPS, *PLANS])]
+    plans = arms[arms["family"].isin(PLANS)]
+    if plans.empty or rivals["family"].nunique() <= most:
+        return None
+    in_time = rivals[rivals["ms"] <= plans["ms"].max()]
+    best = (in_time if len(in_time) else rivals).groupby("family", sort=False)["fd"].min().nsmallest(most).index
+    shown = runs["family"].isin([*SWEEPS, *PLANS, *best]) & runs["solver"].isin(set(plans["solver"]))
+    return frontier_figure(runs[shown])
+
+
 def frontier_figure(runs: pd.DataFrame) -> Figure:
     """Draw FD over time per picture, a panel per solver: full depth over steps, dynamic depth over budgets.
 
@@ -93,7 +116,7 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
     width = 8.0 if len(solvers) > 1 else 6.5
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(len(solvers), min(2, len(solvers)), width, 3.7, sharey=True)
-        main = arms[arms["family"].isin(["full", "searched"])]
+        main = arms[arms["family"].isin(["full", *PLANS])]
         main = arms if main.empty else main
         low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
         span = (high - low) or 1.0  # a lone row has no extent
@@ -117,15 +140,24 @@ def _draw_frontier(axis: Axes, arms: pd.DataFrame, look: _Look, top: float) -> N
     for family, style in SWEEPS.items():
         sweep = arms[arms["family"] == family].sort_values("ms")
         axis.errorbar(sweep["ms"], sweep["fd"], sweep["half"], marker="o", ms=4, lw=1.4, **style, **bars)
+        apart = np.array([np.ptp(np.log(arms["ms"])), min(top, arms["fd"].max()) - arms["fd"].min()]) * LABEL_SHARE
+        written: list[np.ndarray] = []
         for ms, fd, steps in zip(sweep["ms"], sweep["fd"], sweep["steps"], strict=True):
-            offset = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8, "color": style["color"]}
-            axis.annotate(f"{int(steps)}", (ms, fd), **offset, annotation_clip=True, zorder=5)
+            place = np.array([math.log(ms), fd])
+            if any((abs(place - other) < apart).all() for other in written):
+                continue  # it would lie on another label
+            written.append(place)
+            above = family == "full"  # the labels of the two sweeps never meet
+            offset = {"xytext": (4, 5) if above else (-3, -4), "textcoords": "offset points", "fontsize": 8}
+            offset |= {"ha": "left" if above else "right", "va": "bottom" if above else "top"}
+            text = axis.annotate(f"{int(steps)}", (ms, fd), **offset, color=style["color"], zorder=5)
+            text.set(path_effects=[withStroke(linewidth=2, foreground="white")], clip_on=True)
     dynamic = arms[~arms["family"].isin(SWEEPS)]
-    for (family, steps), group in dynamic.groupby(["family", "steps"], sort=False):
+    for (family, steps, _), group in dynamic.groupby(["family", "steps", "calibration"], sort=False):
         group = group.sort_values("ms")
         marker, colour = look.marker(family), look.colour(family, steps)
         shown, above = group[group["fd"] <= top], group[group["fd"] > top]
-        if family == "searched":
+        if family in PLANS:
             line = {"marker": marker, "ms": 4.5, "lw": 1.4, **bars}
             axis.errorbar(shown["ms"], shown["fd"], shown["half"], color=colour, **line)
         else:
@@ -250,8 +282,10 @@ def predicted_figure(runs: pd.DataFrame) -> Figure:
             axis.set_aspect("equal", adjustable="datalim")
         if len(arms) > 2:
             rank = arms["predicted"].corr(arms["fd"], method="spearman")
-            text = f"{len(arms)} plans, rank correlation {rank:.2f}"
-            axis.text(0.03, 0.96, text, transform=axis.transAxes, va="top", fontsize=8)
+            bias = (arms["fd"] / arms["predicted"]).median() - 1
+            text = f"{len(arms)} plans: rank correlation {rank:.2f}; measured {abs(bias):.0%} "
+            text += f"{'above' if bias >= 0 else 'below'} predicted (median)"
+            axis.set_title(text, fontsize=8, fontweight="normal", loc="left")
         axis.set(xlabel=f"predicted {metric}", ylabel=f"measured {metric}")
         axis.legend(handles=look.key(arms), loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -267,7 +301,10 @@ def error_figure(
         positive = values[values > 0]
         norm = LogNorm(positive.min(), positive.max()) if positive.size else None
         image = axis.pcolormesh(np.where(values > 0, values, np.nan), norm=norm, cmap="viridis")
-        axis.set_xticks(np.arange(len(frame.columns)) + 0.5, _short(frame.columns))
+        columns = _short(frame.columns)
+        crowded = sum(map(len, columns)) > 45  # upright labels would overlap
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        axis.set_xticks(np.arange(len(columns)) + 0.5, columns, **turned)
         axis.set_yticks(np.arange(len(frame.index)) + 0.5, _short(frame.index))
         axis.grid(visible=False)
         axis.set(xlabel=xlabel, ylabel="exit after layer")

@@ -7,15 +7,44 @@ import numpy as np
 import pandas as pd
 
 from dyndit.analysis.report.budgets import winners
-from dyndit.analysis.report.frontier import against_controls, against_unguided
-from dyndit.analysis.report.tables import percent
+from dyndit.analysis.report.calibrations import calibration_findings, is_plan
+from dyndit.analysis.report.cells import percent
+from dyndit.analysis.report.frontier import KEPT, NO_VERDICT, NONE, against_controls, against_unguided
+from dyndit.analysis.report.runs import PLANS, label
+from dyndit.analysis.report.savings import bias_findings
 from dyndit.plans.plan import DepthPlan
 
 
-def findings_of(frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float) -> list[str]:
-    """Return all findings of one group. frame: its `frontier.summary`, rows: its raw rows, folder: holds its plans."""
-    found = origin_findings(rows) + headlines(frame, margin) + budget_findings(rows) + frontier_findings(frame, margin)
-    return found + unguided_findings(rows) + control_findings(rows) + plan_findings(folder, rows)
+def findings_of(
+    frame: pd.DataFrame, rows: pd.DataFrame, folder: Path, margin: float, *, first: bool = True
+) -> list[str]:
+    """Return all findings of one group. frame: its `frontier.summary`, rows: its raw rows, folder: holds its plans.
+
+    first: the plans were not described yet, by an earlier group of the same arms under another extractor.
+    """
+    found = origin_findings(rows) + headlines(frame, margin) + calibration_findings(frame)
+    found += budget_findings(rows) + frontier_findings(frame, margin) + unguided_findings(rows) + control_findings(rows)
+    found += bias_findings(frame) + unrecorded_findings(rows)
+    return found + (plan_findings(folder, rows) if first else [])
+
+
+UNRECORDED = {
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "macs": "multiply-accumulates",
+    "macs_heads": "multiply-accumulates of exit heads",
+}
+
+
+def unrecorded_findings(runs: pd.DataFrame) -> list[str]:
+    """Name the figures that no row of a group has, in a sentence."""
+    scored = runs[runs["role"] == "score"]
+    missing = [name for column, name in UNRECORDED.items() if scored[column].isna().all()]
+    plans = scored[is_plan(scored["family"])]
+    if len(plans) and not plans["calibration"].map(label).any():
+        missing.append("the number of calibrations")
+    return [f"Not recorded in these rows: {', '.join(missing)}."] if missing else []
 
 
 def origin_findings(runs: pd.DataFrame) -> list[str]:
@@ -35,10 +64,14 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
     """Write the findings of one group's `frontier.summary`, a sentence each."""
     dynamic = frame[~frame["family"].isin(["full", "unguided"])]
     found = []
-    for (solver, steps), arms in dynamic[dynamic["family"] == "searched"].groupby(["solver", "steps"], sort=False):
-        known = arms[arms["unchanged"].notna()]
-        kept = known[known["unchanged"].astype(bool)]
+    plans = dynamic[dynamic["family"].isin(PLANS)]
+    for (solver, steps), arms in plans.groupby(["solver", "steps"], sort=False):
+        known = arms[arms["verdict"] != ""]
+        kept = known[known["verdict"] == KEPT]
         if known.empty:
+            continue
+        if (known["verdict"] == NONE).all():
+            found.append(f"{solver}, {steps} steps: {NO_VERDICT}.")
             continue
         if kept.empty:
             found.append(f"{solver}, {steps} steps: none of {len(known)} plans is shown to keep full depth's quality.")
@@ -132,7 +165,17 @@ def plan_findings(folder: Path, runs: pd.DataFrame) -> list[str]:
                 f"{solver}, {int(steps)} steps: mean conditional depth over {len(plans)} searched plans in the "
                 f"noisiest, middle and last third of the steps: {depths}."
             )
-    return found
+    return found + [f"The same plan: {', '.join(names)}." for names in same_plans(folder, scored) if len(names) > 1]
+
+
+def same_plans(folder: Path, scored: pd.DataFrame) -> list[list[str]]:
+    """Return the arms of each distinct plan, in the order of the rows."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for _, row in scored[scored["plan"].fillna("") != ""].drop_duplicates("arm").iterrows():
+        if plan := read_plan(folder, row["plan"]):
+            key = (plan.solver, plan.timesteps, plan.steps, plan.exits)
+            found.setdefault(key, []).append(row["arm"])
+    return list(found.values())
 
 
 def budget_findings(runs: pd.DataFrame) -> list[str]:

@@ -10,11 +10,15 @@ import math
 import numpy as np
 import pandas as pd
 
-from dyndit.analysis.report.runs import GROUP, QUALITY, scored_rows
+from dyndit.analysis.report.runs import GROUP, QUALITY, label, scored_rows
 from dyndit.stats import Interval, non_inferior, paired_interval
 
-LABELS = ("arm", "family", "solver", "steps", "budget", "variant", "settings")
+LABELS = ("arm", "family", "solver", "steps", "budget", "variant", "settings", "calibration")
 MISSING = Interval(math.nan, math.nan, math.nan)
+
+KEPT, LOST, OPEN, NONE = "yes", "no", "not shown", "no verdict"
+"""Verdicts on quality: unchanged within the margin, worse by more than the margin, neither is certain, one block."""
+NO_VERDICT = "one seed block: no verdict, draw more"
 
 
 def time_at_fd(times: np.ndarray, fds: np.ndarray, fd: float) -> float:
@@ -48,10 +52,12 @@ def summary(runs: pd.DataFrame, margin: float = 0.05) -> pd.DataFrame:
     | share_of_blocks, mean_depth_cond, mean_depth_uncond | means over blocks |
     | ms, ms_q25, ms_q75 | median and quartiles over blocks |
     | fd | Interval over blocks |
-    | predicted_fd, macs, predicted_ms, kid, is, precision, recall | means over blocks; NaN if not measured |
+    | predicted_fd, macs, macs_heads, predicted_ms, kid, is, precision, recall | means over blocks; NaN: not measured |
     | time_saved | 1 - time / time of full depth, same solver and steps: median of the blocks' ratios |
     | fd_diff | Interval of FD - FD of full depth, same solver and steps, paired by block |
-    | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None without full depth at these steps |
+    | fd_full, ms_full | means of full depth's FD and time in the shared blocks, same solver and steps |
+    | unchanged | upper bound of fd_diff ≤ margin · FD of full depth; None: no full depth at these steps, or one block |
+    | verdict | KEPT, LOST (lower bound above the margin), OPEN, or NONE (one block); "" without full depth |
     | time_saved_equal_fd | Interval of 1 - time / time of full depth at this FD |
     | time_saved_at_least | a lower bound (*) if full depth never reaches this FD in some block; else NaN |
     | fd_diff_equal_time | Interval of FD - FD of full depth at this time |
@@ -73,12 +79,12 @@ def _summarise_arm(arm: pd.DataFrame, group: pd.DataFrame, margin: float) -> dic
     arm = arm.set_index("block").sort_index()
     first = arm.iloc[0]
     row: dict[str, object] = {name: first[name] for name in (*GROUP, *LABELS)}
-    row |= {"steps": int(first["steps"]), "blocks": len(arm)}
+    row |= {"steps": int(first["steps"]), "blocks": len(arm), "calibration": label(first["calibration"])}
     row |= {k: arm[k].mean() for k in ("share_of_blocks", "mean_depth_cond", "mean_depth_uncond")}
     ms = arm["ms_per_picture"]
     row |= {"ms": ms.median(), "ms_q25": ms.quantile(0.25), "ms_q75": ms.quantile(0.75)}
     row |= {"fd": paired_interval(arm["fd"]), "predicted_fd": arm["predicted_fd"].mean()}
-    row |= {name: pd.to_numeric(arm[name]).mean() for name in ("macs", "predicted_ms", *QUALITY)}
+    row |= {name: pd.to_numeric(arm[name]).mean() for name in ("macs", "macs_heads", "predicted_ms", *QUALITY)}
     full = group[(group["family"] == "full") & (group["solver"] == first["solver"])]
     return row | _against_same_steps(arm, full, margin) | _against_frontier(arm, full)
 
@@ -88,14 +94,28 @@ def _against_same_steps(arm: pd.DataFrame, full: pd.DataFrame, margin: float) ->
     same = full[full["steps"] == arm["steps"].iloc[0]].set_index("block")
     blocks = arm.index.intersection(same.index)
     if arm["family"].iloc[0] == "full" or blocks.empty:
-        return {"time_saved": math.nan, "fd_diff": MISSING, "unchanged": None}
+        empty = dict.fromkeys(("time_saved", "fd_full", "ms_full"), math.nan)
+        return empty | {"fd_diff": MISSING, "unchanged": None, "verdict": ""}
     ours, theirs = arm.loc[blocks], same.loc[blocks]
-    difference = paired_interval(ours["fd"], theirs["fd"])
+    difference, fd_full = paired_interval(ours["fd"], theirs["fd"]), float(theirs["fd"].mean())
+    verdict = verdict_on(difference, fd_full, margin)
     return {
         "time_saved": float(1 - (ours["ms_per_picture"] / theirs["ms_per_picture"]).median()),
+        "fd_full": fd_full,
+        "ms_full": float(theirs["ms_per_picture"].median()),
         "fd_diff": difference,
-        "unchanged": non_inferior(difference, float(theirs["fd"].mean()), margin),
+        "unchanged": None if verdict == NONE else verdict == KEPT,
+        "verdict": verdict,
     }
+
+
+def verdict_on(difference: Interval, fd_full: float, margin: float) -> str:
+    """Judge a difference of FD: see the verdicts above. An interval without limits allows none."""
+    if math.isnan(difference.high):
+        return NONE
+    if non_inferior(difference, fd_full, margin):
+        return KEPT
+    return LOST if difference.low > margin * fd_full else OPEN
 
 
 def _against_frontier(arm: pd.DataFrame, full: pd.DataFrame) -> dict[str, object]:
@@ -162,7 +182,8 @@ def against_controls(runs: pd.DataFrame) -> pd.DataFrame:
     scored = scored[scored["family"] != "full"]
     rows = []
     for (*_, solver, steps, budget), group in scored.groupby([*GROUP, "solver", "steps", "budget"], sort=False):
-        searched = group[group["family"] == "searched"].set_index("block").sort_index()
+        searched = group[group["family"] == "searched"]
+        searched = searched[searched["arm"] == searched["arm"].min()].set_index("block").sort_index()  # one calibration
         for control, theirs in group[group["family"] != "searched"].groupby("arm", sort=False):
             theirs = theirs.set_index("block").sort_index()
             blocks = searched.index.intersection(theirs.index)

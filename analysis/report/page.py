@@ -5,15 +5,17 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from dyndit.analysis.report.tables import TEXT_COLUMNS, Cell, Table
+from dyndit.analysis.report.cells import TEXT_COLUMNS, Cell, Table
 
 CSS = """
 :root { --ink: #222; --faint: #6b6b6b; --line: #e2e2e2; --mark: #0072B2; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1360px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1360px; margin: 1rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
-p, ul { max-width: 60rem; }
+p, ul { max-width: 66rem; }
+em { font-style: normal; }
+p.lead { font-size: 1.22rem; line-height: 1.35; margin: .5rem 0 0; }
 p.note, figcaption, p.caption { color: var(--faint); font-size: .87rem; margin: .2rem 0 .6rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -31,6 +33,16 @@ th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 figure { margin: 1.4rem 0; }
 figure img { max-width: 100%; height: auto; }
+figure.first { margin: .6rem 0; }
+figure.first img { max-height: 20rem; width: auto; }
+h1 + h2 { border-top: none; margin: .4rem 0; padding-top: 0; }
+li, h2, figcaption { overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; }
+  h1 { font-size: 1.3rem; }
+  p.lead { font-size: 1.08rem; }
+  ul { padding-left: 1.1rem; }
+}
 details { margin-top: 1rem; }
 """
 
@@ -54,15 +66,13 @@ for (const table of document.querySelectorAll("table.sort")) {
 """
 
 
-def page(title: str, note: str, body: Sequence[str]) -> str:
+def page(title: str, body: Sequence[str]) -> str:
     """Return the whole file. body: parts made by the functions below."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f'<h1>{html.escape(title)}</h1>\n<p class="note">{html.escape(note)}</p>\n'
-        + "\n".join(body)
-        + f"\n<script>{JS}</script>\n</body>\n</html>\n"
+        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(body) + f"\n<script>{JS}</script>\n</body>\n</html>\n"
     )
 
 
@@ -71,12 +81,23 @@ def heading(text: str) -> str:
     return f"<h2>{html.escape(text)}</h2>"
 
 
+def lead(sentence: str, detail: str = "") -> str:
+    """Return a sentence of the answer, and its detail in small print."""
+    small = f'<p class="note"><em>{html.escape(detail)}</em></p>' if detail else ""
+    return f'<p class="lead"><em>{html.escape(sentence)}</em></p>{small}'
+
+
+def note(text: str) -> str:
+    """Return a paragraph in small print."""
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
 def bullets(items: Sequence[str]) -> str:
     """Return a list of findings, a sentence each."""
     return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>" if items else ""
 
 
-def sortable(table: Table, headed: bool = True) -> str:
+def sortable(table: Table, headed: bool = True, caption_first: bool = True) -> str:
     """Return a table that sorts on a click on a heading; `data-v` of a cell holds its sort key."""
     head = "".join(
         f'<th class="{_class(name)}"><button type="button" title="sort">{html.escape(name)}</button></th>'
@@ -87,11 +108,12 @@ def sortable(table: Table, headed: bool = True) -> str:
         f'<tr class="{html.escape(kind)}">{"".join(map(_cell, row, table.columns))}</tr>'
         for row, kind in zip(table.rows, kinds, strict=True)
     )
-    return (
-        (f"<h3>{html.escape(table.name.capitalize())}</h3>" if headed else "")
-        + f'<p class="caption">{html.escape(table.caption)}</p>'
-        f'<div class="wide"><table class="sort"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-    )
+    parts = [
+        f'<p class="caption">{html.escape(table.caption)}</p>',
+        f'<div class="wide"><table class="sort"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>',
+    ]
+    title = f"<h3>{html.escape(table.name.capitalize())}</h3>" if headed else ""
+    return title + "".join(parts if caption_first else reversed(parts))
 
 
 def _class(column: str) -> str:
@@ -105,11 +127,12 @@ def _cell(cell: Cell, column: str) -> str:
     return f'<td class="{_class(column)}" data-v="{html.escape(value)}">{html.escape(cell.text)}</td>'
 
 
-def figure(png: bytes, caption: str) -> str:
-    """Return a figure embedded in the page."""
+def figure(png: bytes, caption: str, kind: str = "") -> str:
+    """Return a figure embedded in the page.  kind: "first" on the first screen."""
     text = html.escape(caption)
     data = base64.b64encode(png).decode()
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    opened = f'<figure class="{kind}">' if kind else "<figure>"
+    return f'{opened}<img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def folded(summary: str, facts: Mapping[str, str]) -> str:

@@ -44,6 +44,7 @@ COLUMNS: dict[str, str] = {
     "role": "score: fresh seeds, counted in results; search: seeds that chose the plan",
     "plan": "file of the plan; empty for full depth",
     "macs": "multiply-accumulates of the denoiser per picture, over the whole sampling",
+    "macs_heads": "of those, in exit heads; empty: not recorded",
     "predicted_ms": "milliseconds per picture predicted by the cost model",
     "peak_memory_mib": "peak memory while sampling, in MiB",
     "compiled": "eager or compiled",
@@ -60,19 +61,23 @@ COLUMNS: dict[str, str] = {
     "labels": "classes of the pictures: balanced, random, or their numbers in turn; empty: unknown",
     "resize": "how pictures came to one size, such as adm 256; empty: they were not resized",
     "reference": "pictures, or the provenance of statistics that stand for them; empty: unknown",
+    "calibration": "number of the calibration (exits, table, search) that made the arm's plan; empty: none, or unknown",
 }
-UNTOLD = ("noise", "labels", "resize", "reference")  # a file may lack these columns, and then tells nothing of them
+# A file may lack these columns, and then tells nothing of them.
+UNTOLD = ("noise", "labels", "resize", "reference", "macs_heads", "calibration")
 ALIKE = ("resize", "reference")  # rows of one run, extractor and metric have one value of these
+PLANS = ("searched", "refined", "chosen")
+"""Families of the plans that a calibration makes. A variant's plans have the family "searched-NAME"."""
 QUALITY = ("kid", "is", "precision", "recall")  # optional metrics beside fd
 # `threads` and `batch_size` distinguish settings and enter no computation, so they are labels.
 TEXT = (
     "run", "machine", "extractor", "metric", "model", "arm", "family", "solver", "role", "plan", "compiled", "dtype",
-    "threads", "batch_size", "variant", "settings", "noise", "labels", "resize", "reference",
+    "threads", "batch_size", "variant", "settings", "noise", "labels", "resize", "reference", "calibration",
 )  # fmt: skip
 # These columns may be empty in a row; labels (TEXT) may be empty too.
 OPTIONAL = (
     "budget", "share_of_blocks", "mean_depth_cond", "mean_depth_uncond", "ms_denoiser", "predicted_fd", "macs",
-    "predicted_ms", "peak_memory_mib", "kid", "is", "precision", "recall",
+    "macs_heads", "predicted_ms", "peak_memory_mib", "kid", "is", "precision", "recall",
 )  # fmt: skip
 # Arms are compared, and figures averaged, only within equal values of these columns.
 GROUP = [
@@ -90,14 +95,14 @@ def read_runs(path: Path) -> pd.DataFrame:
     """
     file = runs_file(path)
     runs = _read_table(file)
-    runs = runs.assign(**{name: "" for name in UNTOLD if name not in runs})
+    runs = runs.assign(**{name: "" if name in TEXT else math.nan for name in UNTOLD if name not in runs})
     if missing := [name for name in COLUMNS if name not in runs]:
         raise InputError(f"{file}: no column '{missing[0]}', expected {', '.join(COLUMNS)}")
     if runs.empty:
         raise InputError(f"{file}: no rows, expected one per arm and seed block")
     for name in COLUMNS:
         if name in TEXT:
-            runs[name] = runs[name].map(_label)
+            runs[name] = runs[name].map(label)
         else:
             _require_numbers(file, runs[name], required=name not in OPTIONAL)
     twice = runs.duplicated([*GROUP, "arm", "block", "role"])
@@ -178,7 +183,7 @@ def _read_table(file: Path) -> pd.DataFrame:
         raise InputError(f"{file}: unreadable ({str(error).splitlines()[0]}), expected a {kind} file") from error
 
 
-def _label(value: object) -> str:
+def label(value: object) -> str:
     """Write a label as text: "" for a missing label, `2` for 2.0 (a column of floats turns 2 into 2.0)."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -189,7 +194,7 @@ def scored_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of role "score". Write the labels of GROUP as text, so that `groupby` keeps every row."""
     scored = runs[runs["role"] == "score"].copy()
     for name in set(GROUP) & set(TEXT):
-        scored[name] = scored[name].map(_label)
+        scored[name] = scored[name].map(label)
     return scored
 
 
@@ -288,6 +293,7 @@ def row_of_samples(samples: Path, figures: Mapping[str, object], run: str) -> di
             "role": "score",
             "plan": "",
             "variant": "",
+            "calibration": "0" if plan["router"] in PLANS else "",
         }
     except (ValueError, KeyError, TypeError) as error:
         expected = "samples of `dyndit sample`, and fd among the metrics"
@@ -316,11 +322,11 @@ def check_addable(path: Path, row: Mapping[str, object]) -> list[str]:
     mine = runs[(runs["arm"] == row["arm"]) & (runs["block"] == row["block"]) & (runs["metric"] == row["metric"])]
     mine = mine[(mine["extractor"] == row["extractor"]) & (mine["role"] == row["role"])]
     for _, found in mine.iterrows():
-        if all(_label(found[name]) == _label(row[name]) for name in GROUP):
+        if all(label(found[name]) == label(row[name]) for name in GROUP):
             raise InputError(f"{path}: holds arm {row['arm']}, block {row['block']} already; expected another --out")
     check_alike(Path(path), pd.concat([runs, added], ignore_index=True))
     ours = row["labels"] or "unknown"
-    others = sorted({_label(value) or "unknown" for value in runs["labels"]} - {ours})
+    others = sorted({label(value) or "unknown" for value in runs["labels"]} - {ours})
     return [f"class labels {ours} beside {', '.join(others)}: distances differ by that too"] if others else []
 
 

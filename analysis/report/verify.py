@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from dyndit import seals
-from dyndit.analysis.report.write import REPORT, contents_of, overview, table_record
+from dyndit.analysis.report.write import REPORT, RESULT, answer_record, contents_of, overview, table_record
 from dyndit.errors import InputError
 from dyndit.files import read_json, sha256
 from dyndit.markdown import as_plain
@@ -46,12 +46,15 @@ def _mismatches(folder: Path) -> list[str]:
     try:
         sources = [folder / source["runs"] for source in record["sources"]]
         hashes, margin = [source["sha256"] for source in record["sources"]], float(record["margin"])
-        stored = [_printed("Runs", [], [record["overview"]])]
+        stored = [_printed(RESULT, record["answer"]["findings"], record["answer"]["tables"])]
+        stored.append(_printed("Runs", [], [record["overview"]]))
         stored += [_printed(part["title"], part["findings"], part["tables"]) for part in record["sections"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / REPORT}: lacks {error}, expected a report of this version") from error
     contents = contents_of(sources, margin)
-    expected = [_printed("Runs", [], [table_record(overview(contents))])]
+    first = answer_record(contents, margin)
+    expected = [_printed(RESULT, first["findings"], first["tables"])]
+    expected.append(_printed("Runs", [], [table_record(overview(contents))]))
     expected += [_printed(part.title, part.findings, list(map(table_record, part.tables))) for part in contents]
     wrong = [
         f"{source}: not the file that was reported (SHA-256 differs)"
@@ -154,6 +157,8 @@ def read_markdown(text: str) -> list[Printed]:
             sections.append(Printed(as_plain(line[3:])))
         elif line.startswith("- ") and sections:
             sections[-1].findings.append(as_plain(line[2:]))
+        elif line.startswith("**") and line.endswith("**") and sections:
+            sections[-1].findings.append(as_plain(line[2:-2]))
         elif line.startswith("|") and sections:
             if not in_table:
                 sections[-1].tables.append([])
@@ -187,18 +192,18 @@ class _Reader(HTMLParser):
                 self.sections[-1].tables.append([])
         elif tag == "tr" and self._sorts:
             self.sections[-1].tables[-1].append([])
-        elif tag in ("h2", "li") or (tag in ("td", "th") and self._sorts):
+        elif tag in ("h2", "li") or (tag in ("td", "th") and self._sorts) or tag == "em":
             self._text = []
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "table":
             self._sorts = False
-        if self._text is None or tag not in ("h2", "li", "td", "th"):
+        if self._text is None or tag not in ("h2", "li", "em", "td", "th"):
             return
         text, self._text = "".join(self._text), None
         if tag == "h2":
             self.sections.append(Printed(text))
-        elif tag == "li":
+        elif tag in ("li", "em"):
             self.sections[-1].findings.append(text)
         else:
             self.sections[-1].tables[-1][-1].append(text)

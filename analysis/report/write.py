@@ -14,17 +14,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dyndit import bounds, manifest, seals
-from dyndit.analysis.report import figures, page, plan_figures, style
-from dyndit.analysis.report.findings import findings_of, read_plan
+from dyndit.analysis.report import figures, page, plan_figures, strips, style
+from dyndit.analysis.report.cells import Table, as_markdown
+from dyndit.analysis.report.findings import findings_of, read_plan, same_plans
 from dyndit.analysis.report.frontier import summary
 from dyndit.analysis.report.guidance import guidance_figure, sweep_of
+from dyndit.analysis.report.headline import Glance, glance_of, glance_table, named, shown_first
 from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_file, scored_rows
-from dyndit.analysis.report.tables import Table, as_markdown, settings_of, settings_table, tables_of
+from dyndit.analysis.report.tables import settings_of, settings_table, tables_of
 from dyndit.errors import InputError
 from dyndit.files import sha256, write_json, write_text
 from dyndit.markdown import plain
 
 REPORT = "report.json"
+RESULT = "How much faster, at the same quality"
+"""Heading of the first screen."""
 
 # Figures that a run may contain, in the order shown. This module draws the others (DRAWN).
 CAPTIONS = {
@@ -34,7 +38,10 @@ CAPTIONS = {
     "trainings.png": "Loss and Fréchet distance over compute, and over sampling time. Bars: 95%, over training seeds.",
     "errors.png": "Error of each exit against the full model, per band of log-SNR.",
 }
+REPLACED = {"plan.png": "plan-map", "errors.png": "exit-errors"}
+"""Figures of a run that show what a figure of this module shows better. They are left out beside it."""
 DRAWN = {
+    "headline": "Quality over time: full depth, plans, and the three strongest kinds of rivals. Bars: 95% intervals.",
     "frontier": "Quality over time. Bars are 95% intervals of each arm by itself; the arms share their seeds, so the "
     "paired differences in the tables are known better than the bars suggest.",
     "predicted": "Predicted against measured; on the grey line the additive prediction is exact.",
@@ -42,6 +49,7 @@ DRAWN = {
     "exit-errors": "Error of each exit against the full model, layer over timestep.",
     "guidance": "Quality over the guidance scale, a line per way to guide. Bars are 95% intervals over seed blocks.",
     "time": "Time per picture, in the denoiser and elsewhere.",
+    "side-by-side": "The same seeds side by side: a column per seed, a row per set of pictures.",
     "spread": "The Fréchet distance of every arm in every seed block.",
 }
 
@@ -56,6 +64,10 @@ class Content:
     source: Path
     """The runs file; its folder also holds the plans, the manifest and the run's own figures."""
     rows: pd.DataFrame
+    glance: Glance
+    first_of_arms: bool
+    """False: an earlier group has the same arms under another extractor."""
+    first_of_run: bool
 
 
 @dataclass(frozen=True)
@@ -78,30 +90,40 @@ class Pages:
     manifests: dict[str, dict[str, str]]
 
     def how_to_read(self) -> str:
-        """Return the note on top."""
+        """Return the note below the answer."""
         return (
             "Lower FD is better; it compares only with figures of the same extractor, reference and number of "
-            "pictures. Times run from noise to uint8, medians over the seed blocks. Quality is unchanged where "
+            "pictures. Times run from noise to uint8, medians over the seed blocks. Quality is unchanged (yes) where "
             "the upper 95% bound of the paired difference to full depth at the same steps is at most "
-            f"{self.margin:.0%} of full depth's FD. At equal FD and at equal time full depth is interpolated between "
-            "its step counts in log time, with the same solver; ≥ stands where full depth gets that good in no time "
-            "that was measured. Intervals are 95%, over seed blocks that all arms share; a dash: not applicable, or "
-            "outside the measured range."
+            f"{self.margin:.0%} of full depth's FD; no: its lower bound is above that; not shown: neither is certain, "
+            "draw more. At equal FD and at equal time full depth is interpolated between its step counts in log time, "
+            "with the same solver; ≥ stands where full depth gets that good in no time that was measured. Intervals "
+            "are 95%, over seed blocks that all arms share; a dash: not applicable, or outside the measured range."
         )
+
+    @property
+    def lead(self) -> int:
+        """Return the group whose figure stands on the first screen."""
+        return shown_first([content.glance for content in self.contents])[0]
 
     def markdown(self) -> str:
         """Return report.md; its pictures are links."""
+        sentences, glance = answer(self.contents, self.margin)
+        parts = [f"# {plain(self.title)}", f"## {RESULT}"]
+        for sentence, detail in sentences:
+            parts += [f"**{plain(sentence)}**", *([f"- {plain(detail)}"] if detail else [])]
+        parts += [as_markdown(glance).rstrip(), glance.caption] if glance.rows else []
+        parts += [*self._shown(self.pictures[self.lead][0]), self.how_to_read()]
         table = overview(self.contents)
-        parts = [f"# {plain(self.title)}", self.how_to_read(), "## Runs", table.caption, as_markdown(table).rstrip()]
-        for content, drawn in zip(self.contents, self.pictures, strict=True):
+        parts += ["## Runs", table.caption, as_markdown(table).rstrip()]
+        for content, drawn in zip(self.contents, self._further(), strict=True):
             parts.append(f"## {plain(content.title)}")
             if content.findings:
                 parts.append("\n".join(f"- {plain(finding)}" for finding in content.findings))
             for table in content.tables:
                 parts += [f"### {table.name.capitalize()}", table.caption, as_markdown(table).rstrip()]
             for picture in drawn:
-                link = _link(picture.path, self.out).replace(" ", "%20")
-                parts += [f"![{picture.caption}]({link})", picture.caption]
+                parts += self._shown(picture)
         for name, facts in self.manifests.items():
             lines = [f"| {plain(key)} | {plain(value)} |" for key, value in facts.items()]
             parts.append("\n".join([f"## Manifest of {plain(name)}\n", "| | |", "|---|---|", *lines]))
@@ -109,13 +131,27 @@ class Pages:
 
     def html(self) -> str:
         """Return report.html; its pictures are embedded."""
-        body = [page.heading("Runs"), page.sortable(overview(self.contents), headed=False)]
-        for content, drawn in zip(self.contents, self.pictures, strict=True):
+        sentences, glance = answer(self.contents, self.margin)
+        body = [page.heading(RESULT), *(page.lead(*both) for both in sentences)]
+        body += [page.sortable(glance, headed=False, caption_first=False)] if glance.rows else []
+        first = self.pictures[self.lead][0]
+        body += [page.figure(first.path.read_bytes(), first.caption, kind="first"), page.note(self.how_to_read())]
+        body += [page.heading("Runs"), page.sortable(overview(self.contents), headed=False)]
+        for content, drawn in zip(self.contents, self._further(), strict=True):
             body += [page.heading(content.title), page.bullets(content.findings)]
             shown = [page.figure(picture.path.read_bytes(), picture.caption) for picture in drawn]
-            body += [shown[0], *map(page.sortable, content.tables), *shown[1:]]
+            before = int(bool(drawn) and drawn[0].caption == DRAWN["frontier"])
+            body += [*shown[:before], *map(page.sortable, content.tables), *shown[before:]]
         body += [page.folded(f"Manifest of {name}", facts) for name, facts in self.manifests.items()]
-        return page.page(self.title, self.how_to_read(), body)
+        return page.page(self.title, body)
+
+    def _further(self) -> list[list[Picture]]:
+        """Return the pictures of each group without the one on the first screen."""
+        return [drawn[1:] if k == self.lead else drawn for k, drawn in enumerate(self.pictures)]
+
+    def _shown(self, picture: Picture) -> list[str]:
+        link = _link(picture.path, self.out).replace(" ", "%20")
+        return [f"![{picture.caption}]({link})", picture.caption]
 
 
 @bounds.checked
@@ -151,10 +187,30 @@ def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
     """Compute all printed contents of these runs from their rows. Raises InputError."""
     frames = [(runs_file(path), read_runs(path)) for path in paths]
     groups = [(source, rows) for source, runs in frames for _, rows in runs.groupby(GROUP, sort=False)]
-    contents = [_content(source, rows, margin) for source, rows in groups if (rows["role"] == "score").any()]
-    if not contents:  # plans are searched, but no arm is scored yet
+    groups = [(source, rows) for source, rows in groups if (rows["role"] == "score").any()]
+    if not groups:  # plans are searched, but no arm is scored yet
         raise InputError(f"{paths[0]}: no row of role 'score', expected at least one")
+    seen: set[object] = set()
+    contents = []
+    for source, rows in groups:
+        arms = (source, *(str(rows[name].iloc[0]) for name in GROUP if name not in ("extractor", "metric")))
+        contents.append(_content(source, rows, margin, arms not in seen, source not in seen))
+        seen |= {arms, source}
     return contents
+
+
+def answer(contents: Sequence[Content], margin: float) -> tuple[list[tuple[str, str]], Table]:
+    """Return the first screen: sentence and detail of each group with plans, and the table of the best plans."""
+    glances = [content.glance for content in contents]
+    found = named(glances, [scored_rows(content.rows) for content in contents])
+    return list(zip(found[::2], found[1::2], strict=True)), glance_table(glances, margin)
+
+
+def answer_record(contents: Sequence[Content], margin: float) -> dict[str, object]:
+    """Return the first screen as JSON."""
+    sentences, glance = answer(contents, margin)
+    findings = [text for both in sentences for text in both if text]
+    return {"findings": findings, "tables": [table_record(glance)] if glance.rows else []}
 
 
 def overview(contents: Sequence[Content]) -> Table:
@@ -166,14 +222,16 @@ def _link(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def _content(source: Path, rows: pd.DataFrame, margin: float) -> Content:
+def _content(source: Path, rows: pd.DataFrame, margin: float, first_of_arms: bool, first_of_run: bool) -> Content:
     first = scored_rows(rows).iloc[0]
     frame = summary(rows, margin)
     title = (
         f"{first['run']}: {first['model']} on {first['machine']}, {first['metric']}, {settings_of(scored_rows(rows))}, "
         f"{frame['blocks'].max()} seed blocks of {first['num_images']:g} pictures"
     )
-    return Content(title, findings_of(frame, rows, source.parent, margin), tables_of(frame, rows), source, rows)
+    findings = findings_of(frame, rows, source.parent, margin, first=first_of_arms)
+    tables, glance = tables_of(frame, rows, margin), glance_of(frame, rows, margin)
+    return Content(title, findings, tables, source, rows, glance, first_of_arms, first_of_run)
 
 
 def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, object]) -> list[Picture]:
@@ -183,16 +241,17 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
         "group": {name: str(content.rows[name].iloc[0]) for name in GROUP},
         "lines of the runs file": [int(k) + 2 for k in content.rows.index],  # the heading is line 1
     }
-    for name, drawn in _drawn(content).items():
+    figures_drawn = _drawn(content)
+    for name, drawn in figures_drawn.items():
         files = [out / f"{name}{suffix}.png", out / f"{name}{suffix}.svg"]
         for file in files:
             style.save(drawn, file)
         facts = source | {"figure": name, "files": {file.name: sha256(file) for file in files}}
         _write_manifest(out / f"{name}{suffix}.manifest.json", content, facts, made)
         found.append(Picture(files[0], DRAWN[name]))
-    for name, caption in CAPTIONS.items():
+    for name, caption in CAPTIONS.items() if content.first_of_run else ():
         file = content.source.parent / name
-        if file.is_file():
+        if file.is_file() and REPLACED.get(name) not in figures_drawn:
             facts = {
                 "figure": name,
                 "files": {_link(file, out): sha256(file)},
@@ -225,19 +284,29 @@ def _sweeps(contents: Sequence[Content], out: Path, made: Mapping[str, object]) 
 
 def _drawn(content: Content) -> dict[str, Figure]:
     """Draw the figures that the rows, plans and exit errors of a group allow."""
-    scored = scored_rows(content.rows)
-    drawn = {"frontier": figures.frontier_figure(scored)}
+    scored, folder = scored_rows(content.rows), content.source.parent
+    drawn = {"headline": few} if (few := figures.headline_figure(scored)) is not None else {}
+    drawn["frontier"] = figures.frontier_figure(scored)
     if scored.groupby("arm")["predicted_fd"].first().notna().sum() > 1:
         drawn["predicted"] = figures.predicted_figure(scored)
-    named = scored[scored["plan"] != ""].drop_duplicates("arm")
-    plans = {row["arm"]: read_plan(content.source.parent, row["plan"]) for _, row in named.iterrows()}
-    if plans := {arm: plan for arm, plan in plans.items() if plan}:
+    plans = {_joined(names): names[0] for names in same_plans(folder, scored)}
+    files = scored.drop_duplicates("arm").set_index("arm")["plan"]
+    if content.first_of_arms and plans:
+        plans = {name: read_plan(folder, files[arm]) for name, arm in plans.items()}
         drawn["plan-map"] = plan_figures.plan_map_figure(plans)
-    if (errors := content.source.parent / "exit-errors.csv").is_file():
+    if content.first_of_run and (errors := folder / "exit-errors.csv").is_file():
         drawn["exit-errors"] = _errors_figure(errors)
-    if (times := figures.time_figure(scored)) is not None:
+    if content.first_of_arms and (times := figures.time_figure(scored)) is not None:
         drawn["time"] = times
+    if content.first_of_run and len(rows := strips.shared(folder, scored)) > 1:
+        drawn["side-by-side"] = figures.samples_figure(rows)
     return drawn | {"spread": figures.spread_figure(scored)}
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Join the names of arms that are one plan: `searched-ddim-10-b0.65 = b0.75`."""
+    start = names[0].rpartition("-")[0] + "-"
+    return " = ".join([names[0], *(name.removeprefix(start) for name in names[1:])])
 
 
 def _errors_figure(path: Path) -> Figure:
@@ -246,7 +315,7 @@ def _errors_figure(path: Path) -> Figure:
     num_bands = int(errors["band"].max()) + 1
     table = errors.pivot(index="depth", columns="band", values="noise_error").sort_index(axis=1, ascending=False)
     table.columns = [f"{1000 * band // num_bands}–{1000 * (band + 1) // num_bands - 1}" for band in table.columns]
-    return figures.error_figure(table, "mean squared error on the noise", "timesteps, noise to picture")
+    return figures.error_figure(table, "mean squared error on the noise", "timestep, noise to picture")
 
 
 def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], made: Mapping[str, object]) -> None:
@@ -263,8 +332,9 @@ def _record(pages: Pages, files: Sequence[Path]) -> dict[str, object]:
         {"title": content.title, "findings": content.findings, "tables": list(map(table_record, content.tables))}
         for content in pages.contents
     ]
-    named = {"title": pages.title, "margin": pages.margin, "sources": sources}
-    return named | {"overview": table_record(overview(pages.contents)), "sections": sections}
+    of_all = {"title": pages.title, "margin": pages.margin, "sources": sources}
+    of_all["answer"] = answer_record(pages.contents, pages.margin)
+    return of_all | {"overview": table_record(overview(pages.contents)), "sections": sections}
 
 
 def table_record(table: Table) -> dict[str, object]:

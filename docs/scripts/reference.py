@@ -33,6 +33,7 @@ def on_page_markdown(markdown: str, page: object, **_: object) -> str:
         if sorted(asked) != sorted(dyndit.__all__):
             raise ValueError(f"{page}: names {sorted(set(asked) ^ set(dyndit.__all__))} not once on the page")
         markdown = NAMES.sub(lambda mark: "\n\n".join(map(name_section, mark[1].split())), markdown)
+    markdown = markdown.replace('title="slow"', 'title="takes a while"')
     markdown = OUTSIDE.sub(r"\1", markdown)  # sources lie beside the site, not in it
     markdown = CODE.sub(lambda span: span[0].replace(r"\|", "|"), markdown)  # GitHub needs the backslash in tables
     # Lists of a report's manifest, such as [12, 6] [8, 4], would be read as links.
@@ -40,10 +41,14 @@ def on_page_markdown(markdown: str, page: object, **_: object) -> str:
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Replace each formula by MathML."""
-    return FORMULA.sub(
-        lambda found: convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline"), content
-    )
+    """Replace each formula by MathML. One on a line of its own scrolls where the window is narrow."""
+
+    def drawn(found: re.Match[str]) -> str:
+        if found[2] == "(":
+            return convert(html.unescape(found[3]), display="inline")
+        return f'<div style="overflow-x:auto">{convert(html.unescape(found[3]), display="block")}</div>'
+
+    return FORMULA.sub(drawn, content)
 
 
 def name_section(name: str) -> str:

@@ -11,10 +11,12 @@ class FeatureExtractor(Protocol):
     @property
     def name(self) -> str:
         """Return the name that tables and messages show, such as `digits`."""
+        ...
 
     @property
     def fingerprint(self) -> str:
         """Return a hash of all that the features depend on. Tables are refused with another fingerprint."""
+        ...
 
     @property
     def projection(self) -> Tensor | None:
@@ -22,6 +24,8 @@ class FeatureExtractor(Protocol):
 
     def features(self, pictures: Tensor) -> Tensor:
         """Compute features.  pictures: (N, 1 or 3, H, W) uint8 -> (N, D) float64 on the host."""
+        ...
 
     def projected(self, projection: Tensor) -> Self:
         """Return the same extractor with features @ projection (D, d), under another fingerprint."""
+        ...

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +23,24 @@ from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Guide, Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.plans.table import ShiftTable
+from dyndit.progress import progress_bar
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.solvers import AnySolver
 from dyndit.stats import Moments, moments
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
+TITLE = "measuring distribution shifts"
 
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """The settings of a table's measurement.
+    """Set up a table's measurement: `dyndit.CalibrationSettings(num_pictures=128, num_bands=5)` is a quick one.
 
+    num_pictures: seeds to measure on. num_depths: conditional depths of the default choices, at most.
     num_bands: bands of steps that are replaced together. Each costs one continuation at full depth per choice.
+    batch_size: pictures at a time.
     choices: the steps to measure, as `Step`s or their text ("8|e4"). Empty: `default_choices` on `num_depths` depths.
     held: add default choices that hold the guidance of earlier steps ("8|held").
     own_guides: add default choices that are guided by the branch's own exits ("8|e4").
@@ -56,8 +61,12 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         bounds.check(**vars(self))
-        parsed = tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
-        object.__setattr__(self, "choices", parsed)
+        object.__setattr__(self, "choices", self.steps)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Return the choices as steps."""
+        return tuple(Step.parse(choice) if isinstance(choice, str) else choice for choice in self.choices)
 
 
 def default_choices(
@@ -132,26 +141,29 @@ def measure_table(
     made_with = [sampler.identity.backbone, sampler.identity.exits, extractor.fingerprint]
     key = json.dumps([*of_plan, sampler.setting, *sizes, *made_with])
     sums, done = _restore(partial, key)
-    total = len(batches) * len(bands) * len(choices)
-    for number, indices in enumerate(batches[done:], done):
-        drawn = sampler.replaced(indices, bands, choices, ages)
-        features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
-        base = next(features)
-        changes = []
-        for f in features:
-            changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
-            if on_progress is not None:
-                on_progress(number * len(bands) * len(choices) + len(changes), total)
-        fresh = {
-            "base.mean": base.sum(0),
-            "base.second": base.T @ base,
-            "mean": torch.stack([mean for mean, _ in changes]),
-            "second": torch.stack([second for _, second in changes]),
-        }
-        sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
-        if partial is not None:
-            progress = {"key": key, "done": str(number + 1)}
-            write_safetensors(partial, sums, progress | {seals.SEAL: seals.tensors_checksum(sums, progress)})
+    total, each = len(batches) * len(bands) * len(choices), len(bands) * len(choices)
+    with progress_bar(TITLE, unit="draws") as advance:
+        advance(done * each, total)
+        for number, indices in enumerate(batches[done:], done):
+            drawn = sampler.replaced(indices, bands, choices, ages)
+            features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
+            base = next(features)
+            changes = []
+            for f in features:
+                changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
+                advance(number * each + len(changes), total)
+                if on_progress is not None:
+                    on_progress(number * each + len(changes), total)
+            fresh = {
+                "base.mean": base.sum(0),
+                "base.second": base.T @ base,
+                "mean": torch.stack([mean for mean, _ in changes]),
+                "second": torch.stack([second for _, second in changes]),
+            }
+            sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
+            if partial is not None:
+                progress = {"key": key, "done": str(number + 1)}
+                write_safetensors(partial, sums, progress | {seals.SEAL: seals.tensors_checksum(sums, progress)})
     mean, second = (sums[name].unflatten(0, (len(bands), len(choices))) / n for name in ("mean", "second"))
     return ShiftTable(
         edges=_edges(full, bands),
@@ -203,7 +215,7 @@ def _edges(full: DepthPlan, bands: list[list[int]]) -> tuple[float, ...]:
 def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Step, ...], tuple[int, ...]]:
     """Return the choices to measure, each forecast once per age, and the ages (empty without forecasts)."""
     guided = sampler.full.cfg_scale != 1
-    choices = settings.choices or default_choices(
+    choices = settings.steps or default_choices(
         sampler.depths, guided, settings.num_depths, held=settings.held, own_guides=settings.own_guides
     )
     if not settings.forecast_ages:
@@ -223,7 +235,7 @@ def _entries(sampler: Sampler, settings: CalibrationSettings) -> tuple[tuple[Ste
 
 
 def measure_table_into(
-    path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: object
+    path: Path, sampler: Sampler, extractor: FeatureExtractor, reference: Moments, **options: Any
 ) -> ShiftTable:
     """Run `measure_table` resumably and save the table in the file `path`."""
     partial = path.with_suffix(".partial")
@@ -246,7 +258,7 @@ def measure_shifts(
     settings: CalibrationSettings | None = None,
     to_pictures: ToPictures = to_uint8,
     into: Path | None = None,
-    **options: object,
+    **options: Any,
 ) -> ShiftTable:
     """Run `measure_table` with dyndit's own sampling.
 
@@ -267,11 +279,15 @@ def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtra
     Above `MAX_FEATURES` features, keep the `NUM_COMPONENTS` leading principal components of the pictures' features. A
     table holds a matrix per entry, and the search diagonalises thousands of matrices.
     """
-    features = extractor.features(as_rgb(pictures))
+    return of_few_features(extractor, extractor.features(as_rgb(pictures)))
+
+
+def of_few_features(extractor: FeatureExtractor, features: Tensor) -> tuple[FeatureExtractor, Moments]:
+    """Do the same as `reduced`, from the pictures' features (N, D)."""
     if features.shape[1] > MAX_FEATURES:
         _, vectors = torch.linalg.eigh(torch.cov(features.T))
-        extractor = extractor.projected(vectors[:, -NUM_COMPONENTS:])
-        features = features @ extractor.projection
+        leading = vectors[:, -NUM_COMPONENTS:]
+        extractor, features = extractor.projected(leading), features @ leading
     return extractor, moments(features)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -29,15 +29,35 @@ ToPictures = Callable[[Tensor], Tensor]
 class Sampler(Protocol):
     """Draws pictures under plans. The same picture number always has the same noise."""
 
-    full: DepthPlan
-    """The full plan, with the timesteps, the solver and the guidance scale to calibrate."""
-    depths: tuple[int, ...]
-    identity: Identity
-    """Identity of the model. Tables are bound to it."""
-    seed: int
-    device: str
-    setting: object
-    """Other settings that change the pictures, as plain data."""
+    @property
+    def full(self) -> Any:
+        """The full plan, with the timesteps, the solver and the guidance scale to calibrate."""
+        ...
+
+    @property
+    def depths(self) -> Any:
+        """The depths that can be run, rising."""
+        ...
+
+    @property
+    def identity(self) -> Any:
+        """Identity of the model. Tables are bound to it."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the table's pictures."""
+        ...
+
+    @property
+    def device(self) -> Any:
+        """The kind of device."""
+        ...
+
+    @property
+    def setting(self) -> Any:
+        """Other settings that change the pictures, as plain data."""
+        ...
 
     def replaced(
         self, indices: Sequence[int], bands: Sequence[Sequence[int]], choices: Sequence[Step], ages: Sequence[int] = ()
@@ -51,12 +71,15 @@ class Sampler(Protocol):
 
         Raises InputError: ages are given, but this sampler cannot forecast.
         """
+        ...
 
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
         """Draw the table's pictures or fresh pictures under a plan, (N, 1 or 3, H, W) uint8."""
+        ...
 
     def cost(self, batch_size: int) -> CostModel:
         """Measure the seconds of the parts of a step for batches of `batch_size` pictures."""
+        ...
 
     def bind(self, table: ShiftTable) -> None:
         """Refuse a table of another model. Raises InputError naming both identities."""
@@ -141,7 +164,7 @@ class OwnSampler:
             seed=self.seed + fresh,
             batch_size=self.batch_size,
         )
-        return result.pictures if self.model.pixel_space else self.to_pictures(result.latents)
+        return result.pictures if result.latents is None else self.to_pictures(result.latents)
 
     def cost(self, batch_size: int) -> CostModel:
         """See `Sampler`."""

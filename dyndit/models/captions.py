@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Words:
     def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Tensor:
         """See `ConditionType`.  captions -> (B, S)."""
         number = {word: i + 1 for i, word in enumerate(self.vocabulary)}
-        rows = [[number[word] for word in words_of(caption)] for caption in self.plain(values)]
+        rows = [[number[word] for word in words_of(caption)] for caption in _captions(self.plain(values))]
         return torch.tensor([row + [PAD] * (self.length - len(row)) for row in rows], device=device)
 
     def in_turn(self, num: int, first: int = 0) -> list[Value]:
@@ -127,7 +128,7 @@ class Encoded:
 
     def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Conditioning:
         """See `ConditionType`. Each caption is encoded by itself, so its features depend on no other caption."""
-        rows = [self._features(caption) for caption in self.plain(values)]
+        rows = [self._features(caption) for caption in _captions(self.plain(values))]
         return Conditioning({name: torch.cat([row[name] for row in rows]) for name in (TOKENS, POOLED)}).to(device)
 
     def in_turn(self, num: int, first: int = 0) -> list[Value]:
@@ -186,7 +187,7 @@ def fingerprint(folder: Path) -> str:
 
 
 @lru_cache(maxsize=2)
-def _loaded(folder: str, expected: str) -> tuple[object, torch.nn.Module]:
+def _loaded(folder: str, expected: str) -> tuple[Any, torch.nn.Module]:
     """Load the tokenizer and the encoder.
 
     Raises:
@@ -224,10 +225,10 @@ def _encoded(folder: str, expected: str, length: int, caption: str) -> dict[str,
     return {TOKENS: tokens.clone(), POOLED: pooled.clone()}
 
 
-def _captions(values: Sequence[Value]) -> Sequence[str]:
+def _captions(values: Sequence[Value]) -> list[str]:
     if numbers := [value for value in values if not isinstance(value, str)]:
         raise InputError(f"--class-labels {numbers[0]}: this model takes captions; expected --prompt")
-    return values
+    return [value for value in values if isinstance(value, str)]
 
 
 def _in_turn(prompts: Sequence[str], num: int, first: int) -> list[Value]:

@@ -10,9 +10,10 @@
 The first two keep standard layer norms with learned scale and shift, in the final layer too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from dyndit.models.base import State
-from dyndit.models.layers import DiTBlock, FinalLayer, modulate, zero_linear
+from dyndit.models.layers import TANH_GELU, DiTBlock, FinalLayer, modulate, zero_linear
 
 ConditioningName = Literal["in-context", "cross-attention", "adaln", "adaln-zero"]
 
@@ -37,7 +38,7 @@ class PlainBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
         """Run the block.  x: (B, N + 2, D) with the condition among the tokens; `given` is not read."""
@@ -85,9 +86,9 @@ class AdaLNBlock(DiTBlock):
 
     num_modulations = 4
 
-    def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        """Run the block.  x: (B, N, D), given: (B, D) -> (B, N, D)."""
-        shift_a, scale_a, shift_m, scale_m = self.adaLN_modulation(given).chunk(4, dim=1)
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Run the block.  x: (B, N, D), c: (B, D) -> (B, N, D)."""
+        shift_a, scale_a, shift_m, scale_m = self.adaLN_modulation(c).chunk(4, dim=1)
         x = x + self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
@@ -131,29 +132,32 @@ class ContextState(State):
 class ConditioningKind(Protocol):
     """One way to condition: the modules of a backbone, and what they read of the condition."""
 
-    def block(self, width: int, num_heads: int, mlp_ratio: float, norm_eps: float, mlp_norm_eps: float) -> nn.Module:
-        """Make a block: (tokens, what `given` returns) -> tokens. Its `reset` sets the first weights."""
-
-    def final(self, width: int, num_outputs: int, norm_eps: float) -> nn.Module:
-        """Make a final layer: (tokens, cond (B, D)) -> patches (B, N, patch * patch * C_out)."""
+    block: Callable[..., nn.Module]
+    """Makes a block of (width, num_heads, mlp_ratio, norm_eps, mlp_norm_eps): (tokens, what `given` returns) -> tokens.
+    Its `reset` sets the first weights."""
+    final: Callable[..., nn.Module]
+    """Makes a final layer of (width, num_outputs, norm_eps): (tokens, cond (B, D)) -> patches (B, N, p * p * C_out)."""
 
     def state(self, tokens: Tensor, t: Tensor, y: Tensor) -> State:
         """Return the state before block 0.  tokens: (B, N, D), embeddings t and y: (B, D)."""
+        ...
 
-    def given(self, state: State) -> Tensor:
+    def given(self, state: Any) -> Tensor:
         """Return what a block reads of the condition beside the tokens."""
+        ...
 
 
 class AdaLNZero:
     """Shift, scale and gate from the condition: the published model."""
 
-    block, final = staticmethod(DiTBlock), staticmethod(FinalLayer)
+    block: Callable[..., nn.Module] = staticmethod(DiTBlock)
+    final: Callable[..., nn.Module] = staticmethod(FinalLayer)
 
     def state(self, tokens: Tensor, t: Tensor, y: Tensor) -> State:
         """See `ConditioningKind`."""
         return State(tokens, t + y)
 
-    def given(self, state: State) -> Tensor:
+    def given(self, state: Any) -> Tensor:
         """See `ConditioningKind`."""
         return state.cond
 
@@ -184,12 +188,12 @@ class CrossAttended(AdaLNZero):
         """See `ConditioningKind`."""
         return ContextState(tokens, t + y, torch.stack([t, y], dim=1))
 
-    def given(self, state: ContextState) -> Tensor:
+    def given(self, state: Any) -> Tensor:
         """See `ConditioningKind`."""
         return state.context
 
 
-CONDITIONINGS: dict[ConditioningName, ConditioningKind] = {
+CONDITIONINGS: dict[ConditioningName, Any] = {
     "in-context": InContext(),
     "cross-attention": CrossAttended(),
     "adaln": AdaLN(),

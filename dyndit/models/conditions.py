@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ class Conditioning:
     """
 
     rows: Mapping[str, Tensor]
-    shared: Mapping[str, object] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> object:
+    def __getitem__(self, name: str) -> Any:
         """Return the entry `name` from `rows` or `shared`; None if it is absent."""
         return self.rows[name] if name in self.rows else self.shared.get(name)
 
@@ -56,22 +56,29 @@ class Described(Protocol):
     @property
     def labels(self) -> Sequence[int]:
         """Return the class of every picture."""
+        ...
 
     @property
     def captions(self) -> Sequence[str]:
         """Return the caption of every picture."""
+        ...
 
 
 class ConditionType(Protocol):
-    """The kind of condition that a backbone takes. Samplers, training and tests use it instead of labels."""
+    """The kind of condition that a backbone takes. Samplers, training and tests use it instead of labels.
 
-    guided: bool
-    """True if there is a null condition. Classifier-free guidance needs it."""
+    `Any` stands for the kind's own rows: `Tensor` of labels, or `Conditioning`.
+    """
 
-    def null(self, like: Condition) -> Condition:
+    @property
+    def guided(self) -> bool:
+        """Tell if there is a null condition. Classifier-free guidance needs it."""
+        ...
+
+    def null(self, like: Any) -> Any:
         """Return the null condition, repeated for the rows of `like`. Raises InputError if there is none."""
 
-    def dropped(self, condition: Condition, generator: torch.Generator, share: float | None = None) -> Condition:
+    def dropped(self, condition: Any, generator: torch.Generator, share: float | None = None) -> Any:
         """Replace each row by the null condition with probability `share` (default: the model's own dropout).
 
         Without a null condition, return the rows unchanged. Random numbers are drawn either way, so that later draws
@@ -83,6 +90,7 @@ class ConditionType(Protocol):
 
         Raises InputError, naming a value that this model does not know.
         """
+        ...
 
     def of(self, values: Sequence[Value], device: torch.device | str = "cpu") -> Condition:
         """Build the condition of these values, one row per value.
@@ -90,20 +98,28 @@ class ConditionType(Protocol):
         Raises:
             InputError: see `plain`.
         """
+        ...
 
     def in_turn(self, num: int, first: int = 0) -> list[Value]:
         """Return values for pictures `first` to `first + num - 1` of an evaluation: every class in turn."""
+        ...
 
     def values_of(self, pictures: Described) -> Sequence[Value]:
         """Return the value of every picture of a data set: its labels, or its captions."""
+        ...
 
     def example(self, rows: int, generator: torch.Generator | None = None) -> Condition:
         """Draw a random condition of `rows` rows, for tests and timing."""
+        ...
 
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Class labels 0 to num_classes - 1. If training drops labels, label `num_classes` is the null label."""
+    """Class labels 0 to num_classes - 1: `dyndit.ClassLabels(10)`.
+
+    num_classes: classes, without the null class. dropout: share of labels that training replaced by the null label,
+    which is `num_classes`: an embedding of labels has one row more. 0: no null label, and no guidance.
+    """
 
     num_classes: int
     dropout: float = 0.1
@@ -135,8 +151,8 @@ class ClassLabels:
         """See `ConditionType`.  labels -> whole numbers."""
         if words := [value for value in values if isinstance(value, str)]:
             raise InputError(f"--prompt {words[0]!r:.40}: this model takes class labels, 0 to {self.num_classes - 1}")
-        labels = [int(value) for value in values]
-        if bad := [label for label in labels if not 0 <= label < self.num_classes]:
+        labels: list[Value] = [int(value) for value in values]
+        if bad := [label for label in labels if not 0 <= int(label) < self.num_classes]:
             raise InputError(f"--class-labels {bad[0]}: expected 0 to {self.num_classes - 1}")
         return labels
 

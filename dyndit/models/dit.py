@@ -5,17 +5,19 @@ Parameters have the names of the published checkpoints (and of timm), so publish
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditioning import CONDITIONINGS, ConditioningName
 from dyndit.models.conditions import ClassLabels
 from dyndit.models.layers import LabelEmbedder, TimestepEmbedder, position_features
+from dyndit.models.sizes import check_sizes, sides
 from dyndit.process import Process
 
 Convention = Literal["timesteps", "sit", "repa"]
@@ -49,27 +51,17 @@ class DiTConfig:
     """How blocks learn of timestep and label (`dyndit.models.conditioning`). Published weights are adaln-zero."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON makes a pair a list
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
-        for name in ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+        check_sizes(self, "in_channels", "width", "num_blocks", "num_heads", "num_classes")
         for name, known in (("convention", get_args(Convention)), ("conditioning", CONDITIONINGS)):
             if getattr(self, name) not in known:
-                raise InputError(f"{name} {getattr(self, name)!r:.40}: expected one of {', '.join(known)}")
-        for size in self.size:
-            if size < 1:
-                raise InputError(f"image_size {size}: expected at least 1")
-            if size % self.patch_size:
-                raise InputError(f"image_size {size} is no multiple of patch_size {self.patch_size}")
+                raise InputError(f"{name} {getattr(self, name)!r:.40}: {expected_one_of(getattr(self, name), known)}")
         if self.width % self.num_heads or self.width % 4:
             raise InputError(f"width {self.width} must be a multiple of 4 and of num_heads {self.num_heads}")
 
     @property
     def size(self) -> tuple[int, int]:
         """Return (height, width)."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return sides(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -122,7 +114,7 @@ class ClassConditionalDiT(Backbone):
             self._conditioning.block(c.width, c.num_heads, c.mlp_ratio, c.norm_eps, c.mlp_norm_eps)
             for _ in range(c.num_blocks)
         )
-        self.final_layer = self._conditioning.final(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
+        self.final_layer: Any = self._conditioning.final(c.width, c.patch_size**2 * self.out_channels, c.norm_eps)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -134,24 +126,27 @@ class ClassConditionalDiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        projection: Any = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(self.width, -1))
+        nn.init.zeros_(projection.bias)
+        embedders: tuple[Any, ...] = (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2])
+        for embedder in embedders:
             nn.init.normal_(embedder.weight, std=0.02)
-        for module in (*self.blocks, self.final_layer):
-            module.reset()
+        parts: list[Any] = [*self.blocks, self.final_layer]
+        for part in parts:
+            part.reset()
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the fields of `DiTConfig`."""
         return asdict(self._config)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return heads, the norms' epsilon, timestep frequencies, and a convention other than "timesteps"."""
         names = _UNSEEN if self._config.convention == "timesteps" else (*_UNSEEN, "convention")
         return {name: getattr(self._config, name) for name in names}
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "ClassConditionalDiT":
+    def from_config(cls, config: dict[str, Any]) -> "ClassConditionalDiT":
         """Build the backbone from the fields of `config()`."""
         return cls(DiTConfig(**config))
 
@@ -168,7 +163,7 @@ class ClassConditionalDiT(Backbone):
         """Run block `index`. With gradient checkpointing, the backward pass runs it again."""
         block, given = self.blocks[index], self._conditioning.given(state)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            tokens = torch.utils.checkpoint.checkpoint(block, state.tokens, given, use_reentrant=False)
+            tokens = checkpoint(block, state.tokens, given, use_reentrant=False)
         else:
             tokens = block(state.tokens, given)
         return replace(state, tokens=tokens)

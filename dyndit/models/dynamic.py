@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from diffusers import ModelMixin
@@ -18,7 +18,9 @@ from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import Gaps, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, AutoencoderRecord, Identity, check, identity_of, sketch, tensors_hash
+from dyndit.models.own import check_backbone
 from dyndit.process import Process
+from dyndit.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -115,23 +117,37 @@ class Storage(Protocol):
     The model imports no file format, so that file formats can import the model.
     """
 
-    def save(self, model: DynamicDepth, folder: Path, **options: object) -> None:
+    def save(self, model: DynamicDepth, folder: Path, **options: Any) -> None:
         """See `DynamicDepth.save_pretrained`."""
 
-    def load(self, path_or_hub_id: str | Path, **options: object) -> DynamicDepth:
+    def load(self, path_or_hub_id: str | Path, **options: Any) -> DynamicDepth:
         """See `DynamicDepth.from_pretrained`."""
+        ...
 
-    def push(self, model: DynamicDepth, repo_id: str, **options: object) -> str:
+    def push(self, model: DynamicDepth, repo_id: str, **options: Any) -> str:
         """See `DynamicDepth.push_to_hub`."""
+        ...
 
 
 class DynamicDepth(ModelMixin):
     """A backbone that may leave early through an exit. Depth L is the original model, bit for bit.
 
+        model = dyndit.DynamicDepth(MyDiT())           # a backbone of your own; dyndit.load opens saved ones
+        model(x, t, y)                                 # full depth
+        model(x, t, y, depth=6)                        # the exit after block 6
+        model.save_pretrained("runs/mine")
+
     A `ModelMixin`, so that pipelines of diffusers save and load it among their components, as a native folder.
     """
 
-    storage: ClassVar[Storage | None] = None
+    storage: ClassVar[Any] = None
+    """A `Storage`; None before `dyndit.storage.pretrained` sets it."""
+
+    if TYPE_CHECKING:
+
+        def to(self, *args: Any, **kwargs: Any) -> Self:  # pyright: ignore[reportIncompatibleVariableOverride]
+            """See `nn.Module`. diffusers wraps it so that checkers lose its arguments."""
+            ...
 
     def __init__(
         self,
@@ -141,7 +157,15 @@ class DynamicDepth(ModelMixin):
         pixel_space: bool = True,
         process: Process | None = None,
     ) -> None:
+        """Make a model of a backbone. A user's own backbone is checked on one call of two rows.
+
+        exits: `Exits(backbone, ExitConfig())`, or None: full depth alone, until `Distill` trains some. process: default
+        the backbone's `usual_process`.
+
+        Raises InputError: no backbone, or a backbone that does not do as it says (`dyndit.models.own`).
+        """
         super().__init__()
+        check_backbone(backbone, process)
         self.backbone = backbone
         self.exits = exits
         self.pixel_space = pixel_space
@@ -150,7 +174,16 @@ class DynamicDepth(ModelMixin):
         """The process: how noise and picture mix, and the quantity that the backbone predicts."""
         self.autoencoder: AutoencoderRecord | None = None
         """The autoencoder that made the latents, if it is known."""
+        self.folder: Path | None = None
+        """The native folder that the model was loaded from or saved in; its shift table serves `sample(budget=...)`."""
         self._identity: tuple[str, Identity] | None = None
+
+    def __repr__(self) -> str:
+        """Describe the model in a line. `print(model.backbone)` shows its modules."""
+        backbone, shape = self.backbone, "x".join(map(str, self.backbone.sample_shape))
+        exits = f"exits after {', '.join(map(str, self.exits.layers))}" if self.exits is not None else "no exits"
+        sizes = f"{self.num_blocks} blocks of width {backbone.width}, {exits}"
+        return f"DynamicDepth({type(backbone).__name__}, {sizes}, {self.process.name}, {shape})"
 
     @property
     def num_blocks(self) -> int:
@@ -172,7 +205,7 @@ class DynamicDepth(ModelMixin):
             raise InputError(f"depth {depth}: expected one of {list(self.depths)}, where this model has exits")
         return self.branches(x, t, [y], [depth])[0]
 
-    def predict(self, step: StepInputs, memory: object) -> tuple[list[Tensor], object]:
+    def predict(self, step: StepInputs, memory: Any) -> tuple[list[Tensor], Any]:
         """Run one sampling step: the one function that samplers and the plug-in call.
 
         memory: None at the first step, later the memory that the step before returned. A model that reuses earlier
@@ -246,6 +279,7 @@ class DynamicDepth(ModelMixin):
         """Predict from the state after `depth` blocks -> (B, C_out, H, W)."""
         if depth == self.num_blocks:
             return self.backbone.head(state)
+        assert self.exits is not None  # `depths` has no other depth without exits
         return self.backbone.unpatchify(self.exits.patches(state, depth), state)
 
     def every_exit(self, x: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
@@ -258,8 +292,9 @@ class DynamicDepth(ModelMixin):
         """Return the hashes that exits, plans and tables are bound to. Computed again only after weights change."""
         seen = sketch(self.state_dict()) + self.backbone.unseen_text(self.process)
         if self._identity is None or self._identity[0] != seen:
-            exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
-            self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
+            with progress_bar("hashing the weights"):
+                exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
+                self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
         return replace(self._identity[1], autoencoder=self.autoencoder.hash if self.autoencoder else "")
 
     def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:
@@ -272,14 +307,14 @@ class DynamicDepth(ModelMixin):
             exact = Identity(self.backbone.checksum(process=self.process), of_exits)
         check(self.identity, backbone, exits, origin=origin, exact=exact, error=error)
 
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  diffusers' takes other options
         self,
         save_directory: str | Path,
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         license: str | None = None,
-        **hub: object,
+        **hub: Any,
     ) -> None:
         """Write a native folder with its model card. With `push_to_hub`, upload it with the plans and table in it.
 
@@ -293,7 +328,7 @@ class DynamicDepth(ModelMixin):
         self._stored().save(self, Path(save_directory), **options)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  diffusers' takes other options
         cls,
         path_or_hub_id: str | Path,
         *,
@@ -301,10 +336,12 @@ class DynamicDepth(ModelMixin):
         revision: str | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-        **of_diffusers: object,
-    ) -> Self:
+        trust: str | Sequence[str] = (),
+        **of_diffusers: Any,
+    ) -> DynamicDepth:
         """Load any path or hub id that `dyndit.load` recognises, in eval mode.
 
+        trust: modules that define a backbone of your own, see `dyndit.load`.
         of_diffusers: options that diffusers passes to each component of a pipeline, for example `variant`; ignored.
 
         Raises:
@@ -313,13 +350,15 @@ class DynamicDepth(ModelMixin):
         """
         if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
             raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
-        model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision)
+        model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision, trust=trust)
         if wanted := dtype or torch_dtype:
             for part in model.children():  # `ModelMixin.to` itself warns of every dtype, even without need
                 part.to(wanted)
         return model
 
-    def push_to_hub(self, repo_id: str, *, folder: str | Path | None = None, **hub: object) -> str:
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  diffusers' takes other options
+        self, repo_id: str, *, folder: str | Path | None = None, **hub: Any
+    ) -> str:
         """Upload the native folder and its model card to the hub -> the address of the commit.
 
         folder: a native folder of this model; its plans and shift table are uploaded too. hub: private, token,
@@ -337,7 +376,7 @@ class DynamicDepth(ModelMixin):
         return cls.storage
 
 
-def compile_parts(model: DynamicDepth, **options: object) -> None:
+def compile_parts(model: DynamicDepth, **options: Any) -> None:
     """Compile every block and every exit head by itself, in place. Depths then change without compiling again.
 
     Blocks of a kind share one code, and so do heads of the same shapes. A guided plan with unequal depths calls it

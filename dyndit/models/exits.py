@@ -3,30 +3,30 @@ bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
-from dyndit.models.layers import modulate, zero_linear
+from dyndit.models.layers import TANH_GELU, modulate, zero_linear
 
 HeadName = Literal["adaln-linear", "wide"]
 
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """Depths and heads of the exits.
+    """Choose where exits stand, and their heads: `dyndit.ExitConfig(layers=(2, 4, 8), head="wide")`.
 
-    layers: depths in 1..L-1 after which an exit stands; empty means the default (`default_layers`).
-    head: "adaln-linear" has the shape of the model's final layer and starts as its copy. "wide" puts an MLP before
-    it; earlier exits get a wider MLP (`hidden_ratio`).
+    layers: depths in 1..L-1 after which an exit stands. Empty: after every layer of a model of up to 16 blocks, after
+    every fourth layer of a deeper model (`default_layers`).
+    head: "wide" puts an MLP before a layer of the final layer's shape; earlier exits get a wider MLP (`hidden_ratio`).
+    "adaln-linear", the plain head, has the shape of the model's final layer. Both start as the model's final layer.
     """
 
     layers: tuple[int, ...] = ()
-    head: HeadName = "adaln-linear"
+    head: HeadName = "wide"
 
     def resolved(self, num_blocks: int) -> "ExitConfig":
         """Fill in the default layers. Raises InputError for a layer outside 1..L-1, or an unknown head."""
@@ -34,7 +34,7 @@ class ExitConfig:
         if not all(1 <= layer < num_blocks for layer in layers):
             raise InputError(f"exit layers {list(layers)}: expected depths in 1..{num_blocks - 1}")
         if self.head not in HEADS:
-            raise InputError(f"exit head {self.head!r}: expected one of {', '.join(HEADS)}")
+            raise InputError(f"exit head {self.head!r}: {expected_one_of(self.head, HEADS)}")
         return ExitConfig(layers, self.head)
 
 
@@ -74,7 +74,7 @@ class HiddenLayer(nn.Module):
     def __init__(self, width: int, hidden: int, cond_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, hidden, act_layer=TANH_GELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 2 * width))
         zero_linear(self.mlp.fc2)
         zero_linear(self.adaLN_modulation[-1])
@@ -111,6 +111,7 @@ class Exits(nn.Module):
         super().__init__()
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
+        self.gains: nn.Parameter | None
         self.register_parameter("gains", None)
         """Learned correction of forecasts, (E, 2, NUM_TERMS), or None (`dyndit.models.forecasts`)."""
 
@@ -133,6 +134,6 @@ class Exits(nn.Module):
         shapes = {d: tuple((n, p.shape) for n, p in self.heads[str(d)].named_parameters()) for d in self.layers}
         return {depth: first.setdefault(shapes[depth], depth) for depth in self.layers}
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """Return plain data for the side-car's metadata."""
         return asdict(self.config)

@@ -2,11 +2,15 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+
+TANH_GELU: Any = partial(nn.GELU, approximate="tanh")
+"""The activation of the published code. `Any`: timm asks for a class."""
 
 
 def timestep_features(t: Tensor, size: int, shift: int = 0) -> Tensor:
@@ -50,7 +54,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps.  t: (B,) -> (B, D)."""
         features = timestep_features(t, self.num_features, self.frequency_shift)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -77,7 +81,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
         self.attn = Attention(width, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps or norm_eps, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ class FinalLayer(nn.Module):
         zero_linear(self.linear)
 
 
-def zero_linear(linear: nn.Linear) -> None:
-    """Set weight and bias to zero."""
+def zero_linear(linear: Any) -> None:
+    """Set weight and bias of an `nn.Linear` to zero."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

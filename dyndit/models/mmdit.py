@@ -9,17 +9,20 @@ words or class labels. A model of text features has none.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.captions import POOLED, TOKENS, Encoded, Words
 from dyndit.models.conditions import ClassLabels, Condition, Conditioning, ConditionType
-from dyndit.models.layers import FinalLayer, TimestepEmbedder, modulate, position_features, zero_linear
+from dyndit.models.layers import TANH_GELU, FinalLayer, TimestepEmbedder, modulate, position_features, zero_linear
+from dyndit.models.sizes import check_sizes, sides
 from dyndit.process import RectifiedFlow
 
 NORM_EPS = 1e-6
@@ -63,18 +66,10 @@ class MMDiTConfig:
     learn_variance = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON makes a pair a list
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
         for name in ("vocabulary", "prompts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        sizes = ("patch_size", "in_channels", "width", "num_blocks", "num_heads", "text_width", "text_length")
-        for name in (*sizes, "pooled_width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
-        for size in self.size:
-            if size < 1 or size % self.patch_size:
-                raise InputError(f"image_size {size}: expected a multiple of patch_size {self.patch_size}")
+        sizes = ("in_channels", "width", "num_blocks", "num_heads", "text_width", "text_length", "pooled_width")
+        check_sizes(self, *sizes)
         if self.width % self.num_heads or self.width % 4:
             raise InputError(f"width {self.width} must be a multiple of 4 and of num_heads {self.num_heads}")
         if sum(map(bool, (self.vocabulary, self.num_classes, self.text_encoder))) > 1:
@@ -85,7 +80,7 @@ class MMDiTConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Return (height, width)."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return sides(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -164,28 +159,31 @@ class MMDiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for mlp in (self.t_embedder.mlp, self.y_embedder.mlp):
+        projection: Any = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(self.width, -1))
+        nn.init.zeros_(projection.bias)
+        mlps: tuple[Any, ...] = (self.t_embedder.mlp, self.y_embedder.mlp)
+        for mlp in mlps:
             nn.init.normal_(mlp[0].weight, std=0.02)
             nn.init.normal_(mlp[2].weight, std=0.02)
-        for block in self.joint_blocks:
+        blocks: list[Any] = list(self.joint_blocks)
+        for block in blocks:
             zero_linear(block.x_block.adaLN_modulation[-1])
             zero_linear(block.context_block.adaLN_modulation[-1])
         zero_linear(self.final_layer.adaLN_modulation[-1])
         zero_linear(self.final_layer.linear)
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the fields of `MMDiTConfig`."""
         return asdict(self._config)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return heads, the order of the words, and the hash of the text encoder: no tensor shows them."""
         c = self._config
         return {"num_heads": c.num_heads, "vocabulary": c.vocabulary, "text_encoder": c.text_encoder_hash}
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "MMDiT":
+    def from_config(cls, config: dict[str, Any]) -> "MMDiT":
         """Build the backbone from the fields of `config()`."""
         return cls(MMDiTConfig(**config))
 
@@ -206,7 +204,7 @@ class MMDiT(Backbone):
         """Run block `index`. With gradient checkpointing, the backward pass runs it again."""
         block, inputs = self.joint_blocks[index], (state.tokens, state.text, state.cond)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            tokens, text = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+            tokens, text = checkpoint(block, *inputs, use_reentrant=False)
         else:
             tokens, text = block(*inputs)
         return _State(tokens, state.cond, text)
@@ -272,11 +270,12 @@ class JointBlock(nn.Module):
         """Run the block.  tokens: (B, N, D), text: (B, S, D), cond: (B, D) -> both streams."""
         picture, *of_picture = self.x_block.queries(tokens, cond)
         caption, *of_caption = self.context_block.queries(text, cond)
-        both = [torch.cat(parts, dim=2) for parts in zip(picture, caption, strict=True)]
-        attended = scaled_dot_product_attention(*both).transpose(1, 2).flatten(2)
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(picture, caption, strict=True))
+        attended = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         num = tokens.shape[1]
-        tokens = self.x_block.update(tokens, attended[:, :num], *of_picture)
-        return tokens, self.context_block.update(text, attended[:, num:], *of_caption)
+        updated = self.x_block.update(tokens, attended[:, :num], *of_picture)
+        assert updated is not None  # of the picture; the text may be read only
+        return updated, self.context_block.update(text, attended[:, num:], *of_caption)
 
 
 class StreamBlock(nn.Module):
@@ -293,7 +292,7 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if pre_only else 6) * width))
         if not pre_only:
             self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-            self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+            self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
 
     def queries(self, tokens: Tensor, cond: Tensor) -> tuple[tuple[Tensor, ...], *tuple[Tensor, ...]]:
         """Return queries, keys and values, (B, H, N, D / H) each, and the modulation that `update` takes."""

@@ -10,18 +10,19 @@ clip's shape. A picture is a clip of one frame.
 """
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditions import ClassLabels
-from dyndit.models.layers import FinalLayer, LabelEmbedder, TimestepEmbedder, modulate, zero_linear
+from dyndit.models.layers import TANH_GELU, FinalLayer, LabelEmbedder, TimestepEmbedder, modulate, zero_linear
+from dyndit.models.sizes import check_sizes, sides
 
 Attends = Literal["factorised", "full"]
 Rotary = tuple[Tensor, Tensor]
@@ -56,28 +57,19 @@ class VideoConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # JSON makes a pair a list
-            height, width = self.image_size
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
-        sizes = ("num_frames", "patch_size", "patch_frames", "in_channels", "width", "num_blocks", "num_heads")
-        for name in (*sizes, "num_classes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+        sizes = ("num_frames", "patch_frames", "in_channels", "width", "num_blocks", "num_heads", "num_classes")
+        check_sizes(self, *sizes)
         if self.attention not in get_args(Attends):
             raise InputError(f"attention {self.attention!r:.40}: expected one of {', '.join(get_args(Attends))}")
         if self.rotary_base <= 1:
             raise InputError(f"rotary_base {self.rotary_base:g}: expected above 1")
-        for size in self.clip[1:]:
-            if size < 1 or size % self.patch_size:
-                raise InputError(f"image_size {size}: expected a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads or self.head_width % 2 or self.head_width < 6:
             raise InputError(f"width {self.width}: expected an even number of at least 6 for each of the num_heads")
 
     @property
     def clip(self) -> tuple[int, int, int]:
         """Return (T, H, W) of the usual clip."""
-        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        return (self.num_frames, *size)
+        return (self.num_frames, *sides(self.image_size))
 
     @property
     def head_width(self) -> int:
@@ -148,7 +140,7 @@ class VideoBlock(nn.Module):
         self.attn = RotaryAttention(c.width, c.num_heads)
         if self.factorised:
             self.time_attn = RotaryAttention(c.width, c.num_heads)
-        self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio), act_layer=TANH_GELU)
         num = 9 if self.factorised else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, num * c.width))
 
@@ -214,23 +206,25 @@ class VideoDiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        embedders: tuple[Any, ...] = (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2])
+        for embedder in embedders:
             nn.init.normal_(embedder.weight, std=0.02)
-        for part in (*self.blocks, self.final_layer):
+        parts: list[Any] = [*self.blocks, self.final_layer]
+        for part in parts:
             zero_linear(part.adaLN_modulation[-1])
         zero_linear(self.final_layer.linear)
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the fields of `VideoConfig`."""
         return asdict(self._config)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return heads, the norms' epsilon, the rotations and the sides of a patch."""
         names = ("num_heads", "norm_eps", "rotary_base", "patch_size", "patch_frames")
         return {name: getattr(self._config, name) for name in names}
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "VideoDiT":
+    def from_config(cls, config: dict[str, Any]) -> "VideoDiT":
         """Build the backbone from the fields of `config()`."""
         return cls(VideoConfig(**config))
 
@@ -241,7 +235,9 @@ class VideoDiT(Backbone):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> ClipState:
         """Embed the inputs.  x: (B, C, T, H, W), t: (B,), y: (B,) -> ClipState."""
-        c, clip = self._config, tuple(x.shape[2:])
+        c = self._config
+        frames, height, width = x.shape[2:]
+        clip = frames, height, width
         if not self.accepts(tuple(x.shape[1:])):
             found, sides = " x ".join(map(str, x.shape[1:])), f"sides multiples of {c.patch_size}"
             raise InputError(f"clips of {found}: expected {c.in_channels} x frames x height x width, {sides}")
@@ -250,7 +246,8 @@ class VideoDiT(Backbone):
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         cut = x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
         patches = cut.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, F R S, pf p p C)
-        turns = tuple(part.to(x.dtype) for part in rotary(grid, c.head_width, c.rotary_base, x.device))
+        cos, sin = rotary(grid, c.head_width, c.rotary_base, x.device)
+        turns = cos.to(x.dtype), sin.to(x.dtype)
         return ClipState(self.x_embedder(patches), self.t_embedder(t) + self.y_embedder(y), clip, turns)
 
     def block(self, index: int, state: ClipState) -> ClipState:
@@ -258,7 +255,7 @@ class VideoDiT(Backbone):
         block = self.blocks[index]
         inputs = (state.tokens, state.cond, state.turns, self._config.grid(state.clip)[0])
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return replace(state, tokens=torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False))
+            return replace(state, tokens=checkpoint(block, *inputs, use_reentrant=False))
         return replace(state, tokens=block(*inputs))
 
     def block_modules(self) -> list[nn.Module]:

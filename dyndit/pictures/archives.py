@@ -4,8 +4,9 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dyndit.errors import InputError, first_line
 from dyndit.files import MOST_JSON
@@ -95,10 +96,10 @@ class Zip(Source):
         for name in self.names:
             if name not in given and base + name not in given:
                 raise InputError(f"{self.root}: {LABELS} has no label of {name}, expected one of every picture")
-        self.labels = [given.get(name, given.get(base + name)) for name in self.names]
-        self.class_names = _numbered(self.labels, f"{self.root}: {LABELS}")
+        labels = [given[name] if name in given else given[base + name] for name in self.names]
+        self.labels, self.class_names = labels, _numbered(labels, f"{self.root}: {LABELS}")
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}  # a worker process opens the file itself
 
 
@@ -211,7 +212,7 @@ def _passes(source: Source, name: str) -> bool:
     return False
 
 
-def _common_folder(names: Sequence[str]) -> str:
+def _common_folder(names: Collection[str]) -> str:
     """Return the leading folders that hold nothing but one other level of folders: "cifar10/"."""
     base = ""
     while True:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class Arrays(Source):
                 self.class_names = tuple(map(str, range(int(labels.max()) + 1)))
                 return
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}
 
 
@@ -141,7 +141,14 @@ def read_array(path: Path, key: str, most: int = MOST_SMALL) -> np.ndarray:
         check_size(path, size, path.stat().st_size)
         data = bytearray(size)
         view, read = memoryview(data), 0
-        while read < size and (part := file.readinto(view[read : read + (1 << 24)])):
+        while (
+            read < size
+            and (
+                part := file.readinto(  # pyright: ignore[reportAttributeAccessIssue]  files and members of archives have it
+                    view[read : read + (1 << 24)]
+                )
+            )
+        ):
             read += part
         if read != size or file.read(1):  # at an entry's end its checksum is compared
             raise InputError(f"{path}: {key} is cut short, expected a whole .npz file")
@@ -159,7 +166,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _member(path: Path, key: str) -> Iterator[BinaryIO]:
+def _member(path: Path, key: str) -> Iterator[IO[bytes]]:
     with _reading(path), opened(path) as file:
         if path.suffix == ".npy":
             yield file
@@ -168,7 +175,7 @@ def _member(path: Path, key: str) -> Iterator[BinaryIO]:
             yield inner
 
 
-def _header(file: BinaryIO) -> Header:
+def _header(file: IO[bytes]) -> Header:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -96,9 +96,9 @@ def as_array(image: Image.Image) -> np.ndarray:
 
 def account_of(
     source: Source, num: int, left_out: Mapping[str, Sequence[str]], resize: Resize | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Say for a manifest what was read and what was not: counts, and the first names for each reason."""
-    skipped = {k: {"number": len(v), "names": list(v[:MOST_LISTED])} for k, v in (source.skipped | left_out).items()}
+    skipped = {k: {"number": len(v), "names": list(v[:MOST_LISTED])} for k, v in {**source.skipped, **left_out}.items()}
     return {
         "source": str(source.root),
         "pictures": num,
@@ -107,7 +107,7 @@ def account_of(
     }
 
 
-def said_of(account: Mapping[str, object]) -> list[str]:
+def said_of(account: Mapping[str, Any]) -> list[str]:
     """Write an account as lines for the user; none if nothing was skipped."""
     lines = []
     for reason, found in account.get("skipped", {}).items():
@@ -160,7 +160,7 @@ class PictureFiles:
         return next(self._in_order()).shape[:-1]
 
     @property
-    def account(self) -> dict[str, object]:
+    def account(self) -> dict[str, Any]:
         """Return what was read so far and what was skipped, see `account_of`."""
         frames = {FRAMES: list(self._with_frames)} if self._with_frames else {}
         return account_of(self.source, len(self), {**self.left_out, **frames}, self.resize)

@@ -7,7 +7,7 @@ converted to RGB without their ICC profile. What has no known range of levels (3
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401  the last two register formats
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401  # pyright: ignore[reportUnusedImport]  the last two register formats
 
 from dyndit.errors import InputError, first_line
 from dyndit.pictures.clips import ENTRY
@@ -59,7 +59,7 @@ def _opened(data: bytes) -> Image.Image:
     return Image.open(BytesIO(data), formats=FORMATS)
 
 
-def _eight_bits(picture: Image.Image, form: str, name: str, channels: int | None) -> Image.Image:
+def _eight_bits(picture: Image.Image, form: str | None, name: str, channels: int | None) -> Image.Image:
     clear = picture.info.get("transparency")
     if picture.mode.startswith("I;16") or (picture.mode == "I" and form in ("PNG", "PPM")):
         # Pillow's convert("L") clips 16-bit levels at 255 and so turns most pictures white.

@@ -8,6 +8,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Source(ABC):
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self.names: Sequence[str] = ()
+        self.names: Sequence[Any] = ()
         self.labels: list[int] | None = None
         self.class_names: tuple[str, ...] = ()
         self.folders: tuple[str, ...] = ()

@@ -1,5 +1,8 @@
 """Read pictures from data sets of Hugging Face: `save_to_disk` folders and .parquet files. Needs pyarrow."""
 
+# pyright: reportMissingImports=false, reportUnusedImport=false
+# pyarrow is an extra.
+
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -82,7 +85,7 @@ class Table(Source):
         found = next((name for name in CLASSES if name in typed), None) or next(iter([*typed, *whole]), "")
         return found, tuple(map(str, features.get(found, {}).get("names") or ())) if found in typed else ()
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrow": None}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from dyndit.plans.plan import DepthPlan, full_step
 from dyndit.plans.step import Step
@@ -72,16 +72,18 @@ class CostModel:
     def _leave(self, parts: PartTimes, depth: int) -> float:
         return parts.head if depth == self.num_blocks else parts.exits.get(depth, parts.exit)
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
 
     @classmethod
-    def from_description(cls, data: dict) -> Self:
+    def from_description(cls, data: dict[str, Any]) -> Self:
         """Build from the output of `describe`, also after JSON has turned its keys into text."""
 
-        def parts(times: dict) -> PartTimes:
+        def parts(times: dict[str, Any]) -> PartTimes:
             exits = {int(depth): seconds for depth, seconds in times["exits"].items()}
-            return PartTimes(**times | {"exits": exits, "blocks": tuple(times.get("blocks", ()))})
+            known: dict[str, Any] = {**times, "exits": exits, "blocks": tuple(times.get("blocks", ()))}
+            return PartTimes(**known)
 
-        return cls(**data | {"one": parts(data["one"]), "two": parts(data["two"])})
+        both: dict[str, Any] = {"one": parts(data["one"]), "two": parts(data["two"])}
+        return cls(**{**data, **both})

@@ -1,11 +1,12 @@
 """DepthPlan: the work of each sampling step. Plain data, saved as JSON."""
 
+import html
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from dyndit import bounds, files, seals
 from dyndit.errors import PlanError, first_line
@@ -26,9 +27,13 @@ REACH = 2.0
 """A rescaled forecast may reach this far beyond its last two full-depth steps, as a multiple of their distance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DepthPlan:
     """The steps of a sampling, from the noisiest step to the last.
+
+        plan = dyndit.DepthPlan.load("plan.json")
+        print(plan, plan.depths, plan.share_of_blocks)
+        plan.with_steps([*plan.steps[:-1], dyndit.Step.parse("12|12")], router="mine").save("careful.json")
 
     A depth of L (`num_blocks`) is the full model. A plan of guidance scale 1 has no guides.
 
@@ -179,7 +184,7 @@ class DepthPlan:
         """Write the router's settings in a few characters for file names: "4-12-1"."""
         return "-".join(f"{value:g}" for value in self.settings.values())
 
-    def with_steps(self, steps: Sequence[Step], **changes: object) -> Self:
+    def with_steps(self, steps: Sequence[Step], **changes: Any) -> Self:
         """Return this plan with other steps at the same timesteps."""
         return replace(self, steps=tuple(steps), **changes)
 
@@ -235,7 +240,7 @@ class DepthPlan:
         """Write the plan as JSON. An interrupted write leaves no partial file."""
         files.write_json(Path(path), self.to_json())
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Return plain data with a checksum. Each step is its text: "12|6", "8|e4", "4+"."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "note"}
         if not self.calls:
@@ -265,15 +270,28 @@ class DepthPlan:
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise PlanError(f"{path}: {first_line(error)}") from error
 
-    def __str__(self) -> str:
-        """Write a line of timesteps and a line of steps, from the noisiest step to the last."""
+    @property
+    def short(self) -> str:
+        """Return the plan in a few words: "ramp start 4, ddim, 20 steps, 61% of the blocks"."""
         router = " ".join([self.router, *(f"{name} {value:g}" for name, value in self.settings.items())])
         head = f"{router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
-        head += f" ({self.note})" if self.note else ""
+        return head + (f" ({self.note})" if self.note else "")
+
+    def __repr__(self) -> str:
+        return f"DepthPlan({self.short})"
+
+    def _repr_html_(self) -> str:
+        """Show the steps in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def __str__(self) -> str:
+        """Write a line of timesteps and a line of steps, from the noisiest step to the last."""
         words = [str(step) for step in self.steps]
         width = max(4, *map(len, words))
         lines = [("t", self.timesteps), ("step", words)]
-        return "\n".join([head, *(f"  {name:>4}  " + " ".join(f"{v!s:>{width}}" for v in row) for name, row in lines)])
+        return "\n".join(
+            [self.short, *(f"  {name:>4}  " + " ".join(f"{v!s:>{width}}" for v in row) for name, row in lines)]
+        )
 
 
 def _kinds(step: Step, num_blocks: int) -> dict[str, bool]:
@@ -300,6 +318,11 @@ def _reach(steps: Sequence[Step], log_snr: Sequence[float], k: int, num_blocks: 
     return (log_snr[k] - last) / max(last - before, 1e-9)
 
 
+def file_name(solver: str, num_steps: int, budget: float) -> str:
+    """Return the usual name of a plan's file: "plan-ddim-20-b0.6.json"."""
+    return f"plan-{solver}-{num_steps}-b{budget:g}.json"
+
+
 def full_step(num_blocks: int, cfg_scale: float) -> Step:
     """Return the step of the original model: both branches unless the guidance scale is 1."""
     return Step.equal(num_blocks, cfg_scale != 1)
@@ -310,7 +333,7 @@ _VERSION_1 = frozenset(
 ) | {"exits", "figures"}
 
 
-def _of_version_1(data: dict) -> dict[str, object]:
+def _of_version_1(data: dict[str, Any]) -> dict[str, Any]:
     """Convert the fields of a version 1 plan. Its depths are whole numbers; negative numbers are codes."""
     if odd := data.keys() - _VERSION_1:
         raise PlanError(f"plan: {min(odd)!r:.40} is no field of version 1")

@@ -18,7 +18,7 @@ class Predictor:
     """Predict from a table at given timesteps: plan -> Fréchet distance to the reference."""
 
     def __init__(
-        self, table: ShiftTable, timesteps: Sequence[int], base: Moments | None = None, calls: Sequence[int] = ()
+        self, table: ShiftTable, timesteps: Sequence[float], base: Moments | None = None, calls: Sequence[int] = ()
     ) -> None:
         """Read the table.
 
@@ -117,4 +117,5 @@ def _place(step: Step) -> tuple[int, int]:
             return -2, -1 - depth
         case Held():
             return -1, -1
-    return 0, 0
+        case _:
+            return 0, 0

@@ -15,7 +15,7 @@ from dataclasses import replace
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
-from dyndit.plans.search import search
+from dyndit.plans.search import SearchSettings, search
 from dyndit.plans.table import ShiftTable
 from dyndit.stats import Moments, frechet_distance
 
@@ -32,6 +32,7 @@ def refined(
     rounds: int,
     base: Moments | None = None,
     smaller: Sequence[DepthPlan] = (),
+    settings: SearchSettings | None = None,
 ) -> DepthPlan:
     """Return the best measured of up to `rounds` + 1 plans. A plan found twice ends the search.
 
@@ -50,7 +51,7 @@ def refined(
     least = math.inf if best is None else best.figures["calibrated_fd"]
     predicted_full = predictor.predict(full)
     for _ in range(rounds + 1):
-        plan = search(table, full, budget, base=base, starts=smaller)
+        plan = search(table, full, budget, base=base, settings=settings, starts=smaller)
         if plan.steps in seen:
             break
         seen.add(plan.steps)
@@ -60,4 +61,5 @@ def refined(
             figures = plan.figures | {"calibrated_fd": distance, "predicted_fd_full": predicted_full}
             best, least = replace(plan, router="refined", figures=figures), distance
         base = predictor.base_through(plan, found)
+    assert best is not None  # the first plan is below infinity
     return replace(best, budget=budget)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.process import DDPM, Process
@@ -34,7 +34,7 @@ def parse_router(text: str, process: Process = DDPM()) -> Router:
     """
     name, _, rest = text.partition(":")
     if name not in ROUTERS:
-        raise InputError(f"--router {text}: expected one of {', '.join(ROUTERS)}, with its settings (ramp:3)")
+        raise InputError(f"--router {text}: {expected_one_of(name, ROUTERS)} (with its settings: ramp:3)")
     try:
         settings = [float(value) for value in rest.split(",") if value]
         _settings_of(ROUTERS[name]).bind(*settings)
@@ -69,7 +69,15 @@ def constant(full: DepthPlan, depths: tuple[int, ...], depth: float) -> DepthPla
 def ramp(
     full: DepthPlan, depths: tuple[int, ...], start: float, end: float | None = None, power: float = 1.0
 ) -> DepthPlan:
-    """Run depth start + (end - start) * u^power (default end: L). u rises from 0 at the first step to 1 at the last."""
+    """Rise from depth `start` at the first step to `end` at the last. It needs no calibration.
+
+        plan = functools.partial(dyndit.ramp, start=4)
+        drawn = dyndit.sample(model, labels=[3, 7], plan=plan)
+
+    full: the full plan, which the sampler hands over. depths: the model's depths; wanted depths are rounded to them.
+    start: the first step's depth. end: the last step's depth; None: L. power: step k of K wants depth
+    start + (end - start) * (k / (K - 1))^power. -> the plan.
+    """
     end, last = full.num_blocks if end is None else end, max(full.num_steps - 1, 1)
     wanted = [start + (end - start) * (step / last) ** power for step in range(full.num_steps)]
     return _scheduled(full, depths, wanted, "ramp", start=start, end=end, power=power)

@@ -13,6 +13,7 @@ from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.schedules import ramp
 from dyndit.plans.table import ShiftTable
+from dyndit.progress import progress_bar
 from dyndit.stats import Moments
 
 
@@ -21,7 +22,8 @@ class SearchSettings:
     """The effort of a search.
 
     num_kicks: restarts from the best plan with a third of its steps made random. evaluations: exact evaluations per
-    move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25.
+    move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25. seed:
+    of the kicks. whole: plans may take the original model's own step; False: the table's choices alone.
     """
 
     num_starts: int = 6
@@ -29,6 +31,8 @@ class SearchSettings:
     evaluations: int = 48
     max_units: int = 25
     max_moves: int = 400
+    seed: int = 0
+    whole: bool = True
 
 
 def search(
@@ -57,18 +61,14 @@ def search(
     base = table.base_at(full.solver, full.num_steps) if base is None else base
     predictor = Predictor(table, full.timesteps, base, full.calls)
     limit = budget * predictor.seconds[-1].item() * sum(full.calls_by_step) * (1 + 1e-9)
+    if not settings.whole:
+        predictor.seconds[-1] = 2 * limit  # beyond any budget
     if budget < table.least_share * (1 - 1e-9):
         raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
     given = [predictor.choice(plan) for plan in starts]
     given = [choice for choice in given if predictor.spent(choice) <= limit]
     given += _starts(predictor, full, limit, settings.num_starts)
-    found = [_improve(predictor, choice, limit, settings) for choice in given]
-    best, best_value = min(found, key=lambda improved: improved[1])
-    kicks = torch.Generator().manual_seed(0)
-    for _ in range(settings.num_kicks):
-        choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
-        if value < best_value:
-            best, best_value = choice, value
+    best, best_value = _best(predictor, given, limit, settings, f"searching {full.num_steps} steps at {budget:.3g}")
     bound = {"backbone": table.backbone, "exits": table.exits}
     plan = full.with_steps([predictor.choices[i] for i in best.tolist()], router="searched", budget=budget, **bound)
     figures = {
@@ -78,6 +78,26 @@ def search(
         "share_of_blocks": plan.share_of_blocks,
     }
     return replace(plan, figures=figures)
+
+
+def _best(
+    predictor: Predictor, starts: Sequence[Tensor], limit: float, settings: SearchSettings, title: str
+) -> tuple[Tensor, float]:
+    """Improve every start, then the best one after each kick -> the best choice (K,), its predicted distance."""
+    with progress_bar(title, unit="starts") as advance:
+        found, total = [], len(starts) + settings.num_kicks
+        for choice in starts:
+            advance(len(found), total)
+            found.append(_improve(predictor, choice, limit, settings))
+        best, best_value = min(found, key=lambda improved: improved[1])
+        kicks = torch.Generator().manual_seed(settings.seed)
+        for kick in range(settings.num_kicks):
+            advance(len(found) + kick, total)
+            choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
+            if value < best_value:
+                best, best_value = choice, value
+        advance(total, total)
+    return best, best_value
 
 
 def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> list[Tensor]:
@@ -157,7 +177,9 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
     Bisection finds the price of a second.
     """
     values, plans = predictor.entry_slopes(choice), []
-    stay = predictor.entries.taken(choice[None])[1][0]
+    entries = predictor.entries
+    assert entries is not None  # of tables with ages
+    stay = entries.taken(choice[None])[1][0]
     gained = values - values.gather(1, stay[:, None])
     scale = gained.abs().median().item()
     for reluctance in (0.0, 0.3, 1.0, 3.0):
@@ -166,7 +188,7 @@ def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tens
         low, high = 0.0, 1e3 * scale / predictor.seconds.min().item()
         for _ in range(30):
             price = (low + high) / 2
-            found = predictor.entries.programmed(costly, predictor.seconds, price)
+            found = entries.programmed(costly, predictor.seconds, price)
             if predictor.spent(found) <= limit:
                 high, kept = price, found
                 plans.append(kept[None])
@@ -181,7 +203,9 @@ def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_choices: int, nu
     gain, cost: (U * P,); the index of a move is unit * P + choice. A small table (up to 64 moves) returns all moves.
     """
     singles = torch.nonzero(cost <= spare).flatten()
-    moves = [(gain[i].item(), (int(i),)) for i in singles[gain[singles].argsort()[:num]]]
+    moves: list[tuple[float, tuple[int, ...]]] = [
+        (float(gain[i]), (int(i),)) for i in singles[gain[singles].argsort()[:num]]
+    ]
     # Double moves: one of the best buys, with another of the best buys or of the cheapest sales.
     keep = min(len(gain), 128)
     buy = gain.argsort()[:keep]
@@ -194,7 +218,7 @@ def _ranked_moves(gain: Tensor, cost: Tensor, spare: float, num_choices: int, nu
         if total[flat] == torch.inf:
             break
         double = sorted((int(buy[flat // len(other)]), int(other[flat % len(other)])))
-        moves.append((total[flat].item(), tuple(double)))
+        moves.append((float(total[flat]), tuple(double)))
     moves.sort(key=lambda move: move[0])
     if len(gain) > 64:
         # Keep single moves even if the first-order sums of double moves look better.

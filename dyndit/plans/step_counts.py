@@ -102,7 +102,7 @@ class TargetFD:
         while high - low > self.tolerance * whole:
             middle = (low + high) / 2
             plan = _best(table, full, middle)
-            if plan.figures["predicted_fd"] <= self.value:
+            if plan is not None and plan.figures["predicted_fd"] <= self.value:
                 good, high = plan, table.cost.plan_seconds(plan)
             else:
                 low = middle

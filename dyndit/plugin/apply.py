@@ -16,6 +16,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -42,7 +43,8 @@ from dyndit.sampling.solvers import solver_name
 from dyndit.storage.load import EXITS, load_exits
 
 HOOK = "dyndit_dynamic_depth"
-USUAL_EXITS = ExitConfig()
+USUAL_EXITS = ExitConfig(head="adaln-linear")
+"""Exits that are never trained: an MLP that is still the identity would only take time."""
 UNTRAINED = (
     "apply_dyndit: exits that were not trained: every second step skips most blocks and forecasts what they would add. "
     "Distilled exits (record_calls, distill_exits) and a calibrated plan (calibrate_pipeline) leave out more at every "
@@ -63,6 +65,13 @@ def apply_dyndit(
 ) -> "DynDiTHandle":
     """Make a pipeline or a transformer of diffusers run a plan. Its call, its class and its weights do not change.
 
+        handle = dyndit.apply_dyndit(pipe)                                             # untrained exits, at once
+        handle = dyndit.apply_dyndit(pipe, "runs/exits", "plan.json")                  # distilled, calibrated
+        pipe(class_labels=[207], num_inference_steps=20)                               # the pipeline's own call
+        print(handle.stats())
+        dyndit.remove_dyndit(pipe)
+
+    target: a pipeline of diffusers, or its transformer.
     exits: exits trained for this transformer: a module, or `exits.safetensors` from training, or its folder. A config:
     untrained exits, copies of the model's own head. None: no exits.
     plan: a plan or its file; or a router, which writes a plan for each call's timesteps; or None: `skips` for
@@ -103,11 +112,14 @@ def apply_dyndit(
 
 
 def remove_dyndit(target: Target) -> None:
-    """Remove the plug-in and restore the transformer, or all of a pipeline's. Without the plug-in, do nothing."""
+    """Remove the plug-in and restore the transformer. Without the plug-in, do nothing: `dyndit.remove_dyndit(pipe)`.
+
+    target: the transformer, or a pipeline, all of whose transformers are restored.
+    """
     found = transformers_in(target) if isinstance(target, DiffusionPipeline) else []
     for transformer in found or [transformer_of(target)]:
-        if isinstance(transformer, torch._dynamo.OptimizedModule):  # compiled as a whole after apply_dyndit
-            transformer = transformer._orig_mod
+        if isinstance(transformer, torch._dynamo.OptimizedModule):  # pyright: ignore[reportPrivateUsage]  compiled as a whole after apply_dyndit
+            transformer = transformer._orig_mod  # pyright: ignore[reportPrivateUsage]
         remove_hook(transformer, HOOK)
 
 
@@ -133,6 +145,7 @@ class DynDiTHandle:
     @property
     def adapter(self) -> Adapter:
         """Return the transformer, cut into embed, blocks and head."""
+        assert isinstance(self.model.backbone, Adapter)
         return self.model.backbone
 
     @property
@@ -149,7 +162,7 @@ class DynDiTHandle:
             InputError: a router, but the plug-in sits on a bare transformer and sees no scheduler.
         """
         if isinstance(plan, str | Path):
-            plan = DepthPlan.load(plan)
+            plan = DepthPlan.load(Path(plan))
         self._plans.give(plan)
         self._call = Call()
 
@@ -193,7 +206,7 @@ class DynDiTHandle:
         """Remove the plug-in from this transformer. See `remove_dyndit`."""
         remove_dyndit(self.adapter.transformer)
 
-    def run(self, *args: object, **kwargs: object) -> object:
+    def run(self, *args: Any, **kwargs: Any) -> object:
         """Run one call of the transformer's forward at the plan's depths."""
         inputs = self.adapter.read(*args, **kwargs)
         self._follow(inputs.x)
@@ -221,7 +234,7 @@ class DynDiTHandle:
                 self._call = Call()
         timesteps, work, guided = self._asked(k, timestep)
         self._look_around(inputs, guided is not None)
-        if guided is not None:
+        if guided is not None and self._plans.running is not None:
             checks.check_goes_on(self._plans.running, self._call, k, work, len(inputs))
             checks.check_guidance(self.adapter, inputs, guided, self._call, second=second)
         clock = Clock(inputs.x.device)
@@ -310,7 +323,8 @@ class DynDiTHandle:
             else Look.at(transformer, self._given).unchanged(self._look)
         ):
             return
-        self._check(self._plans.plan)
+        if self._plans.plan is not None:  # as it is where `planned`
+            self._check(self._plans.plan)
         if self._look is None:
             raise PlanError(
                 f"exits: made for backbone {self._exits_for}, but the transformer's weights are "
@@ -326,7 +340,7 @@ class DynDiTHandle:
         if self._given is None:
             return
         there = (x.device, x.dtype)
-        if _place(self.model.exits) != there:
+        if self.model.exits is None or _place(self.model.exits) != there:
             same = _place(self._given) == there
             self.model.exits = self._given if same else copy.deepcopy(self._given).to(*there)
 
@@ -358,7 +372,7 @@ class _Hook(ModelHook):
     def __deepcopy__(self, _memo: object) -> "_Hook":
         return _Hook(self.handle)  # no copy of the pipeline; `pre_forward` refuses the copied transformer
 
-    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> tuple[tuple, dict[str, object]]:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Refuse a copy: the hook in it would run the weights of the original."""
         if module is not self.handle.adapter.transformer:
             raise InputError(
@@ -367,7 +381,7 @@ class _Hook(ModelHook):
             )
         return args, kwargs
 
-    def new_forward(self, module: nn.Module, *args: object, **kwargs: object) -> object:
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         """See `module.forward`."""
         return self._run(*args, **kwargs)
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -25,13 +26,14 @@ from dyndit.models.base import Inputs
 from dyndit.models.identity import same
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
+from dyndit.plans.schedules import constant
 from dyndit.plans.step import Step
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.apply import DynDiTHandle
 from dyndit.plugin.experts import own_timesteps
 from dyndit.plugin.hooks import watching
 from dyndit.sampling.solvers import solver_name
-from dyndit.sampling.timing import measure_parts
+from dyndit.sampling.timing import CallTimes, measure_parts
 from dyndit.stats import Moments
 
 HOOK = "dyndit_calibration"
@@ -97,7 +99,7 @@ class PipelineSampler:
         solver = solver_name(pipe.scheduler)
         self.full = DepthPlan.full(tuple(timesteps), handle.model.num_blocks, solver, cfg_scale)
 
-    def _watching(self, calls: list[Inputs]) -> object:
+    def _watching(self, calls: list[Inputs]) -> AbstractContextManager[None]:
         """Collect the inputs of every transformer call."""
         adapter = self._handle.adapter
         return watching(adapter.transformer, HOOK, lambda *args, **kwargs: calls.append(adapter.read(*args, **kwargs)))
@@ -174,27 +176,33 @@ class PipelineSampler:
             raise InputError(f"transformer: on {home}, called on {there}; expected a pipeline without offload to time")
         stacked = self._guided and not self._separate
         one = seen.rows(0, len(seen) // 2) if stacked else seen
-        draw = functools.partial(
-            _between,
-            handle.adapter.transformer,
-            Clock(seen.x.device),
-            2 if self._separate else 1,
-            lambda: self._under(self.full, numbers),
-        )
-        return measure_parts(handle.model, one, seen if stacked else None, draw, rounds=self._rounds)
+        clock, calls_per_step = Clock(seen.x.device), 2 if self._separate else 1
+
+        def draw(depth: int) -> list[CallTimes]:
+            plan = constant(self.full, handle.model.depths, depth)
+            return _times(handle.adapter.transformer, clock, calls_per_step, lambda: self._under(plan, numbers))
+
+        branches = 2 if self._guided else 1
+        return measure_parts(handle.model, one, seen if stacked else None, draw, branches=branches, rounds=self._rounds)
 
 
-def _between(
+def _times(
     transformer: nn.Module, clock: Callable[[], float], calls_per_step: int, run: Callable[[], object]
-) -> list[float]:
-    """Measure the seconds between transformer calls of a run, by step: solver, guidance, callbacks."""
+) -> list[CallTimes]:
+    """Measure the seconds of a run's steps in transformer calls, and between them: solver, guidance, callbacks.
+
+    A pipeline of one step has no time between its calls.
+    """
     entered: list[float] = []
     left: list[float] = []
     with watching(transformer, HOOK, lambda *_, **__: entered.append(clock()), lambda: left.append(clock())):
         run()
+    inside = [end - begin for begin, end in zip(entered, left, strict=False)]
     gaps = [later - earlier for earlier, later in zip(left, entered[1:], strict=False)]
-    whole = len(gaps) // calls_per_step * calls_per_step
-    return [sum(gaps[low : low + calls_per_step]) for low in range(0, whole, calls_per_step)]
+    gaps = gaps or [0.0] * len(inside)
+    whole = min(len(gaps), len(inside)) // calls_per_step * calls_per_step
+    firsts = range(0, whole, calls_per_step)
+    return [CallTimes(*(sum(times[k : k + calls_per_step]) for times in (inside, gaps))) for k in firsts]
 
 
 def calibrate_pipeline(
@@ -215,13 +223,27 @@ def calibrate_pipeline(
     out: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> DepthPlan:
-    """Calibrate a user's pipeline that has the plug-in: `handle.plan = calibrate_pipeline(pipe, handle, ...)`.
+    """Search a plan for a user's pipeline that has the plug-in, by running the pipeline.
 
-    call: see `Call`. cfg_scale: the guidance scale of `call`; 1 without a second branch, for example with Flux's
-    distilled guidance. table: without a table, measure one: 1 + num_bands * num_choices runs of the pipeline per
-    picture; by default of 256 pictures, 5 bands and choices at 4 depths. out: the folder for this table. An interrupted
-    measurement resumes there, and a finished table serves other budgets, step counts and resolutions.
-    on_progress(done, all) counts batches. The handle's plan is restored at the end.
+        handle = dyndit.apply_dyndit(pipe, "runs/exits", None)
+        options = {"budget": 0.6, "extractor": extractor, "reference": real, "cfg_scale": 4.0}
+        handle.plan = dyndit.calibrate_pipeline(pipe, handle, call, **options, out="runs/calibration")
+
+    pipe: the pipeline. handle: what `apply_dyndit` returned for it; its plan is restored at the end.
+    call: your function that runs the pipeline: picture numbers -> (B, 3, H, W) uint8, see `Call`.
+    budget: share of full depth's time, above 0 and at most 1.
+    extractor: the network whose features quality is measured by (`dyndit.load_extractor`).
+    reference: real pictures, (N, 3, H, W) uint8, or the moments of their features.
+    num_pictures: pictures to measure a table on. None: 256, or those of a finished table.
+    cfg_scale: the guidance scale of `call`; 1 without a second branch, for example with Flux's distilled guidance.
+    num_bands: bands of steps that are replaced together. None: 5, or those of a finished table.
+    num_depths: depths of the choices. None: 4, or those of a finished table.
+    choices: the steps to measure, such as ("8|4", "8"). Empty: `default_choices`.
+    batch_size: pictures a call.
+    table: a table measured before. None: one is measured, in 1 + num_bands * num_choices runs a picture.
+    out: the folder for this table. An interrupted measurement resumes there, and a finished table serves other budgets,
+    step counts and resolutions. None: the table is not kept.
+    on_progress: called with the batches done and all batches.
 
     Raises:
         InputError: an error of `calibrate`, or of `PipelineSampler`; or a table whose pictures, bands or choices are
@@ -268,7 +290,7 @@ def _check_asked(
     Raises:
         InputError: naming the table, its value and the wanted value.
     """
-    wanted: tuple[Step, ...] = CalibrationSettings(choices=choices).choices
+    wanted: tuple[Step, ...] = CalibrationSettings(choices=choices).steps
     if not wanted and num_depths is not None:
         wanted = default_choices(sampler.depths, sampler.full.cfg_scale != 1, num_depths)
     bands = num_bands and min(num_bands, table.num_steps)

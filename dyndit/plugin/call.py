@@ -20,7 +20,7 @@ def find_step(timesteps: Sequence[float], timestep: float, slack: float, last: i
     later = [k for k in gaps if k > last] if last >= 0 else []
     if len(gaps) > 1 and later:
         return min(later)
-    return min(gaps, key=gaps.get, default=None)
+    return min(gaps, key=lambda k: gaps[k], default=None)
 
 
 COLUMNS = ["step", "timestep", "branch", "rows", "depth", "blocks", "seconds"]

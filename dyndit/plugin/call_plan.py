@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -41,6 +42,16 @@ class CallPlan:
     """The scheduler's timesteps of this transformer; empty on a bare one. A solver of order 2 has some twice."""
     _timesteps: Tensor | None = field(default=None, repr=False)
 
+    @property
+    def _transformer(self) -> Any:
+        """Return the transformer that the adapter holds."""
+        return self.model.backbone.transformer
+
+    @property
+    def _seen(self) -> Any:
+        """Return the pipeline, whose scheduler tells the timesteps."""
+        return self.pipeline
+
     def give(self, plan: DepthPlan | Router | None) -> None:
         """Switch to a plan, a router, or full depth.
 
@@ -48,12 +59,13 @@ class CallPlan:
             PlanError: the plan does not fit the model.
             InputError: a router, but the plug-in sits on a bare transformer and sees no scheduler.
         """
-        router = plan if callable(plan) else None
+        router = None if isinstance(plan, DepthPlan) else plan
         if router is not None and self.pipeline is None:
             raise InputError("plan: a router needs the scheduler's timesteps; expected apply_dyndit on the pipeline")
-        if plan is not None and router is None:
-            self.check(plan)
-        self.plan, self.router, self.running, self._timesteps = (None if router else plan), router, None, None
+        given = plan if isinstance(plan, DepthPlan) else None
+        if given is not None:
+            self.check(given)
+        self.plan, self.router, self.running, self._timesteps = given, router, None, None
 
     def begin(self, looks_guided: Callable[[], bool]) -> bool:
         """Return True if the scheduler has new timesteps: a new call. The router then writes a plan for them."""
@@ -61,7 +73,7 @@ class CallPlan:
         if timesteps is self._timesteps:
             return False
         self._timesteps, self.running = timesteps, None
-        own = () if timesteps is None else own_timesteps(self.pipeline, self.model.backbone.transformer).tolist()
+        own = () if timesteps is None else own_timesteps(self._seen, self._transformer).tolist()
         self.times = tuple(own)
         if self.router is not None:
             self._route(looks_guided() if self.cfg_scale is None else self.cfg_scale != 1)
@@ -69,11 +81,12 @@ class CallPlan:
 
     def _route(self, guided: bool) -> None:
         """Let the router write a plan if the call differs from its last plan's in timesteps, solver or guidance."""
-        solver = solver_name(self.pipeline.scheduler)
+        solver = solver_name(self._seen.scheduler)
         scale = (SOME_SCALE if self.cfg_scale is None else self.cfg_scale) if guided else 1.0
         full = DepthPlan.full(tuple(dict.fromkeys(self.times)), self.model.num_blocks, solver, scale)
         key = ("timesteps", "solver", "cfg_scale")
         if self.plan is None or any(getattr(self.plan, name) != getattr(full, name) for name in key):
+            assert self.router is not None
             plan = self.router(full, self.model.depths)
             self.check(plan)
             self.plan = plan
@@ -84,10 +97,11 @@ class CallPlan:
         Raises:
             PlanError: the first transformer call would have run other work under the new plan.
         """
-        if self.router is None or self.cfg_scale is not None or self.running.cfg_scale != 1:
+        if self.router is None or self.cfg_scale is not None or self.running is None or self.running.cfg_scale != 1:
             return
         before = self.running.works[k]
         self._route(guided=True)
+        assert self.plan is not None  # `_route` wrote it
         self.running, now = self.plan, self.plan.works[k]
         if k or (before.depths[0], before.kept) != (now.depths[0], now.kept) or now.own_exit:
             raise PlanError("plan: written for an unguided call, which is guided; expected apply_dyndit(cfg_scale=...)")
@@ -128,18 +142,19 @@ class CallPlan:
             PlanError: the scheduler is another solver than the plan's, or the plan is for the pipeline's other expert.
         """
         times, plan = tuple(dict.fromkeys(self.times)), self.plan
+        assert plan is not None  # steps are looked for in plans alone
         rest = times[min(range(len(times)), key=lambda k: abs(times[k] - timestep), default=0) :]
         if not rest or abs(rest[0] - timestep) > slack:
             return plan  # another scheduler's call: its timestep is looked for in the plan itself
         own = plan.timesteps[-len(rest) :]
         if len(own) == len(rest) and all(abs(a - b) <= SLACK for a, b in zip(own, rest, strict=True)):
             return plan
-        if not are_own(self.pipeline, self.model.backbone.transformer, torch.tensor(plan.timesteps)).any():
+        if not are_own(self._seen, self._transformer, torch.tensor(plan.timesteps)).any():
             raise PlanError(
                 f"plan: made for {plan.num_steps} steps, none of them at timesteps of this expert, which runs "
                 f"{times[0]:g} to {times[-1]:g}; expected a plan made with it"
             )
-        found = type(self.pipeline.scheduler).__name__
+        found = type(self._seen.scheduler).__name__
         if plan.solver and scheduler_class(plan.solver) != found:
             raise PlanError(
                 f"plan: made for {plan.num_steps} steps of {plan.solver}, but the pipeline runs {len(times)} of "

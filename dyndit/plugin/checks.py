@@ -1,5 +1,8 @@
 """Refuse what would make another picture than the plan's: other hooks, guidance that changed, steps left out."""
 
+# pyright: reportPrivateUsage=false
+# torch and diffusers keep to themselves what is looked at here.
+
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook

@@ -23,9 +23,17 @@ def distill_exits(
 ) -> Exits:
     """Train exits for a transformer of diffusers, in place, on calls that `record_calls` recorded.
 
-    target: the pipeline or its transformer; its weights do not change. out: the folder for checkpoints and the log. A
-    stopped run resumes there. At the end the folder holds `exits.safetensors`, bound to the backbone. adapter: see
-    `apply_dyndit`.
+        exits = dyndit.distill_exits(pipe, "runs/calls", dyndit.Distill(), out="runs/exits")
+        handle = dyndit.apply_dyndit(pipe, exits)
+
+    target: the pipeline or its transformer; its weights do not change.
+    calls: the folder of recorded calls, or what `record_calls` yields, opened as `RecordedCalls`.
+    recipe: exits, steps and learning rate. None: `Distill()`.
+    out: the folder for checkpoints and the log. A stopped run resumes there. At the end it holds `exits.safetensors`,
+    bound to the backbone.
+    adapter: see `apply_dyndit`.
+
+    -> the exits, in eval mode.
 
     Raises:
         InputError: no adapter serves the transformer, or the calls belong to another transformer.
@@ -33,6 +41,7 @@ def distill_exits(
     model = DynamicDepth(adapt(transformer_of(target), adapter), pixel_space=False)
     calls = calls if isinstance(calls, RecordedCalls) else RecordedCalls(calls)
     dynamic, _ = (recipe or Distill()).run(model, calls, Path(out))
+    assert dynamic.exits is not None  # `Distill` trained them
     if PartialState().is_main_process:
         checkpoints.save_exits(dynamic.exits, Path(out) / checkpoints.EXITS, model.identity.backbone)
     return dynamic.exits

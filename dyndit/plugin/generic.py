@@ -24,11 +24,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from dyndit.errors import InputError, first_line
@@ -37,7 +36,7 @@ from dyndit.models.conditions import Conditioning
 from dyndit.plugin.adapters.base import Adapter, join_patches
 from dyndit.process import Process, RectifiedFlow
 
-Values = dict[str, object]
+Values = dict[str, Any]
 """Arguments of a block by name."""
 
 
@@ -97,10 +96,12 @@ class BlockAdapter(Adapter):
         cond_width: int | None = None,
     ) -> None:
         super().__init__(transformer)
-        self.family = type(transformer).__name__
-        self.latents_arguments, self.timestep_argument = (latents,), timestep
-        self.row_arguments, self.shared_arguments = tuple(rows), tuple(shared)
-        self.timestep_scale, self.guidance, self.usual_process = timestep_scale, guidance, process or RectifiedFlow()
+        # What a class says of its family, the description says of this transformer alone.
+        own: Any = self
+        own.family, own.guidance = type(transformer).__name__, guidance
+        own.latents_arguments, own.timestep_argument = (latents,), timestep
+        own.row_arguments, own.shared_arguments = tuple(rows), tuple(shared)
+        self.timestep_scale, self.usual_process = timestep_scale, process or RectifiedFlow()
         self._returned, self._head, self._enter = dict(blocks), tuple(head), dict(enter or {})
         self._tokens, self._cond, self._picture, self._joined = tokens, cond, picture, unpatchify or _joined
         try:
@@ -124,7 +125,7 @@ class BlockAdapter(Adapter):
         """See `Backbone`."""
         return self._cond_width
 
-    def read(self, *args: object, **kwargs: object) -> Inputs:
+    def read(self, *args: Any, **kwargs: Any) -> Inputs:
         """See `Adapter`. Check the description on the first call.
 
         Raises:
@@ -154,11 +155,11 @@ class BlockAdapter(Adapter):
                 f"{wanted}"
             )
 
-    def _latents(self, call: dict[str, object]) -> Tensor:
+    def _latents(self, call: dict[str, Any]) -> Tensor:
         """See `Adapter`."""
         return call[self.latents_arguments[0]]
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """See `Adapter`. Rows are tensors here."""
         for name in self.row_arguments:
             if not isinstance(call.get(name), Tensor | None):
@@ -184,7 +185,8 @@ class BlockAdapter(Adapter):
         call = {self.latents_arguments[0]: inputs.x, self.timestep_argument: inputs.t}
         first, blocks[0] = blocks[0], _Stop()
         try:
-            type(self.transformer).forward(self.transformer, **call, **inputs.y.rows, **inputs.y.shared)
+            given: Any = inputs.y
+            type(self.transformer).forward(self.transformer, **call, **given.rows, **given.shared)
         except _ReachedError as reached:
             bound = inspect.signature(type(first).forward).bind(first, *reached.args[0], **reached.args[1])
             return dict(list(bound.arguments.items())[1:])
@@ -231,7 +233,7 @@ class BlockAdapter(Adapter):
         """Return the blocks."""
         return [block for _, blocks in self._lists for block in blocks]
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the named head -> the prediction."""
         pieces = [attrgetter(name)(self.transformer) for name in self._head]
         return self.unpatchify(_run_head(pieces, *state.for_head()), state)
@@ -244,12 +246,12 @@ class BlockAdapter(Adapter):
         """Make the prediction of patches.  (B, N, P) -> the shape that the forward returns."""
         return self._joined(patches, state.shape)
 
-    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, ...] | Tensor:
+    def output(self, prediction: Any, inputs: Inputs, return_dict: bool) -> Any:
         """Wrap the prediction. A forward without `return_dict` returns the tensor itself."""
         plain = "return_dict" not in self._signature.parameters
         return prediction if plain else super().output(prediction, inputs, return_dict)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return the configuration, if the transformer keeps one."""
         return super().unseen() if isinstance(self.transformer, ConfigMixin) else {"class": self.family}
 
@@ -261,7 +263,7 @@ class _ReachedError(Exception):
 class _Stop(nn.Module):
     """Stand in for the first block and end the forward there."""
 
-    def forward(self, *args: object, **kwargs: object) -> None:
+    def forward(self, *args: Any, **kwargs: Any) -> None:
         """Raise the arguments."""
         raise _ReachedError(args, kwargs)
 

@@ -1,8 +1,12 @@
 """Hooks of diffusers on a transformer of the user: added by name, removed without a trace."""
 
+# pyright: reportPrivateUsage=false
+# torch and diffusers keep to themselves what is looked at here.
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
@@ -52,7 +56,8 @@ def remove_hook(module: nn.Module, name: str) -> None:
     registry.invalidate_child_registries_cache()
     if "_old_forward" in module.__dict__ and module.__dict__["forward"] is not outermost:
         # Offloading by accelerate, added later, runs the forward that it found and restores it after a pipeline call.
-        module._old_forward, module.forward = module.forward, outermost
+        whole: Any = module
+        whole._old_forward, whole.forward = whole.forward, outermost
     # diffusers leaves an instance attribute and an empty registry behind.
     if module.__dict__.get("forward") == type(module).forward.__get__(module):
         del module.__dict__["forward"]
@@ -94,5 +99,5 @@ class _Watch:
     name: str
     on_call: Callable[..., None]
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         self.on_call(*args, **kwargs)

@@ -15,10 +15,11 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -26,12 +27,12 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import InputError
 from dyndit.models.conditions import ClassLabels
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
 from dyndit.plans.table import FILE, ShiftTable
+from dyndit.sampling.budget import plan_on_table
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, start, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan
@@ -77,8 +78,8 @@ class _Noise:
             if isinstance(several, Sequence) and len(several) != len(labels):
                 raise InputError(f"{name}: {len(several)} for {len(labels)} pictures; expected one each")
         seeds = [self.seed] if self.seeds is None else list(self.seeds)
-        if any(seed is not None and seed < 0 for seed in seeds) or self.first_index < 0:
-            raise InputError(f"seed {min([self.first_index, *seeds])}: expected at least 0")
+        if (least := min([self.first_index, *(seed for seed in seeds if seed is not None)])) < 0:
+            raise InputError(f"seed {least}: expected at least 0")
         y = torch.tensor(labels, device=device)
         if self.seeds is not None:
             return Batch(y, (0,) * len(labels), tuple(int(seed) for seed in self.seeds))
@@ -89,7 +90,10 @@ class _Noise:
 
 
 class DynDiTPipeline(DiffusionPipeline):
-    """Turn class labels into pictures, at the depths of a plan.
+    """Turn class labels into pictures, at the depths of a plan: a pipeline of diffusers.
+
+        pipe = dyndit.DynDiTPipeline.from_model(model, solver="unipc")
+        images = pipe([3, 7], num_inference_steps=20, seed=0).images
 
     transformer: a `DynamicDepth` over a class-conditional backbone of any number of classes. scheduler: any scheduler
     that steps the model's process (`dyndit.sampling.solvers.check_scheduler`). A scheduler of learned variance gets the
@@ -108,7 +112,7 @@ class DynDiTPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: DynamicDepth,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         vae: ModelMixin | None = None,
         router: ShiftTable | None = None,
     ) -> None:
@@ -147,16 +151,18 @@ class DynDiTPipeline(DiffusionPipeline):
         else:
             loaded = checkpoints.inspect(model_or_folder)
             model, folder = loaded.model, loaded.folder
-        there = folder is not None and (Path(folder) / FILE).exists()
-        if vae is None and folder is not None and find(model_or_folder, optional=True)[0] is not None:
-            vae = open_autoencoder(None, model, model_or_folder)
+        table = None if folder is None or not (folder / FILE).exists() else ShiftTable.from_pretrained(folder)
+        origin = "" if isinstance(model_or_folder, DynamicDepth) else model_or_folder
+        decoder = None if isinstance(vae, str | Path) else vae
+        if vae is None and folder is not None and find(origin, optional=True)[0] is not None:
+            decoder = open_autoencoder(None, model, origin)
         elif isinstance(vae, str | Path):
-            vae = open_autoencoder(vae, model, "the transformer")
+            decoder = open_autoencoder(vae, model, "the transformer")
         scheduler = named_solver(solver or model.process.usual_solver, model.process).build(model.process)
-        return cls(model, scheduler, vae, ShiftTable.from_pretrained(folder) if there else None)
+        return cls(model, scheduler, decoder, table)
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **options: object) -> str:
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
         """Fetch a pipeline from the hub -> its folder.
 
         The base class fetches only the usual names of weights, so neither the exits nor the shift table.
@@ -185,7 +191,7 @@ class DynDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Draw one picture per label, all in one batch.
 
         Depth: full depth by default; or `plan`, a `DepthPlan` or its file; or `budget`, a share of full depth's time
@@ -227,14 +233,15 @@ class DynDiTPipeline(DiffusionPipeline):
 
         _to_its_device(model)
         trajectory = start(model, batch, self.scheduler, plan.num_steps, noise=latents)
-        with self.progress_bar(total=plan.num_steps) as bar:
+        bars: Any = self.progress_bar
+        with bars(total=plan.num_steps) as bar:
 
             def step_ended(k: int, t: Tensor, x: Tensor) -> Tensor | None:
                 bar.update()
                 return None if on_step_end is None else on_step_end(k, t, x)
 
             x = advance(model, batch, trajectory, plan, guidance, on_step_end=step_ended).x
-        images = x.clone() if output_type == "latent" else self._pictures(x, output_type)
+        images: Any = x.clone() if output_type == "latent" else self._pictures(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -259,7 +266,7 @@ class DynDiTPipeline(DiffusionPipeline):
             raise InputError(
                 f"budget {budget:g}: this pipeline has no router; expected one with a shift table, or plan="
             )
-        plan = DepthPlan.load(plan) if isinstance(plan, str | Path) else plan
+        plan = DepthPlan.load(Path(plan)) if isinstance(plan, str | Path) else plan
         default_scale = CFG_SCALE if self.transformer.backbone.condition.guided else 1.0
         steps, scale = (NUM_STEPS, default_scale) if plan is None else (plan.num_steps, plan.cfg_scale)
         steps = steps if num_inference_steps is None else num_inference_steps
@@ -325,4 +332,4 @@ _to_its_device = apply_forward_hook(lambda model: None)
 
 # `DiffusionPipeline.from_pretrained` looks up the class in model_index.json in the namespace of diffusers. It has no
 # entry point for classes of other packages.
-diffusers.DynDiTPipeline = DynDiTPipeline
+diffusers.DynDiTPipeline = DynDiTPipeline  # pyright: ignore[reportAttributeAccessIssue]

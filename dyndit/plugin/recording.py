@@ -8,6 +8,7 @@ exits = dyndit.distill_exits(pipe, "calls", out="exits")
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dyndit.plugin.adapters import Adapter, adapt
 from dyndit.plugin.hooks import Target, transformer_of, watching
@@ -18,9 +19,14 @@ HOOK = "dyndit_recording"
 
 @contextmanager
 def record_calls(target: Target, out: str | Path, *, adapter: Adapter | None = None) -> Iterator[Recording]:
-    """Record every call of a pipeline's transformer in the folder `out` while open. Append to its recorded calls.
+    """Record every call of a pipeline's transformer while the context is open.
 
-    target: the pipeline, or its transformer. It does not change, and no hook remains. adapter: see `apply_dyndit`.
+        with dyndit.record_calls(pipe, "runs/calls"):
+            pipe(class_labels=[207, 360], num_inference_steps=20)
+
+    target: the pipeline, or its transformer. It does not change, and no hook remains.
+    out: the folder for the calls. Calls that it holds already stay; new ones are added.
+    adapter: see `apply_dyndit`.
 
     Raises:
         InputError: no adapter serves the transformer, it is recorded already, or `out` holds other files. Within a
@@ -30,7 +36,7 @@ def record_calls(target: Target, out: str | Path, *, adapter: Adapter | None = N
     adapter = adapt(transformer, adapter)
     recording = Recording.open(Path(out), adapter)
 
-    def on_call(*args: object, **kwargs: object) -> None:
+    def on_call(*args: Any, **kwargs: Any) -> None:
         recording.write(adapter.read(*args, **kwargs))
 
     with watching(transformer, HOOK, on_call):

@@ -7,7 +7,7 @@ disabled. A merged (fused) adapter counts through the weights that it changed.
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def added_scales(transformer: nn.Module) -> dict[str, dict[str, float]]:
     return {name: found for name, found in scales.items() if found}
 
 
-def _counting(layer: nn.Module) -> dict[str, float]:
+def _counting(layer: Any) -> dict[str, float]:
     """Return the adapters of a layer that count in a call, with their scales."""
     if layer.merged or layer.disable_adapters:
         return {}

@@ -6,9 +6,10 @@ calibration and peers use the model's process. To add a process, add one file he
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from dyndit.discovery import subclasses_in
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.process.base import Process
 from dyndit.process.ddpm import DDPM
 from dyndit.process.flow import RectifiedFlow
@@ -22,12 +23,12 @@ def processes() -> dict[str, type[Process]]:
     return {process.name: process for process in subclasses_in(__name__, __path__, Process)}
 
 
-def from_config(config: Mapping[str, object]) -> Process:
+def from_config(config: Mapping[str, Any]) -> Process:
     """Build the process that `Process.config()` described. Raises InputError for unknown or impossible fields."""
     fields = dict(config)
     name = fields.pop("name", None)
     if name not in processes():
-        raise InputError(f"process {name!r:.60}: expected one of {', '.join(processes())}")
+        raise InputError(f"process {name!r:.60}: {expected_one_of(name, processes())}")
     try:
         return processes()[name](**fields)
     except TypeError as error:

@@ -7,10 +7,9 @@ Timesteps rise from 0, the picture, to `num_timesteps`, the noise. A solver runs
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 
@@ -30,7 +29,7 @@ class Process(ABC):
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != f.default}
         return " ".join([self.name, *(f"{name}={value}" for name, value in values.items())])
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return plain data from which `dyndit.process.from_config` builds the same process."""
         return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
@@ -85,11 +84,11 @@ class Process(ABC):
         """Return the training loss and its parts for the log.  prediction: (B, C_out, H, W) -> scalar, scalars."""
 
     @abstractmethod
-    def scheduler_settings(self) -> dict[str, object]:
+    def scheduler_settings(self) -> dict[str, Any]:
         """Return the arguments that set a scheduler of diffusers to this process."""
 
     @abstractmethod
-    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+    def check_scheduler(self, scheduler: Any) -> None:
         """Refuse a scheduler that steps another process.
 
         Raises:
@@ -97,14 +96,14 @@ class Process(ABC):
                 another prediction.
         """
 
-    def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
+    def set_timesteps(self, scheduler: Any, num_steps: int) -> None:
         """Set the timesteps of a scheduler, falling (default: its own spacing)."""
         scheduler.set_timesteps(num_steps)
 
-    def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
+    def first_state(self, noise: Tensor, scheduler: Any) -> Tensor:
         """Scale standard normal noise to a scheduler's first state (default: its own scale)."""
         return noise * scheduler.init_noise_sigma
 
-    def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
+    def network_input(self, x: Tensor, t: Tensor, scheduler: Any) -> Tensor:
         """Scale a scheduler's state at its timestep t to x_t (default: its own scale)."""
         return scheduler.scale_model_input(x, t)

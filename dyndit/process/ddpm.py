@@ -6,10 +6,9 @@ beta_t, alpha_bar_t, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from dyndit.errors import InputError
@@ -18,7 +17,10 @@ from dyndit.process.base import Process
 
 @dataclass(frozen=True)
 class DDPM(Process):
-    """The linear schedule of DDPM: beta rises from 1e-4 to 0.02 over 1000 timesteps. Tables are float64."""
+    """Noise is predicted, on DDPM's schedule: `dyndit.DDPM()`. The published DiT follows it.
+
+    beta_start, beta_end: beta rises linearly between them over 1000 timesteps. Tables are float64.
+    """
 
     name: ClassVar[str] = "ddpm"
     usual_solver: ClassVar[str] = "ddim"
@@ -66,7 +68,8 @@ class DDPM(Process):
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (B, 1, 1, 1), in `like`'s dtype and on its device."""
         alpha_bar = self.alphas_bar[t.long().cpu()].view(-1, *[1] * (like.ndim - 1))
-        return tuple(scale.to(like.device, like.dtype) for scale in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return signal.to(like.device, like.dtype), noise.to(like.device, like.dtype)
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Mix to x_t by DDPM, Equation 4.  x_0, eps: (B, C, H, W), t: (B,) -> (B, C, H, W)."""
@@ -108,12 +111,12 @@ class DDPM(Process):
         vb = variational_bound(self, prediction, x_0, x_t, t).mean()
         return mse + vb, {"mse": mse.detach(), "vb": vb.detach()}
 
-    def scheduler_settings(self) -> dict[str, object]:
+    def scheduler_settings(self) -> dict[str, Any]:
         """Return the betas."""
         betas = {"beta_start": self.beta_start, "beta_end": self.beta_end, "beta_schedule": "linear"}
         return {"num_train_timesteps": self.num_timesteps} | betas
 
-    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+    def check_scheduler(self, scheduler: Any) -> None:
         """Accept a scheduler that predicts noise on these betas. Raise InputError for any other."""
         name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
         if not isinstance(betas, Tensor) or scheduler.config.get("use_flow_sigmas"):

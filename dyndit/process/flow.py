@@ -10,7 +10,7 @@ Section 5.3.2, Equation 23).
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
-    SchedulerMixin,
 )
 from torch import Tensor
 
@@ -32,10 +31,13 @@ _FLOW_MATCHING = _TAKE_SHARES | FlowMatchHeunDiscreteScheduler | FlowSDESchedule
 
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
-    """The linear interpolant. Timesteps are real numbers in [0, 1000]."""
+    """The velocity eps - x_0 is predicted, on the linear interpolant: `dyndit.RectifiedFlow()`. SiT and SD3 follow it.
+
+    Timesteps are real numbers in [0, 1000]. time_shift: shift of the timesteps that training draws and named solvers
+    take, see `shift_for`; 1 shifts nothing.
+    """
 
     time_shift: float = 1.0
-    """Shift of the timesteps that training draws and named solvers take, see `shift_for`; 1 shifts nothing."""
 
     name: ClassVar[str] = "flow"
     usual_solver: ClassVar[str] = "flow-euler"
@@ -50,7 +52,7 @@ class RectifiedFlow(Process):
         """Return the time shift of pictures of `size` that corresponds to none at `base`, both (height, width)."""
         return math.sqrt(math.prod(size) / math.prod(base))
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """See `Process`. A time shift of 1 is left out: identities of flows without a shift do not name it."""
         return {"name": self.name} | ({} if self.time_shift == 1 else {"time_shift": self.time_shift})
 
@@ -115,11 +117,11 @@ class RectifiedFlow(Process):
         mse = (prediction[:, : x_0.shape[1]].float() - self.target(x_0, eps, t)).square().mean()
         return mse, {"mse": mse.detach()}
 
-    def scheduler_settings(self) -> dict[str, object]:
+    def scheduler_settings(self) -> dict[str, Any]:
         """Return the number of timesteps and the time shift."""
         return {"num_train_timesteps": self.num_timesteps, "shift": self.time_shift}
 
-    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+    def check_scheduler(self, scheduler: Any) -> None:
         """Accept diffusers' flow-matching schedulers, and solvers told to step a flow (`use_flow_sigmas`).
 
         A scheduler's own time shift is its user's choice. Raises InputError for any other, for another prediction, and
@@ -134,24 +136,24 @@ class RectifiedFlow(Process):
             if (found := config.get(setting, expected)) != expected:
                 raise InputError(f"scheduler {name}: {setting} {found}; expected {expected}")
 
-    def set_timesteps(self, scheduler: SchedulerMixin, num_steps: int) -> None:
+    def set_timesteps(self, scheduler: Any, num_steps: int) -> None:
         """Set s = 1, 1 - 1/K, ..., 1/K; the scheduler then applies its own shift.
 
         By default the flow-matching schedulers of diffusers end at s = 1/1000, and their last step moves nothing.
         Pipelines of diffusers pass these values. Heun's scheduler takes its ends alone.
         """
         if isinstance(scheduler, _TAKE_SHARES):
-            scheduler.set_timesteps(num_steps, sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
+            scheduler.set_timesteps(num_steps, sigmas=np.linspace(1, 0, num_steps + 1)[:-1])  # pyright: ignore[reportArgumentType]  an array is what it makes of it
         elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
             scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps
             scheduler.set_timesteps(num_steps)
         else:
             super().set_timesteps(scheduler, num_steps)
 
-    def first_state(self, noise: Tensor, scheduler: SchedulerMixin) -> Tensor:
+    def first_state(self, noise: Tensor, scheduler: Any) -> Tensor:
         """Return the noise itself."""
         return noise
 
-    def network_input(self, x: Tensor, t: Tensor, scheduler: SchedulerMixin) -> Tensor:
+    def network_input(self, x: Tensor, t: Tensor, scheduler: Any) -> Tensor:
         """Return the state itself."""
         return x

@@ -8,6 +8,8 @@ reverse SDE with diffusion coefficient w = norm * s has the marginals of the ODE
 The last step goes to s = 0 and adds no noise. As in SiT's code it begins at s = 0.04, or at 1 / K with fewer steps K.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -34,10 +36,11 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Set the shares of noise: even from 1 to `last`, then shifted."""
-        shares = np.linspace(1, max(self.config.last, 1 / num_inference_steps), num_inference_steps)
-        shares = self.config.shift * shares / (1 + (self.config.shift - 1) * shares)
+        settings: Any = self.config
+        shares = np.linspace(1, max(settings.last, 1 / num_inference_steps), num_inference_steps)
+        shares = settings.shift * shares / (1 + (settings.shift - 1) * shares)
         self.sigmas = torch.tensor([*shares, 0.0], dtype=torch.float32)
-        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
+        self.timesteps = (self.sigmas[:-1] * settings.num_train_timesteps).to(device)
         self.num_inference_steps, self._step = num_inference_steps, 0
 
     def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
@@ -53,9 +56,10 @@ class FlowSDEScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """Take one step from `sample` with the velocity `model_output`.  both: (B, ...) -> (the next state,)."""
+        settings: Any = self.config
         here, there = self.sigmas[self._step : self._step + 2].tolist()
         self._step += 1
-        x, norm, length = sample.float(), self.config.norm, here - there
+        x, norm, length = sample.float(), settings.norm, here - there
         eps = x + (1 - here) * model_output
         x = x - length * (model_output + norm / 2 * eps)
         if there > 0 and norm > 0:

@@ -7,6 +7,7 @@ noise of step k of a stochastic solver comes from a generator of (seed, index, k
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -35,12 +36,13 @@ from dyndit.sampling.solvers import (
 
 def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale: float) -> DepthPlan:
     """Plan full depth at every step. Raises InputError if the model was not trained for the solver or the guidance."""
+    given: Any = solver
     timesteps = timesteps_of(solver, num_steps, model.process)
     calls = tuple(map(len, calls_of(make_scheduler(solver, num_steps, model.process))))
     backbone, name = model.backbone, solver_name(solver)
     if cfg_scale != 1 and not backbone.condition.guided:
         raise InputError(f"--cfg-scale {cfg_scale:g}: this model was trained without a null class; expected 1")
-    if not (isinstance(solver, str) or model.pixel_space) and solver.config.get("clip_sample"):
+    if not (isinstance(solver, str) or model.pixel_space) and given.config.get("clip_sample"):
         raise InputError(f"scheduler {name}: clips x0 to [-1, 1], this model makes latents; expected clip_sample=False")
     if takes_variance(solver):
         if backbone.out_channels == backbone.in_channels:
@@ -50,7 +52,7 @@ def full_plan(model: DynamicDepth, solver: AnySolver, num_steps: int, cfg_scale:
         if name != "ddpm" and not isinstance(solver, whole) and backbone.in_channels != 3:
             # Multistep solvers with this setting cut every prediction to three channels.
             raise InputError(
-                f"scheduler {name}: takes {solver.config.variance_type} variances of 3 channels alone, the model "
+                f"scheduler {name}: takes {given.config.variance_type} variances of 3 channels alone, the model "
                 f"has {backbone.in_channels}; expected variance_type=None"
             )
     return DepthPlan.full(timesteps, model.num_blocks, name, cfg_scale, calls)
@@ -82,8 +84,8 @@ class Trajectory:
     """
 
     x: Tensor
-    scheduler: object
-    memory: object = None
+    scheduler: Any
+    memory: Any = None
 
     def fork(self) -> "Trajectory":
         """Copy the trajectory, to continue it in another way."""
@@ -182,6 +184,7 @@ def advance(
     channels = model.backbone.in_channels
     clock = Clock(x.device) if on_step is not None else float
     time_dtype = torch.long if all(isinstance(t, int) for t in plan.timesteps) else x.dtype
+    t: Any = None
     calls, k = calls_of(scheduler), first - 1
     for k in range(first, plan.num_steps if stop is None else stop):
         began, inside = clock(), 0.0

@@ -4,11 +4,12 @@ import functools
 import inspect
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import diffusers
 from diffusers import SchedulerMixin
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.process import DDPM, Process, RectifiedFlow
 from dyndit.process.flow_sde import FlowSDEScheduler
 
@@ -22,7 +23,7 @@ class Solver:
     """
 
     scheduler: type[SchedulerMixin]
-    options: dict[str, object]
+    options: dict[str, Any]
     process: type[Process] = DDPM
 
     def build(self, process: Process | None = None) -> SchedulerMixin:
@@ -69,7 +70,7 @@ def solvers_of(process: Process) -> dict[str, Solver]:
 def named_solver(name: str, process: Process) -> Solver:
     """Look up a solver for a model of this process. Raises InputError if there is none of this name."""
     if name not in SOLVERS:
-        raise InputError(f"--solver {name}: expected one of {', '.join(SOLVERS)}")
+        raise InputError(f"--solver {name}: {expected_one_of(name, SOLVERS)}")
     if name not in solvers_of(process):
         raise InputError(
             f"--solver {name}: steps the process {SOLVERS[name].process.name}, but this model's is {process.name}; "
@@ -97,13 +98,13 @@ def _built(name: str) -> SchedulerMixin:
     return SOLVERS[name].build()
 
 
-def _settings(scheduler: SchedulerMixin) -> dict[str, object]:
+def _settings(scheduler: Any) -> dict[str, Any]:
     return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 def takes_variance(solver: AnySolver) -> bool:
     """Tell whether `step` takes the learned-variance half of a prediction."""
-    scheduler = _built(solver) if isinstance(solver, str) else solver
+    scheduler: Any = _built(solver) if isinstance(solver, str) else solver
     return scheduler.config.get("variance_type") in ("learned", "learned_range")
 
 
@@ -114,7 +115,7 @@ def kind_of(solver: str) -> str:
     return "SDE" if draws_noise(SOLVERS[solver].build()) else "ODE"
 
 
-def draws_noise(scheduler: SchedulerMixin) -> bool:
+def draws_noise(scheduler: Any) -> bool:
     """Tell whether `step` may draw noise, and so needs generators.
 
     Euler and Heun without churn, DDIM with eta = 0 and DPM-Solver on the ODE also take a generator, but draw no noise.
@@ -122,8 +123,9 @@ def draws_noise(scheduler: SchedulerMixin) -> bool:
     """
     if isinstance(scheduler, _NO_NOISE):
         return False
+    settings = scheduler.config
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        return bool(scheduler.config.stochastic_sampling)
+        return bool(settings.stochastic_sampling)
     if str(scheduler.config.get("algorithm_type", "sde")).startswith("dpmsolver"):
         return False
     return "generator" in _step_parameters(type(scheduler))
@@ -134,7 +136,7 @@ def _step_parameters(scheduler: type) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(scheduler.step).parameters)
 
 
-def check_scheduler(scheduler: SchedulerMixin, process: Process) -> None:
+def check_scheduler(scheduler: Any, process: Process) -> None:
     """Refuse a scheduler that the sampling loop cannot call, or that steps another process than the model's.
 
     Raises:
@@ -157,7 +159,7 @@ def check_scheduler(scheduler: SchedulerMixin, process: Process) -> None:
     process.check_scheduler(scheduler)
 
 
-def calls_of(scheduler: SchedulerMixin) -> list[range]:
+def calls_of(scheduler: Any) -> list[range]:
     """Return the calls of the network at each timestep, as positions in `scheduler.timesteps`.
 
     A solver of order 2 (Heun's) calls it once at the first timestep. At every later timestep it calls it twice: to
@@ -169,7 +171,7 @@ def calls_of(scheduler: SchedulerMixin) -> list[range]:
     return [range(max(0, last - 1), last + 1) for last in range(0, num, 2)]
 
 
-def _times(scheduler: SchedulerMixin) -> list[float]:
+def _times(scheduler: Any) -> list[float]:
     return scheduler.timesteps[:: getattr(scheduler, "order", 1)].tolist()
 
 
@@ -193,8 +195,9 @@ def make_scheduler(solver: AnySolver, num_steps: int, process: Process = DDPM())
         scheduler = named.build(process)
         process.set_timesteps(scheduler, num_steps)
         return scheduler
-    check_scheduler(solver, process)
-    name, scheduler = type(solver).__name__, type(solver).from_config(solver.config)
+    given: Any = solver
+    check_scheduler(given, process)
+    name, scheduler = type(given).__name__, type(given).from_config(given.config)
     try:
         process.set_timesteps(scheduler, num_steps)
     except ValueError as error:

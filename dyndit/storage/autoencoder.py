@@ -1,8 +1,9 @@
 """Find the autoencoder of a model's latents: the pipeline's own, a folder, or a hub id."""
 
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from diffusers import ModelMixin
 
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError
@@ -15,7 +16,7 @@ SUBFOLDER = "vae"
 """Subfolder of a pipeline with its autoencoder."""
 
 
-def open_autoencoder(spec: str | Path | None, model: DynamicDepth, origin: str | Path) -> nn.Module | None:
+def open_autoencoder(spec: str | Path | None, model: DynamicDepth, origin: str | Path) -> ModelMixin | None:
     """Load the autoencoder of a model, and record it in the model. A model of pixels gives None.
 
     spec: an autoencoder's folder or hub id (`org/name`, `org/name@revision`), or a pipeline's folder or hub id with
@@ -45,7 +46,7 @@ def open_autoencoder(spec: str | Path | None, model: DynamicDepth, origin: str |
     return vae
 
 
-def differs(vae: nn.Module, model: DynamicDepth) -> tuple[str, ...]:
+def differs(vae: Any, model: DynamicDepth) -> tuple[str, ...]:
     """Return a note if a model's latents were made by another autoencoder than this one."""
     found, known = record(vae), model.autoencoder
     if known is None or known.hash == found.hash:

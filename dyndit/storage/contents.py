@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def read(path: Path, weights: str | None = None) -> Contents:
         CheckpointError: the file is damaged, or holds no state dict.
         InputError: the file lacks the asked weights.
     """
-    data = everything(path)
+    data: Any = everything(path)
     args = next((_options(data[name], name) for name in _ARGS if isinstance(data, dict) and name in data), None)
     found = list(_state_dicts(data, path))
     if not found:
@@ -100,7 +101,7 @@ def read(path: Path, weights: str | None = None) -> Contents:
     return Contents(chosen.tensors, args, tuple(notes), (*unused, *extra, *of_training))
 
 
-def _options(value: object, name: str) -> object:
+def _options(value: Any, name: str) -> object:
     """Return a script's options as a namespace. A dict under "args" stays a dict: `official.write` makes one."""
     plain = name != "args" and isinstance(value, dict) and all(isinstance(key, str) for key in value)
     return Namespace(**value) if plain else value
@@ -185,7 +186,7 @@ def split(tensors: Mapping[str, Tensor], own: Iterable[str]) -> tuple[Tensors, t
 _TAKES_PART = re.compile(r"embed|token|block|layers|rope|freqs|rotary|register", re.IGNORECASE)
 
 
-def summary(tensors: Mapping[str, object]) -> list[str]:
+def summary(tensors: Mapping[str, Any]) -> list[str]:
     """Count names by their first part: ["projectors.* (6 tensors)", "step"]."""
     counts = Counter(name.partition(".")[0] for name in tensors)
     lines = [top if top in tensors else f"{top}.* ({counts[top]} tensors)" for top in sorted(counts)]
@@ -254,7 +255,7 @@ def _equal(a: Tensors, b: Tensors) -> bool:
     )
 
 
-def _beside(data: Mapping[str, object], taken: set[int], place: str = "") -> tuple[list[str], list[str]]:
+def _beside(data: Mapping[str, Any], taken: set[int], place: str = "") -> tuple[list[str], list[str]]:
     """List what a file holds beside its state dicts -> other tensors, and the state of training: optimisers, counts."""
     told = {n: v for n, v in data.items() if isinstance(n, str) and (place or n not in _ARGS)}
     rest = {n: v for n, v in told.items() if not _holds(v, taken)}

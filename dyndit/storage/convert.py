@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dyndit.models.conditions import ClassLabels
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import DDPM
+from dyndit.progress import progress_bar
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, official
 from dyndit.storage import load as checkpoints
@@ -81,16 +82,17 @@ def convert(
         CheckpointError: the source is missing, damaged or foreign.
     """
     files.check_free(target, folder=to != "official")
-    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    told: dict[str, Any] = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
     origin = source if Path(source).exists() else hub.parse(str(source), revision) or source
     loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), str(origin))
     model, folder = loaded.model, loaded.folder
     if to == "official":
-        official.write(model, target)
-        return (*loaded.notes, *_left_behind(model, folder), _as_published(model))
+        with progress_bar(f"writing {target}"):
+            official.write(model, target)
+            return (*loaded.notes, *_left_behind(model, folder), _as_published(model))
     # Call this before writing: it refuses models that the class cannot express.
     notes = _in_diffusers(model) if to == "diffusers" else ()
-    with files.written_whole(target, folder=True) as partial:
+    with progress_bar(f"writing {target}"), files.written_whole(target, folder=True) as partial:
         if to == "native":
             checkpoints.save(model, partial)
         else:
@@ -100,8 +102,8 @@ def convert(
             settings = {"verb": "convert", "source": str(source), "model": model.identity.backbone}
             files.write_json(partial / manifest.MANIFEST, manifest.describe(settings))
             license = None if folder is None else model_card.license_of(folder)
-            wanted = card_extras is not None and not model_card.is_foreign(partial)
-            model_card.write(model, partial, license=license, extras=card_extras(partial) if wanted else None)
+            wanted = None if model_card.is_foreign(partial) else card_extras
+            model_card.write(model, partial, license=license, extras=None if wanted is None else wanted(partial))
     if model.exits is not None:
         carried = (checkpoints.EXITS, *carried)
     return (*loaded.notes, *((f"beside the backbone: {', '.join(carried)}",) if carried else ()), *notes)
@@ -114,6 +116,7 @@ def _with_autoencoder(loaded: Loaded, source: str) -> Loaded:
         return loaded
     open_autoencoder(None, model, source)
     found = model.autoencoder
+    assert found is not None  # `open_autoencoder` recorded it
     return replace(
         loaded, notes=(*loaded.notes, f"autoencoder: {found.kind} of hash {found.hash}, recorded; not copied")
     )

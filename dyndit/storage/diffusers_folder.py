@@ -7,8 +7,9 @@ plain `from_pretrained` of the class loads. A family says its class in a `Layout
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
@@ -51,10 +52,9 @@ def read(folder: Path, asked: AskedProcess = None, pixel_space: bool | None = No
         raise CheckpointError(
             f"{folder}: {CONFIG} edited, or {name} damaged (hash {checksum}, recorded {metadata.get(CHECKSUM_KEY)})"
         )
-    if pixel_space is None:
-        pixel_space = backbone.in_channels in (1, 3)
-    pixel_space = private(raw, PIXEL_SPACE, bool, pixel_space, path)
-    return completed(folder, backbone, process, pixel_space, (*layout.notes(raw, config, folder), *assumed))
+    usual = backbone.in_channels in (1, 3) if pixel_space is None else pixel_space
+    pixels: bool = private(raw, PIXEL_SPACE, bool, usual, path)
+    return completed(folder, backbone, process, pixels, (*layout.notes(raw, config, folder), *assumed))
 
 
 def write(model: DynamicDepth, folder: Path) -> None:
@@ -75,7 +75,7 @@ def write(model: DynamicDepth, folder: Path) -> None:
         write_exits(model.exits, folder / EXITS, model.identity.backbone)
 
 
-def to_diffusers(model: DynamicDepth) -> nn.Module:
+def to_diffusers(model: DynamicDepth) -> Any:
     """Convert to the family's class of diffusers in memory. Exits are left out.
 
     Raises InputError: the class cannot express the model.
@@ -89,9 +89,7 @@ def to_diffusers(model: DynamicDepth) -> nn.Module:
     return transformer if reference.dtype == transformer.dtype else transformer.to(reference.dtype)
 
 
-def from_diffusers(
-    transformer: nn.Module, pixel_space: bool | None = None, process: AskedProcess = None
-) -> DynamicDepth:
+def from_diffusers(transformer: Any, pixel_space: bool | None = None, process: AskedProcess = None) -> DynamicDepth:
     """Copy a transformer of diffusers to its native class, without exits.
 
     pixel_space: True if it makes pixels (default: as its config records, else True for 1 or 3 channels). process: the
@@ -106,10 +104,11 @@ def from_diffusers(
     config, native = layout.native(raw, transformer.state_dict(), where)
     reference = next(transformer.parameters())
     backbone = built(layout.family, config, where, native, where).to(reference.device, reference.dtype)
-    if pixel_space is None:
-        pixel_space = private(raw, PIXEL_SPACE, bool, backbone.in_channels in (1, 3), where)
+    pixels = pixel_space
+    if pixels is None:
+        pixels = bool(private(raw, PIXEL_SPACE, bool, backbone.in_channels in (1, 3), where))
     process, _ = process_of(raw.get(PROCESS), process, where, backbone.usual_process)
-    return DynamicDepth(backbone, pixel_space=pixel_space, process=process).eval()
+    return DynamicDepth(backbone, pixel_space=pixels, process=process).eval()
 
 
 def layout_for(model: DynamicDepth) -> Layout:
@@ -122,7 +121,7 @@ def layout_for(model: DynamicDepth) -> Layout:
     return found
 
 
-def _layout_of(raw: Mapping[str, object], path: Path) -> Layout:
+def _layout_of(raw: Mapping[str, Any], path: Path) -> Layout:
     found = next((layout for layout in LAYOUTS if layout.serves(raw)), None)
     if found is None:
         names = " or ".join(f"a {layout.name}" if layout is LAYOUTS[0] else layout.name for layout in LAYOUTS)
@@ -130,7 +129,7 @@ def _layout_of(raw: Mapping[str, object], path: Path) -> Layout:
     return found
 
 
-def _sealed(layout: Layout, config: Mapping[str, object]) -> str:
+def _sealed(layout: Layout, config: Mapping[str, Any]) -> str:
     return json.dumps({name: config[name] for name in layout.private if name in config})
 
 

@@ -63,12 +63,12 @@ class DiTLayout:
     companion = ""
     matched = ", with matched frequencies"
 
-    def serves(self, raw: Mapping[str, object]) -> bool:
+    def serves(self, raw: Mapping[str, Any]) -> bool:
         """Tell whether a config.json is of the class, or of `Transformer2DModel`, its home in older diffusers."""
         name = raw.get("_class_name")
         return name == self.name or (name == "Transformer2DModel" and raw.get("norm_type") == "ada_norm_zero")
 
-    def config(self, model: DynamicDepth) -> dict[str, object]:
+    def config(self, model: DynamicDepth) -> dict[str, Any]:
         """See `Layout`."""
         backbone = model.backbone
         c = DiTConfig(**backbone.config())
@@ -109,7 +109,7 @@ class DiTLayout:
         }
 
     def native(
-        self, raw: Mapping[str, object], tensors: Mapping[str, Tensor], path: Path
+        self, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Layout`."""
         config = self._architecture(raw, path)
@@ -119,7 +119,7 @@ class DiTLayout:
             width = tensors["pos_embed.proj.weight"].shape[0]
             if width != config.width:
                 raise CheckpointError(f"{path}: heads are {config.width} wide in all, but the weights are {width} wide")
-            return asdict(config), to_native(tensors, config.image_size // config.patch_size)
+            return asdict(config), to_native(tensors, config.size[0] // config.patch_size)
         except CheckpointError as error:
             raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         except (KeyError, ValueError, IndexError, RuntimeError) as error:
@@ -131,7 +131,7 @@ class DiTLayout:
         """See `Layout`."""
         return from_native(tensors), {}
 
-    def notes(self, raw: Mapping[str, object], config: Mapping[str, object], folder: Path) -> tuple[str, ...]:
+    def notes(self, raw: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
         """See `Layout`."""
         how = f"as {FREQUENCY_SHIFT} records" if FREQUENCY_SHIFT in raw else "diffusers' own"
         return (
@@ -140,11 +140,11 @@ class DiTLayout:
             f"{config['mlp_norm_eps']:g} of the MLPs",
         )
 
-    def module(self, model: DynamicDepth, config: Mapping[str, object]) -> nn.Module:
+    def module(self, model: DynamicDepth, config: Mapping[str, Any]) -> nn.Module:
         """Convert to diffusers' class in memory, with the model's own timestep frequencies."""
         from diffusers import DiTTransformer2DModel
 
-        transformer = DiTTransformer2DModel(**{name: v for name, v in config.items() if not name.startswith("_")})
+        transformer: Any = DiTTransformer2DModel(**{name: v for name, v in config.items() if not name.startswith("_")})
         tensors = from_native(model.backbone.state_dict())
         positions = tensors.pop(POSITIONS, None)
         transformer.load_state_dict(tensors)
@@ -153,7 +153,7 @@ class DiTLayout:
         match_frequencies(transformer, config[FREQUENCY_SHIFT])
         return transformer
 
-    def recorded(self, transformer: nn.Module) -> dict[str, object]:
+    def recorded(self, transformer: Any) -> dict[str, Any]:
         """See `Layout`. The frequencies are the transformer's present ones."""
         shift = frequency_shift_of(transformer)
         recorded = transformer.config.get(FREQUENCY_SHIFT, shift)
@@ -164,11 +164,11 @@ class DiTLayout:
             )
         return dict(transformer.config) | {"_class_name": self.name, FREQUENCY_SHIFT: shift}
 
-    def call(self, transformer: nn.Module, model: DynamicDepth, inputs: Inputs) -> Tensor:
+    def call(self, transformer: Any, model: DynamicDepth, inputs: Inputs) -> Tensor:
         """See `Layout`."""
         return transformer(inputs.x, inputs.t, inputs.y, return_dict=False)[0]
 
-    def loaded_plainly(self, model: DynamicDepth, transformer: nn.Module) -> tuple[tuple[str, ...], str]:
+    def loaded_plainly(self, model: DynamicDepth, transformer: Any) -> tuple[tuple[str, ...], str]:
         """See `Layout`."""
         config = DiTConfig(**model.backbone.config())
         causes = ["timestep frequencies"] if config.frequency_shift != 1 else []
@@ -179,7 +179,7 @@ class DiTLayout:
         remedy = f"call dyndit.storage.names.match_frequencies(transformer, {config.frequency_shift}) after loading"
         return tuple(causes), remedy
 
-    def _architecture(self, raw: Mapping[str, object], path: Path) -> DiTConfig:
+    def _architecture(self, raw: Mapping[str, Any], path: Path) -> DiTConfig:
         for name, value in _FIXED.items():
             if raw.get(name, value) != value:
                 raise CheckpointError(f"{path}: {name} is {raw[name]!r:.40}, expected {value!r}")

@@ -8,6 +8,7 @@ import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dyndit.errors import CheckpointError, first_line
 from dyndit.files import sha256
@@ -82,7 +83,7 @@ def fetch_autoencoder(model: HubId) -> Path:
     return folder
 
 
-def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: object) -> str:
+def upload(folder: Path, repo_id: str, patterns: tuple[str, ...], **options: Any) -> str:
     """Make the repository if needed, and upload matching files of a folder -> the address of the commit.
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -12,6 +13,7 @@ from dyndit.manifest import MANIFEST
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans import plan as plans
 from dyndit.plans import table as tables
+from dyndit.progress import progress_bar
 from dyndit.storage import contents, native
 from dyndit.storage import load as checkpoints
 from dyndit.storage.autoencoder import find
@@ -21,13 +23,19 @@ from dyndit.training.autoencoders import latent_space, load_autoencoder, record
 from dyndit.training.latents import INDEX
 
 
-def describe(path_or_hub_id: str | Path, **told: object) -> Description:
+def describe(path_or_hub_id: str | Path, **told: Any) -> Description:
     """Describe a path or a hub id: by the registered kinds, else as a model.
 
     told: num_heads, process, weights, num_classes and revision, as in `dyndit.load`.
 
     Raises InputError: there is no such path or id.
     """
+    with progress_bar(f"looking at {path_or_hub_id}"):
+        return _described(path_or_hub_id, told)
+
+
+def _described(path_or_hub_id: str | Path, told: Mapping[str, Any]) -> Description:
+    """See `describe`."""
     path = Path(path_or_hub_id)
     if path.exists() and (found := recognised(path)) is not None:
         return found
@@ -65,7 +73,7 @@ def _model(loaded: Loaded, origin: str | Path) -> Description:
     return Description(loaded.kind, _facts(model), tuple(taken), loaded.ignored, tuple(missing), notes)
 
 
-def _facts(model: DynamicDepth) -> dict[str, object]:
+def _facts(model: DynamicDepth) -> dict[str, Any]:
     facts = {"family": model.backbone.family} | model.backbone.config() | {"process": str(model.process)}
     facts |= {"makes": "pixels in [-1, 1]" if model.pixel_space else "latents", "hash": model.identity.backbone}
     if model.autoencoder is not None:
@@ -74,7 +82,7 @@ def _facts(model: DynamicDepth) -> dict[str, object]:
     return facts
 
 
-def _holdings(path: Path) -> dict[str, object]:
+def _holdings(path: Path) -> dict[str, Any]:
     """List what is in a folder, or the first names in a file of weights."""
     if path.is_dir():
         return {"holds": [entry.name for entry in sorted(path.iterdir())][:20]}

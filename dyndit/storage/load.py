@@ -14,15 +14,18 @@ Only tensors, plain data and an `argparse.Namespace` are unpickled. Missing and 
 
 import importlib.resources
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from dyndit import files
-from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.errors import CheckpointError, InputError, expected_one_of, first_line
+from dyndit.models import registry
 from dyndit.models.dit import CARDS, ClassConditionalDiT, Convention
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import DDPM, Process, RectifiedFlow, processes
+from dyndit.progress import progress_bar
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import contents, diffusers_folder, hub, native, official
@@ -35,8 +38,8 @@ PIPELINE, TRANSFORMER = "model_index.json", "transformer"
 
 _UPLOADED = (CONFIG, WEIGHTS, EXITS, TABLE, PLANS, "README.md", "plans.png", "runs.csv", "manifest.json")
 
-save, save_exits, load_exits = native.write, native.write_exits, native.read_exits
-"""Write a native folder; write and read the exits alone."""
+save, save_exits, load_exits, check_savable = native.write, native.write_exits, native.read_exits, native.check_savable
+"""Write a native folder; write and read the exits alone; refuse a backbone that no folder could give back."""
 
 
 def load(
@@ -49,23 +52,32 @@ def load(
     num_classes: int | None = None,
     device: str = "auto",
     dtype: str = "own",
+    trust: str | Sequence[str] = (),
 ) -> DynamicDepth:
     """Load a model in eval mode, with its exits if it has exits.
 
+        model = dyndit.load("my-dit.pt")                        # weights of the published code
+        model = dyndit.load("runs/mine", device="cuda", dtype="bfloat16")
+        model = dyndit.load("runs/my-own", trust="my_dit")      # a model of your own, which my_dit.py defines
+
     path_or_hub_id: a path, "digits" (ships with the package), or a hub id. An existing path wins over a hub id.
-    num_heads: attention heads of a `.pt` that does not tell them. revision: branch, tag or commit of a hub id.
+    num_heads: attention heads of a `.pt` that does not tell them.
+    revision: branch, tag or commit of a hub id.
     process: the process that the weights were trained for, or its name ("ddpm", "flow"), if the file does not say it. A
     file that says another is refused. "flow:repa" also says the convention of time and velocity, see `DiTConfig`.
-    weights: "ema", "model" or a key of a training checkpoint (default: ema). num_classes: classes, without the null
-    class, if the file does not tell them. device: "auto" is a GPU if there is one. dtype: "own" keeps the weights'
-    precision; "auto" is bfloat16 on a GPU that computes in it.
+    weights: "ema", "model" or a key of a training checkpoint (default: ema).
+    num_classes: classes, without the null class, if the file does not tell them.
+    device: "auto" is a GPU if there is one; or "cpu", "cuda", "cuda:1".
+    dtype: "own" keeps the weights' precision; "auto" is bfloat16 on a GPU that computes in it; or "float32", ....
+    trust: modules to import first, names or Python files, that define the backbone of your own model. Nothing is
+    imported because a file says so; a class that `dyndit.register` knows needs no trust.
 
     Raises:
         CheckpointError: missing, damaged, edited or foreign, or of another process.
-        InputError: the number of heads is unknown or contradicted.
+        InputError: the number of heads is unknown or contradicted, or a trusted module cannot be imported.
     """
-    told = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
-    return inspect(path_or_hub_id, revision=revision, device=device, dtype=dtype, **told).model
+    told: dict[str, Any] = {"num_heads": num_heads, "process": process, "weights": weights, "num_classes": num_classes}
+    return inspect(path_or_hub_id, revision=revision, device=device, dtype=dtype, trust=trust, **told).model
 
 
 def inspect(
@@ -78,21 +90,30 @@ def inspect(
     num_classes: int | None = None,
     device: str = "auto",
     dtype: str = "own",
+    trust: str | Sequence[str] = (),
 ) -> Loaded:
     """Load as `load` does. Return also notes on inferred settings, and the folder of the plans and the table."""
+    registry.trust(*((trust,) if isinstance(trust, str) else trust))
     text, path = str(path_or_hub_id), Path(path_or_hub_id)
     wanted = None if path.exists() or text == "digits" else hub.parse(text, revision)
     if revision is not None and wanted is None:
         raise InputError(f"--revision {revision}: {text} is no hub id; expected org/name with it")
-    convention = None
+    convention: Any = None
     if isinstance(process, str):
         process, _, convention = process.partition(":")
         if process not in processes():
-            raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
+            raise InputError(f"--process {process}: {expected_one_of(process, processes())}")
         if convention and (process != RectifiedFlow.name or convention not in get_args(Convention)):
             expected = ", ".join(f"{RectifiedFlow.name}:{name}" for name in get_args(Convention))
             raise InputError(f"--process {process}:{convention}: expected one of {expected}")
     told = official.Told(num_heads, process, convention or None, weights, num_classes)
+    with progress_bar(f"loading {text}"):
+        return _inspected(path, text, wanted, told, device, dtype)
+
+
+def _inspected(path: Path, text: str, wanted: hub.HubId | None, told: official.Told, device: str, dtype: str) -> Loaded:
+    """Read a path, "digits" or a hub id, and move the model to the device."""
+    process = told.process
     if path.is_dir():
         loaded = _read_folder(path, told)
     elif path.exists():
@@ -109,6 +130,7 @@ def inspect(
         )
     _check_told(loaded, told, text)
     device = chosen_device(device)
+    loaded.model.folder = loaded.folder
     return replace(loaded, model=loaded.model.to(device, chosen_dtype(dtype, device)))
 
 
@@ -123,7 +145,7 @@ def _check_told(loaded: Loaded, told: official.Told, text: str) -> None:
         raise InputError(f"--weights {told.weights}: {text} holds one model; expected a training checkpoint with it")
 
 
-def push(folder: Path, repo_id: str, **options: object) -> str:
+def push(folder: Path, repo_id: str, **options: Any) -> str:
     """Upload a native folder with its plans and table -> the address of the commit.
 
     options: private, token, revision, commit_message, create_pr, as in `huggingface_hub.HfApi`.
@@ -136,7 +158,7 @@ def push(folder: Path, repo_id: str, **options: object) -> str:
 
 
 def push_model(
-    model: DynamicDepth, repo_id: str, *, folder: Path | None = None, license: str | None = None, **options: object
+    model: DynamicDepth, repo_id: str, *, folder: Path | None = None, license: str | None = None, **options: Any
 ) -> str:
     """Upload a model with its card, and the plans and table of `folder` -> the address of the commit.
 
@@ -253,7 +275,11 @@ def _scheduled(path: Path) -> tuple[Process | None, tuple[str, ...]]:
         except InputError as error:
             raise CheckpointError(f"{path}: {error}") from error
     else:
-        expected = {"prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": 1000}
+        expected: dict[str, Any] = {
+            "prediction_type": "epsilon",
+            "beta_schedule": "linear",
+            "num_train_timesteps": 1000,
+        }
         expected["trained_betas"] = None
         for setting, value in expected.items():
             if (found := config.get(setting, value)) != value:

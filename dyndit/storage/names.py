@@ -6,9 +6,10 @@ positions at each load instead of storing them.
 
 from collections.abc import Mapping
 from math import isqrt
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndit.errors import CheckpointError
 from dyndit.models.layers import position_features
@@ -121,12 +122,12 @@ def num_blocks(tensors: Mapping[str, Tensor]) -> int:
     return 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith("transformer_blocks.")), default=-1)
 
 
-def frequency_shift_of(transformer: nn.Module) -> int:
+def frequency_shift_of(transformer: Any) -> int:
     """Return the shift of the timestep features: 1 as diffusers builds them, or as `match_frequencies` set it."""
     return int(transformer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift)
 
 
-def match_frequencies(transformer: nn.Module, frequency_shift: int) -> None:
+def match_frequencies(transformer: Any, frequency_shift: int) -> None:
     """Set the frequency shift of a `DiTTransformer2DModel`: 0 for weights trained with the published code.
 
     Call it after every load: diffusers builds the class with 1 and has no argument for it.

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from dyndit import seals
 from dyndit.errors import CheckpointError, InputError, PlanError, first_line
 from dyndit.files import read_json, read_safetensors, write_json, write_safetensors
-from dyndit.models import families
-from dyndit.models.base import Backbone
+from dyndit.models.base import Backbone, outlined
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.identity import same, tensors_hash
+from dyndit.models.registry import families, family_of, packaged, place_of
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.table import ShiftTable
 from dyndit.process import Process
@@ -27,6 +27,7 @@ from dyndit.storage.reading import (
     autoencoder_record,
     built,
     check_finite,
+    check_shapes,
     load_strictly,
     process_of,
 )
@@ -40,12 +41,9 @@ TABLE, PLANS = "shift-table.safetensors", "plan-*.json"
 def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
     """Write config, backbone, and exits if any. `half` stores the backbone in fp16.
 
-    Raises InputError: the backbone belongs to another library.
+    Raises InputError: see `check_savable`.
     """
-    if type(model.backbone) not in families().values():
-        name = type(model.backbone).__name__
-        expected = "is saved by the library its transformer is from; expected a native backbone"
-        raise InputError(f"{folder}: a {name} {expected}")
+    check_savable(model.backbone, folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.backbone.state_dict()
     check_finite(weights, folder / WEIGHTS)
@@ -61,12 +59,39 @@ def write(model: DynamicDepth, folder: Path, *, half: bool = False) -> None:
         "trunk": checksum,
         "backbone": model.backbone.config(),
     }
+    if type(model.backbone) not in packaged().values():
+        config["class"] = place_of(type(model.backbone))
     if model.autoencoder is not None:
         config["autoencoder"] = asdict(model.autoencoder)
     write_safetensors(folder / WEIGHTS, weights, {"format": MODEL_FORMAT, "config": json.dumps(config)})
     write_json(folder / CONFIG, config)
     if model.exits is not None:
         write_exits(model.exits, folder / EXITS, model.backbone.identity(weights, model.process))
+
+
+def check_savable(backbone: Backbone, folder: Path) -> None:
+    """Refuse a backbone that no folder could give back.
+
+    Raises InputError: it belongs to another library, is not registered, or its config builds another architecture.
+    """
+    kind, name = type(backbone), type(backbone).__name__
+    if backbone.foreign:
+        expected = "is saved by the library its transformer is from; expected a native backbone"
+        raise InputError(f"{folder}: a {name} {expected}")
+    if kind in packaged().values():
+        return
+    if kind not in families().values():
+        raise InputError(f"{folder}: {name} is not registered; expected dyndit.register('my-name', {name}) before")
+    try:
+        config = backbone.config()
+    except NotImplementedError as error:
+        raise InputError(f"{folder}: {error}") from error
+    try:
+        twin = outlined(kind, json.loads(json.dumps(config)))
+        check_shapes(twin, backbone.state_dict(), Path(f"{name}.from_config({name}.config())"))
+    except Exception as error:  # the user's own code may raise anything
+        told = str(error) if isinstance(error, InputError) else f"{type(error).__name__}, {first_line(error)}"
+        raise InputError(f"{folder}: {name} is not built again from its config() {config!r:.100} ({told})") from error
 
 
 def read(folder: Path, asked: AskedProcess = None) -> Loaded:
@@ -79,7 +104,7 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
     path = folder / CONFIG
     config = read_json(path)
     try:
-        family, arguments = families()[config["family"]], config["backbone"]
+        name, arguments = config["family"], config["backbone"]
         known = (config["format"], config["version"]) == (MODEL_FORMAT, VERSION)
         checksum, pixel_space = config["trunk"], config["pixel_space"]
     except (KeyError, TypeError) as error:
@@ -87,6 +112,10 @@ def read(folder: Path, asked: AskedProcess = None) -> Loaded:
         raise CheckpointError(f"{path}: not the config of a {MODEL_FORMAT} folder ({found})") from error
     if not known:
         raise CheckpointError(f"{path}: expected a {MODEL_FORMAT} config of version {VERSION}")
+    try:
+        family = family_of(name, config.get("class"))
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     tensors, metadata = read_safetensors(folder / WEIGHTS)
     # Only the config tells the number of heads, the norm's epsilon and the timestep frequencies. Compare it
     # before building: an edited config may ask for any number of blocks.

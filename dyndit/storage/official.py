@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,8 +138,8 @@ class _Args:
     """The `args` of a checkpoint. Only `args` that `write` made are trusted for the architecture."""
 
     path: Path
-    found: Mapping[str, object]
-    script: Mapping[str, object]
+    found: Mapping[str, Any]
+    script: Mapping[str, Any]
     """Options of a training script, if `args` is its namespace."""
 
     @classmethod
@@ -155,7 +156,11 @@ class _Args:
         """
         named = {name: _setting(self.script, name) for name in ("path_type", "prediction")}
         if any(value is not None for value in named.values()):
-            convention = _FLOWS.get(tuple(named.values())) if all(isinstance(v, str) for v in named.values()) else None
+            convention = (
+                _FLOWS.get((named["path_type"], named["prediction"]))
+                if all(isinstance(v, str) for v in named.values())
+                else None
+            )
             if convention is None:
                 said = ", ".join(f"{name} {value!r:.40}" for name, value in named.items())
                 expected = " or ".join(f"{path!r} and {prediction!r}" for path, prediction in _FLOWS)
@@ -166,7 +171,7 @@ class _Args:
                 raise CheckpointError(f"{self.path}: args say {name} {value!r:.40}; expected {expected[0]!r}")
         return self.found.get("process"), None
 
-    def take(self, name: str, kind: type, default: object) -> object:
+    def take(self, name: str, kind: type, default: Any) -> Any:
         """Return a checked entry of plain data, or the default if there is no such entry."""
         value = self.found.get(name, default)
         good = isinstance(value, kind) or (kind is float and isinstance(value, int))

@@ -1,6 +1,7 @@
 """Store models for `DynamicDepth.save_pretrained` and `from_pretrained`, in native folders and on the hub."""
 
 from pathlib import Path
+from typing import Any
 
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.storage import card
@@ -22,11 +23,12 @@ class NativeStorage:
         push_to_hub: bool = False,
         repo_id: str | None = None,
         license: str | None = None,
-        **hub: object,
+        **hub: Any,
     ) -> None:
         """See `DynamicDepth.save_pretrained`."""
         checkpoints.save(model, folder)
         card.write(model, folder, license=license)
+        model.folder = Path(folder)
         if push_to_hub:
             checkpoints.push(folder, repo_id or folder.name, **hub)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath, WindowsPath
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from dyndit import bounds, seals
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.files import opened, refuse_pointer
 from dyndit.limits import LIMITS
-from dyndit.models.base import Backbone
+from dyndit.models.base import Backbone, outlined
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import AutoencoderRecord
 from dyndit.process import DDPM, Process, from_config
@@ -48,7 +49,7 @@ AskedProcess = Process | str | None
 
 
 def process_of(
-    recorded: object, asked: AskedProcess, path: Path, usual: Process = DDPM()
+    recorded: Any, asked: AskedProcess, path: Path, usual: Process = DDPM()
 ) -> tuple[Process, tuple[str, ...]]:
     """Choose the process of a checkpoint -> the process, and a note if it is assumed.
 
@@ -62,7 +63,7 @@ def process_of(
         return usual, (note,)
     wanted = from_config({"name": asked}) if isinstance(asked, str) else asked
     if recorded is None:
-        return wanted, ()
+        return wanted or usual, ()
     try:
         found = from_config(recorded)
     except (InputError, TypeError, ValueError) as error:
@@ -72,7 +73,7 @@ def process_of(
     return found, ()
 
 
-def autoencoder_record(recorded: object, path: Path) -> AutoencoderRecord | None:
+def autoencoder_record(recorded: Any, path: Path) -> AutoencoderRecord | None:
     """Read the record of a model's autoencoder from plain data. Raises CheckpointError: it is no record."""
     if recorded is None:
         return None
@@ -86,7 +87,7 @@ def autoencoder_record(recorded: object, path: Path) -> AutoencoderRecord | None
 
 
 _SCALAR = np.float64(0).__reduce__()[0]
-_PLAIN = (
+_PLAIN: tuple[Any, ...] = (
     *(argparse.Namespace, SimpleNamespace, PosixPath, WindowsPath, np.dtype, np.dtypes.Float64DType),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 )
@@ -101,7 +102,7 @@ def read_pickled(path: Path) -> object:
 
     def read() -> object:
         # Pass a file, not a path: torch.load trusts the suffix of a path.
-        with opened(path) as file, torch.serialization.safe_globals(list(_PLAIN)):
+        with opened(path) as file, torch.serialization.safe_globals([*_PLAIN]):
             return torch.load(file, map_location="cpu", weights_only=True)
 
     try:
@@ -169,7 +170,7 @@ def _check_numbers(config: object) -> None:
 
 
 def built(
-    family: type[Backbone], config: dict[str, object], path: Path, tensors: Mapping[str, Tensor], weights: Path
+    family: type[Backbone], config: dict[str, Any], path: Path, tensors: Mapping[str, Tensor], weights: Path
 ) -> Backbone:
     """Build a backbone of the architecture in the file `path`, and load the tensors of the file `weights` strictly.
 
@@ -179,13 +180,12 @@ def built(
         _check_numbers(config)
         if (num := config.get("num_blocks", 0)) > len(tensors):
             raise InputError(f"{num} blocks, but {len(tensors)} tensors")
-        with torch.device("meta"):  # shapes alone: nothing is built that the file cannot fill
-            outline = family.from_config(config)
+        outline = outlined(family, config)  # shapes alone: nothing is built that the file cannot fill
         check_shapes(outline, tensors, weights)
         backbone = family.from_config(config)
     except CheckpointError:
         raise
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: impossible architecture ({first_line(error)})") from error
     load_strictly(backbone, tensors, weights)
     return backbone

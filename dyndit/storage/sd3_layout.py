@@ -77,11 +77,11 @@ class SD3Layout:
     companion = "text_embedder.safetensors"
     matched = ""
 
-    def serves(self, raw: Mapping[str, object]) -> bool:
+    def serves(self, raw: Mapping[str, Any]) -> bool:
         """See `Layout`."""
         return raw.get("_class_name") == self.name
 
-    def config(self, model: DynamicDepth) -> dict[str, object]:
+    def config(self, model: DynamicDepth) -> dict[str, Any]:
         """See `Layout`."""
         c = MMDiTConfig(**model.backbone.config())
         if int(c.width * c.mlp_ratio) != 4 * c.width:
@@ -112,7 +112,7 @@ class SD3Layout:
         }
 
     def native(
-        self, raw: Mapping[str, object], tensors: Mapping[str, Tensor], path: Path
+        self, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Layout`. Without an embedder of its own the text comes as features."""
         embedder = {name: tensor for name, tensor in tensors.items() if name.startswith(_EMBEDDER)}
@@ -143,36 +143,38 @@ class SD3Layout:
             theirs |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
         return theirs, {name: tensor for name, tensor in tensors.items() if name.startswith(_EMBEDDER)}
 
-    def notes(self, raw: Mapping[str, object], config: Mapping[str, object], folder: Path) -> tuple[str, ...]:
+    def notes(self, raw: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
         """See `Layout`."""
         heads = f"{folder.name}: {config['num_heads']} attention heads, as config.json records"
         if config["vocabulary"] or config["num_classes"] or config["text_encoder"]:
             return (heads,)
         return heads, f"{folder.name}: takes text as features, {TOKENS} and {POOLED}; no prompts"
 
-    def module(self, model: DynamicDepth, config: Mapping[str, object]) -> nn.Module:
+    def module(self, model: DynamicDepth, config: Mapping[str, Any]) -> nn.Module:
         """Convert to diffusers' class in memory. A text embedder stays behind (`MMDiT.text_of`)."""
         from diffusers import SD3Transformer2DModel
 
-        arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-        transformer = SD3Transformer2DModel(**arguments | {"dual_attention_layers": ()})
+        arguments: dict[str, Any] = {name: value for name, value in config.items() if not name.startswith("_")}
+        arguments["dual_attention_layers"] = ()
+        transformer = SD3Transformer2DModel(**arguments)
         transformer.load_state_dict(self.split(model.backbone.state_dict())[0])
         return transformer
 
-    def recorded(self, transformer: nn.Module) -> dict[str, object]:
+    def recorded(self, transformer: Any) -> dict[str, Any]:
         """See `Layout`."""
         return dict(transformer.config) | {"_class_name": self.name}
 
-    def call(self, transformer: nn.Module, model: DynamicDepth, inputs: Inputs) -> Tensor:
+    def call(self, transformer: Any, model: DynamicDepth, inputs: Inputs) -> Tensor:
         """See `Layout`."""
-        rows = model.backbone.text_of(inputs.y).rows
+        backbone: Any = model.backbone
+        rows = backbone.text_of(inputs.y).rows
         return transformer(inputs.x, rows[TOKENS], rows[POOLED], inputs.t, return_dict=False)[0]
 
-    def loaded_plainly(self, model: DynamicDepth, transformer: nn.Module) -> tuple[tuple[str, ...], str]:
+    def loaded_plainly(self, model: DynamicDepth, transformer: Any) -> tuple[tuple[str, ...], str]:
         """See `Layout`. The class has an argument for everything."""
         return (), ""
 
-    def _architecture(self, raw: Mapping[str, object], embeds: bool, path: Path) -> MMDiTConfig:
+    def _architecture(self, raw: Mapping[str, Any], embeds: bool, path: Path) -> MMDiTConfig:
         sizes = checked_sizes(raw, _DEFAULTS, path)
         width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
         expected = {

@@ -15,11 +15,13 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.models.identity import AutoencoderRecord, tensors_hash
+from dyndit.progress import tracked
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderRAE")
 """Classes of diffusers that work."""
@@ -60,7 +62,7 @@ def _per_channel(values: float | tuple[float, ...], like: Tensor) -> float | Ten
     )
 
 
-def latent_space(vae: nn.Module) -> LatentSpace:
+def latent_space(vae: Any) -> LatentSpace:
     """Describe the latents of an autoencoder of diffusers.
 
     Raises InputError: a class that is not in `KINDS`, or impossible numbers in its config.
@@ -71,7 +73,7 @@ def latent_space(vae: nn.Module) -> LatentSpace:
         channels, colours = config.encoder_hidden_size, config.num_channels
         return LatentSpace(kind, channels, colours, colours, config.patch_size, 0.0, 1.0, size, unit_range=True)
     if kind == "AutoencoderDC":
-        colours, pixels = (config.in_channels,) * 2, vae.spatial_compression_ratio
+        colours, pixels = (config.in_channels, config.in_channels), vae.spatial_compression_ratio
     elif kind in KINDS:
         widths = config.encoder_block_out_channels if kind == "AutoencoderTiny" else config.block_out_channels
         colours, pixels = (config.in_channels, config.out_channels), 2 ** (len(widths) - 1)
@@ -94,7 +96,7 @@ def _scales(config: Mapping[str, Any]) -> tuple[float | tuple[float, ...], float
     return tuple(mean), tuple(factor / deviation for deviation in std)
 
 
-def load_autoencoder(folder: str | Path) -> nn.Module:
+def load_autoencoder(folder: str | Path) -> ModelMixin:
     """Load the folder of an autoencoder of diffusers in fp32, in eval mode. Missing and extra weights are refused.
 
     Raises InputError if it is another kind of model, or if its weights are missing or damaged, or do not fit its
@@ -111,7 +113,7 @@ def load_autoencoder(folder: str | Path) -> nn.Module:
     for path in safe:
         files.refuse_pointer(path)
     try:
-        options = {"local_files_only": True, "use_safetensors": bool(safe), "output_loading_info": True}
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": bool(safe), "output_loading_info": True}
         vae, info = getattr(diffusers, kind).from_pretrained(folder, **options)
     except Exception as error:  # diffusers passes on OSError, SafetensorError, RuntimeError on shapes
         raise InputError(f"{folder}: the autoencoder cannot be loaded ({first_line(error)})") from error
@@ -127,7 +129,7 @@ def load_autoencoder(folder: str | Path) -> nn.Module:
     return vae.float().eval().requires_grad_(False)
 
 
-def encode_batch(vae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def encode_batch(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Encode pictures in [-1, 1], on their device -> mean and deviation of the unscaled latents, each (B, C, h, w)."""
     encoded = vae.encode((x + 1) / 2 if latent_space(vae).unit_range else x)
     if hasattr(encoded, "latent_dist"):
@@ -136,7 +138,7 @@ def encode_batch(vae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return z, torch.zeros_like(z)
 
 
-def decode_batch(vae: nn.Module, z: Tensor) -> Tensor:
+def decode_batch(vae: Any, z: Tensor) -> Tensor:
     """Decode scaled latents on their own device.  (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]."""
     space = latent_space(vae)
     x = vae.decode(space.unscaled(z.to(vae.dtype))).sample.float()
@@ -146,27 +148,26 @@ def decode_batch(vae: nn.Module, z: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_latents(vae: nn.Module | str | Path, latents: Tensor, batch_size: int = 16) -> Tensor:
     """Decode scaled latents to pictures, on the autoencoder's device.  (N, C, h, w) -> (N, 3, H, W) uint8."""
-    if not isinstance(vae, nn.Module):
-        vae = load_autoencoder(vae)
+    network: Any = vae if isinstance(vae, nn.Module) else load_autoencoder(vae)
     decoded = []
-    for z in latents.split(batch_size):
-        x = decode_batch(vae, z.to(vae.device))
+    for z in tracked(latents.split(batch_size), "decoding", unit="batches"):
+        x = decode_batch(network, z.to(network.device))
         decoded.append((127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu())  # adding 128 before truncation: unbiased
     return torch.cat(decoded)
 
 
-def picture_size(vae: nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
+def picture_size(vae: Any, size: tuple[int, ...]) -> tuple[int, ...]:
     """Return the (height, width) of decoded latents of this size."""
     return tuple(side * latent_space(vae).pixels for side in size)
 
 
-def check_channels(vae: nn.Module, channels: int, origin: str = "vae") -> None:
+def check_channels(vae: Any, channels: int, origin: str = "vae") -> None:
     """Refuse an autoencoder whose latents have other channels than a model's."""
     if (found := latent_space(vae).channels) != channels:
         raise InputError(f"{origin}: {found} latent channels; the transformer's have {channels}")
 
 
-def record(vae: nn.Module, source: str = "") -> AutoencoderRecord:
+def record(vae: Any, source: str = "") -> AutoencoderRecord:
     """Name an autoencoder: its class, and a hash over weights and scales.  source: a hub id, if it is from there."""
     space = latent_space(vae)
     return AutoencoderRecord(space.kind, tensors_hash(vae.state_dict(), json.dumps(asdict(space))), source)

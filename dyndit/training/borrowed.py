@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ def borrowed(backbone: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            backbone.to(*devices)
+            for device in devices:
+                backbone.to(device)
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
 
@@ -40,7 +42,7 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def precision_of(backbone: nn.Module) -> AbstractContextManager:
+def precision_of(backbone: nn.Module) -> AbstractContextManager[Any]:
     """Autocast to a backbone's precision if it is half precision."""
     parameter = next(backbone.parameters())
     halved = parameter.dtype in (torch.float16, torch.bfloat16)

@@ -55,6 +55,6 @@ def transformed(levels: np.ndarray, style: tuple[str, ...], degrees: float = 23,
     back = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     back /= size if "small" in style else 1
     centre = (np.array(fine.shape) - 1) / 2
-    turned = ndimage.affine_transform(fine, back, centre - back @ centre, order=1)
+    turned = ndimage.affine_transform(fine, back, centre - back @ centre, order=1)  # pyright: ignore[reportArgumentType]
     rows, columns = levels.shape
     return turned.reshape(rows, _FINE, columns, _FINE).mean((1, 3)).round().astype(levels.dtype)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the averages towards the parameters. The first steps move them faster."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        parameters: list[Tensor] = list(self.parameters)
+        torch._foreach_lerp_(self.averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateUsage]  one kernel
 
     def state_dict(self) -> Weights:
         """Return the module's state dict with averages. Buffers and frozen parameters are the module's own."""
@@ -104,6 +106,9 @@ class Checkpoints:
     data_fingerprint: str
     identity: str  # names everything else that the run depends on
     world: int  # number of processes
+    extend: bool = False  # take a run of fewer steps, whatever its schedule
+    extended: list[int] = field(default_factory=list)
+    """Steps at which the run was extended along the schedule of more steps, with `extend`."""
 
     def save(self, run: Run, step: int, log: str) -> Path:
         """Write the checkpoint of `step` and delete the oldest beyond `keep_checkpoints`.  log: text of its log."""
@@ -122,6 +127,7 @@ class Checkpoints:
                 "data_fingerprint": self.data_fingerprint,
                 "identity": self.identity,
                 "num_processes": self.world,
+                "extended": self.extended,
                 "sha256": hashes,
             }
             files.write_json(draft / "state.json", state | {"checksum": _checksum(state)})
@@ -148,6 +154,9 @@ class Checkpoints:
                     print(f"{error}; trying the one before it", file=sys.stderr)
                 continue
             self._check(place, state)
+            self.extended[:] = state.get("extended", [])
+            if state["config"]["steps"] != self.config.steps and self.config.schedule != "constant":
+                self.extended.append(int(state["step"]))
             _check_shapes(place, tensors["model"], run.trainable.state_dict())
             run.load(tensors)
             if state["num_processes"] != self.world and not quiet:
@@ -171,7 +180,7 @@ class Checkpoints:
         found = [p for p in self.folder.glob("step-*") if p.name[5:].isdecimal()]
         return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
-    def _check(self, place: Path, state: dict) -> None:
+    def _check(self, place: Path, state: dict[str, Any]) -> None:
         if state["data_fingerprint"] != self.data_fingerprint:
             raise InputError(
                 f"{place}: made with the data {state['data_fingerprint'][:12]}..., "
@@ -182,26 +191,32 @@ class Checkpoints:
                 f"{place}: made with the identity {state.get('identity', '')!r}, found {self.identity!r}; "
                 "expected the same frozen parts, or another output folder"
             )
-        for field in fields(self.config):
-            if field.name in BOOKKEEPING:
+        for name in (f.name for f in fields(self.config)):
+            if name in BOOKKEEPING:
                 continue
-            now = getattr(self.config, field.name)
-            then = state["config"].get(field.name)
+            now = getattr(self.config, name)
+            then = state["config"].get(name)
             then = tuple(then) if isinstance(then, list) else then  # JSON knows no tuples
-            if field.name == "steps" and self.config.schedule == "constant" and now >= state["step"]:
+            if name == "steps" and self.config.schedule == "constant" and now >= state["step"]:
                 continue
+            if name == "steps" and now > then:
+                if self.extend:
+                    continue
+                raise InputError(
+                    f"{place}: made with steps {then} of the {self.config.schedule} schedule, found {now}; expected "
+                    f"the same, or --extend to go on at the rates of {now} steps"
+                )
             if now != then:
                 raise InputError(
-                    f"{place}: made with {field.name} {then!r}, found {now!r}; "
-                    "expected the same, or another output folder"
+                    f"{place}: made with {name} {then!r}, found {now!r}; expected the same, or another output folder"
                 )
 
 
-def _checksum(state: dict) -> str:
+def _checksum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _read_checkpoint(place: Path) -> tuple[dict, dict[str, Weights], str]:
+def _read_checkpoint(place: Path) -> tuple[dict[str, Any], dict[str, Weights], str]:
     path = place / "state.json"
     state = files.read_json(path)
     if state.pop("checksum", "none") != _checksum(state):

@@ -1,5 +1,7 @@
 """Pair pictures with rows of a model's condition."""
 
+from typing import Any
+
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -10,7 +12,7 @@ Rows = Tensor | dict[str, Tensor]
 """Conditions of a batch: labels (B,), words (B, S), or tensors of B rows by name."""
 
 
-class Conditioned(Dataset):
+class Conditioned(Dataset[Any]):
     """Pictures with rows of a model's condition in place of labels. Item i is (x, row): a tensor, or tensors by name.
 
     The rows of each value are made once.

@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 
 from dyndit import bounds
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
+
+Tracker = Literal["tensorboard", "wandb", "none"]
+"""Where the losses go besides losses.csv and the terminal."""
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Set up the training loop. A step is one update of the weights, over all micro-batches and processes."""
+    """Set up the training loop: `dyndit.FitConfig(steps=1_000, batch_size=64, learning_rate=1e-3)`.
+
+    steps: updates of the weights; each is over all micro-batches and processes.
+    batch_size: pictures per step, over all micro-batches and all processes together.
+    learning_rate, weight_decay, betas: of AdamW.
+    warmup_steps: steps in which the learning rate rises linearly from 0.
+    schedule: the learning rate after the warm-up: "constant", or "cosine", which ends at 0.
+    grad_clip: largest norm of the whole gradient; 0: no clipping.
+    accumulation: micro-batches per step.
+    precision: "fp32", or "bf16": autocast; weights, EMA and optimizer stay fp32.
+    ema_decay: decay of the averaged weights; step s uses min(decay, (1 + s) / (10 + s)).
+    seed: of the pictures' order, the noise and the timesteps.
+    log_every: log the losses after every so many steps.
+    checkpoint_every: write a checkpoint after every so many steps. keep_checkpoints: how many stay.
+    sample_every: draw a sample grid after every so many steps; 0: never.
+    gradient_checkpointing: hold fewer activations, and compute them again. The module's builder switches it on.
+    flip: mirror half of the pictures, if the data allow it.
+    num_workers: processes that read pictures; 0: this one.
+    compile: compile the module.
+    tracker: where the losses go besides losses.csv: "tensorboard", "wandb" (`pip install "dyndit[wandb]"`) or "none".
+    """
 
     steps: int
-    batch_size: int  # pictures per step, over all micro-batches and all processes together
+    batch_size: int
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    warmup_steps: int = 0  # learning rate rises linearly from 0
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
-    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    accumulation: int = 1  # micro-batches per step
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights, EMA and optimizer stay fp32
-    ema_decay: float = 0.9999  # step s uses min(decay, (1 + s) / (10 + s))
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    grad_clip: float = 1.0
+    accumulation: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float = 0.9999
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
-    sample_every: int = 0  # 0: never
-    gradient_checkpointing: bool = False  # the module's builder switches it on; the loop does not
-    flip: bool = True  # mirror half of the pictures, if the data allow it
+    sample_every: int = 0
+    gradient_checkpointing: bool = False
+    flip: bool = True
     num_workers: int = 0
     compile: bool = False
+    tracker: Tracker = field(default="tensorboard", repr=False)
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -53,6 +77,8 @@ class FitConfig:
             raise InputError(f"schedule: found {self.schedule!r}, expected 'constant' or 'cosine'")
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"precision: found {self.precision!r}, expected 'fp32' or 'bf16'")
+        if self.tracker not in get_args(Tracker):
+            raise InputError(f"tracker {self.tracker!r:.40}: {expected_one_of(self.tracker, get_args(Tracker))}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay: found {self.ema_decay}, expected at least 0 and below 1")
 
@@ -67,4 +93,4 @@ class FitConfig:
 
 
 # These fields do not change the final weights, so they may differ when a run is resumed.
-BOOKKEEPING = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "num_workers"}
+BOOKKEEPING = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "num_workers", "tracker"}

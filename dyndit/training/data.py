@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from dyndit.pictures.check import DAMAGED, FRAMES, check_contents, refuse_damage
 from dyndit.pictures.collection import account_of, as_array, open_source, read_image
 from dyndit.pictures.decode import SUFFIXES
 from dyndit.pictures.resize import Resize, Size, size_pair
+from dyndit.progress import tracked
 from dyndit.training import captioned, moving
 
 BESIDE = "pictures beside class folders"
 
 
-class Pictures(Dataset, ABC):
+class Pictures(Dataset[Any], ABC):
     """Labelled pictures of one shape, or clips. Item i is `(x, label)`: x float32 (C, H, W) in [-1, 1], label int.
 
     Clips are (C, T, H, W). They may have several shapes; `shape` is the usual one.
@@ -41,11 +42,11 @@ class Pictures(Dataset, ABC):
     image_size: int | tuple[int, ...]  # a side, (height, width), or (frames, height, width)
     labels: list[int]
     can_flip: bool  # does a mirrored picture still belong to its class?
-    fingerprint: str  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
+    fingerprint: Any  # sha256, hexadecimal; a run resumes, and a cache is reused, only on the same fingerprint
 
     groups: tuple[tuple[int, ...], ...] = ()
     """Numbers of the items of each shape, the usual shape first. A batch is of one group. Empty: one shape."""
-    account: Mapping[str, object] = {}
+    account: Any = {}  # noqa: RUF012  never written to
     """What was read and what was skipped, for manifests; see `account_of`."""
 
     @property
@@ -115,7 +116,7 @@ def load_digits() -> Pictures:
     """Load scikit-learn's 1,797 scanned digits: 8x8, one channel, 10 classes. Ink 0 to 16 becomes -1 to 1."""
     from sklearn import datasets
 
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     return _Digits(bunch.images.astype(np.float32), bunch.target)
 
 
@@ -140,7 +141,7 @@ def load_captioned_digits() -> Pictures:
     """Load 7,188 digits with captions such as "number seven, bold, tilted": the 1,797 scans in four styles each."""
     from sklearn import datasets
 
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     return _CaptionedDigits(bunch.images.astype(np.float32), bunch.target, repeats=4)
 
 
@@ -163,7 +164,7 @@ class _MovingDigits(Pictures):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return tuple((1, *shape) for shape in moving.SHAPES)
 
-    def _clip(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def _clip(self, index: int, shape: Any = None) -> np.ndarray:
         shape = shape or moving.SHAPES[moving.shape_number(index)]
         return moving.clip(self._levels, self._scans_of[self.labels[index]], index, shape)
 
@@ -180,7 +181,7 @@ def load_moving_digits() -> Pictures:
     """Load 4,800 clips of one or two bouncing scans of a class: 8 frames of 16 x 16, and other shapes."""
     from sklearn import datasets
 
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     return _MovingDigits(bunch.images.astype(np.uint8), bunch.target.astype(np.uint8), moving.NUM_CLIPS)
 
 
@@ -257,7 +258,7 @@ class PictureFolder(Pictures):
         return digest.hexdigest()
 
     @property
-    def account(self) -> dict[str, object]:
+    def account(self) -> dict[str, Any]:
         """Return what was read and what was skipped, for manifests."""
         return account_of(self._source, len(self), self._left_out, self._resize)
 
@@ -266,7 +267,8 @@ class PictureFolder(Pictures):
 
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
         """Decode, crop and resize pictures, one after the other -> (N, C, H, W) uint8."""
-        return torch.stack([self._read(i) for i in (range(len(self)) if indices is None else indices)])
+        wanted = range(len(self)) if indices is None else indices
+        return torch.stack([self._read(i) for i in tracked(wanted, "reading pictures", unit="pictures")])
 
     def _read(self, index: int) -> Tensor:
         picture = self._resize(read_image(self._source, self._numbers[index], self.channels))
@@ -303,60 +305,34 @@ class PictureFolder(Pictures):
         self._numbers, self.labels = map(list, zip(*whole, strict=True))
 
 
-class Some(Pictures):
-    """The first `num` pictures of a set, every class in turn as far as it has pictures.
-
-    Raises InputError if the set has fewer pictures.
-    """
-
-    def __init__(self, source: Pictures, num: int):
-        if not 1 <= num <= len(source):
-            raise InputError(f"data: asked for {num} pictures, found {len(source)}")
-        of_class = [[i for i, y in enumerate(source.labels) if y == k] for k in range(source.num_classes)]
-        rounds = zip_longest(*of_class)
-        self.source, self._indices = source, [i for each in rounds for i in each if i is not None][:num]
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.channels, self.image_size, self.can_flip = source.channels, source.image_size, source.can_flip
-        self.labels = [source.labels[i] for i in self._indices]
-        places = {number: place for place, number in enumerate(self._indices)}
-        kept = (tuple(places[i] for i in group if i in places) for group in source.groups)
-        self.groups = tuple(group for group in kept if group)
-        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {num}".encode()).hexdigest()
-        self.account = source.account
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.source[self._indices[index]]
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """See `Pictures`."""
-        return self.source.shapes
-
-    @property
-    def captions(self) -> list[str]:
-        """See `Pictures`."""
-        captions = self.source.captions
-        return [captions[i] for i in self._indices]
-
-    def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
-        """See `Pictures`."""
-        wanted = range(len(self)) if indices is None else indices
-        return self.source.uint8([self._indices[i] for i in wanted])
-
-
 def open_data(
     spec: str,
-    image_size: Size | tuple[int, int, int] | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     channels: int | None = None,
     *,
     method: str = "bicubic",
     skip_damaged: bool = False,
     labelled: bool = True,
 ) -> Pictures:
-    """Open a data set of `PACKAGED`, or pictures by their path (see `PictureFolder`)."""
+    """Open pictures to train on, or to measure against.
+
+        pictures = dyndit.open_data("pictures/", 32)           # a folder with a subfolder per class
+        pictures = dyndit.open_data("digits")                  # 1,797 scanned digits, which ship with scikit-learn
+        x, label = pictures[0]                                 # (C, H, W) in [-1, 1]
+        real = pictures.uint8()                                # (N, C, H, W) uint8
+
+    spec: "digits", "captioned-digits" or "moving-digits"; or the path of a folder, a .zip, .tar or .npz, or a data set
+    of Hugging Face (see `PictureFolder`).
+    image_size: a side, or (height, width), to crop and resize to. None: a square as wide as the first picture's shorter
+    side.
+    channels: 1 (grey) or 3 (colour). None: 3, or the packaged set's own.
+    method: how pictures are resized: "bicubic", "adm" or "clean-fid".
+    skip_damaged: leave damaged pictures out; else they are refused.
+    labelled: False takes every picture, as a set without classes.
+
+    Raises:
+        InputError: no such place, no pictures in it, or a packaged set of another size or number of channels.
+    """
     if spec in PACKAGED:
         data = PACKAGED[spec]()
         if image_size not in (None, data.image_size, data.shape[1:]) or channels not in (None, data.channels):
@@ -365,9 +341,10 @@ def open_data(
         return data
     if isinstance(image_size, tuple) and len(image_size) == 3:
         raise InputError(f"data {spec}: a folder of pictures, but the model takes clips; expected 'moving-digits'")
-    options = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
+    options: dict[str, Any] = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
-        return PictureFolder(spec, image_size, channels or 3, **options)
+        size: Size | None = size_pair(image_size) if isinstance(image_size, tuple) else image_size
+        return PictureFolder(spec, size, channels or 3, **options)
     except InputError as error:
         if Path(spec).exists():
             raise

@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from dyndit.errors import InputError
-from dyndit.models import families
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, Inputs
 from dyndit.models.conditions import Condition
 from dyndit.models.dit import ClassConditionalDiT
@@ -18,6 +17,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
 from dyndit.process import Process
+from dyndit.progress import tracked
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
@@ -33,7 +33,7 @@ from dyndit.training.states import TRAJECTORIES_SEED, States, noised
 _NUM_FORECAST = 128
 """Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
 
-_DISTILLING = FitConfig(
+DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
 )
 
@@ -42,44 +42,55 @@ _DISTILLING = FitConfig(
 class Distill:
     """Train every exit at once on the full model's own predictions. If asked for, train the backbone with them.
 
+        recipe = dyndit.Distill(fit=dyndit.FitConfig(steps=1_000, batch_size=64, learning_rate=1e-3))
+        model, result = recipe.run(model, pictures, "runs/exits")
+
+    exits: where exits stand, and their heads (`ExitConfig`).
+    fit: the training loop: steps, batch size, learning rate (`FitConfig`).
+    data: a recipe's data set, such as "digits", for the command line.
+    variance_weight: weight of the variance outputs' error, relative to the noise's error. 0 if the process has no
+    variance.
+    null_share: share of labels replaced by the null label: guided sampling runs exits on both branches. Recorded calls
+    hold both branches already.
+    backbone: the trained part of the backbone: "frozen", nothing; "whole", everything; "lora", low-rank adapters on the
+    blocks' linear maps, merged at the end.
+    hold: weight of full depth's error if the backbone trains, relative to one exit's error.
+    backbone_rate: learning rate of the backbone's trained part, as a factor of the exits' learning rate.
+    lora_rank: rank of the adapters.
+    states: inputs to train exits on: "noised" pictures, or the states that the full model's own "sampler" meets.
+    Recorded calls are used as they are.
+    num_trajectories: trajectories of the sampler, every class in turn. Each gives `num_steps` states of either guidance
+    branch. solver, num_steps, cfg_scale: of that sampler.
+    weighting: weight of an error by timestep: "even", or as in the KL between two paths, "path-kl"
+    (`Process.path_kl_weights`).
+    forecasts: also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories.
+
     The backbone that trains is a copy; its teacher is the frozen original. The exits and the copy's full depth are
     both matched to the teacher's full depth, so that full depth stays close to the original.
     """
 
     exits: ExitConfig = field(default_factory=ExitConfig)
-    fit: FitConfig = _DISTILLING
+    fit: FitConfig = DISTILLING
     data: str = ""
     variance_weight: float = 0.1
-    """Weight of the variance outputs' error, relative to the noise's error. 0 if the process has no variance."""
     null_share: float = 0.3
-    """Share of labels replaced by the null label: guided sampling runs exits on both branches. Recorded calls hold both
-    branches already."""
     backbone: Literal["frozen", "lora", "whole"] = "frozen"
-    """Trained part of the backbone: nothing, everything ("whole"), or low-rank adapters on the blocks' linear maps,
-    merged at the end."""
     hold: float = 10.0
-    """Weight of full depth's error if the backbone trains, relative to one exit's error."""
     backbone_rate: float = 0.1
-    """Learning rate of the backbone's trained part, as a factor of the exits' learning rate."""
     lora_rank: int = 8
     states: Literal["noised", "sampler"] = "noised"
-    """Inputs to train exits on: noised pictures, or the states that the full model's own sampler meets. Recorded calls
-    are used as they are."""
     num_trajectories: int = 512
-    """Trajectories of the sampler, every class in turn. Each gives `num_steps` states of either guidance branch."""
     solver: str = "ddim"
     num_steps: int = 20
     cfg_scale: float = 1.5
     weighting: Literal["even", "path-kl"] = "even"
-    """Weight of an error by timestep: equal, or as in the KL between two paths (`Process.path_kl_weights`)."""
     forecasts: bool = False
-    """Also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories."""
 
     def __post_init__(self) -> None:
         for name in ("backbone", "states", "weighting"):
             expected = get_args(get_type_hints(Distill)[name])
             if getattr(self, name) not in expected:
-                raise InputError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(expected)}")
+                raise InputError(f"{name} {getattr(self, name)!r}: {expected_one_of(getattr(self, name), expected)}")
         for name in ("lora_rank", "num_trajectories"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
@@ -115,14 +126,20 @@ class Distill:
         if self.backbone == "lora" and not issubclass(found, ClassConditionalDiT):
             raise InputError(f"backbone 'lora': needs a ClassConditionalDiT, found {found.__name__}")
         for name in ("backbone", "states", "weighting", "forecasts"):
-            if getattr(self, name) != getattr(Distill, name) and found not in families().values():
+            if getattr(self, name) != getattr(Distill, name) and backbone.foreign:
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a native backbone, found {found.__name__}")
 
-    def run(self, model: DynamicDepth, data: Pictures | RecordedCalls, out: Path) -> tuple[DynamicDepth, FitResult]:
+    def run(
+        self, model: DynamicDepth, data: Pictures | RecordedCalls, out: str | Path, *, extend: bool = False
+    ) -> tuple[DynamicDepth, FitResult]:
         """Return a model with trained exits on the same backbone, or on its trained copy, and the loop's record.
 
-        data: pictures, which are noised, or recorded calls, which are used as they are. The backbone's flags, modes and
-        device are restored at the end. The exits are in eval mode, in single precision, and so is a trained backbone.
+        model: its own exits are ignored. The backbone's flags, modes and device are restored at the end.
+        data: pictures, which are noised, or recorded calls, which are used as they are.
+        out: the folder for checkpoints and the log; a stopped run resumes there. `save_pretrained` saves the model.
+        extend: take up a finished run of fewer steps in `out`, see `training.fit.fit`.
+
+        The exits are in eval mode, in single precision, and so is a trained backbone.
 
         Raises InputError: see `check`; or the backbone lies on several devices.
         """
@@ -134,39 +151,42 @@ class Distill:
                 # Exits start as copies of the backbone's head, which may be in half precision and frozen.
                 exits = Exits(original, self.exits).float().requires_grad_(True)
                 backbone = original if self.backbone == "frozen" else trainable_copy(original)
-                adapters = with_adapters(backbone, self.lora_rank) if self.backbone == "lora" else None
+                adapted: Any = backbone  # a ClassConditionalDiT, as `check` has seen
+                adapters = with_adapters(adapted, self.lora_rank) if self.backbone == "lora" else None
             if backbone is not original:
                 backbone.gradient_checkpointing = self.fit.gradient_checkpointing
             if self.states == "sampler":
                 data = self._trajectories(model, Path(out))
-            elif isinstance(data, Pictures):
-                data = conditioned(data, original.condition)
+            items = conditioned(data, original.condition) if isinstance(data, Pictures) else data
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
             trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))
             own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("exits", "fit", "data"))
             identity = f"{model.identity.backbone} {exits.config} {' '.join(own)}"
-            result = fit(task, data, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
+            rates = {"backbone.": self.backbone_rate}
+            result = fit(task, items, self.fit, Path(out), identity=identity, rates=rates, extend=extend)
             trained.load_state_dict(result.ema)
             if adapters is not None:
                 adapters.merge_and_unload()
             dynamic.eval()
         dynamic.to(next(original.parameters()).device)
         if self.forecasts:
-            dynamic.exits.gains = nn.Parameter(self._gains(dynamic))
+            exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
-        regression, seed = GapRegression(dynamic.exits.layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
+        layers = dynamic.depths[:-1]
+        regression, seed = GapRegression(layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
         full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
         device = next(dynamic.parameters()).device
-        for low in range(0, _NUM_FORECAST, self.fit.batch_size):
+        lows = range(0, _NUM_FORECAST, self.fit.batch_size)
+        for low in tracked(lows, "learning forecasts", unit="batches"):
             numbers = range(low, min(_NUM_FORECAST, low + self.fit.batch_size))
             batch = batch_in_turn(dynamic, numbers, seed)
             trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
             for k in range(self.num_steps):
-                step = {"first": k, "stop": k + 1, "also_keep": dynamic.exits.layers}
+                step: dict[str, Any] = {"first": k, "stop": k + 1, "also_keep": layers}
                 gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory.gaps[-1])
             regression.add(gaps)
         return regression.gains().to(device)
@@ -193,7 +213,8 @@ class _Distillation(Task):
     def __init__(
         self, trained: "_FrozenBackbone | _TaughtBackbone", recipe: Distill, process: Process, states: States
     ) -> None:
-        self.trainable, self.recipe, self.states = trained, recipe, states
+        self.trainable: Any = trained
+        self.recipe, self.states = recipe, states
         self.variance_weight = recipe.variance_weight if process.has_variance else 0.0
         self.balance = process.path_kl_weights() if recipe.weighting == "path-kl" else None
 

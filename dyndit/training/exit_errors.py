@@ -1,11 +1,14 @@
 """Measure each exit's error against the full model, by band of log-SNR."""
 
+from typing import Any
+
 import pandas as pd
 import torch
 from accelerate import PartialState
 from torch.utils.data import default_collate
 
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.progress import tracked
 from dyndit.training.conditioned import as_condition, conditioned
 from dyndit.training.data import Pictures
 from dyndit.training.losses import exit_errors
@@ -21,7 +24,7 @@ def exit_error_table(
     the noise channels), variance_error. A diagnostic: README says why plans are not chosen on it.
     """
     process, generator = model.process, torch.Generator().manual_seed(seed)
-    device = PartialState().device
+    device: Any = PartialState().device
     usual = data.groups[0] if data.groups else range(len(data))  # clips of one shape
     pick = [usual[k] for k in torch.randperm(len(usual), generator=generator)[:num_pictures].tolist()]
     items = conditioned(data, model.backbone.condition)
@@ -31,7 +34,8 @@ def exit_error_table(
     rows = []
     home = next(model.parameters()).device
     model.to(device)
-    for band, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+    bands = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    for band, (low, high) in enumerate(tracked(bands, "measuring exit errors", unit="bands")):
         t = torch.randint(low, high, (len(x_0),), generator=generator)
         eps = torch.randn(x_0.shape, generator=generator)
         errors = exit_errors(model, process.noised(x_0, eps, t).to(device), t.to(device), y.to(device))

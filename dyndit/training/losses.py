@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from dyndit.models.conditions import Condition
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import Process
 
 
 def denoising_loss(
-    model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor
+    model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Condition
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the process' loss of a model's prediction.  x_0, eps: (B, C, H, W), t, y: (B,) -> scalar, its parts."""
     x_t = process.noised(x_0, eps, t)
@@ -16,7 +17,7 @@ def denoising_loss(
 
 
 def deep_supervision_loss(
-    model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, exit_weight: float
+    model: nn.Module, process: Process, x_0: Tensor, t: Tensor, eps: Tensor, y: Condition, exit_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add `exit_weight` times the exits' mean loss to the `denoising_loss` of full depth.
 
@@ -30,7 +31,7 @@ def deep_supervision_loss(
     return loss + exit_weight * exits, figures | {"exits": exits.detach()}
 
 
-def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
+def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
     """Return the squared error of every exit against the full model, per picture and output half.
 
     -> {depth: (B, 2)}: mean square over the noise channels, and over the variance channels (0 without them).
@@ -40,7 +41,7 @@ def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Tensor) -> dict[
     return {depth: halves(prediction - target, x_t.shape[1]) for depth, prediction in predictions.items()}
 
 
-def depth_errors(model: DynamicDepth, target: Tensor, x_t: Tensor, t: Tensor, y: Tensor) -> dict[int, Tensor]:
+def depth_errors(model: DynamicDepth, target: Tensor, x_t: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
     """Return `exit_errors` of every depth, full depth last, against a teacher.  target: (B, C_out, H, W)."""
     predictions = model.every_exit(x_t, t, y)
     return {depth: halves(prediction - target, x_t.shape[1]) for depth, prediction in predictions.items()}

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,15 +40,15 @@ def smaller(num_parts: int, batch_size: int, step: int, error: Exception) -> int
     return num_parts
 
 
-def in_parts(x: Tensor, y: Rows, num: int) -> Iterator[tuple[float, Tensor, Rows]]:
+def in_parts(x: Tensor, y: Any, num: int) -> Iterator[tuple[float, Tensor, Any]]:
     """Cut a batch into at most `num` parts. Yield the share of the batch, and the rows of x and y, of each part."""
     size = -(-len(x) // num)
     for start in range(0, len(x), size):
-        part = rows(x, start, start + size)
+        part = x[start : start + size]
         yield len(part) / len(x), part, rows(y, start, start + size)
 
 
-def rows(of: Rows, start: int, stop: int) -> Rows:
+def rows(of: Any, start: int, stop: int) -> Any:
     """Return rows `start:stop` of every tensor."""
     if isinstance(of, dict):
         return {name: rows(value, start, stop) for name, value in of.items()}

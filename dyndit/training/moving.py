@@ -3,7 +3,7 @@
 A clip is a function of its number and its shape alone. Scans move in whole pixels, so they keep their levels of ink.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def shape_number(number: int) -> int:
     return _TURNS[number // 10 % len(_TURNS)]
 
 
-def clip(scans: np.ndarray, choices: Sequence[int], number: int, shape: tuple[int, int, int]) -> np.ndarray:
+def clip(scans: np.ndarray, choices: Any, number: int, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw clip `number`.  scans: (N, h, w) levels, choices: the scans of its class, shape: (T, H, W) -> (T, H, W)."""
     rng = np.random.default_rng((_SEED, number))
     drawn = np.zeros(shape, scans.dtype)

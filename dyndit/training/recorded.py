@@ -14,9 +14,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ MOST_HASHED = 1_000_000_000
 _NAME = re.compile(r"call-(\d{6,})\.safetensors")
 
 
-def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Path, **options: object) -> Samples:
+def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Path, **options: Any) -> Samples:
     """Draw pictures with `sample(model, labels, **options)`, and record the backbone's calls in the folder `out`.
 
     Raises InputError: see `sample`; or `out` holds other files.
@@ -50,7 +51,7 @@ def record_sampling(model: DynamicDepth, labels: Sequence[Value], out: str | Pat
 
 
 def recorded_sampling(
-    model: DynamicDepth, labels: Sequence[Value], folder: str | Path, **options: object
+    model: DynamicDepth, labels: Sequence[Value], folder: str | Path, **options: Any
 ) -> "RecordedCalls":
     """Return the calls of `record_sampling(model, labels, folder, **options)`. An existing `folder` is read, not drawn.
 
@@ -95,7 +96,7 @@ class Recording:
                     f"{folder}: holds calls of {there.family} {there.backbone}, this is {family} {identity}; expected "
                     "another folder"
                 )
-        after = int(_NAME.fullmatch(paths[-1].name)[1]) + 1 if paths else 0
+        after = _number(paths[-1]) + 1 if paths else 0
         return cls(folder, family, identity, _next=after)
 
     def write(self, inputs: Inputs) -> None:
@@ -103,21 +104,21 @@ class Recording:
 
         Raises InputError: a shared argument that JSON cannot hold, or a row argument with another number of rows.
         """
-        labels = not isinstance(inputs.y, Conditioning)
-        rows = {"y": inputs.y} if labels else dict(inputs.y.rows)
+        given = inputs.y if isinstance(inputs.y, Conditioning) else Conditioning({"y": inputs.y})
+        rows = dict(given.rows)
         for name, value in rows.items():
             if len(value) != len(inputs):
                 raise InputError(
                     f"{self.family}: called with {len(value)} rows of {name}, expected {len(inputs)} as of the latents"
                 )
-        shared = {} if labels else dict(inputs.y.shared)
+        shared = dict(given.shared)
         tensors = {"x": inputs.x, "t": inputs.t} | {f"rows.{name}": value for name, value in rows.items()}
         tensors = {name: _at_rest(value) for name, value in tensors.items()}
         fixed = {name: _at_rest(value) for name, value in shared.items() if isinstance(value, Tensor)}
         facts = {
             "family": self.family,
             "backbone": self.backbone,
-            "labels": labels,
+            "labels": not isinstance(inputs.y, Conditioning),
             "digest": tensors_hash(tensors),
             "shared": {name: self._plain(name, value) for name, value in shared.items() if name not in fixed}
             | {name: {"tensor": tensors_hash({"": value})} for name, value in fixed.items()},
@@ -141,7 +142,7 @@ class Recording:
             raise InputError(f"{self.family}: called with {name} of type {kind}, which cannot be recorded") from error
 
 
-class RecordedCalls(Dataset):
+class RecordedCalls(Dataset[Any]):
     """Rows of recorded calls, for `training.fit`. Item i is (x, {"t": ..., and the row's conditioning by name}).
 
     Items have the calls' shapes without the batch: x (C, H, W), or the shape of the family's latents; t ().
@@ -197,7 +198,7 @@ class RecordedCalls(Dataset):
             seals.check_tensors(self._paths[number], *files.read_safetensors(self._paths[number]))
             self._checked.add(number)
 
-    def inputs(self, x: Tensor, rows: dict[str, Tensor]) -> Inputs:
+    def inputs(self, x: Tensor, rows: Any) -> Inputs:
         """Make the transformer's inputs from a batch of items.  x: (B, ...), rows: B each."""
         rows = dict(rows)
         t = rows.pop("t")
@@ -224,7 +225,7 @@ class _Header:
     backbone: str
     labels: bool
     digest: str
-    shared: dict[str, object]
+    shared: dict[str, Any]
     rows: dict[str, tuple[str, list[int]]]
     """Dtype and shape of each tensor that has rows."""
 
@@ -261,7 +262,7 @@ class _Header:
     def num_rows(self) -> int:
         return self.rows["x"][1][0]
 
-    def common(self) -> dict[str, object]:
+    def common(self) -> dict[str, Any]:
         """Return the facts that all calls of a data set share."""
         rows = {name: [dtype, shape[1:]] for name, (dtype, shape) in sorted(self.rows.items())}
         kept = {name: getattr(self, name) for name in ("family", "backbone", "labels", "shared")}
@@ -286,7 +287,7 @@ class _Header:
             if mine[name] != theirs[name]:
                 raise InputError(f"{other.path}: {name} {theirs[name]}, but {mine[name]} in {self.path.name}")
 
-    def read_shared(self) -> dict[str, object]:
+    def read_shared(self) -> dict[str, Any]:
         """Read the shared arguments, with their tensors."""
         with safe_open(self.path, "pt") as file:
             tensors = {n[7:]: file.get_tensor(n) for n in file.keys() if n[:7] == "shared."}  # noqa: SIM118
@@ -299,7 +300,8 @@ class _Watched(Backbone):
     def __init__(self, backbone: Backbone, recording: Recording) -> None:
         super().__init__()
         self.backbone, self.recording = backbone, recording
-        self.family, self.num_blocks, self.width = backbone.family, backbone.num_blocks, backbone.width
+        self.num_blocks, self.width = backbone.num_blocks, backbone.width
+        vars(self)["family"] = backbone.family
         self.sample_shape, self.out_channels = backbone.sample_shape, backbone.out_channels
         self.condition = backbone.condition
 
@@ -320,7 +322,7 @@ class _Watched(Backbone):
     def unpatchify(self, patches: Tensor, state: State) -> Tensor:
         return self.backbone.unpatchify(patches, state)
 
-    def identity(self, tensors: dict[str, Tensor] | None = None, process: Process | None = None) -> str:
+    def identity(self, tensors: Mapping[str, Tensor] | None = None, process: Process | None = None) -> str:
         return self.backbone.identity(tensors, process)
 
 
@@ -329,7 +331,12 @@ def _paths(folder: Path) -> list[Path]:
     paths = [path for path in folder.iterdir() if not files.is_draft(Path(path.name))]
     if other := sorted(path.name for path in paths if not _NAME.fullmatch(path.name)):
         raise InputError(f"{folder}: holds {other[0]}; expected an empty folder, or one of recorded calls alone")
-    return sorted(paths, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    return sorted(paths, key=lambda path: _number(path))
+
+
+def _number(path: Path) -> int:
+    """Return the number in the name of a call's file."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def _at_rest(value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,13 +38,13 @@ def signals() -> Iterator[list[int]]:
 def undisturbed() -> Iterator[list[RuntimeError]]:
     """Collect the news of a dead loader in a list. torch would raise it wherever the main thread stands."""
     deaths: list[RuntimeError] = []
-    number = getattr(signal, "SIGCHLD", None)  # Windows has none
-    handler = None if number is None else signal.getsignal(number)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+    number: Any = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler: Any = None if number is None else signal.getsignal(number)
+    if number is None or not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield deaths
         return
 
-    def note(received: int, frame: object) -> None:
+    def note(received: int, frame: Any) -> None:
         try:
             handler(received, frame)
         except RuntimeError as error:

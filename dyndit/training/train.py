@@ -2,15 +2,15 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dyndit.errors import InputError
-from dyndit.models.base import Backbone, BackboneConfig
+from dyndit.models.base import Architecture, Backbone, BackboneConfig
 from dyndit.models.conditions import Condition
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -27,19 +27,26 @@ Preview = Callable[[DynamicDepth, Path, int], None]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a backbone of any family, from scratch or from given weights."""
+    """Train a backbone of any family, from scratch or from given weights.
+
+        recipe = dyndit.Train(DiTConfig(32, 4, 3, width=192, num_blocks=12, num_heads=3, num_classes=10), fit)
+        model, result = recipe.run(pictures, "runs/backbone")
+
+    backbone: the architecture, a config such as `dyndit.models.dit.DiTConfig`; `CARDS["digits"]`; or one of your own,
+    `MyDiT.architecture(num_blocks=12)`.
+    fit: the training loop: steps, batch size, learning rate (`FitConfig`).
+    data: a recipe's data set, such as "digits", for the command line. Empty: the user names pictures.
+    process: the process that noises pictures and defines the target of the prediction: `DDPM()` or `RectifiedFlow()`.
+    exits: exits that train with the backbone, on the same loss (deep supervision). None: the backbone alone.
+    exit_weight: weight of the exits' mean loss, relative to full depth's loss.
+    """
 
     backbone: BackboneConfig
-    """The architecture, of any family: `CARDS["digits"]`."""
     fit: FitConfig
     data: str = ""
-    """"digits", or empty: the user names a picture folder."""
     process: Process = DDPM()
-    """Process that noises pictures and defines the target of the backbone's prediction."""
     exits: ExitConfig | None = None
-    """Exits that train with the backbone, on the same loss (deep supervision). None: the backbone alone."""
     exit_weight: float = 1.0
-    """Weight of the exits' mean loss, relative to full depth's loss."""
 
     def __post_init__(self) -> None:
         if self.exit_weight <= 0:
@@ -49,21 +56,25 @@ class Train:
 
     def under(self, process: Process) -> Self:
         """Return the recipe under another process. A process without a variance gets a backbone without one."""
-        backbone = self.backbone
-        if backbone.learn_variance and not process.has_variance:
+        backbone: Any = self.backbone
+        own = isinstance(backbone, Architecture)
+        if backbone.learn_variance and not process.has_variance and not own:
             backbone = replace(backbone, learn_variance=False)
         return replace(self, process=process, backbone=backbone)
 
-    def with_backbone(self, **changes: object) -> Self:
+    def with_backbone(self, **changes: Any) -> Self:
         """Return the recipe with other fields of its backbone's config, for example conditioning="adaln".
 
         Raises:
             InputError: the config has no such field, or the value is impossible.
         """
-        if odd := sorted(changes.keys() - {field.name for field in fields(self.backbone)}):
-            family = type(self.backbone).__name__
+        if isinstance(self.backbone, Architecture):
+            return replace(self, backbone=self.backbone.changed(**changes))
+        config: Any = self.backbone  # a dataclass
+        if odd := sorted(changes.keys() - {field.name for field in fields(config)}):
+            family = type(config).__name__
             raise InputError(f"--{odd[0]} {changes[odd[0]]}: a {family} has no such choice; expected none")
-        return replace(self, backbone=replace(self.backbone, **changes))
+        return replace(self, backbone=replace(config, **changes))
 
     def check(self, data: Pictures) -> None:
         """Refuse pictures and exits that do not fit the backbone.
@@ -79,22 +90,33 @@ class Train:
 
     def outline(self) -> Backbone:
         """Build the backbone without weights, on the meta device. It shows the shape and condition that it takes."""
+        if isinstance(self.backbone, Architecture):
+            return self.backbone.outline
         with torch.device("meta"):
             return self.backbone.build()
 
     def run(
-        self, data: Pictures, out: Path, *, start: DynamicDepth | None = None, preview: Preview | None = None
+        self,
+        data: Pictures,
+        out: str | Path,
+        *,
+        start: DynamicDepth | None = None,
+        preview: Preview | None = None,
+        extend: bool = False,
     ) -> tuple[DynamicDepth, FitResult]:
         """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
 
-        start: model to copy the backbone's first weights from. Its exits are ignored.
+        data: labelled pictures, from `dyndit.open_data`. out: the folder for checkpoints and the log; a stopped run
+        resumes there. start: model to copy the backbone's first weights from; its exits are ignored. preview: called
+        with the model, `out` and the step, to draw a grid. extend: take up a finished run of fewer steps in `out`, see
+        `training.fit.fit`: `replace(recipe, fit=replace(recipe.fit, steps=20_000))`.
 
         Raises InputError: see `check`; or `start` is of another shape or process than the recipe's.
         """
         self.check(data)
         config = self.backbone
-        if start is not None and start.backbone.config() != asdict(config):
-            found = {name: value for name, value in start.backbone.config().items() if value != vars(config).get(name)}
+        if start is not None and start.backbone.config() != (wanted := self.outline().config()):
+            found = {name: value for name, value in start.backbone.config().items() if value != wanted.get(name)}
             raise InputError(f"--model: {type(start.backbone).__name__} with {found}; expected the recipe's {config}")
         if start is not None and start.process != self.process:
             raise InputError(f"--model: of the process {start.process}; expected the recipe's, {self.process}")
@@ -113,7 +135,7 @@ class Train:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:
             identity += f" on from {start.identity.backbone}"
-        result = fit(task, conditioned(data, backbone.condition), self.fit, out, identity=identity)
+        result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity, extend=extend)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 

@@ -1,6 +1,7 @@
 """The documents: their Python runs, their commands exist, and what they quote follows from rows.
 
-A block marked `title="slow"` runs with fewer steps; every other block runs as it stands. `dyndit` commands are parsed
+A block marked `title="slow"` runs with fewer steps, and one with a file's name is written to the file, which other
+blocks import; every other block runs as it stands. `dyndit` commands are parsed
 in tests/unit/cli/test_commands.py. Families' examples of docs/interop.md have tests of their own.
 """
 
@@ -30,7 +31,8 @@ from dyndit.plans.schedules import ROUTERS
 from dyndit.plugin.adapters import adapt
 from dyndit.storage.convert import convert
 from dyndit.training.data import load_digits
-from support.fences import ROOT, fences, pages, shortened
+from support.fences import ROOT, fences, pages, shortened, written
+from support.own import OWN_MODEL, forgotten
 from support.tiny_pipelines import tiny_pipeline
 
 SHORT = "dyndit.Distill(fit=dyndit.FitConfig(steps=3, batch_size=4))"
@@ -99,11 +101,6 @@ def a_run() -> dict:
     return {}
 
 
-def pictures_of_32() -> dict:
-    random_pictures(20, 32)
-    return {}
-
-
 SMALL_TABLE = "num_pictures=12, num_bands=2, num_depths=2"
 EXAMPLES: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {
     "docs/tutorial.md": (
@@ -135,7 +132,16 @@ EXAMPLES: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {
             'out="runs/calibration",': 'out="runs/calibration", num_pictures=8, num_bands=1, choices=("2",),',
         },
     ),
-    "docs/how-to/my-own-model.md": (pictures_of_32, {"dyndit.Distill()": SHORT}),
+    OWN_MODEL: (
+        lambda: {"means": MEANS},
+        {
+            "steps=2_000, batch_size=64": "steps=3, batch_size=16",
+            "dyndit.Distill()": SHORT,
+            "budget=0.6,": "budget=1.0,",
+            'dyndit.load_extractor("digits")': "means",
+            "num_pictures=128, num_bands=5": SMALL_TABLE,
+        },
+    ),
     "docs/how-to/choose-a-budget.md": (
         a_model_with_a_table,
         {"num_steps=20": "num_steps=2", "(0.8, 0.6, 0.45)": "(0.8, 0.6)"},
@@ -151,9 +157,11 @@ EXAMPLES: dict[str, tuple[Callable[[], dict], dict[str, str]]] = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder to run in. Registries are put back, because documents add to them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     metrics.metrics_by_name()
     kept = [(registry, dict(registry)) for registry in (ROUTERS, HEADS, metrics._METRICS)]
-    yield tmp_path
+    with forgotten():
+        yield tmp_path
     for registry, before in kept:
         registry.clear()
         registry.update(before)
@@ -168,7 +176,10 @@ def test_every_page_with_python_is_run() -> None:
 def test_a_pages_python(page: str, here: Path) -> None:
     prepare, changes = EXAMPLES[page]
     names, changes = prepare(), dict(changes)
+    written(page, here)
     for fence in fences(page, "python"):
+        if fence.title.endswith(".py"):
+            continue
         exec(compile(shortened(fence, changes), page, "exec"), names)
     assert not changes, f"{page}: does not say {list(changes)}"
     if page.endswith("extend.md"):
@@ -233,6 +244,16 @@ def test_the_readme_is_short_and_its_links_and_picture_are_there() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
     assert (ROOT / "docs/figures/same-seeds.png").stat().st_size <= 200 * 1024
     assert f"version = {{{dyndit.__version__}}}" in text
+
+
+def test_the_words_of_the_pages_are_defined() -> None:
+    """Words of this project alone stand in the glossary, and words that it no longer uses stand on no page of use."""
+    glossary = (ROOT / "docs/glossary.md").read_text()
+    for word in ("arm", "band", "own guide", "exit", "plan", "budget", "router", "held", "forecast", "8\\|e4", "4+"):
+        assert re.search(rf"^\*\*{re.escape(word)}\*\*|`{re.escape(word)}`", glossary, re.M), word
+    history = {"docs/decisions.md", "docs/experiments.md", "docs/first-hour.md"}
+    for page in set(pages()) - history:
+        assert not re.search(r"\b(trunks?|witness(es)?|a judge|judges of)\b", (ROOT / page).read_text()), page
 
 
 def test_the_tables_of_cifar10_follow_from_their_rows() -> None:

@@ -122,7 +122,7 @@ def plugin_cases(family: str, guided: bool) -> Iterator[tuple[str, Draw]]:
         return tiny.run(guided=guided, count=2).float().numpy()
 
     yield f"{name}/{kind}/untouched", drawn
-    exits = shaken(Exits(adapt(tiny.transformer), ExitConfig()).requires_grad_(False))
+    exits = shaken(Exits(adapt(tiny.transformer), ExitConfig(head="adaln-linear")).requires_grad_(False))
     handle = dyndit.apply_dyndit(tiny.pipe, exits, None, cfg_scale=4.0 if guided else 1.0)
     yield f"{name}/{kind}/full", drawn
     full, mixed = handle.full_plan(), steps("2|1", "4", "3|e1") if guided else steps("1", "3", "2")

@@ -36,6 +36,14 @@ def pages() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
+def written(page: str, folder: Path) -> None:
+    """Write the blocks of a page that are parts of a file, such as `title="my_dit.py"`, to that file in a folder."""
+    for fence in fences(page, "python"):
+        if fence.title.endswith(".py"):
+            with (folder / fence.title).open("a", encoding="utf-8") as file:
+                file.write(fence.code)
+
+
 def shortened(fence: Fence, changes: dict[str, str]) -> str:
     """The block's code with what it says replaced, and with what was replaced taken out of `changes`."""
     code = fence.code

@@ -5,6 +5,7 @@ on the transformer in place.
 """
 
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ def adapt(transformer: nn.Module, given: Adapter | None = None) -> Adapter:
 
 
 def collect_exits(
-    transformer: nn.Module, exits: Exits | ExitConfig | None = None, /, *args: object, **kwargs: object
+    transformer: nn.Module, exits: Exits | ExitConfig | None = None, /, *args: Any, **kwargs: Any
 ) -> dict[int, Tensor]:
     """Predict at every exit and at full depth, in one pass over the blocks.
 
@@ -58,5 +59,5 @@ def collect_exits(
     adapter = adapt(transformer)
     inputs = adapter.read(*args, **kwargs)
     if not isinstance(exits, Exits):
-        exits = Exits(adapter, exits or ExitConfig())
+        exits = Exits(adapter, exits or ExitConfig(head="adaln-linear"))
     return DynamicDepth(adapter, exits).every_exit(inputs.x, inputs.t, inputs.y)

@@ -5,18 +5,17 @@ Below it stand parts that several families share: exit heads in the shape of fin
 
 import inspect
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, Inputs, PerRow
-from dyndit.models.conditions import Condition, Conditioning, GivenRows
+from dyndit.models.conditions import Conditioning, GivenRows
 from dyndit.plugin.weights import added_scales, added_tensors, own_tensors
 
 
@@ -29,6 +28,7 @@ class Adapter(Backbone):
 
     family: ClassVar[str]
     """Name of the diffusers class that the adapter serves."""
+    foreign = True
     latents_arguments: ClassVar[tuple[str, ...]] = ("hidden_states",)
     """Arguments of the forward that hold the latents."""
     timestep_argument: ClassVar[str] = "timestep"
@@ -48,13 +48,15 @@ class Adapter(Backbone):
     """The scheduler's timestep as a multiple of the forward's timestep."""
 
     condition = GivenRows()
+    transformer: Any
+    """The transformer of diffusers, an nn.Module. `Any`, because its parts have no types."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
         self._signature = inspect.signature(type(transformer).forward)
 
-    def read(self, *args: object, **kwargs: object) -> Inputs:
+    def read(self, *args: Any, **kwargs: Any) -> Inputs:
         """Convert the arguments of a transformer call to `Inputs`.
 
         Raises:
@@ -90,7 +92,7 @@ class Adapter(Backbone):
                     "as of the latents"
                 )
 
-    def _latents(self, call: dict[str, object]) -> Tensor:
+    def _latents(self, call: dict[str, Any]) -> Tensor:
         """Return the latents of a bound call as one tensor, the batch first."""
         return call["hidden_states"]
 
@@ -103,12 +105,12 @@ class Adapter(Backbone):
         default = self._signature.parameters[name].default
         return value is None or value is default or (isinstance(value, Mapping) and not value)
 
-    def _condition(self, call: dict[str, object]) -> Condition:
+    def _condition(self, call: dict[str, Any]) -> Any:
         """Return the conditioning of a bound call."""
         rows: dict[str, Tensor] = {}
         for name in self.row_arguments:
             value = call.get(name)
-            entries = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+            entries: Any = dict(enumerate(value)) if isinstance(value, list | tuple) else value
             entries = entries if isinstance(entries, Mapping) else {name: value}
             named = {f"{name}.{key}" if isinstance(key, int) else key: entry for key, entry in entries.items()}
             rows |= {key: entry for key, entry in named.items() if entry is not None}
@@ -125,7 +127,7 @@ class Adapter(Backbone):
             return None
         return None if len(inputs) == 2 * half and torch.equal(inputs.x[:half], inputs.x[half:]) else False
 
-    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, ...]:
+    def output(self, prediction: Any, inputs: Inputs, return_dict: bool) -> Any:
         """Wrap the prediction for `inputs` as the transformer's forward returns it."""
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -133,7 +135,7 @@ class Adapter(Backbone):
         """Return the transformer's own weights, and those of low-rank adapters that count in a call."""
         return own_tensors(self.transformer) | added_tensors(self.transformer)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return the transformer's whole configuration, and the scales of low-rank adapters that count in a call."""
         return (
             {"class": self.family}
@@ -145,7 +147,7 @@ class Adapter(Backbone):
             }
         )
 
-    def _added(self) -> dict[str, object]:
+    def _added(self) -> dict[str, Any]:
         scales = added_scales(self.transformer)
         return {"adapters": scales} if scales else {}
 
@@ -165,7 +167,7 @@ class ContinuousHead(nn.Module):
         super().__init__()
         check_copies(norm_out.linear)
         widths = (proj_out.in_features, norm_out.linear.in_features)
-        options = {"eps": norm_out.norm.eps, "bias": norm_out.linear.bias is not None}
+        options: dict[str, Any] = {"eps": norm_out.norm.eps, "bias": norm_out.linear.bias is not None}
         self.norm_out = AdaLayerNormContinuous(*widths, elementwise_affine=False, **options)
         self.norm_out.load_state_dict(norm_out.state_dict())
         self.proj_out = linear_copy(proj_out)
@@ -198,7 +200,7 @@ class TableHead(nn.Module):
 
     def __init__(self, norm_out: nn.LayerNorm, scale_shift_table: Tensor, proj_out: nn.Linear) -> None:
         super().__init__()
-        self.norm_out = nn.LayerNorm(norm_out.normalized_shape, eps=norm_out.eps, elementwise_affine=False)
+        self.norm_out = nn.LayerNorm(list(norm_out.normalized_shape), eps=norm_out.eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(scale_shift_table.detach().clone())
         self.proj_out = linear_copy(proj_out)
 

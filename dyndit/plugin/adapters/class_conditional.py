@@ -5,6 +5,7 @@ the null label, which follows the last class.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -41,11 +42,11 @@ class DiTAdapter(Adapter):
     row_arguments = ("class_labels",)
     guidance = "cond first"
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
-        self.condition = ClassLabels(c.num_embeds_ada_norm)
+        self.condition: ClassLabels = ClassLabels(c.num_embeds_ada_norm)
         self.sample_shape, self.out_channels = (c.in_channels, c.sample_size, c.sample_size), transformer.out_channels
 
         self.usual_process = from_config(c.get(PROCESS, DDPM().config()))
@@ -56,7 +57,7 @@ class DiTAdapter(Adapter):
                 f"expected dyndit.storage.names.match_frequencies(transformer, {trained}) after loading"
             )
 
-    def _condition(self, call: dict[str, object]) -> Tensor:
+    def _condition(self, call: dict[str, Any]) -> Tensor:
         """Return the labels of a bound call.
 
         `DiTPipeline` uses 1000 as the null label of any model. With fewer classes than 1000 only the null label can be
@@ -71,13 +72,14 @@ class DiTAdapter(Adapter):
         labels, null = call.get("class_labels"), self.condition.null_label
         if labels is None:
             raise InputError(f"{self.family}: called without class_labels")
-        if null < PIPELINE_NULL:
+        if null is not None and null < PIPELINE_NULL:
             labels = labels.masked_fill(labels == PIPELINE_NULL, null)
         return labels
 
     def is_guided(self, inputs: Inputs) -> bool:
         """Return True if all rows of the second half, and no row of the first, carry the null label."""
-        null = [label == self.condition.null_label for label in inputs.y.tolist()]
+        labels: Any = inputs.y
+        null = [label == self.condition.null_label for label in labels.tolist()]
         half = len(null) // 2
         return len(null) == 2 * half and not any(null[:half]) and all(null[half:])
 
@@ -105,7 +107,7 @@ class DiTAdapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, C_out, H, W)."""
         model = self.transformer
         shift, scale = model.proj_out_1(silu(state.cond)).chunk(2, dim=1)
@@ -120,7 +122,7 @@ class DiTAdapter(Adapter):
         head.adaLN_modulation[1].load_state_dict(model.proj_out_1.state_dict())
         return head.to(model.proj_out_2.weight)
 
-    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+    def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
         """Join patches to pictures.  (B, N, patch * patch * C_out) -> (B, C_out, H, W)."""
         return join_patches(patches, state.side, state.side, self.transformer.patch_size)
 
@@ -129,7 +131,7 @@ class DiTAdapter(Adapter):
         native = to_native(own_tensors(self.transformer), self.sample_shape[1] // self.transformer.patch_size)
         return native | added_tensors(self.transformer)
 
-    def unseen(self) -> dict[str, object]:
+    def unseen(self) -> dict[str, Any]:
         """Return the same settings as the native class and its process, and the scales of low-rank adapters."""
         process = {} if self.usual_process == DDPM() else {"process": self.usual_process.config()}
         return (

@@ -8,6 +8,7 @@ above 1) stacks [unconditional; conditional]: the same latents twice, the embedd
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusers.models.normalization import AdaLayerNorm
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class CogVideoXAdapter(Adapter):
     shared_arguments = ("ofs", "image_rotary_emb")
     guidance = "uncond first"
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim
@@ -48,7 +49,7 @@ class CogVideoXAdapter(Adapter):
         """Return the width of the timestep's embedding."""
         return self.transformer.config.time_embed_dim
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Return the conditioning, with the pair of rotary tensors as two entries."""
         condition = super()._condition(call)
         shared = dict(condition.shared)
@@ -70,7 +71,7 @@ class CogVideoXAdapter(Adapter):
         length = text.shape[1]
         rotary = None if y["rotary_cos"] is None else (y["rotary_cos"], y["rotary_sin"])
         patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
-        grid = tuple(size // step for size, step in zip((x.shape[1], *x.shape[3:]), patch, strict=True))
+        grid = (x.shape[1] // patch[0], x.shape[3] // patch[1], x.shape[4] // patch[2])
         return _State(joint[:, length:], cond, joint[:, :length], rotary, grid)
 
     def block(self, index: int, state: _State) -> State:
@@ -88,7 +89,7 @@ class CogVideoXAdapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, F, C_out, H, W)."""
         model = self.transformer
         tokens = model.norm_out(model.norm_final(state.tokens), temb=state.cond)
@@ -114,7 +115,7 @@ class _Head(nn.Module):
     def __init__(self, norm_final: nn.LayerNorm, norm_out: AdaLayerNorm, proj_out: nn.Linear) -> None:
         super().__init__()
         inner = norm_out.norm
-        self.norm_final = nn.LayerNorm(norm_final.normalized_shape, norm_final.eps, norm_final.elementwise_affine)
+        self.norm_final = nn.LayerNorm(list(norm_final.normalized_shape), norm_final.eps, norm_final.elementwise_affine)
         self.norm_out = AdaLayerNorm(
             norm_out.linear.in_features,
             output_dim=norm_out.linear.out_features,

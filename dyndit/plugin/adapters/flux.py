@@ -14,6 +14,7 @@ prediction covers the picture's N tokens; the transformer's own forward also ret
 
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class FluxAdapter(Adapter):
     timestep_scale = 1000.0
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers + c.num_single_layers, transformer.inner_dim
@@ -103,7 +104,7 @@ class FluxAdapter(Adapter):
         """Return the double blocks, then the single blocks."""
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Predict from the state after the last block.  -> (B, N, C_out)."""
         model = self.transformer
         return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)
@@ -112,6 +113,6 @@ class FluxAdapter(Adapter):
         """Return a copy of the final layer."""
         return ContinuousHead(self.transformer.norm_out, self.transformer.proj_out)
 
-    def unpatchify(self, patches: Tensor, state: State) -> Tensor:
+    def unpatchify(self, patches: Tensor, state: _State) -> Tensor:
         """Return the picture's patches: the model's predictions are packed too.  -> (B, N, C_out)."""
         return patches[:, : state.size]

@@ -12,6 +12,7 @@ latents tensor: first the conditional call, then the unconditional call. Keys an
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModelOutput
@@ -56,14 +57,14 @@ class Flux2Adapter(Adapter):
     timestep_scale = 1000.0
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers + c.num_single_layers, transformer.inner_dim
         self.sample_shape = (c.in_channels,)  # the model has no picture size: each call brings its positions
         self.out_channels = transformer.proj_out.out_features
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Keep the positions of one row: the model takes them for all rows."""
         ids = {name: call[name][0] if call[name].ndim == 3 else call[name] for name in self.shared_arguments}
         return super()._condition(call | ids)
@@ -81,7 +82,7 @@ class Flux2Adapter(Adapter):
             model.double_stream_modulation_img(cond),
             model.double_stream_modulation_txt(cond),
             model.single_stream_modulation(cond),
-            tuple(torch.cat(parts) for parts in zip(text, pictures, strict=True)),
+            (torch.cat([text[0], pictures[0]]), torch.cat([text[1], pictures[1]])),
             places=(len(y["txt_ids"]), first_image(y["img_ids"])),
         )
 

@@ -9,6 +9,7 @@ same latents tensor: first the conditional call, then the unconditional call.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class HunyuanVideo15Adapter(Adapter):
     guidance = "calls"
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim
@@ -105,7 +106,7 @@ class HunyuanVideo15Adapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, C_out, F, H, W)."""
         model = self.transformer
         return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)

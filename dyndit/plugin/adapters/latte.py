@@ -8,6 +8,7 @@ video, (C, F, H, W), of F frames.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ class LatteAdapter(Adapter):
     shared_arguments = ("enable_temporal_attentions",)
     guidance = "uncond first"
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim

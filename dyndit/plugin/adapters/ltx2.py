@@ -12,7 +12,7 @@ latents twice, the embedded negative prompt first. Spatio-temporal guidance (`st
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers.models.transformers.transformer_ltx2 import AudioVisualModelOutput
@@ -89,7 +89,7 @@ class LTX2Adapter(Adapter):
     timestep_per_token = True
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim
@@ -99,11 +99,11 @@ class LTX2Adapter(Adapter):
         if video != sound or transformer.audio_proj_out.in_features > self.width:
             raise InputError(f"{self.family}: channels {video} of video, {sound} of sound; expected the same of both")
 
-    def _latents(self, call: dict[str, object]) -> Tensor:
+    def _latents(self, call: dict[str, Any]) -> Tensor:
         """Return the latents of video, then sound: (B, N + M, C)."""
         return torch.cat([call["hidden_states"], call["audio_hidden_states"]], dim=1)
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Return the conditioning, with the number of video tokens and, if the call has them, their timesteps."""
         condition, times = super()._condition(call), call["timestep"]
         rows = dict(condition.rows)
@@ -165,7 +165,8 @@ class LTX2Adapter(Adapter):
             "temb_prompt": prompt,
             "temb_prompt_audio": prompt_audio,
         }
-        return modulation, tuple(c[:, 0] if c.shape[1] == 1 else c for c in (cond, sound_cond))
+        own, beside = (c[:, 0] if c.shape[1] == 1 else c for c in (cond, sound_cond))
+        return modulation, (own, beside)
 
     def _text(self, y: Conditioning, dtype: torch.dtype, num: int) -> dict[str, Tensor | None]:
         """Return the text of both streams, and all masks as biases on attention scores."""
@@ -246,7 +247,8 @@ class LTX2Adapter(Adapter):
 
     def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[Tensor, Tensor]:
         """Split a prediction into video and sound."""
-        num = inputs.y[VIDEO_TOKENS]
+        given: Any = inputs.y
+        num = given[VIDEO_TOKENS]
         video, sound = prediction[:, :num], prediction[:, num:]
         return AudioVisualModelOutput(sample=video, audio_sample=sound) if return_dict else (video, sound)
 

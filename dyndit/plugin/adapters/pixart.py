@@ -8,6 +8,7 @@ picture, in `added_cond_kwargs`.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class PixArtAdapter(Adapter):
     row_arguments = ("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "added_cond_kwargs")
     guidance = "uncond first"
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
@@ -71,7 +72,7 @@ class PixArtAdapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, C_out, H, W)."""
         model = self.transformer
         shift, scale = (model.scale_shift_table[None] + state.cond[:, None]).chunk(2, dim=1)

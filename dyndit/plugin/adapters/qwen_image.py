@@ -12,6 +12,7 @@ then the unconditional call. Their texts differ in length, so `read` pads texts,
 
 from dataclasses import dataclass, replace
 from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +59,14 @@ class QwenImageAdapter(Adapter):
     timestep_scale = 1000.0
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
         self.sample_shape = (c.in_channels,)  # the model has no picture size: each call brings it
         self.out_channels = transformer.proj_out.out_features
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Pad the texts, so that rows of several calls fit together. Rows share the shapes of their images.
 
         Raises:

@@ -11,6 +11,7 @@ forward gets sin a / (sin a + cos a).
 
 from dataclasses import dataclass, replace
 from math import atan2
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class SanaAdapter(Adapter):
     guidance = "uncond first"
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim
@@ -75,7 +76,8 @@ class SanaAdapter(Adapter):
             cond,
             modulation,
             model.caption_norm(text),
-            *biases,
+            biases[0],
+            biases[1],
             in_order(y, "controlnet_block_samples"),
             grid=(x.shape[-2] // patch, x.shape[-1] // patch),
         )
@@ -93,7 +95,7 @@ class SanaAdapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, C_out, H, W)."""
         model = self.transformer
         patches = model.proj_out(model.norm_out(state.tokens, state.cond, model.scale_shift_table))

@@ -8,6 +8,7 @@ first. Skip-layer guidance makes a third call with `skip_layers`, and this call 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class SD3Adapter(Adapter):
     guidance = "uncond first"
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, transformer.inner_dim
@@ -69,7 +70,7 @@ class SD3Adapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.transformer_blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Predict from the state after the last block.  -> (B, C_out, H, W)."""
         model = self.transformer
         return self.unpatchify(model.proj_out(model.norm_out(state.tokens, state.cond)), state)

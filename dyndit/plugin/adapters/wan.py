@@ -11,6 +11,7 @@ call. Wan 2.2's larger models are two such transformers, an expert for high nois
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +47,14 @@ class WanAdapter(Adapter):
     timestep_per_token = True
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.num_layers, c.num_attention_heads * c.attention_head_dim
         self.out_channels = c.out_channels or c.in_channels
         self.sample_shape = (c.in_channels,)  # the model has no size: each call brings its own
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Return the conditioning; a first and a last picture (two rows of features each) make one row."""
         condition = super()._condition(call)
         rows = dict(condition.rows)
@@ -104,7 +105,7 @@ class WanAdapter(Adapter):
         """Return the blocks."""
         return list(self.transformer.blocks)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: WanState) -> Tensor:
         """Run the model's own final layer -> (B, C_out, F, H, W)."""
         model = self.transformer
         shift, scale = shift_and_scale(model.scale_shift_table[0], state.cond)

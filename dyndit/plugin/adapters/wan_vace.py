@@ -5,6 +5,7 @@ control block with its block, so that an exit leaves out later control blocks to
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -38,9 +39,10 @@ class WanVACEAdapter(WanAdapter):
         control = pad(control, (0, 0, 0, tokens.shape[1] - control.shape[1]))
         strengths = y["control_hidden_states_scale"]
         strengths = video.new_ones(len(self.transformer.vace_blocks)) if strengths is None else strengths
-        return _State(**vars(state) | {"tokens": tokens}, control=control, strengths=strengths.unbind())
+        known: dict[str, Any] = {**vars(state), "tokens": tokens}
+        return _State(**known, control=control, strengths=strengths.unbind())
 
-    def block(self, index: int, state: _State) -> State:
+    def block(self, index: int, state: Any) -> State:
         """Run block `index` and, if one belongs to it, its control block."""
         layers = sorted(self.transformer.config.vace_layers)
         if index not in layers:

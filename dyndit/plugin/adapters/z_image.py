@@ -11,9 +11,9 @@ unconditional]: the same latents twice. The pipelines' scale s is 1 + s elsewher
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -58,7 +58,7 @@ class ZImageAdapter(Adapter):
     guidance = "cond first"
     usual_process = RectifiedFlow()
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
         c = transformer.config
         self.num_blocks, self.width = c.n_layers, transformer.dim
@@ -71,7 +71,7 @@ class ZImageAdapter(Adapter):
         return self._final.adaLN_modulation[1].in_features
 
     @property
-    def _final(self) -> nn.Module:
+    def _final(self) -> Any:
         """Return the final layer."""
         return self.transformer.all_final_layer[f"{_PATCH}-{_FRAMES}"]
 
@@ -79,7 +79,7 @@ class ZImageAdapter(Adapter):
         """See `Adapter`. Time runs backwards."""
         return 1000 * (1 - t)
 
-    def _latents(self, call: dict[str, object]) -> Tensor:
+    def _latents(self, call: dict[str, Any]) -> Tensor:
         """Stack the rows.  -> (B, C, F, H, W).
 
         Raises:
@@ -90,7 +90,7 @@ class ZImageAdapter(Adapter):
             raise InputError(f"{self.family}: called with x of several images or sizes; expected one size in a batch")
         return value if isinstance(value, Tensor) else torch.stack(list(value))
 
-    def _condition(self, call: dict[str, object]) -> Conditioning:
+    def _condition(self, call: dict[str, Any]) -> Conditioning:
         """Pad the texts, so that rows of several lengths fit together.  -> texts (B, P, D_text), lengths (B,)."""
         texts = call["cap_feats"]
         lengths = [len(text) for text in texts]
@@ -133,7 +133,7 @@ class ZImageAdapter(Adapter):
     def block(self, index: int, state: _State) -> State:
         """Run block `index`, then add a ControlNet's residual."""
         tokens = self.transformer.layers[index](state.tokens, state.mask, state.rotary, state.cond)
-        if index in state.after:
+        if state.residuals is not None and index in state.after:
             tokens = tokens + state.residuals.values[state.after.index(index)]
         return replace(state, tokens=tokens)
 
@@ -141,7 +141,7 @@ class ZImageAdapter(Adapter):
         """Return the joint blocks."""
         return list(self.transformer.layers)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: _State) -> Tensor:
         """Run the model's own final layer -> (B, C, F, H, W)."""
         return self.unpatchify(self._final(state.tokens, c=state.cond), state)
 
@@ -154,6 +154,6 @@ class ZImageAdapter(Adapter):
         sizes = [state.size] * len(patches)
         return torch.stack(self.transformer.unpatchify(list(patches.unbind(0)), sizes, _PATCH, _FRAMES))
 
-    def output(self, prediction: Tensor, inputs: Inputs, return_dict: bool) -> BaseOutput | tuple[list[Tensor]]:
+    def output(self, prediction: Any, inputs: Inputs, return_dict: bool) -> Any:
         """Return a list with a prediction per row, as the transformer's forward does."""
         return super().output(list(prediction.unbind(0)), inputs, return_dict)

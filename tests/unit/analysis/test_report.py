@@ -125,8 +125,8 @@ def test_terminal_table_fits_and_has_the_eight_columns() -> None:
     table = terminal_table(summary(frame(ms=5.0, fd=12.0)))
     console.print(table)
     assert [" ".join(str(c.header).split()) for c in table.columns] == [
-        "arm", "solver", "steps", "share of blocks", "ms per picture", "FD ± 95%",
-        "saved vs full", "saved at equal FD",
+        "arm", "solver steps", "share of blocks", "ms per picture", "FD ± 95%",
+        "saved vs full", "saved at equal FD", "quality un- changed",
     ]  # fmt: skip
     text = console.export_text()
     assert "searched" in text
@@ -392,8 +392,8 @@ def test_what_is_no_report_is_refused_in_one_line(run_dir: Path, tmp_path: Path)
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(InputError, match="lacks 'sources'"):
         verify(tmp_path)
-    with pytest.raises(InputError, match="--out DIR, or --verify"):
-        results.report((run_dir,))
+    with pytest.raises(InputError, match="folders of runs, or --verify"):
+        results.report(())
 
 
 def test_published_runs_without_optional_figures_make_a_report(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from dyndit.errors import InputError
 from dyndit.models.dit import DiTConfig
 from dyndit.recipes.studies import conditioning, conditioning_exits, ladder
 from dyndit.training.config import FitConfig
-from dyndit.training.data import Some, load_digits
+from dyndit.training.data import load_digits
+from dyndit.training.subset import Some
 from dyndit.training.train import Train
 
 FIT = FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5)

@@ -16,12 +16,12 @@ from dyndit.training.train import Train
 ROOT = Path(__file__).parents[3] / "recipes"
 RUN = [
     *("cifar10", "cifar10_frontier", "cifar10_on", "digits", "digits_flow", "digits_frontier", "digits_peers"),
-    *("finetune_exits", "mmdit", "plain_accelerate_loop", "published", "video"),
+    *("finetune_exits", "mmdit", "my_checkpoint", "plain_accelerate_loop", "published", "video"),
 ]
 KINDS = {"train": Train, "distill": Distill, "experiment": Experiment, "quickstart": Experiment}
 SCRIPTS = {
-    *("cifar10_classifier", "conditioning", "digits_classifier", "kid_coverage", "ladder", "moving_digits_classifier"),
-    "plain_accelerate_loop",
+    *("cifar10_classifier", "claim", "conditioning", "digits_classifier", "kid_coverage", "ladder"),
+    *("moving_digits_classifier", "plain_accelerate_loop"),
 }
 """Recipes that are run with `python -m`; the others define what the command line takes."""
 

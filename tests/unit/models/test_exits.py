@@ -1,12 +1,22 @@
 """Exit heads: where they stand and how they start."""
 
+import inspect
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
 from torch._dynamo.utils import counters
 
+from dyndit.cli.models import info
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
+from dyndit.plugin.apply import USUAL_EXITS
+from dyndit.recipes import finetune_exits
+from dyndit.storage.native import read_exits, write_exits
+from dyndit.training.distill import Distill
 
 LAYERS = (1, 3, 5)
 """Of 6 blocks: a wide exit, a narrower one, and one without a hidden layer."""
@@ -20,6 +30,24 @@ def test_default_layers() -> None:
         layers = default_layers(num_blocks)
         assert all(1 <= layer < num_blocks for layer in layers)
         assert len(layers) > 0 or num_blocks == 1
+
+
+def test_there_is_one_default_head() -> None:
+    """In Python, in the recipe for checkpoints, and in `dyndit info`. Exits that are never trained are plain."""
+    defaults = [ExitConfig().head, Distill().exits.head, finetune_exits.distill.exits.head]
+    defaults.append(inspect.signature(info).parameters["head"].default)
+    assert defaults == ["wide"] * 4
+    assert USUAL_EXITS.head == "adaln-linear"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_file_of_exits_names_its_head(head: str, make_model, tmp_path: Path) -> None:
+    """So another default does not change what a file means."""
+    model = make_model((), head)
+    write_exits(model.exits, tmp_path / "exits.safetensors", model.identity.backbone)
+    with safe_open(tmp_path / "exits.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]) == {"layers": [1, 2, 3, 4, 5], "head": head}
+    assert read_exits(tmp_path / "exits.safetensors", model.backbone).config.head == head
 
 
 def test_config_is_sorted_and_filled_in() -> None:

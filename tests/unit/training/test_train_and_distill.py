@@ -460,8 +460,9 @@ def test_distillation_refuses_choices_it_does_not_know(changes: dict, named: str
 
 
 class Foreign(Backbone):
-    """A backbone of another family."""
+    """A backbone whose modules another library holds."""
 
+    foreign = True
     num_blocks, sample_shape, condition = 4, (1, 8, 8), ClassLabels(10)
 
 

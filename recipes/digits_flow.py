@@ -20,7 +20,7 @@ from dyndit.calibration.measure import CalibrationSettings
 from dyndit.process import RectifiedFlow
 from dyndit.recipes import digits
 
-STEPS = (2, 3, 4, 6, 8, 10, 14, 20)
+STEPS = (1, 2, 3, 4, 6, 8, 10, 14, 20)
 
 train = digits.train.under(RectifiedFlow())
 

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -45,7 +46,13 @@ def demo(
     if model == "digits":
         studio = open_digits(out, device)
     else:
-        options = {"exits": exits, "table": table, "vae": vae, "process": process or None, "shape": shape}
+        options: dict[str, Any] = {
+            "exits": exits,
+            "table": table,
+            "vae": vae,
+            "process": process or None,
+            "shape": shape,
+        }
         studio = open_studio(model, device=device, dtype=dtype, **options)
     flags.say(studio.notes)
     page = build(studio)

@@ -136,7 +136,7 @@ def evaluate(
             if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
                 warnings = check_addable(out / RUNS, row)
                 append_run(out / RUNS, row)
-                strips.save(out, row["arm"], row["seed"], next(read_set(samples, "samples").batches(strips.MOST)))
+                strips.save(out, str(row["arm"]), row["seed"], next(read_set(samples, "samples").batches(strips.MOST)))
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
@@ -201,7 +201,7 @@ def report(
         raise InputError("report: expected folders of runs, or --verify REPORT")
     if out is None and len(runs) > 1:
         raise InputError(f"--out: missing; expected a folder for the report of {len(runs)} runs")
-    out = runs_file(runs[0]).parent if out is None else out
+    out = runs_file(next(iter(runs))).parent if out is None else out
     with progress_bar("writing the report"):
         write_report(list(runs), out, margin=margin)
     for path in runs:

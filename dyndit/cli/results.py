@@ -136,7 +136,8 @@ def evaluate(
             if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
                 warnings = check_addable(out / RUNS, row)
                 append_run(out / RUNS, row)
-                strips.save(out, str(row["arm"]), row["seed"], next(read_set(samples, "samples").batches(strips.MOST)))
+                shown = next(read_set(samples, "", **reading).batches(strips.MOST))
+                strips.save(out, str(row["arm"]), int(str(row["seed"])), shown)
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
@@ -259,11 +260,9 @@ def compare(
 ) -> None:
     """Run a whole comparison: exits, plans, every arm, the report. Resumable.
 
-    `dyndit compare --model my-dit.pt --data pictures/` does all of it on your own checkpoint.
-
     Args:
-        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment`. Recipes:
-            {recipes}.
+        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment` (default: the one
+            for your own checkpoint: `dyndit compare --model my-dit.pt --data pictures/`). Recipes: {recipes}.
         out: Folder of the run; what is there and valid is not done again.
         model: A model in place of the recipe's. A folder's exits and shift table are taken as they are; a model
             without exits gets some, distilled on the pictures.

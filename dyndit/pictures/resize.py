@@ -11,7 +11,7 @@ Size = int | tuple[int, int]
 """The side of a square, or (height, width)."""
 
 
-def size_pair(size: Size) -> tuple[int, int]:
+def size_pair(size: int | tuple[int, ...]) -> tuple[int, int]:
     """Return (height, width). An integer size is the side of a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 

@@ -307,7 +307,7 @@ class PictureFolder(Pictures):
 
 def open_data(
     spec: str,
-    image_size: Size | tuple[int, int, int] | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     channels: int | None = None,
     *,
     method: str = "bicubic",
@@ -343,7 +343,8 @@ def open_data(
         raise InputError(f"data {spec}: a folder of pictures, but the model takes clips; expected 'moving-digits'")
     options: dict[str, Any] = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
-        return PictureFolder(spec, image_size, channels or 3, **options)
+        size: Size | None = size_pair(image_size) if isinstance(image_size, tuple) else image_size
+        return PictureFolder(spec, size, channels or 3, **options)
     except InputError as error:
         if Path(spec).exists():
             raise

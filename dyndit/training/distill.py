@@ -171,12 +171,13 @@ class Distill:
             dynamic.eval()
         dynamic.to(next(original.parameters()).device)
         if self.forecasts:
-            exits.gains = nn.Parameter(self._gains(dynamic, exits))
+            exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
 
-    def _gains(self, dynamic: DynamicDepth, exits: Exits) -> Tensor:
+    def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
-        regression, seed = GapRegression(exits.layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
+        layers = dynamic.depths[:-1]
+        regression, seed = GapRegression(layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
         full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
         device = next(dynamic.parameters()).device
         lows = range(0, _NUM_FORECAST, self.fit.batch_size)
@@ -185,7 +186,7 @@ class Distill:
             batch = batch_in_turn(dynamic, numbers, seed)
             trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
             for k in range(self.num_steps):
-                step: dict[str, Any] = {"first": k, "stop": k + 1, "also_keep": exits.layers}
+                step: dict[str, Any] = {"first": k, "stop": k + 1, "also_keep": layers}
                 gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory.gaps[-1])
             regression.add(gaps)
         return regression.gains().to(device)

@@ -38,7 +38,9 @@ def did_you_mean(given: object, names: Iterable[object]) -> str:
 def misspelt(error: TypeError) -> str:
     """Return "; did you mean NAME?" if a dataclass of this package got a keyword much like one of its fields."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    places = [module for name, module in list(sys.modules.items()) if found and name.partition(".")[0] == "dyndit"]
+    if found is None:
+        return ""
+    places = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "dyndit"]
     kinds = [kind for module in places if is_dataclass(kind := getattr(module, found[1], None))]
     return did_you_mean(found[2], [field.name for field in fields(kinds[0])]) if kinds else ""
 

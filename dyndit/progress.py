@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -145,7 +145,7 @@ def _on_terminal(stage: _Stage, console: Console) -> Iterator[None]:
         return row
 
     # Prints to a piped standard output stay there.
-    piped = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
+    piped: dict[str, Any] = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
     with Live(console=console, get_renderable=drawn, refresh_per_second=4, **piped) as live:
         yield
         live.transient = stage.spent < PATIENCE

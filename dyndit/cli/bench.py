@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dyndit.cli import flags
 from dyndit.cli.checks import print_checks
@@ -90,7 +90,7 @@ def bench(
     if model.startswith(benchmark.RANDOM):
         dynamic = benchmark.random_model(model, device)
     else:
-        told = {"num_heads": num_heads, "process": process or None, "weights": weights}
+        told: dict[str, Any] = {"num_heads": num_heads, "process": process or None, "weights": weights}
         loaded = checkpoints.inspect(model, device=device, **told)
         for note in loaded.notes:
             print(note)

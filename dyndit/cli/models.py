@@ -188,7 +188,7 @@ def distill(
 
     changes = flags.training(device, dtype, steps=steps, batch_size=batch_size, tracker=tracker)
     chosen = find(recipe, "distill", Distill)
-    told = {"num_heads": num_heads, "process": process or None, "weights": weights}
+    told: dict[str, Any] = {"num_heads": num_heads, "process": process or None, "weights": weights}
     loaded = checkpoints.inspect(model, device=device, **told)
     for note in loaded.notes:
         print(note)

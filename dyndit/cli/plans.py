@@ -119,7 +119,7 @@ def calibrate(
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
     if search_only and table is None:
         raise InputError(f"{path}: no such file; expected the table that a call without --search-only measures")
-    network = None if search_only else _extractor(extractor, extractor_weights, dynamic, table, device)
+    network: Any = None if search_only else _extractor(extractor, extractor_weights, dynamic, table, device)
     settings = calibration.CalibrationSettings(
         num_pictures,
         num_bands,
@@ -150,8 +150,9 @@ def calibrate(
         table = calibration.measure_bases(dynamic, table, network, step_grid=step_grid, into=into, **options)
     measured: dict[str, Any] = {"table": table, "extractor": network, **options}
     if goal is None:
+        assert budget is not None  # without a goal
         plan = calibration.calibrate(
-            dynamic, budget=budget or 0.0, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
+            dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
         )
         target = out or model / file_name(solver, steps, budget)
     else:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dyndit import bounds
 from dyndit.errors import InputError
@@ -23,7 +24,7 @@ def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim"
     model.check_identity(table.backbone, table.exits, origin="shift table")
     if table.cost.device == next(model.parameters()).device.type:
         return table
-    options = {"batch_size": table.cost.batch_size, "solver": solver, "cfg_scale": table.cfg_scale}
+    options: dict[str, Any] = {"batch_size": table.cost.batch_size, "solver": solver, "cfg_scale": table.cfg_scale}
     return replace(table, cost=measure_cost(model, **options))  # shifts hold on any device, times do not
 
 

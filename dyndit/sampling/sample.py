@@ -112,12 +112,12 @@ class Sampling:
         timed: list[tuple[float, float]] = []
         on_step = (lambda _, *seconds: timed.append(seconds)) if self.stats else None
         starts, done = range(0, len(ids), self.batch_size), 0
-        advance = advance or (lambda *_: None)
 
         def stepped(*_: object) -> None:
             nonlocal done
             done += 1
-            advance(done, len(starts) * self.plan.num_steps)
+            if advance is not None:
+                advance(done, len(starts) * self.running.num_steps)
 
         for low in starts:
             part = slice(low, low + self.batch_size)
@@ -198,7 +198,7 @@ def sample(
             raise InputError("plan and budget are both given; expected one of them")
         if not isinstance(table, ShiftTable):
             table = stored_table(model.folder if table is None else table, budget)
-        point = {"solver": solver or "ddim", "num_steps": 20 if num_steps is None else num_steps}
+        point: dict[str, Any] = {"solver": solver or "ddim", "num_steps": 20 if num_steps is None else num_steps}
         cfg_scale = table.cfg_scale if cfg_scale is None else cfg_scale
         plan = plan_on_table(model, table, budget=budget, **point)
     usual = plan if isinstance(plan, DepthPlan) else None

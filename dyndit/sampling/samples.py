@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -38,9 +39,9 @@ class Samples:
     batch_seconds: tuple[float, ...] = ()
     step_seconds: tuple[float, ...] = ()
     network_seconds: tuple[float, ...] = ()
-    settings: dict[str, object] = field(default_factory=dict)
-    run: dict[str, object] = field(default_factory=dict)
-    facts: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
 
     @property
@@ -104,8 +105,10 @@ class Samples:
 
     def __repr__(self) -> str:
         """Say what was drawn, in a line."""
-        shown = self.pictures if len(self.pictures) else self.latents
-        kind, shape = "pictures" if len(self.pictures) else "latents", "x".join(map(str, shown.shape[1:]))
+        kind, shown = "pictures", self.pictures
+        if self.latents is not None and not len(self.pictures):
+            kind, shown = "latents", self.latents
+        shape = "x".join(map(str, shown.shape[1:]))
         return f"Samples({len(self.labels)} {kind} {shape}, {self.plan.short}, seed {self.seed}, {self.seconds:.2f} s)"
 
     def _repr_png_(self) -> bytes | None:

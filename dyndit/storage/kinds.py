@@ -34,7 +34,7 @@ def describe(path_or_hub_id: str | Path, **told: Any) -> Description:
         return _described(path_or_hub_id, told)
 
 
-def _described(path_or_hub_id: str | Path, told: Mapping[str, object]) -> Description:
+def _described(path_or_hub_id: str | Path, told: Mapping[str, Any]) -> Description:
     """See `describe`."""
     path = Path(path_or_hub_id)
     if path.exists() and (found := recognised(path)) is not None:

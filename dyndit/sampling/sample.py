@@ -168,8 +168,8 @@ def sample(
     solver, num_steps, cfg_scale: by default the plan's; else "ddim", 20, and the table's or 1.5. solver: a name, such
     as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers. cfg_scale: scale of classifier-free
     guidance; 1 is unguided, and costs one pass a step in place of two.
-    budget: a share of full depth's time, for which a plan is searched in seconds on `table`: a shift table, its file or
-    folder, by default the folder that the model was loaded from.
+    budget: a share of full depth's time, for which a plan is searched in seconds on the table.
+    table: a shift table, its file or folder. None: the table in the folder that the model was loaded from.
     to_pictures: a decoder of latents, (B, C, h, w) -> uint8 (B, 3, H, W).
     guided_channels: guide only the first so many channels (the published DiT guides 3). None: all.
     seed: picture i depends on the seed, its label and its index alone, not on the batch that it is drawn in.

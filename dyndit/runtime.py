@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dyndit.errors import InputError, expected_one_of
 
@@ -110,7 +110,7 @@ def train_on(device: str) -> str:
         PartialState(cpu=True)  # the first one of a process decides
     elif device != "auto" and wanted.index is not None:
         torch.cuda.set_device(wanted)
-    found: Any = PartialState().device
+    found = PartialState().device or wanted
     if device != "auto" and found.type != wanted.type:
         raise InputError(f"--device {device}: accelerate trains on {found}; expected auto, or that one")
     return str(found)

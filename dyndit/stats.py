@@ -172,6 +172,36 @@ def non_inferior(difference: Interval, reference: float, margin: float) -> bool:
     return difference.high <= margin * reference
 
 
+def over_calibrations(a: Mapping[int, float], b: Mapping[int, float] | None = None) -> tuple[Interval, float]:
+    """Return Student's 95% interval of the mean of a - b over calibrations, and its two-sided p value.
+
+    a, b: a figure by number of the calibration; without b the figures of a alone. Calibrations that only one arm has
+    drop out. Fewer than two: limits and p are NaN. Equal differences: p is 0, or 1 if they are all 0.
+    """
+    differences = [a[k] - (0.0 if b is None else b[k]) for k in (a if b is None else a.keys() & b.keys())]
+    found, freedom = paired_interval(differences), sum(map(math.isfinite, differences)) - 1
+    if freedom < 1:
+        return found, math.nan
+    error = found.half / float(scipy.stats.t.ppf(0.975, freedom))
+    return found, float(2 * scipy.stats.t.sf(abs(found.mean) / error, freedom) if error else found.mean == 0)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct the p values of several comparisons by name (Holm 1979, "A Simple Sequentially Rejective Test").
+
+    The i-th smallest of m, from 0, is multiplied by m - i, and is at least the one before, at most 1. Example: 0.01,
+    0.04, 0.03 become 0.03, 0.06, 0.06. A NaN stays and counts as a comparison. Raises InputError: a value not in 0..1.
+    """
+    if bad := [name for name, p in p_values.items() if not (math.isnan(p) or 0 <= p <= 1)]:
+        raise InputError(f"p value of {bad[0]}: {p_values[bad[0]]:g}, expected 0 to 1")
+    known = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=lambda name: p_values[name])
+    corrected, least = dict(p_values), 0.0
+    for rank, name in enumerate(known):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
+        corrected[name] = least
+    return corrected
+
+
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], np.ndarray], num_blocks: int, confidence: float = 0.95
 ) -> Interval:
@@ -311,7 +341,6 @@ def _paired_rounds(
 ) -> pd.DataFrame:
     names: list[str] = list(arms)
     rows: list[dict[str, Any]] = []
-    baseline = baseline or names[0]
     most = max(repeats.rounds, repeats.most) if repeats.until else repeats.rounds
     advance(0, most, "warming up" if repeats.warmup else None)
     for name in names * repeats.warmup:

@@ -28,7 +28,7 @@ from dyndit.plans.refined import refined
 from dyndit.plans.search import SearchSettings, search
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.sampling.loop import full_plan, to_uint8
-from dyndit.stats import Moments
+from dyndit.stats import Moments, frechet_distance
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures
 from dyndit.training.exit_errors import exit_error_table
@@ -121,6 +121,16 @@ class Context:
         extractor, size = self._seen_by(self.table), self.experiment.batch_size
         return measure_moments(self.model, extractor, plan, batch_size=size, **options)
 
+    def distance(self, plan: DepthPlan, model: DynamicDepth | None = None) -> float:
+        """Return the Fréchet distance of pictures drawn on the experiment's calibration seeds. It needs no table.
+
+        model: another one than the comparison's, such as a peer.
+        """
+        chosen, size = self.experiment.calibration, self.experiment.batch_size
+        options = {"num_pictures": chosen.num_pictures, "seed": chosen.seed, "to_pictures": self.to_pictures}
+        found = measure_moments(model or self.model, self.extractor, plan, batch_size=size, **options)
+        return frechet_distance(found, self.references[0].moments())
+
     def predicted_ms(self, plan: DepthPlan) -> float:
         """Predict milliseconds per picture with the table's cost model."""
         return 1e3 * self.table.cost.plan_seconds(plan) / self.table.cost.batch_size
@@ -164,7 +174,8 @@ class Context:
         return {"solver": experiment.calibration_solver, "num_steps": experiment.calibration_steps, "cfg_scale": scale}
 
     def _search(self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]) -> DepthPlan:
-        rounds, settings = self.experiment.refinements, SearchSettings(seed=self.experiment.search_seed)
+        chosen = self.experiment
+        rounds, settings = chosen.refinements, SearchSettings(seed=chosen.search_seed, whole=chosen.whole)
         options = {"base": base, "settings": settings}
         if not rounds:
             return search(self.table, full, budget, starts=smaller, **options)

@@ -1,5 +1,6 @@
 """Describe a comparison: the choices that a recipe makes. `run.run` carries it out."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -8,12 +9,15 @@ from typing import Literal
 
 import torch
 
+from dyndit.analysis.compare.evolution import Evolution
 from dyndit.analysis.compare.peers import PeerSettings
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
+from dyndit.analysis.compare.tuning import Tuning
 from dyndit.calibration.calibrate import STEP_GRID
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.errors import InputError
 from dyndit.process import Process
+from dyndit.training.config import FitConfig
 from dyndit.training.data import PACKAGED, Pictures
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
@@ -53,6 +57,9 @@ class Variant:
     calibration_steps: int | None = None
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
+    whole: bool | None = None
+    points: tuple[tuple[str, int], ...] | None = None
+    budgets: tuple[float, ...] | None = None
     train: Train | None = None
 
     def applied(self, experiment: "Experiment") -> "Experiment":
@@ -78,7 +85,7 @@ class GuidanceSweep:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The arms to compare and the number of pictures. Scoring seeds are 0, 1, ...; calibration has its own seed."""
+    """The arms to compare and the number of pictures. Calibration has its own seed."""
 
     model: str
     data: str
@@ -93,9 +100,15 @@ class Experiment:
     """None: `cfg_scale`. Another scale tests the table under a guidance that it was not measured with."""
     refinements: int = 0
     """Rounds that measure a searched plan and correct the prediction with the result (`plans.refined`)."""
+    whole: bool = True
+    """Let searched plans take the original model's own step; False: the calibration's choices alone."""
+    shuffle_seeds: tuple[int, ...] = ()
+    """Random orders of every searched plan's steps, an arm each."""
     num_calibrations: int = 1
     """Independent calibrations: each distils exits, measures a table and searches plans with seeds of its own. Of
     several the report gives intervals over calibrations: they also hold the luck of a calibration."""
+    number: int = 0
+    """Number of this calibration, if each has a run of its own (`calibrated`)."""
     search_seed: int = 0
     """Seed of the search's random restarts."""
     solvers: tuple[str, ...] = ("ddim", "unipc")
@@ -128,11 +141,19 @@ class Experiment:
     peers: tuple[PeerSettings, ...] = ()
     """Alternatives to dynamic depth (`dyndit.analysis.compare.peers`), at every solver and `peer_steps`."""
     peer_steps: tuple[int, ...] = (10,)
+    peer_fit: FitConfig | None = None
+    """Training of the peers that train; None: the exits' own, so that both cost the same."""
+    evolution: Evolution | None = None
+    """Schedules of cached parts, evolved at every solver, step count and budget; None: no such arms."""
+    tunings: tuple[Tuning, ...] = ()
+    """Rivals whose settings are chosen on the calibration seeds."""
     cfg_scale: float = 1.5
     metrics: tuple[str, ...] = ("fd", "kid", "prc")
     """Metrics of `evaluate` for every arm and block: "fd", and any of "kid", "is", "prc" (precision and recall)."""
     more_extractors: tuple[str, ...] = ()
     """More extractors that score the same pictures; no plan is chosen with them."""
+    first_seed: int = 0
+    """Seed of the first block of pictures to score; the others count up from it."""
     num_blocks: int = 5
     num_images: int = 600
     batch_size: int = 100
@@ -156,6 +177,11 @@ class Experiment:
         """Return the pairs (solver, steps) that peers run at."""
         return self.points or tuple(product(self.solvers, self.peer_steps))
 
+    @property
+    def peer_budget(self) -> FitConfig:
+        """Return the training of the peers that train."""
+        return self.peer_fit or self.distill.fit
+
     def fitted(self, process: Process, guided: bool) -> "Experiment":
         """Fill in the choices that the recipe leaves to the model. A model that cannot be guided is not guided."""
         usual = process.usual_solver
@@ -163,13 +189,20 @@ class Experiment:
         return found if guided else replace(found, cfg_scale=1.0, unguided_steps=(), unguided_points=())
 
     def calibrated(self, number: int) -> "Experiment":
-        """Return the experiment of calibration `number`: other seeds of distillation, table and search, no controls."""
+        """Return the experiment of calibration `number`, with other seeds of everything, and without controls.
+
+        In a run of its own it is scored on other pictures. Calibrations within one run share the run's pictures.
+        """
         fit = replace(self.distill.fit, seed=self.distill.fit.seed + number * SEED_STRIDE)
         return replace(
             self,
+            number=self.number + number,
             distill=replace(self.distill, fit=fit),
             calibration=replace(self.calibration, seed=self.calibration.seed + number * SEED_STRIDE),
             search_seed=self.search_seed + number,
+            shuffle_seeds=tuple(seed + number for seed in self.shuffle_seeds),
+            evolution=self.evolution and replace(self.evolution, seed=self.evolution.seed + number),
+            first_seed=self.first_seed + number,
             controls=None,
         )
 
@@ -219,8 +252,14 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
             owner["calibration"]["choices"] = list(map(str, chosen.calibration.choices))
         if chosen.train is not None:
             owner["train"]["process"] = chosen.train.process.config()  # without its tables
-    choices["peers"] = [{"peer": peer.name, **asdict(peer)} for peer in experiment.peers]
+    for chosen, owner in ((experiment, choices), *zip(experiment.tunings, choices["tunings"], strict=True)):
+        owner["peers"] = [{"peer": peer.name, **_plain(peer)} for peer in chosen.peers]
     return {"experiment": _without_trackers(choices), "inputs": asdict(inputs), "data": data.fingerprint}
+
+
+def _plain(peer: PeerSettings) -> dict[str, object]:
+    """Return a peer's settings as JSON holds them: infinity as text."""
+    return {name: str(value) if value == math.inf else value for name, value in asdict(peer).items()}
 
 
 def _without_trackers(choices: object) -> object:

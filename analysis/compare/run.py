@@ -76,8 +76,6 @@ def prepared(
     experiment = inputs.applied(experiment)
     given, process = None, experiment.train.process if experiment.train is not None else None
     if not inputs.from_scratch:
-        if not experiment.model:
-            raise InputError("--model: missing; expected a model, as this experiment names none, or --from-scratch")
         options = {"process": inputs.process or None, "num_heads": inputs.num_heads, "weights": inputs.weights}
         options["device"] = inputs.device
         given = checkpoints.load(experiment.model, **options)
@@ -106,7 +104,8 @@ def prepared(
             data, to_pictures = encode_latents(real, folder, out / LATENTS, 16), partial(decode_latents, decoder)
         references = tuple(Measured(PictureSet(experiment.data, real), one) for one in extractors)
         model = _model(experiment, given, data, inputs, out, console)
-        yield Context(experiment, model, references, data, out, console, given, to_pictures=to_pictures)
+        more = {"calibration": experiment.number, "to_pictures": to_pictures}
+        yield Context(experiment, model, references, data, out, console, given, **more)
 
 
 def _pictures(experiment: Experiment, given: DynamicDepth | None, inputs: Inputs) -> tuple[Pictures, nn.Module | None]:
@@ -184,7 +183,7 @@ class Comparison:
                 self.console.print(f"warning: {few} of {real.extractor.name}; distances are then far too large")
         done = measured(path) if path.exists() else set()
         batches, size = -(-experiment.num_images // experiment.batch_size), experiment.batch_size
-        blocks = range(experiment.num_blocks)
+        blocks, first = range(experiment.num_blocks), experiment.first_seed
         missing = {block: [arm for arm in arms if (arm.name, block) not in done] for block in blocks}
         total = batches * experiment.num_blocks * len(arms)
         count = total - batches * sum(map(len, missing.values()))
@@ -199,7 +198,7 @@ class Comparison:
                 for batch in range(batches):
                     num = min(size, experiment.num_images - batch * size)
                     for arm in in_turn(waiting, block, batch):
-                        part = self._draw(arm, seed=block, num=num, first=batch * size, stats=True)
+                        part = self._draw(arm, seed=first + block, num=num, first=batch * size, stats=True)
                         drawn[arm.name].append(part)
                         count += 1
                         advance(count, total)
@@ -264,7 +263,7 @@ class Comparison:
             "steps": plan.num_steps,
             "cfg_scale": plan.cfg_scale,
             "block": block,
-            "seed": block,
+            "seed": experiment.first_seed + block,
             "share_of_blocks": share,
             "mean_depth_cond": cond,
             "mean_depth_uncond": uncond,

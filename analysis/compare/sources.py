@@ -11,11 +11,13 @@ import pandas as pd
 
 from dyndit.analysis.compare.arms import Arm, Source
 from dyndit.analysis.compare.context import Context, model_with_exits
+from dyndit.analysis.compare.evolved import Evolved
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.analysis.compare.guidance import Guided
 from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
+from dyndit.analysis.compare.tuned import Tuned
 from dyndit.files import write_text
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
@@ -45,7 +47,8 @@ class Searched:
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`."""
         experiment, controls = context.experiment, context.experiment.controls
-        budgets = {point: list(experiment.budgets) for point in experiment.dynamic_points}
+        within = _budgets_within(context) or experiment.budgets  # if none is met, the search refuses them
+        budgets = {point: list(within) for point in experiment.dynamic_points}
         shares = {} if controls is None else self._control_budgets(context)
         if controls is not None:
             budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
@@ -56,6 +59,7 @@ class Searched:
                 for budget, plan, file in context.searched(*point, wanted):
                     searched[point, budget] = plan
                     arms.append(_searched_arm(context, "searched", budget, plan, file))
+                    arms += _shuffled(context, budget, plan)
                 advance(done + 1, len(budgets))
         for depth, budget in shares.items():
             plan = searched[(controls.solver, controls.steps), budget]
@@ -113,7 +117,7 @@ class Peers:
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`."""
         experiment, arms = context.experiment, []
-        for_peers = PeerContext(context.out / "peers", context.data, experiment.distill.fit, experiment.train)
+        for_peers = PeerContext(context.out / "peers", context.data, experiment.peer_budget, experiment.train)
         for peer in experiment.peers:
             model = peer.model(context.model, for_peers).eval()
             for solver, steps in experiment.peer_points:
@@ -141,15 +145,13 @@ class Variants:
             own = replace(own, model=model.to(context.model.device))
         else:
             own = replace(own, known=context.table)
-        if beyond := sorted(set(own.experiment.budgets) - set(own.within)):
-            least = f"its cheapest plan takes {own.table.least_share:.2f}"
-            context.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
-        arms, family = [], f"searched-{variant.name}"
+        within, family = _budgets_within(own, f"variant {variant.name}: "), f"searched-{variant.name}"
+        arms: list[Arm] = []
         for solver, steps in own.experiment.dynamic_points:
             if own.model.identity.backbone != context.model.identity.backbone:
                 full = own.full(solver, steps)
                 arms.append(Arm(f"full-{variant.name}", full, predicted_ms=own.predicted_ms(full)))
-            arms += [_searched_arm(own, family, *found) for found in own.searched(solver, steps, own.within)]
+            arms += [_searched_arm(own, family, *found) for found in own.searched(solver, steps, within)]
         return [replace(arm, model=own.model, variant=variant.name) for arm in arms]
 
 
@@ -168,7 +170,9 @@ class Calibrations:
         changes = {"experiment": experiment, "out": folder, "calibration": number, "given": context.backbone}
         own = replace(context, model=model.to(context.model.device), known=None, **changes)
         arms = [arm for source in (Searched(), Chosen()) for arm in source.arms(own)]
-        return [replace(arm, model=own.model, plan_file=f"{name}/{arm.plan_file}") for arm in arms]
+        return [
+            replace(arm, model=own.model, plan_file=f"{name}/{arm.plan_file}" * bool(arm.plan_file)) for arm in arms
+        ]
 
 
 class Confidence:
@@ -198,14 +202,30 @@ class Confidence:
 
 
 SOURCES: tuple[Source, ...] = (
-    *(FullDepth(), Guided(), Searched(), Chosen(), Peers(), Variants(), Calibrations(), Confidence()),
+    *(FullDepth(), Guided(), Searched(), Chosen(), Peers(), Tuned(), Evolved(), Variants(), Calibrations()),
+    Confidence(),
 )
 """Every source, in the order that makes the arms."""
+
+
+def _budgets_within(context: Context, whose: str = "") -> list[float]:
+    """Return the budgets that a plan meets, and print the others."""
+    if beyond := sorted(set(context.experiment.budgets) - set(context.within)):
+        least = f"the cheapest plan takes {context.table.least_share:.2f}"
+        context.console.print(f"{whose}no plan within {', '.join(map(str, beyond))}: {least}")
+    return context.within
 
 
 def _searched_arm(context: Context, family: str, budget: float, plan: DepthPlan, file: str) -> Arm:
     predicted = {"predicted_fd": plan.figures["predicted_fd"], "predicted_ms": context.predicted_ms(plan)}
     return Arm(family, plan, budget, plan_file=file, calibration=context.calibration, **predicted)
+
+
+def _shuffled(context: Context, budget: float, searched: DepthPlan) -> list[Arm]:
+    """Return a searched plan's steps in other orders, one for each of the experiment's seeds."""
+    plans = {seed: shuffled(searched, seed) for seed in context.experiment.shuffle_seeds}
+    made = {"predicted_ms": context.predicted_ms(searched), "calibration": context.calibration}
+    return [Arm("shuffled", plan, budget, f"seed{seed}", **made) for seed, plan in plans.items()]
 
 
 def _ramps_within(context: Context, full: DepthPlan, depths: tuple[int, ...], budget: float) -> list[DepthPlan]:

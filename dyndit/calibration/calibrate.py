@@ -205,9 +205,6 @@ def calibrate(
     decoder.
     batch_size: pictures at a time, when plans are measured.
     refinements: rounds that measure the plan on the table's seeds and correct the prediction.
-    With a table but no extractor, nothing is measured. Without a table, a table is measured first, with `extractor`
-    against `reference`: moments, or real pictures (N, C, H, W) uint8. A table of `measure_shifts` can be kept for
-    other budgets, step counts and solvers.
     out: a folder, for example the model's. As `dyndit calibrate` does there, it leaves `shift-table.safetensors` and
     `plan-ddim-20-b0.6.json`. An interrupted measurement resumes; a table that is there already is searched.
 

@@ -110,7 +110,7 @@ def bench(
         rows = table.drop(columns=["ratio", "width"])
         rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
         shared = ("machine", "device", "dtype", "threads", "compiled")
-        recorded = json.loads(times[list(shared)].iloc[0].to_json())
+        recorded = json.loads(times[list(shared)].iloc[0].to_json() or "{}")
         print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records") or "[]")}))
 
 

@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dyndit.cli import flags
 from dyndit.errors import InputError
@@ -46,8 +45,9 @@ def demo(
     if model == "digits":
         studio = open_digits(out, device)
     else:
-        options: dict[str, Any] = {"exits": exits, "table": table, "vae": vae, "shape": shape}
-        studio = open_studio(model, process=process or None, device=device, dtype=dtype, **options)
+        studio = open_studio(
+            model, exits=exits, table=table, vae=vae, process=process or None, shape=shape, device=device, dtype=dtype
+        )
     flags.say(studio.notes)
     page = build(studio)
     launch(page, host, port)

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from dyndit import bounds
-from dyndit.errors import CheckpointError, InputError, did_you_mean, expected_one_of
+from dyndit.errors import CheckpointError, InputError, did_you_mean
 from dyndit.locks import locked
 
 if TYPE_CHECKING:
@@ -48,24 +48,6 @@ Vae = Annotated[
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu or cuda; auto is a GPU if there is one.")]
 _OWN = "own is the weights'; auto is bfloat16 on a GPU that computes in it, else own"
 Dtype = Annotated[str, tyro.conf.arg(help=f"Precision to compute in: auto, own, float32, bfloat16 or float16. {_OWN}.")]
-Precision = Annotated[
-    str,
-    tyro.conf.arg(
-        help="Precision to compute in: own (the recipe's), auto (bfloat16 on a GPU that computes in it, else own), "
-        "float32 or bfloat16. Weights and averages stay in float32."
-    ),
-]
-Tracker = Annotated[
-    Literal["tensorboard", "wandb", "none"],
-    tyro.conf.arg(help="Where the losses go besides losses.csv; wandb needs dyndit[wandb]."),
-]
-Extend = Annotated[
-    bool,
-    tyro.conf.arg(
-        help="Take up a finished run of fewer steps in --out, at the rates of a run of --steps from there on. A "
-        "constant rate needs no --extend."
-    ),
-]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="End with one line of JSON.")]
 
 
@@ -356,25 +338,6 @@ def decoder_of(dynamic: "DynamicDepth", model: str | Path, vae: Path | None, dev
         print(note)
     decoder.to(device)
     return decoder
-
-
-def training(device: str, dtype: str, **changes: Any) -> dict[str, Any]:
-    """Let accelerate train on the device -> the fields of `FitConfig` to change: those given, and the precision."""
-    from dyndit.runtime import train_on
-
-    changes["precision"] = precision_of(dtype, train_on(device))
-    return {name: value for name, value in changes.items() if value is not None}
-
-
-def precision_of(dtype: str, device: str) -> "Literal['fp32', 'bf16'] | None":
-    """Return the precision of a recipe for a flag of type `Precision`; None for the recipe's own."""
-    from dyndit.runtime import chosen_dtype
-
-    precisions: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
-    if dtype not in ("own", "auto", *precisions):
-        raise InputError(f"--dtype {dtype}: {expected_one_of(dtype, ('auto', 'own', *precisions))}")
-    wanted = chosen_dtype(dtype, device)
-    return None if wanted is None else precisions[str(wanted).removeprefix("torch.")]
 
 
 def goal_of(choice: StepChoice, steps: int | None, **others: Any) -> "Goal | None":

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dyndit.cli import flags
+from dyndit.cli import flags, trainings
 from dyndit.errors import InputError, expected_one_of
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def train(
     conditioning: str = "",
     vae: Path | None = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
-    tracker: flags.Tracker = "tensorboard",
-    extend: flags.Extend = False,
+    dtype: trainings.Precision = "own",
+    tracker: trainings.Tracker = "tensorboard",
+    extend: trainings.Extend = False,
     reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
@@ -82,7 +82,7 @@ def train(
 
     if out is None:
         raise InputError("--out: missing; expected a folder for the run")
-    precision = flags.training(device, dtype)
+    precision = trainings.training(device, dtype)
     if steps is not None and epochs is not None:
         raise InputError(f"--steps {steps} and --epochs {epochs}: both given; expected one of them")
     chosen, card = find(recipe, "train", Train), ""
@@ -157,9 +157,9 @@ def distill(
     weights: flags.Weights = None,
     vae: flags.Vae = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
-    tracker: flags.Tracker = "tensorboard",
-    extend: flags.Extend = False,
+    dtype: trainings.Precision = "own",
+    tracker: trainings.Tracker = "tensorboard",
+    extend: trainings.Extend = False,
     reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
@@ -186,7 +186,7 @@ def distill(
     from dyndit.training.distill import Distill
     from dyndit.training.exit_errors import exit_error_table
 
-    changes = flags.training(device, dtype, steps=steps, batch_size=batch_size, tracker=tracker)
+    changes = trainings.training(device, dtype, steps=steps, batch_size=batch_size, tracker=tracker)
     chosen = find(recipe, "distill", Distill)
     told: dict[str, Any] = {"num_heads": num_heads, "process": process or None, "weights": weights}
     loaded = checkpoints.inspect(model, device=device, **told)

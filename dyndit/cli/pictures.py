@@ -86,10 +86,9 @@ def sample(
     classes = _classes(class_labels)
     usual = cards.usual_sampling(card, classes if isinstance(classes, tuple) else (), num_images)
     classes = classes if class_labels else usual.class_labels
-    alone = depth.budget is None and depth.router is None
-    given = (
-        DepthPlan.load(depth.plan) if alone and depth.plan is not None else None
-    )  # its solver, steps and scale are the defaults
+    given = None
+    if depth.plan is not None and depth.budget is None and depth.router is None:
+        given = DepthPlan.load(depth.plan)  # its solver, steps and scale are the defaults
     solver, num_images = solver or (given.solver if given else usual.solver), usual.num_images
     cfg_scale = (usual.cfg_scale if given is None else given.cfg_scale) if cfg_scale is None else cfg_scale
     guided_channels = usual.guided_channels if guided_channels is None else guided_channels

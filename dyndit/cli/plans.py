@@ -117,9 +117,7 @@ def calibrate(
     # A stored table stays until a new one is whole and has given its plan.
     into = path.with_name(f"new-{path.name}") if fresh and path.exists() else path
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
-    if search_only and table is None:
-        raise InputError(f"{path}: no such file; expected the table that a call without --search-only measures")
-    network: Any = None if search_only else _extractor(extractor, extractor_weights, dynamic, table, device)
+    network = None if search_only else _extractor(extractor, extractor_weights, dynamic, table, device)
     settings = calibration.CalibrationSettings(
         num_pictures,
         num_bands,
@@ -128,9 +126,9 @@ def calibrate(
         own_guides=own_guides,
         forecast_ages=forecast_ages,
     )
-    if table is None and into != path:
+    if table is None and network is not None and into != path:
         table = _left_table(into, dynamic, network, settings, table_steps, cfg_scale)
-    if table is None:
+    if table is None and network is not None:
         real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
         reducing, moments = calibration.reduced(network, real)
         table = calibration.measure_shifts(
@@ -143,10 +141,12 @@ def calibrate(
             to_pictures=to_pictures,
             into=into,
         )
+    if table is None:
+        raise InputError(f"{path}: no such file; expected the table that a call without --search-only measures")
     options: dict[str, Any] = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
-    if goal is not None and not search_only and not any(name == solver for name, _ in table.bases):
+    if goal is not None and network is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID
-    if step_grid:
+    if step_grid and network is not None:
         table = calibration.measure_bases(dynamic, table, network, step_grid=step_grid, into=into, **options)
     measured: dict[str, Any] = {"table": table, "extractor": network, **options}
     if goal is None:
@@ -154,7 +154,7 @@ def calibrate(
         plan = calibration.calibrate(
             dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
         )
-        target = out or model / file_name(solver, steps, budget)
+        target = out or model / file_name(solver, steps, budget or 0.0)
     else:
         plan = calibration.calibrate_steps(dynamic, goal, **measured)
         _print_step_counts(calibration.table_for(dynamic, table, solver), plan, dynamic.process)

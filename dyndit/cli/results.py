@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dyndit.cli import flags
+from dyndit.cli import flags, trainings
 from dyndit.cli.checks import print_checks
 from dyndit.errors import InputError, expected_one_of
 from dyndit.locks import locked
@@ -136,7 +136,7 @@ def evaluate(
             if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
                 warnings = check_addable(out / RUNS, row)
                 append_run(out / RUNS, row)
-                shown = next(read_set(samples, "samples").batches(strips.MOST))
+                shown = next(read_set(samples, "", **reading).batches(strips.MOST))
                 strips.save(out, str(row["arm"]), int(str(row["seed"])), shown)
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
@@ -216,7 +216,7 @@ def quickstart(
     family: str = "digits",
     out: Path | None = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
+    dtype: trainings.Precision = "own",
     from_scratch: bool = False,
     json_: flags.Json = False,
 ) -> None:
@@ -254,17 +254,15 @@ def compare(
     num_images: int | None = None,
     vae: flags.Vae = None,
     device: flags.Device = "auto",
-    dtype: flags.Precision = "own",
+    dtype: trainings.Precision = "own",
     from_scratch: bool = False,
     json_: flags.Json = False,
 ) -> None:
     """Run a whole comparison: exits, plans, every arm, the report. Resumable.
 
-    `dyndit compare --model my-dit.pt --data pictures/` does all of it on your own checkpoint.
-
     Args:
-        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment`. Recipes:
-            {recipes}.
+        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment` (default: the one
+            for your own checkpoint: `dyndit compare --model my-dit.pt --data pictures/`). Recipes: {recipes}.
         out: Folder of the run; what is there and valid is not done again.
         model: A model in place of the recipe's. A folder's exits and shift table are taken as they are; a model
             without exits gets some, distilled on the pictures.
@@ -288,7 +286,7 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, dtype: str,
     from dyndit.cli.recipes import find
 
     chosen = find(recipe, attribute, Experiment)
-    if precision := flags.precision_of(dtype, _device(str(inputs["device"]))):
+    if precision := trainings.precision_of(dtype, _device(str(inputs["device"]))):
         chosen = replace(chosen, precision=precision)
     comparison.run(chosen, out, Inputs(**inputs))
     show(out, chosen.margin)

@@ -23,7 +23,7 @@ class SearchSettings:
 
     num_kicks: restarts from the best plan with a third of its steps made random. evaluations: exact evaluations per
     move. max_units: longer plans move steps in groups of neighbours, so that 250 steps search as quickly as 25. seed:
-    of the kicks.
+    of the kicks. whole: plans may take the original model's own step; False: the table's choices alone.
     """
 
     num_starts: int = 6
@@ -32,6 +32,7 @@ class SearchSettings:
     max_units: int = 25
     max_moves: int = 400
     seed: int = 0
+    whole: bool = True
 
 
 def search(
@@ -60,6 +61,8 @@ def search(
     base = table.base_at(full.solver, full.num_steps) if base is None else base
     predictor = Predictor(table, full.timesteps, base, full.calls)
     limit = budget * predictor.seconds[-1].item() * sum(full.calls_by_step) * (1 + 1e-9)
+    if not settings.whole:
+        predictor.seconds[-1] = 2 * limit  # beyond any budget
     if budget < table.least_share * (1 - 1e-9):
         raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
     given = [predictor.choice(plan) for plan in starts]
@@ -87,7 +90,7 @@ def _best(
             advance(len(found), total)
             found.append(_improve(predictor, choice, limit, settings))
         best, best_value = min(found, key=lambda improved: improved[1])
-        kicks = torch.Generator().manual_seed(0)
+        kicks = torch.Generator().manual_seed(settings.seed)
         for kick in range(settings.num_kicks):
             advance(len(found) + kick, total)
             choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)

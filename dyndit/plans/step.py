@@ -1,7 +1,8 @@
 """A step of a plan as typed data: the depth of the conditional branch, and its guide."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from dyndit.errors import PlanError
@@ -146,3 +147,18 @@ class Step:
 def steps(*texts: str) -> tuple[Step, ...]:
     """Parse several steps: `steps("12|6", "8|e4")`."""
     return tuple(map(Step.parse, texts))
+
+
+def locked(choices: Sequence[Step | str], guide: Guide) -> tuple[Step, ...]:
+    """Give every choice this guide: `locked(("12|6", "8"), OwnExit(4))` is `steps("12|e4", "8|e4")`.
+
+    Choices that cannot have it drop out: those not deeper than an own exit, and forecasts beside a pass. So does the
+    original model's step, which every table has. A search on the rest cannot choose its guidance.
+    """
+    found = []
+    for step in (Step.parse(choice) if isinstance(choice, str) else choice for choice in choices):
+        shallow = isinstance(guide, OwnExit) and guide.depth >= step.depth
+        beside_pass = isinstance(guide, Unconditional) and (step.forecast or guide.depth == step.depth)
+        if not (shallow or beside_pass):
+            found.append(replace(step, guide=guide))
+    return tuple(dict.fromkeys(found))

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dyndit import bounds
 from dyndit.errors import InputError
@@ -24,8 +23,8 @@ def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim"
     model.check_identity(table.backbone, table.exits, origin="shift table")
     if table.cost.device == next(model.parameters()).device.type:
         return table
-    options: dict[str, Any] = {"batch_size": table.cost.batch_size, "solver": solver, "cfg_scale": table.cfg_scale}
-    return replace(table, cost=measure_cost(model, **options))  # shifts hold on any device, times do not
+    cost = measure_cost(model, batch_size=table.cost.batch_size, solver=solver, cfg_scale=table.cfg_scale)
+    return replace(table, cost=cost)  # shifts hold on any device, times do not
 
 
 @bounds.checked
@@ -48,8 +47,19 @@ def plan_on_table(
     return search(table_for(model, table, solver), full, budget, base=base)
 
 
-def stored_table(place: str | Path | None, budget: float) -> ShiftTable:
-    """Read a shift table.  place: its file, its folder, or None if there is none. Raises InputError: there is none."""
+def plan_within(
+    model: DynamicDepth, budget: float, table: ShiftTable | str | Path | None, solver: AnySolver, num_steps: int
+) -> DepthPlan:
+    """Search a plan on a table, its file or its folder. None: the folder that the model was loaded from.
+
+    Raises InputError: see `plan_on_table`; or there is no table.
+    """
+    if not isinstance(table, ShiftTable):
+        table = _stored(model.folder if table is None else table, budget)
+    return plan_on_table(model, table, budget=budget, solver=solver, num_steps=num_steps)
+
+
+def _stored(place: str | Path | None, budget: float) -> ShiftTable:
     path = None if place is None else Path(place)
     path = path / FILE if path is not None and path.is_dir() else path
     if path is None or not path.is_file():

@@ -20,7 +20,7 @@ from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.step import NoGuide
 from dyndit.plans.table import ShiftTable
 from dyndit.progress import Advance, progress_bar
-from dyndit.sampling.budget import plan_on_table, stored_table
+from dyndit.sampling.budget import plan_within
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, full_plan, start, to_uint8
 from dyndit.sampling.loop import advance as run
@@ -163,14 +163,15 @@ def sample(
 
     model: from `dyndit.load`, from training, or `DynamicDepth(backbone)`.
     labels: the class of each picture; captions for a model of captions.
-    plan: a `DepthPlan`, its file ("plan.json"), or a router that writes one, such as
-    `functools.partial(dyndit.ramp, start=4)`. None: full depth at every step, or the plan of a `budget`.
-    solver, num_steps, cfg_scale: by default the plan's; else "ddim", 20, and the table's or 1.5. solver: a name, such
-    as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers. cfg_scale: scale of classifier-free
-    guidance; 1 is unguided, and costs one pass a step in place of two.
-    budget: a share of full depth's time, for which a plan is searched in seconds on the table.
-    table: a shift table, its file or folder. None: the table in the folder that the model was loaded from.
-    to_pictures: a decoder of latents, (B, C, h, w) -> uint8 (B, 3, H, W).
+    plan: a `DepthPlan`, its file ("plan.json"), or a router that writes one, such as `functools.partial(dyndit.ramp,
+    start=4)`. None: full depth at every step.
+    budget: a share of full depth's time, in place of a plan; a plan is searched in seconds.
+    table: the shift table to search on, its file or its folder. None: the one in the folder that the model is from.
+    solver: a name, such as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers. None: the plan's, else
+    "ddim".
+    num_steps: sampling steps. None: the plan's, else 20.
+    cfg_scale: scale of classifier-free guidance; 1 is unguided, and costs one pass a step in place of two. None: the
+    plan's, else 1.5.
     guided_channels: guide only the first so many channels (the published DiT guides 3). None: all.
     seed: picture i depends on the seed, its label and its index alone, not on the batch that it is drawn in.
     first_index: index of the first picture; picture i has index first_index + i.
@@ -178,7 +179,9 @@ def sample(
     strict: pad every batch to `batch_size`. Pictures are then bit-equal in any grouping; else equal to 1/255.
     stats: time every step, in `step_seconds` and `network_seconds` of the result.
     shape: (C, ...) of a picture or clip, for a model that takes several shapes. None: the model's own.
-    progress: False shows no bar. on_batch: called with n after each batch of n pictures.
+    to_pictures: decoder of latents, (B, C, h, w) -> (B, 3, H, W) uint8. None: the result holds latents.
+    on_batch: called with n after each batch of n pictures.
+    progress: show how far the sampling is.
 
     `dyndit.sampling.sample.sample_into` draws a large set to disk, and `draw` yields batches.
 
@@ -191,16 +194,10 @@ def sample(
     labels = tuple(model.backbone.condition.plain(labels))
     origin = str(plan) if isinstance(plan, str | Path) else "plan"
     plan = DepthPlan.load(Path(plan)) if isinstance(plan, str | Path) else plan
-    if budget is None and table is not None:
-        raise InputError("table: expected a budget with it")
-    if budget is not None:
-        if plan is not None:
-            raise InputError("plan and budget are both given; expected one of them")
-        if not isinstance(table, ShiftTable):
-            table = stored_table(model.folder if table is None else table, budget)
-        point: dict[str, Any] = {"solver": solver or "ddim", "num_steps": 20 if num_steps is None else num_steps}
-        cfg_scale = table.cfg_scale if cfg_scale is None else cfg_scale
-        plan = plan_on_table(model, table, budget=budget, **point)
+    if budget is not None or table is not None:
+        if plan is not None or budget is None:
+            raise InputError("plan, budget, table: expected a plan, or a budget with or without a table")
+        plan = plan_within(model, budget, table, solver or "ddim", 20 if num_steps is None else num_steps)
     usual = plan if isinstance(plan, DepthPlan) else None
     solver = solver or (usual.solver if usual else "ddim")
     num_steps = num_steps if num_steps is not None else usual.num_steps if usual else 20
@@ -382,7 +379,7 @@ def run_settings(
 
 
 def _facts(plan: DepthPlan) -> dict[str, Any]:
-    """Return the facts about a plan that a set's manifest holds."""
+    """Return the facts about a plan that a manifest holds."""
     return {
         "router": plan.router,
         "note": plan.note,

@@ -105,10 +105,8 @@ class Samples:
 
     def __repr__(self) -> str:
         """Say what was drawn, in a line."""
-        kind, shown = "pictures", self.pictures
-        if self.latents is not None and not len(self.pictures):
-            kind, shown = "latents", self.latents
-        shape = "x".join(map(str, shown.shape[1:]))
+        shown = self.pictures if self.latents is None or len(self.pictures) else self.latents
+        kind, shape = "pictures" if len(self.pictures) else "latents", "x".join(map(str, shown.shape[1:]))
         return f"Samples({len(self.labels)} {kind} {shape}, {self.plan.short}, seed {self.seed}, {self.seconds:.2f} s)"
 
     def _repr_png_(self) -> bytes | None:

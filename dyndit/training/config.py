@@ -34,7 +34,8 @@ class FitConfig:
     gradient_checkpointing: hold fewer activations, and compute them again. The module's builder switches it on.
     flip: mirror half of the pictures, if the data allow it.
     num_workers: processes that read pictures; 0: this one.
-    compile: compile the module. tracker: who keeps the losses beside losses.csv: "tensorboard", "wandb" or "none".
+    compile: compile the module.
+    tracker: where the losses go besides losses.csv: "tensorboard", "wandb" (`pip install "dyndit[wandb]"`) or "none".
     """
 
     steps: int
@@ -57,7 +58,7 @@ class FitConfig:
     flip: bool = True
     num_workers: int = 0
     compile: bool = False
-    tracker: Tracker = field(default="tensorboard", repr=False)  # wandb: `pip install "dyndit[wandb]"`
+    tracker: Tracker = field(default="tensorboard", repr=False)
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -33,6 +33,11 @@ class Match:
 
         Raises InputError: the data do not fit the model.
         """
+        result = self.train(model, student, data, out)
+        return DynamicDepth(student, pixel_space=model.pixel_space, process=model.process).eval(), result
+
+    def train(self, model: DynamicDepth, student: nn.Module, data: Pictures, out: Path) -> FitResult:
+        """Train any module that takes (x, t, y) as `run` trains a backbone. It ends with its averaged weights."""
         Distill(fit=self.fit).check(model, data)
         backbone, kept = model.backbone, tensors_hash(student.state_dict())
         with borrowed(backbone):
@@ -43,7 +48,7 @@ class Match:
             result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity)
         student.load_state_dict(result.ema)
         student.to(next(backbone.parameters()).device)
-        return DynamicDepth(student, pixel_space=model.pixel_space, process=model.process).eval(), result
+        return result
 
 
 class _Matching(Task):

@@ -135,8 +135,7 @@ class Train:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:
             identity += f" on from {start.identity.backbone}"
-        items = conditioned(data, backbone.condition)
-        result = fit(task, items, self.fit, Path(out), identity=identity, extend=extend)
+        result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity, extend=extend)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 

@@ -27,7 +27,8 @@ experiment = replace(
     peers=tuple(
         settings
         for peer in peers().values()
-        if peer.available() and peer.name not in ("pruned", "switch", "layer-skip", "random", "diffusers-full")
+        if peer.available()
+        and peer.name not in ("pruned", "student", "switch", "layer-skip", "random", "diffusers-full")
         for settings in peer.chosen()
     ),
     num_blocks=5,

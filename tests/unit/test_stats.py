@@ -4,20 +4,24 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from dyndit.errors import InputError
 from dyndit.stats import (
     FrechetTo,
     Interval,
     bootstrap_interval,
     frechet_distance,
+    holm,
     median_interval,
     moments,
     non_inferior,
+    over_calibrations,
     paired_interval,
 )
 from support.gaussians import features, gaussian, random_covariance
@@ -222,3 +226,82 @@ def test_the_bootstrap_of_one_block_or_of_nothing_has_no_limits() -> None:
     assert math.isnan(bootstrap_interval(lambda w: np.where(w[:, 0] > 0.5, np.nan, 1.0), 3).low)
     same = bootstrap_interval(lambda w: w @ np.full(5, 2.0), 5)
     assert (same.mean, same.low, same.high) == pytest.approx((2, 2, 2))
+
+
+def rejected_step_by_step(p_values: list[float], alpha: float) -> set[int]:
+    """Holm's procedure as he states it: reject the least p while it is at most α / (number of those left)."""
+    left, rejected = dict(enumerate(p_values)), set()
+    while left:
+        least = min(left, key=lambda i: left[i])
+        if left[least] * len(left) > alpha:
+            break
+        rejected.add(least)
+        del left[least]
+    return rejected
+
+
+def closed_test(p_values: list[float], alpha: float) -> set[int]:
+    """Reject i if Bonferroni rejects every set of hypotheses with i in it: the closure of Bonferroni is Holm."""
+    every = [[i for i in range(len(p_values)) if mask >> i & 1] for mask in range(1, 2 ** len(p_values))]
+    kept = {i for some in every if min(p_values[i] for i in some) * len(some) > alpha for i in some}
+    return set(range(len(p_values))) - kept
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=7), alpha=st.floats(0.001, 0.5))
+def test_holm_rejects_what_its_definition_rejects(p: list[float], alpha: float) -> None:
+    corrected = holm({str(i): value for i, value in enumerate(p)})
+    rejected = {int(name) for name, value in corrected.items() if value <= alpha}
+    assert rejected == rejected_step_by_step(p, alpha) == closed_test(p, alpha)
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=9), data=st.data())
+def test_holm_corrects_upwards_in_order_and_whatever_the_order_of_names(p: list[float], data) -> None:
+    values = {str(i): value for i, value in enumerate(p)}
+    corrected = holm(values)
+    assert list(corrected) == list(values)
+    assert all(values[name] <= corrected[name] <= 1 for name in values)
+    assert all(corrected[name] <= min(1.0, len(p) * values[name]) for name in values)  # never past Bonferroni's
+    for one in values:
+        assert all(corrected[one] <= corrected[other] for other in values if values[one] <= values[other])
+    shuffled = data.draw(st.permutations(list(values)))
+    assert holm({name: values[name] for name in shuffled}) == corrected
+
+
+def test_holm_by_hand_and_with_a_comparison_that_is_missing() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    with_gap = holm({"a": 0.01, "b": math.nan, "c": 0.03})
+    assert with_gap["a"] == pytest.approx(0.03)
+    assert with_gap["c"] == pytest.approx(0.06)
+    assert math.isnan(with_gap["b"])
+    assert holm({}) == {}
+    with pytest.raises(InputError, match="p value of b"):
+        holm({"a": 0.1, "b": 1.5})
+
+
+@given(
+    a=st.lists(st.floats(-50, 50), min_size=2, max_size=8),
+    shift=st.floats(-5, 5),
+    seed=st.integers(0, 1000),
+)
+def test_the_interval_over_calibrations_is_students(a: list[float], shift: float, seed: int) -> None:
+    b = [x + shift + float(noise) for x, noise in zip(a, np.random.default_rng(seed).normal(size=len(a)), strict=True)]
+    found, p = over_calibrations(dict(enumerate(a)), dict(enumerate(b)))
+    expected = scipy.stats.ttest_rel(a, b)
+    limits = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((limits.low, limits.high), abs=1e-9)
+    assert p == pytest.approx(expected.pvalue, abs=1e-9)
+    assert found.excludes(0) == (p < 0.05)
+
+
+def test_calibrations_are_paired_by_number_and_need_two() -> None:
+    a, b = {0: 5.0, 1: 6.0, 2: 9.0}, {2: 8.5, 1: 5.0, 7: 1.0}
+    found, p = over_calibrations(a, b)
+    assert found.mean == pytest.approx(0.75)  # of calibrations 1 and 2
+    assert 0 < p < 1
+    assert over_calibrations(a | {3: math.nan}, b | {3: 4.0}) == (found, p)
+    alone, undecided = over_calibrations({0: 5.0}, {0: 4.0})
+    assert alone.mean == 1
+    assert math.isnan(alone.low)
+    assert math.isnan(undecided)
+    assert over_calibrations({0: 2.0, 1: 2.0})[1] == 0
+    assert over_calibrations({0: 2.0, 1: 3.0}, {0: 2.0, 1: 3.0})[1] == 1

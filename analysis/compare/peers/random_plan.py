@@ -58,7 +58,17 @@ class RandomPlan(PeerSettings):
 
 
 def shuffled(plan: DepthPlan, seed: int) -> DepthPlan:
-    """Put the plan's own steps in a random order: a control of equal cost, like the reversed plan."""
-    steps = list(plan.steps)
-    random.Random(seed).shuffle(steps)
+    """Put the plan's own steps in a random order: a control of equal cost, like the reversed plan.
+
+    An order in which a forecast has no step at full depth before it is no plan, and is drawn again.
+    """
+    steps, drawn = list(plan.steps), random.Random(seed)
+
+    def valid() -> bool:
+        first = next((k for k, step in enumerate(steps) if step.depth == plan.num_blocks), len(steps))
+        return not any(step.forecast for step in steps[:first])
+
+    drawn.shuffle(steps)
+    while not valid():  # the plan itself is a valid order, so one comes
+        drawn.shuffle(steps)
     return plan.with_steps(steps, router="shuffled", settings={"seed": seed}, figures={})

@@ -17,7 +17,9 @@ from dyndit.analysis.compare.experiment import Experiment, settings_of
 from dyndit.analysis.compare.experiment import Inputs as Given
 from dyndit.analysis.compare.peers import Peer, PeerContext, PeerSettings, grid, peers
 from dyndit.analysis.compare.peers.ase import FixedExits
+from dyndit.analysis.compare.peers.ecad import Ecad
 from dyndit.analysis.compare.peers.forecast import Forecast, extrapolate
+from dyndit.analysis.compare.peers.internal_guidance import InternalGuidance
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.analysis.compare.peers.pruned import Pruned, effects, evenly_spread, most_effect, without_blocks
 from dyndit.analysis.compare.peers.random_plan import RandomPlan, shuffled
@@ -43,12 +45,16 @@ from dyndit.training.train import Train
 
 LABELS, STEPS = [3, 1, 4, 1, 5], 6
 FIT = FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
-OURS = (FixedExits, Forecast, GuidanceInterval, Pruned, RandomPlan, Stale, TwoModels)
+OURS = (Ecad, FixedExits, Forecast, GuidanceInterval, InternalGuidance, Pruned, RandomPlan, Stale, TwoModels)
 ON = (
+    Ecad(2),
+    Ecad(3, hold=True),
     FixedExits(4 / 7),
     Forecast(3, 2),
     Forecast(2, 2, "snr"),
     GuidanceInterval(0.5, 10.0),
+    InternalGuidance(2),
+    InternalGuidance(4, 1.5, high=20.0),
     Pruned(2),
     RandomPlan(0.6),
     Stale(2, 3),
@@ -156,7 +162,7 @@ def blocks_run(runs: DynamicDepth, plan: DepthPlan) -> int:
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1000.0), (0.5, 10.0)])
-@pytest.mark.parametrize("settings", [s for s in ON if not isinstance(s, TwoModels)], ids=lambda s: s.label)
+@pytest.mark.parametrize("settings", [s for s in ON if not isinstance(s, TwoModels | Ecad)], ids=lambda s: s.label)
 def test_the_share_of_blocks_is_what_runs(model, made, settings: PeerSettings, interval) -> None:
     """Also where guidance comes and goes: a branch that comes back has nothing fresh to reuse."""
     runs = made(settings)

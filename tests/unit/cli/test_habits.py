@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = str(folder / "recipe.py")
     main(["train", recipe, "--out", str(folder / "backbone")])
     main(["distill", recipe, "--model", str(folder / "backbone"), "--out", str(folder / "model")])
-    main(["calibrate", str(folder / "model"), "--budget", "0.9", "--steps", "2", *SMALL])
+    main(["calibrate", str(folder / "model"), "--budget", "1", "--steps", "2", *SMALL])
     draw = ["sample", str(folder / "model"), "--num-images", "4", "--steps", "2", "--out"]
     main([*draw, str(folder / "full")])
     main([*draw, str(folder / "fast"), "--router", "ramp:1"])
@@ -75,7 +75,7 @@ MEANT = [
     (["train", "cifar1O", "--out", "{out}"], "did you mean cifar10?"),
     (["compare", "digits_frontir", "--out", "{out}"], "did you mean digits_frontier?"),
     (["quickstart", "--family", "vidio", "--out", "{out}"], "did you mean video?"),
-    (["calibrate", "{root}/modle", "--budget", "0.9"], "did you mean model?"),
+    (["calibrate", "{root}/modle", "--budget", "1"], "did you mean model?"),
     (["sample", "{root}/modle", "--out", "{out}"], "did you mean model?"),
     (["evaluate", "{root}/ful", "--reference", "digits"], "did you mean full?"),
     (["evaluate", "{root}/full", "--reference", "digitz"], "did you mean digits?"),
@@ -138,10 +138,10 @@ def test_a_stored_table_is_searched_without_drawing(root: Path, tmp_path: Path, 
         monkeypatch.setattr(f"dyndit.calibration.calibrate.{name}", None)
     monkeypatch.setattr("dyndit.analysis.load_extractor", None)
     out = tmp_path / "plan.json"
-    main(["calibrate", str(root / "model"), "--budget", "0.95", "--steps", "4", "--search-only", "--out", str(out)])
+    main(["calibrate", str(root / "model"), "--budget", "1", "--steps", "4", "--search-only", "--out", str(out)])
     assert "predicted, not measured" in capsys.readouterr().out
     plan = dyndit.DepthPlan.load(out)
-    assert (plan.num_steps, plan.budget) == (4, 0.95)
+    assert (plan.num_steps, plan.budget) == (4, 1.0)
     assert "measured_fd" not in plan.figures
     goal = ["--latency-budget", "1.0", "--search-only", "--out", str(out)]
     main(["calibrate", str(root / "model"), *goal])
@@ -149,17 +149,17 @@ def test_a_stored_table_is_searched_without_drawing(root: Path, tmp_path: Path, 
 
 
 def test_searching_alone_needs_a_table_and_draws_nothing(root: Path, capsys) -> None:
-    line = refused(capsys, "calibrate", root / "backbone", "--budget", "0.9", "--search-only")
+    line = refused(capsys, "calibrate", root / "backbone", "--budget", "1", "--search-only")
     assert "has no exits" in line or "no such file" in line
     for flag in (["--fresh"], ["--refinements", "1"], ["--step-grid", "2"]):
-        line = refused(capsys, "calibrate", root / "model", "--budget", "0.9", "--search-only", *flag)
+        line = refused(capsys, "calibrate", root / "model", "--budget", "1", "--search-only", *flag)
         assert f"{flag[0]} draws pictures" in line
 
 
 def test_a_plan_file_brings_its_solver_steps_and_scale(root: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     at = ["--solver", "unipc", "--steps", "3"]
-    main(["calibrate", str(root / "model"), "--budget", "0.95", *at, "--search-only", "--out", str(plan)])
+    main(["calibrate", str(root / "model"), "--budget", "1", *at, "--search-only", "--out", str(plan)])
     out = tmp_path / "set"
     main(["sample", str(root / "model"), "--plan", str(plan), "--num-images", "2", "--out", str(out)])
     settings = json.loads((out / "manifest.json").read_text())["settings"]
@@ -294,10 +294,10 @@ def test_python_extends_and_leaves_files_as_the_command_does(root: Path, tmp_pat
     pictures = dyndit.open_data("digits").uint8()
     settings = dyndit.CalibrationSettings(num_pictures=70, num_bands=1, batch_size=35, num_depths=1)
     measure = {"extractor": digits, "reference": pictures, "settings": settings, "num_steps": 2, "out": tmp_path / "m"}
-    plan = dyndit.calibrate(model, budget=0.9, **measure)
-    names = {"shift-table.safetensors", "plan-ddim-2-b0.9.json"}
+    plan = dyndit.calibrate(model, budget=1.0, **measure)
+    names = {"shift-table.safetensors", "plan-ddim-2-b1.json"}
     assert {path.name for path in (tmp_path / "m").iterdir()} - {".lock"} == names
-    assert dyndit.DepthPlan.load(tmp_path / "m" / "plan-ddim-2-b0.9.json") == plan
+    assert dyndit.DepthPlan.load(tmp_path / "m" / "plan-ddim-2-b1.json") == plan
     before = (tmp_path / "m" / "shift-table.safetensors").read_bytes()
     dyndit.calibrate(model, budget=1.0, num_steps=4, out=tmp_path / "m")  # the table there is searched
     assert (tmp_path / "m" / "shift-table.safetensors").read_bytes() == before

@@ -1,5 +1,6 @@
 """Pipelines of diffusers behind the page: their own pictures at full depth, plans by the plug-in, no trace between."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,3 +163,20 @@ def test_the_own_pipeline_is_opened_as_its_model(tmp_path: Path, make_model) -> 
     pipe.save_pretrained(tmp_path)
     studio = open_studio(str(tmp_path))
     assert studio.plan(Request((3,))).router == "searched"
+
+
+def test_no_code_of_a_folder_runs(tmp_path: Path) -> None:
+    tiny_pipeline("DiTTransformer2DModel").pipe.save_pretrained(tmp_path / "pipe")
+    ran, index = tmp_path / "ran", tmp_path / "pipe" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": ["mine", "Mine"]}))
+    code = f"from diffusers import DiTPipeline as Mine\nopen({str(ran)!r}, 'w').close()\nMine.__module__ = __name__\n"
+    (tmp_path / "pipe" / "mine.py").write_text(code)
+    with pytest.raises(InputError, match="no pipeline that loads"):
+        open_studio(str(tmp_path / "pipe"))
+    assert not ran.exists()
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    tiny_pipeline("DiTTransformer2DModel").pipe.save_pretrained(tmp_path / "pipe", safe_serialization=False)
+    with pytest.raises(InputError, match="no pipeline that loads"):
+        open_studio(str(tmp_path / "pipe"))

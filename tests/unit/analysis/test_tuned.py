@@ -1,0 +1,236 @@
+"""Rivals tuned on the calibration seeds: least distance within the time, resumed from the file, never from scores."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from dyndit import files
+from dyndit.analysis.compare import tuned
+from dyndit.analysis.compare.context import Context
+from dyndit.analysis.compare.evolution import Evolution
+from dyndit.analysis.compare.evolved import Evolved
+from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant, settings_of
+from dyndit.analysis.compare.peers.constant_exit import ConstantExit
+from dyndit.analysis.compare.peers.ecad import Ecad
+from dyndit.analysis.compare.peers.interval import GuidanceInterval
+from dyndit.analysis.compare.run import Comparison
+from dyndit.analysis.compare.sources import Searched, Variants
+from dyndit.analysis.compare.tuned import TUNING, Tuned, choose
+from dyndit.analysis.compare.tuning import SLACK, Tuning
+from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.analysis.metrics.features import Measured
+from dyndit.analysis.metrics.sets import PictureSet
+from dyndit.calibration.measure import CalibrationSettings
+from dyndit.errors import InputError
+from dyndit.models.dit import CARDS
+from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.plans.step import OwnExit, locked
+from dyndit.recipes.studies import claim
+from dyndit.training.config import FitConfig
+from dyndit.training.data import load_digits
+from dyndit.training.distill import Distill
+
+CHOICES = ("6|3", "3|3", "3|e2", "3", "2", "2+")
+DEPTHS = ConstantExit(3, 2), ConstantExit(2), GuidanceInterval(0.0, 1000.0)
+
+
+@pytest.fixture(scope="module")
+def context(make_model, tmp_path_factory) -> Context:
+    """A comparison with a measured table on a tiny model; few pictures, so that it takes seconds."""
+    calibration = CalibrationSettings(num_pictures=70, num_bands=4, batch_size=70, choices=CHOICES, forecast_ages=1)
+    experiment = Experiment(
+        *("", "digits", "digits", Distill(fit=FitConfig(steps=2, batch_size=8))),
+        calibration=calibration,
+        calibration_steps=4,
+        points=(("ddim", 4),),
+        budgets=(0.6,),
+        full_points=(("ddim", 4),),
+        num_blocks=1,
+        num_images=70,
+        batch_size=35,
+        metrics=("fd",),
+    )
+    data = load_digits()
+    references = (Measured(PictureSet("digits", data.uint8()), load_extractor("digits")),)
+    out = tmp_path_factory.mktemp("run")
+    found = Context(experiment, make_model(), references, data, out, Console(quiet=True))
+    # Times of its own, the same at every run. A pass of both branches takes nearly twice as long as one.
+    one = PartTimes(embed=0.01, block=0.1, exit=0.02, head=0.03)
+    cost = CostModel(35, 6, one, replace(one, block=0.19), solver=0.01)
+    object.__setattr__(found, "table", replace(found.table, cost=cost))
+    return found
+
+
+def with_tuning(context: Context, out: Path, **changes: object) -> Context:
+    tuning = Tuning(**({"family": "rival", "peers": DEPTHS, "solver": "ddim", "reference": 4} | changes))
+    own = replace(context, experiment=replace(context.experiment, tunings=(tuning,)), out=out)
+    object.__setattr__(own, "table", context.table)
+    return own
+
+
+def test_the_best_setting_within_the_time_becomes_the_arm(context: Context, tmp_path: Path) -> None:
+    own = with_tuning(context, tmp_path, scales=(1.0, 1.5), steps=(2, 3, 4, 5, 6), share=0.6, counts=2)
+    (arm,) = Tuned().arms(own)
+    rows = pd.read_csv(tmp_path / TUNING)
+    drawn = rows[rows["fd"].notna()]
+    best = drawn.loc[drawn["fd"].idxmin()]
+    assert arm.settings == f"{best['peer']}-{best['settings']}"
+    assert (arm.plan.num_steps, arm.plan.cfg_scale) == (best["steps"], best["cfg_scale"])
+    assert (drawn["share"] <= 0.6 * SLACK).all()
+    assert (rows[rows["fd"].isna()]["share"] > 0.6 * SLACK).all()
+    for _, group in rows.groupby(["peer", "settings", "cfg_scale"]):
+        fitting = group[group["fd"].notna()]["steps"]
+        assert 1 <= len(fitting) <= 2
+        assert sorted(group["steps"], reverse=True) == list(group["steps"])  # the largest counts first
+    assert f"scale{arm.plan.cfg_scale:g}" in arm.name
+
+
+def test_it_resumes_from_what_was_tried(context: Context, tmp_path: Path, monkeypatch) -> None:
+    own = with_tuning(context, tmp_path, steps=(3, 4), counts=0)
+    whole, text = Tuned().arms(own)[0], (tmp_path / TUNING).read_text()
+    rows = pd.read_csv(tmp_path / TUNING)
+    assert len(rows) == len(DEPTHS) * 2
+    rows.head(2).to_csv(tmp_path / TUNING, index=False)
+    again, calls = Tuned().arms(own)[0], []
+    assert (again.name, again.plan) == (whole.name, whole.plan)
+    monkeypatch.setattr(Context, "distance", lambda *_: calls.append(1))
+    assert Tuned().arms(own)[0].plan == whole.plan
+    assert not calls
+    kept = [line.rsplit(",", 1)[0] for line in text.splitlines()]
+    assert [line.rsplit(",", 1)[0] for line in (tmp_path / TUNING).read_text().splitlines()] == kept
+
+
+def test_a_model_that_is_no_plan_is_timed(context: Context, tmp_path: Path, monkeypatch) -> None:
+    seconds = iter([10.0, 5.0, 7.0])
+    monkeypatch.setattr(tuned._Log, "_seconds", lambda *_: next(seconds))
+    own = with_tuning(context, tmp_path, peers=(Ecad(2), Ecad(3)), steps=(4,), share=0.6)
+    (arm,) = Tuned().arms(own)
+    assert pd.read_csv(tmp_path / TUNING)["share"].tolist() == [0.5, 0.7]
+    assert arm.settings == "ecad-every2"
+    assert arm.predicted_ms is None
+
+
+def test_a_scale_can_be_chosen_before_there_is_a_table(context: Context, tmp_path: Path) -> None:
+    """As the claim does: the table is measured at the scale that full depth does best with."""
+    own = with_tuning(context, tmp_path, peers=DEPTHS[2:], scales=(1.0, 1.5, 3.0), steps=(4,))
+    timed = replace(own.experiment.tunings[0], share=0.9, timed=True, steps=(2, 4))
+    del vars(own)["table"]
+    best = choose(own, own.experiment.tunings[0])
+    rows = pd.read_csv(tmp_path / TUNING)
+    assert best.plan.cfg_scale == rows.loc[rows["fd"].idxmin(), "cfg_scale"]
+    assert (rows["share"] == 0).all()
+    assert rows["fd"].min() == pytest.approx(own.distance(best.plan))
+    assert choose(own, replace(timed, family="timed")).plan.num_steps in (2, 4)
+    assert "table" not in vars(own)
+    assert not (tmp_path / "model").exists()
+
+
+def test_minutes_end_a_tuning(context: Context, tmp_path: Path) -> None:
+    own = with_tuning(context, tmp_path, steps=(4,), minutes=1e-9)
+    Tuned().arms(own)
+    assert len(pd.read_csv(tmp_path / TUNING)) == 1
+
+
+def test_tuned_arms_are_scored_on_seeds_of_their_own(context: Context, tmp_path: Path) -> None:
+    own = with_tuning(context, tmp_path, peers=DEPTHS[:1], steps=(4,))
+    own = replace(own, experiment=replace(own.experiment, first_seed=10_000))
+    object.__setattr__(own, "table", context.table)
+    arms = Tuned().arms(own)
+    Comparison(own.experiment, own.model, own.references, tmp_path, own.console).measure(arms)
+    assert set(pd.read_csv(tmp_path / "runs.csv")["seed"]) == {10_000}
+
+
+def test_shuffles_of_every_searched_plan(context: Context) -> None:
+    experiment = replace(context.experiment, shuffle_seeds=(0, 1))
+    own = replace(context, experiment=experiment)
+    object.__setattr__(own, "table", context.table)
+    searched, *others = Searched().arms(own)
+    assert [arm.settings for arm in others] == ["seed0", "seed1"]
+    for arm in others:
+        assert sorted(map(str, arm.plan.steps)) == sorted(map(str, searched.plan.steps))
+        assert (arm.family, arm.budget) == ("shuffled", 0.6)
+    assert experiment.calibrated(3).shuffle_seeds == (3, 4)
+
+
+def test_a_search_with_locked_guidance_uses_no_other(context: Context, tmp_path: Path) -> None:
+    """Without the original model's own step every step is guided by the exit, at another number of steps too."""
+    choices = locked(("6|3", *CHOICES), OwnExit(2))
+    assert not any(choice.forecast for choice in choices)  # the exit that guides is as deep as the forecasts
+    calibration = replace(context.experiment.calibration, choices=choices, forecast_ages=0)
+    lock = Variant("locked", calibration=calibration, whole=False, points=(("ddim", 5),), budgets=(0.5,))
+    own = replace(context, experiment=replace(context.experiment, variants=(lock,)), out=tmp_path)
+    object.__setattr__(own, "table", context.table)
+    (arm,) = Variants().arms(own)
+    assert arm.plan.num_steps == 5
+    assert {step.guide for step in arm.plan.steps} == {OwnExit(2)}
+    assert arm.plan.figures["predicted_share_of_time"] <= 0.5 * (1 + 1e-9)
+
+
+def test_an_evolved_arm_keeps_its_time_and_what_it_measured(context: Context, tmp_path: Path, monkeypatch) -> None:
+    effort = Evolution(generations=1, population=3)
+    own = replace(context, experiment=replace(context.experiment, evolution=effort), out=tmp_path)
+    object.__setattr__(own, "table", context.table)
+    (arm,) = Evolved().arms(own)
+    full = context.predicted_ms(context.full("ddim", 4))
+    assert arm.predicted_ms <= 0.6 * full * (1 + 1e-9)
+    assert (arm.family, arm.budget, arm.settings) == ("ecad", 0.6, "evolved")
+    monkeypatch.setattr(Context, "distance", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("dyndit.analysis.compare.evolved.part_shares", lambda *_: pytest.fail("timed again"))
+    assert Evolved().arms(own)[0].peer == arm.peer
+    assert len(list((tmp_path / "ecad").iterdir())) == 2
+
+
+def test_settings_of_tunings_name_their_peers() -> None:
+    tuning = Tuning("rival", (ConstantExit(3, 2), GuidanceInterval(0.0, math.inf)))
+    experiment = Experiment("", "digits", "digits", Distill(), tunings=(tuning,))
+    found = settings_of(experiment, Inputs(), load_digits())["experiment"]["tunings"][0]
+    whole = {"peer": "interval", "low": 0.0, "high": "inf"}  # JSON has no infinity
+    assert found["peers"] == [{"peer": "constant-exit", "depth": 3, "guide": 2}, whole]
+
+
+def test_a_calibration_has_seeds_of_its_own() -> None:
+    experiment = Experiment("", "digits", "digits", Distill(), first_seed=10_000, evolution=Evolution(seed=2))
+    third = experiment.calibrated(3)
+    assert (third.number, third.first_seed, third.evolution.seed) == (3, 10_003, 5)
+    assert third.calibration.seed - experiment.calibration.seed == third.distill.fit.seed == 3_000
+    assert experiment.calibrated(0) == replace(experiment, controls=None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"peers": ()}, "no peers"),
+        ({"share": 0.0}, "share 0"),
+        ({"counts": -1}, "counts -1"),
+        ({"minutes": float("nan")}, "minutes nan"),
+    ],
+)
+def test_bad_tunings_are_one_line(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=f"tuning rival: {message}"):
+        Tuning(**({"family": "rival", "peers": DEPTHS} | wrong))
+
+
+def test_a_time_that_no_setting_meets_is_one_line(context: Context, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no setting within 0"):
+        Tuned().arms(with_tuning(context, tmp_path, share=0.01))
+
+
+def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:
+    """Seeds as the page says, the rivals by letter, and settings that a manifest can hold."""
+    found = claim.compared(3, 1.5, 4, minutes=60.0, updates=100)
+    families = {tuning.family for tuning in found.tunings}
+    assert families == {*"ABCDHK", "C-pass", "C-interval", *claim.CACHES}
+    assert [variant.name for variant in found.variants] == ["E1", "E2"]
+    assert (found.first_seed, found.shuffle_seeds, found.search_seed, found.evolution.seed) == (10_003, (3,), 3, 3)
+    assert found.calibration.seed == 1_003_003
+    assert found.distill.fit.seed == found.peer_fit.seed == 3_000
+    assert {tuning.share for tuning in found.tunings} == {None, 0.45}
+    assert [round(share * CARDS["cifar10"].num_blocks) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3)] == list(claim.EXITS)
+    for tuning in found.tunings:
+        assert len({(peer.name, peer.label) for peer in tuning.peers}) == len(tuning.peers)
+    settings = settings_of(found, Inputs(), load_digits())
+    assert files.to_json(Path("manifest.json"), settings)

@@ -150,8 +150,9 @@ def calibrate(
         table = calibration.measure_bases(dynamic, table, network, step_grid=step_grid, into=into, **options)
     measured: dict[str, Any] = {"table": table, "extractor": network, **options}
     if goal is None:
+        assert budget is not None  # without a goal
         plan = calibration.calibrate(
-            dynamic, budget=budget or 0.0, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
+            dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
         )
         target = out or model / file_name(solver, steps, budget or 0.0)
     else:

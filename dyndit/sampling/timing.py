@@ -11,10 +11,10 @@ from dyndit.clock import Clock
 from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.rounds import paired_times
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.solvers import AnySolver
-from dyndit.stats import paired_times
 
 
 def measure_cost(

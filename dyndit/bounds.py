@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -136,8 +136,8 @@ def checked(function: F) -> F:
 
 
 INPUTS = (
-    "data", "exits", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference", "runs",
-    "samples", "table", "train", "vae", "verify",
+    "ckpt", "data", "exits", "extractor_weights", "file", "full", "held_out", "lpips_weights", "plan", "reference",
+    "runs", "samples", "self_check", "sets", "table", "text_encoder", "train", "vae", "verify",
 )  # fmt: skip
 """Flags that name files or folders to read."""
 NAMES = ("", "digits", "captioned-digits", "moving-digits")
@@ -153,17 +153,26 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     for name in INPUTS:
         value = values.get(name)
         for each in value if isinstance(value, tuple) else (value,):
-            if each is None or str(each) in NAMES or str(each).startswith("random:"):
+            if each is None or isinstance(each, bool) or str(each) in NAMES or str(each).startswith("random:"):
                 continue
             path = Path(str(each))
             if not path.exists():
                 beside = path.parent.iterdir() if set(path.name) & set("*?[") and path.parent.is_dir() else ()
                 if any(fnmatch(found.name, path.name) for found in beside):  # a pattern, such as train-*.tar
                     continue
-                raise InputError(f"{_flag(name)}{each!s:.200}: no such file or folder; expected a path to read")
+                meant = did_you_mean(path.name, [*beside_of(path), *(NAMES if name in ("data", "reference") else ())])
+                raise InputError(f"{_flag(name)}{each!s:.200}: no such file or folder; expected a path to read{meant}")
             if not os.access(path, os.R_OK):
                 raise InputError(f"{_flag(name)}{each!s:.200}: may not be read; expected a file or folder to read")
 
 
+def beside_of(path: Path) -> list[str]:
+    """Return the names in the folder that a missing path would lie in; none if they cannot be listed."""
+    try:
+        return [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return []
+
+
 def _flag(name: str) -> str:
-    return "" if name in ("samples", "runs", "file") else f"--{name.replace('_', '-')} "
+    return "" if name in ("samples", "sets", "runs", "file") else f"--{name.replace('_', '-')} "

@@ -88,8 +88,8 @@ def remove(path: Path) -> None:
 def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
     """Yield a path to write a file or a folder at. If the block succeeds, it becomes `target`; else it is removed.
 
-    The path has the target's name, and so its suffix. Nothing exists there yet. A file gets the mode that the umask
-    gives a new file, whatever mode its writer chose. A folder can replace only an empty folder.
+    The path has the target's name, and so its suffix. Nothing exists there yet. A file, also one in a folder, gets the
+    mode that the umask gives a new file, whatever mode its writer chose. A folder can replace only an empty folder.
 
     Raises InputError: the target cannot be written, for example on a full disk; or it is of another kind.
     """
@@ -115,10 +115,11 @@ def written_together(folder: Path, about: Path | None = None) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         mode = draft.stat().st_mode & 0o666  # the umask, as mkdir applied it
-        for path in (made := sorted(draft.iterdir())):
-            if path.is_file():
+        for path in (written := [*draft.rglob("*")]):
+            if path.is_file() and not path.is_symlink():
                 path.chmod(mode)
-        sync(*draft.rglob("*"))
+        made = sorted(draft.iterdir())
+        sync(*written)
         for path in made:
             reached("rename", folder / path.name)
             path.replace(folder / path.name)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,25 @@ def chosen_device(device: str) -> str:
     return device
 
 
+def train_on(device: str) -> str:
+    """Let accelerate train on a device, as `chosen_device` reads it -> the device. "auto" leaves it to accelerate.
+
+    Raises InputError: accelerate trains on another already.
+    """
+    import torch
+    from accelerate import PartialState
+
+    wanted = torch.device(chosen_device(device))
+    if device != "auto" and wanted.type == "cpu":
+        PartialState(cpu=True)  # the first one of a process decides
+    elif device != "auto" and wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    found = PartialState().device or wanted
+    if device != "auto" and found.type != wanted.type:
+        raise InputError(f"--device {device}: accelerate trains on {found}; expected auto, or that one")
+    return str(found)
+
+
 def chosen_dtype(dtype: str, device: str) -> "torch.dtype | None":
     """Return the precision to compute in, or raise InputError. None, for "own", keeps the precision of the weights.
 
@@ -108,5 +127,5 @@ def chosen_dtype(dtype: str, device: str) -> "torch.dtype | None":
         fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else None
     if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: expected one of auto, {', '.join(DTYPES)}")
+        raise InputError(f"--dtype {dtype}: {expected_one_of(dtype, ('auto', *DTYPES))}")
     return None if dtype == "own" else getattr(torch, dtype)

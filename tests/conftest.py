@@ -82,7 +82,8 @@ def cifar10_dit(shared: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep features of test pictures out of the user's cache."""
+    """Keep features of test pictures out of the user's cache, and progress out of what commands print."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DYNDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DYNDIT_PROGRESS", "off")  # what a slow machine would say in between
         yield

@@ -17,7 +17,7 @@ from dyndit.analysis.metrics.energy import EnergyMeter, energy_meter
 from dyndit.analysis.metrics.macs import model_macs
 from dyndit.analysis.metrics.memory import MEANING, peak_memory
 from dyndit.clock import Clock
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.dit import CARDS, ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import ExitConfig, Exits
@@ -26,11 +26,12 @@ from dyndit.plans.plan import DepthPlan
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import apply_dyndit, remove_dyndit
 from dyndit.process import DDPM
+from dyndit.progress import tracked
+from dyndit.rounds import Reading, Repeats, paired_rounds
 from dyndit.sampling.loop import picture_generator
 from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import make_scheduler
 from dyndit.sampling.timing import measure_cost
-from dyndit.stats import Reading, Repeats, paired_rounds
 from dyndit.storage.autoencoder import open_autoencoder
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.training.autoencoders import decode_latents, latent_space
@@ -97,7 +98,7 @@ def random_model(spec: str, device: str = "cpu") -> DynamicDepth:
     """Make "random:CARD": random weights, a plain exit after every layer. Raises InputError: there is no such card."""
     name = spec.removeprefix(RANDOM)
     if name not in CARDS:
-        raise InputError(f"{spec}: no such card; expected {RANDOM} and one of {', '.join(CARDS)}")
+        raise InputError(f"{spec}: no such card; after {RANDOM} {expected_one_of(name, CARDS)}")
     config = CARDS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -124,12 +125,19 @@ def open_decoder(spec: str, model: DynamicDepth) -> ModelMixin:
 
 
 def measure(
-    model: DynamicDepth, plans: Mapping[str, DepthPlan], settings: Bench | None = None, *, name: str = ""
+    model: DynamicDepth,
+    plans: Mapping[str, DepthPlan],
+    settings: Bench | None = None,
+    *,
+    name: str = "",
+    on_round: Callable[[pd.DataFrame], str | None] | None = None,
+    on_size: Callable[[pd.DataFrame], None] | None = None,
 ) -> pd.DataFrame:
     """Time one batch of every size under every plan -> a row per timed call and scope, columns as in COLUMNS.
 
     plans: the arms by name; the first is the baseline. They are checked against the model, and share solver, step count
-    and guidance scale. name: the model's name in the table.
+    and guidance scale. name: the model's name in the table. on_round(rows of this batch size so far) is called after
+    each round; what it returns is shown with the progress. on_size(rows of this batch size) is called when it is done.
     Raises InputError: a pipeline for a guided model without 1,000 classes: `DiTPipeline` would use a wrong null label.
     """
     settings, first = settings or Bench(), next(iter(plans.values()))
@@ -139,35 +147,50 @@ def measure(
     if settings.compiled and not settings.in_pipeline:
         compile_parts(model)
     make_arms = _in_pipeline if settings.in_pipeline else _in_sampler
+    same = {
+        "model": name,
+        "machine": manifest.machine(device),
+        "device": device,
+        "dtype": str(weights.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "compiled": "compiled" if settings.compiled else "eager",
+        "solver": first.solver,
+        "steps": first.num_steps,
+        "cfg_scale": first.cfg_scale,
+        "energy_source": "" if meter is None else meter.source,
+    }
     tables = []
     for size in settings.batch_sizes:
         if settings.compiled:
             torch.compiler.reset()  # each size gets its own code, whichever came before
         arms = make_arms(model, plans, size, settings, meter)
-        for run in arms.values():
+        for run in tracked(list(arms.values()), f"batch of {size}: warming up", unit="arms"):
             run()
-        peaks = {arm: peak_memory(run, device) for arm, run in arms.items()}
-        table = paired_rounds(arms, settings.repeats, next(iter(plans)))
+        peaks = {arm: peak_memory(arms[arm], device) for arm in tracked(list(arms), f"batch of {size}: peak memory")}
         cost = measure_cost(model, batch_size=size, solver=first.solver, cfg_scale=first.cfg_scale)
         run_plans = {arm: plans.get(arm, first) for arm in arms}
-        table["batch_size"] = size
-        table["predicted_seconds"] = _predicted(table, run_plans, cost, decodes=settings.decoder is not None)
-        table["share_of_blocks"] = table["arm"].map({a: p.share_of_blocks for a, p in run_plans.items()})
-        table["macs"] = table["arm"].map({a: macs.plan(p) for a, p in run_plans.items()})
-        table["peak_memory_mib"] = table["arm"].map({arm: peak / 2**20 for arm, peak in peaks.items()})
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True).assign(
-        model=name,
-        machine=manifest.machine(device),
-        device=device,
-        dtype=str(weights.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        compiled="compiled" if settings.compiled else "eager",
-        solver=first.solver,
-        steps=first.num_steps,
-        cfg_scale=first.cfg_scale,
-        energy_source="" if meter is None else meter.source,
-    )[list(COLUMNS)]
+
+        def whole(
+            rows: pd.DataFrame,
+            size: int = size,
+            cost: CostModel = cost,
+            run_plans: Mapping[str, DepthPlan] = run_plans,
+            peaks: Mapping[str, int] = peaks,
+        ) -> pd.DataFrame:
+            """Add the columns that do not come from the clock."""
+            table = rows.assign(batch_size=size, **same)
+            table["predicted_seconds"] = _predicted(table, run_plans, cost, decodes=settings.decoder is not None)
+            table["share_of_blocks"] = table["arm"].map({a: p.share_of_blocks for a, p in run_plans.items()})
+            table["macs"] = table["arm"].map({a: macs.plan(p) for a, p in run_plans.items()})
+            table["peak_memory_mib"] = table["arm"].map({arm: peak / 2**20 for arm, peak in peaks.items()})
+            return table[list(COLUMNS)]
+
+        told = None if on_round is None else lambda rows, whole=whole: on_round(whole(rows))
+        title = f"batch of {size}: timing"
+        tables.append(whole(paired_rounds(arms, settings.repeats, next(iter(plans)), title=title, on_round=told)))
+        if on_size is not None:
+            on_size(tables[-1])
+    return pd.concat(tables, ignore_index=True)
 
 
 def _in_sampler(

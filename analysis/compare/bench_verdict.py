@@ -8,7 +8,8 @@ import pandas as pd
 from dyndit.analysis.compare.bench import AGAIN, FULL
 from dyndit.analysis.metrics.macs import flops
 from dyndit.analysis.metrics.memory import MEANING
-from dyndit.stats import Interval, relative_width, summarise
+from dyndit.rounds import summarise
+from dyndit.stats import Interval, relative_width
 
 
 def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:
@@ -53,22 +54,41 @@ def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:
 
 def lines(times: pd.DataFrame, until: float = 0.0, baseline: str = FULL) -> list[str]:
     """Write the report of a benchmark as lines.  until: the requested interval width; wider arms are named."""
+    sizes = [part for _, part in times.groupby("batch_size", sort=False)]
+    return head(times, baseline) + [line for part in sizes for line in of_size(part, until, baseline)]
+
+
+def head(times: pd.DataFrame, baseline: str = FULL) -> list[str]:
+    """Write the lines that stand above all batch sizes: the machine, and the arms' arithmetic."""
     table, facts = verdict(times, baseline), times.iloc[0]
     text = [
         f"{facts['machine']}; {facts['dtype']}, {facts['threads']} CPU threads, {facts['compiled']}; "
         f"{facts['steps']} steps of {facts['solver']}, guidance {facts['cfg_scale']:g}"
     ]
-    text += [
+    return text + [
         f"  {arm:>12}  {of['macs'] / 1e9:.4g} GMACs ({of['flops'] / 1e9:.4g} GFLOPs) of the denoiser, one picture"
         for arm, of in table.groupby("arm", sort=False).first().iterrows()
     ]
+
+
+def of_size(times: pd.DataFrame, until: float = 0.0, baseline: str = FULL) -> list[str]:
+    """Write the lines of one batch size: times and ratios, then memory and energy."""
+    table, facts, text = verdict(times, baseline), times.iloc[0], []
     for (size, scope), part in table.groupby(["batch_size", "scope"], sort=False):
         text.append(f"{scope}, batch of {size}, {part['rounds'].max()} rounds:")
         text += [_line(row, baseline) for _, row in part.iterrows()]
         text += _remarks(part, until)
-    for size, part in table.groupby("batch_size", sort=False):
-        text += _resources(part.groupby("arm", sort=False).last(), size, str(facts["device"]), facts["energy_source"])
-    return text
+    last = table.groupby("arm", sort=False).last()
+    return text + _resources(last, int(facts["batch_size"]), str(facts["device"]), facts["energy_source"])
+
+
+def ratios(times: pd.DataFrame, baseline: str = FULL) -> str:
+    """Write each arm's median ratio so far, of the first scope: "full again 1.001, searched 0.612 of full"."""
+    table = times[times["scope"] == times["scope"].iloc[0]].pivot(index="round", columns="arm", values="seconds")
+    if baseline not in table:
+        return ""
+    found = table.div(table[baseline], axis=0).median().drop(baseline)
+    return ", ".join(f"{arm} {ratio:.3f}" for arm, ratio in found.items()) + f" of {baseline}"
 
 
 def is_null(ratio: Interval) -> bool:

@@ -23,11 +23,10 @@ from dyndit.errors import CheckpointError
 from dyndit.files import remove, write_text
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
-from dyndit.plans.plan import DepthPlan, bind
+from dyndit.plans.plan import DepthPlan, bind, file_name
 from dyndit.plans.refined import refined
 from dyndit.plans.search import SearchSettings, search
 from dyndit.plans.table import FILE, ShiftTable
-from dyndit.progress import progress_bar
 from dyndit.sampling.loop import full_plan, to_uint8
 from dyndit.stats import Moments, frechet_distance
 from dyndit.storage import load as checkpoints
@@ -144,7 +143,7 @@ class Context:
         found: list[tuple[float, DepthPlan, str]] = []
         full, base = self.full(solver, steps), None
         for budget in sorted(set(budgets)):
-            name = f"plan-{solver}-{steps}-b{budget:g}.json"
+            name = file_name(solver, steps, budget)
             if (self.out / name).exists():
                 plan = self.read_plan(name)
             else:
@@ -162,8 +161,7 @@ class Context:
         """Add full depth's moments at the experiment's `latency_steps` to the table and its file; return the table."""
         options = {"solver": solver, "step_grid": self.experiment.latency_steps, "into": self._table_file}
         options |= {"batch_size": self.experiment.batch_size, "to_pictures": self.to_pictures}
-        with progress_bar("measuring full depth", self.console) as advance:
-            return measure_bases(self.model, self.table, self.extractor, on_progress=advance, **options)
+        return measure_bases(self.model, self.table, self.extractor, **options)
 
     @property
     def _table_file(self) -> Path:
@@ -224,8 +222,7 @@ class Context:
         extractor, reference = of_few_features(self.extractor, self.references[0].features)
         started = time.monotonic()
         options |= {"to_pictures": self.to_pictures}
-        with progress_bar("measuring distribution shifts", self.console) as advance:
-            table = measure_shifts(self.model, extractor, reference, on_progress=advance, **options)
+        table = measure_shifts(self.model, extractor, reference, **options)
         seconds = time.monotonic() - started
         note(self.out / COSTS, {"name": "table", "seed": self.experiment.calibration.seed, "seconds": seconds})
         return table

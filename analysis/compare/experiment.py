@@ -254,9 +254,16 @@ def settings_of(experiment: Experiment, inputs: Inputs, data: Pictures) -> dict[
             owner["train"]["process"] = chosen.train.process.config()  # without its tables
     for chosen, owner in ((experiment, choices), *zip(experiment.tunings, choices["tunings"], strict=True)):
         owner["peers"] = [{"peer": peer.name, **_plain(peer)} for peer in chosen.peers]
-    return {"experiment": choices, "inputs": asdict(inputs), "data": data.fingerprint}
+    return {"experiment": _without_trackers(choices), "inputs": asdict(inputs), "data": data.fingerprint}
 
 
 def _plain(peer: PeerSettings) -> dict[str, object]:
     """Return a peer's settings as JSON holds them: infinity as text."""
     return {name: str(value) if value == math.inf else value for name, value in asdict(peer).items()}
+
+
+def _without_trackers(choices: object) -> object:
+    """Return the choices without those of a tracker, which change nothing."""
+    if isinstance(choices, dict):
+        return {name: _without_trackers(value) for name, value in choices.items() if name != "tracker"}
+    return type(choices)(map(_without_trackers, choices)) if isinstance(choices, list | tuple) else choices

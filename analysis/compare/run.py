@@ -34,7 +34,7 @@ from dyndit.errors import InputError
 from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures.collection import said_of
-from dyndit.progress import progress_bar
+from dyndit.progress import progress_bar, tracked
 from dyndit.runtime import chosen_device
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.sample import Samples, sample
@@ -58,7 +58,8 @@ def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console
         with fitted.autocast(context.model.device.type):
             arms = [arm for source in SOURCES for arm in source.arms(context)]
             comparison.measure(arms)
-            comparison.report(arms)
+            with progress_bar("writing the report", context.console):
+                comparison.report(arms)
     return out
 
 
@@ -75,8 +76,6 @@ def prepared(
     experiment = inputs.applied(experiment)
     given, process = None, experiment.train.process if experiment.train is not None else None
     if not inputs.from_scratch:
-        if not experiment.model:
-            raise InputError("--model: missing; expected a model, as this experiment names none, or --from-scratch")
         options = {"process": inputs.process or None, "num_heads": inputs.num_heads, "weights": inputs.weights}
         options["device"] = inputs.device
         given = checkpoints.load(experiment.model, **options)
@@ -162,7 +161,7 @@ class Comparison:
         Peers are counted on a batch, as data may decide; their heads are not told apart.
         """
         num, parts, counted = min(self.experiment.batch_size, self.experiment.num_images), {}, {}
-        for arm in arms:
+        for arm in tracked(list(arms), "counting arithmetic", unit="arms"):
             model = arm.model or self.model
             if isinstance(model, Peer | ConfidentDepth):
                 counted[arm.name] = count_macs(lambda arm=arm: self._drawn(arm, seed=0, num=num)) / num, None
@@ -189,10 +188,11 @@ class Comparison:
         total = batches * experiment.num_blocks * len(arms)
         count = total - batches * sum(map(len, missing.values()))
         if count < total:
-            for arm in {(arm.family, id(arm.model)): arm for arm in arms}.values():  # warm-up
+            for arm in tracked([*{(a.family, id(a.model)): a for a in arms}.values()], "warming up", unit="arms"):
                 self._draw(arm, seed=0, num=min(size, experiment.num_images))
         macs = self._macs({arm.name: arm for waiting in missing.values() for arm in waiting}.values())
-        with progress_bar("sampling and scoring", self.console) as advance:
+        with progress_bar("sampling and scoring", self.console, unit="batches") as advance:
+            advance(count, total)
             for block, waiting in missing.items():
                 drawn: dict[str, list[Samples]] = {arm.name: [] for arm in waiting}
                 for batch in range(batches):

@@ -47,12 +47,14 @@ class Searched:
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`."""
         experiment, controls = context.experiment, context.experiment.controls
-        budgets = {point: list(experiment.budgets) for point in experiment.dynamic_points}
+        within = _budgets_within(context) or experiment.budgets  # if none is met, the search refuses them
+        budgets = {point: list(within) for point in experiment.dynamic_points}
         shares = {} if controls is None else self._control_budgets(context)
         if controls is not None:
             budgets.setdefault((controls.solver, controls.steps), []).extend(shares.values())
         searched, arms = {}, []
-        with progress_bar("searching plans", context.console) as advance:
+        with progress_bar("searching plans", context.console, unit="points") as advance:
+            advance(0, len(budgets))
             for done, (point, wanted) in enumerate(budgets.items()):
                 for budget, plan, file in context.searched(*point, wanted):
                     searched[point, budget] = plan
@@ -143,15 +145,13 @@ class Variants:
             own = replace(own, model=model.to(context.model.device))
         else:
             own = replace(own, known=context.table)
-        if beyond := sorted(set(own.experiment.budgets) - set(own.within)):
-            least = f"its cheapest plan takes {own.table.least_share:.2f}"
-            context.console.print(f"variant {variant.name}: no plan within {', '.join(map(str, beyond))}, {least}")
-        arms, family = [], f"searched-{variant.name}"
+        within, family = _budgets_within(own, f"variant {variant.name}: "), f"searched-{variant.name}"
+        arms: list[Arm] = []
         for solver, steps in own.experiment.dynamic_points:
             if own.model.identity.backbone != context.model.identity.backbone:
                 full = own.full(solver, steps)
                 arms.append(Arm(f"full-{variant.name}", full, predicted_ms=own.predicted_ms(full)))
-            arms += [_searched_arm(own, family, *found) for found in own.searched(solver, steps, own.within)]
+            arms += [_searched_arm(own, family, *found) for found in own.searched(solver, steps, within)]
         return [replace(arm, model=own.model, variant=variant.name) for arm in arms]
 
 
@@ -206,6 +206,14 @@ SOURCES: tuple[Source, ...] = (
     Confidence(),
 )
 """Every source, in the order that makes the arms."""
+
+
+def _budgets_within(context: Context, whose: str = "") -> list[float]:
+    """Return the budgets that a plan meets, and print the others."""
+    if beyond := sorted(set(context.experiment.budgets) - set(context.within)):
+        least = f"the cheapest plan takes {context.table.least_share:.2f}"
+        context.console.print(f"{whose}no plan within {', '.join(map(str, beyond))}: {least}")
+    return context.within
 
 
 def _searched_arm(context: Context, family: str, budget: float, plan: DepthPlan, file: str) -> Arm:

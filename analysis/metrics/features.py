@@ -33,7 +33,6 @@ LAYOUT = 1  # raise it when the features of the same pictures change
 MAIN, SPATIAL = ("features", "logits"), ("spatial",)
 PARTS = "parts"  # folder of the features of single batches, until their set is done
 LEAST_SECONDS = 0.5  # time of a batch that is worth a file
-LEAST_SHOWN = 1000  # pictures whose reading shows progress
 
 
 class Measured:
@@ -136,7 +135,7 @@ class Measured:
         if all(part is not None for part in kept):
             return {k: v for part in kept for k, v in part.items()}
         parts, hashes, files = [], [], []
-        for batch in self._tracked("features"):
+        for batch in self._tracked(f"features by {self.extractor.name}"):
             mine = _hashes(batch)
             part, file = self._part(batch, mine)
             parts.append(part)
@@ -169,7 +168,8 @@ class Measured:
     def _tracked(self, title: str) -> Iterator[Tensor]:
         """Yield the batches of the set, and show how many pictures are done."""
         done, total = 0, len(self._set.source)
-        with progress_bar(title, shown=total >= LEAST_SHOWN) as advance:
+        with progress_bar(title, unit="pictures") as advance:
+            advance(0, total)
             for batch in self._set.batches():
                 yield batch
                 done += len(batch)

@@ -20,8 +20,9 @@ from dyndit.analysis.metrics.metric import Comparison, Figures, metric, metrics_
 from dyndit.analysis.metrics.paired import Lpips, check_same_seeds, paired_sets
 from dyndit.analysis.metrics.sets import PictureSet, read_set
 from dyndit.analysis.metrics.statistics import NOTHING_TOLD, Statistics, Told
-from dyndit.errors import InputError
+from dyndit.errors import InputError, did_you_mean
 from dyndit.pictures.resize import Resize
+from dyndit.progress import progress_bar, tracked
 from dyndit.sampling.store import problem_of
 from dyndit.stats import frechet_distance
 
@@ -150,8 +151,9 @@ def evaluate(
         for name, s in sets.items()
         if name != "full"
     }
-    for part in measured.values():
-        part.check()
+    for name, part in measured.items():
+        with progress_bar(f"reading the {name.replace('_', ' ')} set"):
+            part.check()
     lpips = None if lpips_weights is None or "paired" not in metrics else Lpips.load(lpips_weights)
     comparison = Comparison(**({"train": measured["reference"]} | measured), full=sets.get("full"), lpips=lpips)
     result: Figures = {
@@ -161,7 +163,7 @@ def evaluate(
         "num_reference": comparison.reference.num,
         "forced": forced,
     }
-    for name in metrics:
+    for name in tracked(metrics, "computing metrics", unit="metrics"):
         result |= metrics_by_name()[name](comparison)
     return result | _origins(sets, comparison.reference.statistics, resize)
 
@@ -214,7 +216,7 @@ def _origins(sets: Mapping[str, PictureSet], statistics: Statistics | None, resi
 def _check_names(metrics: Sequence[str], held_out: object, full: object) -> None:
     for name in metrics:
         if name not in (known := metrics_by_name()):
-            raise InputError(f"--metrics: '{name}', expected some of {', '.join(known)}")
+            raise InputError(f"--metrics: '{name}', expected some of {', '.join(known)}{did_you_mean(name, known)}")
     if "memorisation" in metrics and held_out is None:
         raise InputError("--held-out: missing, expected real pictures not trained on, for memorisation")
     if "paired" in metrics and full is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.errors import InputError, first_line
 from dyndit.files import sha256
+from dyndit.progress import progress_bar
 from dyndit.stats import frechet_distance, moments
 
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -72,7 +73,8 @@ def self_check(
     yield Check("SHA-256 of the weights", found, f"{PUBLISHED}, as published", found == PUBLISHED)
     ours = [extractor.features(pictures, batch_size=16)[:, :dims] for pictures in sets.values()]
     distance = frechet_distance(*map(moments, ours))
-    theirs = _theirs(list(sets.values()), weights, device, dims)
+    with progress_bar("torch-fidelity's distance"):
+        theirs = _theirs(list(sets.values()), weights, device, dims)
     close = abs(distance - theirs) <= TOLERANCE * max(1, theirs / 100)
     name = f"FID of {' and '.join(SHARES)}, {num} pictures each"
     yield Check(name, f"{distance:.4f}", f"{theirs:.4f} by torch-fidelity", close)

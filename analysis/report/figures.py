@@ -1,5 +1,6 @@
 """Draw the figures of a run: quality over time, time, spread over seeds, predictions, samples, errors of the exits."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ OTHER_MARKERS = "P", "X", "*", "p", "h", "<", ">", "d", "8", "H"
 # Colours show step counts for up to four families of plans and peers, and families for more.
 FAMILY_COLOURS = (*COLOURS, "#8B4513", "#7B68EE", "#556B2F", "#B22222", "#008B8B", "#C0A000")
 MOST_FAMILIES_BY_STEPS = 4
+
+LABEL_SHARE = 0.06
+"""Share of a panel's width and height that a label takes, about."""
 
 # Families with a sweep over steps: lines, labelled with the number of steps.
 SWEEPS = {
@@ -136,13 +140,18 @@ def _draw_frontier(axis: Axes, arms: pd.DataFrame, look: _Look, top: float) -> N
     for family, style in SWEEPS.items():
         sweep = arms[arms["family"] == family].sort_values("ms")
         axis.errorbar(sweep["ms"], sweep["fd"], sweep["half"], marker="o", ms=4, lw=1.4, **style, **bars)
+        apart = np.array([np.ptp(np.log(arms["ms"])), min(top, arms["fd"].max()) - arms["fd"].min()]) * LABEL_SHARE
+        written: list[np.ndarray] = []
         for ms, fd, steps in zip(sweep["ms"], sweep["fd"], sweep["steps"], strict=True):
+            place = np.array([math.log(ms), fd])
+            if any((abs(place - other) < apart).all() for other in written):
+                continue  # it would lie on another label
+            written.append(place)
             above = family == "full"  # the labels of the two sweeps never meet
             offset = {"xytext": (4, 5) if above else (-3, -4), "textcoords": "offset points", "fontsize": 8}
             offset |= {"ha": "left" if above else "right", "va": "bottom" if above else "top"}
-            halo = [withStroke(linewidth=2, foreground="white")]
             text = axis.annotate(f"{int(steps)}", (ms, fd), **offset, color=style["color"], zorder=5)
-            text.set(path_effects=halo, clip_on=True)
+            text.set(path_effects=[withStroke(linewidth=2, foreground="white")], clip_on=True)
     dynamic = arms[~arms["family"].isin(SWEEPS)]
     for (family, steps, _), group in dynamic.groupby(["family", "steps", "calibration"], sort=False):
         group = group.sort_values("ms")

@@ -162,7 +162,7 @@ class Family:
 
     def page(self) -> str:
         """Return the text of docs/family.md."""
-        return MARK.sub(self._filled, TEXT.read_text(encoding="utf-8"))
+        return re.sub(r"\n{3,}", "\n\n", MARK.sub(self._filled, TEXT.read_text(encoding="utf-8")))
 
     def _filled(self, mark: re.Match) -> str:
         part, name = mark.groups()

@@ -33,6 +33,7 @@ def on_page_markdown(markdown: str, page: object, **_: object) -> str:
         if sorted(asked) != sorted(dyndit.__all__):
             raise ValueError(f"{page}: names {sorted(set(asked) ^ set(dyndit.__all__))} not once on the page")
         markdown = NAMES.sub(lambda mark: "\n\n".join(map(name_section, mark[1].split())), markdown)
+    markdown = markdown.replace('title="slow"', 'title="takes a while"')
     markdown = OUTSIDE.sub(r"\1", markdown)  # sources lie beside the site, not in it
     markdown = CODE.sub(lambda span: span[0].replace(r"\|", "|"), markdown)  # GitHub needs the backslash in tables
     # Lists of a report's manifest, such as [12, 6] [8, 4], would be read as links.

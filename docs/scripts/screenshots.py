@@ -3,7 +3,7 @@
     dyndit quickstart
     python docs/scripts/screenshots.py runs/quickstart
 
-Needs the extra `demo`, playwright and Chromium. Digits of seed 3, UniPC, 10 steps, budget 0.5.
+Needs the extra `demo`, playwright and Chromium. Digits of seed 3, DDIM, 10 steps, budget 0.5.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from dyndit.demo.opening import open_digits
 from dyndit.demo.page import build, launch
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
-SIZES = {"demo": (1180, 800), "demo-phone": (390, 1500)}
+SIZES = {"demo": (1180, 790), "demo-phone": (390, 1040)}
 """Width and height of the window by the picture's name."""
 
 
@@ -31,7 +31,7 @@ def take(address: str, name: str, size: tuple[int, int]) -> None:
         tab.click("#draw")
         tab.wait_for_function("document.querySelector('#said').innerText.includes('Step 10 of 10')", timeout=60_000)
         tab.wait_for_timeout(1_000)
-        tab.screenshot(path=FIGURES / f"{name}.png", full_page=True)
+        tab.screenshot(path=FIGURES / f"{name}.png")
         browser.close()
 
 

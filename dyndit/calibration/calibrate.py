@@ -15,16 +15,19 @@ from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures import as_rgb
-from dyndit.plans.plan import DepthPlan
+from dyndit.plans.plan import DepthPlan, file_name
 from dyndit.plans.refined import refined
 from dyndit.plans.search import search
 from dyndit.plans.step_counts import Goal
-from dyndit.plans.table import ShiftTable
+from dyndit.plans.table import FILE, ShiftTable
 from dyndit.process import Process
+from dyndit.progress import progress_bar, tracked
+from dyndit.rounds import paired_times, summarise
+from dyndit.sampling.budget import table_for
 from dyndit.sampling.loop import full_plan, to_uint8
 from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import AnySolver, solver_name, timesteps_of
-from dyndit.stats import Interval, Moments, frechet_distance, moments, paired_times, summarise
+from dyndit.stats import Interval, Moments, frechet_distance, moments
 
 STEP_GRID = (5, 7, 10, 14, 20)
 """Step counts to choose among: neighbours differ by a factor of about 1.4 in time."""
@@ -58,16 +61,18 @@ def measure_bases(
     model.check_identity(table.backbone, table.exits, origin="shift table")
     extractor, name = _extractor_of(table, extractor), solver_name(solver)
     missing = [steps for steps in full if table.base_at(name, steps) is None]
-    for number, steps in enumerate(missing):
-        sampler = OwnSampler(
-            model, solver, steps, table.cfg_scale, guided_channels, to_pictures, table.seed, batch_size
-        )
-        base = _moments(sampler, extractor, full[steps], table.num_pictures, fresh=False)
-        table = replace(table, bases={**table.bases, (name, steps): base})
-        if into is not None:
-            table.save(into)
-        if on_progress is not None:
-            on_progress(sum(missing[: number + 1]), sum(missing))
+    options = (table.cfg_scale, guided_channels, to_pictures, table.seed, batch_size)
+    with progress_bar(f"measuring full depth at {', '.join(map(str, missing))} steps", unit="steps") as advance:
+        advance(0, sum(missing))
+        for number, steps in enumerate(missing, 1):
+            sampler = OwnSampler(model, solver, steps, *options)
+            base = _moments(sampler, extractor, full[steps], table.num_pictures, fresh=False)
+            table = replace(table, bases={**table.bases, (name, steps): base})
+            if into is not None:
+                table.save(into)
+            advance(sum(missing[:number]), sum(missing))
+            if on_progress is not None:
+                on_progress(sum(missing[:number]), sum(missing))
     return table
 
 
@@ -102,36 +107,8 @@ def _moments(
     return moments(extractor.features(as_rgb(sampler.drawn(plan, num_pictures, fresh=fresh))))
 
 
-@bounds.checked
-def plan_on_table(
-    model: DynamicDepth,
-    table: ShiftTable,
-    *,
-    budget: float,
-    solver: AnySolver,
-    num_steps: int,
-    base: Moments | None = None,
-) -> DepthPlan:
-    """Search a plan on a stored table. The model runs only to time it on a device new to the table.
-
-    base: moments of full depth measured at these steps, see `search`.
-
-    Raises InputError: the budget is out of range, or the table belongs to another model.
-    """
-    sampler = OwnSampler(model, solver, num_steps, table.cfg_scale)
-    return search(_fitting(sampler, table), sampler.full, budget, base=base)
-
-
-def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
-    """Return the table with the times of the model's device. Measure them if the table has another device's times.
-
-    Raises InputError: the table belongs to another model.
-    """
-    return _fitting(OwnSampler(model, solver, table.num_steps, table.cfg_scale), table)
-
-
 def _fitting(sampler: Sampler, table: ShiftTable) -> ShiftTable:
-    """Do the same as `table_for` for any sampler."""
+    """Return the table with the times of the sampler's device, as `table_for` does for a model."""
     sampler.bind(table)
     if table.cost.device != sampler.device:  # shifts hold on any device, times do not
         table = replace(table, cost=sampler.cost(table.cost.batch_size))
@@ -165,8 +142,10 @@ def planned(
     def measure(plan: DepthPlan) -> Moments:
         return _moments(sampler, extractor, plan, table.num_pictures, fresh=False)
 
-    known = table.base_at(full.solver, full.num_steps)
-    base = measure(full) if known is None else known
+    base = table.base_at(full.solver, full.num_steps)
+    if base is None:
+        with progress_bar(f"measuring full depth at {full.num_steps} steps"):
+            base = measure(full)
     if refinements:
         plan = refined(table, full, budget, measure, rounds=refinements, base=base)
     else:
@@ -180,12 +159,10 @@ def _measured(sampler: Sampler, table: ShiftTable, plan: DepthPlan, extractor: F
     def distance(wanted: DepthPlan) -> float:
         return frechet_distance(_moments(sampler, extractor, wanted, table.num_pictures, fresh=True), table.reference)
 
-    figures = {
-        "measured_fd": distance(plan),
-        "measured_fd_full": distance(sampler.full),
-        "num_pictures": float(table.num_pictures),
-    }
-    return replace(plan, figures=plan.figures | figures)
+    wanted = {"measured_fd": plan, "measured_fd_full": sampler.full}
+    of = tracked(list(wanted), "measuring the plan, then full depth, on fresh pictures", unit="plans")
+    figures = {name: distance(wanted[name]) for name in of}
+    return replace(plan, figures=plan.figures | figures | {"num_pictures": float(table.num_pictures)})
 
 
 @bounds.checked
@@ -204,6 +181,7 @@ def calibrate(
     to_pictures: ToPictures = to_uint8,
     batch_size: int = 128,
     refinements: int = 0,
+    out: str | Path | None = None,
 ) -> DepthPlan:
     """Search the plan of least predicted Fréchet distance within a budget of time.
 
@@ -228,6 +206,8 @@ def calibrate(
     decoder.
     batch_size: pictures at a time, when plans are measured.
     refinements: rounds that measure the plan on the table's seeds and correct the prediction.
+    out: a folder, for example the model's. As `dyndit calibrate` does there, it leaves `shift-table.safetensors` and
+    `plan-ddim-20-b0.6.json`. An interrupted measurement resumes; a table that is there already is searched.
 
     The prediction starts from full depth at these steps, measured on the table's own seeds. The plan and full depth are
     measured on fresh seeds (`table.seed` + 1).
@@ -237,8 +217,12 @@ def calibrate(
 
     Raises:
         InputError: the budget is out of range, the table belongs to another model or guidance scale, or without a
-            table the extractor or the reference is missing.
+            table the extractor or the reference is missing. Or the table in `out` has other numbers of pictures or
+            bands than `settings`.
     """
+    path = None if out is None else Path(out) / FILE
+    if table is None and path is not None and path.exists():
+        table = _asked_for(ShiftTable.load(path), path, settings)
     if table is None:
         extractor, reference = to_measure_with(extractor, reference)
         table = measure_shifts(
@@ -249,10 +233,28 @@ def calibrate(
             guided_channels=guided_channels,
             settings=settings,
             to_pictures=to_pictures,
+            into=path,
         )
     seed = table.seed
     sampler = OwnSampler(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, seed, batch_size)
-    return planned(sampler, table, budget, extractor, refinements)
+    plan = planned(sampler, table, budget, extractor, refinements)
+    if path is not None:
+        if not path.exists():
+            table.save(path)
+        plan.save(path.with_name(file_name(plan.solver, num_steps, budget)))
+    return plan
+
+
+def _asked_for(table: ShiftTable, path: Path, settings: CalibrationSettings | None) -> ShiftTable:
+    """Return a stored table, or refuse one of other pictures or bands than asked for. None asks for nothing."""
+    if settings is not None:
+        bands = min(settings.num_bands, table.num_steps)
+        wanted = {"pictures": (settings.num_pictures, table.num_pictures), "bands": (bands, table.num_bands)}
+        for name, (asked, found) in wanted.items():
+            if asked != found:
+                expected = f"{asked} asked for; expected the same, or another folder"
+                raise InputError(f"{path}: measured with {found} {name}, but {expected}")
+    return table
 
 
 @bounds.checked
@@ -286,7 +288,8 @@ def calibrate_steps(
     options = (table.cfg_scale, guided_channels, to_pictures, table.seed, batch_size)
     plan = _measured(OwnSampler(model, solver, plan.num_steps, *options), table, plan, extractor)
     reference = OwnSampler(model, solver, int(plan.figures["reference_steps"]), *options)
-    of_reference = _moments(reference, extractor, reference.full, table.num_pictures, fresh=True)
+    with progress_bar("measuring full depth at the reference's steps"):
+        of_reference = _moments(reference, extractor, reference.full, table.num_pictures, fresh=True)
     share = _share_of_time(model, plan, reference.full, solver, table.cost.batch_size, rounds)
     figures = {
         "measured_fd_reference": frechet_distance(of_reference, table.reference),
@@ -308,7 +311,8 @@ def _share_of_time(
         return lambda: sample(model, labels, plan=of, solver=solver, **options)
 
     arms = {"reference": drawing(reference), "plan": drawing(plan)}
-    times = paired_times(arms, rounds=rounds, warmup=1)  # pictures end on the host, so each call has finished
+    # Pictures end on the host, so each call has finished.
+    times = paired_times(arms, rounds=rounds, warmup=1, title="timing the plan")
     return summarise(times, "reference").loc["plan", "median_ratio"]
 
 

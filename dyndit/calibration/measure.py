@@ -23,11 +23,13 @@ from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Guide, Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.plans.table import ShiftTable
+from dyndit.progress import progress_bar
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.solvers import AnySolver
 from dyndit.stats import Moments, moments
 
 MAX_FEATURES, NUM_COMPONENTS = 256, 64
+TITLE = "measuring distribution shifts"
 
 OnProgress = Callable[[int, int], None]
 
@@ -139,26 +141,29 @@ def measure_table(
     made_with = [sampler.identity.backbone, sampler.identity.exits, extractor.fingerprint]
     key = json.dumps([*of_plan, sampler.setting, *sizes, *made_with])
     sums, done = _restore(partial, key)
-    total = len(batches) * len(bands) * len(choices)
-    for number, indices in enumerate(batches[done:], done):
-        drawn = sampler.replaced(indices, bands, choices, ages)
-        features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
-        base = next(features)
-        changes = []
-        for f in features:
-            changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
-            if on_progress is not None:
-                on_progress(number * len(bands) * len(choices) + len(changes), total)
-        fresh = {
-            "base.mean": base.sum(0),
-            "base.second": base.T @ base,
-            "mean": torch.stack([mean for mean, _ in changes]),
-            "second": torch.stack([second for _, second in changes]),
-        }
-        sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
-        if partial is not None:
-            progress = {"key": key, "done": str(number + 1)}
-            write_safetensors(partial, sums, progress | {seals.SEAL: seals.tensors_checksum(sums, progress)})
+    total, each = len(batches) * len(bands) * len(choices), len(bands) * len(choices)
+    with progress_bar(TITLE, unit="draws") as advance:
+        advance(done * each, total)
+        for number, indices in enumerate(batches[done:], done):
+            drawn = sampler.replaced(indices, bands, choices, ages)
+            features = (extractor.features(as_rgb(pictures)) for pictures in drawn)
+            base = next(features)
+            changes = []
+            for f in features:
+                changes.append(((f - base).sum(0), f.T @ f - base.T @ base))
+                advance(number * each + len(changes), total)
+                if on_progress is not None:
+                    on_progress(number * each + len(changes), total)
+            fresh = {
+                "base.mean": base.sum(0),
+                "base.second": base.T @ base,
+                "mean": torch.stack([mean for mean, _ in changes]),
+                "second": torch.stack([second for _, second in changes]),
+            }
+            sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
+            if partial is not None:
+                progress = {"key": key, "done": str(number + 1)}
+                write_safetensors(partial, sums, progress | {seals.SEAL: seals.tensors_checksum(sums, progress)})
     mean, second = (sums[name].unflatten(0, (len(bands), len(choices))) / n for name in ("mean", "second"))
     return ShiftTable(
         edges=_edges(full, bands),

@@ -3,18 +3,19 @@
 Every verb imports torch and the package only when it runs, so that `--help` is quick.
 """
 
+import importlib
 import importlib.metadata
 import pkgutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import unwrap
 from typing import Any
 
 import tyro
 
-from dyndit.cli.flags import PlanChoice, checked, take_trust
-from dyndit.errors import InputError, first_line
+from dyndit.cli.flags import PlanChoice, checked, flags_of, take_trust
+from dyndit.errors import InputError, did_you_mean, expected_one_of, first_line
 from dyndit.limits import take_limits
 from dyndit.runtime import keep_freed_memory, stoppable
 
@@ -24,13 +25,14 @@ VERBS: dict[str, str] = {
     "calibrate": "plans",
     "plan": "plans",
     "sample": "pictures",
+    "grid": "pictures",
     "evaluate": "results",
-    "bench": "results",
+    "bench": "bench",
     "report": "results",
     "compare": "results",
     "convert": "models",
     "inspect": "inspection",
-    "info": "models",
+    "info": "inspection",
     "quickstart": "results",
     "demo": "demo",
 }
@@ -76,8 +78,8 @@ def _run(arguments: list[str], debug: bool, caught: list[int]) -> None:
             verbs(arguments),
             prog="dyndit",
             description="Diffusion Transformers that stop early. --debug before or after a verb shows tracebacks; "
-            "--version alone prints the version. --trust MODULE (or FILE.py, and again for more) imports a module that "
-            "registers a backbone of your own.",
+            "--version alone prints the version; --tyro-write-completion bash|zsh|tcsh|fish FILE writes completions. "
+            "--trust MODULE (or FILE.py, and again for more) imports a module that registers a backbone of your own.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
@@ -121,10 +123,25 @@ def verbs(arguments: list[str]) -> dict[str, Callable[..., None]]:
         for text in (found[asked], unwrap(found[asked]), PlanChoice):
             text.__doc__ = filled(text.__doc__ or "")
     take_limits(arguments)
+    _check_words(arguments, found)
     if "" in arguments:
         flag = arguments[arguments.index("") - 1] if arguments.index("") else "arguments"
         raise InputError(f"{flag} '': empty; expected a value, or nothing")
     return {verb: checked(function) for verb, function in found.items()}
+
+
+def _check_words(arguments: Sequence[str], found: Mapping[str, Callable[..., None]]) -> None:
+    """Refuse an unknown verb or flag in one line, and say what was perhaps meant."""
+    if not arguments or arguments[0].startswith("-"):
+        return
+    if (verb := arguments[0]) not in found:
+        raise InputError(f"{verb}: no verb; {expected_one_of(verb, found)}")
+    known = {*flags_of(found[verb]), "--help"}
+    for word in arguments[1:]:
+        flag = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and flag not in known:
+            where = f"`dyndit {verb}` (`dyndit {verb} --help` lists them)"
+            raise InputError(f"{flag}: no flag of {where}{did_you_mean(flag, known)}")
 
 
 def filled(text: str) -> str:

@@ -45,8 +45,9 @@ def demo(
     if model == "digits":
         studio = open_digits(out, device)
     else:
-        options = {"exits": exits, "table": table, "vae": vae, "process": process or None, "shape": shape}
-        studio = open_studio(model, device=device, dtype=dtype, **options)
+        studio = open_studio(
+            model, exits=exits, table=table, vae=vae, process=process or None, shape=shape, device=device, dtype=dtype
+        )
     flags.say(studio.notes)
     page = build(studio)
     launch(page, host, port)

@@ -1,22 +1,24 @@
 """Flags that several verbs share, and functions that read them."""
 
 import functools
+import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from dyndit import bounds
-from dyndit.errors import CheckpointError, InputError
+from dyndit.errors import CheckpointError, InputError, did_you_mean
 from dyndit.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from diffusers import ModelMixin
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.step_counts import Goal
     from dyndit.plans.table import ShiftTable
+    from dyndit.progress import Advance
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -185,6 +188,8 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
         for name, value in given.arguments.items():
             values = vars(value) | values if is_dataclass(value) else values | {name: value}  # MODEL, not --model CARD
         bounds.check(**values)
+        if not getattr(given.arguments.get("published"), "model", ""):  # refused for that, whatever it is
+            values.pop("ckpt", None)
         if _is_on_the_hub(values.get("vae")):
             del values["vae"]
         bounds.check_inputs(values)
@@ -192,8 +197,10 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
             from dyndit.cli.recipes import check_name
 
             check_name(str(values["recipe"]))
-        for name in ("model", "source"):
-            _check_model(values.get(name))
+        for name in ("model", "source", "path"):
+            _check_model(values.get(name), verb.__name__)
+        with loading():
+            importlib.import_module("dyndit.models.dynamic")
         if _trusted:
             from dyndit.models.registry import trust
 
@@ -204,6 +211,27 @@ def checked(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def loading() -> "AbstractContextManager[Advance]":
+    """Name the stage in which libraries are imported: seconds, before anything else can be said."""
+    from dyndit.progress import progress_bar
+
+    return progress_bar("loading PyTorch and diffusers")
+
+
+def flags_of(verb: Callable[..., object]) -> set[str]:
+    """Return every flag of a verb, further names included: {"--out", "--num-images", "--num-fid-samples", ...}."""
+    hints, found = get_type_hints(inspect.unwrap(verb), include_extras=True), set()
+    parameters = [p for p in inspect.signature(verb).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    for name, hint in ((parameter.name, hints[parameter.name]) for parameter in parameters):
+        inner, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if is_dataclass(inner):
+            found |= {field.name for field in fields(inner)}
+            continue
+        found.add(next((mark.name for mark in marks if getattr(mark, "name", None)), name))
+        found |= {alias.removeprefix("--") for mark in marks for alias in getattr(mark, "aliases", None) or ()}
+    return {f"--{name.replace('_', '-')}" for name in found}
+
+
 def _is_on_the_hub(vae: object) -> bool:
     """Tell if an autoencoder is named by a hub id, or as one of the published ones, and not by a path."""
     from dyndit.storage.hub_id import parse
@@ -211,7 +239,7 @@ def _is_on_the_hub(vae: object) -> bool:
     return vae is not None and (str(vae) in ("mse", "ema") or parse(str(vae)) is not None)
 
 
-def _check_model(model: object) -> None:
+def _check_model(model: object, verb: str) -> None:
     """Refuse a model that is no path, no name and no hub id."""
     from dyndit.storage.hub_id import parse
 
@@ -219,14 +247,23 @@ def _check_model(model: object) -> None:
         if not model.is_dir():
             raise InputError(
                 f"{model}: the table is written into the model's folder; expected a local model folder, which "
-                "`dyndit distill` or `dyndit convert` makes"
+                f"`dyndit distill` or `dyndit convert` makes{did_you_mean(model.name, bounds.beside_of(model))}"
             )
         return
-    is_name = not model or model == "digits" or str(model).startswith("random:")
-    if not (is_name or Path(str(model)).exists() or parse(str(model))):
-        raise CheckpointError(
-            f"{model}: no such file or folder; expected a model folder, a DiT .pt, 'digits' or a hub id (org/name)"
-        )
+    path, text = Path(str(model)), str(model)
+    if not model or text == "digits" or text.startswith("random:") or path.exists():
+        return
+    if text.startswith("DiT-"):
+        if verb not in ("train", "info"):  # which take cards, and know them
+            raise InputError(f"{text}: a card names no weights; expected a path, or `dyndit sample --model {text}`")
+        return
+    expected = "expected a model folder, a DiT .pt, 'digits' or a hub id (org/name)"
+    wanted, near = parse(text), bounds.beside_of(path)
+    if wanted is None:
+        raise CheckpointError(f"{text}: no such file or folder; {expected}{did_you_mean(path.name, [*near, 'digits'])}")
+    if near and wanted.revision is None:  # a folder of the organisation's name is here: a path was meant
+        meant = did_you_mean(path.name, near)
+        raise CheckpointError(f"{text}: no such file or folder{meant}; {text}@main is the hub's model of that name")
 
 
 @dataclass(frozen=True)
@@ -258,9 +295,9 @@ def chosen_plan(
     dynamic: "DynamicDepth", model: str, depth: PlanChoice, solver: str, steps: int, cfg_scale: float
 ) -> "DepthPlan | None":
     """Return the plan that the flags ask for, not yet bound to the model. None is the full model."""
-    from dyndit.calibration.calibrate import plan_on_table
     from dyndit.plans.plan import DepthPlan
     from dyndit.plans.schedules import parse_router
+    from dyndit.sampling.budget import plan_on_table
     from dyndit.sampling.loop import full_plan
 
     given = [flag for flag in ("plan", "budget", "router") if getattr(depth, flag) is not None]

@@ -1,13 +1,12 @@
-"""Verbs that make models, and one that describes them: train, distill, convert, info."""
+"""Verbs that make models: train, distill, convert."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dyndit.cli import flags
-from dyndit.errors import InputError
+from dyndit.cli import flags, trainings
+from dyndit.errors import InputError, expected_one_of
 
 if TYPE_CHECKING:
     from dyndit.models.dynamic import DynamicDepth
@@ -39,13 +38,17 @@ def train(
     num_classes: int | None = None,
     conditioning: str = "",
     vae: Path | None = None,
+    device: flags.Device = "auto",
+    dtype: trainings.Precision = "own",
+    tracker: trainings.Tracker = "tensorboard",
+    extend: trainings.Extend = False,
     reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train a backbone, from scratch or from given weights. A stopped run resumes at its last checkpoint.
 
     Args:
         recipe: A recipe's name, such as cifar10, or a Python file that defines `train`. Recipes: {recipes}.
-        out: Folder for the model, checkpoints, losses and TensorBoard logs (always needed).
+        out: Folder for the model, checkpoints, losses and the tracker's logs (always needed).
         data: One of {data_sets}, or pictures: a folder with a subfolder per class or one flat folder, .zip, .tar, .npz,
             or a data set of Hugging Face (default: the recipe's).
         model: A card, such as DiT-B/4: train its architecture from random weights. Or weights to start from: a model
@@ -72,12 +75,14 @@ def train(
     from dyndit import files, manifest
     from dyndit.cli.recipes import find
     from dyndit.models.dit import CARDS
+    from dyndit.progress import progress_bar
     from dyndit.storage import load as checkpoints
     from dyndit.storage.published import card_of
     from dyndit.training.train import Train
 
     if out is None:
         raise InputError("--out: missing; expected a folder for the run")
+    precision = trainings.training(device, dtype)
     if steps is not None and epochs is not None:
         raise InputError(f"--steps {steps} and --epochs {epochs}: both given; expected one of them")
     chosen, card = find(recipe, "train", Train), ""
@@ -116,16 +121,18 @@ def train(
         "log_every": log_every,
         "checkpoint_every": checkpoint_every,
         "num_workers": num_workers,
+        "tracker": tracker,
     }
-    fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
+    fit = replace(chosen.fit, **precision | {k: v for k, v in changes.items() if v is not None})
     chosen = replace(chosen, fit=fit)
-    trained, result = chosen.run(pictures, out, start=start, preview=_preview)
+    trained, result = chosen.run(pictures, out, start=start, preview=_preview, extend=extend)
     if not PartialState().is_main_process:
         return
     trained.autoencoder = made_by
-    checkpoints.save(trained, out)
-    facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": trained.identity.backbone}
-    facts["pictures"] = pictures.account
+    with progress_bar("saving the model"):
+        checkpoints.save(trained, out)
+        facts = {"fit": vars(fit), "seconds": result.seconds, "trunk": trained.identity.backbone}
+    facts |= {"pictures": pictures.account, "extended": list(result.extended)}
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     losses = result.losses["loss"]
     window = min(20, len(losses))
@@ -149,6 +156,10 @@ def distill(
     process: str = "",
     weights: flags.Weights = None,
     vae: flags.Vae = None,
+    device: flags.Device = "auto",
+    dtype: trainings.Precision = "own",
+    tracker: trainings.Tracker = "tensorboard",
+    extend: trainings.Extend = False,
     reading: flags.Unnamed[flags.Reading] = flags.READING,
 ) -> None:
     """Train exits on a model's own predictions, and write the model with its exits.
@@ -170,12 +181,15 @@ def distill(
 
     from dyndit import files, manifest
     from dyndit.cli.recipes import find
+    from dyndit.progress import progress_bar
     from dyndit.storage import load as checkpoints
     from dyndit.training.distill import Distill
     from dyndit.training.exit_errors import exit_error_table
 
+    changes = trainings.training(device, dtype, steps=steps, batch_size=batch_size, tracker=tracker)
     chosen = find(recipe, "distill", Distill)
-    loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, weights=weights)
+    told: dict[str, Any] = {"num_heads": num_heads, "process": process or None, "weights": weights}
+    loaded = checkpoints.inspect(model, device=device, **told)
     for note in loaded.notes:
         print(note)
     with PartialState().main_process_first():
@@ -186,21 +200,21 @@ def distill(
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
-    changes = {"steps": steps, "batch_size": batch_size}
-    fit = replace(chosen.fit, **{k: v for k, v in changes.items() if v is not None})
-    dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation")
+    fit = replace(chosen.fit, **changes)
+    dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation", extend=extend)
     if not PartialState().is_main_process:
         return
     known = loaded.model.autoencoder
     if known is not None and made_by is not None and known.hash != made_by.hash:
         print(f"--vae: latents of a {made_by.kind} of hash {made_by.hash}; the model records hash {known.hash}")
     dynamic.autoencoder = made_by
-    checkpoints.save(dynamic, out)
+    with progress_bar("saving the model"):
+        checkpoints.save(dynamic, out)
     errors = exit_error_table(dynamic, pictures)
     files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
     identity = dynamic.identity
     facts = {"fit": vars(fit), "seconds": result.seconds, "exits": identity.exits, "trunk": identity.backbone}
-    facts["pictures"] = pictures.account
+    facts |= {"pictures": pictures.account, "extended": list(result.extended)}
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if identity.backbone != original:
         moved = result.losses["full"].iloc[-20:].mean()
@@ -242,67 +256,6 @@ def convert(
     print(f"model: {target}")
 
 
-def info(
-    model: flags.Positional[str],
-    /,
-    layers: tuple[int, ...] = (),
-    head: str = "wide",
-    conditioning: str = "",
-    batch_size: int = 1,
-    cfg_scale: float = 1.5,
-    dtype: str = "own",
-    tflops: float | None = None,
-    num_heads: int | None = None,
-    process: str = "",
-    json_: flags.Json = False,
-) -> None:
-    """Print a model's parameters, tokens, arithmetic at each exit, and its estimated time and memory. Nothing is run.
-
-    Args:
-        model: A card, one of {cards}; or a model folder, a published DiT .pt, "digits", or a hub id.
-        layers: Exits of a card (default: after every layer, or every fourth of a deep model).
-        head: Head of a card's exits, one of {heads}.
-        conditioning: How a card's blocks learn of timestep and label, one of {conditionings}.
-        batch_size: Pictures of the call whose memory is estimated.
-        cfg_scale: Guidance scale; 1 is one pass a picture, any other two.
-        dtype: Precision: own, float32, bfloat16 or float16.
-        tflops: TFLOP/s to estimate times with (default: this machine's rate of matrix products). A model with a shift
-            table has measured times.
-        num_heads: Attention heads of a .pt whose width does not tell them.
-        process: Process of a model that does not say its own, one of {processes}.
-        json_: End with one line of JSON.
-    """
-    from dyndit.analysis.metrics.describe import describe, outline
-    from dyndit.models.dit import CARDS
-    from dyndit.models.exits import ExitConfig
-    from dyndit.plans.table import ShiftTable
-    from dyndit.runtime import chosen_dtype
-    from dyndit.storage import load as checkpoints
-
-    if tflops is not None and tflops <= 0:
-        raise InputError(f"--tflops {tflops:g}: expected above 0")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: expected at least 1")
-    card, cost = model in CARDS and not Path(model).exists() and model != "digits", None
-    if card:
-        changes = {"conditioning": conditioning} if conditioning else {}
-        exits: Any = {"layers": layers, "head": head}
-        described = outline(model, ExitConfig(**exits), **changes)
-    else:
-        if layers or conditioning:
-            flag = f"--layers {layers[0]}" if layers else f"--conditioning {conditioning}"
-            raise InputError(f"{flag}: {model} has its own; expected a card with it")
-        loaded = checkpoints.inspect(model, num_heads=num_heads, process=process or None, device="cpu")
-        described, table = loaded.model, (loaded.folder or Path(model)) / checkpoints.TABLE
-        cost = ShiftTable.load(table).cost if table.is_file() and tflops is None else None
-    rate = None if tflops is None else 1e12 * tflops
-    rows, precision = batch_size * (1 if cfg_scale == 1 else 2), chosen_dtype(dtype, "cpu")
-    found = describe(model, described, rows=rows, dtype=precision, rate=rate, cost=cost)
-    print("\n".join(found.lines()))
-    if json_:
-        print(json.dumps(found.record()))
-
-
 def _changed(chosen: "Train", recipe: str, process: str, text_encoder: Path | None) -> "Train":
     """Return a recipe under another process, or with features of a text encoder."""
     from dyndit.models.captions import encoder_condition
@@ -311,7 +264,7 @@ def _changed(chosen: "Train", recipe: str, process: str, text_encoder: Path | No
 
     if process:
         if process not in processes():
-            raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
+            raise InputError(f"--process {process}: {expected_one_of(process, processes())}")
         chosen = chosen.under(processes()[process]())
     if text_encoder is not None:
         if not isinstance(chosen.backbone, MMDiTConfig):

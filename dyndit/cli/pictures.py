@@ -1,4 +1,4 @@
-"""The verb that draws pictures: sample."""
+"""The verbs that draw pictures: sample, and grid, which puts sets side by side."""
 
 import json
 from functools import partial
@@ -47,9 +47,9 @@ def sample(
         model: A model folder (native or diffusers), a published DiT .pt, "digits", or a hub id (org/name@revision).
         out: Folder for the pictures, a grid, an ADM-style .npz and the manifest.
         num_images: Number of pictures (default: 64).
-        solver: One of {solvers} (default: the usual solver of the model's process).
-        steps: Sampling steps (default: 20, or chosen).
-        cfg_scale: Guidance scale; 1 is unguided (default: 1.5).
+        solver: One of {solvers} (default: the plan file's, else the usual solver of the model's process).
+        steps: Sampling steps (default: the plan file's, else 20, or chosen).
+        cfg_scale: Guidance scale; 1 is unguided (default: the plan file's, else 1.5).
         guided_channels: Guide only the first so many channels (the published DiT guides 3); default all.
         class_labels: Classes, taken in turn; balanced (the default): all of the model's in turn; random: drawn for each
             picture.
@@ -68,7 +68,6 @@ def sample(
     from dyndit.calibration.calibrate import table_for
     from dyndit.pictures.clips import NO_MP4, writes_mp4
     from dyndit.plans.plan import DepthPlan
-    from dyndit.progress import progress_bar
     from dyndit.runtime import chosen_device
     from dyndit.sampling.sample import sample_into
     from dyndit.sampling.solvers import timesteps_of
@@ -87,8 +86,11 @@ def sample(
     classes = _classes(class_labels)
     usual = cards.usual_sampling(card, classes if isinstance(classes, tuple) else (), num_images)
     classes = classes if class_labels else usual.class_labels
-    solver, num_images = solver or usual.solver, usual.num_images
-    cfg_scale = usual.cfg_scale if cfg_scale is None else cfg_scale
+    given = None
+    if depth.plan is not None and depth.budget is None and depth.router is None:
+        given = DepthPlan.load(depth.plan)  # its solver, steps and scale are the defaults
+    solver, num_images = solver or (given.solver if given else usual.solver), usual.num_images
+    cfg_scale = (usual.cfg_scale if given is None else given.cfg_scale) if cfg_scale is None else cfg_scale
     guided_channels = usual.guided_channels if guided_channels is None else guided_channels
     vae = Path("mse") if card and vae is None else vae
     if out is None:
@@ -107,38 +109,33 @@ def sample(
     decoder = flags.decoder_of(dynamic, model, vae, device)
     folder = str(loaded.folder or model)
     if goal is None:
-        steps = usual.steps if steps is None else steps
-        if depth.plan is not None and depth.budget is None and depth.router is None:
-            plan = DepthPlan.load(depth.plan)
-        else:
-            plan = flags.chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
+        steps = (usual.steps if given is None else given.num_steps) if steps is None else steps
+        plan = given or flags.chosen_plan(dynamic, folder, depth, solver, steps, cfg_scale)
     else:
         table = table_for(dynamic, flags.stored_table(folder), solver)
         plan = goal.choose(table, solver, partial(timesteps_of, solver, process=dynamic.process))
         steps = plan.num_steps
     for note in loaded.notes:
         print(note)
-    with progress_bar("sampling") as advance:
-        stored = sample_into(
-            out,
-            dynamic,
-            classes or prompt or None,
-            num_images,
-            plan=plan,
-            solver=solver,
-            num_steps=steps,
-            cfg_scale=cfg_scale,
-            guided_channels=guided_channels,
-            seed=seed,
-            batch_size=batch_size,
-            strict=strict,
-            stats=stats,
-            shape=(dynamic.backbone.in_channels, *shape) if shape else None,
-            to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
-            origin=str(depth.plan or "plan"),
-            autoencoder="" if decoder is None else record(decoder).hash,
-            on_progress=advance,
-        )
+    stored = sample_into(
+        out,
+        dynamic,
+        classes or prompt or None,
+        num_images,
+        plan=plan,
+        solver=solver,
+        num_steps=steps,
+        cfg_scale=cfg_scale,
+        guided_channels=guided_channels,
+        seed=seed,
+        batch_size=batch_size,
+        strict=strict,
+        stats=stats,
+        shape=(dynamic.backbone.in_channels, *shape) if shape else None,
+        to_pictures=None if decoder is None else lambda latents: decode_latents(decoder, latents, batch_size),
+        origin=str(depth.plan or "plan"),
+        autoencoder="" if decoder is None else record(decoder).hash,
+    )
     facts, plan = stored.manifest, stored.plan
     if goal is not None:
         _print_chosen(plan)
@@ -153,6 +150,38 @@ def sample(
         figures = {name: facts[name] for name in ("ms_per_picture", "seconds")}
         figures |= {"out": str(out), "share_of_blocks": plan.share_of_blocks, "steps": steps}
         print(json.dumps(figures | {"num_images": num_images}))
+
+
+def grid(
+    sets: flags.Positional[tuple[Path, ...]],
+    /,
+    out: Path,
+    num_images: int = 10,
+) -> None:
+    """Put sets of pictures that share seeds side by side: a row per set, the same picture in the same column.
+
+    Args:
+        sets: Folders of `dyndit sample`, or any pictures that `dyndit evaluate` takes; the first is the top row.
+        out: The PNG to write.
+        num_images: Pictures of each set, from the first.
+    """
+    from dyndit.analysis.metrics.paired import check_same_seeds
+    from dyndit.analysis.metrics.sets import read_set
+    from dyndit.pictures import write_png
+    from dyndit.pictures.rows import in_rows
+
+    if not sets:
+        raise InputError("grid: no sets; expected folders of pictures")
+    found = {}
+    for folder in sets:
+        check_same_seeds(sets[0], folder)
+        given = read_set(folder, str(folder))
+        if given.source is None:
+            raise InputError(f"{folder}: holds statistics; expected pictures")
+        name = folder.name if folder.name not in found else str(folder)
+        found[name] = next(given.batches(num_images))[:num_images]
+    write_png(out, in_rows(found))
+    print(f"{len(sets)} sets side by side: {out}")
 
 
 def _classes(given: tuple[str, ...]) -> "tuple[int, ...] | Literal['random'] | None":

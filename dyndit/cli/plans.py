@@ -41,6 +41,7 @@ def calibrate(
     own_guides: bool = False,
     forecast_ages: int = 0,
     refinements: int = 0,
+    search_only: bool = False,
     batch_size: flags.BatchSize = 128,
     process: str = "",
     vae: flags.Vae = None,
@@ -75,6 +76,7 @@ def calibrate(
         num_bands: Bands of timesteps in the table.
         num_depths: Conditional depths in the table, at most.
         refinements: With --budget, rounds that measure the plan and correct the prediction.
+        search_only: Search on the stored table and draw nothing: seconds. The plan's distance is then predicted alone.
         own_guides: The table also holds guidance by the model's own exits, which costs a head and no second pass.
         forecast_ages: The table also holds exits with forecasts of their gap to full depth, from up to so many steps
             ago; 0 for no forecasts.
@@ -83,7 +85,7 @@ def calibrate(
     """
     from dyndit import files
     from dyndit.calibration import calibrate as calibration
-    from dyndit.progress import progress_bar
+    from dyndit.plans.plan import file_name
     from dyndit.runtime import chosen_device
     from dyndit.sampling.loop import to_uint8
     from dyndit.sampling.solvers import make_scheduler
@@ -93,6 +95,9 @@ def calibrate(
     goal = None if choice == flags.AS_GIVEN else flags.goal_of(choice, steps, budget=budget)
     if goal is None and budget is None:
         raise InputError("--budget: missing; expected one of --budget, --latency-budget and --target-fd")
+    for flag, value in {"refinements": refinements, "fresh": fresh, "step-grid": step_grid}.items():
+        if search_only and value:
+            raise InputError(f"--{flag} draws pictures, --search-only none; expected one of them")
     if goal is not None and refinements:
         raise InputError(f"--refinements {refinements}: expected --budget with it, not a choice of steps")
     steps = 20 if steps is None else steps
@@ -112,7 +117,7 @@ def calibrate(
     # A stored table stays until a new one is whole and has given its plan.
     into = path.with_name(f"new-{path.name}") if fresh and path.exists() else path
     table = None if fresh else _known_table(path, dynamic, cfg_scale)
-    network = _extractor(extractor, extractor_weights, dynamic, table, device)
+    network = None if search_only else _extractor(extractor, extractor_weights, dynamic, table, device)
     settings = calibration.CalibrationSettings(
         num_pictures,
         num_bands,
@@ -121,37 +126,35 @@ def calibrate(
         own_guides=own_guides,
         forecast_ages=forecast_ages,
     )
-    if table is None and into != path:
+    if table is None and network is not None and into != path:
         table = _left_table(into, dynamic, network, settings, table_steps, cfg_scale)
-    if table is None:
+    if table is None and network is not None:
         real = _real_pictures(reference, network, dynamic, *_picture_shape(dynamic, decoder), reading)
-        with progress_bar("measuring distribution shifts") as advance:
-            reducing, moments = calibration.reduced(network, real)
-            table = calibration.measure_shifts(
-                dynamic,
-                reducing,
-                moments,
-                num_steps=table_steps,
-                cfg_scale=cfg_scale,
-                settings=settings,
-                to_pictures=to_pictures,
-                into=into,
-                on_progress=advance,
-            )
+        reducing, moments = calibration.reduced(network, real)
+        table = calibration.measure_shifts(
+            dynamic,
+            reducing,
+            moments,
+            num_steps=table_steps,
+            cfg_scale=cfg_scale,
+            settings=settings,
+            to_pictures=to_pictures,
+            into=into,
+        )
+    if table is None:
+        raise InputError(f"{path}: no such file; expected the table that a call without --search-only measures")
     options: dict[str, Any] = {"solver": solver, "to_pictures": to_pictures, "batch_size": batch_size}
-    if goal is not None and not any(name == solver for name, _ in table.bases):
+    if goal is not None and network is not None and not any(name == solver for name, _ in table.bases):
         step_grid = step_grid or calibration.STEP_GRID
-    if step_grid:
-        with progress_bar("measuring full depth") as advance:
-            table = calibration.measure_bases(
-                dynamic, table, network, step_grid=step_grid, into=into, on_progress=advance, **options
-            )
+    if step_grid and network is not None:
+        table = calibration.measure_bases(dynamic, table, network, step_grid=step_grid, into=into, **options)
     measured: dict[str, Any] = {"table": table, "extractor": network, **options}
     if goal is None:
+        assert budget is not None  # without a goal
         plan = calibration.calibrate(
-            dynamic, budget=budget or 0.0, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
+            dynamic, budget=budget, num_steps=steps, cfg_scale=cfg_scale, refinements=refinements, **measured
         )
-        target = out or model / f"plan-{solver}-{steps}-b{budget:g}.json"
+        target = out or model / file_name(solver, steps, budget or 0.0)
     else:
         plan = calibration.calibrate_steps(dynamic, goal, **measured)
         _print_step_counts(calibration.table_for(dynamic, table, solver), plan, dynamic.process)
@@ -159,7 +162,7 @@ def calibrate(
     if into != path:
         files.move(into, path)
     plan.save(target)
-    _print_plan(plan, _distance_name(network, table))
+    _print_plan(plan, _distance_name(table))
     print(f"plan: {target}")
     if json_:
         print(json.dumps({"plan": str(target), **plan.figures}))
@@ -260,17 +263,22 @@ def _left_table(
     return table
 
 
-def _distance_name(extractor: "Extractor", table: "ShiftTable") -> str:
+def _distance_name(table: "ShiftTable") -> str:
     """Return the name of the table's distances."""
     if table.projection is None:
-        return extractor.metric_name
-    return f"distance on {table.projection.shape[1]} leading components of {extractor.name}"
+        return "FID" if table.extractor_name == "inception" else f"FD-{table.extractor_name}"
+    return f"distance on {table.projection.shape[1]} leading components of {table.extractor_name}"
 
 
 def _print_plan(plan: "DepthPlan", distance: str) -> None:
     """Print a plan with its predicted and measured figures."""
     f = plan.figures
     print(plan)
+    if "measured_fd" not in f:  # only searched
+        full = f"full depth {f['predicted_fd_full']:.2f} on the table's seeds"
+        print(f"{distance}: {full}; plan {f['predicted_fd']:.2f} predicted, not measured")
+        print(f"predicted time: {f['predicted_share_of_time']:.0%} of full depth's")
+        return
     print(
         f"{distance}: full depth {f['predicted_fd_full']:.2f} on the table's seeds, {f['measured_fd_full']:.2f} on "
         f"fresh ones; plan {f['predicted_fd']:.2f} predicted, {f['measured_fd']:.2f} measured on fresh seeds"

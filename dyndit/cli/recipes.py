@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from dyndit import recipes
-from dyndit.errors import InputError
+from dyndit.errors import InputError, did_you_mean, first_line, misspelt
 from dyndit.recipes import studies
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def check_name(recipe: str) -> None:
     """Refuse a recipe that is no name and no file. Raises InputError."""
     if recipe not in modules() and not Path(recipe).is_file():
         expected = f"a path, one of {', '.join(packaged())}, or a study of {studies.__name__}"
-        raise InputError(f"recipe {recipe}: no such file; expected {expected}")
+        raise InputError(f"recipe {recipe}: no such file; expected {expected}{did_you_mean(recipe, modules())}")
 
 
 def find(recipe: str, attribute: str, kind: type[T]) -> T:
@@ -56,7 +56,12 @@ def find(recipe: str, attribute: str, kind: type[T]) -> T:
         # Run a path, do not import it: the file may lie anywhere. Its user trusts it as much as with `python FILE`, and
         # it may import what lies beside it.
         sys.path.insert(0, str(Path(recipe).resolve().parent))
-        found = runpy.run_path(recipe, run_name="dyndit_recipe").get(attribute)
+        try:
+            found = runpy.run_path(recipe, run_name="dyndit_recipe").get(attribute)
+        except TypeError as error:
+            if not (meant := misspelt(error)):
+                raise
+            raise InputError(f"recipe {recipe}: {first_line(error)}{meant}") from error
     if not isinstance(found, kind):
         raise InputError(f"recipe {recipe}: defines no `{attribute}`; expected a {kind.__name__}")
     return found

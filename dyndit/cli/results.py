@@ -1,14 +1,13 @@
-"""Verbs that measure and show results: evaluate, bench, report, compare, quickstart."""
+"""Verbs that measure and show results: evaluate, report, compare, quickstart."""
 
 import json
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dyndit.cli import flags
-from dyndit.errors import InputError
+from dyndit.cli import flags, trainings
+from dyndit.cli.checks import print_checks
+from dyndit.errors import InputError, expected_one_of
 from dyndit.locks import locked
 
 _PATIENCE = 10.0
@@ -93,7 +92,8 @@ def evaluate(
     if self_check is not None:
         from dyndit.analysis.metrics.self_check import self_check as checks
 
-        _print_checks(checks(self_check, _device(device), Path(reference) if reference else None), json_)
+        real = Path(reference) if reference else None
+        print_checks(checks(self_check, _device(device), real), json_)
         return
     if samples is None or not reference:
         raise InputError("evaluate: expected SAMPLES and --reference, or --self-check WEIGHTS")
@@ -136,7 +136,8 @@ def evaluate(
             if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
                 warnings = check_addable(out / RUNS, row)
                 append_run(out / RUNS, row)
-                strips.save(out, row["arm"], row["seed"], next(read_set(samples, "samples").batches(strips.MOST)))
+                shown = next(read_set(samples, "", **reading).batches(strips.MOST))
+                strips.save(out, str(row["arm"]), int(str(row["seed"])), shown)
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:
@@ -163,128 +164,10 @@ def _print_figures(figures: dict[str, Any]) -> None:
             print(f"{name.removeprefix('paired_'):>22}  {paired[f'{name}_median']:.5g}, {paired[f'{name}_worst']:.5g}")
 
 
-def bench(
-    model: flags.Positional[str] = "",
-    /,
-    depth: flags.Unnamed[flags.PlanChoice] = flags.FULL_DEPTH,
-    solver: str = "",
-    steps: int = 20,
-    cfg_scale: flags.CfgScale = 1.5,
-    batch_size: tuple[int, ...] = (1, 8, 64),
-    rounds: int = 9,
-    until: float = 0.02,
-    max_rounds: int | None = None,
-    num_heads: flags.NumHeads = None,
-    weights: flags.Weights = None,
-    process: str = "",
-    device: flags.Device = "auto",
-    dtype: flags.Dtype = "auto",
-    vae: str = "",
-    in_pipeline: bool = False,
-    compile: bool = False,
-    self_check: bool = False,
-    out: Path | None = None,
-    json_: flags.Json = False,
-) -> None:
-    """Time a plan against full depth: paired, alternating, warmed up; end to end, the denoiser and the decoder.
-
-    Full depth is timed twice under two names: the ratio of the two is the error of the method itself. Rounds go on
-    until the 95% interval of every ratio is narrow enough; otherwise the report names the wide intervals. The report
-    also gives multiply-accumulates, FLOPs, peak memory, and joules if the machine counts them. It gives the time that
-    the parts' measured times promise for the plan, and the share of the promised saving that was reached.
-
-    Args:
-        model: A model folder, a published DiT .pt, "digits"; or "random:" and a card's name (random:DiT-S/4).
-        depth: Which depths to run beside full depth.
-        solver: One of {solvers} (default: the usual solver of the model's process).
-        steps: Sampling steps.
-        batch_size: Pictures at a time; several are timed one after the other.
-        rounds: Timed rounds at least; each runs every arm once.
-        until: Go on until the interval (from its low to its high end) of each ratio is below this share of it; 0 times
-            exactly --rounds.
-        max_rounds: Rounds at most (default: 60, or --rounds if that is more).
-        process: Process of a model that does not say its own, one of {processes}.
-        vae: Folder or hub id of an autoencoder of diffusers that decodes latents, or "random:f8" for random weights.
-        in_pipeline: Time the plug-in inside diffusers' unmodified DiTPipeline, beside the pipeline without it.
-        compile: Compile every block and exit head first, for all arms alike.
-        self_check: Only check the timing on work of known time (the same twice, a sleep, twice the work); exit
-            status 1 if it fails.
-        out: File for the table of raw times (CSV; its columns are in dyndit.analysis.compare.bench.COLUMNS).
-    """
-    from dyndit import files
-    from dyndit.analysis.compare import bench as benchmark
-    from dyndit.analysis.compare.bench_verdict import lines, verdict
-    from dyndit.runtime import chosen_device, chosen_dtype
-    from dyndit.sampling.loop import full_plan
-    from dyndit.sampling.sample import resolve_plan
-    from dyndit.stats import Repeats
-    from dyndit.storage import load as checkpoints
-
-    device = chosen_device(device)
-    if self_check:
-        _self_check(device, json_)
-        return
-    if not model:
-        raise InputError("MODEL: missing; expected a model to time, or --self-check")
-    if out is not None and out.is_dir():
-        raise InputError(f"--out {out}: is a folder; expected a file for the table")
-    most = max(rounds, 60) if max_rounds is None else max_rounds
-    settings = benchmark.Bench(tuple(batch_size), Repeats(rounds, until, most), compile, in_pipeline)
-    name = model
-    if model.startswith(benchmark.RANDOM):
-        dynamic = benchmark.random_model(model, device)
-    else:
-        told: dict[str, Any] = {"num_heads": num_heads, "process": process or None, "weights": weights}
-        loaded = checkpoints.inspect(model, device=device, **told)
-        for note in loaded.notes:
-            print(note)
-        dynamic, model = loaded.model, str(loaded.folder or model)
-    solver = solver or dynamic.process.usual_solver
-    full = full_plan(dynamic, solver, steps, cfg_scale)
-    plan = flags.chosen_plan(dynamic, model, depth, solver, steps, cfg_scale)
-    resolve_plan(dynamic, plan, solver, steps, cfg_scale, origin=str(depth.plan or "plan"))
-    if (wanted := chosen_dtype(dtype, device)) is not None:
-        dynamic.to(wanted)
-    if vae:
-        settings = replace(settings, decoder=benchmark.open_decoder(vae, dynamic))
-    plans = {benchmark.FULL: full, benchmark.AGAIN: full} | ({plan.router: plan} if plan is not None else {})
-    times = benchmark.measure(dynamic, plans, settings, name=name)
-    print("\n".join(lines(times, until)))
-    if out is not None:
-        files.write_text(out, times.to_csv(index=False))
-    if json_:
-        table = verdict(times)
-        rows = table.drop(columns=["ratio", "width"])
-        rows[["ratio", "ratio_low", "ratio_high"]] = [[r.mean, r.low, r.high] for r in table["ratio"]]
-        shared = ("machine", "device", "dtype", "threads", "compiled")
-        recorded = json.loads(times[list(shared)].iloc[0].to_json())
-        print(json.dumps(recorded | {"arms": json.loads(rows.to_json(orient="records") or "[]")}))
-
-
-def _self_check(device: str, json_: bool) -> None:
-    """Check the timing on work of known time and print the result. Exit with status 1 if a check fails."""
-    from dyndit.analysis.compare import bench_check
-
-    _print_checks(bench_check.self_check(bench_check.known_work(device)), json_)
-
-
 def _device(device: str) -> str:
     from dyndit.runtime import chosen_device
 
     return chosen_device(device)
-
-
-def _print_checks(checks: Iterable[Any], json_: bool) -> None:
-    """Print checks as they come. Exit with status 1 if one fails."""
-    done = []
-    for check in checks:
-        print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.found}; expected {check.expected}")
-        done.append(check)
-    checks = done
-    if json_:
-        print(json.dumps({"checks": [vars(check) for check in checks]}))
-    if not all(check.passed for check in checks):
-        sys.exit(1)
 
 
 def report(
@@ -307,6 +190,7 @@ def report(
     from dyndit.analysis.report.runs import is_sealed, runs_file
     from dyndit.analysis.report.terminal import show
     from dyndit.analysis.report.verify import verify as mismatches
+    from dyndit.progress import progress_bar
 
     if verify is not None:
         if wrong := mismatches(verify):
@@ -318,8 +202,9 @@ def report(
         raise InputError("report: expected folders of runs, or --verify REPORT")
     if out is None and len(runs) > 1:
         raise InputError(f"--out: missing; expected a folder for the report of {len(runs)} runs")
-    out = runs_file(runs[0]).parent if out is None else out
-    write_report(list(runs), out, margin=margin)
+    out = runs_file(next(iter(runs))).parent if out is None else out
+    with progress_bar("writing the report"):
+        write_report(list(runs), out, margin=margin)
     for path in runs:
         if not is_sealed(path):
             print(f"{path}: its rows have no checksum; they are taken as they are")
@@ -328,7 +213,12 @@ def report(
 
 
 def quickstart(
-    family: str = "digits", out: Path | None = None, from_scratch: bool = False, json_: flags.Json = False
+    family: str = "digits",
+    out: Path | None = None,
+    device: flags.Device = "auto",
+    dtype: trainings.Precision = "own",
+    from_scratch: bool = False,
+    json_: flags.Json = False,
 ) -> None:
     """Make a model of digits dynamic and measure what that saves: a few minutes on two CPU cores.
 
@@ -342,11 +232,12 @@ def quickstart(
     from dyndit.cli.recipes import find, quickstarts
 
     if family not in (known := quickstarts()):
-        raise InputError(f"--family {family}: expected one of {', '.join(known)}")
+        raise InputError(f"--family {family}: {expected_one_of(family, known)}")
     recipe = known[family]
     out = out or Path("runs/quickstart" if family == "digits" else f"runs/quickstart-{family}")
     ships = bool(find(recipe, "quickstart", Experiment).model)
-    _compare(recipe, "quickstart", out, from_scratch=from_scratch or not ships, json_=json_)
+    from_scratch = from_scratch or not ships
+    _compare(recipe, "quickstart", out, device=device, dtype=dtype, from_scratch=from_scratch, json_=json_)
 
 
 def compare(
@@ -363,16 +254,15 @@ def compare(
     num_images: int | None = None,
     vae: flags.Vae = None,
     device: flags.Device = "auto",
+    dtype: trainings.Precision = "own",
     from_scratch: bool = False,
     json_: flags.Json = False,
 ) -> None:
     """Run a whole comparison: exits, plans, every arm, the report. Resumable.
 
-    `dyndit compare --model my-dit.pt --data pictures/` does all of it on your own checkpoint.
-
     Args:
-        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment`. Recipes:
-            {recipes}.
+        recipe: A recipe's name, such as digits_frontier, or a Python file that defines `experiment` (default: the one
+            for your own checkpoint: `dyndit compare --model my-dit.pt --data pictures/`). Recipes: {recipes}.
         out: Folder of the run; what is there and valid is not done again.
         model: A model in place of the recipe's. A folder's exits and shift table are taken as they are; a model
             without exits gets some, distilled on the pictures.
@@ -385,16 +275,19 @@ def compare(
     """
     inputs = {"model": model, "process": process, "num_heads": num_heads, "weights": weights, "data": data, "vae": vae}
     inputs |= {"extractor": extractor, "extractor_weights": extractor_weights, "num_images": num_images}
-    _compare(recipe, "experiment", out, json_=json_, device=device, from_scratch=from_scratch, **inputs)
+    inputs |= {"device": device, "from_scratch": from_scratch}
+    _compare(recipe, "experiment", out, json_=json_, dtype=dtype, **inputs)
 
 
-def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, **inputs: Any) -> None:
+def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, dtype: str, **inputs: Any) -> None:
     from dyndit.analysis.compare import run as comparison
     from dyndit.analysis.compare.experiment import Experiment, Inputs
     from dyndit.analysis.report.terminal import record, show
     from dyndit.cli.recipes import find
 
     chosen = find(recipe, attribute, Experiment)
+    if precision := trainings.precision_of(dtype, _device(str(inputs["device"]))):
+        chosen = replace(chosen, precision=precision)
     comparison.run(chosen, out, Inputs(**inputs))
     show(out, chosen.margin)
     print(f"report: {out / 'report.html'}")

@@ -141,13 +141,13 @@ def plan_map(plan: DepthPlan, done: int = 0) -> str:
     return f'<div class="dd-map"><h3>The plan{now}</h3>{svg}<p>{keys}</p></div>'
 
 
-def frontier(points: Sequence[Point], rivals: Sequence[Point], chosen: Point | None, why_not: str = "") -> str:
+def frontier(points: Sequence[Point], rivals: Sequence[Point], chosen: Point | None, caution: str = "") -> str:
     """Draw predicted Fréchet distance over predicted time, and the chosen point on it.
 
-    rivals: full depth, at these steps and at fewer. why_not: said if nothing is predicted.
+    rivals: full depth, at these steps and at fewer. caution: said below, or alone if nothing is predicted.
     """
+    said = re.sub("`(.*?)`", r"<code>\1</code>", escape(caution))
     if not points:
-        said = re.sub("`(.*?)`", r"<code>\1</code>", escape(why_not))
         return f'<div class="dd-map"><h3>The frontier</h3><p>{said}</p></div>'
     shown = [*points, *rivals, *([chosen] if chosen else ())]
     low, high = min(p.fd for p in shown), max(p.fd for p in shown)
@@ -183,5 +183,5 @@ def frontier(points: Sequence[Point], rivals: Sequence[Point], chosen: Point | N
     )
     return (
         f'<div class="dd-map"><h3>The frontier, as predicted</h3>{svg}<p>{key}</p><p>A lower Fréchet distance to real '
-        "pictures is better.</p></div>"
+        f"pictures is better. {said}</p></div>"
     )

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -16,6 +17,7 @@ from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.pipeline import DynDiTPipeline
 from dyndit.recipes.digits import quickstart
 from dyndit.runtime import chosen_dtype
+from dyndit.sampling.loop import to_uint8
 from dyndit.storage import load as checkpoints
 from dyndit.storage.autoencoder import differs, open_autoencoder
 from dyndit.training.autoencoders import decode_latents
@@ -23,6 +25,11 @@ from dyndit.training.autoencoders import decode_latents
 
 def open_digits(out: Path, device: str) -> Studio:
     """Open the packaged digits with the exits and the table of a quickstart. Make what is missing of both in `out`."""
+    model = out / "model"
+    if (model / FILE).is_file():  # of any run: what else it measured does not matter here
+        studio = open_studio(str(model), device=device)
+        studio.name = "digits"
+        return studio
     with prepared(quickstart, out, Inputs(device=device)) as context:
         return ModelStudio(context.model, context.table, name="digits")
 
@@ -55,13 +62,16 @@ def open_studio(
     if exits is not None:
         raise InputError(f"--exits {exits}: {model} is no pipeline of diffusers; expected the exits in its folder")
     loaded = checkpoints.inspect(model, process=process, device=device, dtype=dtype)
-    decoder = None if loaded.model.pixel_space else open_autoencoder(vae, loaded.model, model)
-    notes = (*loaded.notes, *(differs(decoder, loaded.model) if decoder is not None else ()))
+    decoder: Any = None if loaded.model.pixel_space else open_autoencoder(vae, loaded.model, model)
+    notes = loaded.notes
+    if decoder is not None:
+        decoder.to(device)
+        notes += differs(decoder, loaded.model)
     known = _table(table, loaded.folder, Path(model) / "router")
     if known is not None:
         known = table_for(loaded.model, known, known.solver)
-    options = {} if decoder is None else {"to_pictures": partial(decode_latents, decoder.to(device))}
-    made = ModelStudio(loaded.model, known, name=Path(model).name, shape=shape, **options)
+    to_pictures = to_uint8 if decoder is None else partial(decode_latents, decoder)
+    made = ModelStudio(loaded.model, known, name=Path(model).name, to_pictures=to_pictures, shape=shape)
     made.notes = notes
     return made
 

@@ -69,8 +69,9 @@ def build(studio: Studio) -> "gradio.Blocks":
                     with gr.Row():
                         seed = gr.Number(0, precision=0, label="Seed", min_width=100, elem_id="seed")
                         solver = gr.Dropdown(
-                            list(form.solvers), value=form.solvers[0], label="Solver", min_width=150, elem_id="solver"
-                        )
+                            [(name.removesuffix("Scheduler"), name) for name in form.solvers],
+                            value=form.solvers[0], label="Solver", min_width=150, elem_id="solver",
+                        )  # fmt: skip
             with gr.Column(scale=2, min_width=300, elem_id="shown"):
                 pictures = gr.HTML(drawings.sides(None, None), elem_id="pictures")
                 with gr.Row():
@@ -102,12 +103,16 @@ def build(studio: Studio) -> "gradio.Blocks":
             except Exception as error:
                 yield drawings.sides(None, None), "", "", _told(error)
 
-        options = {"show_progress": "hidden", "api_visibility": "private"}
-        shown = {"inputs": inputs, "outputs": [plan, frontier, said], **options}
-        page.load(chosen, **shown)
-        for control in (solver, steps, scale, budget):
-            control.change(chosen, **shown, trigger_mode="always_last")
-        draw.click(drawn, inputs, [pictures, plan, frontier, said], **options)
+        for event in (page.load, solver.change, steps.change, scale.change, budget.change):
+            event(
+                chosen, inputs, [plan, frontier, said],
+                show_progress="hidden", api_visibility="private", trigger_mode="always_last",
+            )  # fmt: skip
+        draw.click(None, None, said, js="() => 'Waiting for the drawings before this one.'")
+        draw.click(
+            drawn, inputs, [pictures, plan, frontier, said],
+            show_progress="minimal", show_progress_on=said, api_visibility="private",
+        )  # fmt: skip
     # One at a time: the machine is shared, and two drawings at once would falsify each other's times.
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
 
@@ -151,7 +156,7 @@ def _request(studio: Studio, *given: Any) -> Request:
 def _frontier(studio: Studio, asked: Request) -> str:
     planner, full = studio.planner, studio.full(asked)
     point = planner.point(planner.plan(full, asked.budget))
-    return drawings.frontier(planner.frontier(full), planner.rivals(full), point, planner.why_not(full))
+    return drawings.frontier(planner.frontier(full), planner.rivals(full), point, planner.caution(full))
 
 
 def _times(studio: Studio, full: Side, dynamic: Side | None) -> str:

@@ -51,19 +51,21 @@ class Planner:
         """Return the budget to begin with. Untrained exits can leave out less."""
         return max(0.5 if self.trained else 0.75, self.least_budget)
 
-    def searches(self, full: DepthPlan) -> bool:
-        """Tell if the table serves this sampling: both are guided, or neither."""
-        return self.table is not None and (self.table.cfg_scale == 1) == (full.cfg_scale == 1)
+    def searched_on(self, full: DepthPlan) -> ShiftTable | None:
+        """Return the table if it serves this sampling: both are guided, or neither."""
+        table = self.table
+        return table if table is not None and (table.cfg_scale == 1) == (full.cfg_scale == 1) else None
 
-    def predicts(self, full: DepthPlan) -> bool:
-        """Tell if the table predicts distances of this sampling: it was measured at the same guidance scale."""
-        return self.table is not None and self.table.cfg_scale == full.cfg_scale
+    def predicted_by(self, full: DepthPlan) -> ShiftTable | None:
+        """Return the table if it predicts distances of this sampling: it was measured at the same guidance scale."""
+        return self.table if self.table is not None and self.table.cfg_scale == full.cfg_scale else None
 
     def plan(self, full: DepthPlan, budget: float) -> DepthPlan:
         """Return the best known plan within `budget`, a share of the full plan's time; at least the cheapest plan."""
         key = (full.timesteps, full.solver, full.cfg_scale, full.calls, budget)
         if key not in self._plans:
-            plan = self._searched(full, budget) if self.searches(full) else self._scheduled(full, budget)
+            table = self.searched_on(full)
+            plan = self._scheduled(full, budget) if table is None else self._searched(table, full, budget)
             while len(self._plans) >= MOST_KEPT:
                 self._plans.pop(next(iter(self._plans)), None)
             self._plans[key] = plan
@@ -80,41 +82,50 @@ class Planner:
 
     def frontier(self, full: DepthPlan) -> list[Point]:
         """Predict a point per budget of `BUDGETS`. Without a prediction: an empty list."""
-        if not self.predicts(full):
+        if self.predicted_by(full) is None:
             return []
         plans = (self.plan(full, budget) for budget in BUDGETS if budget >= self.least_budget)
         return [point for point in map(self.point, plans) if point is not None]
 
     def rivals(self, full: DepthPlan) -> list[Point]:
-        """Return full depth at these steps, and at the fewer steps whose pictures the table has measured."""
-        if not self.predicts(full):
+        """Return full depth at these steps, and at fewer steps, as far as the table has measured both."""
+        if (table := self.predicted_by(full)) is None:
             return []
-        fewer = (steps for steps in self.table.step_counts(full.solver) if steps < full.num_steps)
-        points = [(steps / full.num_steps, self.table.base_at(full.solver, steps), f"{steps} steps") for steps in fewer]
-        base = self.table.base_at(full.solver, full.num_steps) or self.table.base
-        points.append((1.0, base, "full depth"))
-        return [Point(share, frechet_distance(of, self.table.reference), name) for share, of, name in points]
+        if table.base_at(full.solver, full.num_steps) is None:
+            return [Point(1.0, frechet_distance(table.base, table.reference), "full depth")]
+        points: list[Point] = []
+        for steps in table.step_counts(full.solver):
+            base = table.base_at(full.solver, steps)
+            if base is not None and steps <= full.num_steps:
+                name = "full depth" if steps == full.num_steps else f"{steps} steps"
+                points.append(Point(steps / full.num_steps, frechet_distance(base, table.reference), name))
+        return points
 
-    def why_not(self, full: DepthPlan) -> str:
-        """Say why nothing is predicted; "" if it is."""
-        if self.predicts(full):
-            return ""
+    def caution(self, full: DepthPlan) -> str:
+        """Say why nothing is predicted, or what the prediction takes from elsewhere; "" if neither."""
+        if (table := self.predicted_by(full)) is not None:
+            if table.base_at(full.solver, full.num_steps) is not None:
+                return ""
+            return f"Full depth's distance is that of {table.solver} at {table.num_steps} steps, where it was measured."
         if self.table is not None:
             return (
                 f"The shift table was measured at guidance {self.table.cfg_scale:g}: at another, nothing is predicted."
             )
         if self.trained:
             return "No shift table, so plans are ramps and nothing is predicted. `dyndit calibrate` measures a table."
-        return "No trained exits: plans skip blocks and forecast what they would add. `dyndit distill` trains exits."
+        return (
+            "No trained exits: plans skip blocks and forecast what they would add. `dyndit distill` trains exits, "
+            "`dyndit.distill_exits` those of a pipeline."
+        )
 
-    def _searched(self, full: DepthPlan, budget: float) -> DepthPlan:
+    def _searched(self, table: ShiftTable, full: DepthPlan, budget: float) -> DepthPlan:
         """Search on the table. Smaller budgets' plans are starts, so a larger budget is never predicted to be worse."""
         smaller = [step for step in BUDGETS if self.least_budget <= step < budget][-1:]
-        starts = [replace(self.plan(full, step), cfg_scale=self.table.cfg_scale) for step in smaller]
-        measured = replace(full, cfg_scale=self.table.cfg_scale)
+        starts = [replace(self.plan(full, step), cfg_scale=table.cfg_scale) for step in smaller]
+        measured = replace(full, cfg_scale=table.cfg_scale)
         with self._lock:
-            found = search(self.table, measured, max(budget, self.table.least_share), starts=starts)
-        return found if self.predicts(full) else replace(found, cfg_scale=full.cfg_scale, figures={})
+            found = search(table, measured, max(budget, table.least_share), starts=starts)
+        return replace(found, cfg_scale=full.cfg_scale, figures={}) if self.predicted_by(full) is None else found
 
     def _scheduled(self, full: DepthPlan, budget: float) -> DepthPlan:
         """Return the deepest fixed schedule within the budget, of the first kind that has one; or the shallowest."""

@@ -284,14 +284,17 @@ class Backbone(nn.Module):
     def config(self) -> dict[str, Any]:
         """Return plain data from which `from_config` builds the same architecture: the arguments of the class.
 
-        Raises InputError: the class defines no `config`, so it cannot be saved, copied or trained from scratch.
+        Raises NotImplementedError: the class defines no `config`, so it cannot be saved, copied or trained anew.
         """
         name = type(self).__name__
-        raise InputError(f"{name}: has no config(); expected a method that returns the arguments of {name}() as a dict")
+        expected = f"a method that returns the arguments of {name}() as a dict"
+        raise NotImplementedError(f"{name}: has no config(); expected {expected}")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build the backbone from the data that `config()` returned. By default they are the class's arguments."""
+        if cls.config is Backbone.config:
+            raise NotImplementedError(f"{cls.__name__}: has no config(); expected one beside from_config")
         return cls(**config)
 
     @classmethod

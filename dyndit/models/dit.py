@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditioning import CONDITIONINGS, ConditioningName
 from dyndit.models.conditions import ClassLabels
@@ -54,7 +54,7 @@ class DiTConfig:
         check_sizes(self, "in_channels", "width", "num_blocks", "num_heads", "num_classes")
         for name, known in (("convention", get_args(Convention)), ("conditioning", CONDITIONINGS)):
             if getattr(self, name) not in known:
-                raise InputError(f"{name} {getattr(self, name)!r:.40}: expected one of {', '.join(known)}")
+                raise InputError(f"{name} {getattr(self, name)!r:.40}: {expected_one_of(getattr(self, name), known)}")
         if self.width % self.num_heads or self.width % 4:
             raise InputError(f"width {self.width} must be a multiple of 4 and of num_heads {self.num_heads}")
 

@@ -20,6 +20,7 @@ from dyndit.models.forecasts import Gaps, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, AutoencoderRecord, Identity, check, identity_of, sketch, tensors_hash
 from dyndit.models.own import check_backbone
 from dyndit.process import Process
+from dyndit.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,16 @@ class DynamicDepth(ModelMixin):
         """The process: how noise and picture mix, and the quantity that the backbone predicts."""
         self.autoencoder: AutoencoderRecord | None = None
         """The autoencoder that made the latents, if it is known."""
+        self.folder: Path | None = None
+        """The native folder that the model was loaded from or saved in; its shift table serves `sample(budget=...)`."""
         self._identity: tuple[str, Identity] | None = None
+
+    def __repr__(self) -> str:
+        """Describe the model in a line. `print(model.backbone)` shows its modules."""
+        backbone, shape = self.backbone, "x".join(map(str, self.backbone.sample_shape))
+        exits = f"exits after {', '.join(map(str, self.exits.layers))}" if self.exits is not None else "no exits"
+        sizes = f"{self.num_blocks} blocks of width {backbone.width}, {exits}"
+        return f"DynamicDepth({type(backbone).__name__}, {sizes}, {self.process.name}, {shape})"
 
     @property
     def num_blocks(self) -> int:
@@ -282,8 +292,9 @@ class DynamicDepth(ModelMixin):
         """Return the hashes that exits, plans and tables are bound to. Computed again only after weights change."""
         seen = sketch(self.state_dict()) + self.backbone.unseen_text(self.process)
         if self._identity is None or self._identity[0] != seen:
-            exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
-            self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
+            with progress_bar("hashing the weights"):
+                exits = identity_of(self.exits.state_dict()) if self.exits is not None else ""
+                self._identity = (seen, Identity(self.backbone.identity(process=self.process), exits))
         return replace(self._identity[1], autoencoder=self.autoencoder.hash if self.autoencoder else "")
 
     def check_identity(self, backbone: str, exits: str, *, origin: str, error: type[InputError] = InputError) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
 from dyndit.models.layers import TANH_GELU, modulate, zero_linear
 
@@ -34,7 +34,7 @@ class ExitConfig:
         if not all(1 <= layer < num_blocks for layer in layers):
             raise InputError(f"exit layers {list(layers)}: expected depths in 1..{num_blocks - 1}")
         if self.head not in HEADS:
-            raise InputError(f"exit head {self.head!r}: expected one of {', '.join(HEADS)}")
+            raise InputError(f"exit head {self.head!r}: {expected_one_of(self.head, HEADS)}")
         return ExitConfig(layers, self.head)
 
 

@@ -8,8 +8,15 @@ from dyndit.errors import InputError
 class Sized(Protocol):
     """An architecture of pictures that are cut into square patches."""
 
-    image_size: int | tuple[int, int]
-    patch_size: int
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of a square picture, or (height, width)."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch."""
+        ...
 
 
 def sides(image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -22,8 +22,6 @@ from dyndit.pictures.sources import Source
 from dyndit.progress import progress_bar
 
 DAMAGED, FRAMES = "damaged pictures", "later frames of pictures with several"
-LEAST_SHOWN = 1000
-"""Fewest pictures whose check shows progress."""
 KEPT_EVERY = 2000
 
 
@@ -50,7 +48,8 @@ def check_contents(source: Source) -> list[Checked]:
     known = _read(record)
     keys = [(str(name), stamp) for name, stamp in zip(source.names, stamps, strict=True)]
     todo = [number for number, key in enumerate(keys) if key not in known]
-    with progress_bar("checking pictures", shown=len(todo) >= LEAST_SHOWN) as advance:
+    with progress_bar("checking pictures", unit="pictures") as advance:
+        advance(len(keys) - len(todo), len(keys))
         lines: list[str] = []
         for done, (number, found) in enumerate(zip(todo, _examined(source, todo), strict=True), 1):
             known[keys[number]] = found

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 
 Size = int | tuple[int, int]
 """The side of a square, or (height, width)."""
 
 
-def size_pair(size: Size) -> tuple[int, int]:
+def size_pair(size: int | tuple[int, ...]) -> tuple[int, int]:
     """Return (height, width). An integer size is the side of a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -30,7 +30,7 @@ class Resize:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise InputError(f"--resize-method: '{self.method}', expected one of {', '.join(METHODS)}")
+            raise InputError(f"--resize-method: '{self.method}', {expected_one_of(self.method, METHODS)}")
         height, width = size_pair(self.size)
         if min(height, width) < 1:
             raise InputError(f"image size: found {self.size}, expected at least 1")

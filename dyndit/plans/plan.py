@@ -1,5 +1,6 @@
 """DepthPlan: the work of each sampling step. Plain data, saved as JSON."""
 
+import html
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -26,7 +27,7 @@ REACH = 2.0
 """A rescaled forecast may reach this far beyond its last two full-depth steps, as a multiple of their distance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DepthPlan:
     """The steps of a sampling, from the noisiest step to the last.
 
@@ -269,15 +270,28 @@ class DepthPlan:
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise PlanError(f"{path}: {first_line(error)}") from error
 
-    def __str__(self) -> str:
-        """Write a line of timesteps and a line of steps, from the noisiest step to the last."""
+    @property
+    def short(self) -> str:
+        """Return the plan in a few words: "ramp start 4, ddim, 20 steps, 61% of the blocks"."""
         router = " ".join([self.router, *(f"{name} {value:g}" for name, value in self.settings.items())])
         head = f"{router}, {self.solver}, {self.num_steps} steps, {self.share_of_blocks:.0%} of the blocks"
-        head += f" ({self.note})" if self.note else ""
+        return head + (f" ({self.note})" if self.note else "")
+
+    def __repr__(self) -> str:
+        return f"DepthPlan({self.short})"
+
+    def _repr_html_(self) -> str:
+        """Show the steps in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def __str__(self) -> str:
+        """Write a line of timesteps and a line of steps, from the noisiest step to the last."""
         words = [str(step) for step in self.steps]
         width = max(4, *map(len, words))
         lines = [("t", self.timesteps), ("step", words)]
-        return "\n".join([head, *(f"  {name:>4}  " + " ".join(f"{v!s:>{width}}" for v in row) for name, row in lines)])
+        return "\n".join(
+            [self.short, *(f"  {name:>4}  " + " ".join(f"{v!s:>{width}}" for v in row) for name, row in lines)]
+        )
 
 
 def _kinds(step: Step, num_blocks: int) -> dict[str, bool]:
@@ -302,6 +316,11 @@ def _reach(steps: Sequence[Step], log_snr: Sequence[float], k: int, num_blocks: 
         return 0.0
     before, last = (log_snr[i] for i in full)
     return (log_snr[k] - last) / max(last - before, 1e-9)
+
+
+def file_name(solver: str, num_steps: int, budget: float) -> str:
+    """Return the usual name of a plan's file: "plan-ddim-20-b0.6.json"."""
+    return f"plan-{solver}-{num_steps}-b{budget:g}.json"
 
 
 def full_step(num_blocks: int, cfg_scale: float) -> Step:

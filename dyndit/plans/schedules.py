@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.process import DDPM, Process
@@ -34,7 +34,7 @@ def parse_router(text: str, process: Process = DDPM()) -> Router:
     """
     name, _, rest = text.partition(":")
     if name not in ROUTERS:
-        raise InputError(f"--router {text}: expected one of {', '.join(ROUTERS)}, with its settings (ramp:3)")
+        raise InputError(f"--router {text}: {expected_one_of(name, ROUTERS)} (with its settings: ramp:3)")
     try:
         settings = [float(value) for value in rest.split(",") if value]
         _settings_of(ROUTERS[name]).bind(*settings)

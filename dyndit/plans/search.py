@@ -13,6 +13,7 @@ from dyndit.plans.plan import DepthPlan, Router
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.schedules import ramp
 from dyndit.plans.table import ShiftTable
+from dyndit.progress import progress_bar
 from dyndit.stats import Moments
 
 
@@ -67,13 +68,7 @@ def search(
     given = [predictor.choice(plan) for plan in starts]
     given = [choice for choice in given if predictor.spent(choice) <= limit]
     given += _starts(predictor, full, limit, settings.num_starts)
-    found = [_improve(predictor, choice, limit, settings) for choice in given]
-    best, best_value = min(found, key=lambda improved: improved[1])
-    kicks = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.num_kicks):
-        choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
-        if value < best_value:
-            best, best_value = choice, value
+    best, best_value = _best(predictor, given, limit, settings, f"searching {full.num_steps} steps at {budget:.3g}")
     bound = {"backbone": table.backbone, "exits": table.exits}
     plan = full.with_steps([predictor.choices[i] for i in best.tolist()], router="searched", budget=budget, **bound)
     figures = {
@@ -83,6 +78,26 @@ def search(
         "share_of_blocks": plan.share_of_blocks,
     }
     return replace(plan, figures=figures)
+
+
+def _best(
+    predictor: Predictor, starts: Sequence[Tensor], limit: float, settings: SearchSettings, title: str
+) -> tuple[Tensor, float]:
+    """Improve every start, then the best one after each kick -> the best choice (K,), its predicted distance."""
+    with progress_bar(title, unit="starts") as advance:
+        found, total = [], len(starts) + settings.num_kicks
+        for choice in starts:
+            advance(len(found), total)
+            found.append(_improve(predictor, choice, limit, settings))
+        best, best_value = min(found, key=lambda improved: improved[1])
+        kicks = torch.Generator().manual_seed(settings.seed)
+        for kick in range(settings.num_kicks):
+            advance(len(found) + kick, total)
+            choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
+            if value < best_value:
+                best, best_value = choice, value
+        advance(total, total)
+    return best, best_value
 
 
 def _starts(predictor: Predictor, full: DepthPlan, limit: float, num: int) -> list[Tensor]:

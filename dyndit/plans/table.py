@@ -23,7 +23,7 @@ FILE = "shift-table.safetensors"
 """Name of the table in a model's folder."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShiftTable:
     """Measured distribution shifts of a model, and the settings of their measurement.
 
@@ -55,6 +55,11 @@ class ShiftTable:
     """`ages[i]`: steps since full depth for choice i; 0 if it does not forecast. Empty if no choice forecasts."""
     bases: Mapping[tuple[str, int], Moments] = field(default_factory=dict, compare=False)
     """Moments of full depth measured at other (solver, steps) than `base`, on the same seeds."""
+
+    def __repr__(self) -> str:
+        size = f"{self.num_bands} bands, {len(self.choices)} choices, {self.num_pictures} pictures"
+        point = f"{self.solver}, {self.num_steps} steps, guidance {self.cfg_scale:g}"
+        return f"ShiftTable({size}, {self.extractor}, {point}, times of {self.cost.device})"
 
     @property
     def full_step(self) -> Step:

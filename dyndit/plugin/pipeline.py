@@ -27,12 +27,12 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import InputError
 from dyndit.models.conditions import ClassLabels
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import guidance_interval as within_interval
 from dyndit.plans.table import FILE, ShiftTable
+from dyndit.sampling.budget import plan_on_table
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, start, to_uint8
 from dyndit.sampling.sample import check_request, resolve_plan

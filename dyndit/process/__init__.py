@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from dyndit.discovery import subclasses_in
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.process.base import Process
 from dyndit.process.ddpm import DDPM
 from dyndit.process.flow import RectifiedFlow
@@ -28,7 +28,7 @@ def from_config(config: Mapping[str, Any]) -> Process:
     fields = dict(config)
     name = fields.pop("name", None)
     if name not in processes():
-        raise InputError(f"process {name!r:.60}: expected one of {', '.join(processes())}")
+        raise InputError(f"process {name!r:.60}: {expected_one_of(name, processes())}")
     try:
         return processes()[name](**fields)
     except TypeError as error:

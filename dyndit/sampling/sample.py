@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,36 +18,15 @@ from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.step import NoGuide
+from dyndit.plans.table import ShiftTable
+from dyndit.progress import Advance, progress_bar
+from dyndit.sampling.budget import plan_within
 from dyndit.sampling.guidance import Guidance
-from dyndit.sampling.loop import Batch, advance, full_plan, start, to_uint8
+from dyndit.sampling.loop import Batch, full_plan, start, to_uint8
+from dyndit.sampling.loop import advance as run
+from dyndit.sampling.samples import Samples
 from dyndit.sampling.solvers import AnySolver
 from dyndit.sampling.store import TIMES, Drawn, Store, added
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Result of a sampling.
-
-    pictures: (N, C, ...) uint8 of a pixel-space model; other models give `latents` for a decoder. labels: the class or
-    the caption of each picture.
-    batch_seconds: wall time from noise to uint8, per batch. step_seconds, network_seconds: per step, summed over
-    batches, if `stats` is set.
-    """
-
-    pictures: Tensor
-    latents: Tensor | None
-    labels: tuple[Value, ...]
-    plan: DepthPlan
-    seed: int
-    batch_seconds: tuple[float, ...] = ()
-    step_seconds: tuple[float, ...] = ()
-    network_seconds: tuple[float, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def seconds(self) -> float:
-        """Return the wall time of all batches."""
-        return sum(self.batch_seconds)
 
 
 def resolve_plan(
@@ -122,12 +101,25 @@ class Sampling:
             raise TypeError("plan: not bound yet; expected `Sampling.bound` before")
         return self.plan
 
-    def batches(self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int]) -> Iterator[Drawn]:
-        """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`."""
+    def batches(
+        self, model: DynamicDepth, labels: Sequence[Value], ids: Sequence[int], advance: Advance | None = None
+    ) -> Iterator[Drawn]:
+        """Draw one picture per label, numbered `ids`, and yield each batch. The settings come from `bound`.
+
+        advance: told the sampling steps of all batches.
+        """
         guidance, device = Guidance(self.cfg_scale, self.guided_channels), next(model.parameters()).device
         timed: list[tuple[float, float]] = []
         on_step = (lambda _, *seconds: timed.append(seconds)) if self.stats else None
-        for low in range(0, len(ids), self.batch_size):
+        starts, done = range(0, len(ids), self.batch_size), 0
+
+        def stepped(*_: object) -> None:
+            nonlocal done
+            done += 1
+            if advance is not None:
+                advance(done, len(starts) * self.running.num_steps)
+
+        for low in starts:
             part = slice(low, low + self.batch_size)
             mine, indices = tuple(labels[part]), tuple(ids[part])
             padding = self.strict * (self.batch_size - len(mine))
@@ -136,7 +128,7 @@ class Sampling:
             timed.clear()
             began = time.perf_counter()
             trajectory = start(model, batch, self.solver, self.running.num_steps, shape=self.shape)
-            x = advance(model, batch, trajectory, self.running, guidance, on_step=on_step).x
+            x = run(model, batch, trajectory, self.running, guidance, on_step=on_step, on_step_end=stepped).x
             x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
             seconds = time.perf_counter() - began
             yield Drawn(indices, mine, x[: len(mine)], seconds, *zip(*timed, strict=True))
@@ -146,10 +138,12 @@ def sample(
     model: DynamicDepth,
     labels: Sequence[Value],
     *,
-    plan: DepthPlan | Router | None = None,
-    solver: AnySolver = "ddim",
-    num_steps: int = 20,
-    cfg_scale: float = 1.5,
+    plan: DepthPlan | Router | str | Path | None = None,
+    budget: float | None = None,
+    table: ShiftTable | str | Path | None = None,
+    solver: AnySolver | None = None,
+    num_steps: int | None = None,
+    cfg_scale: float | None = None,
     guided_channels: int | None = None,
     seed: int = 0,
     first_index: int = 0,
@@ -157,7 +151,9 @@ def sample(
     strict: bool = False,
     stats: bool = False,
     shape: tuple[int, ...] | None = None,
+    to_pictures: Callable[[Tensor], Tensor] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    progress: bool = True,
 ) -> Samples:
     """Draw one picture per label, and hold all of them in memory.
 
@@ -167,38 +163,62 @@ def sample(
 
     model: from `dyndit.load`, from training, or `DynamicDepth(backbone)`.
     labels: the class of each picture; captions for a model of captions.
-    plan: a `DepthPlan`, or a router that writes one, such as `functools.partial(dyndit.ramp, start=4)`. None: full
-    depth at every step.
-    solver: a name, such as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers.
-    num_steps: sampling steps. A plan's own number has to be the same.
-    cfg_scale: scale of classifier-free guidance; 1 is unguided, and costs one pass a step in place of two.
+    plan: a `DepthPlan`, its file ("plan.json"), or a router that writes one, such as `functools.partial(dyndit.ramp,
+    start=4)`. None: full depth at every step.
+    budget: a share of full depth's time, in place of a plan; a plan is searched in seconds.
+    table: the shift table to search on, its file or its folder. None: the one in the folder that the model is from.
+    solver: a name, such as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers. None: the plan's, else
+    "ddim".
+    num_steps: sampling steps. None: the plan's, else 20.
+    cfg_scale: scale of classifier-free guidance; 1 is unguided, and costs one pass a step in place of two. None: the
+    plan's, else 1.5.
     guided_channels: guide only the first so many channels (the published DiT guides 3). None: all.
     seed: picture i depends on the seed, its label and its index alone, not on the batch that it is drawn in.
     first_index: index of the first picture; picture i has index first_index + i.
-    batch_size: pictures at a time.
+    batch_size: pictures at a time. All are in memory at the end.
     strict: pad every batch to `batch_size`. Pictures are then bit-equal in any grouping; else equal to 1/255.
     stats: time every step, in `step_seconds` and `network_seconds` of the result.
     shape: (C, ...) of a picture or clip, for a model that takes several shapes. None: the model's own.
+    to_pictures: decoder of latents, (B, C, h, w) -> (B, 3, H, W) uint8. None: the result holds latents.
     on_batch: called with n after each batch of n pictures.
+    progress: show how far the sampling is.
 
     `dyndit.sampling.sample.sample_into` draws a large set to disk, and `draw` yields batches.
 
     -> `Samples`: pictures (N, C, H, W) uint8, or latents of a model of latents; labels, plan and times.
 
     Raises:
-        InputError: a label or setting out of range, or a plan that does not fit (PlanError).
+        InputError: a label or setting out of range, a plan and a budget, no table, or a plan that does not fit
+            (PlanError).
     """
     labels = tuple(model.backbone.condition.plain(labels))
+    origin = str(plan) if isinstance(plan, str | Path) else "plan"
+    plan = DepthPlan.load(Path(plan)) if isinstance(plan, str | Path) else plan
+    if budget is not None or table is not None:
+        if plan is not None or budget is None:
+            raise InputError("plan, budget, table: expected a plan, or a budget with or without a table")
+        plan = plan_within(model, budget, table, solver or "ddim", 20 if num_steps is None else num_steps)
+    usual = plan if isinstance(plan, DepthPlan) else None
+    solver = solver or (usual.solver if usual else "ddim")
+    num_steps = num_steps if num_steps is not None else usual.num_steps if usual else 20
+    cfg_scale = cfg_scale if cfg_scale is not None else usual.cfg_scale if usual else 1.5
     asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats, shape)
-    asked, drawn = asked.bound(model, labels), []
-    for batch in asked.batches(model, labels, range(first_index, first_index + len(labels))):
-        drawn.append(batch)
-        if on_batch is not None:
-            on_batch(len(batch.ids))
-    result = torch.cat([batch.x for batch in drawn])
+    asked, drawn = asked.bound(model, labels, origin), []
+    ids = range(first_index, first_index + len(labels))
+    with progress_bar(f"sampling {len(labels)} pictures", unit="steps", shown=progress) as advance:
+        for batch in asked.batches(model, labels, ids, advance):
+            drawn.append(batch)
+            if on_batch is not None:
+                on_batch(len(batch.ids))
+    latents = None if model.pixel_space else torch.cat([batch.x for batch in drawn])
+    if latents is None:
+        pictures = torch.cat([batch.x for batch in drawn])
+    else:
+        pictures = torch.empty(0, dtype=torch.uint8) if to_pictures is None else to_pictures(latents).cpu()
+    settings = run_settings(model, asked, labels, len(labels))
     return Samples(
-        pictures=result if model.pixel_space else torch.empty(0, dtype=torch.uint8),
-        latents=None if model.pixel_space else result,
+        pictures=pictures,
+        latents=latents,
         labels=labels,
         plan=asked.running,
         seed=seed,
@@ -206,6 +226,9 @@ def sample(
         step_seconds=added(batch.step_seconds for batch in drawn),
         network_seconds=added(batch.network_seconds for batch in drawn),
         settings=vars(asked) | {"solver": asked.running.solver, "first_index": first_index},
+        run=settings | ({"first_index": first_index} if first_index else {}),
+        facts=_facts(asked.running),
+        device=str(next(model.parameters()).device),
     )
 
 
@@ -283,23 +306,7 @@ def sample_into(
     if odd := sorted(wanted - set(range(num_images))):
         raise InputError(f"ids: {odd[0]}; expected 0 to {num_images - 1}")
     plan = asked.running
-    run = {
-        "verb": "sample",
-        "model": model.identity.backbone,
-        "exits": model.identity.exits,
-        "solver": plan.solver,
-        "steps": asked.num_steps,
-        "cfg_scale": asked.cfg_scale,
-        "guided_channels": asked.guided_channels,
-        "labels": "in turn" if classes is None else classes if classes == "random" else tuple(classes),
-        "num_images": num_images,
-        "seed": asked.seed,
-        "plan_steps": list(map(str, plan.steps)),
-        "autoencoder": autoencoder,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-    if asked.shape is not None:
-        run["shape"] = asked.shape
+    run = run_settings(model, asked, classes, num_images, autoencoder)
     store, facts = Store(Path(out), tuple(labels)), dict[str, Any](plan=_facts(plan))
     # Processes that share the numbers hold the folder together, once one of them has claimed it.
     with locked(store.folder, shared=ids is not None, wait=0.0 if ids is None else 10.0) as lock:
@@ -319,16 +326,18 @@ def sample_into(
         part = hashlib.sha256(json.dumps(sorted(wanted)).encode()).hexdigest()[:8]  # names this process's file of times
         if on_progress is not None:
             on_progress(done, num_images)
-        for drawn in asked.batches(model, [labels[i] for i in numbers], numbers):
-            began = time.perf_counter()
-            pictures = drawn.x if model.pixel_space else decode(drawn.x)
-            # Write times before pictures: every batch on disk then has its time.
-            store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
-            rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
-            store.add([drawn.ids[row] for row in rows], pictures[rows])
-            done += len(rows)
-            if on_progress is not None:
-                on_progress(done, num_images)
+        labels = [labels[i] for i in numbers]
+        with progress_bar(f"sampling {len(numbers)} pictures", unit="steps") as advance:
+            for drawn in asked.batches(model, labels, numbers, advance):
+                began = time.perf_counter()
+                pictures = drawn.x if model.pixel_space else decode(drawn.x)
+                # Write times before pictures: every batch on disk then has its time.
+                store.note(part, drawn, machine, drawn.seconds + time.perf_counter() - began)
+                rows = [row for row, i in enumerate(drawn.ids) if i in wanted and i in missing]
+                store.add([drawn.ids[row] for row in rows], pictures[rows])
+                done += len(rows)
+                if on_progress is not None:
+                    on_progress(done, num_images)
         if not store.missing():
             store.finish(run, facts)
         return Stored(store.folder, plan, store.manifest, done - num_images + len(missing))
@@ -341,6 +350,32 @@ def random_labels(model: DynamicDepth, num: int, seed: int) -> list[int]:
         raise InputError("--class-labels random: the model has no classes; expected no class labels")
     digests = (hashlib.sha256(f"label {seed} {i}".encode()).digest() for i in range(num))
     return [int.from_bytes(digest, "big") % classes for digest in digests]
+
+
+def run_settings(
+    model: DynamicDepth,
+    asked: Sampling,
+    classes: Sequence[Value] | Literal["random"] | None,
+    num_images: int,
+    autoencoder: str = "",
+) -> dict[str, Any]:
+    """Return the settings that make a set of pictures, for its manifest.  asked: from `Sampling.bound`."""
+    run: dict[str, Any] = {
+        "verb": "sample",
+        "model": model.identity.backbone,
+        "exits": model.identity.exits,
+        "solver": asked.running.solver,
+        "steps": asked.num_steps,
+        "cfg_scale": asked.cfg_scale,
+        "guided_channels": asked.guided_channels,
+        "labels": "in turn" if classes is None else classes if classes == "random" else tuple(classes),
+        "num_images": num_images,
+        "seed": asked.seed,
+        "plan_steps": list(map(str, asked.running.steps)),
+        "autoencoder": autoencoder,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    return run if asked.shape is None else run | {"shape": asked.shape}
 
 
 def _facts(plan: DepthPlan) -> dict[str, Any]:

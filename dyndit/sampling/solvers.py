@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.process import DDPM, Process, RectifiedFlow
 from dyndit.process.flow_sde import FlowSDEScheduler
 
@@ -70,7 +70,7 @@ def solvers_of(process: Process) -> dict[str, Solver]:
 def named_solver(name: str, process: Process) -> Solver:
     """Look up a solver for a model of this process. Raises InputError if there is none of this name."""
     if name not in SOLVERS:
-        raise InputError(f"--solver {name}: expected one of {', '.join(SOLVERS)}")
+        raise InputError(f"--solver {name}: {expected_one_of(name, SOLVERS)}")
     if name not in solvers_of(process):
         raise InputError(
             f"--solver {name}: steps the process {SOLVERS[name].process.name}, but this model's is {process.name}; "

@@ -26,6 +26,7 @@ from dyndit.errors import CheckpointError, InputError
 from dyndit.models.conditions import Value
 from dyndit.pictures import clips, grid, write_png
 from dyndit.pictures.collection import PictureFiles
+from dyndit.progress import progress_bar
 
 ARCHIVE, GRID = "samples.npz", "grid.png"
 NUM_IN_GRID = 64
@@ -52,19 +53,25 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of a set.  labels: the class or the caption of each picture."""
+    """The folder of a set.  labels: the class or the caption of each picture. first: number of the first picture."""
 
     folder: Path
     labels: tuple[Value, ...]
+    first: int = 0
+
+    @property
+    def numbers(self) -> range:
+        """Return the numbers of all pictures."""
+        return range(self.first, self.first + len(self.labels))
 
     def path(self, number: int) -> Path:
         """Return the path of a picture."""
-        return self.folder / f"{number:06d}-{_word(self.labels[number])}.png"
+        return self.folder / f"{number:06d}-{_word(self.labels[number - self.first])}.png"
 
     def missing(self) -> set[int]:
         """Return the numbers of the missing pictures."""
         there = {path.name for path in self.folder.iterdir()}
-        return {number for number in range(len(self.labels)) if self.path(number).name not in there}
+        return {number for number in self.numbers if self.path(number).name not in there}
 
     def add(self, numbers: Sequence[int], pictures: Tensor) -> None:
         """Write pictures.  pictures: uint8 (B, 1 or 3, H, W), or clips (B, 1 or 3, T, H, W)."""
@@ -131,7 +138,7 @@ class Store:
         times = self.times()
         if self.manifest.get("complete") is True:  # another process finished first, and may have dropped the times
             return
-        pictures = PictureFiles.at(tuple(map(self.path, range(len(self.labels)))))
+        pictures = PictureFiles.at(tuple(map(self.path, self.numbers)))
         _write_archive(self.folder / ARCHIVE, pictures, self.labels)
         first = pictures.read(range(min(NUM_IN_GRID, len(pictures))))
         write_png(self.folder / GRID, grid(first))
@@ -144,7 +151,7 @@ class Store:
         """Write a GIF and an MP4 of each of these clips, and of their grid.  first: uint8 (N, C, T, H, W)."""
         with files.written_together(self.folder) as draft:
             clips.write(draft / Path(GRID).stem, clips.side_by_side(first))
-            for number, clip in enumerate(first):
+            for number, clip in enumerate(first, self.first):
                 clips.write(draft / self.path(number).stem, clips.frames(clip))
 
 
@@ -160,15 +167,21 @@ def _write_archive(path: Path, pictures: PictureFiles, labels: Sequence[Value], 
 
     Clips are (N, T, H, W, C).
     """
-    parts = pictures.batches(batch_size)
+    parts, done = pictures.batches(batch_size), 0
     first = next(parts)
     shape = (len(pictures), *first.shape[2:], first.shape[1])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with files.written_whole(path) as draft, zipfile.ZipFile(draft, "w", allowZip64=True) as archive:
+    with (
+        progress_bar(f"writing {path.name}", unit="pictures") as advance,
+        files.written_whole(path) as draft,
+        zipfile.ZipFile(draft, "w", allowZip64=True) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in (first, *parts):
                 file.write(part.movedim(1, -1).contiguous().numpy().tobytes())
+                done += len(part)
+                advance(done, len(pictures))
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(file, np.asarray(labels))
 

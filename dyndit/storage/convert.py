@@ -14,6 +14,7 @@ from dyndit.models.conditions import ClassLabels
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import DDPM
+from dyndit.progress import progress_bar
 from dyndit.storage import card as model_card
 from dyndit.storage import diffusers_folder, hub, official
 from dyndit.storage import load as checkpoints
@@ -86,11 +87,12 @@ def convert(
     loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), str(origin))
     model, folder = loaded.model, loaded.folder
     if to == "official":
-        official.write(model, target)
-        return (*loaded.notes, *_left_behind(model, folder), _as_published(model))
+        with progress_bar(f"writing {target}"):
+            official.write(model, target)
+            return (*loaded.notes, *_left_behind(model, folder), _as_published(model))
     # Call this before writing: it refuses models that the class cannot express.
     notes = _in_diffusers(model) if to == "diffusers" else ()
-    with files.written_whole(target, folder=True) as partial:
+    with progress_bar(f"writing {target}"), files.written_whole(target, folder=True) as partial:
         if to == "native":
             checkpoints.save(model, partial)
         else:

@@ -13,6 +13,7 @@ from dyndit.manifest import MANIFEST
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans import plan as plans
 from dyndit.plans import table as tables
+from dyndit.progress import progress_bar
 from dyndit.storage import contents, native
 from dyndit.storage import load as checkpoints
 from dyndit.storage.autoencoder import find
@@ -29,6 +30,12 @@ def describe(path_or_hub_id: str | Path, **told: Any) -> Description:
 
     Raises InputError: there is no such path or id.
     """
+    with progress_bar(f"looking at {path_or_hub_id}"):
+        return _described(path_or_hub_id, told)
+
+
+def _described(path_or_hub_id: str | Path, told: Mapping[str, Any]) -> Description:
+    """See `describe`."""
     path = Path(path_or_hub_id)
     if path.exists() and (found := recognised(path)) is not None:
         return found

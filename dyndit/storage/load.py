@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dyndit import files
-from dyndit.errors import CheckpointError, InputError, first_line
+from dyndit.errors import CheckpointError, InputError, expected_one_of, first_line
 from dyndit.models import registry
 from dyndit.models.dit import CARDS, ClassConditionalDiT, Convention
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.process import DDPM, Process, RectifiedFlow, processes
+from dyndit.progress import progress_bar
 from dyndit.runtime import chosen_device, chosen_dtype
 from dyndit.storage import card as model_card
 from dyndit.storage import contents, diffusers_folder, hub, native, official
@@ -101,11 +102,18 @@ def inspect(
     if isinstance(process, str):
         process, _, convention = process.partition(":")
         if process not in processes():
-            raise InputError(f"--process {process}: expected one of {', '.join(processes())}")
+            raise InputError(f"--process {process}: {expected_one_of(process, processes())}")
         if convention and (process != RectifiedFlow.name or convention not in get_args(Convention)):
             expected = ", ".join(f"{RectifiedFlow.name}:{name}" for name in get_args(Convention))
             raise InputError(f"--process {process}:{convention}: expected one of {expected}")
     told = official.Told(num_heads, process, convention or None, weights, num_classes)
+    with progress_bar(f"loading {text}"):
+        return _inspected(path, text, wanted, told, device, dtype)
+
+
+def _inspected(path: Path, text: str, wanted: hub.HubId | None, told: official.Told, device: str, dtype: str) -> Loaded:
+    """Read a path, "digits" or a hub id, and move the model to the device."""
+    process = told.process
     if path.is_dir():
         loaded = _read_folder(path, told)
     elif path.exists():
@@ -122,6 +130,7 @@ def inspect(
         )
     _check_told(loaded, told, text)
     device = chosen_device(device)
+    loaded.model.folder = loaded.folder
     return replace(loaded, model=loaded.model.to(device, chosen_dtype(dtype, device)))
 
 

@@ -82,7 +82,10 @@ def check_savable(backbone: Backbone, folder: Path) -> None:
         return
     if kind not in families().values():
         raise InputError(f"{folder}: {name} is not registered; expected dyndit.register('my-name', {name}) before")
-    config = backbone.config()
+    try:
+        config = backbone.config()
+    except NotImplementedError as error:
+        raise InputError(f"{folder}: {error}") from error
     try:
         twin = outlined(kind, json.loads(json.dumps(config)))
         check_shapes(twin, backbone.state_dict(), Path(f"{name}.from_config({name}.config())"))

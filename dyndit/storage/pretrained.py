@@ -28,6 +28,7 @@ class NativeStorage:
         """See `DynamicDepth.save_pretrained`."""
         checkpoints.save(model, folder)
         card.write(model, folder, license=license)
+        model.folder = Path(folder)
         if push_to_hub:
             checkpoints.push(folder, repo_id or folder.name, **hub)
 

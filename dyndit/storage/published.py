@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, did_you_mean
 from dyndit.models.dit import CARDS, DiTConfig
 from dyndit.storage import load as checkpoints
 from dyndit.storage.reading import AskedProcess, Loaded
@@ -66,7 +66,7 @@ def card_of(name: str, image_size: int | None = None) -> str:
     card = f"{name}-512" if image_size == 512 and not name.endswith("-512") else name
     if card not in CARDS or (image_size == 256 and card.endswith("-512")):
         known = ", ".join(known for known in CARDS if known.startswith("DiT-") and not known.endswith("-512"))
-        raise InputError(f"--model {name}: no such card; expected one of {known}")
+        raise InputError(f"--model {name}: no such card; expected one of {known}{did_you_mean(name, CARDS)}")
     return card
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.models.identity import AutoencoderRecord, tensors_hash
+from dyndit.progress import tracked
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderRAE")
 """Classes of diffusers that work."""
@@ -149,7 +150,7 @@ def decode_latents(vae: nn.Module | str | Path, latents: Tensor, batch_size: int
     """Decode scaled latents to pictures, on the autoencoder's device.  (N, C, h, w) -> (N, 3, H, W) uint8."""
     network: Any = vae if isinstance(vae, nn.Module) else load_autoencoder(vae)
     decoded = []
-    for z in latents.split(batch_size):
+    for z in tracked(latents.split(batch_size), "decoding", unit="batches"):
         x = decode_batch(network, z.to(network.device))
         decoded.append((127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu())  # adding 128 before truncation: unbiased
     return torch.cat(decoded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,9 @@ class Checkpoints:
     data_fingerprint: str
     identity: str  # names everything else that the run depends on
     world: int  # number of processes
+    extend: bool = False  # take a run of fewer steps, whatever its schedule
+    extended: list[int] = field(default_factory=list)
+    """Steps at which the run was extended along the schedule of more steps, with `extend`."""
 
     def save(self, run: Run, step: int, log: str) -> Path:
         """Write the checkpoint of `step` and delete the oldest beyond `keep_checkpoints`.  log: text of its log."""
@@ -124,6 +127,7 @@ class Checkpoints:
                 "data_fingerprint": self.data_fingerprint,
                 "identity": self.identity,
                 "num_processes": self.world,
+                "extended": self.extended,
                 "sha256": hashes,
             }
             files.write_json(draft / "state.json", state | {"checksum": _checksum(state)})
@@ -150,6 +154,9 @@ class Checkpoints:
                     print(f"{error}; trying the one before it", file=sys.stderr)
                 continue
             self._check(place, state)
+            self.extended[:] = state.get("extended", [])
+            if state["config"]["steps"] != self.config.steps and self.config.schedule != "constant":
+                self.extended.append(int(state["step"]))
             _check_shapes(place, tensors["model"], run.trainable.state_dict())
             run.load(tensors)
             if state["num_processes"] != self.world and not quiet:
@@ -184,18 +191,24 @@ class Checkpoints:
                 f"{place}: made with the identity {state.get('identity', '')!r}, found {self.identity!r}; "
                 "expected the same frozen parts, or another output folder"
             )
-        for field in fields(self.config):
-            if field.name in BOOKKEEPING:
+        for name in (f.name for f in fields(self.config)):
+            if name in BOOKKEEPING:
                 continue
-            now = getattr(self.config, field.name)
-            then = state["config"].get(field.name)
+            now = getattr(self.config, name)
+            then = state["config"].get(name)
             then = tuple(then) if isinstance(then, list) else then  # JSON knows no tuples
-            if field.name == "steps" and self.config.schedule == "constant" and now >= state["step"]:
+            if name == "steps" and self.config.schedule == "constant" and now >= state["step"]:
                 continue
+            if name == "steps" and now > then:
+                if self.extend:
+                    continue
+                raise InputError(
+                    f"{place}: made with steps {then} of the {self.config.schedule} schedule, found {now}; expected "
+                    f"the same, or --extend to go on at the rates of {now} steps"
+                )
             if now != then:
                 raise InputError(
-                    f"{place}: made with {field.name} {then!r}, found {now!r}; "
-                    "expected the same, or another output folder"
+                    f"{place}: made with {name} {then!r}, found {now!r}; expected the same, or another output folder"
                 )
 
 

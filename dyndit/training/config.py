@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 
 from dyndit import bounds
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
+
+Tracker = Literal["tensorboard", "wandb", "none"]
+"""Where the losses go besides losses.csv and the terminal."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class FitConfig:
     flip: mirror half of the pictures, if the data allow it.
     num_workers: processes that read pictures; 0: this one.
     compile: compile the module.
+    tracker: where the losses go besides losses.csv: "tensorboard", "wandb" (`pip install "dyndit[wandb]"`) or "none".
     """
 
     steps: int
@@ -54,6 +58,7 @@ class FitConfig:
     flip: bool = True
     num_workers: int = 0
     compile: bool = False
+    tracker: Tracker = field(default="tensorboard", repr=False)
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -72,6 +77,8 @@ class FitConfig:
             raise InputError(f"schedule: found {self.schedule!r}, expected 'constant' or 'cosine'")
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"precision: found {self.precision!r}, expected 'fp32' or 'bf16'")
+        if self.tracker not in get_args(Tracker):
+            raise InputError(f"tracker {self.tracker!r:.40}: {expected_one_of(self.tracker, get_args(Tracker))}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay: found {self.ema_decay}, expected at least 0 and below 1")
 
@@ -86,4 +93,4 @@ class FitConfig:
 
 
 # These fields do not change the final weights, so they may differ when a run is resumed.
-BOOKKEEPING = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "num_workers"}
+BOOKKEEPING = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "num_workers", "tracker"}

@@ -24,6 +24,7 @@ from dyndit.pictures.check import DAMAGED, FRAMES, check_contents, refuse_damage
 from dyndit.pictures.collection import account_of, as_array, open_source, read_image
 from dyndit.pictures.decode import SUFFIXES
 from dyndit.pictures.resize import Resize, Size, size_pair
+from dyndit.progress import tracked
 from dyndit.training import captioned, moving
 
 BESIDE = "pictures beside class folders"
@@ -266,7 +267,8 @@ class PictureFolder(Pictures):
 
     def uint8(self, indices: Sequence[int] | None = None) -> Tensor:
         """Decode, crop and resize pictures, one after the other -> (N, C, H, W) uint8."""
-        return torch.stack([self._read(i) for i in (range(len(self)) if indices is None else indices)])
+        wanted = range(len(self)) if indices is None else indices
+        return torch.stack([self._read(i) for i in tracked(wanted, "reading pictures", unit="pictures")])
 
     def _read(self, index: int) -> Tensor:
         picture = self._resize(read_image(self._source, self._numbers[index], self.channels))
@@ -305,7 +307,7 @@ class PictureFolder(Pictures):
 
 def open_data(
     spec: str,
-    image_size: Size | tuple[int, int, int] | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     channels: int | None = None,
     *,
     method: str = "bicubic",
@@ -341,7 +343,8 @@ def open_data(
         raise InputError(f"data {spec}: a folder of pictures, but the model takes clips; expected 'moving-digits'")
     options: dict[str, Any] = {"method": method, "skip_damaged": skip_damaged, "labelled": labelled}
     try:
-        return PictureFolder(spec, image_size, channels or 3, **options)
+        size: Size | None = size_pair(image_size) if isinstance(image_size, tuple) else image_size
+        return PictureFolder(spec, size, channels or 3, **options)
     except InputError as error:
         if Path(spec).exists():
             raise

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, Inputs
 from dyndit.models.conditions import Condition
 from dyndit.models.dit import ClassConditionalDiT
@@ -17,6 +17,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.forecasts import GapRegression
 from dyndit.process import Process
+from dyndit.progress import tracked
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.borrowed import borrowed, precision_of
@@ -89,7 +90,7 @@ class Distill:
         for name in ("backbone", "states", "weighting"):
             expected = get_args(get_type_hints(Distill)[name])
             if getattr(self, name) not in expected:
-                raise InputError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(expected)}")
+                raise InputError(f"{name} {getattr(self, name)!r}: {expected_one_of(getattr(self, name), expected)}")
         for name in ("lora_rank", "num_trajectories"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
@@ -129,13 +130,14 @@ class Distill:
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a native backbone, found {found.__name__}")
 
     def run(
-        self, model: DynamicDepth, data: Pictures | RecordedCalls, out: str | Path
+        self, model: DynamicDepth, data: Pictures | RecordedCalls, out: str | Path, *, extend: bool = False
     ) -> tuple[DynamicDepth, FitResult]:
         """Return a model with trained exits on the same backbone, or on its trained copy, and the loop's record.
 
         model: its own exits are ignored. The backbone's flags, modes and device are restored at the end.
         data: pictures, which are noised, or recorded calls, which are used as they are.
         out: the folder for checkpoints and the log; a stopped run resumes there. `save_pretrained` saves the model.
+        extend: take up a finished run of fewer steps in `out`, see `training.fit.fit`.
 
         The exits are in eval mode, in single precision, and so is a trained backbone.
 
@@ -161,27 +163,30 @@ class Distill:
             task = _Distillation(trained, self, model.process, self._states(model, data))
             own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("exits", "fit", "data"))
             identity = f"{model.identity.backbone} {exits.config} {' '.join(own)}"
-            result = fit(task, items, self.fit, Path(out), identity=identity, rates={"backbone.": self.backbone_rate})
+            rates = {"backbone.": self.backbone_rate}
+            result = fit(task, items, self.fit, Path(out), identity=identity, rates=rates, extend=extend)
             trained.load_state_dict(result.ema)
             if adapters is not None:
                 adapters.merge_and_unload()
             dynamic.eval()
         dynamic.to(next(original.parameters()).device)
         if self.forecasts:
-            exits.gains = nn.Parameter(self._gains(dynamic, exits))
+            exits.gains = nn.Parameter(self._gains(dynamic))
         return dynamic, result
 
-    def _gains(self, dynamic: DynamicDepth, exits: Exits) -> Tensor:
+    def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
-        regression, seed = GapRegression(exits.layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
+        layers = dynamic.depths[:-1]
+        regression, seed = GapRegression(layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
         full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
         device = next(dynamic.parameters()).device
-        for low in range(0, _NUM_FORECAST, self.fit.batch_size):
+        lows = range(0, _NUM_FORECAST, self.fit.batch_size)
+        for low in tracked(lows, "learning forecasts", unit="batches"):
             numbers = range(low, min(_NUM_FORECAST, low + self.fit.batch_size))
             batch = batch_in_turn(dynamic, numbers, seed)
             trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
             for k in range(self.num_steps):
-                step: dict[str, Any] = {"first": k, "stop": k + 1, "also_keep": exits.layers}
+                step: dict[str, Any] = {"first": k, "stop": k + 1, "also_keep": layers}
                 gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory.gaps[-1])
             regression.add(gaps)
         return regression.gains().to(device)

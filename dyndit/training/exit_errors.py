@@ -8,6 +8,7 @@ from accelerate import PartialState
 from torch.utils.data import default_collate
 
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.progress import tracked
 from dyndit.training.conditioned import as_condition, conditioned
 from dyndit.training.data import Pictures
 from dyndit.training.losses import exit_errors
@@ -33,7 +34,8 @@ def exit_error_table(
     rows = []
     home = next(model.parameters()).device
     model.to(device)
-    for band, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+    bands = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    for band, (low, high) in enumerate(tracked(bands, "measuring exit errors", unit="bands")):
         t = torch.randint(low, high, (len(x_0),), generator=generator)
         eps = torch.randn(x_0.shape, generator=generator)
         errors = exit_errors(model, process.noised(x_0, eps, t).to(device), t.to(device), y.to(device))

@@ -35,6 +35,7 @@ from dyndit.training.config import FitConfig
 from dyndit.training.log import Log
 from dyndit.training.memory import Rows, in_parts, is_out_of_memory, smaller
 from dyndit.training.stopping import any_caught, leave, outlive_signals, signals, undisturbed
+from dyndit.training.trackers import log_with
 
 
 class TrainingData(Protocol):
@@ -78,7 +79,7 @@ class Task(Protocol):
         """Write sample pictures below `out`, from the averaged weights of `trainable`. By default write nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """Result of a training run after its last step. Weights are on the CPU."""
 
@@ -87,6 +88,11 @@ class FitResult:
     losses: pd.DataFrame  # a row per step: step (1-based), loss, learning_rate, grad_norm, the task's figures
     seconds: float  # of this call, without a resumed run's earlier part
     updates: int  # steps of this call
+    extended: tuple[int, ...] = ()  # steps at which the run was extended along another schedule
+
+    def __repr__(self) -> str:
+        last = f"{len(self.losses)} steps" + (f", loss {self.losses['loss'].iloc[-1]:.4g}" if len(self.losses) else "")
+        return f"FitResult({last}, {len(self.ema)} tensors, {self.seconds:.1f} s)"
 
 
 def fit(
@@ -98,13 +104,19 @@ def fit(
     identity: str = "",
     rates: Mapping[str, float] | None = None,
     resume: bool = True,
+    extend: bool = False,
     progress: bool = True,
 ) -> FitResult:
-    """Train `task.trainable` in place on `data`. Write checkpoints, losses.csv and TensorBoard logs to `out`.
+    """Train `task.trainable` in place on `data`. Write checkpoints, losses.csv and the tracker's logs to `out`.
 
     Go on from the newest intact checkpoint in `out`, bit for bit as if never stopped. Return at once if it is the
     last step's. On SIGINT, SIGTERM or SIGHUP, finish the step, write a checkpoint and leave. If a step fails, write a
     checkpoint of the step before it. If memory runs out, cut the micro-batches into smaller parts and try again.
+
+    A run of a constant rate goes on to more steps by itself, and then ends with the bits of a run of so many steps.
+    extend: take up a run of fewer steps under a cosine schedule too. From its last checkpoint on, the rates are those
+    of a run of `config.steps`: they jump up there, so the result is another than such a run's. An extended run that
+    was stopped resumes with equal bits, as any other.
 
     identity: names everything else that the result depends on, such as the hash of a frozen backbone. A run resumes
     only under the same identity. rates: factors of the learning rate, by prefix of the parameters' names; 1 for others.
@@ -113,11 +125,11 @@ def fit(
     another process trains there, or if it holds any run and `resume` is False. Raises CheckpointError if no checkpoint
     of a run is intact.
     """
-    started, out = time.monotonic(), Path(out)
+    started, out, tracker = time.monotonic(), Path(out), log_with(config.tracker)
     # Leave precision to the autocast below. accelerate would patch the module's forward for good, and refuse
     # a second precision in one process.
     accelerator = Accelerator(
-        mixed_precision="no", gradient_accumulation_steps=config.accumulation, log_with="tensorboard", project_dir=out
+        mixed_precision="no", gradient_accumulation_steps=config.accumulation, log_with=tracker, project_dir=out
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(f"accelerate: found {accelerator.distributed_type}, expected one or many plain processes")
@@ -130,7 +142,7 @@ def fit(
     device = accelerator.device
     trainable.to(device)
     run = Run(trainable, _optimizer(trainable, config, rates or {}), Ema(trainable, config.ema_decay))
-    checkpoints = Checkpoints(out / "checkpoints", config, data.fingerprint, identity, world)
+    checkpoints = Checkpoints(out / "checkpoints", config, data.fingerprint, identity, world, extend)
     with locked(out) if is_main else nullcontext():
         if is_main:
             files.sweep(out)
@@ -141,9 +153,8 @@ def fit(
             loading = _loading(data, replace(batches, start=first), config.num_workers, device)
             _train(task, data, config, out, accelerator, run, checkpoints, first, log, loading)
     seconds = 0.0 if first == config.steps else time.monotonic() - started
-    return FitResult(
-        to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict()), log.read(), seconds, config.steps - first
-    )
+    weights = to_cpu(run.ema.state_dict()), to_cpu(trainable.state_dict())
+    return FitResult(*weights, log.read(), seconds, config.steps - first, tuple(checkpoints.extended))
 
 
 def _train(
@@ -239,7 +250,7 @@ def _train(
                 is_last = done == config.steps
                 due = is_last or done % config.checkpoint_every == 0
                 stop = any_caught(caught, accelerator, is_last or step % config.log_every == 0)
-                if due or stop or done % config.log_every == 0:
+                if due or stop or done % config.log_every == 0 or step == first:  # figures from the first step on
                     log.flush()  # raises if the loss is not finite, so broken weights are never saved
                 if due or stop:
                     save(done)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dyndit import files
 from dyndit.errors import CheckpointError, InputError
-from dyndit.progress import tracked
+from dyndit.progress import progress_bar
 from dyndit.training.autoencoders import encode_batch, latent_space, load_autoencoder
 from dyndit.training.data import Pictures
 
@@ -137,24 +137,32 @@ def encode_latents(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network: Any = vae
     network.to(device)
-    for name, start in tracked(todo, "encoding", shown=progress and bool(todo)):
-        shard = range(start, min(start + pictures_per_shard, len(pictures)))
-        files.write_safetensors(folder / name, _encode(pictures, shard, vae, batch_size))
-        hashes[name] = files.sha256(folder / name)
-        _write_index(folder, identity, {n: hashes[n] for n in names if n in hashes})
+    shards = [range(start, min(start + pictures_per_shard, len(pictures))) for _, start in todo]
+    total = sum(map(len, shards))
+    with progress_bar("encoding", unit="pictures", shown=progress) as advance:
+        for number, ((name, _), shard) in enumerate(zip(todo, shards, strict=True)):
+            before = sum(map(len, shards[:number]))
+            encoded = _encode(pictures, shard, vae, batch_size, lambda n, before=before: advance(before + n, total))
+            files.write_safetensors(folder / name, encoded)
+            hashes[name] = files.sha256(folder / name)
+            _write_index(folder, identity, {n: hashes[n] for n in names if n in hashes})
     return LatentPictures(folder, pictures, use_mode)
 
 
 @torch.no_grad()
-def _encode(pictures: Pictures, indices: range, vae: Any, batch_size: int) -> dict[str, Tensor]:
-    """Encode pictures to their posteriors -> mean and std (n, C, h, w), label (n,)."""
+def _encode(
+    pictures: Pictures, indices: range, vae: Any, batch_size: int, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Encode pictures to their posteriors -> mean and std (n, C, h, w), label (n,).  advance: told the count."""
     means, stds, labels = [], [], []
     for first in range(0, len(indices), batch_size):
+        advance(first)
         items = [pictures[i] for i in indices[first : first + batch_size]]
         mean, std = encode_batch(vae, torch.stack([x for x, _ in items]).to(vae.device))
         means.append(mean.cpu().contiguous())
         stds.append(std.cpu().contiguous())
         labels += [label for _, label in items]
+    advance(len(indices))
     return {"mean": torch.cat(means), "std": torch.cat(stds), "label": torch.tensor(labels)}
 
 

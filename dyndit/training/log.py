@@ -1,4 +1,4 @@
-"""Log the losses of every step to losses.csv, TensorBoard and the terminal."""
+"""Log the losses of every step to losses.csv, a tracker and the terminal."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from dyndit.errors import InputError
 from dyndit.progress import progress_bar
 from dyndit.training.checkpoints import LOG
 from dyndit.training.config import FitConfig
+from dyndit.training.trackers import start_tracker
 
 
 class Log:
-    """Log of the losses of every step: losses.csv, TensorBoard, and the progress display.
+    """Log of the losses of every step: losses.csv, the tracker, and the progress display.
 
     Figures stay on the device until `flush`, so that a step does not wait for them. Every checkpoint holds the log up
     to its step. A resumed run starts from that text, whatever became of losses.csv.
@@ -41,9 +42,9 @@ class Log:
                 files.remove(self.path)
 
     def __enter__(self) -> Log:
-        self.accelerator.init_trackers("tensorboard")
+        start_tracker(self.accelerator, self.config.tracker, self.path.parent)
         self.open = ExitStack()
-        self.advance = self.open.enter_context(progress_bar("training", shown=self.show))
+        self.advance = self.open.enter_context(progress_bar("training", unit="steps", shown=self.show))
         self.advance(self.last, self.config.steps)
         return self
 

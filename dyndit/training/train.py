@@ -96,13 +96,20 @@ class Train:
             return self.backbone.build()
 
     def run(
-        self, data: Pictures, out: str | Path, *, start: DynamicDepth | None = None, preview: Preview | None = None
+        self,
+        data: Pictures,
+        out: str | Path,
+        *,
+        start: DynamicDepth | None = None,
+        preview: Preview | None = None,
+        extend: bool = False,
     ) -> tuple[DynamicDepth, FitResult]:
         """Return the model with the averaged (EMA) weights, in eval mode, and the loop's record.
 
         data: labelled pictures, from `dyndit.open_data`. out: the folder for checkpoints and the log; a stopped run
         resumes there. start: model to copy the backbone's first weights from; its exits are ignored. preview: called
-        with the model, `out` and the step, to draw a grid.
+        with the model, `out` and the step, to draw a grid. extend: take up a finished run of fewer steps in `out`, see
+        `training.fit.fit`: `replace(recipe, fit=replace(recipe.fit, steps=20_000))`.
 
         Raises InputError: see `check`; or `start` is of another shape or process than the recipe's.
         """
@@ -128,7 +135,7 @@ class Train:
             identity += f" {exits.config} {self.exit_weight}"
         if start is not None:
             identity += f" on from {start.identity.backbone}"
-        result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity)
+        result = fit(task, conditioned(data, backbone.condition), self.fit, Path(out), identity=identity, extend=extend)
         task.trainable.load_state_dict(result.ema)
         return model.eval(), result
 

@@ -20,6 +20,7 @@ from dyndit.calibration.measure import CalibrationSettings
 from dyndit.cli import VERBS, flags, main, verbs
 from dyndit.errors import InputError
 from dyndit.plans.step_counts import LatencyBudget, TargetFD
+from dyndit.sampling.budget import plan_on_table
 from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
 from dyndit.training.data import PACKAGED
@@ -32,6 +33,7 @@ NEEDED = {
     "calibrate": ["{model}", "--budget", "0.6"],
     "plan": ["edit", "{plan}", "--out", "{out}"],
     "sample": ["{model}", "--out", "{out}"],
+    "grid": ["{model}", "--out", "{out}"],
     "evaluate": ["{model}", "--reference", "digits", "--out", "{out}"],
     "bench": ["{model}", "--out", "{out}"],
     "report": ["{model}", "--out", "{out}"],
@@ -141,6 +143,14 @@ PATHS = [
     ["compare", "digits", "--out", "{out}", "--model", "{root}/none"],
     ["compare", "{root}/none.py", "--out", "{out}"],
     ["convert", "{root}/none", "{out}"],
+    ["inspect", "{root}/none"],
+    ["info", "{root}/none"],
+    ["demo", "{root}/none"],
+    ["grid", "{root}/none", "--out", "{out}"],
+    ["sample", "--model", "DiT-XL/2", "--out", "{out}", "--ckpt", "{root}/none"],
+    ["train", "mmdit", "--out", "{out}", "--data", "digits", "--text-encoder", "{root}/none"],
+    ["evaluate", "--self-check", "{root}/none"],
+    ["quickstart", "--out", ""],
 ]
 
 
@@ -199,7 +209,7 @@ PYTHON = {
     "record": lambda m, out: record_sampling(m, [0], out, cfg_scale=float("inf"), num_steps=1),
     "calibrate": lambda m, out: calibration.calibrate(m, budget=float("nan"), table=TABLE),
     "calibrate_steps": lambda m, out: calibration.calibrate_steps(m, TargetFD(1.0), table=TABLE, batch_size=-1),
-    "plan_on_table": lambda m, out: calibration.plan_on_table(m, TABLE, budget=2.0, solver="ddim", num_steps=2),
+    "plan_on_table": lambda m, out: plan_on_table(m, TABLE, budget=2.0, solver="ddim", num_steps=2),
     "measure_bases": lambda m, out: calibration.measure_bases(m, TABLE, None, step_grid=(0,)),
     "settings": lambda m, out: CalibrationSettings(num_bands=0),
     "settings depths": lambda m, out: CalibrationSettings(num_depths=0),

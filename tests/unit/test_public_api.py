@@ -51,7 +51,8 @@ RECORDS = ("DepthPlan", "State", "Step")
 """Data that the package makes; their fields are explained one by one."""
 
 UNTYPED = ("reportUnknownMemberType", "reportUnknownVariableType", "reportUnknownArgumentType")
-"""Rules that say where diffusers has no types."""
+UNTYPED += ("reportPrivateImportUsage",)
+"""Rules that say where diffusers has no types, and that its names load on first use."""
 
 
 def checked(folder: Path, *scripts: str, off: tuple[str, ...] = ()) -> list[dict]:
@@ -118,13 +119,14 @@ def test_a_users_script_passes_strict_type_checking(tmp_path: Path) -> None:
 
 def test_type_checkers_see_a_wrong_argument(tmp_path: Path) -> None:
     wrong = SCRIPT.replace("num_steps=10)\nprint(drawn", 'num_steps="10")\nprint(drawn')
-    problem, unknown = checked(tmp_path, wrong + "dyndit.smaple(dynamic)\n")[:2]
-    assert problem["rule"] == "reportArgumentType"
-    assert "num_steps" in problem["message"]
-    assert '"smaple" is not a known attribute of module "dyndit"' in unknown["message"]
+    found = {problem["rule"]: problem["message"] for problem in checked(tmp_path, wrong + "dyndit.smaple(dynamic)\n")}
+    assert "num_steps" in found["reportArgumentType"]
+    assert '"smaple" is not a known attribute of module "dyndit"' in found["reportAttributeAccessIssue"]
 
 
 def test_the_readmes_examples_pass_type_checking(tmp_path: Path) -> None:
     """Strictly, but for what diffusers does not say of its pipelines."""
     (tmp_path / "my_net.py").write_text(NET)
-    assert checked(tmp_path, *map(example, TITLES), off=UNTYPED) == []
+    found = [problem["message"] for problem in checked(tmp_path, *map(example, TITLES), off=UNTYPED)]
+    # A pipeline of diffusers returns a tuple, or an output with images, as an argument says.
+    assert [message for message in found if '"images" for class "tuple' not in message] == []

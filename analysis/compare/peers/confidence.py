@@ -29,6 +29,7 @@ from dyndit.files import read_json, write_json
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
+from dyndit.progress import tracked
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.sampling.solvers import AnySolver
@@ -278,7 +279,7 @@ def _memories(
 ) -> list[tuple]:
     """Sample `num` pictures, classes in turn; return the memory at the end of every batch."""
     found = []
-    for indices in batches_of(range(num), batch_size):
+    for indices in tracked(batches_of(range(num), batch_size), "recording the confidence router", unit="batches"):
         batch = batch_in_turn(model, indices, seed)
         begun = start(model, batch, solver, plan.num_steps)
         found.append(advance(model, batch, begun, plan, Guidance(plan.cfg_scale)).memory)

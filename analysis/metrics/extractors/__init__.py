@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
 from dyndit.analysis.metrics.extractors.registry import REGISTRY
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
+from dyndit.progress import progress_bar
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -34,9 +35,10 @@ def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
     Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
     """
     if name not in EXTRACTORS:
-        raise InputError(f"--extractor: '{name}', expected one of {', '.join(EXTRACTORS)}")
+        raise InputError(f"--extractor: '{name}', {expected_one_of(name, EXTRACTORS)}")
     if weights is not None and not Path(weights).is_file():
         raise InputError(f"--extractor-weights: no file {weights}, expected the weights of {name}")
     entry = REGISTRY[name]
-    network = entry.build(weights)
-    return Extractor(name, network.to(device), state_hash(network), device, entry.spatial_layer)
+    with progress_bar(f"loading the extractor {name}"):
+        network = entry.build(weights)
+        return Extractor(name, network.to(device), state_hash(network), device, entry.spatial_layer)

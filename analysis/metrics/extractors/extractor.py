@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from dyndit.errors import InputError
 from dyndit.pictures import as_rgb
+from dyndit.progress import progress_bar
+
+T = TypeVar("T")
 
 SPATIAL_CHANNELS = 7  # of the spatial layer, as in ADM's sFID (Nash et al. 2021)
 
@@ -59,6 +63,14 @@ class Extractor:
             outputs += tuple(_first_channels(activation) for activation in seen)
             yield tuple(out.double().cpu() for out in outputs)
 
+    def _counted(self, batches: Iterator[T], num: int, batch_size: int) -> Iterator[T]:
+        """Yield the batches, and show how many of `num` pictures are done."""
+        with progress_bar(f"features by {self.name}", unit="pictures") as advance:
+            advance(0, num)
+            for count, batch in enumerate(batches, 1):
+                advance(min(count * batch_size, num), num)
+                yield batch
+
     @torch.inference_mode()
     def outputs(self, pictures: Tensor, batch_size: int = 256, spatial: bool = False) -> dict[str, Tensor]:
         """Run uint8 pictures (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
@@ -69,7 +81,10 @@ class Extractor:
         if len(pictures) == 0:
             raise InputError("pictures: none, expected at least one")
         names = ("features", "logits", "spatial")[: 3 if spatial else 2]
-        parts = zip(*self._batches(pictures, batch_size, spatial), strict=True)
+        batches = self._batches(pictures, batch_size, spatial)
+        if len(pictures) > batch_size:
+            batches = self._counted(batches, len(pictures), batch_size)
+        parts = zip(*batches, strict=True)
         outputs = {name: torch.cat(part) for name, part in zip(names, parts, strict=True)}
         if self.projection is not None:
             outputs["features"] = outputs["features"] @ self.projection

@@ -15,7 +15,7 @@ from rich.console import Console
 from dyndit.analysis.report import strips
 from dyndit.analysis.report.calibrations import by_plan, calibration_findings
 from dyndit.analysis.report.cells import as_markdown
-from dyndit.analysis.report.figures import error_figure
+from dyndit.analysis.report.figures import error_figure, frontier_figure
 from dyndit.analysis.report.findings import headlines, unrecorded_findings
 from dyndit.analysis.report.frontier import KEPT, LOST, NO_VERDICT, NONE, OPEN, summary
 from dyndit.analysis.report.headline import glance_of, sentences
@@ -201,6 +201,17 @@ def test_calibrations_are_the_unit_where_there_are_several() -> None:
     assert "3 calibrations" in calibration_findings(table)[0]
 
 
+def test_calibrations_may_be_scored_on_seeds_of_their_own() -> None:
+    """One block each gives no verdict on an arm, and several calibrations give one on the plan."""
+    runs = calibrated(12.0, 12.6, 12.2)
+    own = runs[(runs["family"] == "full") | (runs["block"].astype(str) == runs["calibration"])]
+    table = summary(own)
+    assert set(table[table["family"] == "searched"]["verdict"]) == {NONE}
+    (plan,) = (row for _, row in by_plan(table, 0.05).iterrows())
+    assert (plan["calibrations"], plan["verdict"]) == (3, OPEN)
+    assert "seed block: no verdict" not in " ".join([*sentences(own, 0.05), *headlines(table)]).lower()
+
+
 def test_one_calibration_is_called_one() -> None:
     runs = calibrated(12.0)
     assert calibration_findings(summary(runs))[0].startswith("One calibration: ")
@@ -308,6 +319,15 @@ def test_labels_of_the_axes_do_not_overlap() -> None:
     assert min(apart) > (1.4 * height if turned else max(e - s for s, e in zip(starts, ends, strict=True)))
     few = error_figure(pd.DataFrame([[0.1, 0.2]], index=[1], columns=["500–999", "0–499"]))
     assert few.axes[0].get_xticklabels()[0].get_rotation() == 0
+
+
+def test_labels_of_steps_do_not_overlap() -> None:
+    figure = frontier_figure(read_runs(RESULTS / "digits"))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        boxes = [text.get_window_extent() for text in axis.texts if not text.get_text().startswith("↑")]
+        assert len(boxes) > 8
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("run", ["cifar10", "peers", "digits"])

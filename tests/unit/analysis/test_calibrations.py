@@ -15,7 +15,7 @@ from dyndit.cli.recipes import find
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.table import ShiftTable
 from dyndit.training.distill import Distill
-from support.tiny_verbs import RECIPE
+from support.tiny_verbs import RECIPE, fixed_cost
 
 PLAN = DepthPlan.full((999, 499), 2, "ddim", 1.5)
 
@@ -33,6 +33,7 @@ def test_arms_of_further_calibrations_have_names_of_their_own() -> None:
 
 
 def test_a_comparison_of_two_calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dyndit.calibration.samplers.measure_cost", fixed_cost)
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE)
     experiment = replace(find(str(recipe), "experiment", Experiment), num_calibrations=2)

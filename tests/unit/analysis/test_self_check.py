@@ -79,6 +79,7 @@ def test_a_folder_without_cifar10_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_command_exits_by_the_result(tmp_path: Path, monkeypatch, capsys, passed: bool) -> None:
     monkeypatch.setattr(module, "self_check", lambda weights, device, cifar10: iter([Check("a", "1", "2", passed)]))
+    (tmp_path / "w.pth").touch()
     if passed:
         main(["evaluate", "--self-check", str(tmp_path / "w.pth"), "--json"])
     else:

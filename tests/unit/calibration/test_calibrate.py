@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dyndit.analysis.metrics.extractors import load_extractor
-from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bases, measure_moments, plan_on_table
+from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bases, measure_moments
 from dyndit.calibration.measure import CalibrationSettings, default_choices, measure_shifts, part_of
 from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import InputError
@@ -15,6 +15,7 @@ from dyndit.plans.predictor import Predictor
 from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.plans.table import ShiftTable
+from dyndit.sampling.budget import plan_on_table
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 from dyndit.sampling.timing import measure_cost

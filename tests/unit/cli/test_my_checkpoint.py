@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
 from support.autoencoders import make_autoencoder
 from support.models import MakeModel
+from support.tiny_verbs import fixed_cost
 
 SMALL = replace(
     my_checkpoint.experiment,
@@ -38,6 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with pictures, and the recipe with fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(my_checkpoint, "experiment", SMALL)
+    monkeypatch.setattr("dyndit.calibration.samplers.measure_cost", partial(fixed_cost, num_blocks=6))
     data = load_digits()
     for index, array in enumerate(data.uint8(range(70))[:, 0].numpy()):
         folder = tmp_path / "pictures" / f"class-{data[index][1]}"
@@ -108,6 +111,21 @@ def test_latents_are_judged_as_pictures(here: Path, make_model: MakeModel) -> No
     assert (here / "run" / "samples.png").exists()
 
 
+def test_one_seed_of_two_sets_is_no_verdict_but_a_picture(here: Path, make_model: MakeModel, capsys) -> None:
+    """The documents' verdict block with one seed: sample, sample, evaluate, evaluate, report."""
+    make_model((2, 4)).save_pretrained(here / "mine")
+    for name, more in (("full-0", []), ("dynamic-0", ["--router", "ramp:2"])):
+        main(["sample", "mine", "--steps", "2", "--num-images", "66", "--out", name, *more])
+        main(["evaluate", name, "--reference", "pictures", "--extractor", "digits", "--out", "verdict"])
+    main(["report", "verdict"])
+    printed = " ".join(capsys.readouterr().out.split()).lower()
+    assert "one seed block: no verdict, draw more" in printed
+    text = (here / "verdict" / "report.md").read_text()
+    assert "](side-by-side.png)" in text
+    assert "**One seed block: no verdict, draw more.**" in text
+    assert verify(here / "verdict") == []
+
+
 REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda root: ["--model", str(root / "native")], "--data: missing; expected a folder of pictures"),
     (lambda root: ["--data", "digits"], "--model: missing; expected a checkpoint"),
@@ -128,3 +146,12 @@ def test_what_is_missing_is_said_before_anything_is_written(
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
     assert not (here / "runs").exists()
+
+
+def test_a_budget_that_no_plan_meets_is_left_out(here: Path, make_model: MakeModel, capsys) -> None:
+    my_checkpoint.experiment = replace(SMALL, budgets=(0.05, 0.9))
+    make_model((2, 4)).save_pretrained(here / "mine")
+    main(["compare", "--model", "mine", "--data", "digits", *COMMON])
+    assert "no plan within 0.05: the cheapest plan takes 0." in " ".join(capsys.readouterr().err.split())
+    runs = read_runs(here / "runs" / "compare")
+    assert set(runs[runs["family"] == "searched"]["budget"]) == {0.9}

@@ -186,6 +186,7 @@ def test_every_flag_of_the_published_scripts_is_taken(monkeypatch: pytest.Monkey
     assert given == {
         "data": "d", "out": Path("r"), "model": "DiT-L/8", "image_size": 256, "num_classes": 7, "epochs": 2,
         "batch_size": 8, "seed": 1, "vae": Path("mse"), "num_workers": 0, "log_every": 5, "checkpoint_every": 6,
+        "device": "auto", "dtype": "own", "tracker": "tensorboard", "extend": False,
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Pipelines of diffusers behind the page: their own pictures at full depth, plans by the plug-in, no trace between."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import dyndit
-from dyndit.demo.opening import open_studio
+from dyndit.demo.opening import open_digits, open_studio
 from dyndit.demo.pipeline import PipelineStudio
 from dyndit.demo.studio import Request
 from dyndit.errors import InputError
@@ -137,6 +138,18 @@ def test_a_folder_is_opened_with_its_exits_and_its_table(tmp_path: Path) -> None
     assert not torch.equal(full.pictures, dynamic.pictures)
 
 
+def test_digits_open_from_any_run_that_has_their_table(tmp_path: Path, make_model) -> None:
+    """A quickstart of other settings, or of an older version, is no reason to make exits again."""
+    model = make_model(num_blocks=4)
+    model.save_pretrained(tmp_path / "model")
+    bound = {"backbone": model.identity.backbone, "exits": model.identity.exits}
+    replace(random_table(10, 3, seed=3), **bound).save(tmp_path / "model" / FILE)
+    (tmp_path / "manifest.json").write_text("{}")
+    studio = open_digits(tmp_path, "cpu")
+    assert studio.name == "digits"
+    assert studio.plan(Request((3,))).router == "searched"
+
+
 def test_what_is_no_pipeline_of_one_transformer_is_refused(tmp_path: Path, make_model) -> None:
     make_model().save_pretrained(tmp_path / "model")
     (tmp_path / "exits").mkdir()
@@ -162,3 +175,20 @@ def test_the_own_pipeline_is_opened_as_its_model(tmp_path: Path, make_model) -> 
     pipe.save_pretrained(tmp_path)
     studio = open_studio(str(tmp_path))
     assert studio.plan(Request((3,))).router == "searched"
+
+
+def test_no_code_of_a_folder_runs(tmp_path: Path) -> None:
+    tiny_pipeline("DiTTransformer2DModel").pipe.save_pretrained(tmp_path / "pipe")
+    ran, index = tmp_path / "ran", tmp_path / "pipe" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": ["mine", "Mine"]}))
+    code = f"from diffusers import DiTPipeline as Mine\nopen({str(ran)!r}, 'w').close()\nMine.__module__ = __name__\n"
+    (tmp_path / "pipe" / "mine.py").write_text(code)
+    with pytest.raises(InputError, match="no pipeline that loads"):
+        open_studio(str(tmp_path / "pipe"))
+    assert not ran.exists()
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    tiny_pipeline("DiTTransformer2DModel").pipe.save_pretrained(tmp_path / "pipe", safe_serialization=False)
+    with pytest.raises(InputError, match="no pipeline that loads"):
+        open_studio(str(tmp_path / "pipe"))

@@ -111,7 +111,7 @@ def test_a_model_without_exits_gets_untrained_ones(make_model: MakeModel) -> Non
     plan = studio.plan(ASKED)
     assert plan.router == "skips"
     assert any(step.forecast for step in plan.steps)
-    assert "distill" in studio.planner.why_not(studio.full(ASKED))
+    assert "distill" in studio.planner.caution(studio.full(ASKED))
     options = {"num_steps": ASKED.steps, "cfg_scale": ASKED.cfg_scale, "seed": ASKED.seed}
     full, dynamic = last(studio, ASKED)
     assert torch.equal(full, sample(DynamicDepth(backbone), ASKED.values, **options).pictures)
@@ -178,6 +178,18 @@ def test_the_rivals_are_full_depth_at_these_and_at_fewer_steps(calibrated: Studi
     assert (fewer.share, fewer.name) == (0.5, "5 steps")
     assert fewer.fd == pytest.approx(frechet_distance(table.bases["ddim", 5], table.reference))
     assert (same.share, same.fd) == (1.0, pytest.approx(frechet_distance(table.base, table.reference)))
+    assert planner.caution(calibrated.full(TEN)) == ""
+
+
+def test_full_depth_that_was_not_measured_is_said_to_be_so(calibrated: Studio) -> None:
+    full = calibrated.full(replace(TEN, steps=12))
+    (alone,) = calibrated.planner.rivals(full)
+    assert alone.name == "full depth"
+    caution = calibrated.planner.caution(full)
+    assert "ddim at 10 steps" in caution
+    assert caution in drawings.frontier(calibrated.planner.frontier(full), [alone], None, caution).replace(
+        "&#x27;", "'"
+    )
 
 
 def test_another_guidance_is_drawn_but_not_predicted(calibrated: Studio) -> None:
@@ -191,7 +203,7 @@ def test_another_guidance_is_drawn_but_not_predicted(calibrated: Studio) -> None
     for asked in (stronger, without):
         full = calibrated.full(asked)
         assert calibrated.planner.frontier(full) == []
-        assert "guidance 1.5" in drawings.frontier([], [], None, calibrated.planner.why_not(full))
+        assert "guidance 1.5" in drawings.frontier([], [], None, calibrated.planner.caution(full))
         assert len(list(calibrated.draw(replace(asked, steps=3)))) == 3
 
 
@@ -223,7 +235,7 @@ def test_drawings_say_what_they_show(studio: Studio) -> None:
     assert drawings.plan_map(plan).count("<rect") == plan.num_blocks * plan.num_steps
     full = studio.full(ASKED)
     assert "calibrate" in drawings.frontier(
-        studio.planner.frontier(full), studio.planner.rivals(full), None, studio.planner.why_not(full)
+        studio.planner.frontier(full), studio.planner.rivals(full), None, studio.planner.caution(full)
     )
 
 

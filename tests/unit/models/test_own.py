@@ -208,3 +208,12 @@ def test_an_architecture_is_trained_from_its_settings(mine: ModuleType, tmp_path
         recipe.with_backbone(colour=3)
     with pytest.raises(InputError, match="--model: MyDiT with"):
         recipe.with_backbone(depth=5).run(pictures, tmp_path / "other", start=model)
+
+
+def test_a_backbone_without_a_config_is_not_saved(mine: ModuleType, tmp_path: Path) -> None:
+    silent = type("Silent", (mine.MyDiT,), {"config": dyndit.Backbone.config})
+    with pytest.raises(NotImplementedError, match="Silent: has no config"):
+        silent.from_config({})
+    dyndit.register("silent", silent)
+    with pytest.raises(InputError, match=r"Silent: has no config\(\); expected a method that returns the arguments"):
+        dyndit.DynamicDepth(silent()).save_pretrained(tmp_path / "silent")

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 import dyndit
-from dyndit.calibration.calibrate import plan_on_table
 from dyndit.errors import CheckpointError, InputError, PlanError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
@@ -24,6 +23,7 @@ from dyndit.plans.schedules import guidance_interval, ramp
 from dyndit.plans.step import Step, Unconditional, steps
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.pipeline import DynDiTPipeline
+from dyndit.sampling.budget import plan_on_table
 from dyndit.sampling.loop import full_plan, noise
 from dyndit.sampling.sample import sample, unguided
 from dyndit.sampling.solvers import SOLVERS, make_scheduler

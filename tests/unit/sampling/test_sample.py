@@ -308,7 +308,7 @@ def test_plans_that_do_not_fit_are_refused(tiny_dynamic) -> None:
         with pytest.raises(PlanError):
             sample(tiny_dynamic, LABELS, plan=plan, **{"num_steps": 4, **change})
     with pytest.raises(PlanError, match="guidance scale"):
-        sample(tiny_dynamic, LABELS, plan=full_plan(tiny_dynamic, "ddim", 4, 1.0), num_steps=4)
+        sample(tiny_dynamic, LABELS, plan=full_plan(tiny_dynamic, "ddim", 4, 1.0), num_steps=4, cfg_scale=1.5)
     with pytest.raises(PlanError, match="guidance scale"):
         sample(tiny_dynamic, LABELS, plan=plan, num_steps=4, cfg_scale=1.0)
     with pytest.raises(PlanError, match="backbone"):

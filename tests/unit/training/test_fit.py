@@ -116,6 +116,33 @@ def test_a_stopped_run_ends_with_the_same_bits(whole, tmp_path: Path, stop: int)
     assert not torch.equal(resumed.ema["1.weight"], resumed.weights["1.weight"])
 
 
+def test_an_extended_run_follows_the_longer_schedule_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    """Under a cosine: the rates of four steps of four, then of steps five to eight of eight."""
+    short, long = (replace(CONFIG, schedule="cosine", steps=steps, checkpoint_every=2) for steps in (4, 8))
+
+    class Dies(Denoise):
+        calls = 0
+
+        def loss(self, *args):
+            self.calls += 1
+            if self.calls == 5:  # the first half of the third step that is added
+                raise RuntimeError("no power")
+            return super().loss(*args)
+
+    for name in ("a", "b"):
+        run(tmp_path / name, short)
+    extended = run(tmp_path / "a", long, extend=True)
+    rates = [*map(short.learning_rate_at, range(4)), *map(long.learning_rate_at, range(4, 8))]
+    assert extended.losses["learning_rate"].tolist() == rates
+    with pytest.raises(RuntimeError, match="no power"):
+        run(tmp_path / "b", long, Dies(), extend=True)
+    resumed = run(tmp_path / "b", long)  # it is of eight steps now: nothing is extended again
+    assert same(resumed, extended)
+    assert resumed.extended == extended.extended == (4,)
+    with pytest.raises(InputError, match="made with steps 8, found 4"):
+        run(tmp_path / "a", short, extend=True)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(whole, tmp_path: Path, number: int) -> None:
     class Interrupted(Denoise):
@@ -403,11 +430,15 @@ def test_a_batch_that_accumulation_cannot_cut_is_refused(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr("dyndit.progress.PATIENCE", 0.0)
+    monkeypatch.delenv("DYNDIT_PROGRESS")
     fit(Denoise(), DIGITS, replace(CONFIG, checkpoint_every=100), tmp_path)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == [f"training: {step} of 12" for step in (5, 10, 12)]
-    assert all(", loss " in line and "steps/s" in line for line in lines)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "training: 0 s"
+    assert last.startswith("training: 12 of 12 steps, ")
+    assert ", loss " in last
+    assert "steps/s" in last
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

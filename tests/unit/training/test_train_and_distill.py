@@ -36,7 +36,7 @@ DIGITS = load_digits()
 BACKBONE = DiTConfig(8, 4, 1, width=48, num_blocks=4, num_heads=2, num_classes=10)
 FIT = FitConfig(steps=80, batch_size=32, learning_rate=2e-3, warmup_steps=5, ema_decay=0.9, seed=1)
 TRAIN = Train(BACKBONE, FIT, data="digits")
-DISTILL = Distill(ExitConfig(), replace(FIT, steps=150, learning_rate=3e-3), data="digits")
+DISTILL = Distill(ExitConfig(head="adaln-linear"), replace(FIT, steps=150, learning_rate=3e-3), data="digits")
 
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:

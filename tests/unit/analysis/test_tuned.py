@@ -159,8 +159,9 @@ def test_shuffles_of_every_searched_plan(context: Context) -> None:
     assert experiment.calibrated(3).shuffle_seeds == (3, 4)
 
 
-def test_a_search_with_locked_guidance_uses_no_other(context: Context, tmp_path: Path) -> None:
+def test_a_search_with_locked_guidance_uses_no_other(context: Context, tmp_path: Path, monkeypatch) -> None:
     """Without the original model's own step every step is guided by the exit, at another number of steps too."""
+    monkeypatch.setattr("dyndit.calibration.samplers.measure_cost", lambda *_, **__: context.table.cost)
     choices = locked(("6|3", *CHOICES), OwnExit(2))
     assert not any(choice.forecast for choice in choices)  # the exit that guides is as deep as the forecasts
     calibration = replace(context.experiment.calibration, choices=choices, forecast_ages=0)

@@ -37,15 +37,22 @@ class Candidate:
     plan: DepthPlan
 
 
+class OutOfReach(InputError):
+    """No setting of a tuning is within its time."""
+
+
 class Tuned:
     """The best setting of each of the experiment's tunings."""
 
     def arms(self, context: Context) -> list[Arm]:
-        """See `Source`. Raises InputError: no setting of a tuning is within its time."""
+        """See `Source`. A tuning without a setting within its time has no arm, and the console says so."""
         tunings, arms = context.experiment.tunings, []
         with progress_bar("tuning rivals", context.console) as advance:
             for number, tuning in enumerate(tunings):
-                arms.append(_arm(context, tuning.family, choose(context, tuning)))
+                try:
+                    arms.append(_arm(context, tuning.family, choose(context, tuning)))
+                except OutOfReach as reason:
+                    context.console.print(f"no arm: {reason}")
                 advance(number + 1, len(tunings))
         return arms
 
@@ -53,7 +60,7 @@ class Tuned:
 def choose(context: Context, tuning: Tuning) -> Candidate:
     """Return the setting of least distance on the calibration seeds; of equal ones the faster.
 
-    Raises InputError: no setting is within the time.
+    Raises OutOfReach: no setting is within the time.
     """
     log, tried, spent = _Log(context, tuning), [], 0.0
     trained_in = PeerContext(
@@ -74,7 +81,7 @@ def choose(context: Context, tuning: Tuning) -> Candidate:
             began = time.perf_counter()
     if not tried:
         limit = f"{tuning.share:g} of full depth's time at {tuning.reference} steps"
-        raise InputError(f"tuning {tuning.family}: no setting within {limit}; expected a larger share or fewer steps")
+        raise OutOfReach(f"tuning {tuning.family}: no setting within {limit}; expected a larger share or fewer steps")
     return min(tried, key=lambda found: found[:2])[2]
 
 

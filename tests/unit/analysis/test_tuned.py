@@ -1,5 +1,6 @@
 """Rivals tuned on the calibration seeds: least distance within the time, resumed from the file, never from scores."""
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -158,8 +159,9 @@ def test_shuffles_of_every_searched_plan(context: Context) -> None:
     assert experiment.calibrated(3).shuffle_seeds == (3, 4)
 
 
-def test_a_search_with_locked_guidance_uses_no_other(context: Context, tmp_path: Path) -> None:
+def test_a_search_with_locked_guidance_uses_no_other(context: Context, tmp_path: Path, monkeypatch) -> None:
     """Without the original model's own step every step is guided by the exit, at another number of steps too."""
+    monkeypatch.setattr("dyndit.calibration.samplers.measure_cost", lambda *_, **__: context.table.cost)
     choices = locked(("6|3", *CHOICES), OwnExit(2))
     assert not any(choice.forecast for choice in choices)  # the exit that guides is as deep as the forecasts
     calibration = replace(context.experiment.calibration, choices=choices, forecast_ages=0)
@@ -216,9 +218,18 @@ def test_bad_tunings_are_one_line(wrong: dict[str, object], message: str) -> Non
         Tuning(**({"family": "rival", "peers": DEPTHS} | wrong))
 
 
-def test_a_time_that_no_setting_meets_is_one_line(context: Context, tmp_path: Path) -> None:
+def test_a_time_that_no_setting_meets_has_no_arm(context: Context, tmp_path: Path) -> None:
+    """One line says so, and the other tunings of a long run are not lost."""
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    own = replace(with_tuning(context, tmp_path, share=0.01), console=console)
+    never = own.experiment.tunings[0]
+    possible = replace(never, family="other", share=None, peers=DEPTHS[:1], steps=(4,))
+    own = replace(own, experiment=replace(own.experiment, tunings=(never, possible)))
+    object.__setattr__(own, "table", context.table)
+    assert [arm.family for arm in Tuned().arms(own)] == ["other"]
+    assert "no arm: tuning rival: no setting within 0.01" in console.export_text()
     with pytest.raises(InputError, match="no setting within 0"):
-        Tuned().arms(with_tuning(context, tmp_path, share=0.01))
+        choose(own, never)
 
 
 def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -63,6 +63,19 @@ def is_sealed(manifest: dict[str, Any]) -> bool:
     return seals.SEAL in manifest
 
 
+def _first_change(then: dict[str, Any], now: dict[str, Any], within: str = "") -> str | None:
+    """Name the first setting that differs, with both values: "experiment.margin 0.05, now 0.03". None differs: None."""
+    absent = "absent"
+    for name in sorted(then.keys() | now.keys()):
+        before, after = then.get(name, absent), now.get(name, absent)
+        if before != after:
+            inner = None
+            if isinstance(before, dict) and isinstance(after, dict):
+                inner = _first_change(cast(dict[str, Any], before), cast(dict[str, Any], after), f"{within}{name}.")
+            return inner or f"{within}{name} {before!r}, now {after!r}"
+    return None
+
+
 def claim(out: Path, settings: dict[str, Any], shared: tuple[str, ...] = (), **facts: Any) -> dict[str, Any] | None:
     """Make `out` the folder of a run with these settings. Return its manifest if it already holds this run.
 
@@ -90,14 +103,9 @@ def claim(out: Path, settings: dict[str, Any], shared: tuple[str, ...] = (), **f
         raise InputError(f"{error}; expected the manifest of a run") from error
     if not isinstance(theirs := found.get("settings"), dict):
         raise InputError(f"{path}: damaged (settings {theirs!r:.40}); expected the manifest of a run")
-    plain, absent = json.loads(json.dumps(settings, default=str)), "absent"
-    changed = [k for k in sorted(plain.keys() | theirs.keys()) if plain.get(k, absent) != theirs.get(k, absent)]
-    if changed:
-        then, now = (settings.get(changed[0], absent) for settings in (theirs, plain))
-        raise InputError(
-            f"--out {out}: holds another run ({changed[0]} {then!r}, now {now!r}); "
-            "expected an empty folder or the same run"
-        )
+    changed = _first_change(theirs, json.loads(json.dumps(settings, default=str)))
+    if changed is not None:
+        raise InputError(f"--out {out}: holds another run ({changed}); expected an empty folder or the same run")
     files.sweep(out)
     return found
 

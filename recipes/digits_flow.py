@@ -20,7 +20,7 @@ from dyndit.calibration.measure import CalibrationSettings
 from dyndit.process import RectifiedFlow
 from dyndit.recipes import digits
 
-STEPS = (2, 3, 4, 6, 8, 10, 14, 20)
+STEPS = (1, 2, 3, 4, 6, 8, 10, 14, 20)
 
 train = digits.train.under(RectifiedFlow())
 
@@ -30,12 +30,12 @@ experiment = replace(
     digits.quickstart,
     distill=replace(distill, solver="ddim"),
     calibration=CalibrationSettings(
-        num_pictures=128, num_bands=10, batch_size=64, num_depths=4, own_guides=True, forecast_ages=1
+        num_pictures=96, num_bands=10, batch_size=48, num_depths=4, own_guides=True, forecast_ages=1
     ),
     full_points=(*product(("ddim",), STEPS), *product(("unipc",), (4, 10, 20))),
     dynamic_steps=(4, 8, 10, 20),
     solvers=("ddim",),
-    num_images=250,
+    num_images=200,
     batch_size=50,
 )
 

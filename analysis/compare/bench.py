@@ -27,11 +27,11 @@ from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import apply_dyndit, remove_dyndit
 from dyndit.process import DDPM
 from dyndit.progress import tracked
+from dyndit.rounds import Reading, Repeats, paired_rounds
 from dyndit.sampling.loop import picture_generator
 from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import make_scheduler
 from dyndit.sampling.timing import measure_cost
-from dyndit.stats import Reading, Repeats, paired_rounds
 from dyndit.storage.autoencoder import open_autoencoder
 from dyndit.storage.diffusers_folder import to_diffusers
 from dyndit.training.autoencoders import decode_latents, latent_space

@@ -9,7 +9,7 @@ import torch
 
 from dyndit.analysis.compare.bench_verdict import is_null, span
 from dyndit.clock import Clock
-from dyndit.stats import paired_times, summarise
+from dyndit.rounds import paired_times, summarise
 
 
 @dataclass(frozen=True)

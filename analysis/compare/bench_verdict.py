@@ -8,7 +8,8 @@ import pandas as pd
 from dyndit.analysis.compare.bench import AGAIN, FULL
 from dyndit.analysis.metrics.macs import flops
 from dyndit.analysis.metrics.memory import MEANING
-from dyndit.stats import Interval, relative_width, summarise
+from dyndit.rounds import summarise
+from dyndit.stats import Interval, relative_width
 
 
 def verdict(times: pd.DataFrame, baseline: str = FULL) -> pd.DataFrame:

@@ -55,19 +55,19 @@ def choose(context: Context, tuning: Tuning) -> Candidate:
 
     Raises InputError: no setting is within the time.
     """
-    log, tried = _Log(context, tuning), []
+    log, tried, spent = _Log(context, tuning), [], 0.0
     trained_in = PeerContext(
         context.out / "peers", context.data, context.experiment.peer_budget, context.experiment.train
     )
     for peer, scale in tuning.settings():
-        if tuning.minutes and sum(row["seconds"] for row in log.mine()) >= 60 * tuning.minutes:
+        if tuning.minutes and spent >= 60 * tuning.minutes:
             break
         began, drawn = time.perf_counter(), 0
         model = peer.model(context.model, trained_in).eval()
         for steps in sorted(set(tuning.steps), reverse=True):
             plan = bind(peer.plan(full_plan(model, tuning.solver, steps, scale), model.depths), model)
             row = log.row(Candidate(peer, model, plan), began)
-            drawn += row["fd"] is not None
+            spent, drawn = spent + row["seconds"], drawn + (row["fd"] is not None)
             tried += [(row["fd"], row["share"], Candidate(peer, model, plan))] if row["fd"] is not None else []
             if tuning.counts and drawn == tuning.counts:
                 break
@@ -93,10 +93,6 @@ class _Log:
         self.rows = [{**row, "fd": None if row["fd"] == "" else float(row["fd"])} for row in found.to_dict("records")]
         self.reference = context.full(tuning.solver, tuning.reference)
         self.full_seconds: float | None = None
-
-    def mine(self) -> list[dict[str, object]]:
-        """Return the rows of this tuning."""
-        return [row for row in self.rows if row["family"] == self.tuning.family]
 
     def row(self, candidate: Candidate, began: float) -> dict[str, object]:
         """Return the row of a candidate: known, or timed and, within the limit, drawn and measured now."""

@@ -13,6 +13,10 @@ from dyndit.analysis.report.runs import GROUP, PLANS
 from dyndit.stats import Interval, paired_interval
 
 PLAN = ["family", "solver", "steps", "budget", "settings", "variant"]
+_OF_THE_FIRST = (
+    *("arm", "share_of_blocks", "ms", "ms_full", "fd_full", "fd_diff", "verdict"),
+    *("time_saved_equal_fd", "time_saved_at_least"),
+)
 UNKNOWN, ONE = "calibrations not recorded", "one calibration"
 
 
@@ -30,15 +34,15 @@ def candidates(frame: pd.DataFrame) -> pd.DataFrame:
 def by_plan(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
     """Join the candidates' calibrations; one row per plan, from a `frontier.summary`.
 
-    Columns: GROUP, PLAN, arm (of the first calibration), calibrations (their number; 0: not recorded, or none needed),
-    ms, ms_full, fd, fd_full, time_saved (Interval), fd_diff (Interval), verdict, time_saved_equal_fd,
-    time_saved_at_least. With several calibrations the intervals are over calibrations, of means over seed blocks.
+    Arms that do not record different calibrations are not joined. With several calibrations the intervals are over
+    calibrations, of means over seed blocks. Columns: GROUP, PLAN, arm and share_of_blocks (of the first calibration),
+    calibrations (their number; 0: not recorded), ms, ms_full, fd, fd_full, time_saved (Interval), fd_diff (Interval),
+    verdict, time_saved_equal_fd, time_saved_at_least.
     """
     rows = []
-    for _, same in candidates(frame).groupby([*GROUP, *PLAN], sort=False, dropna=False):
+    for same in _plans(candidates(frame)):
         first = same.iloc[0]
-        names = ("arm", "ms", "ms_full", "fd_full", "fd_diff", "verdict", "time_saved_equal_fd", "time_saved_at_least")
-        row = {name: first[name] for name in (*GROUP, *PLAN, *names)}
+        row = {name: first[name] for name in (*GROUP, *PLAN, *_OF_THE_FIRST)}
         row["fd"], row["calibrations"] = first["fd"].mean, number_of(same)
         row["time_saved"] = Interval(float(first["time_saved"]), math.nan, math.nan)
         if len(same) > 1:
@@ -49,9 +53,15 @@ def by_plan(frame: pd.DataFrame, margin: float) -> pd.DataFrame:
             row["verdict"] = verdict_on(row["fd_diff"], row["fd_full"], margin) if first["verdict"] else ""
             row |= _at_equal_fd(same)
         rows.append(row)
-    return pd.DataFrame(rows, columns=[*GROUP, *PLAN, "arm", "calibrations", "ms", "ms_full", "fd", "fd_full",
-                                       "time_saved", "fd_diff", "verdict", "time_saved_equal_fd",
-                                       "time_saved_at_least"])  # fmt: skip
+    return pd.DataFrame(rows, columns=[*GROUP, *PLAN, *_OF_THE_FIRST, "fd", "calibrations", "time_saved"])
+
+
+def _plans(arms: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the arms of each plan: all its calibrations."""
+    found = []
+    for _, same in arms.groupby([*GROUP, *PLAN], sort=False, dropna=False):
+        found += [same] if number_of(same) == len(same) else [same.iloc[[k]] for k in range(len(same))]
+    return found
 
 
 def _at_equal_fd(same: pd.DataFrame) -> dict[str, object]:

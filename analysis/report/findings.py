@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from dyndit.analysis.report.budgets import winners
-from dyndit.analysis.report.calibrations import calibration_findings, is_plan
+from dyndit.analysis.report.calibrations import by_plan, calibration_findings, is_plan
 from dyndit.analysis.report.cells import percent
 from dyndit.analysis.report.frontier import KEPT, NO_VERDICT, NONE, against_controls, against_unguided
 from dyndit.analysis.report.runs import PLANS, label
@@ -64,7 +64,8 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
     """Write the findings of one group's `frontier.summary`, a sentence each."""
     dynamic = frame[~frame["family"].isin(["full", "unguided"])]
     found = []
-    plans = dynamic[dynamic["family"].isin(PLANS)]
+    plans = by_plan(frame, margin)
+    plans = plans[plans["family"].isin(PLANS)]
     for (solver, steps), arms in plans.groupby(["solver", "steps"], sort=False):
         known = arms[arms["verdict"] != ""]
         kept = known[known["verdict"] == KEPT]
@@ -76,7 +77,7 @@ def headlines(frame: pd.DataFrame, margin: float = 0.05) -> list[str]:
         if kept.empty:
             found.append(f"{solver}, {steps} steps: none of {len(known)} plans is shown to keep full depth's quality.")
             continue
-        best = kept.sort_values("time_saved", ascending=False).iloc[0]
+        best = kept.loc[max(kept.index, key=lambda k: kept.loc[k, "time_saved"].mean)]
         found.append(
             f"{solver}, {steps} steps: largest time saving at unchanged quality "
             f"{percent(best['time_saved'])}, at {percent(best['share_of_blocks'])} of the blocks "

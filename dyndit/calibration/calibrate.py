@@ -22,11 +22,12 @@ from dyndit.plans.step_counts import Goal
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.process import Process
 from dyndit.progress import progress_bar, tracked
+from dyndit.rounds import paired_times, summarise
 from dyndit.sampling.budget import table_for
 from dyndit.sampling.loop import full_plan, to_uint8
 from dyndit.sampling.sample import sample
 from dyndit.sampling.solvers import AnySolver, solver_name, timesteps_of
-from dyndit.stats import Interval, Moments, frechet_distance, moments, paired_times, summarise
+from dyndit.stats import Interval, Moments, frechet_distance, moments
 
 STEP_GRID = (5, 7, 10, 14, 20)
 """Step counts to choose among: neighbours differ by a factor of about 1.4 in time."""

@@ -70,10 +70,10 @@ def bench(
     """
     from dyndit.analysis.compare import bench as benchmark
     from dyndit.analysis.compare.bench_verdict import verdict
+    from dyndit.rounds import Repeats
     from dyndit.runtime import chosen_device, chosen_dtype
     from dyndit.sampling.loop import full_plan
     from dyndit.sampling.sample import resolve_plan
-    from dyndit.stats import Repeats
     from dyndit.storage import load as checkpoints
 
     device = chosen_device(device)

@@ -25,6 +25,11 @@ from dyndit.training.autoencoders import decode_latents
 
 def open_digits(out: Path, device: str) -> Studio:
     """Open the packaged digits with the exits and the table of a quickstart. Make what is missing of both in `out`."""
+    model = out / "model"
+    if (model / FILE).is_file():  # of any run: what else it measured does not matter here
+        studio = open_studio(str(model), device=device)
+        studio.name = "digits"
+        return studio
     with prepared(quickstart, out, Inputs(device=device)) as context:
         return ModelStudio(context.model, context.table, name="digits")
 

@@ -26,14 +26,13 @@ from dyndit.models.base import Inputs
 from dyndit.models.identity import same
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.schedules import constant
 from dyndit.plans.step import Step
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.plugin.apply import DynDiTHandle
 from dyndit.plugin.experts import own_timesteps
 from dyndit.plugin.hooks import watching
 from dyndit.sampling.solvers import solver_name
-from dyndit.sampling.timing import CallTimes, measure_parts
+from dyndit.sampling.timing import measure_parts
 from dyndit.stats import Moments
 
 HOOK = "dyndit_calibration"
@@ -176,33 +175,27 @@ class PipelineSampler:
             raise InputError(f"transformer: on {home}, called on {there}; expected a pipeline without offload to time")
         stacked = self._guided and not self._separate
         one = seen.rows(0, len(seen) // 2) if stacked else seen
-        clock, calls_per_step = Clock(seen.x.device), 2 if self._separate else 1
+        draw = functools.partial(
+            _between,
+            handle.adapter.transformer,
+            Clock(seen.x.device),
+            2 if self._separate else 1,
+            lambda: self._under(self.full, numbers),
+        )
+        return measure_parts(handle.model, one, seen if stacked else None, draw, rounds=self._rounds)
 
-        def draw(depth: int) -> list[CallTimes]:
-            plan = constant(self.full, handle.model.depths, depth)
-            return _times(handle.adapter.transformer, clock, calls_per_step, lambda: self._under(plan, numbers))
 
-        branches = 2 if self._guided else 1
-        return measure_parts(handle.model, one, seen if stacked else None, draw, branches=branches, rounds=self._rounds)
-
-
-def _times(
+def _between(
     transformer: nn.Module, clock: Callable[[], float], calls_per_step: int, run: Callable[[], object]
-) -> list[CallTimes]:
-    """Measure the seconds of a run's steps in transformer calls, and between them: solver, guidance, callbacks.
-
-    A pipeline of one step has no time between its calls.
-    """
+) -> list[float]:
+    """Measure the seconds between transformer calls of a run, by step: solver, guidance, callbacks."""
     entered: list[float] = []
     left: list[float] = []
     with watching(transformer, HOOK, lambda *_, **__: entered.append(clock()), lambda: left.append(clock())):
         run()
-    inside = [end - begin for begin, end in zip(entered, left, strict=False)]
     gaps = [later - earlier for earlier, later in zip(left, entered[1:], strict=False)]
-    gaps = gaps or [0.0] * len(inside)
-    whole = min(len(gaps), len(inside)) // calls_per_step * calls_per_step
-    firsts = range(0, whole, calls_per_step)
-    return [CallTimes(*(sum(times[k : k + calls_per_step]) for times in (inside, gaps))) for k in firsts]
+    whole = len(gaps) // calls_per_step * calls_per_step
+    return [sum(gaps[low : low + calls_per_step]) for low in range(0, whole, calls_per_step)]
 
 
 def calibrate_pipeline(

@@ -1,8 +1,7 @@
 """Measure the cost of the parts of a step on this machine."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -12,20 +11,10 @@ from dyndit.clock import Clock
 from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.cost import CostModel, PartTimes
-from dyndit.plans.schedules import constant
-from dyndit.plans.step import Step
+from dyndit.rounds import paired_times
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
 from dyndit.sampling.solvers import AnySolver
-from dyndit.stats import paired_times
-
-
-@dataclass(frozen=True)
-class CallTimes:
-    """Seconds of a sampling step, by call of the network: inside the network, both branches, and outside."""
-
-    network: float
-    outside: float
 
 
 def measure_cost(
@@ -37,45 +26,29 @@ def measure_cost(
     def some(rows: int) -> Inputs:
         return backbone.example(rows, torch.Generator().manual_seed(0)).to(first)
 
-    full, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
+    plan, guidance = full_plan(model, solver, 5, cfg_scale), Guidance(cfg_scale)
     condition = backbone.condition.of(backbone.condition.in_turn(batch_size), first.device)
     batch = Batch(condition, tuple(range(batch_size)), seed=0)
     # Prepare the trajectories ahead: drawing the noise is not part of a step.
-    waiting = [start(model, batch, solver, 5) for _ in range(2 * (rounds + 1))]
+    waiting = [start(model, batch, solver, 5) for _ in range(rounds + 1)]
 
-    def draw(depth: int) -> list[CallTimes]:
-        plan = constant(full, model.depths, depth)
-        found: list[CallTimes] = []
+    def draw() -> list[float]:
+        rest: list[float] = []
+        on_step = lambda _, seconds, network: rest.append(seconds - network)  # noqa: E731
+        advance(model, batch, waiting.pop(), plan, guidance, on_step=on_step)
+        return rest
 
-        def note(step: int, seconds: float, network: float) -> None:
-            calls = plan.calls_by_step[step]
-            found.append(CallTimes(network / calls, (seconds - network) / calls))
-
-        advance(model, batch, waiting.pop(), plan, guidance, on_step=note)
-        return found
-
-    branches = 1 if guidance.scale == 1 else 2
-    return measure_parts(model, some(batch_size), some(2 * batch_size), draw, branches=branches, rounds=rounds)
+    return measure_parts(model, some(batch_size), some(2 * batch_size), draw, rounds=rounds)
 
 
 @torch.no_grad()  # not inference mode: training may use tensors that a pipeline's modules keep from `draw`
 def measure_parts(
-    model: DynamicDepth,
-    one: Inputs,
-    two: Inputs | None,
-    draw: Callable[[int], Sequence[CallTimes]],
-    *,
-    branches: int,
-    rounds: int,
+    model: DynamicDepth, one: Inputs, two: Inputs | None, draw: Callable[[], Sequence[float]], *, rounds: int
 ) -> CostModel:
     """Time the parts on given calls: medians over `rounds`. In each round the parts and a whole sampling alternate.
 
-    A part alone is not what it is in a step: it finds its weights in the caches, and a call has a cost of its own. So
-    blocks and heads are scaled by one factor, and a constant is added to the embedding, such that the parts add up to
-    what the network takes in real steps at full depth and at the shallowest depth.
-
     one: the B rows of a branch; two: the 2B rows of both branches, or None if they run one after the other. draw:
-    sample once, 1 or 2 `branches` at a constant depth -> the seconds of every step.
+    sample once -> the seconds of every step outside the network.
     """
     backbone, device = model.backbone, one.x.device
     first_alike = model.exits.alike() if model.exits is not None else {}
@@ -98,13 +71,11 @@ def measure_parts(
     add("one", one)
     if two is not None:
         add("two", two)
-    draws: dict[int, list[Sequence[CallTimes]]] = {depth: [] for depth in {model.num_blocks, shallowest}}
-    for depth in draws:
-        parts[f"steps.{depth}"] = lambda depth=depth: draws[depth].append(draw(depth))
+    draws: list[Sequence[float]] = []
+    parts["steps"] = lambda: draws.append(draw())
     timed = paired_times(parts, rounds=rounds, warmup=1, clock=Clock(device), title="timing the parts of a step")
     seconds = timed.groupby("arm")["seconds"].median().to_dict()
-    # The first draw of each depth warms up.
-    steps = {depth: [step for measured in some[1:] for step in measured] for depth, some in draws.items()}
+    rest = [step for measured in draws[1:] for step in measured]  # the first draw warms up
 
     def times(name: str, factor: int = 1) -> PartTimes:
         embed, head = (factor * seconds[f"{name}.{part}"] for part in ("embed", "head"))
@@ -114,40 +85,10 @@ def measure_parts(
         others = {depth: leave[first] for depth, first in first_alike.items() if first != shallowest}
         return PartTimes(embed, block, leave[shallowest], head, others, blocks if len(set(kinds)) > 1 else ())
 
-    alone = {"one": times("one"), "two": times("one", 2) if two is None else times("two")}
-    solver = statistics.median([step.outside for step in steps[model.num_blocks]] or [0.0])
-    bare = CostModel(len(one), model.num_blocks, alone["one"], alone["two"], 0.0, device.type)
-    real = {depth: statistics.median([step.network for step in some]) for depth, some in steps.items() if some}
-    found = {depth: bare.step_seconds(Step.equal(depth, branches == 2)) for depth in real}
-    return replace(bare, solver=solver, **_fitted(alone, found, real, calls=2 if branches == 2 and two is None else 1))
-
-
-def _fitted(
-    parts: Mapping[str, PartTimes], alone: Mapping[int, float], real: Mapping[int, float], calls: int
-) -> dict[str, PartTimes]:
-    """Fit parts to real steps of 1 or 2 `calls`.
-
-    alone, real: seconds by depth, of the parts' sum and of the network in real steps.
-    """
-    if not real or min(alone.values()) <= 0:
-        return dict(parts)
-    deep, shallow = max(real), min(real)
-    rise = alone[deep] - alone[shallow]
-    factor = (real[deep] - real[shallow]) / rise if rise > 0 else real[deep] / alone[deep]
-    factor = factor if factor > 0 else 1.0
-    rest = real[deep] - factor * alone[deep]
-
-    def fit(times: PartTimes, rest: float) -> PartTimes:
-        return PartTimes(
-            max(0.0, factor * times.embed + rest),
-            factor * times.block,
-            factor * times.exit,
-            factor * times.head,
-            {depth: factor * seconds for depth, seconds in times.exits.items()},
-            tuple(factor * seconds for seconds in times.blocks),
-        )
-
-    return {"one": fit(parts["one"], rest / calls), "two": fit(parts["two"], rest)}
+    both = times("one", 2) if two is None else times("two")
+    # A pipeline of one step has no time between calls.
+    solver = statistics.median(rest) if rest else 0.0
+    return CostModel(len(one), model.num_blocks, times("one"), both, solver, device.type)
 
 
 def _runs(backbone: Backbone, kinds: Sequence[int], state: State) -> dict[int, Callable[[], None]]:

@@ -87,7 +87,7 @@ OWN_GUIDE = tuning(
 
 
 def tunings(scale: float, minutes: float) -> Iterator[Tuning]:
-    """Yield every tuned arm of the protocol.  scale: of full depth."""
+    """Yield every tuned arm of the protocol.  scale: of plans. Those that train, H and K, tune beyond the minutes."""
     most, limit = {"steps": MOST_STEPS, "minutes": minutes}, {"minutes": minutes}
     yield FULL_SCALE
     yield tuning("B", FULL, scales=SCALES, steps=tuple(range(6, 21)), counts=0, **limit)
@@ -97,8 +97,8 @@ def tunings(scale: float, minutes: float) -> Iterator[Tuning]:
     intervals = grid(GuidanceInterval, low=(0.0, 0.2, 0.5, 1.0), high=(5.0, 10.0, 17.0, 40.0, math.inf))
     yield tuning("C-interval", *intervals, scales=SCALES[1:], **most)
     yield tuning("D", ConstantExit(8, 4), scales=SCALES[1:], counts=3, **most)
-    yield tuning("H", *grid(Student, depth=(4, 5, 6), passes=(True, False)), scales=SCALES, **most)
-    yield tuning("K", *grid(Pruned, drop=(4, 6, 8)), scales=SCALES, **most)
+    yield tuning("H", *grid(Student, depth=(4, 5, 6), passes=(True, False)), scales=SCALES, steps=MOST_STEPS)
+    yield tuning("K", *grid(Pruned, drop=(4, 6, 8)), scales=SCALES, steps=MOST_STEPS)
     for family, peers in CACHES.items():
         yield tuning(family, *peers, scales=(scale,), steps=tuple(range(6, 21)), **limit)
 

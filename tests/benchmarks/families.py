@@ -1,6 +1,7 @@
 """Time saved over time promised, inside the own pipeline of every family, on its tiny instance of random weights.
 
     python tests/benchmarks/families.py --out docs/results/families/times.csv
+    python tests/benchmarks/families.py --out docs/results/families/times.csv --table    # the table of docs/interop.md
 
 For each family and batch size a calibration promises the seconds of full depth and of a ramp. Then both run in turn, in
 one process; the time of a run is from its first call of the transformer to its last. Promise and runs are repeated one
@@ -31,11 +32,13 @@ from dyndit.plugin.adapters import adapt, adapters
 from dyndit.plugin.apply import HOOK, DynDiTHandle, apply_dyndit
 from dyndit.plugin.calibrate import PipelineSampler
 from dyndit.plugin.hooks import watching
-from dyndit.stats import Reading, Repeats, median_interval, paired_rounds
+from dyndit.rounds import Reading, Repeats, paired_rounds
+from dyndit.stats import median_interval
 from support.models import randomise
 from support.tiny_pipelines import TinyPipeline, tiny_pipeline
 
 STEPS = 10
+GOAL = 0.95, 1.05
 SCALE = 4.0
 
 
@@ -101,6 +104,21 @@ def loop_seconds(tiny: TinyPipeline, handle: DynDiTHandle, guided: bool, size: i
     return [Reading("loop", marks[-1] - marks[0])]
 
 
+def table(rows: pd.DataFrame) -> str:
+    """Write the rows as a table, a line per family. Ratios outside of `GOAL` are in italics."""
+    sizes = sorted(rows["batch_size"].unique())
+    lines = ["| family | " + " | ".join(f"batch {size}" for size in sizes) + " |", "|---|" + "---:|" * len(sizes)]
+    for family, several in rows.groupby("family"):
+        cells = []
+        for size in sizes:
+            row = several[several["batch_size"] == size].iloc[0]
+            text = f"{row['saved_over_promised']:.2f}"
+            text = text if GOAL[0] <= float(text) <= GOAL[1] else f"*{text}*"
+            cells.append(f"{text} [{row['low']:.2f}, {row['high']:.2f}]")
+        lines.append(f"| `{family}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -108,7 +126,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--table", action="store_true", help="only print the rows of --out as a table")
     asked = parser.parse_args()
+    if asked.table:
+        print(table(pd.read_csv(asked.out)), end="")
+        return
     rows = []
     facts = {
         "machine": manifest.machine("cpu"),

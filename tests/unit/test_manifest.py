@@ -55,6 +55,15 @@ def test_another_run_is_refused_by_the_field_that_differs(changes: dict, named: 
     assert named in refused(out, SETTINGS | changes)
 
 
+def test_of_settings_within_settings_the_one_that_differs_is_named(tmp_path: Path) -> None:
+    settings = {"verb": "compare", "experiment": {"fit": {"steps": 5, "seed": 0}, "metrics": ["fd"]}}
+    manifest.claim(tmp_path / "run", settings)
+    changed = {"verb": "compare", "experiment": {"fit": {"steps": 5, "seed": 1}, "metrics": ["fd"]}}
+    assert "(experiment.fit.seed 0, now 1)" in refused(tmp_path / "run", changed)
+    changed = {"verb": "compare", "experiment": {"fit": None, "metrics": ["fd"]}}
+    assert "(experiment.fit {'steps': 5, 'seed': 0}, now None)" in refused(tmp_path / "run", changed)
+
+
 def test_a_dropped_setting_is_named(tmp_path: Path) -> None:
     out = tmp_path / "run"
     manifest.claim(out, SETTINGS)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dyndit.errors import InputError
-from dyndit.stats import Reading, Repeats, order_of, paired_rounds, paired_times, relative_width, summarise
+from dyndit.rounds import Reading, Repeats, order_of, paired_rounds, paired_times, summarise
+from dyndit.stats import relative_width
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5])

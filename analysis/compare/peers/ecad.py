@@ -24,7 +24,7 @@ from dyndit.models.layers import DiTBlock, modulate
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Guide, Held, NoGuide
-from dyndit.stats import paired_times
+from dyndit.rounds import paired_times
 
 BOTH, HOLD, ALONE = "phn"
 """First letter of a step: both branches run; the last guidance is held; nothing guides."""

@@ -201,6 +201,17 @@ def test_calibrations_are_the_unit_where_there_are_several() -> None:
     assert "3 calibrations" in calibration_findings(table)[0]
 
 
+def test_calibrations_may_be_scored_on_seeds_of_their_own() -> None:
+    """One block each gives no verdict on an arm, and several calibrations give one on the plan."""
+    runs = calibrated(12.0, 12.6, 12.2)
+    own = runs[(runs["family"] == "full") | (runs["block"].astype(str) == runs["calibration"])]
+    table = summary(own)
+    assert set(table[table["family"] == "searched"]["verdict"]) == {NONE}
+    (plan,) = (row for _, row in by_plan(table, 0.05).iterrows())
+    assert (plan["calibrations"], plan["verdict"]) == (3, OPEN)
+    assert "seed block: no verdict" not in " ".join([*sentences(own, 0.05), *headlines(table)]).lower()
+
+
 def test_one_calibration_is_called_one() -> None:
     runs = calibrated(12.0)
     assert calibration_findings(summary(runs))[0].startswith("One calibration: ")

@@ -21,8 +21,8 @@ from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.schedules import ramp
 from dyndit.process import DDPM
+from dyndit.rounds import Repeats
 from dyndit.sampling.loop import full_plan
-from dyndit.stats import Repeats
 from support.models import tiny
 
 THREE = Repeats(rounds=3)

@@ -131,7 +131,9 @@ def test_a_scale_can_be_chosen_before_there_is_a_table(context: Context, tmp_pat
 
 def test_minutes_end_a_tuning(context: Context, tmp_path: Path) -> None:
     own = with_tuning(context, tmp_path, steps=(4,), minutes=1e-9)
-    Tuned().arms(own)
+    (arm,) = Tuned().arms(own)
+    assert len(pd.read_csv(tmp_path / TUNING)) == 1
+    assert Tuned().arms(own)[0].plan == arm.plan  # what was tried before counts as it did then
     assert len(pd.read_csv(tmp_path / TUNING)) == 1
 
 

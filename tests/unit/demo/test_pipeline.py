@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dyndit
-from dyndit.demo.opening import open_studio
+from dyndit.demo.opening import open_digits, open_studio
 from dyndit.demo.pipeline import PipelineStudio
 from dyndit.demo.studio import Request
 from dyndit.errors import InputError
@@ -136,6 +136,18 @@ def test_a_folder_is_opened_with_its_exits_and_its_table(tmp_path: Path) -> None
     *_, (full, dynamic) = studio.draw(CLASSES)
     assert torch.equal(full.pictures, alone(tiny, CLASSES))
     assert not torch.equal(full.pictures, dynamic.pictures)
+
+
+def test_digits_open_from_any_run_that_has_their_table(tmp_path: Path, make_model) -> None:
+    """A quickstart of other settings, or of an older version, is no reason to make exits again."""
+    model = make_model(num_blocks=4)
+    model.save_pretrained(tmp_path / "model")
+    bound = {"backbone": model.identity.backbone, "exits": model.identity.exits}
+    replace(random_table(10, 3, seed=3), **bound).save(tmp_path / "model" / FILE)
+    (tmp_path / "manifest.json").write_text("{}")
+    studio = open_digits(tmp_path, "cpu")
+    assert studio.name == "digits"
+    assert studio.plan(Request((3,))).router == "searched"
 
 
 def test_what_is_no_pipeline_of_one_transformer_is_refused(tmp_path: Path, make_model) -> None:

@@ -9,7 +9,7 @@ import pytest
 from dyndit.models.exits import HEADS
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.step import Step
-from dyndit.sampling.timing import _fitted, measure_cost
+from dyndit.sampling.timing import measure_cost
 
 ONE = PartTimes(embed=0.25, block=1.0, exit=0.5, head=0.125, exits={2: 4.0, 3: 2.0})
 COST = CostModel(8, num_blocks=4, one=ONE, two=replace(ONE, block=2.0, exit=1.0, exits={2: 8.0}), solver=16.0)
@@ -57,35 +57,25 @@ def test_blocks_that_differ_cost_their_own_time() -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_blocks_are_timed_by_their_kind(several: bool, make_model, monkeypatch) -> None:
-    """On a clock that only blocks move: 2 seconds a block, or 5 in blocks 1 and 3."""
+    """On a clock that only blocks move: block i takes 2^i seconds; 1 and 3 are of another kind."""
     model, now = make_model((2,)), [0.0]
-    kinds = tuple(several and index in (1, 3) for index in range(model.num_blocks))
-    seconds = [5.0 if kind else 2.0 for kind in kinds]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     block = type(model.backbone).block
 
     def passes(self, index: int, state):
-        now[0] += seconds[index]
+        now[0] += 2**index
         return block(self, index, state)
 
     monkeypatch.setattr(type(model.backbone), "block", passes)
-    monkeypatch.setattr(type(model.backbone), "block_kinds", lambda self: kinds)
-    found = measure_cost(model, batch_size=2, rounds=1)
+    if several:
+        kinds = tuple(index in (1, 3) for index in range(model.num_blocks))
+        monkeypatch.setattr(type(model.backbone), "block_kinds", lambda self: kinds)
+    found, num = measure_cost(model, batch_size=2, rounds=1), model.num_blocks
     for parts in (found.one, found.two):
-        assert parts.block == pytest.approx(sum(seconds) / len(seconds))
-        assert parts.blocks == (pytest.approx(tuple(seconds)) if several else ())
-
-
-def test_parts_are_fitted_to_real_steps() -> None:
-    """Real steps take twice the parts' seconds and 3 more; a pipeline's two calls share them."""
-    parts = {"one": ONE, "two": replace(ONE, embed=1.0)}
-    alone = {1: 2.0, 4: 5.0}
-    real = {depth: 2 * seconds + 3 for depth, seconds in alone.items()}
-    found = _fitted(parts, alone, real, calls=2)
-    assert found["one"] == PartTimes(2 * 0.25 + 1.5, 2.0, 1.0, 0.25, {2: 8.0, 3: 4.0})
-    assert found["two"].embed == 2 * 1.0 + 3
-    assert _fitted(parts, {4: 5.0}, {4: 10.0}, calls=1)["two"] == replace(found["two"], embed=2.0)
-    assert _fitted(parts, alone, {}, calls=1) == parts
+        assert parts.block == (2**num - 1) / num
+        others = [2**i for i in range(num) if i not in (1, 3)]
+        mean = sum(others) / len(others)
+        assert parts.blocks == (tuple(5.0 if i in (1, 3) else mean for i in range(num)) if several else ())
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from dyndit import recipes
+import dyndit.recipes as recipes
 from dyndit.errors import InputError, did_you_mean, first_line, misspelt
 from dyndit.recipes import studies
 

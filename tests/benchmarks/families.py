@@ -46,7 +46,7 @@ def rows_of(family: str, batch_sizes: Sequence[int], rounds: int, repeats: int) 
     """Yield a row per batch size."""
     tiny = tiny_pipeline(family)
     adapter = adapt(tiny.transformer)
-    exits = Exits(adapter, ExitConfig()).eval()
+    exits = Exits(adapter, ExitConfig(head="adaln-linear")).eval()
     randomise(exits, seed=3)
     handle = apply_dyndit(tiny.pipe, exits, check_identity=False)
     guided = is_guided(tiny)

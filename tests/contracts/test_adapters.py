@@ -194,7 +194,10 @@ def test_adapt_changes_nothing(tiny: TinyPipeline) -> None:
     assert adapter.transformer is tiny.transformer
     collect_exits(tiny.transformer, None, *call.args, **call.kwargs)
     assert snapshot(tiny.transformer) == before
-    ours, theirs = ({p.data_ptr() for p in m.parameters()} for m in (Exits(adapter, ExitConfig()), tiny.transformer))
+    ours, theirs = (
+        {p.data_ptr() for p in m.parameters()}
+        for m in (Exits(adapter, ExitConfig(head="adaln-linear")), tiny.transformer)
+    )
     assert not ours & theirs
 
 
@@ -453,7 +456,7 @@ def final_state(adapter: Adapter, inputs: Inputs) -> State:
 def test_exits_distil(tiny: TinyPipeline) -> None:
     adapter = adapt(tiny.transformer)
     tiny.transformer.requires_grad_(False)
-    exits = Exits(adapter, ExitConfig())
+    exits = Exits(adapter, ExitConfig(head="adaln-linear"))
 
     def lessons(seeds: range) -> list[tuple[dict[int, State], Tensor]]:
         found = []

@@ -59,7 +59,7 @@ def without_exits(name: str, process: str) -> DynamicDepth:
 
 def with_exits(name: str, process: str) -> DynamicDepth:
     backbone = tiny(name, process)
-    exits = Exits(backbone, ExitConfig())
+    exits = Exits(backbone, ExitConfig(head="adaln-linear"))
     randomise(exits, seed=1)
     return DynamicDepth(backbone, exits, process=processes()[process]()).eval()
 

@@ -53,7 +53,7 @@ def test_a_familys_example(title: str, tmp_path: Path, monkeypatch: pytest.Monke
     family, guided = FAMILIES[title]
     tiny = tiny_pipeline(family)
     adapter = adapt(tiny.transformer)
-    exits = Exits(adapter, ExitConfig())
+    exits = Exits(adapter, ExitConfig(head="adaln-linear"))
     randomise(exits, 3)
     (tmp_path / "runs/exits").mkdir(parents=True)
     save_exits(exits, tmp_path / "runs/exits" / EXITS, adapter.identity())

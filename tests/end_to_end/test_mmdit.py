@@ -40,7 +40,7 @@ train = Train(
                 vocabulary=VOCABULARY, prompts=PROMPTS),
     fit, "captioned-digits", RectifiedFlow(),
 )
-distill = Distill(ExitConfig(), fit, "captioned-digits")
+distill = Distill(ExitConfig(head="adaln-linear"), fit, "captioned-digits")
 experiment = Experiment(
     model="", data="captioned-digits", extractor="digits", train=train, distill=distill,
     calibration=CalibrationSettings(num_pictures=80, num_bands=2, batch_size=40),

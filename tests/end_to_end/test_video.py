@@ -30,7 +30,7 @@ from dyndit.training.train import Train
 fit = FitConfig(steps=24, batch_size=16, learning_rate=3e-3, ema_decay=0.9)
 config = VideoConfig(8, 16, 8, in_channels=1, width=24, num_blocks=3, num_heads=2, rotary_base=100.0, num_classes=10)
 train = Train(config, fit, "moving-digits")
-distill = Distill(ExitConfig(), fit, "moving-digits")
+distill = Distill(ExitConfig(head="adaln-linear"), fit, "moving-digits")
 experiment = Experiment(
     model="", data="moving-digits", extractor="moving-digits", train=train, distill=distill,
     calibration=CalibrationSettings(num_pictures=72, num_bands=2, batch_size=36),

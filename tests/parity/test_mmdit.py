@@ -78,7 +78,7 @@ def test_every_depth_predicts_as_the_paper(name: str, dtype: torch.dtype) -> Non
     arch = ARCHITECTURES[name]
     weights = random_weights(arch, seed=5)
     backbone = native(arch, weights)
-    model = DynamicDepth(backbone, Exits(backbone, ExitConfig())).eval()
+    model = DynamicDepth(backbone, Exits(backbone, ExitConfig(head="adaln-linear"))).eval()
     for part in model.children():  # fresh exits are the model's own final layer
         part.to(dtype)
     x, t, text, pooled = inputs(arch, dtype)
@@ -176,7 +176,7 @@ def test_a_pipelines_scheduler_tells_the_time_shift(tmp_path: Path) -> None:
 def test_our_weights_give_our_bits_in_diffusers_and_back(changes: dict[str, object], tmp_path: Path) -> None:
     backbone = MMDiT(replace(TINY_MMDIT, **changes)).eval()
     randomise(backbone, seed=1)
-    model = DynamicDepth(backbone, Exits(backbone, ExitConfig()), pixel_space=False).eval()
+    model = DynamicDepth(backbone, Exits(backbone, ExitConfig(head="adaln-linear")), pixel_space=False).eval()
     call = backbone.example(3, torch.Generator().manual_seed(0))
     expected, features = model(call.x, call.t, call.y), backbone.text_of(call.y).rows
     diffusers_folder.write(model, tmp_path / "folder")

@@ -24,7 +24,7 @@ from dyndit.training.train import Train
 tiny = DiTConfig(8, 4, 1, width=16, num_blocks=2, num_heads=1, num_classes=10)
 often = dict(learning_rate=3e-3, ema_decay=0.9, log_every=1, checkpoint_every=1, keep_checkpoints=1)
 train = Train(tiny, FitConfig(2, 8, **often), "digits")
-distill = Distill(ExitConfig(), FitConfig(1, 8, **often), "digits")
+distill = Distill(ExitConfig(head="adaln-linear"), FitConfig(1, 8, **often), "digits")
 quickstart = experiment = Experiment(
     model="", data="digits", extractor="digits", train=train, distill=distill,
     calibration=CalibrationSettings(num_pictures=70, num_bands=1, batch_size=35, num_depths=1), calibration_steps=2,

@@ -141,7 +141,7 @@ def test_a_given_call_counts_as_one_made_up(make_model, make_inputs) -> None:
 def test_a_large_model_with_exits_is_counted_without_weights() -> None:
     with torch.device("meta"):
         backbone = ClassConditionalDiT(CARDS["DiT-XL/2"])
-        model = DynamicDepth(backbone, Exits(backbone, ExitConfig()), pixel_space=False).eval()
+        model = DynamicDepth(backbone, Exits(backbone, ExitConfig(head="adaln-linear")), pixel_space=False).eval()
     full = full_plan(model, "ddim", 20, 1.5)
     macs = model_macs(model)
     assert macs.plan(full) == 40 * macs.full

@@ -496,7 +496,7 @@ def test_on_the_digits_model(settings: type[PeerSettings], context) -> None:
     from dyndit.models.exits import ExitConfig, Exits
 
     model = dyndit.load("digits")
-    model = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig())).eval()
+    model = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig(head="adaln-linear"))).eval()
     chosen = settings.chosen()[0]
     runs = chosen.model(model, context)
     pictures = draw(runs, plan_of(chosen, runs, steps=3))

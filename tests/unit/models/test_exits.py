@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch._dynamo.utils import counters
 
-from dyndit.cli.models import info
+from dyndit.cli import verbs
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
@@ -35,7 +35,7 @@ def test_default_layers() -> None:
 def test_there_is_one_default_head() -> None:
     """In Python, in the recipe for checkpoints, and in `dyndit info`. Exits that are never trained are plain."""
     defaults = [ExitConfig().head, Distill().exits.head, finetune_exits.distill.exits.head]
-    defaults.append(inspect.signature(info).parameters["head"].default)
+    defaults.append(inspect.signature(verbs([])["info"]).parameters["head"].default)
     assert defaults == ["wide"] * 4
     assert USUAL_EXITS.head == "adaln-linear"
 

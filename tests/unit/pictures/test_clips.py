@@ -39,7 +39,7 @@ def noise(num: int = 5, channels: int = 1, seed: int = 0, frames: int = 3) -> Te
 def model() -> DynamicDepth:
     backbone = replace(TINY_VIDEO, num_blocks=2).build().eval()
     randomise(backbone, seed=0)
-    made = DynamicDepth(backbone, Exits(backbone, ExitConfig())).eval()
+    made = DynamicDepth(backbone, Exits(backbone, ExitConfig(head="adaln-linear"))).eval()
     randomise(made.exits, seed=1)
     return made
 

@@ -262,7 +262,7 @@ def run(tiny: TinyPipeline, guided: bool = True) -> Tensor:
 
 
 def random_exits(tiny: TinyPipeline) -> Exits:
-    exits = Exits(adapt(tiny.transformer), ExitConfig())
+    exits = Exits(adapt(tiny.transformer), ExitConfig(head="adaln-linear"))
     randomise(exits, 3)
     return exits.eval()
 

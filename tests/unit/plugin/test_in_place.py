@@ -89,7 +89,7 @@ def native(tiny: TinyPipeline, exits: Exits) -> DynamicDepth:
 
 
 def random_exits(tiny: TinyPipeline) -> Exits:
-    exits = Exits(adapt(tiny.transformer), ExitConfig())
+    exits = Exits(adapt(tiny.transformer), ExitConfig(head="adaln-linear"))
     randomise(exits, 3)
     return exits.eval()
 

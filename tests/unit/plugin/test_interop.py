@@ -47,7 +47,7 @@ def tiny(request: pytest.FixtureRequest) -> TinyPipeline:
 
 def plug(tiny: TinyPipeline) -> DynDiTHandle:
     """The plug-in with random exits; its plan has unequal branches, held guidance and a forecast."""
-    exits = Exits(adapt(tiny.transformer), ExitConfig())
+    exits = Exits(adapt(tiny.transformer), ExitConfig(head="adaln-linear"))
     randomise(exits, 3)
     handle = dyndit.apply_dyndit(tiny.pipe, exits.eval(), cfg_scale=SCALE)
     tiny.run()

@@ -40,7 +40,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def random_exits(transformer: nn.Module) -> Exits:
-    exits = Exits(adapt(transformer), ExitConfig())
+    exits = Exits(adapt(transformer), ExitConfig(head="adaln-linear"))
     randomise(exits, 3)
     return exits.eval()
 

@@ -39,7 +39,7 @@ def tiny(request: pytest.FixtureRequest) -> Iterator[TinyPipeline]:
 
 
 def random_exits(transformer: nn.Module) -> Exits:
-    exits = Exits(adapt(transformer), ExitConfig())
+    exits = Exits(adapt(transformer), ExitConfig(head="adaln-linear"))
     randomise(exits, 3)
     return exits.eval()
 

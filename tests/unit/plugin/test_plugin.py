@@ -81,7 +81,7 @@ def a_pipeline(seed: int = 0) -> diffusers.DiTPipeline:
 
 
 def some_exits(transformer: torch.nn.Module, seed: int = 5) -> Exits:
-    return randomised(Exits(adapt(transformer), ExitConfig()), seed)
+    return randomised(Exits(adapt(transformer), ExitConfig(head="adaln-linear")), seed)
 
 
 def the_plan(cfg_scale: float = SCALE) -> DepthPlan:
@@ -178,7 +178,9 @@ class Pixels(ModelMixin, ConfigMixin):
 @pytest.mark.shared
 def test_the_cifar10_trunk_unguided_inside_dit_pipeline(cifar10_dit) -> None:
     model = dyndit.load(cifar10_dit)
-    native = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig()), pixel_space=False).eval()
+    native = DynamicDepth(
+        model.backbone, Exits(model.backbone, ExitConfig(head="adaln-linear")), pixel_space=False
+    ).eval()
     transformer = to_diffusers(model)
     pipe = diffusers.DiTPipeline(transformer, Pixels(), make_scheduler("ddim", STEPS))
     pipe.set_progress_bar_config(disable=True)
@@ -458,7 +460,7 @@ def test_what_does_not_fit_is_refused_in_one_line(pipe, tmp_path) -> None:
     compiled.compile(backend="eager")
     with pytest.raises(InputError, match="compiled as a whole"):
         dyndit.apply_dyndit(compiled, exits, the_plan())
-    deep = Exits(adapt(a_pipeline().transformer), ExitConfig())
+    deep = Exits(adapt(a_pipeline().transformer), ExitConfig(head="adaln-linear"))
     deep.config = ExitConfig((2, 4))
     with pytest.raises(InputError, match="exits: one after layer 4, but the transformer has 4 blocks"):
         dyndit.apply_dyndit(pipe, deep, None)

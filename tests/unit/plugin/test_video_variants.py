@@ -33,7 +33,7 @@ def _no_grad() -> object:
 
 def plugged(tiny: TinyPipeline, scale: float, **options: object) -> DynDiTHandle:
     """The plug-in with random exits after every block."""
-    exits = Exits(adapt(tiny.transformer), ExitConfig())
+    exits = Exits(adapt(tiny.transformer), ExitConfig(head="adaln-linear"))
     randomise(exits, 3)
     return dyndit.apply_dyndit(tiny.pipe, exits.eval(), cfg_scale=scale, **options)
 

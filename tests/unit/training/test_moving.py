@@ -142,7 +142,7 @@ def test_one_model_trains_on_every_shape_and_resumes(
 
 def test_exit_errors_are_of_the_usual_shape(data: Pictures) -> None:
     backbone = CONFIG.build().eval()
-    model = DynamicDepth(backbone, Exits(backbone, ExitConfig())).eval()
+    model = DynamicDepth(backbone, Exits(backbone, ExitConfig(head="adaln-linear"))).eval()
     errors = exit_error_table(model, data, num_pictures=8, num_bands=2)
     assert list(errors["depth"]) == [1, 1]
 

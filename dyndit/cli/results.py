@@ -135,9 +135,9 @@ def evaluate(
             warnings = []
             if not holds(out / RUNS, row):  # a repeated evaluation of one set changes nothing
                 warnings = check_addable(out / RUNS, row)
-                append_run(out / RUNS, row)
                 shown = next(read_set(samples, "", **reading).batches(strips.MOST))
                 strips.save(out, str(row["arm"]), int(str(row["seed"])), shown)
+                append_run(out / RUNS, row)  # last: a row says that its pictures are there
         flags.say(f"warning: {warning}" for warning in warnings)
         print(f"row of {row['arm']}, seed {row['seed']}: {out / RUNS}")
     if json_:

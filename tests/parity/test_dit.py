@@ -334,7 +334,7 @@ WHOLE = Process(tuple(range(1000)))
 class Told(Backbone):
     """A trunk whose prediction is what it was told, and which keeps the timesteps it was asked at."""
 
-    family = "told"
+    family, foreign = "told", True  # foreign: no dry call when a model is made of it
     num_blocks, width, condition = 1, 1, ClassLabels(10)
 
     def __init__(self, channels: int, learn_variance: bool) -> None:

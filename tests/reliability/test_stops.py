@@ -50,15 +50,17 @@ def test_a_second_signal_ends_a_verb_at_once(second: int) -> None:
 
 
 def test_signals_that_are_ignored_stay_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    before = {signal.SIGHUP: signal.SIG_IGN, signal.SIGINT: signal.default_int_handler}  # as under nohup
+    before = {number: signal.signal(number, handler) for number, handler in before.items()}
     try:
         with stoppable() as caught:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert not caught
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGHUP, before)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def losses_of(out: Path, task: Task, config: FitConfig = CONFIG) -> np.ndarray:

@@ -197,16 +197,19 @@ def test_times_add_up_over_parts(into: Draw, tmp_path: Path, monkeypatch) -> Non
     assert found["ms_denoiser"] == pytest.approx(1e3 * sum(row[3] for row in noted) / NUM)
 
 
-def test_a_changed_byte_of_the_times_is_refused(into: Draw, tmp_path: Path) -> None:
+def test_a_changed_byte_of_the_times_is_refused_or_harmless(into: Draw, tmp_path: Path) -> None:
     into(tmp_path, ids=range(4), stats=True)
     (path,) = tmp_path.glob("times-*.jsonl")
-    text, store = path.read_bytes(), Store(tmp_path, ())
+    text, store, refused = path.read_bytes(), Store(tmp_path, ()), 0
     whole = store.times()
     assert whole["seconds"] > 0
     for place in range(0, len(text) - 1, 7):
         path.write_bytes(text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :])
-        with pytest.raises(InputError, match="damaged"):
-            store.times()
+        try:
+            assert store.times() == whole, place  # the last digit of 17 may give the same number
+        except InputError:
+            refused += 1
+    assert refused > 0.9 * len(range(0, len(text) - 1, 7))
     path.write_bytes(text)
     assert store.times() == whole
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dyndit import stats
+from dyndit import rounds
 from dyndit.analysis.compare import bench as benchmark
 from dyndit.analysis.compare import bench_check
 from dyndit.analysis.compare.bench import AGAIN, COLUMNS, FULL, NO_PLUGIN, Bench, measure
@@ -196,7 +196,7 @@ def test_the_self_check_knows_right_from_wrong(monkeypatch, costs: dict[str, flo
 def test_the_self_check_sees_a_biased_null(monkeypatch) -> None:
     """A call that is slower the second time it runs in a round."""
     work = fake_work(monkeypatch, one=0.01, two=0.02, wait=0.05)
-    monkeypatch.setattr(stats, "order_of", lambda arms, k: arms)  # no rotation: "again" always follows "one"
+    monkeypatch.setattr(rounds, "order_of", lambda arms, k: arms)  # no rotation: "again" always follows "one"
     state = {"last": ""}
 
     def one() -> None:

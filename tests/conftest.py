@@ -1,5 +1,6 @@
 """Tiny models for every test. Their weights are random all through, so that depth, labels and exits matter."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from dyndit.models.exits import ExitConfig, Exits
 from support.models import TINY, MakeBackbone, MakeModel, randomise
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what is in the background so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("dyndit", deadline=None, max_examples=50)
 settings.load_profile("dyndit")
 

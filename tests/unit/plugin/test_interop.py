@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import pandas as pd
 import pytest
 import torch
+from benchmarks.families import GOAL, table
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.context_parallel import ContextParallelGatherHook
 from diffusers.models._modeling_parallel import ContextParallelConfig
@@ -23,7 +25,7 @@ import dyndit
 from dyndit.errors import InputError
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.step import steps
-from dyndit.plugin.adapters import adapt
+from dyndit.plugin.adapters import adapt, adapters
 from dyndit.plugin.apply import DynDiTHandle
 from support.models import randomise
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline, whole
@@ -446,3 +448,15 @@ def test_each_cell_of_the_table_names_a_test_that_exists() -> None:
             named = re.findall(r"`(test_\w+)`", cell)
             assert cell.strip() == "–" or (named and re.match(r" (works|refused)", cell)), row
             assert set(named) <= known, f"{row}: no test {set(named) - known}"
+
+
+def test_the_families_times_in_the_docs_are_the_recorded_ones() -> None:
+    rows = pd.read_csv(ROOT / "docs" / "results" / "families" / "times.csv")
+    text = (ROOT / "docs" / "interop.md").read_text()
+    assert table(rows) in text
+    assert set(rows["family"]) == set(adapters())
+    assert set(rows["batch_size"]) == {1, 4}
+    ((_, date),) = {(row["machine"], row["date"]) for _, row in rows.iterrows()}
+    assert date in text
+    within = rows["saved_over_promised"].round(2).between(*GOAL)
+    assert f"{within.sum()} of {len(within)} lie within {GOAL[0]} to {GOAL[1]}" in text

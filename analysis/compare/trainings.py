@@ -20,6 +20,7 @@ from dyndit.analysis.metrics.macs import model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report import style
+from dyndit.analysis.report.headline import TRAINED_ALIKE
 from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, arm_name, measured
 from dyndit.analysis.report.trainings import trainings_figure
 from dyndit.analysis.report.write import write_report
@@ -154,7 +155,7 @@ def _row(
         "machine": manifest.machine(parameter.device.type),
         "extractor": real.extractor.name,
         "metric": real.extractor.metric_name,
-        "model": "trained alike",
+        "model": TRAINED_ALIKE,
         "arm": _arm(trainings, name),
         "family": _family(trainings, name),
         "solver": trainings.solver,

@@ -13,6 +13,10 @@ from dyndit.analysis.report.runs import GROUP, scored_rows
 from dyndit.stats import Interval, paired_interval
 
 NAME = "at a glance"
+SPEED, BACKBONES = "How much faster, at the same quality", "Which backbone is best"
+"""Headings of the first screen: of plans, and of backbones that differ in their training."""
+TRAINED_ALIKE = "trained alike"
+"""What rows name in place of a model where every arm is a backbone of its own."""
 AS_FAST = 1.02
 """A rival may take this factor of the plan's time."""
 WORDS = {KEPT: "unchanged", LOST: "worse", OPEN: "not shown", NONE: NONE, "": "–"}
@@ -29,10 +33,13 @@ class Glance:
     """Columns of `calibrations.by_plan`, and rival (arm; "" for none), rival_fd (Interval: its FD less the plan's)."""
     of_plans: bool
     """True if the best are calibrated plans, False for other arms."""
+    heading: str = SPEED
 
 
 def glance_of(frame: pd.DataFrame, rows: pd.DataFrame, margin: float) -> Glance:
     """Summarise one group.  frame: its `frontier.summary`, rows: its raw rows."""
+    if (rows["model"] == TRAINED_ALIKE).all():
+        return Glance(*_of_backbones(scored_rows(rows)), pd.DataFrame(), of_plans=False, heading=BACKBONES)
     plans = by_plan(frame, margin)
     judged = plans[plans["verdict"] != ""]
     best = pd.DataFrame([_best(same) for _, same in judged.groupby(["solver", "steps"], sort=False)])
@@ -116,6 +123,19 @@ def _sentences(plans: pd.DataFrame, judged: pd.DataFrame, frame: pd.DataFrame, m
     held += [f"{counts[NONE]} of {num} on one seed block"] if NONE in counts else []
     lost = f"no {noun} is shown to keep full depth's quality within {margin:.0%} ({'; '.join(held)})."
     return lost, f"Nearest: {nearest}"
+
+
+def _of_backbones(rows: pd.DataFrame) -> tuple[str, str]:
+    """Write the sentence and the detail of backbones trained alike: `settings` are their names, blocks their seeds."""
+    by_seed = rows.pivot_table(index="block", columns="settings", values="fd")
+    metric, num, first = rows["metric"].iloc[0], len(by_seed), rows[rows["family"] == "full"]["settings"].iloc[0]
+    distances = {str(name): paired_interval(by_seed[name].dropna().to_numpy()) for name in by_seed}
+    best, *others = sorted(distances, key=lambda name: distances[name].mean)
+    listed = ", ".join(f"{name} {distances[name]:.2f}" for name in others)
+    sentence = f"lowest {metric} of {len(distances)} backbones: {best} {distances[best]:.2f}; then {listed}."
+    both = by_seed[[best, first]].dropna() if best != first else by_seed[:0]
+    paired = f"; {best} − {first}: {paired_interval(both[best], both[first]):+.2f}, paired by seed" if len(both) else ""
+    return sentence, f"{num} training seed{'s' * (num > 1)}{paired}."
 
 
 def _equal(plan: pd.Series) -> str:

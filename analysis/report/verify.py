@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from dyndit import seals
-from dyndit.analysis.report.write import REPORT, RESULT, answer_record, contents_of, overview, table_record
+from dyndit.analysis.report.headline import SPEED
+from dyndit.analysis.report.write import REPORT, answer_record, contents_of, overview, table_record
 from dyndit.errors import InputError
 from dyndit.files import read_json, sha256
 from dyndit.markdown import as_plain
@@ -46,14 +47,15 @@ def _mismatches(folder: Path) -> list[str]:
     try:
         sources = [folder / source["runs"] for source in record["sources"]]
         hashes, margin = [source["sha256"] for source in record["sources"]], float(record["margin"])
-        stored = [_printed(RESULT, record["answer"]["findings"], record["answer"]["tables"])]
+        answer = record["answer"]
+        stored = [_printed(answer.get("title", SPEED), answer["findings"], answer["tables"])]  # earlier: of plans only
         stored.append(_printed("Runs", [], [record["overview"]]))
         stored += [_printed(part["title"], part["findings"], part["tables"]) for part in record["sections"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / REPORT}: lacks {error}, expected a report of this version") from error
     contents = contents_of(sources, margin)
     first = answer_record(contents, margin)
-    expected = [_printed(RESULT, first["findings"], first["tables"])]
+    expected = [_printed(first["title"], first["findings"], first["tables"])]
     expected.append(_printed("Runs", [], [table_record(overview(contents))]))
     expected += [_printed(part.title, part.findings, list(map(table_record, part.tables))) for part in contents]
     wrong = [

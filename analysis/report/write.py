@@ -27,8 +27,6 @@ from dyndit.files import sha256, write_json, write_text
 from dyndit.markdown import plain
 
 REPORT = "report.json"
-RESULT = "How much faster, at the same quality"
-"""Heading of the first screen."""
 
 # Figures that a run may contain, in the order shown. This module draws the others (DRAWN).
 CAPTIONS = {
@@ -103,13 +101,18 @@ class Pages:
 
     @property
     def lead(self) -> int:
-        """Return the group whose figure stands on the first screen."""
-        return shown_first([content.glance for content in self.contents])[0]
+        """Return the group whose figure and heading stand on the first screen."""
+        return lead_of(self.contents)
+
+    @property
+    def heading(self) -> str:
+        """Return the heading of the first screen."""
+        return self.contents[self.lead].glance.heading
 
     def markdown(self) -> str:
         """Return report.md; its pictures are links."""
         sentences, glance = answer(self.contents, self.margin)
-        parts = [f"# {plain(self.title)}", f"## {RESULT}"]
+        parts = [f"# {plain(self.title)}", f"## {self.heading}"]
         for sentence, detail in sentences:
             parts += [f"**{plain(sentence)}**", *([f"- {plain(detail)}"] if detail else [])]
         parts += [as_markdown(glance).rstrip(), glance.caption] if glance.rows else []
@@ -132,7 +135,7 @@ class Pages:
     def html(self) -> str:
         """Return report.html; its pictures are embedded."""
         sentences, glance = answer(self.contents, self.margin)
-        body = [page.heading(RESULT), *(page.lead(*both) for both in sentences)]
+        body = [page.heading(self.heading), *(page.lead(*both) for both in sentences)]
         body += [page.sortable(glance, headed=False, caption_first=False)] if glance.rows else []
         first = self.pictures[self.lead][0]
         body += [page.figure(first.path.read_bytes(), first.caption, kind="first"), page.note(self.how_to_read())]
@@ -199,6 +202,11 @@ def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
     return contents
 
 
+def lead_of(contents: Sequence[Content]) -> int:
+    """Return the group that the first screen is about first."""
+    return shown_first([content.glance for content in contents])[0]
+
+
 def answer(contents: Sequence[Content], margin: float) -> tuple[list[tuple[str, str]], Table]:
     """Return the first screen: sentence and detail of each group with plans, and the table of the best plans."""
     glances = [content.glance for content in contents]
@@ -209,8 +217,9 @@ def answer(contents: Sequence[Content], margin: float) -> tuple[list[tuple[str, 
 def answer_record(contents: Sequence[Content], margin: float) -> dict[str, object]:
     """Return the first screen as JSON."""
     sentences, glance = answer(contents, margin)
+    title = contents[lead_of(contents)].glance.heading
     findings = [text for both in sentences for text in both if text]
-    return {"findings": findings, "tables": [table_record(glance)] if glance.rows else []}
+    return {"title": title, "findings": findings, "tables": [table_record(glance)] if glance.rows else []}
 
 
 def overview(contents: Sequence[Content]) -> Table:

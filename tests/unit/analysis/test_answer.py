@@ -18,7 +18,7 @@ from dyndit.analysis.report.cells import as_markdown
 from dyndit.analysis.report.figures import error_figure, frontier_figure
 from dyndit.analysis.report.findings import headlines, unrecorded_findings
 from dyndit.analysis.report.frontier import KEPT, LOST, NO_VERDICT, NONE, OPEN, summary
-from dyndit.analysis.report.headline import glance_of, sentences
+from dyndit.analysis.report.headline import SPEED, glance_of, sentences
 from dyndit.analysis.report.plan_figures import plan_figure
 from dyndit.analysis.report.runs import append_run, read_runs
 from dyndit.analysis.report.savings import bias_findings, predictions, with_parts
@@ -26,7 +26,7 @@ from dyndit.analysis.report.style import save
 from dyndit.analysis.report.tables import arms_table, markdown_table, tables_of
 from dyndit.analysis.report.terminal import show
 from dyndit.analysis.report.verify import read_html, read_markdown, verify
-from dyndit.analysis.report.write import RESULT, write_report
+from dyndit.analysis.report.write import write_report
 from dyndit.cli import results
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
@@ -101,7 +101,7 @@ def test_several_extractors_have_a_sentence_each_and_shared_figures_once(tmp_pat
     other = runs.assign(extractor="other", metric="FD-other", fd=runs["fd"] + 4 * (runs["family"] == "searched"))
     folder = written(tmp_path / "run", pd.concat([runs, other]))
     section = read_markdown((folder / "report.md").read_text(encoding="utf-8"))[0]
-    assert section.title == RESULT
+    assert section.title == SPEED
     assert [finding.split(":")[0] for finding in section.findings] == ["FD-digits", "searched", "FD-other", "Nearest"]
     assert "FD-other: no plan is shown to keep" in section.findings[2]
     names = {path.name for path in folder.glob("*.png")}
@@ -112,13 +112,11 @@ def test_several_extractors_have_a_sentence_each_and_shared_figures_once(tmp_pat
 def test_the_first_screen_comes_first(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", frame(ms=5.0, fd=12.0, noise=0.05))
     page = (folder / "report.html").read_text(encoding="utf-8")
-    places = [
-        page.index(mark) for mark in (RESULT, 'class="lead"', "<table", "<figure", "Lower FD is better", ">Runs<")
-    ]
+    places = [page.index(mark) for mark in (SPEED, 'class="lead"', "<table", "<figure", "Lower FD is better", ">Runs<")]
     assert places == sorted(places)
     assert page.count("<figure") == 3
     first = read_html(page)[0]
-    assert (first.title, len(first.findings), len(first.tables)) == (RESULT, 2, 1)
+    assert (first.title, len(first.findings), len(first.tables)) == (SPEED, 2, 1)
     assert "calibrations not recorded" in first.findings[1]
 
 

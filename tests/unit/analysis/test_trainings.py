@@ -61,7 +61,14 @@ def test_differences_are_paired_by_training_seed_and_the_report_verifies(done: P
     fd = runs.pivot(index="block", columns="settings", values="fd")
     assert table.loc["in-context", "fd_diff"].mean == pytest.approx((fd["in-context"] - fd["adaln-zero"]).mean())
     assert verify(done) == []
-    assert "trainings.png" in (done / "report.md").read_text()
+    page = (done / "report.md").read_text()
+    assert "trainings.png" in page
+    best, other = sorted(fd, key=lambda name: fd[name].mean())
+    answer = page.split("## Which backbone is best\n\n")[1].split("\n\n")[0]
+    assert answer.startswith(f"**Lowest FD-digits of 2 backbones: {best} {fd[best].mean():.2f} ±")
+    assert f"then {other} {fd[other].mean():.2f} ±" in answer
+    assert "2 training seeds" in page
+    assert "saved at unchanged quality" not in page.split("## Runs")[0]
 
 
 def test_what_is_done_is_not_done_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:

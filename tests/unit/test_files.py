@@ -166,6 +166,7 @@ def test_names_may_be_long_and_odd(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == NEW
 
 
+@pytest.mark.reliability("Only drafts of dead writers are removed")
 def test_only_drafts_of_dead_writers_of_this_machine_are_swept(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
@@ -178,6 +179,12 @@ def test_only_drafts_of_dead_writers_of_this_machine_are_swept(tmp_path: Path) -
     files.sweep(tmp_path)
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {f".writing-{mine}-{os.getpid()}-0", f".writing-{other}-{pid}-0", "model"}
+    for name in (f"{mine}-{pid}-0", f"{mine}-{os.getpid()}-0", "half"):
+        (tmp_path / "model" / f".writing-{name}").mkdir(parents=True)
+        (tmp_path / f".writing-{name}").mkdir(exist_ok=True)
+    files.sweep(tmp_path, ours=False)  # a user's folder: certain drafts, and nothing below
+    assert {p.name for p in tmp_path.iterdir()} == left | {".writing-half"}
+    assert len(list((tmp_path / "model").iterdir())) == 3
 
 
 names = st.text(string.ascii_letters + 'ä✓"\\/\n\t ', min_size=1, max_size=8)
@@ -191,6 +198,7 @@ def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return {name: torch.arange(math.prod(shape)).reshape(shape).to(dtype) for name, (dtype, shape) in specs.items()}
 
 
+@pytest.mark.reliability("Equal tensors and metadata make equal bytes, in whatever order they come")
 @given(tensors(), st.dictionaries(names, st.text(max_size=20), max_size=8))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_safetensors_come_back_and_are_byte_equal(tmp_path: Path, tensors: dict, metadata: dict[str, str]) -> None:

@@ -207,7 +207,10 @@ def of_manifest(path: Path) -> object:
     return "declared" if not manifest.is_sealed(found) else found
 
 
-@pytest.mark.reliability("100 flipped bits and 50 truncations of every kind of file: noticed, or what is read is equal")
+@pytest.mark.reliability(
+    "100 flipped bits and 50 truncations of every kind of file (of slow kinds a fifth; `make torture`: all): noticed, or "
+    "what is read is equal"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_flip_and_no_cut_is_silent(kind: str, kinds: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read = kinds[kind]
@@ -217,7 +220,10 @@ def test_no_flip_and_no_cut_is_silent(kind: str, kinds: dict, monkeypatch: pytes
     assert not unnoticed(path, cuts(whole, num // 2, seed=1), read)
 
 
-@pytest.mark.reliability("Every field of every JSON file, edited, removed or added: refused, or declared as unchecked")
+@pytest.mark.reliability(
+    "Every field of every JSON file (of slow kinds some; `make torture`: all), edited, removed or added: refused, or "
+    "declared as unchecked"
+)
 @pytest.mark.parametrize("kind", JSON)
 def test_no_edit_is_silent(kind: str, kinds: dict) -> None:
     path, read = kinds[kind]

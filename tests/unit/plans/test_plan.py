@@ -152,6 +152,11 @@ def test_difference_names_the_steps() -> None:
         ({"cfg_scale": 1.0}, r"step 1 \(4\|2\) is guided, but the guidance scale is 1"),
         ({"steps": ("6", "6|held", "6"), "cfg_scale": 1.0}, r"step 1 \(6\|held\) is guided"),
         ({"budget": 0.0}, "budget 0, expected above 0"),
+        ({"budget": 1.01}, "budget 1.01, expected above 0 and at most 1"),
+        ({"calls": (1, 2)}, r"calls \[1, 2\], expected a whole number for each step"),
+        ({"calls": (1, 0, 1)}, r"calls \[1, 0, 1\]"),
+        ({"calls": (1, 2.0, 1)}, r"calls \[1, 2.0, 1\]"),
+        ({"calls": (True, 1, 1)}, r"calls \[True, 1, 1\]"),
     ],
 )
 def test_impossible_plans_are_refused(changes: dict, named: str) -> None:

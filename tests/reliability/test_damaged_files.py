@@ -208,8 +208,8 @@ def of_manifest(path: Path) -> object:
 
 
 @pytest.mark.reliability(
-    "100 flipped bits and 50 truncations of every kind of file (of slow kinds a fifth; `make torture`: all): noticed, or "
-    "what is read is equal"
+    "100 flipped bits and 50 truncations of every kind of file (of slow kinds a fifth; `make torture`: all): "
+    "noticed, or what is read is equal"
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_flip_and_no_cut_is_silent(kind: str, kinds: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,8 @@ def page(all_found: list[dict]) -> str:
     for found in all_found:
         modules, tests = TARGETS[found["group"]]
         lines += [f"\n## {found['group'].capitalize()}\n", f"Changed: {_named(modules)}.", f"Run: {_named(tests)}.\n"]
-        lines += [f"- {what}" for *_, what in found["survivors"]] or ["Every change was noticed."]
+        places = (what.partition(": ") for *_, what in found["survivors"])
+        lines += [f"- `{place}`, {change}" for place, _, change in places] or ["Every change was noticed."]
     return "\n".join(lines) + "\n"
 
 

@@ -35,11 +35,14 @@ TARGETS = {
     ),
     "search": (
         [f"dyndit/plans/{name}.py" for name in ("search", "predictor", "refined")],
-        [f"unit/plans/test_{name}.py" for name in ("refined", "search", "step_counts")],
+        [f"unit/{name}.py" for name in ("plans/test_refined", "plans/test_search", "models/test_forecasts")],
     ),
     "storage": (
         ["dyndit/storage/reading.py", "dyndit/storage/native.py"],
-        ["unit/training/test_checkpoints.py", "unit/storage/test_formats.py", "reliability/test_damaged_files.py"],
+        [
+            *("unit/training/test_checkpoints.py", "unit/storage/test_processes.py", "reliability/test_strangers.py"),
+            *("unit/storage/test_formats.py", "reliability/test_damaged_files.py"),
+        ],
     ),
     "files": (["dyndit/files.py", "dyndit/locks.py"], ["unit/test_files.py", "reliability/test_folders.py"]),
     "stats": (["dyndit/stats.py", "dyndit/rounds.py"], ["unit/test_stats.py", "unit/test_rounds.py"]),

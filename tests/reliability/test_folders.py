@@ -1,5 +1,6 @@
 """One writer per folder, and nothing stored is replaced unasked"""
 
+import errno
 import json
 import os
 import shutil
@@ -56,6 +57,23 @@ def test_a_lock_is_the_holders_until_it_dies(tmp_path: Path) -> None:
     with locked(tmp_path), locked(tmp_path):  # the holder itself may take it again
         assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} ")
     assert not (tmp_path / LOCK).exists()
+
+
+def test_where_nobody_can_write_there_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal comes from what the block writes, with its own message."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for call in ("pathlib.Path.mkdir", "os.open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, refuses)
+            with locked(tmp_path) as lock:
+                assert lock.handle is None
+                lock.share()
+        assert not list(tmp_path.iterdir())
+    with locked(tmp_path) as lock:  # it was given back
+        assert lock.handle is not None
 
 
 def test_processes_of_one_run_share_a_lock(tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ TARGETS = {
     "storage": (
         ["dyndit/storage/reading.py", "dyndit/storage/native.py"],
         [
-            *("unit/training/test_checkpoints.py", "unit/storage/test_processes.py", "reliability/test_strangers.py"),
-            *("unit/storage/test_formats.py", "reliability/test_damaged_files.py"),
+            *("unit/training/test_checkpoints.py", "unit/storage/test_processes.py", "unit/storage/test_dialects.py"),
+            *("unit/models/test_own.py", "reliability/test_strangers.py", "unit/storage/test_formats.py"),
+            "reliability/test_damaged_files.py",
         ],
     ),
     "files": (["dyndit/files.py", "dyndit/locks.py"], ["unit/test_files.py", "reliability/test_folders.py"]),
@@ -51,8 +52,12 @@ TARGETS = {
         [f"unit/analysis/test_{name}.py" for name in ("kid", "infinity", "memorisation", "paired", "quality")],
     ),
     "seals": (
-        ["dyndit/seals.py", "dyndit/bounds.py"],
-        ["reliability/test_bounds.py", "reliability/test_damaged_files.py"],
+        ["dyndit/seals.py", "dyndit/sealed_csv.py"],
+        ["unit/test_sealed_csv.py", "reliability/test_damaged_files.py"],
+    ),
+    "bounds": (
+        ["dyndit/bounds.py", "dyndit/untrusted.py"],
+        [f"reliability/test_{n}.py" for n in ("bounds", "strangers")],
     ),
 }
 """Modules to change; and the tests that should notice, in the order in which they run."""

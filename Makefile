@@ -27,7 +27,7 @@ torture: $(STAMP)
 
 # The lines that the suite runs, in child processes too: a table of every module.
 coverage: $(STAMP)
-	rm -rf build/coverage
+	rm -rf build/coverage && mkdir -p build/coverage
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 # Changes 40 operators or constants a group of modules, and writes docs/mutation.md: which changes no test noticed.

@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test reliability fuzz lint docs audit release clean
+.PHONY: quickstart test reliability fuzz torture coverage mutation lint docs audit release clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/dyndit quickstart
@@ -20,6 +20,20 @@ reliability: $(STAMP)
 # Tries 100,000 invented files; `make test` tries 2,000.
 fuzz: $(STAMP)
 	DYNDIT_FUZZ=100000 $(VENV)/bin/python -m pytest tests/reliability/test_fuzz.py
+
+# Makes every case that `make test` makes a tenth or a fifth of: crashes at every change of a comparison, damage to slow files.
+torture: $(STAMP)
+	DYNDIT_TORTURE=full $(VENV)/bin/python -m pytest tests/reliability/test_kills.py tests/reliability/test_damaged_files.py
+
+# The lines that the suite runs, in child processes too: a table of every module.
+coverage: $(STAMP)
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+
+# Changes 40 operators or constants a group of modules, and writes docs/mutation.md: which changes no test noticed.
+mutation: $(STAMP)
+	$(VENV)/bin/python tests/support/mutate.py --num 40 --seed 0
+	$(VENV)/bin/python tests/support/mutate.py --page docs/mutation.md
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -50,14 +50,17 @@ def is_draft(path: Path) -> bool:
     return any(part.startswith(DRAFT) for part in path.parts)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the drafts in a folder and below whose writers are dead. Drafts of other machines stay."""
+def sweep(folder: Path, *, ours: bool = True) -> None:
+    """Remove the drafts in a folder and below whose writers are dead. Drafts of other machines stay.
+
+    ours: False for a folder that is no run's. Only drafts that lie in it itself are then removed.
+    """
     for parent, folders, names in os.walk(folder):
         for name in (name for name in (*folders, *names) if name.startswith(DRAFT)):
             named = re.fullmatch(rf"{re.escape(DRAFT)}([0-9a-f]{{8}})-(\d+)-\d+", name)
-            if named is None or (named[1] == _host() and not _is_alive(int(named[2]))):
+            if ours if named is None else named[1] == _host() and not _is_alive(int(named[2])):
                 remove(Path(parent, name))
-        folders[:] = [name for name in folders if not name.startswith(DRAFT)]
+        folders[:] = [name for name in folders if ours and not name.startswith(DRAFT)]
 
 
 def _is_alive(pid: int) -> bool:

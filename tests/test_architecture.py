@@ -29,7 +29,7 @@ LAYERS = (
 )
 FLOOR = (
     "assets", "bounds", "clock", "discovery", "files", "limits", "locks", "manifest", "markdown", "pictures", "process",
-    "progress", "rounds", "runtime", "seals", "stats", "untrusted",
+    "progress", "rounds", "runtime", "sealed_csv", "seals", "stats", "untrusted",
 )  # fmt: skip
 ENTRIES = ("", "__main__")
 """The package itself and `python -m dyndit` reach everything: their names load on first use."""

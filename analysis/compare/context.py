@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dyndit import sealed_csv
 from dyndit.analysis.compare.costs import COSTS, backbone_cost, exits_cost, note
 from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.metrics.extractors import Extractor
@@ -20,7 +21,7 @@ from dyndit.calibration.calibrate import measure_bases, measure_moments
 from dyndit.calibration.measure import measure_shifts, of_few_features, part_of
 from dyndit.calibration.samplers import OwnSampler, ToPictures
 from dyndit.errors import CheckpointError
-from dyndit.files import remove, write_text
+from dyndit.files import remove
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
 from dyndit.plans.plan import DepthPlan, bind, file_name
@@ -30,8 +31,8 @@ from dyndit.plans.table import FILE, ShiftTable
 from dyndit.sampling.loop import full_plan, to_uint8
 from dyndit.stats import Moments, frechet_distance
 from dyndit.storage import load as checkpoints
+from dyndit.training import exit_errors
 from dyndit.training.data import Pictures
-from dyndit.training.exit_errors import exit_error_table
 
 
 def model_with_exits(
@@ -56,7 +57,7 @@ def model_with_exits(
         model, result = experiment.distill.run(backbone, data, out / "distillation")
         found = exits_cost(model, experiment.distill, result)
         note(out / COSTS, {"name": "exits", "seed": experiment.distill.fit.seed} | found)
-    write_text(out / "exit-errors.csv", exit_error_table(model, data).to_csv(index=False))
+    sealed_csv.write(out / exit_errors.FILE, exit_errors.exit_error_table(model, data))
     checkpoints.save(model, folder)
     return model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dyndit import files
+from dyndit import sealed_csv
 from dyndit.analysis.metrics.macs import Macs, flops, model_macs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.training.config import FitConfig
@@ -51,11 +51,11 @@ def note(path: Path, row: Mapping[str, object]) -> None:
 
     row: "name" and "seed" tell a training from the others.
     """
-    new = pd.DataFrame([row])
+    new, sealed = pd.DataFrame([row]), True
     if path.exists():
-        old = pd.read_csv(path)
+        sealed, old = sealed_csv.check(path), sealed_csv.read(path, ("name", "seed", "seconds"))
         same = (old["name"] == row["name"]) & (old["seed"] == row["seed"])
         if same.any() and math.isnan(row["seconds"]):
             new["seconds"] = old.loc[same, "seconds"].iloc[0]
         new = pd.concat([old[~same], new])
-    files.write_text(path, new.to_csv(index=False))
+    sealed_csv.write(path, new, sealed=sealed)

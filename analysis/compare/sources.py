@@ -9,6 +9,7 @@ from itertools import product
 
 import pandas as pd
 
+from dyndit import sealed_csv
 from dyndit.analysis.compare.arms import Arm, Source
 from dyndit.analysis.compare.context import Context, model_with_exits
 from dyndit.analysis.compare.evolved import Evolved
@@ -18,7 +19,6 @@ from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.analysis.compare.tuned import Tuned
-from dyndit.files import write_text
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.schedules import constant, ramp, reversed_plan
@@ -197,7 +197,7 @@ class Confidence:
                 arms.append(Arm("confidence", plan, None, f"e{target:g}", model=model, decided=decided))
         if arms:
             frames = [arm.decided.frame().assign(arm=arm.name) for arm in arms]
-            write_text(context.out / "confidence.csv", pd.concat(frames).to_csv(index=False))
+            sealed_csv.write(context.out / "confidence.csv", pd.concat(frames))
         return arms
 
 

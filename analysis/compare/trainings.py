@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 from rich.console import Console
 
-from dyndit import manifest
+from dyndit import manifest, sealed_csv
 from dyndit.analysis.compare.costs import COSTS, backbone_cost, note
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
@@ -21,7 +20,7 @@ from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report import style
 from dyndit.analysis.report.headline import TRAINED_ALIKE
-from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, arm_name, measured
+from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, arm_name, measured, read_runs
 from dyndit.analysis.report.trainings import trainings_figure
 from dyndit.analysis.report.write import write_report
 from dyndit.errors import InputError
@@ -86,8 +85,8 @@ def run(trainings: Trainings, out: Path, data: str = "", console: Console | None
             # The cost first: a row of runs.csv marks the training as done.
             note(out / COSTS, {"name": name, "seed": seed} | cost)
             append_run(out / RUNS, _row(trainings, name, seed, model, reference, out.name))
-    costs = pd.read_csv(out / COSTS)
-    style.save(trainings_figure(costs, pd.read_csv(out / RUNS), list(trainings.recipes)), out / FIGURE)
+    costs = sealed_csv.read(out / COSTS, ("name", "seed"))
+    style.save(trainings_figure(costs, read_runs(out), list(trainings.recipes)), out / FIGURE)
     write_report(out, out, title="Backbones trained alike")
     return out
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dyndit import files
+from dyndit import sealed_csv
 from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.peers import PeerContext, PeerSettings
@@ -96,7 +96,9 @@ class _Log:
 
     def __init__(self, context: Context, tuning: Tuning) -> None:
         self.context, self.tuning, self.path = context, tuning, context.out / TUNING
-        found = pd.read_csv(self.path, keep_default_na=False) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
+        found, self.sealed = pd.DataFrame(columns=COLUMNS), True
+        if self.path.exists():
+            self.sealed, found = sealed_csv.check(self.path), sealed_csv.read(self.path, COLUMNS, keep_default_na=False)
         self.rows = [{**row, "fd": None if row["fd"] == "" else float(row["fd"])} for row in found.to_dict("records")]
         self.reference = context.full(tuning.solver, tuning.reference)
         self.full_seconds: float | None = None
@@ -114,7 +116,7 @@ class _Log:
         fd = self.context.distance(candidate.plan, candidate.model) if within else None
         row = {**key, "share": share, "fd": fd, "seconds": time.perf_counter() - began}
         self.rows.append(row)
-        files.write_text(self.path, pd.DataFrame(self.rows, columns=COLUMNS).to_csv(index=False))
+        sealed_csv.write(self.path, pd.DataFrame(self.rows, columns=COLUMNS), sealed=self.sealed)
         return row
 
     def _share(self, candidate: Candidate) -> float:

@@ -1,7 +1,5 @@
 """Read and write runs.csv: a row per measured arm and seed block, raw numbers only (`COLUMNS`)."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dyndit import seals
-from dyndit.errors import InputError, first_line
+from dyndit import sealed_csv, seals
+from dyndit.errors import InputError
 from dyndit.files import write_text
 from dyndit.manifest import MANIFEST
 from dyndit.manifest import is_sealed as is_checked
@@ -110,7 +108,7 @@ def read_runs(path: Path) -> pd.DataFrame:
         row = runs[twice].iloc[0]
         raise InputError(f"{file}: arm {row['arm']}, block {row['block']} stands twice, expected once")
     if file.suffix != ".parquet":
-        _check_seal(file)
+        sealed_csv.check(file)
     check_alike(file, runs)
     return runs[[*COLUMNS, *(name for name in runs if name not in (*COLUMNS, seals.SEAL))]]
 
@@ -118,32 +116,7 @@ def read_runs(path: Path) -> pd.DataFrame:
 def is_sealed(path: Path) -> bool:
     """Tell if a runs file carries a checksum, which `read_runs` has checked."""
     file = runs_file(path)
-    return file.suffix != ".parquet" and seals.SEAL in _rows_of(file)[0]
-
-
-def _rows_of(file: Path) -> list[list[str]]:
-    """Return the heading and the rows of a CSV file as text."""
-    try:
-        with file.open(encoding="utf-8", newline="") as text:
-            return [row for row in csv.reader(text, strict=True) if row] or [[]]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{file}: unreadable ({first_line(error)}), expected a CSV file") from error
-
-
-def _check_seal(file: Path) -> None:
-    """Refuse rows that do not fit the file's checksum: every row ends with the checksum of all rows."""
-    head, *rows = _rows_of(file)
-    if ragged := next((number for number, row in enumerate(rows, 2) if len(row) != len(head)), None):
-        raise InputError(
-            f"{file}, row {ragged}: {len(rows[ragged - 2])} values, expected {len(head)} as in the heading"
-        )
-    found, recorded = seals.checksum([head[:-1], [row[:-1] for row in rows]]), {row[-1] for row in rows if row}
-    is_whole = recorded == {found}
-    if is_whole != (head[-1:] == [seals.SEAL]):
-        raise InputError(
-            f"{file}: damaged or edited (checksum {found}, it records {min(recorded, default='none')!r:.24}); expected "
-            f"it as it was written, or without the column {seals.SEAL}"
-        )
+    return file.suffix != ".parquet" and sealed_csv.check(file)
 
 
 def check_alike(file: Path, runs: pd.DataFrame) -> None:
@@ -219,29 +192,18 @@ def append_run(path: Path, *rows: Mapping[str, object]) -> None:
     for row in rows:
         if odd := sorted(row.keys() ^ COLUMNS.keys()):
             raise InputError(f"{path}: column '{odd[0]}' unknown or missing in the row, expected {', '.join(COLUMNS)}")
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
-    sealed = not path.exists()
-    if sealed:
-        writer.writeheader()
-    else:
-        _check_seal(path)
-        found, *old = _rows_of(path)
+    sealed, kept = True, []
+    if path.exists():
+        sealed = sealed_csv.check(path)  # a file without checksums stays one
+        found, *old = sealed_csv.rows_of(path)
         if not old:
             raise InputError(f"{path}: no rows, expected one per arm and seed block; or no file")
-        sealed = found[-1:] == [seals.SEAL]  # a file without checksums stays one
         if found[: len(found) - sealed] != list(COLUMNS):
             raise InputError(f"{path}: columns {', '.join(found)}; expected {', '.join(COLUMNS)}")
         new = {_key(row) for row in rows}
-        kept = (row[: len(COLUMNS)] for row in old if _key(dict(zip(found, row, strict=True))) not in new)
-        csv.writer(text, lineterminator="\n").writerows((COLUMNS, *kept))
-    for row in rows:
-        writer.writerow(_without_none(row))
-    if sealed:
-        head, *body = csv.reader(io.StringIO(text.getvalue()))
-        seal, text = seals.checksum([head, body]), io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([[*head, seals.SEAL], *([*row, seal] for row in body)])
-    write_text(path, text.getvalue())
+        kept = [row[: len(COLUMNS)] for row in old if _key(dict(zip(found, row, strict=True))) not in new]
+    kept += [[filled[name] for name in COLUMNS] for filled in map(_without_none, rows)]
+    write_text(path, sealed_csv.text_of(list(COLUMNS), kept, sealed=sealed))
 
 
 def _without_none(row: Mapping[str, object]) -> dict[str, object]:
@@ -305,7 +267,7 @@ def holds(path: Path, row: Mapping[str, object]) -> bool:
     if not Path(path).exists():
         return False
     read_runs(path)
-    head, *rows = _rows_of(Path(path))
+    head, *rows = sealed_csv.rows_of(Path(path))
     wanted = {name: str(value) for name, value in _without_none(row).items()}
     return any({k: v for k, v in zip(head, found, strict=True) if k != seals.SEAL} == wanted for found in rows)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
-from dyndit.errors import CheckpointError, InputError
+from dyndit import seals
+from dyndit.errors import CheckpointError
 from dyndit.files import read_safetensors, write_safetensors
 from dyndit.pictures import as_rgb, frames_of
 
@@ -19,7 +20,8 @@ MOST_SETS = 12
 def save(run: Path, arm: str, seed: object, pictures: Tensor) -> None:
     """Keep the first pictures of a set.  pictures: uint8 (N, C, H, W), or clips (N, C, T, H, W)."""
     few = as_rgb(frames_of(pictures)[:MOST]).cpu().contiguous()
-    write_safetensors(_file(run, arm, seed), {"pictures": few})
+    strip = {"pictures": few}
+    write_safetensors(_file(run, arm, seed), strip, {seals.SEAL: seals.tensors_checksum(strip, {})})
 
 
 def shared(run: Path, scored: pd.DataFrame) -> dict[str, Tensor]:
@@ -41,6 +43,8 @@ def _file(run: Path, arm: str, seed: object) -> Path:
 def _read(path: Path) -> Tensor | None:
     """Return the pictures of a file; None without a file, or of a damaged one: strips are only looked at."""
     try:
-        return read_safetensors(path)[0]["pictures"]
-    except (CheckpointError, InputError, KeyError):
+        strip, metadata = read_safetensors(path)
+        seals.check_tensors(path, strip, metadata)
+        return strip["pictures"]
+    except (CheckpointError, KeyError):
         return None

@@ -149,6 +149,9 @@ def _differing_figures(folder: Path) -> Iterator[str]:
         for name in there:
             if sha256(folder / name) != files[name]:
                 yield f"{folder / name}: not the figure that {path.name} describes (SHA-256 differs)"
+        for drawn in (of for of in [_load(path).get("exit errors")] if of):
+            if (folder / drawn["file"]).is_file() and sha256(folder / drawn["file"]) != drawn["sha256"]:
+                yield f"{folder / drawn['file']}: not the errors that {path.name} describes (SHA-256 differs)"
 
 
 def read_markdown(text: str) -> list[Printed]:

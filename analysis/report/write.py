@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dyndit import bounds, manifest, seals
+from dyndit import bounds, manifest, sealed_csv, seals
 from dyndit.analysis.report import figures, page, plan_figures, strips, style
 from dyndit.analysis.report.cells import Table, as_markdown
 from dyndit.analysis.report.findings import findings_of, read_plan, same_plans
@@ -23,8 +23,9 @@ from dyndit.analysis.report.headline import Glance, glance_of, glance_table, nam
 from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_file, scored_rows
 from dyndit.analysis.report.tables import settings_of, settings_table, tables_of
 from dyndit.errors import InputError
-from dyndit.files import sha256, write_json, write_text
+from dyndit.files import sha256, sweep, write_json, write_text
 from dyndit.markdown import plain
+from dyndit.training import exit_errors
 
 REPORT = "report.json"
 
@@ -176,6 +177,7 @@ def write_report(
             facts = dict(_flat("", facts)) | ({} if manifest.is_sealed(facts) else {seals.SEAL: "none: not checked"})
             manifests[folder.name if folder.name not in manifests else str(folder)] = facts
     out, made = Path(out), manifest.describe({"margin": margin})
+    sweep(out)
     suffixes = [""] if len(contents) == 1 else [f"-{k + 1}" for k in range(len(contents))]
     pictures = [_pictures(content, out, suffix, made) for content, suffix in zip(contents, suffixes, strict=True)]
     pictures[0] += _sweeps(contents, out, made)
@@ -256,6 +258,7 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
         for file in files:
             style.save(drawn, file)
         facts = source | {"figure": name, "files": {file.name: sha256(file) for file in files}}
+        facts |= _of_errors(content, out) if name == "exit-errors" else {}
         _write_manifest(out / f"{name}{suffix}.manifest.json", content, facts, made)
         found.append(Picture(files[0], DRAWN[name]))
     for name, caption in CAPTIONS.items() if content.first_of_run else ():
@@ -303,7 +306,7 @@ def _drawn(content: Content) -> dict[str, Figure]:
     if content.first_of_arms and plans:
         plans = {name: read_plan(folder, files[arm]) for name, arm in plans.items()}
         drawn["plan-map"] = plan_figures.plan_map_figure(plans)
-    if content.first_of_run and (errors := folder / "exit-errors.csv").is_file():
+    if content.first_of_run and (errors := folder / exit_errors.FILE).is_file():
         drawn["exit-errors"] = _errors_figure(errors)
     if content.first_of_arms and (times := figures.time_figure(scored)) is not None:
         drawn["time"] = times
@@ -320,11 +323,18 @@ def _joined(names: Sequence[str]) -> str:
 
 def _errors_figure(path: Path) -> Figure:
     """Draw layer over timestep, from `training.exit_errors.exit_error_table` (equal bands of timesteps 0 to 999)."""
-    errors = pd.read_csv(path)
+    errors = sealed_csv.read(path, ("depth", "band", "noise_error"))
     num_bands = int(errors["band"].max()) + 1
     table = errors.pivot(index="depth", columns="band", values="noise_error").sort_index(axis=1, ascending=False)
     table.columns = [f"{1000 * band // num_bands}–{1000 * (band + 1) // num_bands - 1}" for band in table.columns]
     return figures.error_figure(table, "mean squared error on the noise", "timestep, noise to picture")
+
+
+def _of_errors(content: Content, out: Path) -> dict[str, object]:
+    """Return the entry of the figure's manifest about the file of the exit errors."""
+    path = content.source.parent / exit_errors.FILE
+    checksum = "fits" if sealed_csv.check(path) else "none: not checked"
+    return {"exit errors": {"file": _link(path, out), "sha256": sha256(path), seals.SEAL: checksum}}
 
 
 def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], made: Mapping[str, object]) -> None:

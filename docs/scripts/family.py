@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dyndit import files, manifest
+from dyndit import files, manifest, sealed_csv
 from dyndit.analysis import read_runs, summary, write_report
 from dyndit.analysis.report.guidance import lines_of, sweep_of
 from dyndit.analysis.report.runs import scored_rows
@@ -126,7 +126,8 @@ class Run:
     def costs(self) -> pd.DataFrame:
         """Return the rows of trainings.csv; an empty table without the file."""
         path = self.folder / "trainings.csv"
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["name", "seed", "seconds"])
+        needed = ("name", "seconds")
+        return sealed_csv.read(path, needed) if path.is_file() else pd.DataFrame(columns=["name", "seed", "seconds"])
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 import dyndit
+from dyndit import sealed_csv
 from dyndit.analysis.report.figures import error_figure
 from dyndit.analysis.report.style import COLOURS, FAINT, INK, STYLE, panels, save
 from dyndit.models.dynamic import DynamicDepth
@@ -128,7 +128,7 @@ def shifts(table: ShiftTable, full: DepthPlan) -> Figure:
 
 def exit_errors(path: Path) -> Figure:
     """Draw each exit's error on the noise over the log-SNR, as the run measured it."""
-    errors = pd.read_csv(path)
+    errors = sealed_csv.read(path, ("depth", "log_snr_low", "noise_error"))
     bands = errors.sort_values("log_snr_low")
     frame = bands.pivot(index="depth", columns="log_snr_low", values="noise_error")
     return error_figure(frame, "squared error against full depth", "log-SNR from which on, noise to picture")

@@ -179,12 +179,12 @@ def distill(
     """
     from accelerate import PartialState
 
-    from dyndit import files, manifest
+    from dyndit import files, manifest, sealed_csv
     from dyndit.cli.recipes import find
     from dyndit.progress import progress_bar
     from dyndit.storage import load as checkpoints
+    from dyndit.training import exit_errors
     from dyndit.training.distill import Distill
-    from dyndit.training.exit_errors import exit_error_table
 
     changes = trainings.training(device, dtype, steps=steps, batch_size=batch_size, tracker=tracker)
     chosen = find(recipe, "distill", Distill)
@@ -210,8 +210,8 @@ def distill(
     dynamic.autoencoder = made_by
     with progress_bar("saving the model"):
         checkpoints.save(dynamic, out)
-    errors = exit_error_table(dynamic, pictures)
-    files.write_text(out / "exit-errors.csv", errors.to_csv(index=False))
+    errors = exit_errors.exit_error_table(dynamic, pictures)
+    sealed_csv.write(out / exit_errors.FILE, errors)
     identity = dynamic.identity
     facts = {"fit": vars(fit), "seconds": result.seconds, "exits": identity.exits, "trunk": identity.backbone}
     facts |= {"pictures": pictures.account, "extended": list(result.extended)}

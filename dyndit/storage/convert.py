@@ -86,6 +86,7 @@ def convert(
     origin = source if Path(source).exists() else hub.parse(str(source), revision) or source
     loaded = _with_autoencoder(checkpoints.inspect(source, revision=revision, **told), str(origin))
     model, folder = loaded.model, loaded.folder
+    files.sweep(target.parent, ours=False)
     if to == "official":
         with progress_bar(f"writing {target}"):
             official.write(model, target)

@@ -18,7 +18,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from dyndit import files
+from dyndit import files, seals
 from dyndit.errors import CheckpointError, InputError, first_line
 from dyndit.models.identity import AutoencoderRecord, tensors_hash
 from dyndit.progress import tracked
@@ -123,6 +123,8 @@ def load_autoencoder(folder: str | Path) -> ModelMixin:
             f"{folder}: {len(wrong)} weights do not fit its config.json, the first is {wrong[0]}; "
             "expected the same names in both"
         )
+    if odd := seals.first_not_finite(vae.state_dict()):
+        raise InputError(f"{folder}: {odd} holds numbers that are not finite; expected finite numbers")
     # Classes without these arguments drop them.
     vae.register_to_config(**{name: config[name] for name in ("latents_mean", "latents_std") if config.get(name)})
     latent_space(vae)
@@ -130,19 +132,34 @@ def load_autoencoder(folder: str | Path) -> ModelMixin:
 
 
 def encode_batch(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode pictures in [-1, 1], on their device -> mean and deviation of the unscaled latents, each (B, C, h, w)."""
+    """Encode pictures in [-1, 1], on their device -> mean and deviation of the unscaled latents, each (B, C, h, w).
+
+    Raises InputError: they are not finite.
+    """
     encoded = vae.encode((x + 1) / 2 if latent_space(vae).unit_range else x)
     if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mean, encoded.latent_dist.std
-    z = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    return z, torch.zeros_like(z)
+        z, std = encoded.latent_dist.mean, encoded.latent_dist.std
+    else:
+        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        std = torch.zeros_like(z)
+    _check_finite({"latents": z, "their deviations": std})
+    return z, std
 
 
 def decode_batch(vae: Any, z: Tensor) -> Tensor:
-    """Decode scaled latents on their own device.  (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1]."""
+    """Decode scaled latents on their own device.  (B, C, h, w) -> (B, 3, H, W) float32, about [-1, 1].
+
+    Raises InputError: the pictures are not finite.
+    """
     space = latent_space(vae)
     x = vae.decode(space.unscaled(z.to(vae.dtype))).sample.float()
+    _check_finite({"pictures": x})  # as 8-bit levels NaN would be black
     return 2 * x - 1 if space.unit_range else x
+
+
+def _check_finite(made: dict[str, Tensor]) -> None:
+    if odd := seals.first_not_finite(made):
+        raise InputError(f"autoencoder: {odd} of a batch of {len(made[odd])} are not finite; expected finite numbers")
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from dyndit.training.conditioned import as_condition, conditioned
 from dyndit.training.data import Pictures
 from dyndit.training.losses import exit_errors
 
+FILE = "exit-errors.csv"
+
 
 @torch.no_grad()
 def exit_error_table(

@@ -59,7 +59,7 @@ def recorded_sampling(
     """
     folder = Path(folder)
     if not folder.exists():
-        files.sweep(folder.parent)
+        files.sweep(folder.parent, ours=False)
         with files.written_whole(folder, folder=True) as draft:
             record_sampling(model, labels, draft, **options)
     calls = RecordedCalls(folder)

@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 
 import dyndit
 from dyndit import bounds
@@ -20,6 +21,7 @@ from dyndit.calibration.measure import CalibrationSettings
 from dyndit.cli import VERBS, flags, main, verbs
 from dyndit.errors import InputError
 from dyndit.plans.step_counts import LatencyBudget, TargetFD
+from dyndit.process import DDPM
 from dyndit.sampling.budget import plan_on_table
 from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
@@ -95,6 +97,41 @@ def test_every_number_has_a_bound() -> None:
     """A new flag that takes a number needs an entry in `BOUNDS`."""
     assert len(FLAGS) > 40
     assert {flag for _, flag in FLAGS} <= bounds.BOUNDS.keys()
+
+
+LEAST = {
+    1: "accumulation batch_size checkpoint_every epochs image_size log_every max_rounds num_bands num_classes "
+    "num_depths num_heads num_images num_pictures num_steps reference_steps resize_and_crop rounds shape step_grid "
+    "steps table_steps",
+    0: "first_index forecast_ages guided_channels layers learning_rate margin num_workers port refinements "
+    "sample_every seed until",
+    2: "reference_count",
+}
+"""What may be so few, and no fewer."""
+ABOVE_0 = ("budget", "latency_budget", "max_gib", "target_fd", "tflops")
+MOST = {
+    **dict.fromkeys(("num_steps", "reference_steps", "step_grid", "table_steps", "num_bands"), DDPM().num_timesteps),
+    "seed": torch.iinfo(torch.int64).max,
+    "port": (1 << 16) - 1,
+    **dict.fromkeys(("budget", "latency_budget"), 1),
+}
+"""What may be so much, and no more: timesteps there are, what a generator takes, ports, whole of a time."""
+
+
+def test_bounds_are_where_sense_ends() -> None:
+    least = {name: number for number, names in LEAST.items() for name in names.split()}
+    assert {*least, *ABOVE_0, "cfg_scale"} == bounds.BOUNDS.keys()
+    for name, number in least.items():
+        assert bounds.BOUNDS[name].holds(number), name
+        assert not bounds.BOUNDS[name].holds(number - 1), name
+        assert bounds.BOUNDS[name].holds(number + 1), name
+    for name in ABOVE_0:
+        assert [bounds.BOUNDS[name].holds(number) for number in (-1e-9, 0, 1e-9, 0.5, 1)] == [False] * 2 + [True] * 3
+    for name, number in MOST.items():
+        assert bounds.BOUNDS[name].holds(number), name
+        assert not bounds.BOUNDS[name].holds(number + 1), name
+        assert number == 1 or not bounds.BOUNDS[name].holds(number - 0.5), name  # whole numbers alone
+    assert not any(bound.holds(value) for bound in bounds.BOUNDS.values() for value in (True, "1", None, 10**400))
 
 
 @pytest.mark.reliability("Numbers out of bounds, of every flag of every verb: status 2, nothing created or changed")

@@ -6,19 +6,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 import dyndit
-from dyndit import manifest
+from dyndit import manifest, sealed_csv
+from dyndit.analysis.compare.costs import note
+from dyndit.analysis.compare.evolution import Measurements
+from dyndit.analysis.compare.peers.confidence import Thresholds
 from dyndit.analysis.metrics import features
 from dyndit.analysis.metrics.sets import Statistics, read_set, save_statistics
+from dyndit.analysis.report import strips
 from dyndit.analysis.report.runs import append_run, read_runs
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import write_report
 from dyndit.errors import InputError, PlanError
 from dyndit.files import read_json, write_json, write_npz
+from dyndit.models.dit import DiTConfig
 from dyndit.models.identity import tensors_hash
 from dyndit.pictures.collection import read_picture
 from dyndit.plans.plan import DepthPlan, bind
@@ -26,8 +32,15 @@ from dyndit.plans.table import ShiftTable
 from dyndit.sampling.loop import full_plan
 from dyndit.storage import diffusers_folder, official, reading
 from dyndit.storage import load as checkpoints
+from dyndit.training.checkpoints import _read_checkpoint
+from dyndit.training.config import FitConfig
+from dyndit.training.data import load_digits
+from dyndit.training.latents import encode_latents
 from dyndit.training.recorded import RecordedCalls, record_sampling
-from support.damage import cuts, edited, flips, unnoticed
+from dyndit.training.subset import Some
+from dyndit.training.train import Train
+from support.autoencoders import make_autoencoder
+from support.damage import FULL, cuts, edited, flips, unnoticed
 from support.runs import frame, run_row
 from support.tables import random_table
 
@@ -62,9 +75,16 @@ def of_report(folder: Path) -> str:
 
 KINDS = (
     "plan", "plan-1", "manual", "table", "config", "weights", "exits", "pt", "diffusers", "diffusers-config", "call",
-    "manifest", "runs", "report", "figure", "archive", "statistics", "picture", "features",
+    "manifest", "runs", "report", "figure", "archive", "statistics", "picture", "features", "exit-errors", "trainings",
+    "strip", "thresholds", "evolution", "state", "checkpoint", "averages", "optimizer", "log", "latents",
+    "latents-index",
 )  # fmt: skip
-JSON = ("plan", "plan-1", "config", "diffusers-config", "manifest", "report", "figure")
+JSON = (
+    "plan", "plan-1", "config", "diffusers-config", "manifest", "report", "figure", "thresholds", "evolution", "state",
+    "latents-index",
+)  # fmt: skip
+SLOW = () if FULL else ("report", "figure", "diffusers", "latents", "latents-index")
+"""Kinds that are damaged a fifth as often, unless `FULL`: verifying, building and encoding take their time."""
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +132,54 @@ def kinds(tmp_path_factory, make_model) -> dict[str, tuple[Path, Callable[[], ob
         return hashlib.sha256(read_picture(root / "picture.png").tobytes()).hexdigest()
 
     native, foreign = root / "model", root / "diffusers"
+    table = pd.DataFrame({"depth": [1, 2], "band": [0, 0], "noise_error": [0.25, 0.5]})
+    sealed_csv.write(root / "exit-errors.csv", table)
+    note(root / "trainings.csv", {"name": "exits", "seed": 0, "seconds": 7.5})
+    strips.save(root, "full-10", 0, torch.from_numpy(noise).movedim(-1, 1))
+    Thresholds((1, 2, 3), (900.0, 500.0, 0.0), ((0.5, 0.25), (0.125, 0.0))).save(root / "thresholds.json")
+    strip = root / "strips" / "full-10-s0.safetensors"
+    Measurements.open(root / "evolution.json", "key").fitness(("both", "hold"), lambda _: 0.5)
+    Train(DiTConfig(8, 4, 1, width=8, num_blocks=1, num_heads=1, num_classes=10), FitConfig(1, 2), "digits").run(
+        load_digits(), root / "run"
+    )
+    (place,) = (root / "run" / "checkpoints").iterdir()
+    vae, latents = make_autoencoder(root / "vae"), root / "latents"
+
+    def of_strip() -> object:
+        found = strips._read(strip)
+        if found is None:  # left out of a figure
+            raise InputError("noticed")
+        return found.tolist()
+
+    def of_evolution() -> object:
+        known = Measurements.open(root / "evolution.json", "key").known
+        if not known:  # measured again
+            raise InputError("noticed")
+        return {genome: value for genome, (value, _) in known.items()}
+
+    def of_checkpoint() -> object:
+        state, tensors, log = _read_checkpoint(place)
+        return state, {name: tensors_hash(weights) for name, weights in tensors.items()}, log
+
+    def of_latents() -> object:
+        """Encode, or find encoded: damaged shards are encoded again, to the same latents."""
+        found = encode_latents(Some(load_digits(), 3), vae, latents, batch_size=3, device="cpu", progress=False)
+        return tensors_hash({str(i): found[i][0] for i in range(3)}), [found[i][1] for i in range(3)]
+
+    of_latents()
     return {
+        "exit-errors": (root / "exit-errors.csv", lambda: sealed_csv.read(root / "exit-errors.csv", table).to_csv()),
+        "trainings": (root / "trainings.csv", lambda: sealed_csv.read(root / "trainings.csv", ("seconds",)).to_csv()),
+        "strip": (strip, of_strip),
+        "thresholds": (root / "thresholds.json", lambda: Thresholds.load(root / "thresholds.json")),
+        "evolution": (root / "evolution.json", of_evolution),
+        "state": (place / "state.json", of_checkpoint),
+        "checkpoint": (place / "model.safetensors", of_checkpoint),
+        "averages": (place / "ema.safetensors", of_checkpoint),
+        "optimizer": (place / "optimizer.safetensors", of_checkpoint),
+        "log": (place / "losses.csv", of_checkpoint),
+        "latents": (latents / "shard-00000-of-00001.safetensors", of_latents),
+        "latents-index": (latents / "latents.json", of_latents),
         "plan": (root / "plan.json", lambda: of_plan(root / "plan.json")),
         "plan-1": (root / "plan-1.json", lambda: of_plan(root / "plan-1.json")),
         "manual": (root / "manual.json", lambda: of_plan(root / "manual.json")),
@@ -140,22 +207,27 @@ def of_manifest(path: Path) -> object:
     return "declared" if not manifest.is_sealed(found) else found
 
 
-@pytest.mark.reliability("100 flipped bits and 50 truncations of every kind of file: noticed, or what is read is equal")
+@pytest.mark.reliability(
+    "100 flipped bits and 50 truncations of every kind of file (of slow kinds a fifth; `make torture`: all): "
+    "noticed, or what is read is equal"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_flip_and_no_cut_is_silent(kind: str, kinds: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read = kinds[kind]
     monkeypatch.setattr(reading, "tried_in_child", lambda *_: None)  # it takes its time, and has tests of its own
-    few = kind in ("report", "figure", "diffusers")  # verifying or building takes its time
-    whole, num = path.read_bytes(), 20 if few else 100
+    whole, num = path.read_bytes(), 20 if kind in SLOW else 100
     assert not unnoticed(path, flips(whole, num, seed=KINDS.index(kind)), read)
     assert not unnoticed(path, cuts(whole, num // 2, seed=1), read)
 
 
-@pytest.mark.reliability("Every field of every JSON file, edited, removed or added: refused, or declared as unchecked")
+@pytest.mark.reliability(
+    "Every field of every JSON file (of slow kinds some; `make torture`: all), edited, removed or added: refused, or "
+    "declared as unchecked"
+)
 @pytest.mark.parametrize("kind", JSON)
 def test_no_edit_is_silent(kind: str, kinds: dict) -> None:
     path, read = kinds[kind]
-    if kind in ("report", "figure"):
+    if kind in SLOW:
         some = list(edited(path))
         damaged = iter(some[:: max(1, len(some) // 25)])
     else:

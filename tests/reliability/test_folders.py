@@ -1,5 +1,6 @@
 """One writer per folder, and nothing stored is replaced unasked"""
 
+import errno
 import json
 import os
 import shutil
@@ -9,12 +10,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
-from dyndit.cli import plans, results
+from dyndit.calibration import measure
+from dyndit.cli import models, plans, results
 from dyndit.errors import CheckpointError, InputError
+from dyndit.files import read_safetensors
 from dyndit.locks import LOCK, locked
+from dyndit.pictures import write_png
 from dyndit.sampling.sample import sample_into
 from dyndit.storage import load as checkpoints
+from dyndit.training.data import load_digits
+from support.damage import cuts, flips, unnoticed
 from support.kills import Crash, changes
 from support.tiny_verbs import TinyVerbs, left
 
@@ -50,6 +57,23 @@ def test_a_lock_is_the_holders_until_it_dies(tmp_path: Path) -> None:
     with locked(tmp_path), locked(tmp_path):  # the holder itself may take it again
         assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} ")
     assert not (tmp_path / LOCK).exists()
+
+
+def test_where_nobody_can_write_there_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal comes from what the block writes, with its own message."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for call in ("pathlib.Path.mkdir", "os.open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, refuses)
+            with locked(tmp_path) as lock:
+                assert lock.handle is None
+                lock.share()
+        assert not list(tmp_path.iterdir())
+    with locked(tmp_path) as lock:  # it was given back
+        assert lock.handle is not None
 
 
 def test_processes_of_one_run_share_a_lock(tmp_path: Path) -> None:
@@ -124,7 +148,7 @@ def test_a_stored_table_is_replaced_only_if_asked_for(verbs: TinyVerbs, tmp_path
     assert left(out)["shift-table.safetensors"] != before["shift-table.safetensors"]
 
 
-@pytest.mark.reliability("Any flipped bit of calibrate's partial sums: the sums are measured again")
+@pytest.mark.reliability("Any flipped bit or cut of calibrate's partial sums: the sums are measured again")
 def test_damaged_partial_sums_are_not_used(verbs: TinyVerbs, tmp_path: Path) -> None:
     seen: list[Path] = []
 
@@ -138,6 +162,16 @@ def test_damaged_partial_sums_are_not_used(verbs: TinyVerbs, tmp_path: Path) -> 
     with changes(stop), pytest.raises(Crash):
         verbs.calibrate(tmp_path / "stopped")
     (partial,) = (tmp_path / "stopped").glob("*.partial")
+    key = read_safetensors(partial)[1]["key"]
+
+    def sums() -> object:
+        found, done = measure._restore(partial, key)
+        if not done:  # measured again
+            raise InputError("noticed")
+        return {name: tensor.tolist() for name, tensor in found.items()}, done
+
+    assert not unnoticed(partial, flips(partial.read_bytes(), 100, seed=0), sums)
+    assert not unnoticed(partial, cuts(partial.read_bytes(), 50, seed=1), sums)
     content, name = partial.read_bytes(), "shift-table.safetensors"
     for position in (60, content.index(b'"done"') + 8, len(content) // 2, len(content) - 8):
         damaged = bytearray(content)
@@ -183,6 +217,22 @@ def test_two_samplings_of_other_seeds_do_not_mix(verbs: TinyVerbs, tmp_path: Pat
     assert sorted(ended) == [0, 2, 2, 2]
     seed = json.loads((tmp_path / "set" / "manifest.json").read_text())["settings"]["seed"]
     assert seed == ended.index(0)
+
+
+@pytest.mark.reliability("A damaged picture is refused before anything is written; once mended, the same command runs")
+def test_a_damaged_picture_can_be_mended(verbs: TinyVerbs, tmp_path: Path) -> None:
+    digits, out = load_digits(), tmp_path / "out"
+    for k in range(20):
+        write_png(tmp_path / "set" / str(k % 10) / f"{k}.png", Image.fromarray(digits.uint8([k])[0, 0].numpy()))
+    damaged = tmp_path / "set" / "3" / "13.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"13\.png.*--skip-damaged"):
+        models.train(str(verbs.recipe), out, data=str(tmp_path / "set"))
+    assert not out.exists()
+    damaged.write_bytes(whole)
+    models.train(str(verbs.recipe), out, data=str(tmp_path / "set"))
+    assert checkpoints.load(out).exits is None
 
 
 @pytest.mark.reliability("Figures of a report beside the plans of a model do not make it unreadable")

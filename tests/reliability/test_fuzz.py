@@ -1,4 +1,4 @@
-"""Invented files: every reader succeeds, or refuses them in one line, in bounded time.
+"""Invented files: every reader succeeds, or refuses them in one line, in bounded time and memory.
 
 `make test` tries 2,000 inputs in all, `make fuzz` 100,000.
 """
@@ -6,6 +6,7 @@
 import io
 import json
 import os
+import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from dyndit.training.recorded import RecordedCalls, record_sampling
 from support.tables import random_table
 
 INPUTS = int(os.environ.get("DYNDIT_FUZZ", "2000"))
-MOST_SECONDS = 5.0
+MOST_SECONDS, MOST_MIB = 5.0, 300
 
 PLAIN = st.one_of(
     st.none(),
@@ -78,9 +79,20 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     return bytes(found)
 
 
+def peak() -> int:
+    """Most KiB of memory that this process took since the last call; 0 where there is no Linux to tell."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 0
+    return int(found[1])
+
+
 def taken(read: Callable[[], object]) -> None:
-    """Read: success, or an `InputError` of one short line, in bounded time."""
-    began = time.process_time()
+    """Read: success, or an `InputError` of one short line, in bounded time and memory."""
+    peak()
+    began, before = time.process_time(), peak()
     message = ""
     try:
         read()
@@ -89,6 +101,7 @@ def taken(read: Callable[[], object]) -> None:
     assert "\n" not in message
     assert len(message) < 2000
     assert time.process_time() - began < MOST_SECONDS
+    assert peak() - before < MOST_MIB << 10
 
 
 def as_json(data: object) -> bytes:

@@ -11,16 +11,19 @@ import pytest
 
 from dyndit import files
 from dyndit.errors import InputError
+from support.damage import FULL
 from support.kills import crashes_at, fills_at, killed_at_random, num_changes
 from support.tiny_verbs import TinyVerbs, left
 
 SHARES = (0.2, 0.2, 0.2, 1.0)
 """Within which share of a run's time it is killed."""
-SHORT = ("train", "distill", "calibrate", "sample", "evaluate")
+SHORT = ("train", "distill", "calibrate", "sample", "evaluate", "convert")
+LONG = ("report", "compare", "quickstart")
+"""Verbs that are crashed at ten moments only, unless `FULL`: they change the disk at hundreds."""
 
 
 @pytest.mark.reliability("A crash at any write, flush, rename or removal: the run goes on to the same bytes")
-@pytest.mark.parametrize("verb", SHORT)
+@pytest.mark.parametrize("verb", SHORT + LONG * FULL)
 def test_a_crash_at_any_change_of_the_disk(verb: str, verbs: TinyVerbs, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     num = num_changes(verbs.work(verb, whole))
@@ -32,8 +35,8 @@ def test_a_crash_at_any_change_of_the_disk(verb: str, verbs: TinyVerbs, tmp_path
     assert not crashes_at(num, verbs.work(verb, tmp_path / "beyond"))
 
 
-@pytest.mark.reliability("Crashes one after the other in one comparison: it goes on to the same models, plans and rows")
-@pytest.mark.parametrize("verb", ["compare", "quickstart"])
+@pytest.mark.reliability("Crashes one after the other in one report or comparison: it goes on to the same files")
+@pytest.mark.parametrize("verb", LONG)
 def test_crashes_in_a_row(verb: str, verbs: TinyVerbs, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     num = num_changes(verbs.work(verb, whole))
@@ -44,7 +47,7 @@ def test_crashes_in_a_row(verb: str, verbs: TinyVerbs, tmp_path: Path) -> None:
 
 
 @pytest.mark.reliability("SIGKILL at 20 random moments of each verb: it goes on to the same bytes")
-@pytest.mark.parametrize("verb", [*SHORT, "compare", "quickstart"])
+@pytest.mark.parametrize("verb", SHORT + LONG)
 def test_sigkill_at_random_moments(verb: str, verbs: TinyVerbs, tmp_path: Path) -> None:
     whole, began, chance = tmp_path / "whole", time.monotonic(), random.Random(2)
     verbs.work(verb, whole)()
@@ -58,7 +61,7 @@ def test_sigkill_at_random_moments(verb: str, verbs: TinyVerbs, tmp_path: Path) 
 
 
 @pytest.mark.reliability("A disk that fills at any write: one line, no draft left, the run goes on to the same bytes")
-@pytest.mark.parametrize("verb", SHORT)
+@pytest.mark.parametrize("verb", SHORT + LONG * FULL)
 def test_a_full_disk_at_any_write(verb: str, verbs: TinyVerbs, tmp_path: Path) -> None:
     whole, acts = tmp_path / "whole", []
     num_changes(verbs.work(verb, whole), acts)
@@ -76,7 +79,7 @@ def test_a_full_disk_at_any_write(verb: str, verbs: TinyVerbs, tmp_path: Path) -
 
 @pytest.mark.reliability("A read-only disk, or one without quota: one line, nothing is left behind")
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EDQUOT])
-@pytest.mark.parametrize("verb", SHORT)
+@pytest.mark.parametrize("verb", [*SHORT, "report"])
 def test_a_disk_that_takes_nothing(verb: str, number: int, verbs: TinyVerbs, tmp_path: Path) -> None:
     if verb == "calibrate":
         shutil.copytree(verbs.root / "model", tmp_path / "out")

@@ -14,11 +14,15 @@ from dyndit.models.exits import ExitConfig
 from dyndit.process import DDPM, RectifiedFlow
 from dyndit.sampling.sample import sample_into
 from dyndit.storage import load as checkpoints
+from dyndit.training.autoencoders import decode_latents, load_autoencoder
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill
+from dyndit.training.latents import encode_latents
 from dyndit.training.recorded import record_sampling
+from dyndit.training.subset import Some
 from dyndit.training.train import Train
+from support.autoencoders import make_autoencoder
 from support.tables import random_table
 
 SMALL = {"num_blocks": 2, "width": 8, "num_heads": 2}
@@ -68,6 +72,24 @@ def test_weights_and_tables_that_are_not_finite_are_not_written(value: float, ma
     with pytest.raises(CheckpointError, match="not finite"):
         checkpoints.load(path, num_heads=2)
     assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["model.pt"]
+
+
+@pytest.mark.reliability("An autoencoder that is not finite is refused; latents or pictures that are not, are not kept")
+@pytest.mark.parametrize("value", BAD)
+def test_an_autoencoder_that_is_not_finite(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = make_autoencoder(tmp_path / "vae")
+    vae = load_autoencoder(place)
+    next(vae.encoder.parameters()).data[0] = value
+    next(vae.decoder.parameters()).data[0] = value
+    with pytest.raises(InputError, match="pictures of a batch of 2 are not finite"):
+        decode_latents(vae, torch.randn(3, 4, 4, 4), batch_size=2)
+    monkeypatch.setattr("dyndit.training.latents.load_autoencoder", lambda _: vae)
+    with pytest.raises(InputError, match="latents of a batch of 3 are not finite"):
+        encode_latents(Some(load_digits(), 3), place, tmp_path / "latents", progress=False)
+    assert not list((tmp_path / "latents").glob("*.safetensors"))
+    vae.save_pretrained(place)
+    with pytest.raises(InputError, match="holds numbers that are not finite"):
+        load_autoencoder(place)
 
 
 @pytest.mark.reliability("A recorded call that is not finite stops the recording")

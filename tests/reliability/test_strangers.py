@@ -1,13 +1,18 @@
 """Files of strangers: nothing in them runs, and they take no more memory and time than allowed."""
 
 import argparse
+import functools
 import io
 import json
+import logging
+import operator
 import os
 import pickle
 import resource
+import shutil
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +50,16 @@ class Call:
         return self.call
 
 
+class Lazy:
+    """Unpickled, it is `map(...)`."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple:
+        return map, self.arguments
+
+
 def payloads(canary: Path) -> list[bytes]:
     """Pickles that would write the file `canary`, each in its own way."""
     text = f"open({str(canary)!r}, 'w').close()"
@@ -59,6 +74,19 @@ def payloads(canary: Path) -> list[bytes]:
         Call(torch.save, 1, str(canary)),
         {"ema": {"weight": Call(exec, text)}},
         [Call(exec, text)],
+    ]
+    name = str(canary)
+    objects += [
+        Call(operator.call, Path(name).touch),
+        Call(functools.reduce, exec, [text, {}]),
+        Call(next, Lazy(open, [name], ["w"])),
+        Call(operator.call, functools.partial(open, name, "w")),
+        Call(shutil.copyfile, __file__, name),
+        Call(logging.FileHandler, name),
+        Call(np.ndarray.tofile, np.zeros(1), name),
+        Call(operator.methodcaller("write_text", "x"), Path(name)),
+        OrderedDict(weight=Call(exec, text)),
+        argparse.Namespace(num_classes=Call(exec, text)),
     ]
     return [pickle.dumps(each) for each in objects]
 
@@ -97,7 +125,7 @@ READERS = {
 FORMS = {"model.pt": as_pt, "inception.pth": as_pt, "set.npz": as_npz, "diffusers/diffusion_pytorch_model.bin": as_pt}
 
 
-@pytest.mark.reliability("10 malicious pickles in each of 10 places where files are read: none runs")
+@pytest.mark.reliability("20 malicious pickles in each of 10 places where files are read: none runs")
 @pytest.mark.parametrize("name", READERS)
 def test_no_payload_runs(name: str, make_model, tmp_path: Path) -> None:
     canary, path = tmp_path / "canary", tmp_path / name

@@ -1,11 +1,15 @@
 """Damage files, and see whether their readers notice."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dyndit.errors import InputError
+
+FULL = os.environ.get("DYNDIT_TORTURE") == "full"
+"""Whether tests make every case that there is, for hours: `make torture`."""
 
 
 def flips(content: bytes, num: int, seed: int) -> Iterator[bytes]:

@@ -2,44 +2,65 @@
 
     nice -n 19 python tests/support/mutate.py --only stats --num 40 --seed 0
 
-The package is copied to a temporary folder. Libraries are loaded once; a forked child tries each change and runs the
+The package is copied to a temporary folder. Libraries are loaded once; a forked child makes each change and runs the
 tests of the changed module until the first failure. Prints the share that was noticed, and every change that was not.
+What was found is kept in build/mutation, a file per group; `--page FILE` writes a page of all that is kept there.
 """
 
 import argparse
 import ast
+import contextlib
+import datetime
+import hashlib
+import importlib
+import json
 import os
 import random
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FOUND = ROOT / "build" / "mutation"
 
 TARGETS = {
     "plans": (
-        ["dyndit/plans/plan.py", "dyndit/plans/step.py"],
-        ["tests/unit/plans/test_plan.py", "tests/unit/plans/test_step.py"],
+        [f"dyndit/plans/{name}.py" for name in ("plan", "step", "schedules")],
+        [f"unit/plans/test_{name}.py" for name in ("step", "schedules", "at", "plan", "guides")],
     ),
-    "search": (["dyndit/plans/search.py"], ["tests/unit/plans/test_search.py"]),
+    "search": (
+        [f"dyndit/plans/{name}.py" for name in ("search", "predictor", "refined")],
+        [f"unit/{name}.py" for name in ("plans/test_refined", "plans/test_search", "models/test_forecasts")],
+    ),
     "storage": (
         ["dyndit/storage/reading.py", "dyndit/storage/native.py"],
-        ["tests/reliability/test_damaged_files.py", "tests/unit/storage/test_formats.py"],
+        [
+            *("unit/training/test_checkpoints.py", "unit/storage/test_processes.py", "unit/storage/test_dialects.py"),
+            *("unit/models/test_own.py", "reliability/test_strangers.py", "unit/storage/test_formats.py"),
+            "reliability/test_damaged_files.py",
+        ],
     ),
-    "files": (["dyndit/files.py"], ["tests/unit/test_files.py"]),
-    "stats": (["dyndit/stats.py"], ["tests/unit/test_stats.py"]),
+    "files": (["dyndit/files.py", "dyndit/locks.py"], ["unit/test_files.py", "reliability/test_folders.py"]),
+    "stats": (["dyndit/stats.py", "dyndit/rounds.py"], ["unit/test_stats.py", "unit/test_rounds.py"]),
     "metrics": (
-        ["analysis/metrics/kid.py", "analysis/metrics/infinity.py", "analysis/metrics/memorisation.py"],
-        [f"tests/unit/analysis/test_{name}.py" for name in ("kid", "infinity", "memorisation")],
+        [f"analysis/metrics/{name}.py" for name in ("infinity", "kid", "manifold", "memorisation", "paired")],
+        [f"unit/analysis/test_{name}.py" for name in ("kid", "infinity", "memorisation", "paired", "quality")],
     ),
     "seals": (
-        ["dyndit/seals.py", "dyndit/bounds.py"],
-        ["tests/reliability/test_damaged_files.py", "tests/reliability/test_bounds.py"],
+        ["dyndit/seals.py", "dyndit/sealed_csv.py"],
+        ["unit/test_sealed_csv.py", "reliability/test_damaged_files.py"],
+    ),
+    "bounds": (
+        ["dyndit/bounds.py", "dyndit/untrusted.py"],
+        [f"reliability/test_{n}.py" for n in ("bounds", "strangers")],
     ),
 }
-"""Modules to change, and the tests that should notice."""
+"""Modules to change; and the tests that should notice, in the order in which they run."""
 
 SWAPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -52,13 +73,13 @@ class Change(ast.NodeTransformer):
     """Make the change of number `wanted`, or count all changes if it is -1."""
 
     def __init__(self, wanted: int = -1) -> None:
-        self.wanted, self.count, self.made = wanted, 0, ""
+        self.wanted, self.count, self.line, self.made = wanted, 0, 0, ""
 
     def _due(self, node: ast.AST, what: str) -> bool:
         due = self.count == self.wanted
         self.count += 1
         if due:
-            self.made = f"line {node.lineno}: {what}"
+            self.line, self.made = node.lineno, what
         return due
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
@@ -100,27 +121,130 @@ class Change(ast.NodeTransformer):
         return node
 
 
-def noticed(tree: Path, tests: list[str], seconds: int) -> bool:
-    """Run the tests in a child; whether one fails, or takes too long."""
-    if (child := os.fork()) == 0:
+class Tree:
+    """A copy of the package and its tests, in which modules are changed."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.root, self.libraries = place, place / "tree", place / "libraries"
+        shutil.copytree(ROOT, self.root, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))
+        for name in ("analysis", "recipes"):
+            if not (self.root / "dyndit" / name).exists():
+                (self.root / "dyndit" / name).symlink_to(f"../{name}")
+
+    def changes(self, module: str) -> list[tuple[str, int]]:
+        """Return all possible changes of a module."""
+        (counter := Change()).visit(ast.parse((self.root / module).read_text()))
+        return [(module, number) for number in range(counter.count)]
+
+    @contextlib.contextmanager
+    def changed(self, module: str, number: int) -> Iterator[str]:
+        """Make a change for the block; yield what it is."""
+        path, change = self.root / module, Change(number)
+        text = path.read_text()
+        path.write_text(ast.unparse(ast.fix_missing_locations(change.visit(ast.parse(text)))))
+        try:
+            yield f"{module}:{change.line}: {change.made}: `{text.splitlines()[change.line - 1].strip()}`"
+        finally:
+            path.write_text(text)
+
+    def passes(self, tests: list[str], seconds: float) -> bool:
+        """Run tests in a child; whether all pass, within so many seconds of its own, and ten times as many of ours.
+
+        The first child is slow: the libraries that it needs are then loaded here, for all later children.
+        """
+        if (child := os.fork()) == 0:
+            self._test([f"tests/{name}" for name in tests], round(seconds))
+        done, status, left = 0, 0, 10 * seconds
+        while not done and left > 0:  # naps are counted: a pause of both processes takes none of the time
+            time.sleep(0.05)
+            left -= 0.05
+            done, status = os.waitpid(child, os.WNOHANG)
+        with contextlib.suppress(ProcessLookupError):  # with all that it has started
+            os.killpg(child, signal.SIGKILL)
+        if not done:
+            os.waitpid(child, 0)
+        shutil.rmtree(self.place / "tests", ignore_errors=True)
+        if not self.libraries.exists():
+            return False
+        for name in set(self.libraries.read_text().split()) - set(sys.modules):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        return bool(done) and status == 0
+
+    def _test(self, tests: list[str], seconds: int) -> None:
         import pytest
 
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (used := round(time.process_time()) + seconds, used))
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the child ends
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
-        os.chdir(tree)
-        sys.path.insert(0, str(tree))
-        sys.dont_write_bytecode = True
-        os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]) != 0))
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status != 0
-        time.sleep(0.05)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return True
+        os.chdir(self.root)
+        sys.path.insert(0, str(self.root))
+        sys.dont_write_bytecode = self.libraries.exists()  # else of modules as they are, for all later children
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={self.place / 'tests'}"]
+        failed = pytest.main([*options, *tests]) != 0
+        if not self.libraries.exists():
+            names = (name for name in sys.modules if not name.startswith(("dyndit", "support", "tests", "test_")))
+            self.libraries.write_text("\n".join(sorted(names)))
+        os._exit(int(failed))
+
+
+def of_group(tree: Tree, group: str, num: int, seed: int, seconds: float, only: list[list] | None) -> dict:
+    """Try changes of a group; what was found.  only: the changes to try, of an earlier call; None: a random choice."""
+    modules, tests = TARGETS[group]
+    if not tree.passes(tests, seconds):
+        sys.exit(f"{group}: its tests fail without a change")
+    changes = [change for module in modules for change in tree.changes(module)]
+    picked = only or random.Random(seed).sample(changes, min(num, len(changes)))
+    survivors = []
+    for number, (module, change) in enumerate(picked):
+        with tree.changed(module, change) as what:
+            noticed = not tree.passes(tests, seconds)
+        survivors += [] if noticed else [(module, change, what)]
+        print(f"{group} {number + 1}/{len(picked)}: {'noticed' if noticed else 'NOT NOTICED'}: {what}", flush=True)
+    return {
+        "group": group, "tried": min(num, len(changes)), "possible": len(changes), "seed": seed,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "modules": _hashes(tree.root, modules),
+        "survivors": sorted(survivors),
+    }  # fmt: skip
+
+
+def _hashes(root: Path, modules: list[str]) -> dict[str, str]:
+    return {module: hashlib.sha256((root / module).read_bytes()).hexdigest()[:16] for module in modules}
+
+
+def _share(found: dict) -> str:
+    noticed = found["tried"] - len(found["survivors"])
+    return f"{noticed} of {found['tried']} noticed, {noticed / found['tried']:.0%} (of {found['possible']} possible)"
+
+
+PAGE = """# Mutation testing
+
+What the tests notice. One operator or constant of a module is changed at a time: `<` to `<=`, `+` to `-`, `and` to
+`or`, 1 to 2, True to False; or a `raise` is left out. Then the tests of the module run. `make mutation` tries a random
+choice of changes and writes this page, which nobody edits by hand. The changes that no test noticed are listed. Some of
+them change nothing that can be seen, such as the size of the blocks in which a file is read.
+"""
+
+
+def page(all_found: list[dict]) -> str:
+    """Return the page's text."""
+    lines = [PAGE, "| modules | changes tried | noticed | share | seed | date |", "|---|---|---|---|---|---|"]
+    for found in all_found:
+        tried, noticed = found["tried"], found["tried"] - len(found["survivors"])
+        row = (found["group"], f"{tried} of {found['possible']}", noticed, f"{noticed / tried:.0%}", found["seed"])
+        lines.append("| " + " | ".join(map(str, (*row, found["date"]))) + " |")
+    for found in all_found:
+        modules, tests = TARGETS[found["group"]]
+        lines += [f"\n## {found['group'].capitalize()}\n", f"Changed: {_named(modules)}.", f"Run: {_named(tests)}.\n"]
+        places = (what.partition(": ") for *_, what in found["survivors"])
+        lines += [f"- `{place}`, {change}" for place, _, change in places] or ["Every change was noticed."]
+    return "\n".join(lines) + "\n"
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def main() -> None:
@@ -128,45 +252,35 @@ def main() -> None:
     parser.add_argument("--only", choices=[*TARGETS], help="one group of modules")
     parser.add_argument("--num", type=int, default=40, help="changes a group")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=int, default=120, help="most seconds a change")
+    parser.add_argument("--seconds", type=float, default=120, help="most processor seconds a change")
+    parser.add_argument("--again", action="store_true", help="try the changes that were not noticed the last time")
+    parser.add_argument("--page", type=Path, help="write a page of what was found, and try nothing")
     asked = parser.parse_args()
-    import accelerate  # noqa: F401 - loaded once for all children
+    if asked.page:
+        kept = {path.stem: json.loads(path.read_text()) for path in FOUND.glob("*.json")}
+        asked.page.write_text(page([kept[group] for group in TARGETS if group in kept]))
+        return
     import diffusers  # noqa: F401
-    import hypothesis  # noqa: F401
-    import pandas  # noqa: F401
     import torch
-    import torch_fidelity  # noqa: F401
 
     torch.set_num_threads(1)
+    FOUND.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        tree = Path(temporary) / "tree"
-        left = shutil.ignore_patterns(".git", "build", ".venv", "__pycache__")
-        shutil.copytree(ROOT, tree, ignore=left, symlinks=True)
-        for name, link in (("analysis", "../analysis"), ("recipes", "../recipes")):
-            if not (tree / "dyndit" / name).exists():
-                (tree / "dyndit" / name).symlink_to(link)
+        tree = Tree(Path(temporary))
         for group in [asked.only] if asked.only else TARGETS:
-            modules, tests = TARGETS[group]
-            if noticed(tree, tests, 20 * asked.seconds):
-                sys.exit(f"{group}: its tests fail without a change")
-            trees = {module: (tree / module).read_text() for module in modules}
-            changes = []
-            for module, text in trees.items():
-                counter = Change()
-                counter.visit(ast.parse(text))
-                changes += [(module, k) for k in range(counter.count)]
-            picked = random.Random(asked.seed).sample(changes, min(asked.num, len(changes)))
-            survivors = []
-            for module, k in picked:
-                change = Change(k)
-                changed = ast.unparse(ast.fix_missing_locations(change.visit(ast.parse(trees[module]))))
-                (tree / module).write_text(changed)
-                if not noticed(tree, tests, asked.seconds):
-                    survivors.append(f"{module} {change.made}")
-                (tree / module).write_text(trees[module])
-            killed = len(picked) - len(survivors)
-            print(f"{group}: {killed} of {len(picked)} noticed (of {len(changes)} possible changes)", flush=True)
-            print("\n".join(f"  not noticed: {line}" for line in sorted(survivors)), flush=True)
+            tree.libraries.unlink(missing_ok=True)
+            path, before = FOUND / f"{group}.json", {}
+            if asked.again:
+                before = json.loads(path.read_text())
+                if before["modules"] != _hashes(ROOT, TARGETS[group][0]):
+                    sys.exit(f"{group}: its modules were changed since; expected a call without --again")
+            only = [change[:2] for change in before.get("survivors", [])] or None
+            if asked.again and not only:
+                continue
+            found = of_group(tree, group, asked.num, asked.seed, asked.seconds, only)
+            path.write_text(json.dumps(found | {k: before[k] for k in ("tried", "seed") if before}, indent=1))
+            print(f"{group}: {_share(json.loads(path.read_text()))}", flush=True)
+            print("\n".join(f"  not noticed: {what}" for *_, what in found["survivors"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class TinyVerbs:
         self.train(root / "backbone")
         self.distill(root / "model")
         pictures.sample(str(root / "model"), root / "samples", num_images=70, steps=1)
+        self.evaluate(root / "evaluated")
 
     def work(self, verb: str, out: Path) -> Callable[[], None]:
         """Return the function that runs a verb into `out`, or goes on there."""
@@ -77,6 +78,13 @@ class TinyVerbs:
         chosen = {"extractor": "digits", "metrics": ("fd",), "cache": out / "cache"}
         results.evaluate(self.root / "samples", "digits", out=out / "run", **chosen)
 
+    def convert(self, out: Path) -> None:
+        if not (out / "model").exists():  # else the kill struck when all was whole
+            models.convert(str(self.root / "model"), out / "model", to="diffusers")
+
+    def report(self, out: Path) -> None:
+        results.report((self.root / "evaluated" / "run",), out=out)
+
     def compare(self, out: Path) -> None:
         results.compare(str(self.recipe), out / "run", from_scratch=True)
 
@@ -98,7 +106,7 @@ def left(folder: Path) -> dict[str, object]:
             if drawn or path.name.endswith(("manifest.json", "report.json")):
                 found[name] = "there"
             elif path.name == "trainings.csv":
-                found[name] = pd.read_csv(path).drop(columns="seconds").to_csv()
+                found[name] = pd.read_csv(path).drop(columns=["seconds", SEAL]).to_csv()
             elif path.name == "runs.csv":
                 found[name] = pd.read_csv(io.BytesIO(path.read_bytes())).drop(columns=TIMES).to_csv()
     return found

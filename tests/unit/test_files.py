@@ -1,10 +1,12 @@
 """Files are written whole or not at all, byte-equal for equal content, readable by colleagues; reading is bounded."""
 
 import errno
+import io
 import json
 import math
 import os
 import resource
+import stat
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +109,44 @@ def test_an_error_anywhere_is_one_line_and_leaves_nothing(name: str, call: str, 
     assert (content(path), [p.name for p in tmp_path.iterdir()]) == (OLD.encode(), [name])
 
 
+@pytest.mark.reliability("A file is flushed before it gets its name, and its folder after: a power cut loses neither")
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_renamed_was_flushed_and_its_folder_is_flushed_after(name: str, tmp_path: Path, monkeypatch) -> None:
+    acts: list[tuple[str, Path]] = []
+    flushed, fsync, rename = set(), os.fsync, Path.replace
+
+    def noted(handle: int) -> None:
+        flushed.add(os.fstat(handle).st_ino)
+        acts.append(("flush", Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    def renamed(source: Path, target: Path) -> Path:
+        assert source.stat().st_ino in flushed
+        acts.append(("rename", Path(target)))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "replace", renamed)
+    WRITERS[name](tmp_path / name)
+    assert acts[acts.index(("rename", tmp_path / name)) + 1 :] == [("flush", tmp_path)]
+
+
+def test_file_systems_that_cannot_flush_folders_are_good_enough(tmp_path: Path, monkeypatch) -> None:
+    number, fsync = errno.EINVAL, os.fsync
+
+    def fails(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    files.write_text(tmp_path / "a.txt", NEW)
+    assert (tmp_path / "a.txt").read_text() == NEW
+    number = errno.EIO  # a broken disk is another matter
+    with pytest.raises(InputError, match="cannot be written"):
+        files.write_text(tmp_path / "b.txt", NEW)
+
+
 @pytest.mark.reliability("A full disk is one line for every kind of file")
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.safetensors", "a.npz", "a.png", "copy"])
 def test_a_full_disk_is_one_line(name: str, tmp_path: Path) -> None:
@@ -166,6 +206,7 @@ def test_names_may_be_long_and_odd(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == NEW
 
 
+@pytest.mark.reliability("Only drafts of dead writers are removed")
 def test_only_drafts_of_dead_writers_of_this_machine_are_swept(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
@@ -178,6 +219,12 @@ def test_only_drafts_of_dead_writers_of_this_machine_are_swept(tmp_path: Path) -
     files.sweep(tmp_path)
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {f".writing-{mine}-{os.getpid()}-0", f".writing-{other}-{pid}-0", "model"}
+    for name in (f"{mine}-{pid}-0", f"{mine}-{os.getpid()}-0", "half"):
+        (tmp_path / "model" / f".writing-{name}").mkdir(parents=True)
+        (tmp_path / f".writing-{name}").mkdir(exist_ok=True)
+    files.sweep(tmp_path, ours=False)  # a user's folder: certain drafts, and nothing below
+    assert {p.name for p in tmp_path.iterdir()} == left | {".writing-half"}
+    assert len(list((tmp_path / "model").iterdir())) == 3
 
 
 names = st.text(string.ascii_letters + 'ä✓"\\/\n\t ', min_size=1, max_size=8)
@@ -191,6 +238,7 @@ def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return {name: torch.arange(math.prod(shape)).reshape(shape).to(dtype) for name, (dtype, shape) in specs.items()}
 
 
+@pytest.mark.reliability("Equal tensors and metadata make equal bytes, in whatever order they come")
 @given(tensors(), st.dictionaries(names, st.text(max_size=20), max_size=8))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_safetensors_come_back_and_are_byte_equal(tmp_path: Path, tensors: dict, metadata: dict[str, str]) -> None:
@@ -309,6 +357,11 @@ def test_lines_are_appended_and_a_torn_one_is_passed_over(tmp_path: Path) -> Non
         assert files.read_lines(path) == whole.decode() + "3,0.125\n"
     path.write_bytes(b"step")
     assert files.read_lines(path) == ""
+
+
+@given(data=st.binary(max_size=12) | st.text("a\n", max_size=12).map(str.encode), block=st.integers(1, 5))
+def test_the_end_of_the_last_whole_line_is_found_in_blocks_of_any_size(data: bytes, block: int) -> None:
+    assert files._end_of_lines(io.BytesIO(data), block) == data.rfind(b"\n") + 1
 
 
 def test_a_kill_while_appending_leaves_whole_lines(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from dyndit.stats import (
     non_inferior,
     over_calibrations,
     paired_interval,
+    relative_width,
 )
 from support.gaussians import features, gaussian, random_covariance
 
@@ -137,6 +138,8 @@ def test_interval_is_student_t_of_the_differences() -> None:
     assert (interval.low, interval.high) == (pytest.approx(2.5 - half), pytest.approx(2.5 + half))
     assert interval.excludes(0)
     assert not interval.excludes(2)
+    assert not interval.excludes(interval.low)  # the limits belong to it
+    assert not interval.excludes(interval.high)
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -185,6 +188,14 @@ def test_median_interval_is_made_of_order_statistics() -> None:
     assert math.isnan(median_interval([math.nan]).mean)
 
 
+def test_the_width_is_relative_to_the_middle() -> None:
+    for scale in (1e-3, 1.0, -7.0):
+        limits = sorted((3 * scale, 5 * scale))
+        assert relative_width(Interval(4 * scale, *limits)) == pytest.approx(0.5)
+    assert relative_width(Interval(0.0, -1.0, 1.0)) == math.inf
+    assert relative_width(Interval(1.0, math.nan, math.nan)) == math.inf
+
+
 @pytest.mark.parametrize("count", [6, 9, 20, 41])
 def test_median_interval_covers_the_median_of_a_skewed_distribution(count: int) -> None:
     """Times are skewed: nothing is faster than the work, much is slower. The distribution's median is log 2."""
@@ -217,8 +228,10 @@ def test_limits_beyond_what_was_measured_are_infinite() -> None:
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     found = bootstrap_interval(lambda w: np.where(w @ values > 4, np.inf, w @ values), 5)
     assert found.mean == 3
-    assert 1 <= found.low < 2
+    assert 1 < found.low < 2
     assert found.high == math.inf
+    mirrored = bootstrap_interval(lambda w: -np.where(w @ values > 4, np.inf, w @ values), 5)
+    assert (mirrored.mean, mirrored.low, mirrored.high) == (-found.mean, -found.high, -found.low)
 
 
 def test_the_bootstrap_of_one_block_or_of_nothing_has_no_limits() -> None:
@@ -304,4 +317,5 @@ def test_calibrations_are_paired_by_number_and_need_two() -> None:
     assert math.isnan(alone.low)
     assert math.isnan(undecided)
     assert over_calibrations({0: 2.0, 1: 2.0})[1] == 0
+    assert over_calibrations({0: 2.0, 1: 3.0})[0].mean == 2.5
     assert over_calibrations({0: 2.0, 1: 3.0}, {0: 2.0, 1: 3.0})[1] == 1

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dyndit import seals
 from dyndit.calibration.samplers import CALIBRATION_SEED, batches_of
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_json, write_json
@@ -86,13 +87,13 @@ class Thresholds:
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
-        write_json(Path(path), {"format": FORMAT, "version": VERSION, **asdict(self)})
+        write_json(Path(path), seals.sealed({"format": FORMAT, "version": VERSION, **asdict(self)}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read JSON. Raises CheckpointError: the file is missing, damaged, or not a thresholds file of this version."""
         try:
-            data = read_json(Path(path))
+            data = seals.unsealed(Path(path), read_json(Path(path)))
             if (data.pop("format", None), data.pop("version", None)) != (FORMAT, VERSION):
                 raise CheckpointError(f"{path}: expected a {FORMAT} file of version {VERSION}")
             values = tuple(map(tuple, data.pop("values")))

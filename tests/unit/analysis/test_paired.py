@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyndit.analysis.metrics.paired import MAX_PSNR, Lpips, check_same_seeds, paired_distances, psnr, ssim
+from dyndit.analysis.metrics.paired import MAX_PSNR, Lpips, check_same_seeds, paired_distances, paired_sets, psnr, ssim
+from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.errors import CheckpointError, InputError
+from dyndit.pictures import as_rgb
 
 
 def pictures(num: int, seed: int = 0, size: int = 12, channels: int = 3) -> Tensor:
@@ -78,6 +80,14 @@ def test_spread_is_the_median_and_the_worse_end() -> None:
 def test_sets_of_other_shape_are_refused() -> None:
     with pytest.raises(InputError, match=r"--full: pictures \(3, 3, 12, 12\), expected \(4, 3, 12, 12\)"):
         paired_distances(pictures(4), pictures(3))
+
+
+def test_grey_and_coloured_sets_are_compared_in_colour() -> None:
+    grey, coloured = pictures(4, channels=1), PictureSet("full", pictures(4, 1))
+    found = paired_sets(PictureSet("samples", grey), coloured)
+    assert found == paired_sets(PictureSet("samples", as_rgb(grey)), coloured)
+    with pytest.raises(InputError, match=r"--full: pictures \(4, 12, 12\), expected \(3, 12, 12\)"):
+        paired_sets(PictureSet("samples", grey[:3]), coloured)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from dyndit import sealed_csv
 from dyndit.analysis.report.figures import (
     error_figure,
     frontier_figure,
@@ -330,6 +331,18 @@ def test_exit_errors_are_drawn_layer_over_timestep(run_dir: Path, tmp_path: Path
     pd.DataFrame(rows).to_csv(run_dir / "exit-errors.csv", index=False)
     write_report(run_dir, tmp_path / "out")
     assert "<!-- 500–999 -->" in (tmp_path / "out" / "exit-errors.svg").read_text(encoding="utf-8")
+    manifest = tmp_path / "out" / "exit-errors.manifest.json"
+    assert json.loads(manifest.read_text())["exit errors"]["checksum"] == "none: not checked"
+    sealed_csv.write(run_dir / "exit-errors.csv", pd.DataFrame(rows))
+    write_report(run_dir, tmp_path / "out")
+    assert json.loads(manifest.read_text())["exit errors"]["checksum"] == "fits"
+    assert verify(tmp_path / "out") == []
+    rows[0]["noise_error"] = 0.3
+    sealed_csv.write(run_dir / "exit-errors.csv", pd.DataFrame(rows))
+    assert "not the errors that exit-errors.manifest.json describes" in verify(tmp_path / "out")[0]
+    (run_dir / "exit-errors.csv").write_text((run_dir / "exit-errors.csv").read_text().replace("0.3", "0.4"))
+    with pytest.raises(InputError, match="damaged or edited"):
+        write_report(run_dir, tmp_path / "out")
 
 
 @pytest.mark.parametrize("folder", ["run_dir", "peers_dir"])

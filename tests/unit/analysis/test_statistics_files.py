@@ -106,6 +106,7 @@ class Evil:
         return (Path("pwned").touch, ())
 
 
+@pytest.mark.reliability("Statistics of other programs, damaged or malicious: one line, and nothing in them runs")
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -36,6 +36,7 @@ def replace(path: Path, data: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.reliability("The same names, sizes and times with other contents are another set")
 def test_the_same_names_and_sizes_with_other_contents_are_another_set(root: Path) -> None:
     first = PictureFolder(root).fingerprint
     assert PictureFolder(root).fingerprint == first
@@ -46,6 +47,7 @@ def test_the_same_names_and_sizes_with_other_contents_are_another_set(root: Path
     assert PictureFolder(root).fingerprint == first
 
 
+@pytest.mark.reliability("A damaged record of checked pictures changes nothing: they are looked at again")
 def test_the_record_saves_reading_and_never_changes_the_result(root: Path, cache: Path, monkeypatch) -> None:
     first = PictureFolder(root).fingerprint
     looked: list[str] = []
@@ -73,6 +75,7 @@ def test_a_record_that_cannot_be_kept_costs_nothing(root: Path, cache: Path, cap
     assert "not kept" in caplog.text
 
 
+@pytest.mark.reliability("Damaged pictures are found before a run begins: refused, or left out by a flag, and listed")
 def test_damaged_pictures_are_refused_up_front_or_left_out_and_listed(root: Path) -> None:
     bad = [root / "cat" / "1.bmp", root / "cat" / "3.bmp"]
     for path in bad:

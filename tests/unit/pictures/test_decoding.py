@@ -66,6 +66,7 @@ KINDS = {
 }
 
 
+@pytest.mark.reliability("Pictures of every mode, depth and format: equal in training, calibration and evaluation")
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_read_alike_by_training_and_evaluation(tmp_path: Path, name: str) -> None:
     (tmp_path / "set" / "class").mkdir(parents=True)
@@ -94,6 +95,7 @@ def huge(path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
+@pytest.mark.reliability("A picture that is huge, empty, text, a FIFO or of unknown levels: one line that names it")
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [

@@ -147,6 +147,7 @@ def test_several_splits_are_asked_for(tmp_path: Path) -> None:
         open_source(tmp_path / "hub")
 
 
+@pytest.mark.reliability("Hidden and foreign files, loops, dead links, loose pictures: left out, counted, listed")
 def test_what_a_folder_holds_besides_is_counted_and_listed(tmp_path: Path) -> None:
     root = as_folder(tmp_path)
     for name in ("._0.png", ".DS_Store", "dog/._1.png", "cat/.thumbs/a.png", "__MACOSX/x/a.png", "notes.txt"):
@@ -192,6 +193,7 @@ def test_a_flat_folder_is_one_class(tmp_path: Path) -> None:
     assert (pictures.class_names, pictures.labels) == (("bedroom",), [0, 0])
 
 
+@pytest.mark.reliability("An empty class, an empty folder, a FIFO among the pictures: one line")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -226,6 +228,7 @@ def bomb(path: Path, shape: tuple[int, ...], kind: str = "|u1") -> Path:
     return path
 
 
+@pytest.mark.reliability("Archives that lack classes, or declare more than they hold: one line, in bounded memory")
 @pytest.mark.parametrize(
     ("make", "message"),
     [

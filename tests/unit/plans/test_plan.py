@@ -152,6 +152,11 @@ def test_difference_names_the_steps() -> None:
         ({"cfg_scale": 1.0}, r"step 1 \(4\|2\) is guided, but the guidance scale is 1"),
         ({"steps": ("6", "6|held", "6"), "cfg_scale": 1.0}, r"step 1 \(6\|held\) is guided"),
         ({"budget": 0.0}, "budget 0, expected above 0"),
+        ({"budget": 1.01}, "budget 1.01, expected above 0 and at most 1"),
+        ({"calls": (1, 2)}, r"calls \[1, 2\], expected a whole number for each step"),
+        ({"calls": (1, 0, 1)}, r"calls \[1, 0, 1\]"),
+        ({"calls": (1, 2.0, 1)}, r"calls \[1, 2.0, 1\]"),
+        ({"calls": (True, 1, 1)}, r"calls \[True, 1, 1\]"),
     ],
 )
 def test_impossible_plans_are_refused(changes: dict, named: str) -> None:
@@ -276,10 +281,14 @@ def test_at_guidance_scale_1_the_unconditional_depths_of_version_1_never_ran(tmp
     assert DepthPlan.load(path).steps == steps("1|1", "2|2")
 
 
-def test_a_schedule_of_version_1_stays_unbound(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
+def test_a_schedule_of_version_1_stays_unbound(tmp_path: Path, make_model: MakeModel) -> None:
+    path, model = tmp_path / "plan.json", make_model(num_blocks=2)
     path.write_text(json.dumps(FIRST | {"trunk": "", "exits": ""}))
-    assert (DepthPlan.load(path).backbone, DepthPlan.load(path).exits) == ("", "")
+    plan = DepthPlan.load(path)
+    assert (plan.backbone, plan.exits) == ("", "")
+    with pytest.raises(PlanError, match="expected a plan that names its model"):
+        bind(plan, model)
+    assert bind(plan, model, check_identity=False) is plan
 
 
 def test_plans_of_version_1_fit_the_backbone_they_were_made_for() -> None:
@@ -333,6 +342,8 @@ FULL = DepthPlan.full(PLAN.timesteps, 6, "ddim", 1.5)
             "made for 3 steps, but 2 steps of ddim are asked for",
         ),
         ({}, {"full": replace(FULL, timesteps=(900, 500, 99))}, "made for other timesteps, but 3 steps of ddim"),
+        ({}, {"full": replace(FULL, calls=(1, 2, 1))}, r"made for one calls a step, but ddim makes \(1, 2, 1\)"),
+        ({"calls": (2, 1, 1)}, {}, r"made for \(2, 1, 1\) calls a step, but ddim makes \(\)"),
         ({}, {"cfg_scale": 2.0}, "made for guidance scale 1.5, but --cfg-scale 2 is asked for"),
         ({"backbone": ""}, {"cfg_scale": 1.0}, "made for guidance scale 1.5, but --cfg-scale 1 is asked for"),
     ],

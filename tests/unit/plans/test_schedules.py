@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.schedules import constant, guidance_interval, ramp, reversed_plan, switch
+from dyndit.plans.schedules import constant, guidance_interval, ramp, reversed_plan, skips, switch
+from dyndit.plans.step import Held, NoGuide
 from dyndit.process import DDPM
 
 NUM_BLOCKS = 12
@@ -54,6 +55,25 @@ def test_switch_is_shallow_then_full(base: DepthPlan, depths: tuple[int, ...], d
     assert plan.steps[:shallow] == constant(base, depths, depth).steps[:shallow]
 
 
+@given(base=plans, depths=depth_sets, start=starts, end=starts, every=st.integers(2, 5))
+def test_skips_are_shallow_forecasts_between_full_steps(
+    base: DepthPlan, depths: tuple[int, ...], start: float, end: float, every: int
+) -> None:
+    plan, last = skips(base, depths, start, end, every), base.num_steps - 1
+    whole = [k for k, step in enumerate(plan.steps) if not step.forecast]
+    assert [plan.steps[k] for k in whole] == [base.steps[k] for k in whole]
+    assert {0, min(1, last), last} <= set(whole)
+    if len(depths) == 1:
+        assert plan.steps == base.steps
+        return
+    since_the_second = [k for k in whole if 0 < k < last]
+    assert since_the_second == list(range(1, last, every))
+    for k in set(range(base.num_steps)) - set(whole):
+        wanted = start + (end - start) * k / last
+        assert abs(plan.depths[k] - wanted) == min(abs(depth - wanted) for depth in depths[:-1])
+        assert plan.steps[k].guide == (Held() if base.guided else NoGuide())
+
+
 def test_shapes_by_hand() -> None:
     base, depths = full(5, guided=False), tuple(range(1, 13))
     assert ramp(base, depths, 4).depths == (4, 6, 8, 10, 12)
@@ -62,6 +82,9 @@ def test_shapes_by_hand() -> None:
     assert switch(base, depths, 3, 0.4).depths == (3, 3, 12, 12, 12)
     assert ramp(base, (4, 8, 12), 4).depths == (4, 4, 8, 8, 12)
     assert ramp(full(1, guided=False), depths, 4).depths == (4,)
+    assert skips(full(8, guided=False), depths).depths == (12, 12, 2, 12, 4, 12, 5, 12)
+    with pytest.raises(InputError, match=r"every 1\.9; expected at least 2"):
+        skips(base, depths, every=1.9)
 
 
 @given(base=plans, depths=depth_sets, start=starts)

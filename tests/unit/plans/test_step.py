@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dyndit.errors import PlanError
 from dyndit.models.dynamic import Work
-from dyndit.plans.step import Guide, Held, NoGuide, OwnExit, Step, Unconditional, steps
+from dyndit.plans.step import Guide, Held, NoGuide, OwnExit, Step, Unconditional, locked, steps
 
 EXAMPLES = {
     "12": (Step(12), Work((12,))),
@@ -170,3 +170,10 @@ def test_a_step_is_a_value() -> None:
         step.depth = 9
     assert {step: 1}[Step.parse("8|e4")] == 1
     assert Step(4).guide == NoGuide()
+
+
+def test_choices_that_are_locked_to_a_guide_have_it_or_drop_out() -> None:
+    assert locked(("12|6", "8"), OwnExit(4)) == steps("12|e4", "8|e4")
+    assert locked(("4", "2", "8+", "8+|e2"), OwnExit(4)) == steps("8+|e4")  # not deeper than it; the same
+    assert locked(("12", "8|2", "4+"), Unconditional(12)) == steps("8|12")  # the original; a forecast
+    assert locked((Step(4), "8+|e2"), Held()) == steps("4|held", "8+|held")

@@ -197,6 +197,7 @@ def test_times_add_up_over_parts(into: Draw, tmp_path: Path, monkeypatch) -> Non
     assert found["ms_denoiser"] == pytest.approx(1e3 * sum(row[3] for row in noted) / NUM)
 
 
+@pytest.mark.reliability("A changed byte of a sampling's times is refused, or harmless")
 def test_a_changed_byte_of_the_times_is_refused_or_harmless(into: Draw, tmp_path: Path) -> None:
     into(tmp_path, ids=range(4), stats=True)
     (path,) = tmp_path.glob("times-*.jsonl")

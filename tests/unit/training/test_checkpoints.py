@@ -20,6 +20,7 @@ from dyndit.models.exits import HEADS
 from dyndit.models.identity import same as same_identity
 from dyndit.plans.plan import bind
 from dyndit.storage import load as checkpoints
+from dyndit.storage import reading
 from dyndit.storage.load import CONFIG, EXITS, WEIGHTS
 from support.files import Canary, refused, same
 
@@ -48,6 +49,30 @@ def test_native_round_trip(head: str, make_model, make_inputs, tmp_path: Path) -
     for depth in model.depths:
         assert torch.equal(found(x, t, y, depth=depth), model(x, t, y, depth=depth))
     assert not list((tmp_path / "model").glob(".*"))
+    checkpoints.save(found, tmp_path / "deep" / "model")
+    checkpoints.save(found, tmp_path / "deep" / "model")  # over itself
+    for path in (tmp_path / "model").iterdir():
+        assert (tmp_path / "deep" / "model" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_tensors_that_hold_their_own_values_repeat_nothing(
+    model: DynamicDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_MOST_REPEATED", 0)
+    torch.save(dict(model.backbone.state_dict()), tmp_path / "dit.pt")
+    assert isinstance(reading.read_pickled(tmp_path / "dit.pt"), dict)
+    torch.save({"twice": torch.zeros(1).expand(2)}, tmp_path / "twice.pt")
+    with pytest.raises(CheckpointError, match=r"twice\.pt: a tensor of shape \(2,\) repeats 4 bytes"):
+        reading.read_pickled(tmp_path / "twice.pt")
+
+
+@pytest.mark.parametrize("recorded", [{}, {"kind": "A"}, {"kind": 1, "hash": "a", "source": ""}, "text", [1]])
+def test_a_record_of_an_autoencoder_is_text_or_refused(recorded: object, tmp_path: Path) -> None:
+    assert reading.autoencoder_record(None, tmp_path) is None
+    whole = {"kind": "AutoencoderKL", "hash": "aa", "source": "org/name"}
+    assert vars(reading.autoencoder_record(whole, tmp_path)) == whole
+    with pytest.raises(CheckpointError, match="autoencoder is"):
+        reading.autoencoder_record(recorded, tmp_path)
 
 
 def test_a_model_without_exits(make_backbone, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_latents_are_the_posterior_of_the_autoencoder(autoencoder: Path, tmp_pat
         latents[21]
 
 
+@pytest.mark.reliability("A damaged shard of latents is encoded again, and no other")
 def test_a_valid_cache_is_reused_and_only_what_is_broken_is_made_again(autoencoder: Path, tmp_path: Path) -> None:
     first = encode(Few(), autoencoder, tmp_path)
     again = Few()

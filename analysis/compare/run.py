@@ -53,14 +53,19 @@ LATENTS = "latents"
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
     """Run the comparison in `out`, and return it. Raises InputError: see `prepared`."""
     with prepared(experiment, out, inputs, console) as context:
-        fitted, given = context.experiment, (context.model, context.references, out, context.console)
-        comparison = Comparison(fitted, *given, context.to_pictures)
-        with fitted.autocast(context.model.device.type):
-            arms = [arm for source in SOURCES for arm in source.arms(context)]
-            comparison.measure(arms)
-            with progress_bar("writing the report", context.console):
-                comparison.report(arms)
+        compare(context)
     return out
+
+
+def compare(context: Context) -> None:
+    """Make every arm, measure it and write the report."""
+    fitted, given = context.experiment, (context.model, context.references, context.out, context.console)
+    comparison = Comparison(fitted, *given, context.to_pictures)
+    with fitted.autocast(context.model.device.type):
+        arms = [arm for source in SOURCES for arm in source.arms(context)]
+        comparison.measure(arms)
+        with progress_bar("writing the report", context.console):
+            comparison.report(arms)
 
 
 @contextmanager

@@ -12,12 +12,13 @@ Result and minutes: not yet measured.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
+from dyndit import files
 from dyndit.analysis.compare.evolution import Evolution
 from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant
 from dyndit.analysis.compare.peers import PeerSettings, grid
@@ -31,8 +32,8 @@ from dyndit.analysis.compare.peers.mag_cache import MagCache
 from dyndit.analysis.compare.peers.pruned import Pruned
 from dyndit.analysis.compare.peers.student import Student
 from dyndit.analysis.compare.peers.taylorseer import TaylorSeer
-from dyndit.analysis.compare.run import prepared, run
-from dyndit.analysis.compare.tuned import choose
+from dyndit.analysis.compare.run import compare, prepared
+from dyndit.analysis.compare.tuned import TUNING, choose
 from dyndit.analysis.compare.tuning import Tuning
 from dyndit.plans.step import Guide, OwnExit, Unconditional, locked
 from dyndit.recipes.cifar10_frontier import CHOICES
@@ -121,16 +122,51 @@ def of_choices(lock: Guide) -> dict[str, object]:
     return {"choices": choices, "forecast_ages": 2 * any(choice.forecast for choice in choices)}
 
 
-def compared(number: int, scale: float, guide: int, minutes: float, updates: int) -> Experiment:
-    """Return all arms of a calibration.  updates: of each student and pruned backbone, to fill a third of `minutes`."""
-    chosen = replace(calibration, cfg_scale=scale, shuffle_seeds=(0,)).calibrated(number)
-    return replace(
-        chosen,
-        tunings=tuple(tunings(scale, minutes)),
-        variants=tuple(locks(chosen, guide)),
-        evolution=Evolution(generations=1_000, minutes=minutes, seed=number),
-        peer_fit=replace(chosen.distill.fit, steps=updates),
-    )
+@dataclass(frozen=True)
+class Protocol:
+    """What the page fixes: what each calibration is, the effort of ECAD, and every grid.
+
+    thinned: takes the settings to try from a tuning of the page; here all. A rehearsal replaces each of the three.
+    """
+
+    calibration: Experiment = calibration
+    evolution: Evolution = Evolution(generations=1_000)
+    thinned: Callable[[Tuning], Tuning] = lambda tuning: tuning
+
+    def compared(self, number: int, scale: float, guide: int, minutes: float, updates: int) -> Experiment:
+        """Return all arms of a calibration.  updates: of each backbone that is trained, to fill a third of `minutes`."""
+        chosen = replace(self.calibration, cfg_scale=scale, shuffle_seeds=(0,)).calibrated(number)
+        return replace(
+            chosen,
+            tunings=tuple(map(self.thinned, tunings(scale, minutes))),
+            variants=tuple(locks(chosen, guide)),
+            evolution=replace(self.evolution, minutes=minutes, seed=number),
+            peer_fit=replace(chosen.distill.fit, steps=updates),
+        )
+
+
+def carry_out(
+    number: int, inputs: Inputs, out: Path, minutes: float = 0.0, updates: int = 2_000, protocol: Protocol | None = None
+) -> Path:
+    """Calibrate; with `minutes`, also tune every rival, and draw and score all arms. Return the folder to look at."""
+    protocol = protocol or Protocol()
+    first = protocol.calibration.calibrated(number)
+    with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
+        scale = max(LEAST_SCALE, choose(context, protocol.thinned(FULL_SCALE)).plan.cfg_scale)
+        guide = choose(context, protocol.thinned(OWN_GUIDE)).peer.exit
+    planned, inputs = replace(first, cfg_scale=scale), replace(inputs, model=str(out / "scale" / "model"))
+    with prepared(planned, out / "plan", inputs) as context, planned.autocast(context.model.device.type):
+        ((_, plan, file),) = context.searched(SOLVER, STEPS, (BUDGET,))
+    print(f"calibration {number}: scale {scale:g}, guide e{guide}\n{plan}")
+    if not minutes:
+        return out / "plan"
+    arms, inputs = protocol.compared(number, scale, guide, minutes, updates), replace(inputs, model=str(out / "plan" / "model"))
+    with prepared(arms, out / "compare", inputs) as context:
+        for stored in (out / "scale" / TUNING, out / "plan" / file):  # chosen once, so the same in every stage
+            if not (place := context.out / stored.name).exists():
+                files.copy(stored, place)
+        compare(context)
+    return out / "compare" / "report.html"
 
 
 def main(
@@ -141,21 +177,11 @@ def main(
     out: Path,
     minutes: float = 0.0,
     updates: int = 2_000,
+    device: str = "auto",
 ) -> None:
     """Calibrate; with `minutes`, also tune every rival, and draw and score all arms."""
-    inputs = Inputs(model=model, data=data, extractor_weights=extractor_weights)
-    first = calibration.calibrated(number)
-    with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
-        scale = max(LEAST_SCALE, choose(context, FULL_SCALE).plan.cfg_scale)
-        guide = choose(context, OWN_GUIDE).peer.exit
-    inputs = replace(inputs, model=str(out / "scale" / "model"))
-    planned = replace(first, cfg_scale=scale)
-    with prepared(planned, out / "plan", inputs) as context, planned.autocast(context.model.device.type):
-        ((_, plan, _),) = context.searched(SOLVER, STEPS, (BUDGET,))
-    print(f"calibration {number}: scale {scale:g}, guide e{guide}\n{plan}")
-    if minutes:
-        inputs = replace(inputs, model=str(out / "plan" / "model"))
-        run(compared(number, scale, guide, minutes, updates), out / "compare", inputs)
+    inputs = Inputs(model=model, data=data, extractor_weights=extractor_weights, device=device)
+    print(carry_out(number, inputs, out, minutes, updates))
 
 
 if __name__ == "__main__":

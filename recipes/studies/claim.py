@@ -160,7 +160,10 @@ def carry_out(
     print(f"calibration {number}: scale {scale:g}, guide e{guide}\n{plan}")
     if not minutes:
         return out / "plan"
-    arms, inputs = protocol.compared(number, scale, guide, minutes, updates), replace(inputs, model=str(out / "plan" / "model"))
+    arms, inputs = (
+        protocol.compared(number, scale, guide, minutes, updates),
+        replace(inputs, model=str(out / "plan" / "model")),
+    )
     with prepared(arms, out / "compare", inputs) as context:
         for stored in (out / "scale" / TUNING, out / "plan" / file):  # chosen once, so the same in every stage
             if not (place := context.out / stored.name).exists():

@@ -41,7 +41,8 @@ COLUMNS: dict[str, str] = {
     "ms_denoiser": "of those, in the denoiser",
     "fd": "Fréchet distance to the reference pictures",
     "predicted_fd": "Fréchet distance predicted from the calibration table; empty where there is none",
-    "role": "score: fresh seeds, counted in results; search: seeds that chose the plan",
+    "role": "score: fresh seeds, counted in results; search: seeds that chose the plan; time: a timing in batches of "
+    "another size, beside the figures of the scored pictures",
     "plan": "file of the plan; empty for full depth",
     "macs": "multiply-accumulates of the denoiser per picture, over the whole sampling",
     "macs_heads": "of those, in exit heads; empty: not recorded",

@@ -26,20 +26,22 @@ NUM_IMAGES = 66
 
 
 def thinned(tuning: Tuning) -> Tuning:
-    """First and last of each grid, a slow and a fast step count."""
+    """First and last setting and scale of every grid."""
     ends = lambda values: values[:1] + values[1:][-1:]  # noqa: E731
-    return replace(tuning, peers=ends(tuning.peers), scales=ends(tuning.scales), steps=tuple({6, max(tuning.steps)}))
+    return replace(tuning, peers=ends(tuning.peers), scales=ends(tuning.scales))
 
 
 @pytest.fixture(scope="module")
 def rehearsal() -> claim.Protocol:
-    """The protocol with its depths, choices and arms, of few pictures, updates and settings."""
+    """The protocol with its depths, choices and arms, of few steps, pictures, updates and settings."""
     whole = claim.calibration
-    fit = replace(whole.distill.fit, steps=2, batch_size=8, checkpoint_every=1)
-    few = {"num_images": NUM_IMAGES, "batch_size": 33, "more_extractors": ("vgg-cifar10",), "calibration_steps": 4}
-    table = CalibrationSettings(num_pictures=66, num_bands=4, batch_size=66, choices=CHOICES, forecast_ages=1)
-    chosen = replace(whole, distill=replace(whole.distill, fit=fit), calibration=table, **few)
-    return claim.Protocol(chosen, Evolution(generations=1, population=2), thinned)
+    distill = replace(whole.distill, num_steps=4, num_trajectories=8)
+    distill = replace(distill, fit=replace(distill.fit, steps=2, batch_size=8, checkpoint_every=1))
+    table = CalibrationSettings(num_pictures=66, num_bands=3, batch_size=66, choices=CHOICES, forecast_ages=1)
+    few = {"num_images": NUM_IMAGES, "batch_size": 33, "more_extractors": ("vgg-cifar10",), "calibration_steps": 3}
+    chosen = replace(whole, distill=distill, calibration=table, **few)
+    effort = Evolution(generations=1, population=2)
+    return claim.Protocol(steps=4, counts=(2, 3, 4), lock_steps=3, calibration=chosen, evolution=effort, thinned=thinned)
 
 
 @pytest.fixture(scope="module")

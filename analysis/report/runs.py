@@ -172,6 +172,14 @@ def runs_file(path: Path) -> Path:
     return file
 
 
+def runs_below(path: Path) -> list[Path]:
+    """Return the runs of a folder: itself, or, if it has no rows of its own, every folder below it that has some."""
+    path = Path(path)
+    if not path.is_dir() or (path / RUNS).is_file() or (path / PARQUET).is_file():
+        return [path]
+    return sorted({file.parent for name in (RUNS, PARQUET) for file in path.rglob(name)}) or [path]
+
+
 def _read_table(file: Path) -> pd.DataFrame:
     try:
         if file.suffix == ".parquet":

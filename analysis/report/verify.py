@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from dyndit import seals
-from dyndit.analysis.report.write import REPORT, RESULT, answer_record, contents_of, overview, table_record
+from dyndit.analysis.report.contents import answer_record, contents_of, overview, table_record
+from dyndit.analysis.report.write import REPORT, RESULT
 from dyndit.errors import InputError
 from dyndit.files import read_json, sha256
 from dyndit.markdown import as_plain

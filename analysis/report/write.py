@@ -4,7 +4,6 @@ Every number comes from the runs' frames. Each group of comparable rows (`runs.G
 extractor, picture count, precision, ...) has its own tables and frontier.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ from matplotlib.figure import Figure
 
 from dyndit import bounds, manifest, seals
 from dyndit.analysis.report import figures, page, plan_figures, strips, style
-from dyndit.analysis.report.cells import Table, as_markdown
-from dyndit.analysis.report.findings import findings_of, read_plan, same_plans
-from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.cells import as_markdown
+from dyndit.analysis.report.claim_tables import HOW
+from dyndit.analysis.report.contents import Content, answer, answer_record, contents_of, overview, table_record
+from dyndit.analysis.report.findings import read_plan, same_plans
 from dyndit.analysis.report.guidance import guidance_figure, sweep_of
-from dyndit.analysis.report.headline import Glance, glance_of, glance_table, named, shown_first
-from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_file, scored_rows
-from dyndit.analysis.report.tables import settings_of, settings_table, tables_of
-from dyndit.errors import InputError
+from dyndit.analysis.report.headline import shown_first
+from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_below, runs_file, scored_rows
 from dyndit.files import sha256, write_json, write_text
 from dyndit.markdown import plain
 
@@ -55,22 +53,6 @@ DRAWN = {
 
 
 @dataclass(frozen=True)
-class Content:
-    """The findings and tables of one group of comparable rows, all computed from the rows."""
-
-    title: str
-    findings: list[str]
-    tables: list[Table]
-    source: Path
-    """The runs file; its folder also holds the plans, the manifest and the run's own figures."""
-    rows: pd.DataFrame
-    glance: Glance
-    first_of_arms: bool
-    """False: an earlier group has the same arms under another extractor."""
-    first_of_run: bool
-
-
-@dataclass(frozen=True)
 class Picture:
     """A figure of the report, already on disk as PNG."""
 
@@ -91,6 +73,8 @@ class Pages:
 
     def how_to_read(self) -> str:
         """Return the note below the answer."""
+        if all(content.claim for content in self.contents):
+            return HOW
         return (
             "Lower FD is better; it compares only with figures of the same extractor, reference and number of "
             "pictures. Times run from noise to uint8, medians over the seed blocks. Quality is unchanged (yes) where "
@@ -103,7 +87,9 @@ class Pages:
 
     @property
     def lead(self) -> int:
-        """Return the group whose figure stands on the first screen."""
+        """Return the group whose figure stands on the first screen: of a claim, else with plans to judge."""
+        if self.contents[0].claim:
+            return 0
         return shown_first([content.glance for content in self.contents])[0]
 
     def markdown(self) -> str:
@@ -160,12 +146,13 @@ def write_report(
 ) -> Path:
     """Write report.md, report.html, report.json and the figures (PNG, SVG) into `out`; return report.html's path.
 
-    run_dirs: runs files, or folders with runs.csv (or runs.parquet). Optional in a folder: manifest.json, plans,
-    exit-errors.csv and the figures of CAPTIONS. margin: largest difference of unchanged quality, see
-    `dyndit.stats.non_inferior`. report.html needs no other file and no network. Each figure has a
+    run_dirs: runs files, or folders with runs.csv (or runs.parquet), or folders of such folders. Optional in a folder:
+    manifest.json, plans, exit-errors.csv and the figures of CAPTIONS. margin: largest difference of unchanged quality,
+    see `dyndit.stats.non_inferior`. report.html needs no other file and no network. Each figure has a
     <figure>.manifest.json beside it. Raises InputError: runs are missing or damaged, or manifest.json is unreadable.
     """
-    paths = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
+    given = [run_dirs] if isinstance(run_dirs, (str, Path)) else run_dirs
+    paths = [path for folder in given for path in runs_below(Path(folder))]
     contents = contents_of(paths, margin)
     manifests = {}
     for folder in dict.fromkeys(runs_file(path).parent for path in paths):
@@ -183,55 +170,8 @@ def write_report(
     return out / "report.html"
 
 
-def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
-    """Compute all printed contents of these runs from their rows. Raises InputError."""
-    frames = [(runs_file(path), read_runs(path)) for path in paths]
-    groups = [(source, rows) for source, runs in frames for _, rows in runs.groupby(GROUP, sort=False)]
-    groups = [(source, rows) for source, rows in groups if (rows["role"] == "score").any()]
-    if not groups:  # plans are searched, but no arm is scored yet
-        raise InputError(f"{paths[0]}: no row of role 'score', expected at least one")
-    seen: set[object] = set()
-    contents = []
-    for source, rows in groups:
-        arms = (source, *(str(rows[name].iloc[0]) for name in GROUP if name not in ("extractor", "metric")))
-        contents.append(_content(source, rows, margin, arms not in seen, source not in seen))
-        seen |= {arms, source}
-    return contents
-
-
-def answer(contents: Sequence[Content], margin: float) -> tuple[list[tuple[str, str]], Table]:
-    """Return the first screen: sentence and detail of each group with plans, and the table of the best plans."""
-    glances = [content.glance for content in contents]
-    found = named(glances, [scored_rows(content.rows) for content in contents])
-    return list(zip(found[::2], found[1::2], strict=True)), glance_table(glances, margin)
-
-
-def answer_record(contents: Sequence[Content], margin: float) -> dict[str, object]:
-    """Return the first screen as JSON."""
-    sentences, glance = answer(contents, margin)
-    findings = [text for both in sentences for text in both if text]
-    return {"findings": findings, "tables": [table_record(glance)] if glance.rows else []}
-
-
-def overview(contents: Sequence[Content]) -> Table:
-    """Return the table of groups: run, machine and settings of each."""
-    return settings_table([scored_rows(content.rows) for content in contents])
-
-
 def _link(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def _content(source: Path, rows: pd.DataFrame, margin: float, first_of_arms: bool, first_of_run: bool) -> Content:
-    first = scored_rows(rows).iloc[0]
-    frame = summary(rows, margin)
-    title = (
-        f"{first['run']}: {first['model']} on {first['machine']}, {first['metric']}, {settings_of(scored_rows(rows))}, "
-        f"{frame['blocks'].max()} seed blocks of {first['num_images']:g} pictures"
-    )
-    findings = findings_of(frame, rows, source.parent, margin, first=first_of_arms)
-    tables, glance = tables_of(frame, rows, margin), glance_of(frame, rows, margin)
-    return Content(title, findings, tables, source, rows, glance, first_of_arms, first_of_run)
 
 
 def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, object]) -> list[Picture]:
@@ -241,6 +181,11 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
         "group": {name: str(content.rows[name].iloc[0]) for name in GROUP},
         "lines of the runs file": [int(k) + 2 for k in content.rows.index],  # the heading is line 1
     }
+    if content.claim:  # rows of several files, joined
+        source = {
+            "calibrations": sorted(map(int, set(content.rows["block"]))),
+            "extractor": content.rows["extractor"].iloc[0],
+        }
     figures_drawn = _drawn(content)
     for name, drawn in figures_drawn.items():
         files = [out / f"{name}{suffix}.png", out / f"{name}{suffix}.svg"]
@@ -265,6 +210,7 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
 def _sweeps(contents: Sequence[Content], out: Path, made: Mapping[str, object]) -> list[Picture]:
     """Draw the guidance sweep of each source that has one. Its rows are in several groups, one per scale."""
     found = []
+    contents = [content for content in contents if not content.claim]
     for k, source in enumerate(dict.fromkeys(content.source for content in contents)):
         mine = [content for content in contents if content.source == source]
         sweep = sweep_of(pd.concat([scored_rows(content.rows) for content in mine]))
@@ -320,6 +266,8 @@ def _errors_figure(path: Path) -> Figure:
 
 def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], made: Mapping[str, object]) -> None:
     source = {"runs": _link(content.source, path.parent), "sha256 of the runs": sha256(content.source)}
+    if content.claim:
+        source = {"runs": {_link(file, path.parent): sha256(file) for file in content.claim}}
     write_json(path, seals.sealed({**facts, **source, **made}))
 
 
@@ -335,18 +283,6 @@ def _record(pages: Pages, files: Sequence[Path]) -> dict[str, object]:
     of_all = {"title": pages.title, "margin": pages.margin, "sources": sources}
     of_all["answer"] = answer_record(pages.contents, pages.margin)
     return of_all | {"overview": table_record(overview(pages.contents)), "sections": sections}
-
-
-def table_record(table: Table) -> dict[str, object]:
-    """Turn a table into JSON: cells as printed, and the numbers behind them. NaN is null, infinities are text."""
-    rows = [[{"text": cell.text, "values": list(map(_json_number, cell.values))} for cell in r] for r in table.rows]
-    return {"name": table.name, "derived": table.derived, "columns": list(table.columns), "rows": rows}
-
-
-def _json_number(value: float) -> float | str | None:
-    if math.isnan(value):
-        return None
-    return value if math.isfinite(value) else str(value)
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:

@@ -160,5 +160,8 @@ def guidance_interval(plan: DepthPlan, low: float, high: float, process: Process
     ]
     if tuple(steps) == plan.steps:
         return plan
-    limits = {"guided_above": low, **({"guided_to": high} if math.isfinite(high) else {})}  # a plan's numbers are finite
+    limits = {
+        "guided_above": low,
+        **({"guided_to": high} if math.isfinite(high) else {}),
+    }  # a plan's numbers are finite
     return plan.with_steps(steps, settings=plan.settings | limits, figures={})

@@ -155,7 +155,7 @@ def test_settings_round_trip() -> None:
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
 def test_bad_shares_are_one_line(share: float) -> None:
-    with pytest.raises(InputError, match="width share .*: expected above 0 and at most 1"):
+    with pytest.raises(InputError, match=r"width share .*: expected above 0 and at most 1"):
         Width(share)
 
 

@@ -41,7 +41,9 @@ def rehearsal() -> claim.Protocol:
     few = {"num_images": NUM_IMAGES, "batch_size": 33, "more_extractors": ("vgg-cifar10",), "calibration_steps": 3}
     chosen = replace(whole, distill=distill, calibration=table, **few)
     effort = Evolution(generations=1, population=2)
-    return claim.Protocol(steps=4, counts=(2, 3, 4), lock_steps=3, calibration=chosen, evolution=effort, thinned=thinned)
+    return claim.Protocol(
+        steps=4, counts=(2, 3, 4), lock_steps=3, calibration=chosen, evolution=effort, thinned=thinned
+    )
 
 
 @pytest.fixture(scope="module")

@@ -242,7 +242,8 @@ class Comparison:
         from dyndit.analysis.report import figures, plan_figures, style
         from dyndit.analysis.report.write import write_report
 
-        searched = [arm for arm in arms if arm.family == "searched" and not arm.calibration]
+        own = (None, self.experiment.number)
+        searched = [arm for arm in arms if arm.family == "searched" and arm.calibration in own]
         style.save(plan_figures.plan_figure({arm.name: arm.plan for arm in searched}), self.out / "plan.png")
         rows, first = {}, dict(reversed(self.experiment.dynamic_points))
         for solver, steps in first.items():

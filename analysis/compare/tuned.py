@@ -159,7 +159,8 @@ class _Log:
 
     def __init__(self, context: Context, tuning: Tuning) -> None:
         self.context, self.tuning, self.path = context, tuning, context.out / TUNING
-        found = pd.read_csv(self.path, keep_default_na=False) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
+        exact = {"keep_default_na": False, "float_precision": "round_trip"}
+        found = pd.read_csv(self.path, **exact) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
         self.rows = [{**row, "fd": None if row["fd"] == "" else float(row["fd"])} for row in found.to_dict("records")]
         self.reference = context.full(tuning.solver, tuning.reference)
         self.full_seconds: float | None = None

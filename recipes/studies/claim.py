@@ -181,12 +181,13 @@ def carry_out(
     if not minutes:
         return out / "plan" / file
     inputs = replace(inputs, model=str(out / "plan" / "model"))
-    with prepared(protocol.compared(number, scale, guide, minutes, updates), out / "compare", inputs) as context:
+    arms, folder = protocol.compared(number, scale, guide, minutes, updates), out / f"claim-{number}"
+    with prepared(arms, folder, inputs) as context:
         for chosen in (out / "scale" / TUNING, out / "plan" / file):  # once, so that every stage has the same
             if not (place := context.out / chosen.name).exists():
                 files.copy(chosen, place)
         compare(context)
-    return out / "compare" / "report.html"
+    return folder / "report.html"
 
 
 def minutes_of(out: Path) -> float:

@@ -8,16 +8,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dyndit.analysis.compare import run as comparison
+from dyndit.analysis.compare import tuned
+from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.evolution import Evolution
 from dyndit.analysis.compare.experiment import Inputs
 from dyndit.analysis.compare.tuning import Tuning
 from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
+from dyndit.analysis.report.runs import append_run, read_runs
+from dyndit.analysis.report.verify import verify
+from dyndit.analysis.report.write import write_report
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.models.dit import ClassConditionalDiT, DiTConfig
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.recipes.cifar10_frontier import CHOICES
 from dyndit.recipes.studies import claim
+from dyndit.rounds import Repeats
 from dyndit.storage import load as checkpoints
+from dyndit.training.match import Match
 from support.models import randomise
 from support.pictures import noise, save
 
@@ -62,10 +70,66 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     )
 
 
-def test_the_whole_protocol(rehearsal: claim.Protocol, inputs: Inputs, tmp_path: Path) -> None:
-    out = tmp_path / "0"
-    claim.carry_out(0, inputs, out, protocol=rehearsal)
-    page = claim.carry_out(0, inputs, out, minutes=1.0, updates=2, protocol=rehearsal)
+def test_the_whole_protocol(
+    rehearsal: claim.Protocol,
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Calibrate; compare, stopped while arms are scored; go on; report. Nothing that is stored is done again."""
+    monkeypatch.setattr(tuned, "ROUNDS", Repeats(2))
+    monkeypatch.setattr(comparison, "TIMING", Repeats(2))
+    out, written = tmp_path / "1", []
+    plan = claim.carry_out(1, inputs, out, protocol=rehearsal)
+    assert plan == out / "plan" / "plan-unipc-4-b0.8.json"
+    assert "calibration 1: scale " in (said := capsys.readouterr().out)
+    assert f"{claim.minutes_of(out):.1f} minutes" in said
+    assert claim.minutes_of(out) > 0
+
+    def stopped(path: Path, *rows: object) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        append_run(path, *rows)
+
+    again = {"minutes": 9.0, "updates": 2, "protocol": rehearsal}
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "append_run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            claim.carry_out(1, inputs, out, **again)
+    folder = out / "claim-1"
+    tuning, rows = (folder / "tuning.csv").read_text(), read_runs(folder)
+    assert rows["arm"].nunique() == 2
+    with monkeypatch.context() as patch:
+        for place in (Context, "distance"), (Context, "_measured_table"), (Match, "train"), (tuned, "_ratio"):
+            patch.setattr(*place, lambda *_, **__: pytest.fail("done again"))
+        page = claim.carry_out(1, inputs, out, **again)
+    assert page == folder / "report.html"
+    assert (folder / "tuning.csv").read_text() == tuning
+    assert tuning.startswith((out / "scale" / "tuning.csv").read_text())  # A and C are chosen once
+    assert (folder / plan.name).read_bytes() == plan.read_bytes()
+    _check_rows(read_runs(folder), rows)
+    text = (folder / "report.md").read_text()
+    assert "One calibration: nothing is shown." in text
+    assert verify(folder) == []
     assert page.is_file()
-    rows = pd.read_csv(out / "compare" / "runs.csv")
-    print(rows[["arm", "fd", "ms_per_picture", "calibration"]].to_string())
+    write_report(out, tmp_path / "report", margin=0.03)  # the folder of a calibration is one too
+    assert (tmp_path / "report" / "report.md").read_text().count("### Rivals at equal time") == 2
+
+
+def _check_rows(rows: pd.DataFrame, before: pd.DataFrame) -> None:
+    """Every arm of the protocol by both extractors, scored on its seeds and timed alone."""
+    scored, timed = (rows[rows["role"] == role] for role in ("score", "time"))
+    assert scored["fd"].head(len(before)).tolist() == before["fd"].tolist()
+    families = set(scored["family"])
+    assert {"A", "B", "C", "C-interval", "D", "H", "K", "L", "J", "ecad", "searched", "shuffled"} <= families
+    assert families & {"C-own", "C-pass"}
+    assert {"searched-E1", "searched-E2"} & families
+    assert set(scored["seed"]) == {10_001}
+    made = scored[~scored["family"].isin(["full", "unguided"])]
+    assert set(made["calibration"]) == {"1"}
+    assert set(timed["arm"]) == set(scored["arm"])
+    assert set(timed["batch_size"]) == {"1"}
+    assert scored.groupby("arm")["extractor"].nunique().eq(2).all()
+    assert set(scored["variant"]) - {"", "slower", "faster"} <= {"E1", "E2"}

@@ -39,9 +39,11 @@ EXPLAINING = {
     "L": ("L", "width by timestep"),
 }
 """Arms in a family of their own: they explain, and decide nothing."""
+FAMILIES = {FULL, PLAN, *(family for family, _ in (*RIVALS.values(), *EXPLAINING.values()))}
 LEVEL, MATCHING = 0.05, 0.02
 """Level of a corrected p value; times are equal within this share."""
 BETTER, WORSE, OPEN = "better", "worse", "not shown"
+MORE, LESS = "more time and no nearer step count", "less time and no nearer step count"
 OTHERS = ("slower", "faster")
 """Variants of a rival: the next step count, if its time is not the plan's."""
 KEY = [name for name in GROUP if name not in ("run", "cfg_scale", "extractor", "metric")]
@@ -105,15 +107,17 @@ class Claim:
         """Compare G with every arm: a row per letter, the strongest rival first.
 
         Columns: letter, what, calibrations, ratio (mean of the arm's time over G's), fd (mean at equal time), diff
-        (Interval of G - X), p, corrected, outcome (BETTER, WORSE, OPEN; "" without a figure), note.
+        (Interval of G - X), p, corrected, outcome (is G BETTER, WORSE, or OPEN; "" without a figure), note. An arm that
+        took more time than G does not make it WORSE.
         """
         rows = [self._compared(extractor, letter, *arm) for letter, arm in arms.items()]
         there = {row["letter"]: row["p"] for row in rows if row["calibrations"]}
         corrected = holm(there)
         for row in rows:
             row["corrected"] = corrected.get(row["letter"], math.nan)
-            shown = row["corrected"] <= LEVEL
-            outcome = (BETTER if row["diff"].mean < 0 else WORSE) if shown else OPEN
+            outcome = OPEN
+            if row["corrected"] <= LEVEL and (row["diff"].mean < 0 or MORE not in row["note"]):
+                outcome = BETTER if row["diff"].mean < 0 else WORSE
             row["outcome"] = "" if math.isnan(row["diff"].mean) else outcome
         columns = ["letter", "what", "calibrations", "ratio", "fd", "diff", "p", "corrected", "outcome", "note"]
         rows.sort(key=lambda row: (math.isnan(row["diff"].mean), -np.nan_to_num(row["diff"].mean), row["letter"]))
@@ -137,27 +141,20 @@ class Claim:
         note = "; ".join(
             f"{kind}: {listed([k for k in kinds if kinds[k] == kind])}" for kind in sorted(set(kinds.values()) - {""})
         )
-        return row | {
-            "ratio": ratio,
-            "fd": float(np.mean(list(fds.values()))),
-            "diff": difference,
-            "p": p,
-            "note": note,
-        }
+        row |= {"ratio": ratio, "fd": float(np.mean(list(fds.values())))}
+        return row | {"diff": difference, "p": p, "note": note}
 
 
 def _at_equal_time(own: pd.DataFrame, time: float) -> tuple[float, float, str]:
     """Return an arm's FD at G's time, the ratio of its own time to G's, and what was done if they are not equal."""
-    main, other = own[~own["variant"].isin(OTHERS)].iloc[0], own[own["variant"].isin(OTHERS)]
-    ratio = float(main["ms_per_picture"] / time)
+    main, points = own[~own["variant"].isin(OTHERS)].iloc[0], own.sort_values("ms_per_picture")
+    ratio, times = float(main["ms_per_picture"] / time), points["ms_per_picture"].astype(float).to_numpy()
     if abs(ratio - 1) <= MATCHING:
         return float(main["fd"]), ratio, ""
-    if other.empty:
-        return float(main["fd"]), ratio, f"{'less' if ratio < 1 else 'more'} time and no nearer step count"
-    points = pd.concat([main.to_frame().T, other]).astype({"ms_per_picture": float, "fd": float})
-    points = points.sort_values("ms_per_picture")
-    fd = np.interp(math.log(time), np.log(points["ms_per_picture"]), points["fd"])
-    return float(fd), ratio, "interpolated"
+    fd = float(np.interp(math.log(time), np.log(times), points["fd"].astype(float)))
+    if times[0] > (1 + MATCHING) * time:
+        return fd, ratio, MORE
+    return fd, ratio, "interpolated" if times[-1] >= (1 - MATCHING) * time else LESS
 
 
 def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
@@ -167,7 +164,8 @@ def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
     found = []
     scored = rows[rows["role"] == "score"]
     for _, own in scored.groupby(KEY, sort=True):
-        twice = own[own.duplicated(["extractor", "calibration", "family", "variant"], keep=False)]
+        known = own[own["family"].isin(FAMILIES)]
+        twice = known[known.duplicated(["extractor", "calibration", "family", "variant"], keep=False)]
         if len(twice):
             first = twice.iloc[0]
             runs_of = " and ".join(sorted(set(twice["run"]))) or "one run"

@@ -242,22 +242,26 @@ def neighbours(ms: float, fd: float) -> list[pd.DataFrame]:
 
 
 @pytest.mark.parametrize(
-    ("ms", "fd"), [(56.25, 11.0), (44.0, 11.0)], ids=["halfway in log time", "still faster: its own figure"]
+    ("ms", "fd", "note"),
+    [(56.25, 11.0, "interpolated"), (44.5, 11.0, "interpolated"), (40.0, 11.0, "less time and no nearer step count")],
+    ids=["halfway in log time", "matched: its own figure", "still faster: its own figure"],
 )
-def test_times_that_differ_are_interpolated_in_log_time(ms: float, fd: float) -> None:
+def test_times_that_differ_are_interpolated_in_log_time(ms: float, fd: float, note: str) -> None:
     (claim,) = claims_of(neighbours(ms, fd), 0.03)
     row, plain = by_letter(claim)["C"], by_letter(claim_of({"C": {"ms": 36.0, "fd": 12.0}}))["C"]
     assert row["ratio"] == pytest.approx(36 / 45)
     assert plain["diff"].mean - row["diff"].mean == pytest.approx(-0.5 if ms > 45 else -1.0)
-    assert row["note"] == "interpolated: 0, 1, 2, 3, 4"
+    assert row["note"] == f"{note}: 0, 1, 2, 3, 4"
     assert plain["note"] == "less time and no nearer step count: 0, 1, 2, 3, 4"
     assert row["outcome"] == BETTER
 
 
 def test_a_rival_of_more_time_is_named() -> None:
-    row = by_letter(claim_of({"I": {}, "ecad": {"ms": 50.0, "fd": 9.0}}))["I"]
-    assert row["note"] == "more time and no nearer step count: 0, 1, 2, 3, 4"
-    assert row["outcome"] == WORSE
+    """It is better, but not at equal time; a rival that loses all the same has lost."""
+    found = by_letter(claim_of({"ecad": {"ms": 50.0, "fd": 9.0}, "K": {"ms": 50.0}, "B": {"fd": 9.0}}))
+    assert found["I"]["note"] == found["K"]["note"] == "more time and no nearer step count: 0, 1, 2, 3, 4"
+    assert found["I"]["corrected"] < 0.05
+    assert [found[letter]["outcome"] for letter in "IKB"] == [OPEN, BETTER, WORSE]
 
 
 def test_machines_are_claims_of_their_own() -> None:

@@ -70,6 +70,11 @@ class Claim:
         return tuple(sorted(set(self.rows["extractor"]), key=lambda name: (name != PRIMARY, name)))
 
     @property
+    def point(self) -> str:
+        """Return solver and steps of G: `unipc, 20 steps`."""
+        return str(self.rows["point"].iloc[0])
+
+    @property
     def words(self) -> str:
         """Say how many calibrations there are."""
         return f"{number_word(len(self.calibrations))} calibration{'s' * (len(self.calibrations) > 1)}"
@@ -158,12 +163,15 @@ def _at_equal_time(own: pd.DataFrame, time: float) -> tuple[float, float, str]:
 
 
 def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
-    """Join runs that have A and G, a claim for each machine, model and setting. Raises InputError: a row twice."""
+    """Join runs that have A and G, a claim for each machine, model, setting and point of G.
+
+    Raises InputError: a calibration has a row twice.
+    """
     rows = pd.concat(map(_numbered, runs), ignore_index=True)
     rows = rows.assign(**{name: rows[name].map(label) for name in (*TEXTS, "variant")})
     found = []
     scored = rows[rows["role"] == "score"]
-    for _, own in scored.groupby(KEY, sort=True):
+    for _, own in scored.groupby([*KEY, "point"], sort=True):
         known = own[own["family"].isin(FAMILIES)]
         twice = known[known.duplicated(["extractor", "calibration", "family", "variant"], keep=False)]
         if len(twice):
@@ -173,18 +181,19 @@ def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
                 f"calibration {first['calibration']}, family {first['family']}: two rows by {first['extractor']} "
                 f"({runs_of}); expected one"
             )
-        same = [name for name in KEY if name != "batch_size"]
+        same = [name for name in (*KEY, "point") if name != "batch_size"]
         timed = rows[(rows["role"] == "time") & (rows[same] == own[same].iloc[0]).all(axis=1)]
         found.append(Claim(pd.concat([own, timed]).sort_values(["extractor", "calibration", "arm", "role"]), margin))
     return found
 
 
 def _numbered(runs: pd.DataFrame) -> pd.DataFrame:
-    """Number the calibration of every row. Rows without one, such as full depth's, take that of their run."""
-    numbers = runs["calibration"].map(label)
+    """Number the calibration of every row, and name G's solver and steps. Rows without a number take their run's."""
+    numbers, plans = runs["calibration"].map(label), runs[runs["family"] == PLAN]
     if numbers[numbers != ""].nunique() == 1:
         numbers = numbers.replace("", numbers[numbers != ""].iloc[0])
-    return runs[numbers != ""].assign(calibration=numbers[numbers != ""].astype(int))
+    point = f"{plans['solver'].iloc[0]}, {int(plans['steps'].iloc[0])} steps"
+    return runs[numbers != ""].assign(calibration=numbers[numbers != ""].astype(int), point=point)
 
 
 def is_claim(runs: pd.DataFrame) -> bool:

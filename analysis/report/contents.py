@@ -98,7 +98,9 @@ def _contents_of_claims(joined: Sequence[tuple[Path, pd.DataFrame]], margin: flo
         for extractor in claim.extractors:
             rows = normalised(claim, extractor)
             first, findings = rows.iloc[0], findings_of_claim(claim, extractor)
-            title = f"claim: {first['model']} on {first['machine']}, {first['metric']}, {claim.words} of "
+            title = (
+                f"claim: {first['model']} on {first['machine']}, {claim.point}, {first['metric']}, {claim.words} of "
+            )
             glance = Glance(next(iter(findings), ""), "", pd.DataFrame({"family": []}), of_plans=True)
             title += f"{first['num_images']:g} pictures"
             tables = tables_of_claim(claim, extractor)

@@ -8,7 +8,8 @@
 Run the first command for the numbers 0 to 4: exits, the scale of full depth, the table, the plan. It prints the minutes
 that this took. Then run the second for each, with the minutes of the longest of the five: rivals are trained and tuned
 for as long, every arm is drawn and scored, and timed in batches of 1. The report joins the five. WEIGHTS is a backbone
-of the recipe `cifar10`'s shape. Depths are the protocol's for 12 blocks.
+of the recipe `cifar10`'s shape; `--protocol unipc-10` and `flow` are the replications. Depths are the protocol's for 12
+blocks.
 
 Result and minutes: not yet measured.
 """
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import tyro
@@ -91,6 +93,8 @@ class Protocol:
     evolution: Evolution = field(default_factory=lambda: Evolution(generations=1_000))
     thinned: Callable[[Tuning], Tuning] = lambda tuning: tuning
     """Changes each tuning of the page; by default to itself."""
+    without: tuple[str, ...] = ()
+    """Arms that a replication leaves out."""
 
     def calibrated(self, number: int) -> Experiment:
         """Return a calibration with the searched plan alone."""
@@ -148,11 +152,21 @@ class Protocol:
         chosen = replace(self.calibrated(number), cfg_scale=scale, shuffle_seeds=(number,))
         return replace(
             chosen,
-            tunings=tuple(self.tunings(scale, minutes)),
-            variants=tuple(self.locks(chosen, guide)),
+            tunings=tuple(one for one in self.tunings(scale, minutes) if one.family not in self.without),
+            variants=tuple(one for one in self.locks(chosen, guide) if one.name not in self.without),
             evolution=replace(self.evolution, minutes=minutes, seed=number),
             peer_fit=replace(chosen.distill.fit, steps=updates),
         )
+
+
+LESS = ("E1", "E2", "K", "L")
+FLOW = replace(calibration, calibration_solver="flow-euler", distill=replace(calibration.distill, solver="flow-euler"))
+PROTOCOLS = {
+    "main": Protocol(),
+    "unipc-10": Protocol(steps=10, counts=tuple(range(3, 41)), without=LESS),
+    "flow": Protocol(solver="flow-euler", calibration=FLOW, without=LESS),
+}
+"""The main run and its replications."""
 
 
 def of_choices(lock: Guide) -> dict[str, object]:
@@ -162,10 +176,14 @@ def of_choices(lock: Guide) -> dict[str, object]:
 
 
 def carry_out(
-    number: int, inputs: Inputs, out: Path, minutes: float = 0.0, updates: int = 2_000, protocol: Protocol | None = None
+    number: int,
+    inputs: Inputs,
+    out: Path,
+    minutes: float = 0.0,
+    updates: int = 2_000,
+    protocol: Protocol = PROTOCOLS["main"],
 ) -> Path:
     """Calibrate; with `minutes`, also tune every rival, and draw and score all arms. Return the plan or the report."""
-    protocol = protocol or Protocol()
     first = protocol.calibrated(number)
     with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
         scale = max(LEAST_SCALE, choose(context, protocol.full_scale).plan.cfg_scale)
@@ -204,11 +222,12 @@ def main(
     out: Path,
     minutes: float = 0.0,
     updates: int = 2_000,
+    protocol: Literal["main", "unipc-10", "flow"] = "main",
     device: str = "auto",
 ) -> None:
     """Calibrate; with `minutes`, also tune every rival, and draw and score all arms."""
     inputs = Inputs(model=model, data=data, extractor_weights=extractor_weights, device=device)
-    print(carry_out(number, inputs, out, minutes, updates))
+    print(carry_out(number, inputs, out, minutes, updates, PROTOCOLS[protocol]))
 
 
 if __name__ == "__main__":

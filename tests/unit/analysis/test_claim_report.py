@@ -271,6 +271,16 @@ def test_machines_are_claims_of_their_own() -> None:
     assert [claim.calibrations for claim in found] == [(0, 1, 2, 3), (4,)]
 
 
+def test_replications_are_claims_of_their_own() -> None:
+    """Ten steps leave less to save, so 30% are asked for."""
+    few = [frame.assign(steps=10) for frame in runs_of({"searched": {"ms": 65.0}})]
+    found = {claim.point: goals(claim)[3] for claim in claims_of([*runs_of(), *few], 0.03)}
+    assert {point: (goal.met, goal.asked[-3:]) for point, goal in found.items()} == {
+        "unipc, 20 steps": (True, "40%"),
+        "unipc, 10 steps": (True, "30%"),
+    }
+
+
 def test_a_calibration_that_stands_twice_is_refused() -> None:
     runs = runs_of()
     with pytest.raises(InputError, match=r"calibration 2, family A: two rows by .* \(claim-2\); expected one"):

@@ -324,5 +324,11 @@ def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:
     assert [round(share * CARDS["cifar10"].num_blocks) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3)] == list(claim.EXITS)
     for tuning in found.tunings:
         assert len({(peer.name, peer.label) for peer in tuning.peers}) == len(tuning.peers)
+    few = claim.PROTOCOLS["unipc-10"].compared(3, 1.5, 4, minutes=60.0, updates=100)
+    assert {tuning.family for tuning in few.tunings} == families - {"K", "L"}
+    assert few.variants == ()
+    assert few.tunings[1].steps == tuple(range(3, 11))
+    flow = claim.PROTOCOLS["flow"].compared(3, 1.5, 4, minutes=60.0, updates=100)
+    assert {flow.calibration_solver, flow.distill.solver, flow.points[0][0], flow.tunings[0].solver} == {"flow-euler"}
     settings = settings_of(found, Inputs(), load_digits())
     assert files.to_json(Path("manifest.json"), settings)

@@ -193,10 +193,14 @@ def carry_out(
         file = file_name(protocol.solver, protocol.steps, protocol.budget)
         _, known, began = context.table, (context.out / file).exists(), time.monotonic()
         ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,))
+        full_ms = context.predicted_ms(context.full(protocol.solver, protocol.steps))
         if not known:
             note(context.out / COSTS, {"name": "plan", "seed": first.search_seed, "seconds": time.monotonic() - began})
     print(f"calibration {number}: scale {scale:g}, guide e{guide}, {minutes_of(out):.1f} minutes\n{plan}")
     if not minutes:
+        stages = expected(protocol, full_ms, minutes_of(out))
+        parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
+        print(f"with --minutes {minutes_of(out):.0f}, minutes at most: {parts}; scoring them comes on top")
         return out / "plan" / file
     inputs = replace(inputs, model=str(out / "plan" / "model"))
     arms, folder = protocol.compared(number, scale, guide, minutes, updates), out / f"claim-{number}"
@@ -206,6 +210,23 @@ def carry_out(
                 files.copy(chosen, place)
         compare(context)
     return folder / "report.html"
+
+
+def expected(protocol: Protocol, full_ms: float, minutes: float) -> dict[str, float]:
+    """Estimate the minutes of the second command, at most, by stage.  full_ms: of full depth, per picture."""
+    chosen, ms = protocol.compared(0, LEAST_SCALE, EXITS[0], minutes, 1), protocol.budget * full_ms
+    drawn = [
+        len(one.peers) * len(one.scales) * (one.counts or len(one.steps)) * chosen.calibration.num_pictures * ms / 6e4
+        for one in chosen.tunings
+    ]
+    limits = [one.minutes or math.inf for one in chosen.tunings]
+    trained = {(peer.name, getattr(peer, "depth", peer.label)) for one in chosen.tunings for peer in one.peers}
+    trained = [peer for peer in trained if peer[0] in (Student.name, Pruned.name, Width.name)]
+    # G, F, I and each lock take the plan's time, as every tuning and its neighbour do; A and full depth take their own.
+    arms = 3 + len(chosen.variants) + 2 * len(chosen.tunings)
+    scored = chosen.num_images * (arms * ms + 3 * full_ms) / 6e4
+    stages = {"trainings": len(trained) * minutes / 3, "tuning": sum(map(min, drawn, limits))}
+    return stages | {"evolution": minutes, "pictures to score": scored}
 
 
 def minutes_of(out: Path) -> float:

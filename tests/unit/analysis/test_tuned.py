@@ -305,6 +305,17 @@ def test_a_time_that_no_setting_meets_has_no_arm(context: Context, tmp_path: Pat
         choose(own, never)
 
 
+def test_the_claims_cost_is_estimated_from_full_depths_time() -> None:
+    """Ten milliseconds a picture, an hour for each rival. By hand: B tries 7 scales at 15 counts."""
+    found, protocol = claim.expected(claim.PROTOCOLS["main"], 10.0, 60.0), claim.Protocol()
+    assert found["trainings"] == 9 * 20  # three students, three pruned backbones, three widths
+    assert found["evolution"] == 60
+    only = replace(protocol, without=tuple({t.family for t in protocol.tunings(1.5, 60.0)} - {"B"}))
+    assert claim.expected(only, 10.0, 60.0)["tuning"] == pytest.approx(7 * 15 * 256 * 4.5 / 60_000)
+    assert claim.expected(only, 1e6, 60.0)["tuning"] == 60  # its limit
+    assert claim.expected(protocol, 20.0, 60.0)["pictures to score"] == 2 * found["pictures to score"]
+
+
 def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:
     """Seeds as the page says, the rivals by letter, and settings that a manifest can hold."""
     found = claim.Protocol().compared(3, 1.5, 4, minutes=60.0, updates=100)

@@ -164,7 +164,9 @@ def blocks_run(runs: DynamicDepth, plan: DepthPlan) -> int:
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1000.0), (0.5, 10.0)])
-@pytest.mark.parametrize("settings", [s for s in ON if not isinstance(s, TwoModels | Ecad | Width)], ids=lambda s: s.label)
+@pytest.mark.parametrize(
+    "settings", [s for s in ON if not isinstance(s, TwoModels | Ecad | Width)], ids=lambda s: s.label
+)
 def test_the_share_of_blocks_is_what_runs(model, made, settings: PeerSettings, interval) -> None:
     """Also where guidance comes and goes: a branch that comes back has nothing fresh to reuse."""
     runs = made(settings)

@@ -77,7 +77,7 @@ def choose(context: Context, tuning: Tuning) -> Candidate:
 
     Raises OutOfReach: no setting is within the time.
     """
-    log, tried, spent = _Log(context, tuning), [], 0.0
+    log, tried, spent, models = _Log(context, tuning), [], 0.0, {}
     trained_in = PeerContext(
         context.out / "peers", context.data, context.experiment.peer_budget, context.experiment.train
     )
@@ -85,7 +85,9 @@ def choose(context: Context, tuning: Tuning) -> Candidate:
         if tuning.minutes and spent >= 60 * tuning.minutes:
             break
         began, drawn = time.perf_counter(), 0
-        model = peer.model(context.model, trained_in).eval()
+        if peer not in models:  # once for all scales: a model that trains is large
+            models[peer] = peer.model(context.model, trained_in).eval()
+        model = models[peer]
         for steps in sorted(set(tuning.steps), reverse=True):
             one = Candidate(peer, model, candidate_plan(peer, model, tuning.solver, steps, scale))
             row = log.row(one, began)

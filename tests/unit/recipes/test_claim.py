@@ -50,9 +50,8 @@ def rehearsal() -> claim.Protocol:
     few |= {"precision": "fp32"}  # a CPU without bf16 products would take 400 times as long
     chosen = replace(whole, distill=distill, calibration=table, **few)
     effort = Evolution(generations=1, population=2)
-    return claim.Protocol(
-        steps=4, counts=(2, 3, 4), lock_steps=3, calibration=chosen, evolution=effort, thinned=thinned
-    )
+    small = {"steps": 4, "budget": 0.8, "counts": (2, 3, 4), "lock_steps": 3}
+    return claim.Protocol(**small, calibration=chosen, evolution=effort, thinned=thinned)
 
 
 @pytest.fixture(scope="module")

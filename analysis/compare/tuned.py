@@ -29,6 +29,7 @@ COLUMNS = (*KEY, "share", "fd", "seconds")
 """A row per setting and step count. share: of full depth's time at the reference steps; 0 without a limit. fd: on the
 calibration seeds; empty if the time was over the limit. seconds: of training, timing and drawing."""
 
+NUMBERS = ("cfg_scale", "share", "fd", "seconds")
 MATCHED, RATIO = "matched.csv", (*KEY, "ratio")
 """A row per arm that was timed against the searched plan: its time over the plan's, median over rounds."""
 MATCHING, ROUNDS = 0.02, Repeats(6, until=0.02, most=30)
@@ -156,14 +157,21 @@ def _arm(context: Context, family: str, best: Candidate, variant: str = "") -> A
     return Arm(family, best.plan, None, f"{best.peer.name}-{best.peer.label}", variant, swept=True, **made)
 
 
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
 class _Log:
     """The settings of one tuning that were tried, in the comparison's `tuning.csv`."""
 
     def __init__(self, context: Context, tuning: Tuning) -> None:
         self.context, self.tuning, self.path = context, tuning, context.out / TUNING
-        exact = {"keep_default_na": False, "float_precision": "round_trip"}
+        exact = {"keep_default_na": False, "dtype": str}  # text, so that no number changes on its way
         found = pd.read_csv(self.path, **exact) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
-        self.rows = [{**row, "fd": None if row["fd"] == "" else float(row["fd"])} for row in found.to_dict("records")]
+        self.rows = [
+            {**row, "steps": int(row["steps"]), **{name: _number(row[name]) for name in NUMBERS}}
+            for row in found.to_dict("records")
+        ]
         self.reference = context.full(tuning.solver, tuning.reference)
         self.full_seconds: float | None = None
 

@@ -50,7 +50,7 @@ def rehearsal() -> claim.Protocol:
     few |= {"precision": "fp32"}  # a CPU without bf16 products would take 400 times as long
     chosen = replace(whole, distill=distill, calibration=table, **few)
     effort = Evolution(generations=1, population=2)
-    small = {"steps": 4, "budget": 0.8, "counts": (2, 3, 4), "lock_steps": 3}
+    small = {"steps": 4, "budget": 0.7, "counts": (2, 3, 4), "lock_steps": 3}
     return claim.Protocol(**small, calibration=chosen, evolution=effort, thinned=thinned)
 
 
@@ -82,7 +82,7 @@ def test_the_whole_protocol(
     monkeypatch.setattr(comparison, "TIMING", Repeats(2))
     out, written = tmp_path / "1", []
     plan = claim.carry_out(1, inputs, out, protocol=rehearsal)
-    assert plan == out / "plan" / "plan-unipc-4-b0.8.json"
+    assert plan == out / "plan" / "plan-unipc-4-b0.7.json"
     assert "calibration 1: scale " in (said := capsys.readouterr().out)
     assert f"{claim.minutes_of(out):.1f} minutes" in said
     assert claim.minutes_of(out) > 0

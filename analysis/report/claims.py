@@ -163,7 +163,7 @@ def _at_equal_time(own: pd.DataFrame, time: float) -> tuple[float, float, str]:
 
 
 def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
-    """Join runs that have A and G, a claim for each machine, model, setting and point of G.
+    """Join the runs of a protocol, a claim for each machine, model, setting and point of G.
 
     Raises InputError: a calibration has a row twice.
     """
@@ -189,17 +189,17 @@ def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
 
 def _numbered(runs: pd.DataFrame) -> pd.DataFrame:
     """Number the calibration of every row, and name G's solver and steps. Rows without a number take their run's."""
-    numbers, plans = runs["calibration"].map(label), runs[runs["family"] == PLAN]
+    numbers, plans = runs["calibration"].map(label), runs[runs["family"].isin([PLAN, FULL])]
     if numbers[numbers != ""].nunique() == 1:
         numbers = numbers.replace("", numbers[numbers != ""].iloc[0])
-    point = f"{plans['solver'].iloc[0]}, {int(plans['steps'].iloc[0])} steps"
+    point = f"{plans['solver'].iloc[0]}, {int(plans['steps'].iloc[0])} steps" if len(plans) else ""
     return runs[numbers != ""].assign(calibration=numbers[numbers != ""].astype(int), point=point)
 
 
 def is_claim(runs: pd.DataFrame) -> bool:
-    """Tell if a run's scored rows have A and G of a numbered calibration."""
+    """Tell if a run's scored rows have a family that is named by its letter, of a numbered calibration."""
     scored = runs[(runs["role"] == "score") & (runs["calibration"].map(label) != "")]
-    return {FULL, PLAN} <= set(scored["family"])
+    return any(len(family) == 1 for family in set(scored["family"]) & FAMILIES)
 
 
 def listed(numbers: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from dyndit.analysis.report.contents import Content, answer, answer_record, cont
 from dyndit.analysis.report.findings import read_plan, same_plans
 from dyndit.analysis.report.guidance import guidance_figure, sweep_of
 from dyndit.analysis.report.headline import shown_first
-from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_below, runs_file, scored_rows
+from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_file, scored_rows
 from dyndit.files import sha256, write_json, write_text
 from dyndit.markdown import plain
 
@@ -146,13 +146,12 @@ def write_report(
 ) -> Path:
     """Write report.md, report.html, report.json and the figures (PNG, SVG) into `out`; return report.html's path.
 
-    run_dirs: runs files, or folders with runs.csv (or runs.parquet), or folders of such folders. Optional in a folder:
-    manifest.json, plans, exit-errors.csv and the figures of CAPTIONS. margin: largest difference of unchanged quality,
-    see `dyndit.stats.non_inferior`. report.html needs no other file and no network. Each figure has a
+    run_dirs: runs files, or folders with runs.csv (or runs.parquet). Optional in a folder: manifest.json, plans,
+    exit-errors.csv and the figures of CAPTIONS. margin: largest difference of unchanged quality, see
+    `dyndit.stats.non_inferior`. report.html needs no other file and no network. Each figure has a
     <figure>.manifest.json beside it. Raises InputError: runs are missing or damaged, or manifest.json is unreadable.
     """
-    given = [run_dirs] if isinstance(run_dirs, (str, Path)) else run_dirs
-    paths = [path for folder in given for path in runs_below(Path(folder))]
+    paths = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
     contents = contents_of(paths, margin)
     manifests = {}
     for folder in dict.fromkeys(runs_file(path).parent for path in paths):

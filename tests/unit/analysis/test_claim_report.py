@@ -333,7 +333,8 @@ def test_other_runs_stand_beside_a_claim(folder: Path, tmp_path: Path) -> None:
     plain = [run_row(arm="full-8", steps=8), run_row(arm="full-4", steps=4, ms_per_picture=5.0, fd=9.0)]
     append_run(other, *plain)
     assert not is_claim(pd.DataFrame(plain))
+    assert all(is_claim(frame[frame["family"] != "searched"]) for frame in runs_of())  # it is missed, not left out
     contents = contents_of([*runs_below(folder), other], 0.03)
     assert [bool(content.claim) for content in contents] == [True] * 3 + [False]
-    write_report([folder, other.parent], tmp_path / "out", margin=0.03)
+    write_report([*runs_below(folder), other.parent], tmp_path / "out", margin=0.03)
     assert verify(tmp_path / "out") == []

@@ -157,6 +157,8 @@ class Experiment:
     num_blocks: int = 5
     num_images: int = 600
     batch_size: int = 100
+    time_batch: int = 0
+    """Also time every arm in batches of this size; 0: in the batches that are scored alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: run the networks of all arms, peers too, under autocast. Extractors never run under autocast."""
     margin: float = 0.05

@@ -28,13 +28,14 @@ from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
-from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured
+from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured, read_runs
 from dyndit.calibration.samplers import ToPictures
 from dyndit.errors import InputError
 from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures.collection import said_of
 from dyndit.progress import progress_bar, tracked
+from dyndit.rounds import Reading, Repeats, paired_rounds
 from dyndit.runtime import chosen_device
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.sample import Samples, sample
@@ -46,6 +47,8 @@ from dyndit.training.autoencoders import decode_latents, latent_space, picture_s
 from dyndit.training.data import PACKAGED, Pictures, open_data
 from dyndit.training.latents import encode_latents
 
+TIMING = Repeats(20, until=0.02, most=60)
+"""Rounds of timing in batches of another size."""
 LATENTS = "latents"
 """Folder in a run for the latents of the pictures, if the model makes latents."""
 
@@ -53,14 +56,20 @@ LATENTS = "latents"
 def run(experiment: Experiment, out: Path, inputs: Inputs | None = None, console: Console | None = None) -> Path:
     """Run the comparison in `out`, and return it. Raises InputError: see `prepared`."""
     with prepared(experiment, out, inputs, console) as context:
-        fitted, given = context.experiment, (context.model, context.references, out, context.console)
-        comparison = Comparison(fitted, *given, context.to_pictures)
-        with fitted.autocast(context.model.device.type):
-            arms = [arm for source in SOURCES for arm in source.arms(context)]
-            comparison.measure(arms)
-            with progress_bar("writing the report", context.console):
-                comparison.report(arms)
+        compare(context)
     return out
+
+
+def compare(context: Context) -> None:
+    """Make every arm, measure it and write the report."""
+    fitted, given = context.experiment, (context.model, context.references, context.out, context.console)
+    comparison = Comparison(fitted, *given, context.to_pictures)
+    with fitted.autocast(context.model.device.type):
+        arms = [arm for source in SOURCES for arm in source.arms(context)]
+        comparison.measure(arms)
+        comparison.time(arms)
+        with progress_bar("writing the report", context.console):
+            comparison.report(arms)
 
 
 @contextmanager
@@ -205,12 +214,36 @@ class Comparison:
                 for arm in waiting:
                     append_run(path, *self._rows(arm, block, drawn.pop(arm.name), *macs[arm.name]))
 
+    def time(self, arms: list[Arm]) -> None:
+        """Time every arm in batches of `time_batch`, in turns: rows of role "time" with the scored figures.
+
+        Ratios to the first searched plan are medians over the rounds. An interrupted timing begins again.
+        """
+        size, path = self.experiment.time_batch, self.out / RUNS
+        if not size or {arm.name for arm in arms} <= {name for name, _ in measured(path, "time")}:
+            return
+        baseline = next((arm.name for arm in arms if arm.family == "searched"), arms[0].name)
+
+        def call(arm: Arm) -> list[Reading]:
+            return [Reading("", self._draw(arm, seed=0, num=size).seconds)]
+
+        calls = {arm.name: (lambda arm=arm: call(arm)) for arm in arms}
+        times = paired_rounds(calls, TIMING, baseline, title=f"timing batches of {size}")
+        table = times.pivot(index="round", columns="arm", values="seconds")
+        ms = 1e3 * table[baseline].median() / size * table.div(table[baseline], axis=0).median()
+        rows = read_runs(path)
+        rows = rows[(rows["role"] == "score") & (rows["block"] == rows["block"].min())][list(COLUMNS)]
+        rows = rows.assign(role="time", batch_size=size, ms_per_picture=rows["arm"].map(ms))
+        rows[["ms_denoiser", "predicted_ms", "peak_memory_mib"]] = None
+        append_run(path, *rows.astype(object).to_dict("records"))
+
     def report(self, arms: list[Arm]) -> None:
         """Draw the figures and write the pages from the files in `out`."""
         from dyndit.analysis.report import figures, plan_figures, style
         from dyndit.analysis.report.write import write_report
 
-        searched = [arm for arm in arms if arm.family == "searched" and not arm.calibration]
+        own = (None, self.experiment.number)
+        searched = [arm for arm in arms if arm.family == "searched" and arm.calibration in own]
         style.save(plan_figures.plan_figure({arm.name: arm.plan for arm in searched}), self.out / "plan.png")
         rows, first = {}, dict(reversed(self.experiment.dynamic_points))
         for solver, steps in first.items():

@@ -4,8 +4,9 @@ An arm chosen on the pictures that score it looks better than it is. So settings
 extractor that plans are calibrated on. Everything that was tried is in `tuning.csv`, which also makes it resumable.
 """
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -18,6 +19,7 @@ from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.progress import progress_bar
+from dyndit.rounds import Reading, Repeats, paired_rounds
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
 
@@ -27,14 +29,21 @@ COLUMNS = (*KEY, "share", "fd", "seconds")
 """A row per setting and step count. share: of full depth's time at the reference steps; 0 without a limit. fd: on the
 calibration seeds; empty if the time was over the limit. seconds: of training, timing and drawing."""
 
+NUMBERS = ("cfg_scale", "share", "fd", "seconds")
+MATCHED, RATIO = "matched.csv", (*KEY, "ratio")
+"""A row per arm that was timed against the searched plan: its time over the plan's, median over rounds."""
+MATCHING, ROUNDS = 0.02, Repeats(6, until=0.02, most=30)
+"""Times are equal within this share; rounds of timing."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting at one step count."""
+    """One setting at one step count.  fd: on the calibration seeds; NaN: not drawn."""
 
     peer: PeerSettings
     model: DynamicDepth
     plan: DepthPlan
+    fd: float = math.nan
 
 
 class OutOfReach(InputError):
@@ -46,14 +55,21 @@ class Tuned:
 
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`. A tuning without a setting within its time has no arm, and the console says so."""
-        tunings, arms = context.experiment.tunings, []
+        tunings, found, arms = context.experiment.tunings, [], []
         with progress_bar("tuning rivals", context.console) as advance:
             for number, tuning in enumerate(tunings):
                 try:
-                    arms.append(_arm(context, tuning.family, choose(context, tuning)))
+                    found.append((tuning, choose(context, tuning)))
                 except OutOfReach as reason:
                     context.console.print(f"no arm: {reason}")
                 advance(number + 1, len(tunings))
+        for tuning, best in found:
+            rivals = [other for one, other in found if one.group == tuning.group] if tuning.group else [best]
+            wins = best is min(rivals, key=lambda one: one.fd)
+            family = tuning.group if tuning.group and wins else tuning.family
+            arms.append(_arm(context, family, best))
+            if tuning.matched and wins and (other := neighbour(context, tuning, best)):
+                arms.append(_arm(context, family, *other))
         return arms
 
 
@@ -62,7 +78,7 @@ def choose(context: Context, tuning: Tuning) -> Candidate:
 
     Raises OutOfReach: no setting is within the time.
     """
-    log, tried, spent = _Log(context, tuning), [], 0.0
+    log, tried, spent, models = _Log(context, tuning), [], 0.0, {}
     trained_in = PeerContext(
         context.out / "peers", context.data, context.experiment.peer_budget, context.experiment.train
     )
@@ -70,12 +86,14 @@ def choose(context: Context, tuning: Tuning) -> Candidate:
         if tuning.minutes and spent >= 60 * tuning.minutes:
             break
         began, drawn = time.perf_counter(), 0
-        model = peer.model(context.model, trained_in).eval()
+        if peer not in models:  # once for all scales: a model that trains is large
+            models[peer] = peer.model(context.model, trained_in).eval()
+        model = models[peer]
         for steps in sorted(set(tuning.steps), reverse=True):
-            plan = bind(peer.plan(full_plan(model, tuning.solver, steps, scale), model.depths), model)
-            row = log.row(Candidate(peer, model, plan), began)
+            one = Candidate(peer, model, candidate_plan(peer, model, tuning.solver, steps, scale))
+            row = log.row(one, began)
             spent, drawn = spent + row["seconds"], drawn + (row["fd"] is not None)
-            tried += [(row["fd"], row["share"], Candidate(peer, model, plan))] if row["fd"] is not None else []
+            tried += [(row["fd"], row["share"], replace(one, fd=row["fd"]))] if row["fd"] is not None else []
             if tuning.counts and drawn == tuning.counts:
                 break
             began = time.perf_counter()
@@ -85,10 +103,64 @@ def choose(context: Context, tuning: Tuning) -> Candidate:
     return min(tried, key=lambda found: found[:2])[2]
 
 
-def _arm(context: Context, family: str, best: Candidate) -> Arm:
+def candidate_plan(peer: PeerSettings, model: DynamicDepth, solver: str, steps: int, cfg_scale: float) -> DepthPlan:
+    """Return the plan of a setting.  model: that the setting runs."""
+    return bind(peer.plan(full_plan(model, solver, steps, cfg_scale), model.depths), model)
+
+
+def neighbour(context: Context, tuning: Tuning, best: Candidate) -> tuple[Candidate, str] | None:
+    """Return the best setting with one step count more or fewer, and "slower" or "faster"; None if times are matched.
+
+    Its time is compared with the searched plan of the tuning's share, in turns. The report interpolates between both
+    step counts. None also if the tuning has no such step count. The ratio is kept in `matched.csv`.
+    """
+    path, plan = context.out / MATCHED, best.plan
+    key = (tuning.family, best.peer.name, best.peer.label, plan.solver, str(plan.num_steps), str(plan.cfg_scale))
+    found = pd.DataFrame(columns=RATIO)
+    if path.exists():
+        found = sealed_csv.read(path, RATIO, dtype=str, keep_default_na=False)
+    known = found[[tuple(row) == key for row in found[list(KEY)].itertuples(index=False)]]
+    if known.empty:
+        ratio = _ratio(context, tuning, best)
+        found.loc[len(found)] = [*key, repr(ratio)]
+        sealed_csv.write(path, found)
+    else:
+        ratio = float(known["ratio"].iloc[0])
+    if abs(ratio - 1) <= MATCHING:
+        return None
+    others = [steps for steps in tuning.steps if (steps > plan.num_steps) == (ratio < 1) and steps != plan.num_steps]
+    if not others:
+        return None
+    steps = min(others, key=lambda steps: abs(steps - plan.num_steps))
+    other = candidate_plan(best.peer, best.model, plan.solver, steps, plan.cfg_scale)
+    return replace(best, plan=other, fd=math.nan), "slower" if ratio < 1 else "faster"
+
+
+def _ratio(context: Context, tuning: Tuning, best: Candidate) -> float:
+    """Time batches of a setting and of the searched plan in turns; return the median ratio."""
+    ((_, searched, _),) = context.searched(tuning.solver, tuning.reference, (tuning.share,))
+    size = context.experiment.batch_size
+    labels = context.model.backbone.condition.in_turn(size)
+
+    def call(model: DynamicDepth, plan: DepthPlan) -> list[Reading]:
+        options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale}
+        options |= {"seed": context.experiment.calibration.seed, "batch_size": size}
+        return [Reading("", sample(model, labels, plan=plan, **options).seconds)]
+
+    arms = {"searched": lambda: call(context.model, searched), "rival": lambda: call(best.model, best.plan)}
+    times = paired_rounds(arms, ROUNDS, "searched", title=f"matching {tuning.family}")
+    table = times.pivot(index="round", columns="arm", values="seconds")
+    return float((table["rival"] / table["searched"]).median())
+
+
+def _arm(context: Context, family: str, best: Candidate, variant: str = "") -> Arm:
     predicted = context.predicted_ms(best.plan) if best.model is context.model else None
     made = {"model": best.model, "peer": best.peer, "predicted_ms": predicted, "calibration": context.calibration}
-    return Arm(family, best.plan, None, f"{best.peer.name}-{best.peer.label}", swept=True, **made)
+    return Arm(family, best.plan, None, f"{best.peer.name}-{best.peer.label}", variant, swept=True, **made)
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
 
 
 class _Log:
@@ -96,10 +168,14 @@ class _Log:
 
     def __init__(self, context: Context, tuning: Tuning) -> None:
         self.context, self.tuning, self.path = context, tuning, context.out / TUNING
+        exact = {"keep_default_na": False, "dtype": str}  # text, so that no number changes on its way
         found, self.sealed = pd.DataFrame(columns=COLUMNS), True
         if self.path.exists():
-            self.sealed, found = sealed_csv.check(self.path), sealed_csv.read(self.path, COLUMNS, keep_default_na=False)
-        self.rows = [{**row, "fd": None if row["fd"] == "" else float(row["fd"])} for row in found.to_dict("records")]
+            self.sealed, found = sealed_csv.check(self.path), sealed_csv.read(self.path, COLUMNS, **exact)
+        self.rows = [
+            {**row, "steps": int(row["steps"]), **{name: _number(row[name]) for name in NUMBERS}}
+            for row in found.to_dict("records")
+        ]
         self.reference = context.full(tuning.solver, tuning.reference)
         self.full_seconds: float | None = None
 

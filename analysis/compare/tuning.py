@@ -34,6 +34,10 @@ class Tuning:
     """Step counts to draw of each setting: the largest ones within the limit. 0: all of them."""
     minutes: float = 0.0
     """Minutes of training, timing and drawing. Settings that come later are left out. 0: no limit."""
+    group: str = ""
+    """Tunings of one group compete: the arm of least distance on the calibration seeds takes the group as family."""
+    matched: bool = False
+    """Measure a second step count if the arm's time differs from the searched plan's of this share (`matched`)."""
 
     def __post_init__(self) -> None:
         for name in ("peers", "scales", "steps"):

@@ -39,7 +39,8 @@ COLUMNS: dict[str, str] = {
     "ms_denoiser": "of those, in the denoiser",
     "fd": "Fréchet distance to the reference pictures",
     "predicted_fd": "Fréchet distance predicted from the calibration table; empty where there is none",
-    "role": "score: fresh seeds, counted in results; search: seeds that chose the plan",
+    "role": "score: fresh seeds, counted in results; search: seeds that chose the plan; time: a timing in batches of "
+    "another size, beside the figures of the scored pictures",
     "plan": "file of the plan; empty for full depth",
     "macs": "multiply-accumulates of the denoiser per picture, over the whole sampling",
     "macs_heads": "of those, in exit heads; empty: not recorded",
@@ -142,6 +143,14 @@ def runs_file(path: Path) -> Path:
     if not file.is_file():
         raise InputError(f"{file}: no such file, expected the {RUNS} of a run")
     return file
+
+
+def runs_below(path: Path) -> list[Path]:
+    """Return the runs of a folder: itself, or, if it has no rows of its own, every folder below it that has some."""
+    path = Path(path)
+    if not path.is_dir() or (path / RUNS).is_file() or (path / PARQUET).is_file():
+        return [path]
+    return sorted({file.parent for name in (RUNS, PARQUET) for file in path.rglob(name)}) or [path]
 
 
 def _read_table(file: Path) -> pd.DataFrame:

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from dyndit import seals
+from dyndit.analysis.report.contents import answer_record, contents_of, overview, table_record
 from dyndit.analysis.report.headline import SPEED
-from dyndit.analysis.report.write import REPORT, answer_record, contents_of, overview, table_record
+from dyndit.analysis.report.write import REPORT
 from dyndit.errors import InputError
 from dyndit.files import read_json, sha256
 from dyndit.markdown import as_plain

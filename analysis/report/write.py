@@ -4,7 +4,6 @@ Every number comes from the runs' frames. Each group of comparable rows (`runs.G
 extractor, picture count, precision, ...) has its own tables and frontier.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,20 @@ from matplotlib.figure import Figure
 
 from dyndit import bounds, manifest, sealed_csv, seals
 from dyndit.analysis.report import figures, page, plan_figures, strips, style
-from dyndit.analysis.report.cells import Table, as_markdown
-from dyndit.analysis.report.findings import findings_of, read_plan, same_plans
-from dyndit.analysis.report.frontier import summary
+from dyndit.analysis.report.cells import as_markdown
+from dyndit.analysis.report.claim_tables import HOW
+from dyndit.analysis.report.contents import (
+    Content,
+    answer,
+    answer_record,
+    contents_of,
+    lead_of,
+    overview,
+    table_record,
+)
+from dyndit.analysis.report.findings import read_plan, same_plans
 from dyndit.analysis.report.guidance import guidance_figure, sweep_of
-from dyndit.analysis.report.headline import Glance, glance_of, glance_table, named, shown_first
 from dyndit.analysis.report.runs import GROUP, is_sealed, read_runs, runs_file, scored_rows
-from dyndit.analysis.report.tables import settings_of, settings_table, tables_of
-from dyndit.errors import InputError
 from dyndit.files import sha256, sweep, write_json, write_text
 from dyndit.markdown import plain
 from dyndit.training import exit_errors
@@ -54,22 +59,6 @@ DRAWN = {
 
 
 @dataclass(frozen=True)
-class Content:
-    """The findings and tables of one group of comparable rows, all computed from the rows."""
-
-    title: str
-    findings: list[str]
-    tables: list[Table]
-    source: Path
-    """The runs file; its folder also holds the plans, the manifest and the run's own figures."""
-    rows: pd.DataFrame
-    glance: Glance
-    first_of_arms: bool
-    """False: an earlier group has the same arms under another extractor."""
-    first_of_run: bool
-
-
-@dataclass(frozen=True)
 class Picture:
     """A figure of the report, already on disk as PNG."""
 
@@ -90,6 +79,8 @@ class Pages:
 
     def how_to_read(self) -> str:
         """Return the note below the answer."""
+        if all(content.claim for content in self.contents):
+            return HOW
         return (
             "Lower FD is better; it compares only with figures of the same extractor, reference and number of "
             "pictures. Times run from noise to uint8, medians over the seed blocks. Quality is unchanged (yes) where "
@@ -188,61 +179,8 @@ def write_report(
     return out / "report.html"
 
 
-def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
-    """Compute all printed contents of these runs from their rows. Raises InputError."""
-    frames = [(runs_file(path), read_runs(path)) for path in paths]
-    groups = [(source, rows) for source, runs in frames for _, rows in runs.groupby(GROUP, sort=False)]
-    groups = [(source, rows) for source, rows in groups if (rows["role"] == "score").any()]
-    if not groups:  # plans are searched, but no arm is scored yet
-        raise InputError(f"{paths[0]}: no row of role 'score', expected at least one")
-    seen: set[object] = set()
-    contents = []
-    for source, rows in groups:
-        arms = (source, *(str(rows[name].iloc[0]) for name in GROUP if name not in ("extractor", "metric")))
-        contents.append(_content(source, rows, margin, arms not in seen, source not in seen))
-        seen |= {arms, source}
-    return contents
-
-
-def lead_of(contents: Sequence[Content]) -> int:
-    """Return the group that the first screen is about first."""
-    return shown_first([content.glance for content in contents])[0]
-
-
-def answer(contents: Sequence[Content], margin: float) -> tuple[list[tuple[str, str]], Table]:
-    """Return the first screen: sentence and detail of each group with plans, and the table of the best plans."""
-    glances = [content.glance for content in contents]
-    found = named(glances, [scored_rows(content.rows) for content in contents])
-    return list(zip(found[::2], found[1::2], strict=True)), glance_table(glances, margin)
-
-
-def answer_record(contents: Sequence[Content], margin: float) -> dict[str, object]:
-    """Return the first screen as JSON."""
-    sentences, glance = answer(contents, margin)
-    title = contents[lead_of(contents)].glance.heading
-    findings = [text for both in sentences for text in both if text]
-    return {"title": title, "findings": findings, "tables": [table_record(glance)] if glance.rows else []}
-
-
-def overview(contents: Sequence[Content]) -> Table:
-    """Return the table of groups: run, machine and settings of each."""
-    return settings_table([scored_rows(content.rows) for content in contents])
-
-
 def _link(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def _content(source: Path, rows: pd.DataFrame, margin: float, first_of_arms: bool, first_of_run: bool) -> Content:
-    first = scored_rows(rows).iloc[0]
-    frame = summary(rows, margin)
-    title = (
-        f"{first['run']}: {first['model']} on {first['machine']}, {first['metric']}, {settings_of(scored_rows(rows))}, "
-        f"{frame['blocks'].max()} seed blocks of {first['num_images']:g} pictures"
-    )
-    findings = findings_of(frame, rows, source.parent, margin, first=first_of_arms)
-    tables, glance = tables_of(frame, rows, margin), glance_of(frame, rows, margin)
-    return Content(title, findings, tables, source, rows, glance, first_of_arms, first_of_run)
 
 
 def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, object]) -> list[Picture]:
@@ -252,6 +190,11 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
         "group": {name: str(content.rows[name].iloc[0]) for name in GROUP},
         "lines of the runs file": [int(k) + 2 for k in content.rows.index],  # the heading is line 1
     }
+    if content.claim:  # rows of several files, joined
+        source = {
+            "calibrations": sorted(map(int, set(content.rows["block"]))),
+            "extractor": content.rows["extractor"].iloc[0],
+        }
     figures_drawn = _drawn(content)
     for name, drawn in figures_drawn.items():
         files = [out / f"{name}{suffix}.png", out / f"{name}{suffix}.svg"]
@@ -277,6 +220,7 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
 def _sweeps(contents: Sequence[Content], out: Path, made: Mapping[str, object]) -> list[Picture]:
     """Draw the guidance sweep of each source that has one. Its rows are in several groups, one per scale."""
     found = []
+    contents = [content for content in contents if not content.claim]
     for k, source in enumerate(dict.fromkeys(content.source for content in contents)):
         mine = [content for content in contents if content.source == source]
         sweep = sweep_of(pd.concat([scored_rows(content.rows) for content in mine]))
@@ -339,6 +283,8 @@ def _of_errors(content: Content, out: Path) -> dict[str, object]:
 
 def _write_manifest(path: Path, content: Content, facts: Mapping[str, object], made: Mapping[str, object]) -> None:
     source = {"runs": _link(content.source, path.parent), "sha256 of the runs": sha256(content.source)}
+    if content.claim:
+        source = {"runs": {_link(file, path.parent): sha256(file) for file in content.claim}}
     write_json(path, seals.sealed({**facts, **source, **made}))
 
 
@@ -354,18 +300,6 @@ def _record(pages: Pages, files: Sequence[Path]) -> dict[str, object]:
     of_all = {"title": pages.title, "margin": pages.margin, "sources": sources}
     of_all["answer"] = answer_record(pages.contents, pages.margin)
     return of_all | {"overview": table_record(overview(pages.contents)), "sections": sections}
-
-
-def table_record(table: Table) -> dict[str, object]:
-    """Turn a table into JSON: cells as printed, and the numbers behind them. NaN is null, infinities are text."""
-    rows = [[{"text": cell.text, "values": list(map(_json_number, cell.values))} for cell in r] for r in table.rows]
-    return {"name": table.name, "derived": table.derived, "columns": list(table.columns), "rows": rows}
-
-
-def _json_number(value: float) -> float | str | None:
-    if math.isnan(value):
-        return None
-    return value if math.isfinite(value) else str(value)
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:

@@ -180,14 +180,14 @@ def report(
     """Write a report (Markdown, HTML, figures) from runs.csv files and print the tables; or check one.
 
     Args:
-        runs: Folders of runs (or their runs.csv, or runs.parquet).
+        runs: Folders of runs (or their runs.csv, or runs.parquet), or a folder of such folders.
         out: Folder for the report (default: beside the run, if there is one run).
         margin: Non-inferiority margin, as a share of full depth's Fréchet distance.
         verify: A report, or its folder: compute every printed number again from the raw rows, print a line per
             mismatch, and exit with status 1 if there is any.
     """
     from dyndit.analysis import write_report
-    from dyndit.analysis.report.runs import is_sealed, runs_file
+    from dyndit.analysis.report.runs import is_sealed, runs_below
     from dyndit.analysis.report.terminal import show
     from dyndit.analysis.report.verify import verify as mismatches
     from dyndit.progress import progress_bar
@@ -202,13 +202,14 @@ def report(
         raise InputError("report: expected folders of runs, or --verify REPORT")
     if out is None and len(runs) > 1:
         raise InputError(f"--out: missing; expected a folder for the report of {len(runs)} runs")
-    out = runs_file(next(iter(runs))).parent if out is None else out
+    first, files = next(iter(runs)), [file for path in runs for file in runs_below(path)]
+    out = (first if first.is_dir() else first.parent) if out is None else out
     with progress_bar("writing the report"):
-        write_report(list(runs), out, margin=margin)
-    for path in runs:
+        write_report(files, out, margin=margin)
+    for path in files:
         if not is_sealed(path):
             print(f"{path}: its rows have no checksum; they are taken as they are")
-        show(path, margin)
+    show(files, margin)
     print(f"report: {out / 'report.html'}")
 
 

@@ -5,6 +5,7 @@ rounded to the nearest depth of the model.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -159,4 +160,8 @@ def guidance_interval(plan: DepthPlan, low: float, high: float, process: Process
     ]
     if tuple(steps) == plan.steps:
         return plan
-    return plan.with_steps(steps, settings=plan.settings | {"guided_above": low, "guided_to": high}, figures={})
+    limits = {
+        "guided_above": low,
+        **({"guided_to": high} if math.isfinite(high) else {}),
+    }  # a plan's numbers are finite
+    return plan.with_steps(steps, settings=plan.settings | limits, figures={})

@@ -28,7 +28,7 @@ experiment = replace(
         settings
         for peer in peers().values()
         if peer.available()
-        and peer.name not in ("pruned", "student", "switch", "layer-skip", "random", "diffusers-full")
+        and peer.name not in ("pruned", "student", "switch", "width", "layer-skip", "random", "diffusers-full")
         for settings in peer.chosen()
     ),
     num_blocks=5,

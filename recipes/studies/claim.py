@@ -3,21 +3,29 @@
     python -m dyndit.recipes.studies.claim --number 0 --model WEIGHTS --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim/0                        # resumable
     python -m dyndit.recipes.studies.claim ... --minutes 60 --updates 2000                         # resumable
+    dyndit report runs/claim --margin 0.03
 
-Run the first command for the numbers 0 to 4: exits, the scale of full depth, the table, the plan. Then run the second
-for each, with the minutes of the longest of the five: rivals are trained and tuned for as long, and every arm is drawn
-and scored. WEIGHTS is a backbone of the recipe `cifar10`'s shape. Depths are the protocol's for 12 blocks.
+Run the first command for the numbers 0 to 4: exits, the scale of full depth, the table, the plan. It prints the minutes
+that this took. Then run the second for each, with the minutes of the longest of the five: rivals are trained and tuned
+for as long, every arm is drawn and scored, and timed in batches of 1. The report joins the five. WEIGHTS is a backbone
+of the recipe `cifar10`'s shape; `--protocol unipc-10` and `flow` are the replications. Depths are the protocol's for 12
+blocks.
 
 Result and minutes: not yet measured.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+import pandas as pd
 import tyro
 
+from dyndit import files
+from dyndit.analysis.compare.costs import COSTS, note
 from dyndit.analysis.compare.evolution import Evolution
 from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant
 from dyndit.analysis.compare.peers import PeerSettings, grid
@@ -31,18 +39,19 @@ from dyndit.analysis.compare.peers.mag_cache import MagCache
 from dyndit.analysis.compare.peers.pruned import Pruned
 from dyndit.analysis.compare.peers.student import Student
 from dyndit.analysis.compare.peers.taylorseer import TaylorSeer
-from dyndit.analysis.compare.run import prepared, run
-from dyndit.analysis.compare.tuned import choose
+from dyndit.analysis.compare.peers.width import Width
+from dyndit.analysis.compare.run import compare, prepared
+from dyndit.analysis.compare.tuned import TUNING, choose
 from dyndit.analysis.compare.tuning import Tuning
+from dyndit.plans.plan import file_name
 from dyndit.plans.step import Guide, OwnExit, Unconditional, locked
 from dyndit.recipes.cifar10_frontier import CHOICES
 from dyndit.recipes.cifar10_frontier import experiment as frontier
 
-SOLVER, STEPS, BUDGET = "unipc", 20, 0.45
 LEAST_SCALE = 1.25
 """Scale of plans if full depth does best without guidance: a plan of scale 1 has nothing to guide."""
 SCALES = (1.0, LEAST_SCALE, 1.5, 1.75, 2.0, 2.5, 3.0)
-EXITS, MOST_STEPS = (2, 4, 6, 8), tuple(range(6, 41))
+EXITS = (2, 4, 6, 8)
 
 FULL = GuidanceInterval(0.0, math.inf)
 CACHES: dict[str, tuple[PeerSettings, ...]] = {
@@ -56,10 +65,6 @@ CACHES: dict[str, tuple[PeerSettings, ...]] = {
 calibration = replace(
     frontier,
     calibration=replace(frontier.calibration, num_pictures=256, batch_size=64),
-    points=((SOLVER, STEPS),),
-    full_points=((SOLVER, STEPS),),
-    unguided_points=((SOLVER, STEPS),),
-    budgets=(BUDGET,),
     peers=(),
     metrics=("fd", "kid", "prc"),
     more_extractors=("vgg-cifar10", "efficientnet-lite0"),
@@ -67,52 +72,101 @@ calibration = replace(
     num_blocks=1,
     num_images=5_000,
     batch_size=50,
+    time_batch=1,
 )
-"""Calibration 0 with the searched plan alone."""
+"""Calibration 0, but for its point and budget."""
 
 
-def tuning(family: str, *peers: PeerSettings, **choices: object) -> Tuning:
-    """Return a tuning at the plan's time."""
-    return Tuning(family, peers, solver=SOLVER, share=BUDGET, reference=STEPS, **choices)
+@dataclass(frozen=True)
+class Protocol:
+    """What the page fixes. A rehearsal takes less: fewer steps, other effort, thinner grids."""
 
+    solver: str = "unipc"
+    steps: int = 20
+    """Of full depth and of searched plans."""
+    budget: float = 0.45
+    counts: tuple[int, ...] = tuple(range(6, 41))
+    """Step counts of "most steps"."""
+    lock_steps: int = 14
+    """Steps of E1, whose passes at full depth cost more than the budget at `steps`."""
+    calibration: Experiment = calibration
+    evolution: Evolution = field(default_factory=lambda: Evolution(generations=1_000))
+    thinned: Callable[[Tuning], Tuning] = lambda tuning: tuning
+    """Changes each tuning of the page; by default to itself."""
+    without: tuple[str, ...] = ()
+    """Arms that a replication leaves out."""
 
-FULL_SCALE = Tuning("A", (FULL,), SCALES, SOLVER, (STEPS,))
-OWN_GUIDE = tuning(
-    "C",
-    *grid(InternalGuidance, exit=EXITS, own=(0.0,), low=(0.0, 0.5), high=(math.inf, 17.0)),
-    scales=SCALES[1:],
-    steps=MOST_STEPS,
-    timed=True,
-)
+    def calibrated(self, number: int) -> Experiment:
+        """Return a calibration with the searched plan alone."""
+        point = ((self.solver, self.steps),)
+        points = {"points": point, "full_points": point, "unguided_points": point}
+        return replace(self.calibration, budgets=(self.budget,), **points).calibrated(number)
 
+    def tuning(self, family: str, *peers: PeerSettings, **choices: object) -> Tuning:
+        """Return a tuning at the plan's time."""
+        chosen = {"solver": self.solver, "share": self.budget, "reference": self.steps, "matched": True} | choices
+        return self.thinned(Tuning(family, peers, **chosen))
 
-def tunings(scale: float, minutes: float) -> Iterator[Tuning]:
-    """Yield every tuned arm of the protocol.  scale: of plans. Those that train, H and K, tune beyond the minutes."""
-    most, limit = {"steps": MOST_STEPS, "minutes": minutes}, {"minutes": minutes}
-    yield FULL_SCALE
-    yield tuning("B", FULL, scales=SCALES, steps=tuple(range(6, 21)), counts=0, **limit)
-    yield OWN_GUIDE
-    beside = grid(InternalGuidance, exit=EXITS, own=(1.25, 1.5, 2.0))
-    yield tuning("C-pass", *beside, scales=(1.25, 1.5, 2.0), **most)
-    intervals = grid(GuidanceInterval, low=(0.0, 0.2, 0.5, 1.0), high=(5.0, 10.0, 17.0, 40.0, math.inf))
-    yield tuning("C-interval", *intervals, scales=SCALES[1:], **most)
-    yield tuning("D", ConstantExit(8, 4), scales=SCALES[1:], counts=3, **most)
-    yield tuning("H", *grid(Student, depth=(4, 5, 6), passes=(True, False)), scales=SCALES, steps=MOST_STEPS)
-    yield tuning("K", *grid(Pruned, drop=(4, 6, 8)), scales=SCALES, steps=MOST_STEPS)
-    for family, peers in CACHES.items():
-        yield tuning(family, *peers, scales=(scale,), steps=tuple(range(6, 21)), **limit)
+    @property
+    def full_scale(self) -> Tuning:
+        """Return A: the scale of full depth, without a limit of time."""
+        return self.tuning("A", FULL, scales=SCALES, steps=(self.steps,), share=None, matched=False)
 
+    @property
+    def own_guide(self) -> Tuning:
+        """Return C without a pass. Its grid is tried whole, before there is a table."""
+        settings = grid(InternalGuidance, exit=EXITS, own=(0.0,), low=(0.0, 0.5), high=(math.inf, 17.0))
+        return self.tuning("C-own", *settings, scales=SCALES[1:], steps=self.counts, timed=True, group="C")
 
-def locks(chosen: Experiment, guide: int) -> Iterator[Variant]:
-    """Yield E1 and E2: searches with locked guidance.  guide: the exit that C took."""
-    for name, lock, steps in (("E1", Unconditional(12), 14), ("E2", OwnExit(guide), STEPS)):
-        yield Variant(
-            name,
-            calibration=replace(chosen.calibration, **of_choices(lock)),
-            whole=isinstance(lock, Unconditional),
-            points=((SOLVER, steps),),
-            budgets=(round(BUDGET * STEPS / steps, 3),),
+    def tunings(self, scale: float, minutes: float) -> Iterator[Tuning]:
+        """Yield every tuned arm.  scale: of plans. Arms that train, H, K and L, tune beyond the minutes."""
+        most, limit = {"steps": self.counts, "minutes": minutes}, {"minutes": minutes}
+        fewer = tuple(count for count in self.counts if count <= self.steps)
+        yield self.full_scale
+        yield self.tuning("B", FULL, scales=SCALES, steps=fewer, counts=0, **limit)
+        yield self.own_guide
+        beside = grid(InternalGuidance, exit=EXITS, own=(1.25, 1.5, 2.0))
+        yield self.tuning("C-pass", *beside, scales=(1.25, 1.5, 2.0), group="C", **most)
+        intervals = grid(GuidanceInterval, low=(0.0, 0.2, 0.5, 1.0), high=(5.0, 10.0, 17.0, 40.0, math.inf))
+        yield self.tuning("C-interval", *intervals, scales=SCALES[1:], **most)
+        yield self.tuning("D", ConstantExit(8, 4), scales=SCALES[1:], **most | {"counts": 3})
+        yield self.tuning("H", *grid(Student, depth=(4, 5, 6), passes=(True, False)), scales=SCALES, steps=self.counts)
+        yield self.tuning("K", *grid(Pruned, drop=(4, 6, 8)), scales=SCALES, steps=self.counts)
+        yield self.tuning("L", *grid(Width, share=(0.5, 0.6, 0.75)), scales=(scale,), steps=self.counts)
+        for family, peers in CACHES.items():
+            yield self.tuning(family, *peers, scales=(scale,), steps=fewer, group="J", **limit)
+
+    def locks(self, chosen: Experiment, guide: int) -> Iterator[Variant]:
+        """Yield E1 and E2: searches with locked guidance.  guide: the exit that C took without a pass."""
+        for name, lock, steps in (("E1", Unconditional(12), self.lock_steps), ("E2", OwnExit(guide), self.steps)):
+            yield Variant(
+                name,
+                calibration=replace(chosen.calibration, **of_choices(lock)),
+                whole=isinstance(lock, Unconditional),
+                points=((self.solver, steps),),
+                budgets=(round(self.budget * self.steps / steps, 3),),
+            )
+
+    def compared(self, number: int, scale: float, guide: int, minutes: float, updates: int) -> Experiment:
+        """Return all arms of a calibration.  updates: of each training of H, K and L, to fill a third of `minutes`."""
+        chosen = replace(self.calibrated(number), cfg_scale=scale, shuffle_seeds=(number,))
+        return replace(
+            chosen,
+            tunings=tuple(one for one in self.tunings(scale, minutes) if one.family not in self.without),
+            variants=tuple(one for one in self.locks(chosen, guide) if one.name not in self.without),
+            evolution=replace(self.evolution, minutes=minutes, seed=number),
+            peer_fit=replace(chosen.distill.fit, steps=updates),
         )
+
+
+LESS = ("E1", "E2", "K", "L")
+FLOW = replace(calibration, calibration_solver="flow-euler", distill=replace(calibration.distill, solver="flow-euler"))
+PROTOCOLS = {
+    "main": Protocol(),
+    "unipc-10": Protocol(steps=10, counts=tuple(range(3, 41)), without=LESS),
+    "flow": Protocol(solver="flow-euler", calibration=FLOW, without=LESS),
+}
+"""The main run and its replications."""
 
 
 def of_choices(lock: Guide) -> dict[str, object]:
@@ -121,16 +175,64 @@ def of_choices(lock: Guide) -> dict[str, object]:
     return {"choices": choices, "forecast_ages": 2 * any(choice.forecast for choice in choices)}
 
 
-def compared(number: int, scale: float, guide: int, minutes: float, updates: int) -> Experiment:
-    """Return all arms of a calibration.  updates: of each student and pruned backbone, to fill a third of `minutes`."""
-    chosen = replace(calibration, cfg_scale=scale, shuffle_seeds=(0,)).calibrated(number)
-    return replace(
-        chosen,
-        tunings=tuple(tunings(scale, minutes)),
-        variants=tuple(locks(chosen, guide)),
-        evolution=Evolution(generations=1_000, minutes=minutes, seed=number),
-        peer_fit=replace(chosen.distill.fit, steps=updates),
-    )
+def carry_out(
+    number: int,
+    inputs: Inputs,
+    out: Path,
+    minutes: float = 0.0,
+    updates: int = 2_000,
+    protocol: Protocol = PROTOCOLS["main"],
+) -> Path:
+    """Calibrate; with `minutes`, also tune every rival, and draw and score all arms. Return the plan or the report."""
+    first = protocol.calibrated(number)
+    with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
+        scale = max(LEAST_SCALE, choose(context, protocol.full_scale).plan.cfg_scale)
+        guide = choose(context, protocol.own_guide).peer.exit
+    planned, inputs = replace(first, cfg_scale=scale), replace(inputs, model=str(out / "scale" / "model"))
+    with prepared(planned, out / "plan", inputs) as context, planned.autocast(context.model.device.type):
+        file = file_name(protocol.solver, protocol.steps, protocol.budget)
+        _, known, began = context.table, (context.out / file).exists(), time.monotonic()
+        ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,))
+        full_ms = context.predicted_ms(context.full(protocol.solver, protocol.steps))
+        if not known:
+            note(context.out / COSTS, {"name": "plan", "seed": first.search_seed, "seconds": time.monotonic() - began})
+    print(f"calibration {number}: scale {scale:g}, guide e{guide}, {minutes_of(out):.1f} minutes\n{plan}")
+    if not minutes:
+        stages = expected(protocol, full_ms, minutes_of(out))
+        parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
+        print(f"with --minutes {minutes_of(out):.0f}, minutes at most: {parts}; scoring them comes on top")
+        return out / "plan" / file
+    inputs = replace(inputs, model=str(out / "plan" / "model"))
+    arms, folder = protocol.compared(number, scale, guide, minutes, updates), out / f"claim-{number}"
+    with prepared(arms, folder, inputs) as context:
+        for chosen in (out / "scale" / TUNING, out / "plan" / file):  # once, so that every stage has the same
+            if not (place := context.out / chosen.name).exists():
+                files.copy(chosen, place)
+        compare(context)
+    return folder / "report.html"
+
+
+def expected(protocol: Protocol, full_ms: float, minutes: float) -> dict[str, float]:
+    """Estimate the minutes of the second command, at most, by stage.  full_ms: of full depth, per picture."""
+    chosen, ms = protocol.compared(0, LEAST_SCALE, EXITS[0], minutes, 1), protocol.budget * full_ms
+    drawn = [
+        len(one.peers) * len(one.scales) * (one.counts or len(one.steps)) * chosen.calibration.num_pictures * ms / 6e4
+        for one in chosen.tunings
+    ]
+    limits = [one.minutes or math.inf for one in chosen.tunings]
+    trained = {(peer.name, getattr(peer, "depth", peer.label)) for one in chosen.tunings for peer in one.peers}
+    trained = [peer for peer in trained if peer[0] in (Student.name, Pruned.name, Width.name)]
+    # G, F, I and each lock take the plan's time, as every tuning and its neighbour do; A and full depth take their own.
+    arms = 3 + len(chosen.variants) + 2 * len(chosen.tunings)
+    scored = chosen.num_images * (arms * ms + 3 * full_ms) / 6e4
+    stages = {"trainings": len(trained) * minutes / 3, "tuning": sum(map(min, drawn, limits))}
+    return stages | {"evolution": minutes, "pictures to score": scored}
+
+
+def minutes_of(out: Path) -> float:
+    """Return the minutes from the backbone to the plan: exits, table, search and measured plans."""
+    costs = pd.concat([pd.read_csv(out / stage / COSTS) for stage in ("scale", "plan")])
+    return float(costs["seconds"].sum()) / 60
 
 
 def main(
@@ -141,21 +243,12 @@ def main(
     out: Path,
     minutes: float = 0.0,
     updates: int = 2_000,
+    protocol: Literal["main", "unipc-10", "flow"] = "main",
+    device: str = "auto",
 ) -> None:
     """Calibrate; with `minutes`, also tune every rival, and draw and score all arms."""
-    inputs = Inputs(model=model, data=data, extractor_weights=extractor_weights)
-    first = calibration.calibrated(number)
-    with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
-        scale = max(LEAST_SCALE, choose(context, FULL_SCALE).plan.cfg_scale)
-        guide = choose(context, OWN_GUIDE).peer.exit
-    inputs = replace(inputs, model=str(out / "scale" / "model"))
-    planned = replace(first, cfg_scale=scale)
-    with prepared(planned, out / "plan", inputs) as context, planned.autocast(context.model.device.type):
-        ((_, plan, _),) = context.searched(SOLVER, STEPS, (BUDGET,))
-    print(f"calibration {number}: scale {scale:g}, guide e{guide}\n{plan}")
-    if minutes:
-        inputs = replace(inputs, model=str(out / "plan" / "model"))
-        run(compared(number, scale, guide, minutes, updates), out / "compare", inputs)
+    inputs = Inputs(model=model, data=data, extractor_weights=extractor_weights, device=device)
+    print(carry_out(number, inputs, out, minutes, updates, PROTOCOLS[protocol]))
 
 
 if __name__ == "__main__":

@@ -78,16 +78,22 @@ def most_effect(effect: Sequence[float], keep: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[:keep]))
 
 
-@torch.no_grad()
-def effects(model: DynamicDepth, data: Pictures, *, num_pictures: int = 256, seed: int = 0) -> list[float]:
-    """Measure the mean squared change of the noise prediction without each block, over all noise levels."""
+def noised_inputs(model: DynamicDepth, data: Pictures, *, num_pictures: int, seed: int, least: int = 0) -> Inputs:
+    """Noise random pictures at the process's timesteps. Timesteps below `least` are moved up by it."""
     process, generator = model.process, torch.Generator().manual_seed(seed)
     items = [data[i] for i in torch.randperm(len(data), generator=generator)[:num_pictures].tolist()]
     x_0, y = torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items])
     t = process.sample_timesteps(len(x_0), generator)
+    t = torch.where(t < least, t + least, t)
     x_t = process.noised(x_0, torch.randn(x_0.shape, generator=generator), t)
-    device, channels = next(model.parameters()).device, x_0.shape[1]
-    inputs = Inputs(x_t.to(device), t.to(device), y.to(device))
+    device = next(model.parameters()).device
+    return Inputs(x_t.to(device), t.to(device), y.to(device))
+
+
+@torch.no_grad()
+def effects(model: DynamicDepth, data: Pictures, *, num_pictures: int = 256, seed: int = 0) -> list[float]:
+    """Measure the mean squared change of the noise prediction without each block, over all noise levels."""
+    inputs, channels = noised_inputs(model, data, num_pictures=num_pictures, seed=seed), model.backbone.in_channels
 
     def noise(skipped: int | None) -> torch.Tensor:
         state = model.backbone.embed(inputs.x, inputs.t, inputs.y)

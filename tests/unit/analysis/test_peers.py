@@ -25,6 +25,7 @@ from dyndit.analysis.compare.peers.pruned import Pruned, effects, evenly_spread,
 from dyndit.analysis.compare.peers.random_plan import RandomPlan, shuffled
 from dyndit.analysis.compare.peers.stale import DeepReuse, Stale
 from dyndit.analysis.compare.peers.switch import Switch, TwoModels
+from dyndit.analysis.compare.peers.width import Width
 from dyndit.analysis.compare.run import Comparison, in_turn
 from dyndit.analysis.compare.sources import Peers
 from dyndit.errors import InputError
@@ -45,7 +46,7 @@ from dyndit.training.train import Train
 
 LABELS, STEPS = [3, 1, 4, 1, 5], 6
 FIT = FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
-OURS = (Ecad, FixedExits, Forecast, GuidanceInterval, InternalGuidance, Pruned, RandomPlan, Stale, TwoModels)
+OURS = (Ecad, FixedExits, Forecast, GuidanceInterval, InternalGuidance, Pruned, RandomPlan, Stale, TwoModels, Width)
 ON = (
     Ecad(2),
     Ecad(3, hold=True),
@@ -60,6 +61,7 @@ ON = (
     Stale(2, 3),
     Stale(3, 1),
     TwoModels(0.5),
+    Width(0.5),
 )
 
 TRAIN = Train(DiTConfig(8, 4, 1, width=16, num_blocks=6, num_heads=2, num_classes=10), FIT)
@@ -162,7 +164,9 @@ def blocks_run(runs: DynamicDepth, plan: DepthPlan) -> int:
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1000.0), (0.5, 10.0)])
-@pytest.mark.parametrize("settings", [s for s in ON if not isinstance(s, TwoModels | Ecad)], ids=lambda s: s.label)
+@pytest.mark.parametrize(
+    "settings", [s for s in ON if not isinstance(s, TwoModels | Ecad | Width)], ids=lambda s: s.label
+)
 def test_the_share_of_blocks_is_what_runs(model, made, settings: PeerSettings, interval) -> None:
     """Also where guidance comes and goes: a branch that comes back has nothing fresh to reuse."""
     runs = made(settings)

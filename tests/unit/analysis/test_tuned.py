@@ -25,12 +25,15 @@ from dyndit.analysis.compare.tuning import SLACK, Tuning
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.sets import PictureSet
+from dyndit.analysis.report.claims import EXPLAINING, RIVALS
+from dyndit.analysis.report.runs import read_runs
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.errors import InputError
 from dyndit.models.dit import CARDS
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.step import OwnExit, locked
 from dyndit.recipes.studies import claim
+from dyndit.rounds import Repeats
 from dyndit.seals import SEAL
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
@@ -148,6 +151,76 @@ def test_tuned_arms_are_scored_on_seeds_of_their_own(context: Context, tmp_path:
     assert set(pd.read_csv(tmp_path / "runs.csv")["seed"]) == {10_000}
 
 
+def test_the_best_of_a_group_takes_its_name(context: Context, tmp_path: Path) -> None:
+    """Chosen on the calibration seeds, among arms that are all kept."""
+    own = with_tuning(context, tmp_path, steps=(4,), group="J")
+    first = own.experiment.tunings[0]
+    tunings = tuple(replace(first, family=f"J-{k}", peers=(peer,)) for k, peer in enumerate(DEPTHS))
+    own = replace(own, experiment=replace(own.experiment, tunings=tunings))
+    object.__setattr__(own, "table", context.table)
+    arms, rows = Tuned().arms(own), pd.read_csv(tmp_path / TUNING)
+    best = rows.loc[rows["fd"].idxmin(), "family"]
+    assert [arm.family for arm in arms] == ["J" if tuning.family == best else tuning.family for tuning in tunings]
+    assert [arm.family for arm in arms].count("J") == 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "variant"), [(0.9, 5, "slower"), (1.1, 3, "faster"), (0.985, None, ""), (1.015, None, "")]
+)
+def test_an_arm_of_another_time_has_a_neighbour(
+    context: Context, tmp_path: Path, monkeypatch, ratio: float, steps: int | None, variant: str
+) -> None:
+    """The next step count of the same setting; the ratio is kept, so that a resumed run has the same arms."""
+    own = with_tuning(context, tmp_path, peers=DEPTHS[:1], steps=(2, 3, 4, 5, 6), share=0.6, matched=True)
+    own = replace(own, experiment=replace(own.experiment, tunings=(replace(own.experiment.tunings[0], steps=(4,)),)))
+    (alone,) = [choose(own, own.experiment.tunings[0])]
+    tuning = replace(own.experiment.tunings[0], steps=(2, 3, 4, 5, 6))
+    monkeypatch.setattr(tuned, "_ratio", lambda *_: ratio)
+    found = tuned.neighbour(own, tuning, alone)
+    assert (found and (found[0].plan.num_steps, found[1])) == (steps and (steps, variant))
+    if found:
+        assert (found[0].peer, found[0].model) == (alone.peer, alone.model)
+    monkeypatch.setattr(tuned, "_ratio", lambda *_: pytest.fail("timed again"))
+    again = tuned.neighbour(own, tuning, alone)
+    assert (again and again[0].plan) == (found and found[0].plan)
+    assert tuned.neighbour(own, replace(tuning, steps=(4,)), alone) is None  # no other step count
+
+
+def test_times_are_matched_to_the_searched_plan(context: Context, tmp_path: Path) -> None:
+    """Really timed, in turns with the plan that the comparison searches."""
+    own = with_tuning(context, tmp_path, peers=DEPTHS[1:2], steps=(1, 8), share=0.6, matched=True, counts=0)
+    arms = Tuned().arms(own)
+    assert (tmp_path / "plan-ddim-4-b0.6.json").is_file()
+    rows = pd.read_csv(tmp_path / tuned.MATCHED)
+    assert len(rows) == 1
+    off = abs(rows["ratio"].iloc[0] - 1) > tuned.MATCHING
+    assert [arm.variant for arm in arms][1:] in ([["slower"], ["faster"]] if off else [[]])
+    assert all(arm.family == "rival" for arm in arms)
+
+
+def test_arms_are_timed_in_batches_of_another_size(context: Context, tmp_path: Path, monkeypatch) -> None:
+    own = with_tuning(context, tmp_path, peers=DEPTHS[:2], steps=(4,))
+    experiment = replace(own.experiment, time_batch=3)
+    comparison = Comparison(experiment, own.model, own.references, tmp_path, own.console)
+    object.__setattr__(own, "table", context.table)
+    arms = [*Searched().arms(own), *Tuned().arms(own)]
+    comparison.measure(arms)
+    monkeypatch.setattr("dyndit.analysis.compare.run.TIMING", Repeats(3))
+    comparison.time(arms)
+    rows = read_runs(tmp_path)
+    timed, scored = (rows[rows["role"] == role].set_index("arm") for role in ("time", "score"))
+    assert list(timed.index) == list(scored.index) == [arm.name for arm in arms]
+    assert (timed["fd"] == scored["fd"]).all()
+    assert set(timed["batch_size"]) == {"3"}
+    assert (timed["ms_per_picture"] != scored["ms_per_picture"]).all()
+    assert timed["predicted_ms"].isna().all()
+    before = (tmp_path / "runs.csv").read_bytes()
+    monkeypatch.setattr("dyndit.analysis.compare.run.paired_rounds", lambda *_, **__: pytest.fail("timed again"))
+    comparison.time(arms)
+    comparison.measure(arms)
+    assert (tmp_path / "runs.csv").read_bytes() == before
+
+
 def test_shuffles_of_every_searched_plan(context: Context) -> None:
     experiment = replace(context.experiment, shuffle_seeds=(0, 1))
     own = replace(context, experiment=experiment)
@@ -233,11 +306,28 @@ def test_a_time_that_no_setting_meets_has_no_arm(context: Context, tmp_path: Pat
         choose(own, never)
 
 
+def test_the_claims_cost_is_estimated_from_full_depths_time() -> None:
+    """Ten milliseconds a picture, an hour for each rival. By hand: B tries 7 scales at 15 counts."""
+    found, protocol = claim.expected(claim.PROTOCOLS["main"], 10.0, 60.0), claim.Protocol()
+    assert found["trainings"] == 9 * 20  # three students, three pruned backbones, three widths
+    assert found["evolution"] == 60
+    only = replace(protocol, without=tuple({t.family for t in protocol.tunings(1.5, 60.0)} - {"B"}))
+    assert claim.expected(only, 10.0, 60.0)["tuning"] == pytest.approx(7 * 15 * 256 * 4.5 / 60_000)
+    assert claim.expected(only, 1e6, 60.0)["tuning"] == 60  # its limit
+    assert claim.expected(protocol, 20.0, 60.0)["pictures to score"] == 2 * found["pictures to score"]
+
+
 def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:
     """Seeds as the page says, the rivals by letter, and settings that a manifest can hold."""
-    found = claim.compared(3, 1.5, 4, minutes=60.0, updates=100)
+    found = claim.Protocol().compared(3, 1.5, 4, minutes=60.0, updates=100)
     families = {tuning.family for tuning in found.tunings}
-    assert families == {*"ABCDHK", "C-pass", "C-interval", *claim.CACHES}
+    assert families == {*"ABDHKL", "C-own", "C-pass", "C-interval", *claim.CACHES}
+    groups = {tuning.family: tuning.group for tuning in found.tunings if tuning.group}
+    assert groups == {"C-own": "C", "C-pass": "C", **dict.fromkeys(claim.CACHES, "J")}
+    reported = {family for family, _ in (RIVALS | EXPLAINING).values()}
+    reported -= {"shuffled", "ecad", "searched-E1", "searched-E2"}
+    assert reported <= families - groups.keys() | set(groups.values())
+    assert [tuning.family for tuning in found.tunings if not tuning.matched] == ["A"]
     assert [variant.name for variant in found.variants] == ["E1", "E2"]
     assert (found.first_seed, found.shuffle_seeds, found.search_seed, found.evolution.seed) == (10_003, (3,), 3, 3)
     assert found.calibration.seed == 1_003_003
@@ -246,5 +336,11 @@ def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:
     assert [round(share * CARDS["cifar10"].num_blocks) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3)] == list(claim.EXITS)
     for tuning in found.tunings:
         assert len({(peer.name, peer.label) for peer in tuning.peers}) == len(tuning.peers)
+    few = claim.PROTOCOLS["unipc-10"].compared(3, 1.5, 4, minutes=60.0, updates=100)
+    assert {tuning.family for tuning in few.tunings} == families - {"K", "L"}
+    assert few.variants == ()
+    assert few.tunings[1].steps == tuple(range(3, 11))
+    flow = claim.PROTOCOLS["flow"].compared(3, 1.5, 4, minutes=60.0, updates=100)
+    assert {flow.calibration_solver, flow.distill.solver, flow.points[0][0], flow.tunings[0].solver} == {"flow-euler"}
     settings = settings_of(found, Inputs(), load_digits())
     assert files.to_json(Path("manifest.json"), settings)

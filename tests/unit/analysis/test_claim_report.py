@@ -1,0 +1,340 @@
+"""The report of a claim: calibrations joined, known answers, the protocol's sentences, nothing averaged silently."""
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dyndit.analysis.report.claim_goals import goals, sentences
+from dyndit.analysis.report.claim_tables import goals_table, tables_of_claim
+from dyndit.analysis.report.claims import BETTER, EXPLAINING, OPEN, PRIMARY, RIVALS, WORSE, Claim, claims_of, is_claim
+from dyndit.analysis.report.contents import contents_of, table_record
+from dyndit.analysis.report.runs import append_run, runs_below
+from dyndit.analysis.report.verify import verify
+from dyndit.analysis.report.write import write_report
+from dyndit.cli import results
+from dyndit.errors import InputError
+from dyndit.stats import holm
+from support.runs import run_row
+
+EXTRACTORS = ("resnet20-cifar10", "vgg-cifar10", PRIMARY)
+FAMILIES = {letter: family for letter, (family, _) in (RIVALS | EXPLAINING).items()}
+
+
+def noise(calibration: int, family: str) -> float:
+    """A difference between calibrations, so that there is a variance."""
+    return random.Random(f"{calibration} {family}").gauss(0, 0.02)
+
+
+def rows_of(calibration: int, changes: dict[str, dict] | None = None) -> list[dict]:
+    """The rows of one calibration: A at FD 10, G at the same in 45% of the time, rivals at 11 in G's time.
+
+    changes: by family: other figures, a function of the calibration where they are callable; None leaves it out.
+    """
+    arms = {"A": {"ms": 100.0, "fd": 10.0}, "searched": {"ms": 45.0, "fd": 10.1}}
+    arms |= {family: {"ms": 45.0, "fd": 11.0} for family in FAMILIES.values()}
+    arms["full"] = {"ms": 100.0, "fd": 10.5, "arm": "full-unipc-20", "calibration": ""}
+    found = []
+    for k, (family, figures) in enumerate(arms.items()):
+        own = (changes or {}).get(family, {})
+        if own is None:
+            continue
+        own = {name: value(calibration) if callable(value) else value for name, value in own.items()}
+        figures = figures | own
+        fd = figures["fd"] + 0.3 * calibration + noise(calibration, family)  # calibrations differ more than arms
+        row = {"arm": f"{family}-c{calibration}", "family": family, "calibration": str(calibration), "solver": "unipc"}
+        row |= {"run": f"claim-{calibration}", "steps": 20, "seed": 10_000 + calibration, "precision": 0.7, "macs": 1e9}
+        row |= {
+            "batch_size": "50",
+            "num_images": 5000,
+            "ms_per_picture": figures["ms"],
+            "fd": fd,
+            "cfg_scale": 1 + k / 8,
+        }
+        row |= {name: value for name, value in figures.items() if name not in ("ms", "fd")}
+        if family == "searched":
+            row["precision"] += noise(calibration, family) / 10
+        for extractor in EXTRACTORS:
+            own = row | {"extractor": extractor, "metric": f"FD-{extractor}"}
+            found += [run_row(**own), run_row(**own | {"role": "time", "batch_size": "1"})]
+    return found
+
+
+def runs_of(changes: dict[str, dict] | None = None, num: int = 5) -> list[pd.DataFrame]:
+    return [pd.DataFrame(rows_of(k, changes)) for k in range(num)]
+
+
+def claim_of(changes: dict[str, dict] | None = None, num: int = 5) -> Claim:
+    (claim,) = claims_of(runs_of(changes, num), 0.03)
+    return claim
+
+
+def by_letter(claim: Claim, extractor: str = PRIMARY, arms=RIVALS) -> dict[str, dict]:
+    return {row["letter"]: row for row in claim.comparisons(extractor, arms).to_dict("records")}
+
+
+def fds(family: str, changes: dict[str, dict] | None = None) -> list[float]:
+    rows = pd.concat(runs_of(changes))
+    rows = rows[(rows["family"] == family) & (rows["extractor"] == PRIMARY) & (rows["role"] == "score")]
+    return list(rows.sort_values("calibration")["fd"])
+
+
+def test_differences_intervals_and_p_values_are_the_paired_t_tests() -> None:
+    found, plan = by_letter(claim_of()), fds("searched")
+    expected = {letter: scipy.stats.ttest_rel(plan, fds(family)) for letter, (family, _) in RIVALS.items()}
+    corrected = holm({letter: test.pvalue for letter, test in expected.items()})
+    for letter, test in expected.items():
+        row, interval = found[letter], test.confidence_interval()
+        assert row["diff"].low == pytest.approx(interval.low)
+        assert row["diff"].high == pytest.approx(interval.high)
+        assert row["p"] == pytest.approx(test.pvalue)
+        assert row["corrected"] == pytest.approx(corrected[letter])
+        assert (row["ratio"], row["outcome"], row["calibrations"], row["note"]) == (1.0, BETTER, 5, "")
+    assert len({row["p"] for row in found.values()}) > 2
+
+
+def test_explaining_arms_are_corrected_among_themselves() -> None:
+    found, plan = by_letter(claim_of(), arms=EXPLAINING), fds("searched")
+    values = {k: scipy.stats.ttest_rel(plan, fds(family)).pvalue for k, (family, _) in EXPLAINING.items()}
+    assert {k: row["corrected"] for k, row in found.items()} == pytest.approx(holm(values))
+
+
+def test_what_was_met_is_said_in_the_protocols_words() -> None:
+    claim = claim_of()
+    assert [goal.met for goal in goals(claim)] == [True] * 7
+    first, second, *rest = sentences(claim)
+    wanted = "(3%, five calibrations, three extractors)"
+    assert first == f"A searched plan saves 55 ± 0% of the time at unchanged quality {wanted}."
+    assert second == "At equal time it is better than each of nine alternatives."
+    assert rest == []
+
+
+WORSE_BY_VGG = {"searched": {"fd": 10.6}}
+SLOW = {family: {"ms": 65.0} for family in ("searched", *FAMILIES.values())}
+OUTCOMES = [
+    (WORSE_BY_VGG, 0, "At 55 ± 0% of the time saved, quality is not shown to be unchanged by "),
+    (WORSE_BY_VGG, 0, "vgg-cifar10: FD is 5."),
+    (WORSE_BY_VGG, 0, "% higher (upper limit +"),
+    (
+        {"searched": {"ms": 65.0}, **{f: {"ms": 65.0} for f in FAMILIES.values()}},
+        0,
+        "A searched plan saves 35 ± 0% of the",
+    ),
+    ({"searched": {"ms": 65.0}, **{f: {"ms": 65.0} for f in FAMILIES.values()}}, 0, "(goal: 40% in every batch size)"),
+    ({"searched": {"precision": 0.65}}, 0, ", and precision falls by 0.0"),
+    (
+        {"B": {"fd": 9.0}},
+        0,
+        "B, full depth in fewer steps is better than the searched plan at equal time (difference +1.",
+    ),
+    (
+        {"B": {"fd": 9.0}},
+        2,
+        "It is not shown to be better than B, full depth in fewer steps at equal time (difference +1.",
+    ),
+    (
+        {"D": {"fd": lambda c: 9.0 + c % 2 * 4}},
+        1,
+        "It is not shown to be better than D, the same heads at one depth at",
+    ),
+    (
+        {"C": {"fd": 10.15}},
+        -1,
+        "The timestep-aware plan is not what saves the time; guidance by an own exit at full depth",
+    ),
+    ({"D": {"fd": 10.15}}, -1, "not what saves the time; heads and their guide at one depth does nearly as well."),
+    ({"H": {"fd": 10.15}}, -1, "not what saves the time; a smaller student does nearly as well."),
+    ({"shuffled": {"fd": lambda c: 10 + c % 2 * 0.3}}, -1, "The order of the steps does not matter"),
+    ({"K": None}, 2, "K, a pruned backbone has no arm within the time; it left the comparison."),
+    ({"J": {"ms": 55.0, "fd": 10.1}}, 1, "(difference +0.0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "place", "text"), OUTCOMES)
+def test_every_outcome_has_its_sentence(changes: dict, place: int, text: str) -> None:
+    found = sentences(claim_of(changes))
+    assert text in found[place], found
+    assert not any("at unchanged quality" in sentence for sentence in found if changes is WORSE_BY_VGG)
+
+
+def test_goals_are_missed_where_they_are_missed() -> None:
+    assert [goal.met for goal in goals(claim_of(WORSE_BY_VGG))] == [False] * 3 + [True] * 2 + [True, True]
+    assert [goal.met for goal in goals(claim_of(SLOW))][3:5] == [False, False]
+    assert goals(claim_of({"searched": {"precision": 0.65}}))[-1].met is False
+    assert goals(claim_of({"B": {"fd": 10.1}}))[5].met is False
+    assert goals(claim_of({"K": None}))[5].measured == "better than 8 of 8"
+
+
+def test_a_missing_row_is_named_and_its_comparison_left_out() -> None:
+    runs = runs_of()
+    runs[3] = runs[3][~((runs[3]["family"] == "D") & (runs[3]["extractor"] == PRIMARY))]
+    (claim,) = claims_of(runs, 0.03)
+    whole, found = by_letter(claim_of()), by_letter(claim)
+    assert found["D"]["note"] == "left out: no row for calibration 3"
+    assert (found["D"]["outcome"], str(found["D"]["diff"]), found["D"]["calibrations"]) == ("", "–", 4)
+    assert all(found[k]["diff"] == whole[k]["diff"] for k in RIVALS if k != "D")
+    assert found["B"]["corrected"] == whole["B"]["corrected"]  # it still counts as a comparison
+    assert (
+        "not shown to be better than D, the same heads at one depth at equal time (left out: no row"
+        in sentences(claim)[1]
+    )
+    goal = goals(claim)[5]
+    assert (goal.met, goal.measured) == (False, "better than 8 of 9")
+    assert by_letter(claim, "vgg-cifar10")["D"]["outcome"] == BETTER
+    lost = [frame[frame["family"] != "searched"] if k == 2 else frame for k, frame in enumerate(runs_of())]
+    (claim,) = claims_of(lost, 0.03)
+    assert {row["note"] for row in by_letter(claim).values()} == {"left out: no row for calibration 2"}
+    assert {goal.met for goal in goals(claim) if not goal.name.startswith("3")} == {None}
+    assert not any("at unchanged quality" in sentence for sentence in sentences(claim))
+
+
+def test_one_calibration_says_so_and_judges_nothing() -> None:
+    claim = claim_of(num=1)
+    assert {goal.met for goal in goals(claim)} == {None}
+    assert sentences(claim) == ["One calibration: nothing is shown. The searched plan saves 55% of the time."]
+    assert {row["outcome"] for row in by_letter(claim).values()} == {OPEN}
+    assert "one calibration" in goals_table(claim).caption
+
+
+MIXED = {"B": {"fd": 10.2}, "C": {"ms": 40.0}, "D": {"fd": lambda c: 9.0 + c % 2 * 4}}
+FRAMES = runs_of(MIXED)
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 10_000))
+def test_nothing_depends_on_the_order_of_rows_or_runs(seed: int) -> None:
+    drawn, (whole,) = random.Random(seed), claims_of(FRAMES, 0.03)
+    shuffled = [frame.sample(frac=1, random_state=drawn.randrange(2**31)) for frame in FRAMES]
+    drawn.shuffle(shuffled)
+    (other,) = claims_of(shuffled, 0.03)
+    made = [list(map(table_record, tables_of_claim(claim, "vgg-cifar10"))) for claim in (whole, other)]
+    assert made[0] == made[1]
+    assert sentences(other) == sentences(whole)
+    (joined,) = claims_of([pd.concat(shuffled[:3]), *shuffled[3:]], 0.03)  # calibrations in one file
+    assert sentences(joined) == sentences(whole)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(RIVALS)), st.floats(0, 1), min_size=1))
+def test_correction_is_monotone(values: dict[str, float]) -> None:
+    """The order of the p values stays, none falls, and none grows when another falls."""
+    found = holm(values)
+    ranked = sorted(values, key=values.get)
+    assert all(found[a] <= found[b] for a, b in pairwise(ranked))
+    assert all(values[name] <= found[name] <= 1 for name in values)
+    assert found[ranked[0]] == pytest.approx(min(1, len(values) * values[ranked[0]]))
+    lower = holm(values | {ranked[-1]: values[ranked[-1]] / 2})
+    assert all(lower[name] <= found[name] + 1e-12 for name in values)
+
+
+def neighbours(ms: float, fd: float) -> list[pd.DataFrame]:
+    """C took less time than G; its next step count took this much."""
+    runs = runs_of({"C": {"ms": 36.0, "fd": 12.0}})
+    for k, frame in enumerate(runs):
+        own = frame[(frame["family"] == "C") & (frame["role"] == "score")]
+        other = own.assign(arm=f"C-slower-c{k}", variant="slower", ms_per_picture=ms, fd=own["fd"] - 12.0 + fd)
+        runs[k] = pd.concat([frame, other], ignore_index=True)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("ms", "fd", "note"),
+    [(56.25, 11.0, "interpolated"), (44.5, 11.0, "interpolated"), (40.0, 11.0, "less time and no nearer step count")],
+    ids=["halfway in log time", "matched: its own figure", "still faster: its own figure"],
+)
+def test_times_that_differ_are_interpolated_in_log_time(ms: float, fd: float, note: str) -> None:
+    (claim,) = claims_of(neighbours(ms, fd), 0.03)
+    row, plain = by_letter(claim)["C"], by_letter(claim_of({"C": {"ms": 36.0, "fd": 12.0}}))["C"]
+    assert row["ratio"] == pytest.approx(36 / 45)
+    assert plain["diff"].mean - row["diff"].mean == pytest.approx(-0.5 if ms > 45 else -1.0)
+    assert row["note"] == f"{note}: 0, 1, 2, 3, 4"
+    assert plain["note"] == "less time and no nearer step count: 0, 1, 2, 3, 4"
+    assert row["outcome"] == BETTER
+
+
+def test_a_rival_of_more_time_is_named() -> None:
+    """It is better, but not at equal time; a rival that loses all the same has lost."""
+    found = by_letter(claim_of({"ecad": {"ms": 50.0, "fd": 9.0}, "K": {"ms": 50.0}, "B": {"fd": 9.0}}))
+    assert found["I"]["note"] == found["K"]["note"] == "more time and no nearer step count: 0, 1, 2, 3, 4"
+    assert found["I"]["corrected"] < 0.05
+    assert [found[letter]["outcome"] for letter in "IKB"] == [OPEN, BETTER, WORSE]
+
+
+def test_machines_are_claims_of_their_own() -> None:
+    runs = runs_of()
+    runs[4]["machine"] = "gpu"
+    found = claims_of(runs, 0.03)
+    assert [claim.calibrations for claim in found] == [(0, 1, 2, 3), (4,)]
+
+
+def test_replications_are_claims_of_their_own() -> None:
+    """Ten steps leave less to save, so 30% are asked for."""
+    few = [frame.assign(steps=10) for frame in runs_of({"searched": {"ms": 65.0}})]
+    found = {claim.point: goals(claim)[3] for claim in claims_of([*runs_of(), *few], 0.03)}
+    assert {point: (goal.met, goal.asked[-3:]) for point, goal in found.items()} == {
+        "unipc, 20 steps": (True, "40%"),
+        "unipc, 10 steps": (True, "30%"),
+    }
+
+
+def test_a_calibration_that_stands_twice_is_refused() -> None:
+    runs = runs_of()
+    with pytest.raises(InputError, match=r"calibration 2, family A: two rows by .* \(claim-2\); expected one"):
+        claims_of([*runs, runs[2]], 0.03)
+
+
+def test_without_the_primary_extractor_rivals_are_not_judged() -> None:
+    runs = [frame[frame["extractor"] != PRIMARY] for frame in runs_of()]
+    (claim,) = claims_of(runs, 0.03)
+    assert [goal.met for goal in goals(claim)] == [True, True, True, True, None, None]
+    assert sentences(claim)[-1] == f"Not scored by {PRIMARY}, which decides about rivals: they are not judged."
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for k in range(5):
+        place = tmp_path / "claim" / str(k) / "claim" / "runs.csv"
+        place.parent.mkdir(parents=True)
+        append_run(place, *rows_of(k, {"B": {"fd": 10.2}}))
+    return tmp_path / "claim"
+
+
+def test_a_folder_of_calibrations_is_one_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(runs_below(folder)) == 5
+    results.report((folder,), margin=0.03)
+    said = capsys.readouterr().out
+    assert "A searched plan saves 55 ± 0% of the time at unchanged quality (3%, five" in said.replace("\n", " ")
+    assert f"report: {folder / 'report.html'}" in said
+    text = (folder / "report.md").read_text()
+    for wanted in ("### Goals", "### Rivals at equal time", "### What the plan is made of", "### Arms"):
+        assert wanted in text
+    assert text.count("### Rivals at equal time") == len(EXTRACTORS)
+    assert text.count("### Goals") == 1
+    assert "One calibration" not in text
+    assert verify(folder) == []
+    (folder / "report.md").write_text(text.replace("| met |", "| missed |", 1))
+    assert any("'missed', recomputed 'met'" in line for line in verify(folder))
+
+
+def test_one_run_of_a_claim_is_a_report_too(folder: Path, tmp_path: Path) -> None:
+    (run, *_) = runs_below(folder)
+    write_report(run, tmp_path / "out", margin=0.03)
+    assert "One calibration: nothing is shown." in (tmp_path / "out" / "report.md").read_text()
+    assert verify(tmp_path / "out") == []
+
+
+def test_other_runs_stand_beside_a_claim(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "runs.csv"
+    other.parent.mkdir()
+    plain = [run_row(arm="full-8", steps=8), run_row(arm="full-4", steps=4, ms_per_picture=5.0, fd=9.0)]
+    append_run(other, *plain)
+    assert not is_claim(pd.DataFrame(plain))
+    assert all(is_claim(frame[frame["family"] != "searched"]) for frame in runs_of())  # it is missed, not left out
+    contents = contents_of([*runs_below(folder), other], 0.03)
+    assert [bool(content.claim) for content in contents] == [True] * 3 + [False]
+    write_report([*runs_below(folder), other.parent], tmp_path / "out", margin=0.03)
+    assert verify(tmp_path / "out") == []

@@ -1,0 +1,135 @@
+"""A rehearsal of the claim: both commands of its script, on a tiny model, from the backbone to the report."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dyndit.analysis.compare import run as comparison
+from dyndit.analysis.compare import tuned
+from dyndit.analysis.compare.context import Context
+from dyndit.analysis.compare.evolution import Evolution
+from dyndit.analysis.compare.experiment import Inputs
+from dyndit.analysis.compare.tuning import Tuning
+from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
+from dyndit.analysis.report.runs import append_run, read_runs, runs_below
+from dyndit.analysis.report.verify import verify
+from dyndit.analysis.report.write import write_report
+from dyndit.calibration.measure import CalibrationSettings
+from dyndit.models.dit import ClassConditionalDiT, DiTConfig
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.recipes.cifar10_frontier import CHOICES
+from dyndit.recipes.studies import claim
+from dyndit.rounds import Repeats
+from dyndit.storage import load as checkpoints
+from dyndit.training.match import Match
+from support.models import randomise
+from support.pictures import noise, save
+
+BACKBONE = DiTConfig(32, 16, 3, width=16, num_blocks=12, num_heads=2, num_classes=2)
+NUM_IMAGES = 66
+
+
+def thinned(tuning: Tuning) -> Tuning:
+    """First and last setting and scale of every grid."""
+    ends = lambda values: values[:1] + values[1:][-1:]  # noqa: E731
+    return replace(tuning, peers=ends(tuning.peers), scales=ends(tuning.scales))
+
+
+@pytest.fixture(scope="module")
+def rehearsal() -> claim.Protocol:
+    """The protocol with its depths, choices and arms, of few steps, pictures, updates and settings."""
+    whole = claim.calibration
+    distill = replace(whole.distill, num_steps=4, num_trajectories=8)
+    distill = replace(distill, fit=replace(distill.fit, steps=2, batch_size=8, checkpoint_every=1, precision="fp32"))
+    table = CalibrationSettings(num_pictures=66, num_bands=3, batch_size=66, choices=CHOICES, forecast_ages=1)
+    few = {"num_images": NUM_IMAGES, "batch_size": 33, "more_extractors": ("vgg-cifar10",), "calibration_steps": 3}
+    few |= {"precision": "fp32"}  # a CPU without bf16 products would take 400 times as long
+    chosen = replace(whole, distill=distill, calibration=table, **few)
+    effort = Evolution(generations=1, population=2)
+    small = {"steps": 4, "budget": 0.7, "counts": (2, 3, 4), "lock_steps": 3}
+    return claim.Protocol(**small, calibration=chosen, evolution=effort, thinned=thinned)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    backbone = ClassConditionalDiT(BACKBONE)
+    randomise(backbone, seed=0)
+    checkpoints.save(DynamicDepth(backbone, pixel_space=True), folder / "model")
+    for k in range(80):
+        save(folder / "pictures" / "ab"[k % 2] / f"{k}.png", noise(32, 32, 3, seed=k))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(ResNet20().state_dict(), folder / "resnet20.safetensors")
+    return Inputs(
+        model=str(folder / "model"), data=str(folder / "pictures"), extractor_weights=folder / "resnet20.safetensors"
+    )
+
+
+def test_the_whole_protocol(
+    rehearsal: claim.Protocol,
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Calibrate; compare, stopped while arms are scored; go on; report. Nothing that is stored is done again."""
+    monkeypatch.setattr(tuned, "ROUNDS", Repeats(2))
+    monkeypatch.setattr(comparison, "TIMING", Repeats(2))
+    out, written = tmp_path / "1", []
+    plan = claim.carry_out(1, inputs, out, protocol=rehearsal)
+    assert plan == out / "plan" / "plan-unipc-4-b0.7.json"
+    assert "calibration 1: scale " in (said := capsys.readouterr().out)
+    assert f"{claim.minutes_of(out):.1f} minutes" in said
+    assert claim.minutes_of(out) > 0
+
+    def stopped(path: Path, *rows: object) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        append_run(path, *rows)
+
+    again = {"minutes": 9.0, "updates": 2, "protocol": rehearsal}
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "append_run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            claim.carry_out(1, inputs, out, **again)
+    folder = out / "claim-1"
+    tuning, rows = (folder / "tuning.csv").read_text(), read_runs(folder)
+    assert rows["arm"].nunique() == 2
+    with monkeypatch.context() as patch:
+        for place in (Context, "distance"), (Context, "_measured_table"), (Match, "train"), (tuned, "_ratio"):
+            patch.setattr(*place, lambda *_, **__: pytest.fail("done again"))
+        page = claim.carry_out(1, inputs, out, **again)
+    assert page == folder / "report.html"
+    assert (folder / "tuning.csv").read_text() == tuning
+    assert tuning.startswith((out / "scale" / "tuning.csv").read_text())  # A and C are chosen once
+    assert (folder / plan.name).read_bytes() == plan.read_bytes()
+    _check_rows(read_runs(folder), rows)
+    text = (folder / "report.md").read_text()
+    assert "One calibration: nothing is shown." in text
+    assert verify(folder) == []
+    assert page.is_file()
+    write_report(runs_below(out), tmp_path / "report", margin=0.03)  # the folder of a calibration is one too
+    assert (tmp_path / "report" / "report.md").read_text().count("### Rivals at equal time") == 2
+
+
+def _check_rows(rows: pd.DataFrame, before: pd.DataFrame) -> None:
+    """Every arm of the protocol by both extractors, scored on its seeds and timed alone."""
+    scored, timed = (rows[rows["role"] == role] for role in ("score", "time"))
+    assert scored["fd"].head(len(before)).tolist() == before["fd"].tolist()
+    families = set(scored["family"])
+    assert {"A", "B", "C", "C-interval", "D", "H", "K", "L", "J", "ecad", "searched", "shuffled"} <= families
+    assert families & {"C-own", "C-pass"}
+    assert {"searched-E1", "searched-E2"} & families
+    assert set(scored["seed"]) == {10_001}
+    made = scored[~scored["family"].isin(["full", "unguided"])]
+    assert set(made["calibration"]) == {"1"}
+    assert set(timed["arm"]) == set(scored["arm"])
+    assert set(timed["batch_size"]) == {"1"}
+    assert scored.groupby("arm")["extractor"].nunique().eq(2).all()
+    assert set(scored["variant"]) - {"", "slower", "faster"} <= {"E1", "E2"}

@@ -41,7 +41,9 @@ class Holder:
                     time.sleep(60)
             finally:
                 os._exit(0)
-        os.read(ready[0], 1)
+        os.close(ready[1])  # so that a holder that fails is heard of
+        assert os.read(ready[0], 1) == b"."
+        os.close(ready[0])
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)

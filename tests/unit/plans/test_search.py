@@ -49,6 +49,44 @@ def test_the_small_tables_are_worth_searching() -> None:
     assert any(len(set(plan)) > 1 for plan in plans.values())
 
 
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), budget=st.sampled_from([0.45, 0.6, 0.8]))
+def test_no_change_of_one_step_is_better_in_a_table_too_large_to_enumerate(seed: int, budget: float) -> None:
+    table = random_table(num_steps=20, num_depths=4, seed=seed, num_features=4)
+    plan = search(table, full_plan(table), budget)
+    predictor = Predictor(table, plan.timesteps)
+    choices = predictor.choice(plan).repeat(20 * 4, 1)
+    choices[range(20 * 4), torch.arange(20).repeat_interleave(4)] = torch.arange(4).repeat(20)
+    within = predictor.seconds[choices].sum(1) <= budget * predictor.seconds[-1] * 20
+    assert predictor.distances(choices[within]).min() >= plan.figures["predicted_fd"] - 1e-9
+
+
+LARGE = (
+    (0, 0.45, 16.053928335, "22222123121231112121"),
+    (0, 0.6, 7.404358515, "23223133322233312123"),
+    (1, 0.45, 15.929984327, "21121213221221123221"),
+    (1, 0.6, 7.132082705, "21123333221223333331"),
+    (2, 0.45, 12.516784233, "22211221221212221222"),
+    (2, 0.6, 4.657862832, "23312223222232323223"),
+    (3, 0.45, 15.144106695, "21212121122122222321"),
+    (3, 0.6, 6.664894948, "22233321322323222322"),
+    (4, 0.45, 14.225049785, "22213111321132211212"),
+    (4, 0.6, 6.588071379, "22223131323132333232"),
+    (5, 0.45, 14.088898202, "11123222222212121122"),
+    (5, 0.6, 5.828524535, "13133222223312323332"),
+)
+"""Seed of the table, budget, predicted distance and depths: what the search found on 2026-11-29."""
+
+
+@pytest.mark.parametrize(("seed", "budget", "distance", "depths"), LARGE)
+def test_the_search_finds_what_it_found(seed: int, budget: float, distance: float, depths: str) -> None:
+    """A change of its effort, or of the order of its moves, is seen here: better is welcome, and recorded anew."""
+    table = random_table(num_steps=20, num_depths=4, seed=seed, num_features=4)
+    plan = search(table, full_plan(table), budget)
+    assert plan.figures["predicted_fd"] == pytest.approx(distance, rel=1e-7)
+    assert "".join(str(step.depth) for step in plan.steps) == depths
+
+
 def test_prediction_is_exact_where_each_step_moves_pictures_of_its_own() -> None:
     """Two steps; the first exit changes the first half of the pictures, the second the rest: shifts add exactly."""
     g = torch.Generator().manual_seed(0)

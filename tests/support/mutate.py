@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib
+import math
 import json
 import os
 import random
@@ -126,6 +127,7 @@ class Tree:
 
     def __init__(self, place: Path) -> None:
         self.place, self.root, self.libraries = place, place / "tree", place / "libraries"
+        self.most_naps = 0  # no limit yet
         shutil.copytree(ROOT, self.root, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))
         for name in ("analysis", "recipes"):
             if not (self.root / "dyndit" / name).exists():
@@ -148,17 +150,19 @@ class Tree:
             path.write_text(text)
 
     def passes(self, tests: list[str], seconds: float) -> bool:
-        """Run tests in a child; whether all pass, within so many seconds of its own, and ten times as many of ours.
+        """Run tests in a child; whether all pass, within so many seconds of the processor.
 
-        The first child is slow: the libraries that it needs are then loaded here, for all later children.
+        The first child is slow: the libraries that it needs are then loaded here, for all later children. A child that
+        takes three times as long as the group's first one, which ran the unchanged modules, waits for ever.
         """
         if (child := os.fork()) == 0:
             self._test([f"tests/{name}" for name in tests], round(seconds))
-        done, status, left = 0, 0, 10 * seconds
-        while not done and left > 0:  # naps are counted: a pause of both processes takes none of the time
+        done, status, naps = 0, 0, 0
+        while not done and naps < (self.most_naps or math.inf):  # a pause of both processes takes no nap
             time.sleep(0.05)
-            left -= 0.05
+            naps += 1
             done, status = os.waitpid(child, os.WNOHANG)
+        self.most_naps = self.most_naps or 3 * naps + 200
         with contextlib.suppress(ProcessLookupError):  # with all that it has started
             os.killpg(child, signal.SIGKILL)
         if not done:
@@ -193,6 +197,7 @@ class Tree:
 def of_group(tree: Tree, group: str, num: int, seed: int, seconds: float, only: list[list] | None) -> dict:
     """Try changes of a group; what was found.  only: the changes to try, of an earlier call; None: a random choice."""
     modules, tests = TARGETS[group]
+    tree.most_naps = 0
     if not tree.passes(tests, seconds):
         sys.exit(f"{group}: its tests fail without a change")
     changes = [change for module in modules for change in tree.changes(module)]

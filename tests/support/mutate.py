@@ -13,8 +13,8 @@ import contextlib
 import datetime
 import hashlib
 import importlib
-import math
 import json
+import math
 import os
 import random
 import resource

@@ -17,7 +17,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.forecasts import NUM_TERMS, GapRegression, Gaps, basis, forecast_gap, remembered
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
-from dyndit.plans.search import search
+from dyndit.plans.search import _programmed, search
 from dyndit.plans.step import Step, steps
 from dyndit.plans.table import ShiftTable
 from dyndit.process import DDPM
@@ -329,6 +329,23 @@ def test_the_dynamic_program_finds_the_least_sum(seed: int, price: float) -> Non
     every = torch.tensor(list(product(range(len(predictor.choices)), repeat=5)))
     found = predictor.entries.programmed(values, predictor.seconds, price)
     assert total(found[None]).item() == pytest.approx(total(every).min().item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_programmed_plans_hold_the_budget_and_some_change_little(seed: int) -> None:
+    """Reluctance keeps a plan near the one whose slopes it follows; the first plan knows none."""
+    predictor = Predictor(forecasting_table(seed, 8), range(800, 0, -100))
+    choice = torch.full((8,), 2)
+    for limit in (float("inf"), predictor.spent(choice).item()):
+        plans = torch.cat(_programmed(predictor, choice, limit))
+        assert (predictor.spent(plans) <= limit).all()
+        assert torch.equal(predictor.settled(plans), plans)
+        changes = (plans != choice).sum(1)
+        assert changes.min() < changes[0]
+    values = predictor.entry_slopes(choice)
+    greedy = predictor.entries.programmed(values, predictor.seconds, 0.0)
+    sums = [values[range(8), predictor.entries.taken(plan[None])[1][0]].sum().item() for plan in (greedy, plans[0])]
+    assert sums[0] <= sums[1] + 1e-12
 
 
 def test_a_longer_sampling_ages_more_slowly() -> None:

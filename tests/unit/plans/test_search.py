@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dyndit.errors import CheckpointError, InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
-from dyndit.plans.search import SearchSettings, search
+from dyndit.plans.search import SearchSettings, _kicked, search
 from dyndit.plans.step import Step, steps
 from dyndit.plans.table import ShiftTable
 from dyndit.stats import frechet_distance, moments
@@ -285,3 +285,17 @@ def test_cost_of_unequal_branches() -> None:
     assert seconds("3|held") == seconds("3")
     assert seconds("3|e1") == pytest.approx(seconds("3") + 0.1)
     assert COST.share_of_time(DepthPlan.full((9, 5), NUM_BLOCKS, "ddim", 1.5)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_kick_moves_a_third_of_the_steps_and_keeps_what_just_fits(seed: int) -> None:
+    """Four steps have a third of one step. A budget that the kicked plan meets to the bit changes nothing of it."""
+    for num_steps, most in ((2, 1), (4, 1), (9, 3)):
+        predictor = Predictor(random_table(num_steps, 4, seed), range(100 * num_steps, 0, -100))
+        choice = torch.zeros(num_steps, dtype=torch.long)
+        free = _kicked(predictor, choice, float("inf"), torch.Generator().manual_seed(seed))
+        assert int((free != choice).sum()) <= most
+        just = predictor.spent(free).item()
+        assert torch.equal(_kicked(predictor, choice, just, torch.Generator().manual_seed(seed)), free)
+        tight = _kicked(predictor, choice, predictor.spent(choice).item(), torch.Generator().manual_seed(seed))
+        assert predictor.spent(tight) <= predictor.spent(choice)

@@ -348,6 +348,22 @@ def test_programmed_plans_hold_the_budget_and_some_change_little(seed: int) -> N
     assert sums[0] <= sums[1] + 1e-12
 
 
+PROGRAMMED = (
+    "00000000 01010000 11210120 11211221 12211221 22211221 11210220 22212221 22210220 22212222 22222222",
+    "00000000 00000100 02000100 02010100 02043100 02243100 02220100 02222100 02222120",
+    "00000000 01000100 01110110 21120110 21121110 21121210 41321210 21421210 21221210 01120110 21120210 22222210",
+)
+"""Choices of the plans that the dynamic program found on 2026-11-29, around the third choice at all of 8 steps."""
+
+
+@pytest.mark.parametrize(("seed", "found"), list(enumerate(PROGRAMMED)))
+def test_the_dynamic_program_goes_by_these_prices_and_reluctances(seed: int, found: str) -> None:
+    predictor = Predictor(forecasting_table(seed, 8), range(800, 0, -100))
+    choice = torch.full((8,), 2)
+    plans = torch.cat(_programmed(predictor, choice, predictor.spent(choice).item()))
+    assert ["".join(map(str, plan)) for plan in plans.tolist()] == found.split()
+
+
 def test_a_longer_sampling_ages_more_slowly() -> None:
     predictor = Predictor(forecasting_table(0, 4), range(396, -1, -50))  # 8 steps on a table of 4
     full, forecasting = len(predictor.choices) - 1, 3

@@ -236,6 +236,22 @@ def test_a_step_that_a_table_lacks_takes_the_nearest_of_its_kind(step: str, near
     assert str(predictor.choices[predictor.nearest(Step.parse(step))]) == nearest
 
 
+def test_of_guides_the_kind_counts_before_the_depth() -> None:
+    table = random_table(2, 3, seed=0)
+    shifts = {name: getattr(table, name)[:, :1].repeat_interleave(3, 1) for name in ("mean", "second")}
+    predictor = Predictor(replace(table, choices=steps("1|held", "3|e1", "3"), **shifts), full_plan(table).timesteps)
+    assert str(predictor.choices[predictor.nearest(Step.parse("3|held"))]) == "1|held"
+    assert str(predictor.choices[predictor.nearest(Step.parse("2|e1"))]) == "3|e1"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_whole_steps_no_step_runs_at_full_depth(seed: int) -> None:
+    table = random_table(4, 4, seed)
+    assert any(step.depth == NUM_BLOCKS for step in search(table, full_plan(table), 1.0).steps)
+    plan = search(table, full_plan(table), 1.0, settings=SearchSettings(whole=False))
+    assert all(step.depth < NUM_BLOCKS for step in plan.steps)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a table", b"\x08\0\0\0\0\0\0\0{}      "])
 def test_damaged_tables_are_refused(tmp_path, content: bytes) -> None:
     path = tmp_path / "table.safetensors"

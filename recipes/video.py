@@ -13,6 +13,7 @@ from dyndit.analysis.compare.experiment import Experiment
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.models.exits import ExitConfig
 from dyndit.models.video import VideoConfig
+from dyndit.process import RectifiedFlow
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
@@ -26,18 +27,20 @@ train = Train(
         in_channels=1,
         width=96,
         num_blocks=8,
-        num_heads=3,
+        num_heads=6,
+        attention="full",
         rotary_base=100.0,
         num_classes=10,
     ),
     data="moving-digits",
+    process=RectifiedFlow(),
     fit=FitConfig(
-        steps=1_800,
-        batch_size=64,
-        learning_rate=1e-3,
-        warmup_steps=100,
+        steps=9_000,
+        batch_size=16,
+        learning_rate=6e-3,
+        warmup_steps=200,
         schedule="cosine",
-        ema_decay=0.995,
+        ema_decay=0.998,
         seed=0,
     ),
 )
@@ -63,10 +66,11 @@ quickstart = Experiment(
     train=train,
     distill=distill,
     calibration=CalibrationSettings(num_pictures=96, num_bands=5, batch_size=48, num_depths=4),
+    calibration_solver="flow-euler",
     full_steps=(3, 4, 5, 6, 8, 10, 14),
     dynamic_steps=(10,),
     budgets=(0.35, 0.5, 0.65, 0.8),
-    solvers=("ddim",),
+    solvers=("flow-euler",),
     num_blocks=4,
     num_images=240,
     batch_size=40,

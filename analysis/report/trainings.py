@@ -1,5 +1,6 @@
 """Draw what trainings cost and what they brought: loss and FD over compute, FD over sampling time."""
 
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -23,13 +24,15 @@ def trainings_figure(costs: pd.DataFrame, runs: pd.DataFrame, names: Sequence[st
     by_name = {name: (costs[costs["name"] == name], runs[runs["settings"] == name]) for name in names}
     labels = [f"{name} ({own['tokens'].iloc[0]} tokens)" for name, (own, _) in by_name.items()]
     compute = [own["training_flops"].iloc[0] for own, _ in by_name.values()]
+    power = 3 * math.floor(math.log10(min(compute)) / 3)
+    spent, of_spent = [flops / 10**power for flops in compute], f"training compute ($10^{{{power}}}$ FLOPs)"
     times = [rows["ms_per_picture"].median() for _, rows in by_name.values()]
     losses = [paired_interval(own.sort_values("seed")["loss"].to_numpy()) for own, _ in by_name.values()]
     distances = [paired_interval(rows.sort_values("block")["fd"].to_numpy()) for _, rows in by_name.values()]
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(3, 3, 10.0, 3.2)
-        _draw(axes[0], compute, losses, labels, "training compute (FLOPs)", "loss")
-        _draw(axes[1], compute, distances, labels, "training compute (FLOPs)", f"{metric} (lower is better)")
+        _draw(axes[0], spent, losses, labels, of_spent, "loss")
+        _draw(axes[1], spent, distances, labels, of_spent, f"{metric} (lower is better)")
         _draw(axes[2], times, distances, labels, "ms per picture", f"{metric} (lower is better)")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(labels)))
     return figure
@@ -47,5 +50,4 @@ def _draw(
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if spread:
         axis.set_xscale("log")
-        if max(x) < 1e4:  # milliseconds: plain numbers; FLOPs keep powers of ten
-            number_log(axis.xaxis, (1, 2, 5))
+        number_log(axis.xaxis, (1, 2, 5))

@@ -39,7 +39,7 @@ def measure_bases(
     table: ShiftTable,
     extractor: FeatureExtractor,
     *,
-    solver: AnySolver = "ddim",
+    solver: AnySolver | None = None,
     step_grid: Sequence[int] = STEP_GRID,
     guided_channels: int | None = None,
     to_pictures: ToPictures = to_uint8,
@@ -55,6 +55,7 @@ def measure_bases(
     Raises InputError: the table belongs to another model or extractor, or a step count is out of range.
     """
     check_step_grid(step_grid)
+    solver = solver or model.process.usual_solver
     full = {steps: full_plan(model, solver, steps, table.cfg_scale) for steps in dict.fromkeys(step_grid)}
     if any(plan.calls for plan in full.values()):
         raise InputError(f"--step-grid: {solver_name(solver)} calls the network twice a step; expected a solver of one")
@@ -170,7 +171,7 @@ def calibrate(
     model: DynamicDepth,
     *,
     budget: float,
-    solver: AnySolver = "ddim",
+    solver: AnySolver | None = None,
     num_steps: int = 20,
     cfg_scale: float = 1.5,
     table: ShiftTable | None = None,
@@ -192,7 +193,7 @@ def calibrate(
 
     model: a model with exits, from `Distill`.
     budget: share of full depth's time at the same solver and steps, above 0 and at most 1.
-    solver: a name, such as "ddim" or "unipc", or a scheduler of diffusers.
+    solver: a name, such as "ddim" or "unipc", or a scheduler of diffusers. None: the usual one of the model's process.
     num_steps: sampling steps of the plan.
     cfg_scale: guidance scale; 1 is unguided.
     table: the shift table to search on, from `dyndit.calibration.measure.measure_shifts`. It serves other budgets, step
@@ -235,7 +236,7 @@ def calibrate(
             to_pictures=to_pictures,
             into=path,
         )
-    seed = table.seed
+    seed, solver = table.seed, solver or model.process.usual_solver
     sampler = OwnSampler(model, solver, num_steps, cfg_scale, guided_channels, to_pictures, seed, batch_size)
     plan = planned(sampler, table, budget, extractor, refinements)
     if path is not None:
@@ -263,7 +264,7 @@ def calibrate_steps(
     goal: Goal,
     *,
     table: ShiftTable,
-    solver: AnySolver = "ddim",
+    solver: AnySolver | None = None,
     extractor: FeatureExtractor | None = None,
     guided_channels: int | None = None,
     to_pictures: ToPictures = to_uint8,
@@ -280,6 +281,7 @@ def calibrate_steps(
 
     Raises InputError: the table belongs to another model or has no moments to choose by, or the goal is out of reach.
     """
+    solver = solver or model.process.usual_solver
     table = table_for(model, table, solver)
     plan = goal.choose(table, solver_name(solver), functools.partial(timesteps_of, solver, process=model.process))
     if extractor is None:

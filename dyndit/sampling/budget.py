@@ -15,7 +15,7 @@ from dyndit.sampling.timing import measure_cost
 from dyndit.stats import Moments
 
 
-def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver = "ddim") -> ShiftTable:
+def table_for(model: DynamicDepth, table: ShiftTable, solver: AnySolver | None = None) -> ShiftTable:
     """Return the table with the times of the model's device. Measure them if the table has another device's times.
 
     Raises InputError: the table belongs to another model.

@@ -66,13 +66,13 @@ class Sampling:
     """Settings of a sampling.
 
     plan: a plan, or a router that writes one; None is the full plan. solver: a name of `SOLVERS`, or a diffusers
-    scheduler. guided_channels: see `Guidance`. strict: pad every batch to `batch_size`. Kernels then see one shape, and
-    pictures are bit-equal in any grouping at this batch size; else they are equal to 1/255. stats: time every step.
-    shape: (C, ...) of a picture or clip, for a model that takes several; None is the model's own.
+    scheduler; None is the usual one of the model's process. guided_channels: see `Guidance`. strict: pad every batch to
+    `batch_size`. Kernels then see one shape, and pictures are bit-equal in any grouping at this batch size; else they
+    are equal to 1/255. stats: time every step. shape: (C, ...) of a picture or clip, for a model that takes several; None is the model's own.
     """
 
     plan: DepthPlan | Router | None = None
-    solver: AnySolver = "ddim"
+    solver: AnySolver | None = None
     num_steps: int = 20
     cfg_scale: float = 1.5
     guided_channels: int | None = None
@@ -91,8 +91,9 @@ class Sampling:
         if (self.guided_channels or 0) > (most := model.backbone.in_channels):
             raise InputError(f"--guided-channels {self.guided_channels}: expected at most {most}, as the model has")
         check_shape(model, self.shape)
-        plan = resolve_plan(model, self.plan, self.solver, self.num_steps, self.cfg_scale, origin=origin)
-        return replace(self, plan=plan)
+        solver = self.solver or model.process.usual_solver
+        plan = resolve_plan(model, self.plan, solver, self.num_steps, self.cfg_scale, origin=origin)
+        return replace(self, plan=plan, solver=solver)
 
     @property
     def running(self) -> DepthPlan:
@@ -127,7 +128,9 @@ class Sampling:
             batch = Batch(condition, indices + indices[-1:] * padding, self.seed)
             timed.clear()
             began = time.perf_counter()
-            trajectory = start(model, batch, self.solver, self.running.num_steps, shape=self.shape)
+            trajectory = start(
+                model, batch, self.solver or model.process.usual_solver, self.running.num_steps, shape=self.shape
+            )
             x = run(model, batch, trajectory, self.running, guidance, on_step=on_step, on_step_end=stepped).x
             x = to_uint8(x).cpu() if model.pixel_space else x.cpu()
             seconds = time.perf_counter() - began
@@ -168,7 +171,7 @@ def sample(
     budget: a share of full depth's time, in place of a plan; a plan is searched in seconds.
     table: the shift table to search on, its file or its folder. None: the one in the folder that the model is from.
     solver: a name, such as "ddim", "unipc", "ddpm" or "flow-euler", or a scheduler of diffusers. None: the plan's, else
-    "ddim".
+    the usual one of the model's process: "ddim" or "flow-euler".
     num_steps: sampling steps. None: the plan's, else 20.
     cfg_scale: scale of classifier-free guidance; 1 is unguided, and costs one pass a step in place of two. None: the
     plan's, else 1.5.
@@ -197,9 +200,11 @@ def sample(
     if budget is not None or table is not None:
         if plan is not None or budget is None:
             raise InputError("plan, budget, table: expected a plan, or a budget with or without a table")
-        plan = plan_within(model, budget, table, solver or "ddim", 20 if num_steps is None else num_steps)
+        plan = plan_within(
+            model, budget, table, solver or model.process.usual_solver, 20 if num_steps is None else num_steps
+        )
     usual = plan if isinstance(plan, DepthPlan) else None
-    solver = solver or (usual.solver if usual else "ddim")
+    solver = solver or (usual.solver if usual else None)
     num_steps = num_steps if num_steps is not None else usual.num_steps if usual else 20
     cfg_scale = cfg_scale if cfg_scale is not None else usual.cfg_scale if usual else 1.5
     asked = Sampling(plan, solver, num_steps, cfg_scale, guided_channels, seed, batch_size, strict, stats, shape)

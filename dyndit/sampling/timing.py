@@ -18,10 +18,16 @@ from dyndit.sampling.solvers import AnySolver
 
 
 def measure_cost(
-    model: DynamicDepth, *, batch_size: int = 64, solver: AnySolver = "ddim", cfg_scale: float = 1.5, rounds: int = 7
+    model: DynamicDepth,
+    *,
+    batch_size: int = 64,
+    solver: AnySolver | None = None,
+    cfg_scale: float = 1.5,
+    rounds: int = 7,
 ) -> CostModel:
     """Time the parts of our own sampling step: medians over `rounds`. The parts alternate."""
     backbone, first = model.backbone, next(model.parameters())
+    solver = solver or model.process.usual_solver
 
     def some(rows: int) -> Inputs:
         return backbone.example(rows, torch.Generator().manual_seed(0)).to(first)

@@ -255,7 +255,7 @@ class _Recorder(DynamicDepth):
 def record_signals(
     model: DynamicDepth,
     *,
-    solver: AnySolver = "ddim",
+    solver: AnySolver | None = None,
     num_steps: int = 10,
     cfg_scale: float = 1.5,
     settings: ConfidenceSettings | None = None,
@@ -265,7 +265,7 @@ def record_signals(
     Thresholds from these signals hold for states of full depth; states of a sampling that leaves early drift away.
     Raises InputError: the model has fewer than two exits, or lacks an exit at one of the depths.
     """
-    settings = settings or ConfidenceSettings()
+    settings, solver = settings or ConfidenceSettings(), solver or model.process.usual_solver
     depths = settings.depths or default_depths(model.depths)
     _check_depths(depths, model.depths)
     plan = full_plan(model, solver, num_steps, cfg_scale)

@@ -2,8 +2,9 @@
 
 Source: Z. Ma et al., "MagCache: Fast Video Generation with Magnitude-Aware Cache", NeurIPS 2025, arXiv:2506.09045.
 Code: diffusers, `apply_mag_cache`. It needs ratios of magnitudes that depend on the model and the steps. They are
-measured here by the paper's formula, on one full-depth DDIM sampling of `PICTURES` pictures. Guided samplings are
-measured at guidance 1.5. The first sampling with a number of steps measures them: sample once before timing.
+measured here by the paper's formula, on one full-depth sampling of `PICTURES` pictures by the process's usual solver.
+Guided samplings are measured at guidance 1.5. The first sampling with a number of steps measures them: sample once
+before timing.
 """
 
 from dataclasses import dataclass

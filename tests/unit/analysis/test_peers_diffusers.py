@@ -37,11 +37,12 @@ from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Step
+from dyndit.process import RectifiedFlow
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, Trajectory, advance, full_plan, start
 from dyndit.sampling.sample import sample
 from dyndit.storage.diffusers_folder import to_diffusers
-from support.models import balanced_labels
+from support.models import MakeModel, balanced_labels
 
 STEPS, GUIDED = 10, 1.5
 NEEDS_CACHE_DIT = pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs the package cache-dit")
@@ -196,6 +197,21 @@ def test_unguided_sampling(cache: type[DiffusersCache], digits: DynamicDepth) ->
     full = draw(digits, cfg_scale=1.0)
     assert torch.equal(draw(cache.off().model(digits), cfg_scale=1.0), full)
     assert not torch.equal(draw(cache.chosen()[-1].model(digits), cfg_scale=1.0), full)
+
+
+@pytest.fixture(scope="module")
+def flow(make_model: MakeModel) -> DynamicDepth:
+    return DynamicDepth(make_model(num_blocks=12, learn_variance=False).backbone, process=RectifiedFlow())
+
+
+@every_cache
+def test_caches_run_under_rectified_flow(cache: type[DiffusersCache], flow: DynamicDepth) -> None:
+    """And by its usual solver, where none is named: also in what a cache measures for itself."""
+    full, peer = draw(flow), cache.chosen()[-1].model(flow)
+    assert torch.equal(draw(cache.off().model(flow)), full)
+    found = draw(peer)
+    assert found.shape == full.shape
+    assert torch.equal(draw(peer, solver="flow-euler"), found)
 
 
 def test_arms_of_one_process_do_not_share_a_transformer(digits: DynamicDepth) -> None:

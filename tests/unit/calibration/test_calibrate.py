@@ -10,11 +10,13 @@ from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bas
 from dyndit.calibration.measure import CalibrationSettings, default_choices, measure_shifts, part_of
 from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import InputError
+from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures import as_rgb
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.step import Held, NoGuide, OwnExit, Step, Unconditional
 from dyndit.plans.step_counts import LatencyBudget
 from dyndit.plans.table import ShiftTable
+from dyndit.process import RectifiedFlow
 from dyndit.sampling.budget import plan_on_table
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import sample
@@ -148,6 +150,21 @@ def test_calibrate_reports_predicted_and_measured(model, extractor, table) -> No
     fresh = measure_moments(model, extractor, plan, num_pictures=80, seed=SETTINGS.seed + 1)
     assert plan.figures["measured_fd"] == pytest.approx(frechet_distance(fresh, table.reference), rel=1e-3)
     assert (plan.backbone, plan.exits) == (model.identity.backbone, model.identity.exits)
+
+
+def test_a_flow_is_calibrated_by_its_usual_solver(make_model, extractor, reference) -> None:
+    """Where no solver is named, the process says which, from the table to the plan and its measurement."""
+    few = replace(SETTINGS, num_pictures=66, choices=("2|2", "6"))
+    made = make_model(learn_variance=False)
+    flow = DynamicDepth(made.backbone, made.exits, process=RectifiedFlow())
+    plan = calibrate(flow, budget=0.7, num_steps=2, extractor=extractor, reference=reference, settings=few)
+    assert plan.solver == "flow-euler"
+    assert plan.figures["measured_fd"] > 0
+    drawn = sample(flow, [3, 7], plan=plan)
+    assert torch.equal(drawn.pictures, sample(flow, [3, 7], plan=plan, solver="flow-euler").pictures)
+    table = measure_bases(flow, measure_shifts(flow, extractor, reference, num_steps=2, settings=few), extractor)
+    chosen = calibrate_steps(flow, LatencyBudget(0.5, 10), table=table)
+    assert chosen.solver == table.solver == "flow-euler"
 
 
 def test_full_depth_is_measured_once_at_every_step_count(model, extractor, table, tmp_path) -> None:

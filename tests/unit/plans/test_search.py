@@ -260,10 +260,12 @@ def test_damaged_tables_are_refused(tmp_path, content: bytes) -> None:
         ShiftTable.load(path)
 
 
-@pytest.mark.parametrize("budget", [0.0, -1.0, 1.1, 0.05])
-def test_impossible_budgets_are_refused(budget: float) -> None:
+@pytest.mark.parametrize(
+    ("budget", "why"), [(0.0, "above 0"), (-1.0, "above 0"), (1.1, "at most 1"), (0.05, "cheapest")]
+)
+def test_impossible_budgets_are_refused(budget: float, why: str) -> None:
     table = random_table(3, 3, seed=2)
-    with pytest.raises(InputError, match="--budget"):
+    with pytest.raises(InputError, match=f"--budget.*{why}"):
         search(table, full_plan(table), budget)
 
 

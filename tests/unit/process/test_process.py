@@ -161,7 +161,7 @@ def test_full_depth_is_a_plain_loop_over_the_scheduler(make_model, process: Proc
     model = make_model(learn_variance=False)
     model = DynamicDepth(model.backbone, model.exits, pixel_space=False, process=process)
     labels = torch.tensor([1, 2, 3])
-    ours = sample(model, labels.tolist(), solver=process.usual_solver, num_steps=4, cfg_scale=1.5).latents
+    ours = sample(model, labels.tolist(), num_steps=4, cfg_scale=1.5).latents  # by the usual solver
     x, scheduler = noise(0, range(3), (1, 8, 8)), SOLVERS[process.usual_solver].build(process)
     if process.name == "flow":
         scheduler.set_timesteps(sigmas=np.array([1.0, 0.75, 0.5, 0.25]))

@@ -68,7 +68,8 @@ class Sampling:
     plan: a plan, or a router that writes one; None is the full plan. solver: a name of `SOLVERS`, or a diffusers
     scheduler; None is the usual one of the model's process. guided_channels: see `Guidance`. strict: pad every batch to
     `batch_size`. Kernels then see one shape, and pictures are bit-equal in any grouping at this batch size; else they
-    are equal to 1/255. stats: time every step. shape: (C, ...) of a picture or clip, for a model that takes several; None is the model's own.
+    are equal to 1/255. stats: time every step. shape: (C, ...) of a picture or clip, for a model that takes
+    several; None is the model's own.
     """
 
     plan: DepthPlan | Router | None = None

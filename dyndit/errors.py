@@ -6,12 +6,21 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
+LONGEST = 1_500
+"""Most characters of a message."""
+
 
 class InputError(ValueError):
     """Bad input: a file, flag or argument, what was found, and what was expected, in one line.
 
     The command line prints the message alone and exits with status 2. In Python: `except dyndit.InputError as error`.
+    What a file says may be part of a message: characters that are not printable, such as line breaks and escape
+    sequences, are escaped, and the message ends after `LONGEST` characters.
     """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")
 
 
 class CheckpointError(InputError):

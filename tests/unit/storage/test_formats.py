@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -363,6 +364,18 @@ def test_learned_positions_are_not_diffusers(bare, tmp_path: Path, capsys) -> No
     model.backbone.pos_embed.data += 0.1
     checkpoints.save(model, tmp_path / "native")
     assert "pos_embed" in fail_to_convert(tmp_path / "native", tmp_path / "out", capsys, "--to", "diffusers")
+
+
+def test_what_a_native_folder_says_of_itself(model: DynamicDepth, tmp_path: Path) -> None:
+    """Files of these versions are out there: a number changes with its format alone."""
+    checkpoints.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["format"], config["version"]) == ("dyndit-model", 1)
+    assert config["family"] == "class_conditional"
+    assert "class" not in config  # of models of one's own alone
+    with safe_open(tmp_path / "exits.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["version"]) == ("dyndit-exits", "2")
 
 
 def test_a_foreign_trunk_is_saved_by_its_own_library(model: DynamicDepth, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Every stage stores its result on disk. A valid stored result is reused.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,10 +136,13 @@ class Context:
         """Predict milliseconds per picture with the table's cost model."""
         return 1e3 * self.table.cost.plan_seconds(plan) / self.table.cost.batch_size
 
-    def searched(self, solver: str, steps: int, budgets: Sequence[float]) -> list[tuple[float, DepthPlan, str]]:
+    def searched(
+        self, solver: str, steps: int, budgets: Sequence[float], on_found: Callable[[float], None] | None = None
+    ) -> list[tuple[float, DepthPlan, str]]:
         """Search a plan for each budget -> (budget, plan, name of its file), by rising budget.
 
-        A search starts from the plans of smaller budgets. A plan already stored in `out` is read.
+        A search starts from the plans of smaller budgets. A plan already stored in `out` is read. on_found(seconds) is
+        told how long a search took, before its plan is stored.
         """
         found: list[tuple[float, DepthPlan, str]] = []
         full, base = self.full(solver, steps), None
@@ -148,8 +151,11 @@ class Context:
             if (self.out / name).exists():
                 plan = self.read_plan(name)
             else:
+                began = time.monotonic()
                 base = base or self.base(solver, steps)
                 plan = self._search(full, budget, base, smaller=[plan for _, plan, _ in found])
+                if on_found is not None:
+                    on_found(time.monotonic() - began)
                 plan.save(self.out / name)
             found.append((budget, plan, name))
         return found
@@ -221,9 +227,9 @@ class Context:
     def _measured_table(self) -> ShiftTable:
         options = self._calibration_point | {"settings": self.experiment.calibration, "into": self._table_file}
         extractor, reference = of_few_features(self.extractor, self.references[0].features)
-        started = time.monotonic()
-        options |= {"to_pictures": self.to_pictures}
-        table = measure_shifts(self.model, extractor, reference, **options)
-        seconds = time.monotonic() - started
-        note(self.out / COSTS, {"name": "table", "seed": self.experiment.calibration.seed, "seconds": seconds})
-        return table
+
+        def noted(seconds: float) -> None:  # the cost first: a table in its file is done
+            note(self.out / COSTS, {"name": "table", "seed": self.experiment.calibration.seed, "seconds": seconds})
+
+        options |= {"to_pictures": self.to_pictures, "on_measured": noted}
+        return measure_shifts(self.model, extractor, reference, **options)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +119,13 @@ def measure_table(
     cost: CostModel | None = None,
     partial: Path | None = None,
     on_progress: OnProgress | None = None,
+    on_measured: Callable[[float], None] | None = None,
 ) -> ShiftTable:
     """Measure the paired-seed distribution shifts of every (band, choice) of a sampler.
 
     The file `partial` keeps sums over batches; an interrupted measurement resumes from it. on_progress(done, all)
-    counts batches of pictures with a band replaced.
+    counts batches of pictures with a band replaced. on_measured(seconds) is told, at the end, how long it took, with
+    the batches before an interruption.
 
     Raises InputError: fewer pictures than features, too many features, or forecasts with fewer bands than steps.
     """
@@ -140,7 +143,8 @@ def measure_table(
     of_plan = [full.solver, full.timesteps, list(map(str, choices)), ages, bands, full.cfg_scale]
     made_with = [sampler.identity.backbone, sampler.identity.exits, extractor.fingerprint]
     key = json.dumps([*of_plan, sampler.setting, *sizes, *made_with])
-    sums, done = _restore(partial, key)
+    sums, done, before = _restore(partial, key)
+    began = time.monotonic()
     total, each = len(batches) * len(bands) * len(choices), len(bands) * len(choices)
     with progress_bar(TITLE, unit="draws") as advance:
         advance(done * each, total)
@@ -162,10 +166,11 @@ def measure_table(
             }
             sums = {name: fresh[name] + sums[name] if sums else fresh[name] for name in fresh}
             if partial is not None:
-                progress = {"key": key, "done": str(number + 1)}
+                seconds = before + time.monotonic() - began
+                progress = {"key": key, "done": str(number + 1), "seconds": str(seconds)}
                 write_safetensors(partial, sums, progress | {seals.SEAL: seals.tensors_checksum(sums, progress)})
     mean, second = (sums[name].unflatten(0, (len(bands), len(choices))) / n for name in ("mean", "second"))
-    return ShiftTable(
+    table = ShiftTable(
         edges=_edges(full, bands),
         choices=choices,
         ages=ages,
@@ -186,6 +191,9 @@ def measure_table(
         exits=sampler.identity.exits,
         projection=extractor.projection,
     )
+    if on_measured is not None:
+        on_measured(before + time.monotonic() - began)
+    return table
 
 
 def part_of(table: ShiftTable, sampler: Sampler, settings: CalibrationSettings) -> ShiftTable | None:
@@ -291,13 +299,14 @@ def of_few_features(extractor: FeatureExtractor, features: Tensor) -> tuple[Feat
     return extractor, moments(features)
 
 
-def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int]:
-    """Read the sums and number of batches of an interrupted measurement of the same table; else return ({}, 0)."""
+def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int, float]:
+    """Read the sums, batches and seconds of an interrupted measurement of the same table; else return ({}, 0, 0)."""
+    nothing: tuple[dict[str, Tensor], int, float] = {}, 0, 0.0
     if partial is None or not partial.exists():
-        return {}, 0
+        return nothing
     try:
         sums, metadata = read_safetensors(partial)
         mine = metadata["key"] == key and metadata[seals.SEAL] == seals.tensors_checksum(sums, metadata)
-        return (sums, int(metadata["done"])) if mine else ({}, 0)
+        return (sums, int(metadata["done"]), float(metadata.get("seconds", 0))) if mine else nothing
     except (CheckpointError, KeyError, ValueError):
-        return {}, 0
+        return nothing

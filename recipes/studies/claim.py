@@ -15,7 +15,6 @@ Result and minutes: not yet measured.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -191,11 +190,13 @@ def carry_out(
     planned, inputs = replace(first, cfg_scale=scale), replace(inputs, model=str(out / "scale" / "model"))
     with prepared(planned, out / "plan", inputs) as context, planned.autocast(context.model.device.type):
         file = file_name(protocol.solver, protocol.steps, protocol.budget)
-        _, known, began = context.table, (context.out / file).exists(), time.monotonic()
-        ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,))
+        _ = context.table  # which notes its own cost
+
+        def noted(seconds: float) -> None:
+            note(context.out / COSTS, {"name": "plan", "seed": first.search_seed, "seconds": seconds})
+
+        ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,), noted)
         full_ms = context.predicted_ms(context.full(protocol.solver, protocol.steps))
-        if not known:
-            note(context.out / COSTS, {"name": "plan", "seed": first.search_seed, "seconds": time.monotonic() - began})
     print(f"calibration {number}: scale {scale:g}, guide e{guide}, {minutes_of(out):.1f} minutes\n{plan}")
     if not minutes:
         stages = expected(protocol, full_ms, minutes_of(out))

@@ -11,8 +11,9 @@ import pytest
 
 from dyndit import files
 from dyndit.errors import InputError
+from dyndit.plans.table import FILE as TABLE
 from support.damage import FULL
-from support.kills import crashes_at, fills_at, killed_at_random, num_changes
+from support.kills import changes_of, crashes_at, fills_at, killed_at_random, num_changes
 from support.tiny_verbs import TinyVerbs, left
 
 SHARES = (0.2, 0.2, 0.2, 1.0)
@@ -33,6 +34,18 @@ def test_a_crash_at_any_change_of_the_disk(verb: str, verbs: TinyVerbs, tmp_path
         verbs.work(verb, out)()
         assert left(out) == left(whole), moment
     assert not crashes_at(num, verbs.work(verb, tmp_path / "beyond"))
+
+
+def test_a_crash_where_the_table_lands_loses_no_cost(verbs: TinyVerbs, tmp_path: Path) -> None:
+    """A table in its file is done: what it took has to be noted before."""
+    whole = tmp_path / "whole"
+    moments = changes_of(TABLE, verbs.work("compare", whole))
+    assert len(moments) > 2
+    for moment in sorted({moments[0], moments[-1], moments[-1] + 1}):
+        out = tmp_path / str(moment)
+        assert crashes_at(moment, verbs.work("compare", out))
+        verbs.work("compare", out)()
+        assert left(out) == left(whole), moment
 
 
 @pytest.mark.reliability("Crashes one after the other in one report or comparison: it goes on to the same files")

@@ -67,6 +67,14 @@ def changes(react: Callable[[int, str, Path], None]) -> Iterator[None]:
         yield
 
 
+def changes_of(name: str, work: Work) -> list[int]:
+    """Return at which of its changes of the disk a piece of work touches a file of this name."""
+    found: list[int] = []
+    with changes(lambda number, act, path: found.append(number) if path.name.startswith(name) else None):
+        work()
+    return found
+
+
 def num_changes(work: Work, acts: list[str] | None = None) -> int:
     """Count the changes that a piece of work makes on the disk, and note them in `acts`."""
     acts = [] if acts is None else acts

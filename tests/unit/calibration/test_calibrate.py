@@ -1,11 +1,14 @@
 """Calibration: the measured table against brute force, and its economy."""
 
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.calibration import measure as measuring
 from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bases, measure_moments
 from dyndit.calibration.measure import CalibrationSettings, default_choices, measure_shifts, part_of
 from dyndit.calibration.samplers import OwnSampler
@@ -74,7 +77,9 @@ def test_bands_are_drawn_in_any_order(model) -> None:
     assert len({tuple(part.flatten().tolist()) for part in (full, *there)}) == 5
 
 
-def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, tmp_path) -> None:
+def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, tmp_path, monkeypatch) -> None:
+    ticks = itertools.count()  # the clock is looked at when a call begins, after each batch, and at the end
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     partial = tmp_path / "table.partial"
     cost = table.cost
 
@@ -88,8 +93,10 @@ def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, 
     measure = {"num_steps": 2, "settings": SETTINGS, "partial": partial, "cost": cost}
     with pytest.raises(Stop):
         measure_shifts(model, extractor, reference, on_progress=stop, **measure)
-    seen = []
-    again = measure_shifts(model, extractor, reference, on_progress=lambda d, t: seen.append((d, t)), **measure)
+    seen, told = [], []
+    follow = {"on_progress": lambda d, t: seen.append((d, t)), "on_measured": told.append}
+    again = measure_shifts(model, extractor, reference, **follow, **measure)
+    assert told == [1 + 3]  # one batch before the stop; then two, and the end
     assert 0 < len(seen) < seen[-1][1]  # some batches were not run a second time
     assert torch.allclose(again.mean, table.mean)
     assert torch.allclose(again.second, table.second)

@@ -300,13 +300,13 @@ BESIDE = ("full depth, ms", "distance", "plan, budget", "ms", "distance", "time 
 
 
 def cost(run: Run, key: str) -> list[str]:
-    """Return the cells of a training: parameters, multiply-accumulates of a pass, arithmetic, mean time."""
+    """Return the cells of a training: parameters, multiply-accumulates of a pass, arithmetic, median time."""
     costs = run.costs[run.costs["name"] == key]
     if costs.empty:
         return ["–"] * len(COST)
     first, scales = costs.iloc[0], {"parameters": 1e6, "macs": 1e6, "training_flops": 1e15}
     size, *work = (number(first[name] / scale) for name, scale in scales.items())
-    return [f"{size} M", *work, minutes(costs["seconds"].mean())]
+    return [f"{size} M", *work, minutes(costs["seconds"].median())]
 
 
 def beside(run: Run, steps: int) -> list[str]:

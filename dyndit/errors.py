@@ -18,9 +18,9 @@ class InputError(ValueError):
     sequences, are escaped, and the message ends after `LONGEST` characters.
     """
 
-    def __init__(self, message: str) -> None:
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")
+    def __str__(self) -> str:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 class CheckpointError(InputError):

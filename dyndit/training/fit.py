@@ -314,7 +314,7 @@ def _loading(
         yield iter(loader)
     except InputError as error:
         # A worker's error arrives as its whole traceback, "...\ndyndit.errors.InputError: the message".
-        *traceback, last = str(error).strip().splitlines()
+        *traceback, last = str(error.args[0]).strip().splitlines()
         if traceback:
             raise InputError(last.split(": ", 1)[-1]) from None
         raise

@@ -167,10 +167,10 @@ def test_damaged_partial_sums_are_not_used(verbs: TinyVerbs, tmp_path: Path) -> 
     key = read_safetensors(partial)[1]["key"]
 
     def sums() -> object:
-        found, done = measure._restore(partial, key)
+        found, done, seconds = measure._restore(partial, key)
         if not done:  # measured again
             raise InputError("noticed")
-        return {name: tensor.tolist() for name, tensor in found.items()}, done
+        return {name: tensor.tolist() for name, tensor in found.items()}, done, seconds
 
     assert not unnoticed(partial, flips(partial.read_bytes(), 100, seed=0), sums)
     assert not unnoticed(partial, cuts(partial.read_bytes(), 50, seed=1), sums)

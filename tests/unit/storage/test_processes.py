@@ -253,7 +253,7 @@ def test_a_recorded_flow_is_not_sampled_as_noise(sit, tmp_path: Path, capsys) ->
     with pytest.raises(CheckpointError, match=r"sit\.pt: made for the process flow, but --process ddpm is asked for"):
         dyndit.load(path, process="ddpm")
     with pytest.raises(InputError, match="--solver ddim: steps the process ddpm, but this model's is flow"):
-        sample(dyndit.load(path), [1], num_steps=2)
+        sample(dyndit.load(path), [1], solver="ddim", num_steps=2)
     for verb in ("sample", "convert"):
         target = ["--out", str(tmp_path / "out")] if verb == "sample" else [str(tmp_path / "out")]
         with pytest.raises(SystemExit):

@@ -16,6 +16,8 @@ from dyndit import files, seals
 from dyndit.errors import InputError
 
 MANIFEST = "manifest.json"
+ENVIRONMENT = ("TIMM_FUSED_ATTN", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS")
+"""Variables that change how long the same arithmetic takes."""
 PACKAGES = ("dyndit", "torch", "diffusers", "accelerate", "timm", "torch-fidelity", "pandas", "numpy")
 
 
@@ -41,6 +43,7 @@ def describe(settings: dict[str, Any], **facts: Any) -> dict[str, Any]:
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "revision": _revision(),
             "machine": machine(),
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **facts,
         }

@@ -1,5 +1,6 @@
 """The claim of docs/results/claim/protocol.md: one calibration, its searched plan, and every rival tuned beside it.
 
+    export TIMM_FUSED_ATTN=0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1                               # on a CPU
     python -m dyndit.recipes.studies.claim --number 0 --model WEIGHTS --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim/0                        # resumable
     python -m dyndit.recipes.studies.claim ... --minutes 60 --updates 2000                         # resumable
@@ -63,7 +64,7 @@ CACHES: dict[str, tuple[PeerSettings, ...]] = {
 
 calibration = replace(
     frontier,
-    calibration=replace(frontier.calibration, num_pictures=256, batch_size=64),
+    calibration=replace(frontier.calibration, num_pictures=128, batch_size=64),
     peers=(),
     metrics=("fd", "kid", "prc"),
     more_extractors=("vgg-cifar10", "efficientnet-lite0"),

@@ -89,6 +89,14 @@ def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
     assert "expected the manifest of a run" in refused(out, SETTINGS)
 
 
+def test_variables_that_change_times_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in manifest.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert manifest.describe({})["environment"] == {}
+    monkeypatch.setenv("TIMM_FUSED_ATTN", "0")
+    assert manifest.describe({})["environment"] == {"TIMM_FUSED_ATTN": "0"}
+
+
 def test_descriptions_take_facts() -> None:
     found = manifest.describe({"a": 1}, seconds=2.5)
     assert (found["settings"], found["seconds"]) == ({"a": 1}, 2.5)

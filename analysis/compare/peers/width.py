@@ -88,7 +88,11 @@ class FewerHeads(nn.Module):
 
         qkv = F.linear(x, gathered(whole.qkv.weight), gathered(whole.qkv.bias))
         q, k, v = qkv.unflatten(2, (3, *size)).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if whole.fused_attn:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        else:  # timm's switch; a rival has to run what the other arms run
+            attended = (q * whole.scale @ k.transpose(-2, -1)).softmax(-1) @ v
+        heads = attended.transpose(1, 2).flatten(2)
         return F.linear(heads, whole.proj.weight[:, : heads.shape[2]], whole.proj.bias)
 
 

@@ -1,5 +1,6 @@
 """Width by timestep: fewer heads and channels at the noisier steps, really gathered."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,19 @@ def test_all_heads_and_channels_are_the_model_bit_for_bit(model, make_inputs) ->
         assert torch.equal(narrowed(model.backbone, 1.0)(x, t, y), whole)
         torch.testing.assert_close(ByNoise(model.backbone, 1.0).eval()(x, t, y), whole)  # rows run in two batches
         assert not torch.equal(narrowed(model.backbone, 0.5)(x, t, y), whole)
+
+
+def test_attention_is_written_out_where_the_model_writes_it_out(model, make_inputs) -> None:
+    """The switch is timm's: all heads in order are then the model's own attention, bit for bit."""
+    backbone, inputs = copy.deepcopy(model.backbone), make_inputs(model.backbone)
+    with torch.no_grad():
+        fused = narrowed(backbone, 0.5)(*inputs)
+        for block in backbone.blocks:
+            block.attn.fused_attn = False
+        assert torch.equal(narrowed(backbone, 1.0)(*inputs), backbone(*inputs))
+        written_out = narrowed(backbone, 0.5)(*inputs)
+    assert not torch.equal(written_out, fused)
+    torch.testing.assert_close(written_out, fused)
 
 
 @settings(max_examples=12)

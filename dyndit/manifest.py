@@ -16,7 +16,7 @@ from dyndit import files, seals
 from dyndit.errors import InputError
 
 MANIFEST = "manifest.json"
-ENVIRONMENT = ("TIMM_FUSED_ATTN", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS")
+ENVIRONMENT = ("TIMM_FUSED_ATTN", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 """Variables that change how long the same arithmetic takes."""
 PACKAGES = ("dyndit", "torch", "diffusers", "accelerate", "timm", "torch-fidelity", "pandas", "numpy")
 

@@ -6,10 +6,10 @@ WEIGHTS is a checkpoint of the recipe `cifar10`'s shape: 12 layers of width 192.
 compiled, which takes a C++ compiler on a CPU. TIMM_FUSED_ATTN=0 tells timm to write attention out: at 64 tokens in bf16
 the backward of torch's fused attention on CPUs takes 30% of a step (torch 2.14).
 
-Measured: `recipes/weights/cifar10` was made by an earlier form of this recipe, of 2,000 steps, learning rate 3e-4 and EMA
-0.998, not compiled, from a checkpoint of 3,468 steps of batch 128. FD-resnet20 of 400 pictures at 10 UniPC steps fell from 11.9 to
-10.4, FD-vgg from 13.5 to 11.6. It took 57 minutes, 1.7 s a step, on 2 cores of an AMD EPYC with AVX-512 BF16 without
-other work, 2026-11-24. The 18,000 steps: not yet measured.
+Measured: an earlier form of this recipe made `recipes/weights/cifar10`: 2,000 steps at 3e-4, EMA 0.998, not compiled,
+from a checkpoint of 3,468 steps of batch 128. FD-resnet20 of 400 pictures at 10 UniPC steps fell from 11.9 to 10.4,
+FD-vgg from 13.5 to 11.6. It took 57 minutes, 1.7 s a step, on 2 cores of an AMD EPYC with AVX-512 BF16 without other
+work, 2026-11-24. The 18,000 steps: not yet measured.
 """
 
 from dataclasses import replace

@@ -17,13 +17,14 @@ from dyndit.analysis.compare.costs import COSTS, backbone_cost, exits_cost, note
 from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.metrics.extractors import Extractor
 from dyndit.analysis.metrics.features import Measured
-from dyndit.calibration.calibrate import measure_bases, measure_moments
+from dyndit.calibration.calibrate import measure_around, measure_bases, measure_moments
 from dyndit.calibration.measure import measure_shifts, of_few_features, part_of
 from dyndit.calibration.samplers import OwnSampler, ToPictures
 from dyndit.errors import CheckpointError
 from dyndit.files import remove
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
+from dyndit.plans.descent import descended
 from dyndit.plans.plan import DepthPlan, bind, file_name
 from dyndit.plans.refined import refined
 from dyndit.plans.search import SearchSettings, search
@@ -60,6 +61,9 @@ def model_with_exits(
     sealed_csv.write(out / exit_errors.FILE, exit_errors.exit_error_table(model, data))
     checkpoints.save(model, folder)
     return model
+
+DESCENT = 2
+"""Distance of the seed of a descent's pictures from the table's seed; the seed between them is of fresh pictures."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,19 @@ class Context:
         rounds, settings = chosen.refinements, SearchSettings(seed=chosen.search_seed, whole=chosen.whole)
         options = {"base": base, "settings": settings}
         if not rounds:
-            return search(self.table, full, budget, starts=smaller, **options)
-        return refined(self.table, full, budget, self.moments, rounds=rounds, smaller=smaller, **options)
+            plan = search(self.table, full, budget, starts=smaller, **options)
+        else:
+            plan = refined(self.table, full, budget, self.moments, rounds=rounds, smaller=smaller, **options)
+        if chosen.descent is None:
+            return plan
+        return descended(self.table, full, plan, self._around, descent=chosen.descent, settings=settings)
+
+    def _around(self, plan: DepthPlan, others: Sequence[DepthPlan]) -> list[Moments]:
+        """Measure a plan and others on the descent's own pictures."""
+        assert self.experiment.descent is not None  # else nobody asks
+        options = {"num_pictures": self.experiment.descent.num_pictures, "seed": self.table.seed + DESCENT}
+        options |= {"to_pictures": self.to_pictures, "batch_size": self.experiment.batch_size}
+        return measure_around(self.model, self._seen_by(self.table), plan, others, **options)
 
     def _stored_table(self) -> ShiftTable | None:
         """Return the table in `out/model` if it is readable and belongs to this model and this extractor."""

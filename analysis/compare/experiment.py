@@ -16,6 +16,7 @@ from dyndit.analysis.compare.tuning import Tuning
 from dyndit.calibration.calibrate import STEP_GRID
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.errors import InputError
+from dyndit.plans.descent import Descent
 from dyndit.process import Process
 from dyndit.training.config import FitConfig
 from dyndit.training.data import PACKAGED, Pictures
@@ -23,7 +24,7 @@ from dyndit.training.distill import Distill
 from dyndit.training.train import Train
 
 SEED_STRIDE = 1_000
-"""Distance between the seeds of two calibrations: a calibration also uses the seed after its own."""
+"""Distance between the seeds of two calibrations: a calibration also uses the two seeds after its own."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Variant:
     calibration_steps: int | None = None
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
+    descent: Descent | None = None
     whole: bool | None = None
     points: tuple[tuple[str, int], ...] | None = None
     budgets: tuple[float, ...] | None = None
@@ -100,6 +102,8 @@ class Experiment:
     """None: `cfg_scale`. Another scale tests the table under a guidance that it was not measured with."""
     refinements: int = 0
     """Rounds that measure a searched plan and correct the prediction with the result (`plans.refined`)."""
+    descent: Descent | None = None
+    """Measured descent from each searched plan, on pictures of its own (`plans.descent`); None: none."""
     whole: bool = True
     """Let searched plans take the original model's own step; False: the calibration's choices alone."""
     shuffle_seeds: tuple[int, ...] = ()

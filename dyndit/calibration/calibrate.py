@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dyndit import bounds
 from dyndit.calibration.extractor import FeatureExtractor
 from dyndit.calibration.measure import CalibrationSettings, OnProgress, measure_shifts, reduced
-from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures
+from dyndit.calibration.samplers import OwnSampler, Sampler, ToPictures, batches_of
 from dyndit.errors import InputError
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.pictures import as_rgb
@@ -100,6 +101,27 @@ def measure_moments(
         model, plan.solver, plan.num_steps, plan.cfg_scale, guided_channels, to_pictures, seed, batch_size
     )
     return _moments(sampler, extractor, plan, num_pictures, fresh=False)
+
+
+def measure_around(
+    model: DynamicDepth,
+    extractor: FeatureExtractor,
+    plan: DepthPlan,
+    others: Sequence[DepthPlan],
+    *,
+    num_pictures: int,
+    seed: int,
+    batch_size: int = 128,
+    to_pictures: ToPictures = to_uint8,
+) -> list[Moments]:
+    """Measure the moments of `num_pictures` pictures under `plan`, then under each of `others`, classes in turn."""
+    options = (None, to_pictures, seed, batch_size)
+    sampler = OwnSampler(model, plan.solver, plan.num_steps, plan.cfg_scale, *options)
+    parts: list[list[Tensor]] = [[] for _ in range(1 + len(others))]
+    for indices in batches_of(range(num_pictures), batch_size):
+        for part, pictures in zip(parts, sampler.variations(indices, plan, others), strict=True):
+            part.append(extractor.features(as_rgb(pictures)))
+    return [moments(torch.cat(part)) for part in parts]
 
 
 def _moments(

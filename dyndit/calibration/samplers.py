@@ -151,6 +151,29 @@ class OwnSampler:
                 end = advance(model, batch, fork, replaced_plan(full, band, choice), guidance, first=band[0])
                 yield self.to_pictures(end.x).cpu()
 
+    def variations(self, indices: Sequence[int], plan: DepthPlan, others: Sequence[DepthPlan]) -> Iterator[Tensor]:
+        """Draw pictures under a plan, then under each other plan from its first changed step on. Classes come in turn.
+
+        indices: B picture numbers -> (B, 1 or 3, H, W) uint8, 1 + len(others) times, bit for bit as each plan alone
+        draws them. others: plans of the same timesteps.
+        """
+        model, guidance = self.model, Guidance(self.cfg_scale, self.guided_channels)
+        batch = batch_in_turn(model, indices, self.seed)
+        firsts = [first_change(plan, other) for other in others]
+        kept = sorted({step.depth for other in others for step in other.steps if step.forecast})
+        before, trajectory = {}, start(model, batch, self.solver, self.num_steps)
+        for k in range(self.num_steps):
+            if k in firsts:
+                before[k] = trajectory.fork()
+            advance(model, batch, trajectory, plan, guidance, first=k, stop=k + 1, also_keep=kept)
+        yield self.to_pictures(trajectory.x).cpu()
+        for other, first in zip(others, firsts, strict=True):
+            if first == self.num_steps:  # the same plan
+                yield self.to_pictures(trajectory.x).cpu()
+                continue
+            end = advance(model, batch, before[first].fork(), other, guidance, first=first)
+            yield self.to_pictures(end.x).cpu()
+
     def drawn(self, plan: DepthPlan, num_pictures: int, *, fresh: bool) -> Tensor:
         """See `Sampler`. Fresh pictures use the seed after the table's seed."""
         result = sample(
@@ -169,6 +192,12 @@ class OwnSampler:
     def cost(self, batch_size: int) -> CostModel:
         """See `Sampler`."""
         return measure_cost(self.model, batch_size=batch_size, solver=self.solver, cfg_scale=self.cfg_scale)
+
+
+def first_change(plan: DepthPlan, other: DepthPlan) -> int:
+    """Return the first step at which two plans differ; the number of steps if they do not."""
+    pairs = zip(plan.steps, other.steps, strict=True)
+    return next((k for k, (one, two) in enumerate(pairs) if one != two), plan.num_steps)
 
 
 def replaced_plan(full: DepthPlan, band: Sequence[int], choice: Step) -> DepthPlan:

@@ -59,10 +59,7 @@ def search(
         raise InputError(f"--budget {budget:g}: expected above 0 and at most 1")
     settings = settings or SearchSettings()
     base = table.base_at(full.solver, full.num_steps) if base is None else base
-    predictor = Predictor(table, full.timesteps, base, full.calls)
-    limit = budget * predictor.seconds[-1].item() * sum(full.calls_by_step) * (1 + 1e-9)
-    if not settings.whole:
-        predictor.seconds[-1] = 2 * limit  # beyond any budget
+    predictor, limit = limited(Predictor(table, full.timesteps, base, full.calls), full, budget, settings)
     if budget < table.least_share * (1 - 1e-9):
         raise InputError(f"--budget {budget:g}: the cheapest plan of this model needs {table.least_share:.2f}")
     given = [predictor.choice(plan) for plan in starts]
@@ -78,6 +75,16 @@ def search(
         "share_of_blocks": plan.share_of_blocks,
     }
     return replace(plan, figures=figures)
+
+
+def limited(
+    predictor: Predictor, full: DepthPlan, budget: float, settings: SearchSettings
+) -> tuple[Predictor, float]:
+    """Return the predictor with what the settings forbid beyond any budget, and the seconds that the budget allows."""
+    limit = budget * predictor.seconds[-1].item() * sum(full.calls_by_step) * (1 + 1e-9)
+    if not settings.whole:
+        predictor.seconds[-1] = 2 * limit
+    return predictor, limit
 
 
 def _best(
@@ -143,23 +150,9 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
 
 def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
     """Search locally from one plan.  choice: (K,) -> the improved choice (K,), its predicted distance."""
-    num_steps, num_choices = len(choice), len(predictor.choices)
-    units = np.array_split(np.arange(num_steps), min(num_steps, settings.max_units))
-    member = torch.block_diag(*(torch.ones(1, len(unit), dtype=torch.float64) for unit in units))  # (U, K)
     value = predictor.distances(choice[None]).item()
     for _ in range(settings.max_moves):
-        slopes = predictor.slopes(choice)
-        gain = member @ (slopes - slopes.gather(1, choice[:, None]))  # (U, P): first-order change
-        cost = member @ (predictor.calls[:, None] * (predictor.seconds[None, :] - predictor.seconds[choice][:, None]))
-        spare = limit - predictor.spent(choice).item()
-        moves = _ranked_moves(gain.flatten(), cost.flatten(), spare, num_choices, settings.evaluations)
-        candidates = choice.repeat(len(moves), 1)
-        for row, move in enumerate(moves):
-            for flat in move:
-                candidates[row, units[flat // num_choices]] = flat % num_choices
-        if predictor.entries is not None:  # a forecast may lose the full-depth step that it builds on
-            candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
-            candidates = candidates[predictor.spent(candidates) <= limit]
+        candidates = neighbours(predictor, choice, limit, settings)
         if not len(candidates):
             break
         values = predictor.distances(candidates)
@@ -168,6 +161,29 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
             break
         choice, value = candidates[best], values[best].item()
     return choice, value
+
+
+def neighbours(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> Tensor:
+    """Return the plans one or two moves away that promise most at first order.  choice: (K,) -> (M, K).
+
+    limit: seconds that no plan may exceed. A move changes a step, or a group of neighbours in a long plan.
+    """
+    num_steps, num_choices = len(choice), len(predictor.choices)
+    units = np.array_split(np.arange(num_steps), min(num_steps, settings.max_units))
+    member = torch.block_diag(*(torch.ones(1, len(unit), dtype=torch.float64) for unit in units))  # (U, K)
+    slopes = predictor.slopes(choice)
+    gain = member @ (slopes - slopes.gather(1, choice[:, None]))  # (U, P): first-order change
+    cost = member @ (predictor.calls[:, None] * (predictor.seconds[None, :] - predictor.seconds[choice][:, None]))
+    spare = limit - predictor.spent(choice).item()
+    moves = _ranked_moves(gain.flatten(), cost.flatten(), spare, num_choices, settings.evaluations)
+    candidates = choice.repeat(len(moves), 1)
+    for row, move in enumerate(moves):
+        for flat in move:
+            candidates[row, units[flat // num_choices]] = flat % num_choices
+    if predictor.entries is not None:  # a forecast may lose the full-depth step that it builds on
+        candidates = torch.cat([predictor.settled(candidates), *_programmed(predictor, choice, limit)])
+        candidates = candidates[predictor.spent(candidates) <= limit]
+    return candidates
 
 
 def _programmed(predictor: Predictor, choice: Tensor, limit: float) -> list[Tensor]:

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.calibration import measure as measuring
-from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_bases, measure_moments
+from dyndit.calibration.calibrate import calibrate, calibrate_steps, measure_around, measure_bases, measure_moments
 from dyndit.calibration.measure import CalibrationSettings, default_choices, measure_shifts, part_of
 from dyndit.calibration.samplers import OwnSampler
 from dyndit.errors import InputError
@@ -21,7 +23,8 @@ from dyndit.plans.step_counts import LatencyBudget
 from dyndit.plans.table import ShiftTable
 from dyndit.process import RectifiedFlow
 from dyndit.sampling.budget import plan_on_table
-from dyndit.sampling.loop import full_plan
+from dyndit.sampling.guidance import Guidance
+from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.sampling.sample import sample
 from dyndit.sampling.timing import measure_cost
 from dyndit.stats import frechet_distance, moments
@@ -75,6 +78,41 @@ def test_bands_are_drawn_in_any_order(model) -> None:
     assert torch.equal(full, again)
     assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
     assert len({tuple(part.flatten().tolist()) for part in (full, *there)}) == 5
+
+
+STEPS = tuple(map(Step.parse, ("6|6", "6", "4|2", "4|e2", "2", "2+", "4+|held", "2|held")))
+
+
+def with_ground(steps: list[Step]) -> list[Step]:
+    """Take the forecasts away that no full-depth step comes before."""
+    first = next((k for k, step in enumerate(steps) if step.depth == 6), len(steps))
+    return [replace(step, forecast=step.forecast and k > first) for k, step in enumerate(steps)]
+
+
+@settings(max_examples=25)
+@given(data=st.data(), solver=st.sampled_from(("ddim", "unipc", "ddpm")))
+def test_variations_are_what_each_plan_draws_alone(model, data: st.DataObject, solver: str) -> None:
+    """They share the steps before the first changed one: the solver's memory, held guidance and gaps of forecasts."""
+    chosen = st.lists(st.sampled_from(STEPS), min_size=4, max_size=4)
+    full = full_plan(model, solver, 4, 1.5)
+    plan, *others = (full.with_steps(with_ground(data.draw(chosen))) for _ in range(4))
+    sampler, indices = OwnSampler(model, solver, 4, 1.5), (0, 3, 4)
+    varied = list(sampler.variations(indices, plan, others))
+    for one, found in zip((plan, *others), varied, strict=True):
+        alone, guidance = start(model, batch := batch_in_turn(model, indices, sampler.seed), solver, 4), Guidance(1.5)
+        expected = sampler.to_pictures(advance(model, batch, alone, one, guidance).x)
+        assert torch.equal(found, expected)
+
+
+def test_moments_around_a_plan_are_those_of_each_plan(model, extractor) -> None:
+    full = full_plan(model, "unipc", 3, 1.5)
+    others = [full.with_steps([*full.steps[:2], step]) for step in STEPS[2:5]]
+    options = {"num_pictures": 70, "seed": 5, "batch_size": 32}
+    around = measure_around(model, extractor, full, others, **options)
+    for plan, found in zip((full, *others), around, strict=True):
+        alone = measure_moments(model, extractor, plan, **options)
+        torch.testing.assert_close((found.mean, found.second), (alone.mean, alone.second))
+    assert len(around) == 4
 
 
 def test_an_interrupted_measurement_goes_on(model, extractor, reference, table, tmp_path, monkeypatch) -> None:

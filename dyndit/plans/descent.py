@@ -1,0 +1,103 @@
+"""Plans improved by measurements: draw pictures under the neighbours of a plan, and go to the best of them.
+
+A search trusts an additive prediction, and its plan is chosen on few pictures. Here the prediction only says which
+neighbours to draw, and it is corrected at every plan on the way (`refined`). What is drawn decides, on other pictures
+than the table's. A neighbour shares all steps before the first changed one, so these are drawn once for all neighbours
+(`OwnSampler.variations`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from dyndit.errors import InputError
+from dyndit.plans.plan import DepthPlan
+from dyndit.plans.predictor import Predictor
+from dyndit.plans.search import SearchSettings, limited, neighbours
+from dyndit.plans.step import Step
+from dyndit.plans.table import ShiftTable
+from dyndit.progress import progress_bar
+from dyndit.stats import Moments, frechet_distance
+
+MeasureAround = Callable[[DepthPlan, Sequence[DepthPlan]], list[Moments]]
+"""Measure the moments of the same pictures under a plan, then under each of several plans of other steps."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The effort of a descent.
+
+    rounds: draws of neighbours. width: neighbours per round. num_pictures: pictures per plan.
+    """
+
+    rounds: int = 6
+    width: int = 12
+    num_pictures: int = 512
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise InputError(f"descent: {name} {value}, expected at least 1")
+
+
+def descended(
+    table: ShiftTable,
+    full: DepthPlan,
+    plan: DepthPlan,
+    measure: MeasureAround,
+    *,
+    descent: Descent | None = None,
+    settings: SearchSettings | None = None,
+) -> DepthPlan:
+    """Return the best measured plan on the way from `plan`, within its budget.
+
+    full: the full plan at the same steps. measure: on other pictures than the table's.
+
+    A round that finds nothing better goes on with the next neighbours. `plan.figures` holds descended_fd, the distance
+    on the pictures that chose the plan, which is optimistic, and descended_fd_from, that of the plan it started from.
+
+    Raises:
+        InputError: the plan has no budget.
+    """
+    descent, settings = descent or Descent(), settings or SearchSettings()
+    if plan.budget is None:
+        raise InputError("descent: the plan has no budget; expected a searched plan")
+    found = measure(plan, [])[0]
+    first = least = frechet_distance(found, table.reference)
+    seen = {plan.steps}
+    title = f"improving {plan.num_steps} steps at {plan.budget:.3g}"
+    with progress_bar(title, unit="rounds") as advance:
+        for number in range(descent.rounds):
+            advance(number, descent.rounds)
+            around = [other for other in _around(table, full, plan, found, settings) if other.steps not in seen]
+            around = around[: descent.width]
+            if not around:
+                break
+            found, *measured = measure(plan, around)
+            seen |= {other.steps for other in around}
+            distances = [frechet_distance(one, table.reference) for one in measured]
+            best = min(range(len(around)), key=distances.__getitem__)
+            if distances[best] < least:
+                plan, found, least = around[best], measured[best], distances[best]
+        advance(descent.rounds, descent.rounds)
+    figures = {name: value for name, value in plan.figures.items() if name != "calibrated_fd"}  # of the first plan
+    figures |= {"descended_fd": least, "descended_fd_from": first}
+    figures |= {"predicted_share_of_time": table.cost.share_of_time(plan), "share_of_blocks": plan.share_of_blocks}
+    return replace(plan, router="descended", figures=figures)
+
+
+def _around(
+    table: ShiftTable, full: DepthPlan, plan: DepthPlan, found: Moments, settings: SearchSettings
+) -> list[DepthPlan]:
+    """Return neighbours of a plan within its budget, the most promising first.  found: the plan's measured moments."""
+    predictor = Predictor(table, full.timesteps, None, full.calls)
+    predictor = Predictor(table, full.timesteps, predictor.base_through(plan, found), full.calls)
+    assert plan.budget is not None  # `descended` has seen to it
+    predictor, limit = limited(predictor, full, plan.budget, settings)
+    candidates = neighbours(predictor, predictor.choice(plan), limit, settings)
+    if not len(candidates):
+        return []
+    values = predictor.distances(candidates)
+    predicted: dict[tuple[Step, ...], float] = {}
+    for row in values.argsort().tolist():
+        predicted.setdefault(tuple(predictor.choices[i] for i in candidates[row].tolist()), values[row].item())
+    return [plan.with_steps(steps, figures=plan.figures | {"predicted_fd": fd}) for steps, fd in predicted.items()]

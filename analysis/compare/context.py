@@ -62,6 +62,7 @@ def model_with_exits(
     checkpoints.save(model, folder)
     return model
 
+
 DESCENT = 2
 """Distance of the seed of a descent's pictures from the table's seed; the seed between them is of fresh pictures."""
 

@@ -77,9 +77,7 @@ def search(
     return replace(plan, figures=figures)
 
 
-def limited(
-    predictor: Predictor, full: DepthPlan, budget: float, settings: SearchSettings
-) -> tuple[Predictor, float]:
+def limited(predictor: Predictor, full: DepthPlan, budget: float, settings: SearchSettings) -> tuple[Predictor, float]:
     """Return the predictor with what the settings forbid beyond any budget, and the seconds that the budget allows."""
     limit = budget * predictor.seconds[-1].item() * sum(full.calls_by_step) * (1 + 1e-9)
     if not settings.whole:

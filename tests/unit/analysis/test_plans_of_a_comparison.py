@@ -1,0 +1,50 @@
+"""The plans that a comparison searches: measured descent, in its own pictures, stored once."""
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from dyndit.analysis.compare.context import DESCENT, Context
+from dyndit.analysis.compare.experiment import Experiment
+from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.analysis.metrics.features import Measured
+from dyndit.analysis.metrics.sets import PictureSet
+from dyndit.calibration.calibrate import measure_moments
+from dyndit.calibration.measure import CalibrationSettings
+from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.plans.descent import Descent
+from dyndit.stats import frechet_distance
+from dyndit.training.config import FitConfig
+from dyndit.training.data import load_digits
+from dyndit.training.distill import Distill
+
+CHOICES = ("6|3", "3|3", "3|e2", "3", "2")
+
+
+@pytest.fixture(scope="module")
+def context(make_model, tmp_path_factory: pytest.TempPathFactory) -> Context:
+    experiment = Experiment(
+        *("", "digits", "digits", Distill(fit=FitConfig(steps=2, batch_size=8))),
+        calibration=CalibrationSettings(num_pictures=70, num_bands=2, batch_size=70, choices=CHOICES),
+        calibration_steps=4,
+        batch_size=40,
+        descent=Descent(rounds=2, width=3, num_pictures=75),
+    )
+    data, out = load_digits(), tmp_path_factory.mktemp("run")
+    references = (Measured(PictureSet("digits", data.uint8()), load_extractor("digits")),)
+    found = Context(experiment, make_model(), references, data, out, Console(quiet=True))
+    one = PartTimes(embed=0.01, block=0.1, exit=0.02, head=0.03)
+    object.__setattr__(found, "table", replace(found.table, cost=CostModel(40, 6, one, one, solver=0.01)))
+    return found
+
+
+def test_a_descent_draws_its_own_pictures(context: Context) -> None:
+    ((_, plan, name),) = context.searched("unipc", 4, (0.6,))
+    assert plan.router == "descended"
+    assert context.read_plan(name).figures == plan.figures
+    drawn = {"num_pictures": 75, "seed": context.experiment.calibration.seed + DESCENT, "batch_size": 40}
+    found = measure_moments(context.model, context.extractor, plan, **drawn)
+    assert frechet_distance(found, context.table.reference) == pytest.approx(plan.figures["descended_fd"])
+    assert plan.figures["descended_fd"] <= plan.figures["descended_fd_from"]
+    assert context.table.cost.share_of_time(plan) <= 0.6 * (1 + 1e-9)

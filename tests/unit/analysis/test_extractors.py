@@ -13,6 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
+from dyndit.calibration.measure import NUM_COMPONENTS, of_few_features
 from dyndit.errors import CheckpointError, InputError
 from dyndit.pictures import as_rgb
 from dyndit.recipes.studies import digits_classifier, moving_digits_classifier
@@ -254,3 +255,53 @@ def test_resnet20_recognises_cifar10() -> None:
     logits = extractor.outputs(torch.from_numpy(x).permute(0, 3, 1, 2))["logits"]
     accuracy = (logits.argmax(1) == torch.from_numpy(classes)).double().mean().item()
     assert accuracy == pytest.approx(0.9173, abs=0.02)  # 91.73% on all 10,000
+
+
+def test_joined_extractors_are_both_side_by_side(resnet_weights: Path) -> None:
+    joined, given = load_extractor("resnet20-cifar10+vgg-cifar10", resnet_weights), pictures(5, 32)
+    alone = [load_extractor("resnet20-cifar10", resnet_weights), load_extractor("vgg-cifar10")]
+    assert torch.equal(joined.features(given), torch.cat([one.features(given) for one in alone], dim=1))
+    assert joined.parts == (64, 64)
+    assert joined.metric_name == "FD-resnet20-cifar10+vgg-cifar10"
+    fingerprints = {one.fingerprint for one in (joined, *alone, load_extractor("digits+digits-lenet"))}
+    assert len(fingerprints) == 4
+
+
+def test_joined_parts_weigh_alike_whatever_their_size(resnet_weights: Path) -> None:
+    """Features of a part times a thousand change nothing that a table is made of."""
+    joined, given = load_extractor("resnet20-cifar10+vgg-cifar10", resnet_weights), pictures(90, 32)
+    features = joined.features(given)
+    scaled, reference = of_few_features(joined, features)
+    assert scaled.projection.shape == (128, NUM_COMPONENTS)
+    variances = reference.covariance.diagonal()
+    assert variances[:32].sum().item() <= 1 + 1e-9
+    assert variances[32:].sum().item() <= 1 + 1e-9
+    assert variances[:32].sum().item() > 0.5 < variances[32:].sum().item()
+    large = features * torch.tensor([1000.0] * 64 + [1.0] * 64).double()
+    _, again = of_few_features(joined, large)
+    torch.testing.assert_close(again.covariance.diagonal(), variances)
+    found = scaled.features(given)
+    torch.testing.assert_close(moments(found).covariance, reference.covariance)
+    assert scaled.parts == ()
+    assert of_few_features(scaled, found)[0] is scaled
+
+
+def test_another_projection_takes_the_place_of_the_first() -> None:
+    whole = load_extractor("digits")
+    first, second = torch.eye(64).double()[:, :3], torch.eye(64).double()[:, :5]
+    twice, once = whole.projected(first).projected(second), whole.projected(second)
+    assert (twice.name, twice.fingerprint) == (once.name, once.fingerprint) == ("digits-pca5", once.fingerprint)
+    assert twice.fingerprint != whole.projected(first).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("digits+digits", "twice"), ("digits+nobody", "'nobody'"), ("digits+", "''")]
+)
+def test_impossible_joins_are_refused(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load_extractor(name)
+
+
+def test_joined_extractors_have_no_spatial_features() -> None:
+    with pytest.raises(InputError, match="sfid"):
+        load_extractor("digits+digits-lenet").outputs(pictures(2, 8, 1), spatial=True)

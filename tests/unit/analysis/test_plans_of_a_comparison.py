@@ -1,20 +1,24 @@
 """The plans that a comparison searches: measured descent, in its own pictures, stored once."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from dyndit.analysis.compare.context import DESCENT, Context
-from dyndit.analysis.compare.experiment import Experiment
+from dyndit.analysis.compare.experiment import Experiment, Inputs
+from dyndit.analysis.compare.run import prepared, run
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.sets import PictureSet
+from dyndit.analysis.report.runs import RUNS, read_runs
 from dyndit.calibration.calibrate import measure_moments
 from dyndit.calibration.measure import CalibrationSettings
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.descent import Descent
 from dyndit.stats import frechet_distance
+from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill
@@ -48,3 +52,28 @@ def test_a_descent_draws_its_own_pictures(context: Context) -> None:
     assert frechet_distance(found, context.table.reference) == pytest.approx(plan.figures["descended_fd"])
     assert plan.figures["descended_fd"] <= plan.figures["descended_fd_from"]
     assert context.table.cost.share_of_time(plan) <= 0.6 * (1 + 1e-9)
+
+
+def test_a_comparison_is_calibrated_by_two_extractors_at_once(make_model, tmp_path: Path) -> None:
+    """Table, plans, rivals and rows see the same scaled features, in a resumed run too."""
+    checkpoints.save(make_model(), tmp_path / "model")
+    experiment = Experiment(
+        *("", "digits", "digits+digits-lenet", Distill(fit=FitConfig(steps=2, batch_size=8))),
+        calibration=CalibrationSettings(num_pictures=70, num_bands=2, batch_size=70, choices=CHOICES),
+        calibration_steps=4,
+        points=(("ddim", 4),),
+        full_points=(("ddim", 4),),
+        budgets=(0.8,),
+        more_extractors=("digits",),
+        num_blocks=1,
+        num_images=70,
+        batch_size=35,
+    )
+    inputs, quiet = Inputs(model=str(tmp_path / "model")), Console(quiet=True)
+    run(experiment, tmp_path / "run", inputs, quiet)
+    rows = read_runs(tmp_path / "run" / RUNS)
+    assert set(rows["extractor"]) == {"digits+digits-lenet-pca64", "digits"}
+    with prepared(experiment, tmp_path / "run", inputs, quiet) as context:
+        assert context.table.projection is not None
+        plan = context.full("ddim", 4)
+        assert context.distance(plan) == pytest.approx(frechet_distance(context.moments(plan), context.table.reference))

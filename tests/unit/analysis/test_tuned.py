@@ -312,7 +312,7 @@ def test_the_claims_cost_is_estimated_from_full_depths_time() -> None:
     assert found["trainings"] == 9 * 20  # three students, three pruned backbones, three widths
     assert found["evolution"] == 60
     only = replace(protocol, without=tuple({t.family for t in protocol.tunings(1.5, 60.0)} - {"B"}))
-    assert claim.expected(only, 10.0, 60.0)["tuning"] == pytest.approx(7 * 15 * 256 * 4.5 / 60_000)
+    assert claim.expected(only, 10.0, 60.0)["tuning"] == pytest.approx(7 * 15 * 128 * 4.5 / 60_000)
     assert claim.expected(only, 1e6, 60.0)["tuning"] == 60  # its limit
     assert claim.expected(protocol, 20.0, 60.0)["pictures to score"] == 2 * found["pictures to score"]
 

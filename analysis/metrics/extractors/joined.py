@@ -1,0 +1,47 @@
+"""Several extractors side by side, as one to calibrate by.
+
+A plan that is chosen by one network's features fits that network: another one sees losses that it does not see.
+Features of several networks leave a plan less to fit. Each network's part is reduced to its leading directions on real
+pictures and scaled to a total variance of one (`of_few_features`), so none outweighs the others by its features' size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+SEPARATOR = "+"
+"""Between the names of extractors that are joined."""
+
+
+class Joined(FeatureExtractorBase):
+    """The features of several networks one after the other, and so their logits."""
+
+    def __init__(self, name: str, networks: Sequence[FeatureExtractorBase]) -> None:
+        super().__init__(name, ["features", "logits"])
+        self.networks = nn.ModuleList(networks)
+        self.sizes: tuple[int, ...] = ()
+        """Features of each network, known after the first batch."""
+        self.eval()
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Run uint8 (B, 3, H, W) -> features (B, sum of D), logits (B, sum of K)."""
+        features, logits = zip(*(network(pictures) for network in self.networks), strict=True)
+        self.sizes = tuple(part.shape[1] for part in features)
+        return torch.cat(features, dim=1), torch.cat(logits, dim=1)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Return the names of the outputs."""
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Return the name of the output that a metric of torch-fidelity reads."""
+        return {"isc": "logits", "fid": "features", "kid": "features", "prc": "features"}[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Return False, as its parts do."""
+        return False

@@ -39,6 +39,8 @@ class Work:
     """Guide by the difference between both branches at the last step that ran both branches."""
     forecast: bool = False
     """Add a forecast of the gap to full depth to the conditional exit's prediction."""
+    strength: float = 1.0
+    """Factor of the guidance: the guiding prediction moves away from the conditional one by it."""
     kept: tuple[int, ...] = ()
     """Exits whose gap to full depth is remembered for later forecasts, rising. Their heads run at this step."""
 
@@ -51,6 +53,15 @@ class Work:
     def heads_on_the_way(self) -> tuple[int, ...]:
         """Return the exit heads that run without ending a branch, in rising order."""
         return tuple(sorted({*self.kept, *((self.own_exit,) if self.own_exit else ())}))
+
+    def strengthened(self, conditional: Tensor, guide: Tensor) -> Tensor:
+        """Move the guiding prediction away from the conditional one, both (B, C_out, ...); by 1 it stays, bit for bit.
+
+        Guidance at any scale s then adds strength * (s - 1) times their difference: no caller has to know of it.
+        """
+        if self.strength == 1:
+            return guide
+        return conditional.float() - self.strength * (conditional.float() - guide.float())
 
     def keeping(self, depths: tuple[int, ...]) -> Self:
         """Return this work with the gaps of these exits remembered too."""
@@ -232,6 +243,8 @@ class DynamicDepth(ModelMixin):
         elif work.held and memory.guided is not None:
             conditional, unconditional = (prediction.float() for prediction in memory.guided)
             own.append(own[0].float() - (conditional - unconditional))
+        if len(own) == 2:
+            own[1] = work.strengthened(*own)
         return own, memory
 
     def branches(self, x: Tensor, t: Tensor, labels: Sequence[Condition], depths: Sequence[int]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Predict the Fréchet distance of any plan from a shift table."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,11 +102,13 @@ class Predictor:
         return self.distances(self.choice(plan)[None]).item()
 
 
-def _distance(one: Step, other: Step) -> int:
-    """Measure how much two steps differ: a forecast weighs most, then the kind of guide, then depths."""
+def _distance(one: Step, other: Step) -> float:
+    """Measure how much two steps differ: a forecast weighs most, then the kind of guide, depths, then strength."""
     (kind, depth), (other_kind, other_depth) = _place(one), _place(other)
     unlike = 100 * abs(kind - other_kind) + 1000 * (one.forecast != other.forecast)
-    return abs(one.depth - other.depth) + abs(depth - other_depth) + unlike
+    return (
+        abs(one.depth - other.depth) + abs(depth - other_depth) + unlike + math.tanh(abs(one.strength - other.strength))
+    )
 
 
 def _place(step: Step) -> tuple[int, int]:

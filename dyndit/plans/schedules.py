@@ -155,9 +155,7 @@ def guidance_interval(plan: DepthPlan, low: float, high: float, process: Process
     if not 0 <= low < high:
         raise InputError(f"guidance interval ({low:g}, {high:g}): expected noise levels 0 <= low < high")
     inside = [low < process.noise_level(t) <= high for t in plan.timesteps]
-    steps = [
-        step if guided else replace(step, guide=NoGuide()) for step, guided in zip(plan.steps, inside, strict=True)
-    ]
+    steps = [step if guided else step.unguided() for step, guided in zip(plan.steps, inside, strict=True)]
     if tuple(steps) == plan.steps:
         return plan
     limits = {

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from dyndit import bounds
 from dyndit.errors import PlanError
 from dyndit.models.dynamic import Work
 
@@ -52,7 +53,9 @@ class Held:
 Guide = NoGuide | Unconditional | OwnExit | Held
 
 _TEXT = re.compile(
-    r"(?P<depth>[1-9]\d*)(?P<forecast>\+?)(\|((?P<uncond>[1-9]\d*)|e(?P<own>[1-9]\d*)|(?P<held>held)))?", re.ASCII
+    r"(?P<depth>[1-9]\d*)(?P<forecast>\+?)"
+    r"(\|((?P<uncond>[1-9]\d*)|e(?P<own>[1-9]\d*)|(?P<held>held))(\*(?P<strength>\d+(\.\d+)?))?)?",
+    re.ASCII,
 )
 
 
@@ -61,11 +64,12 @@ class Step:
     """One sampling step: `depth` blocks of the conditional branch, and its guide: `dyndit.Step.parse("12|6")`.
 
     As text: "12|6" runs 12 blocks with the condition and 6 without. "8|e4" is guided by its own exit at 4. "4+" leaves
-    at 4 and forecasts the rest. "4+|held" also holds the last guidance. "12" is not guided.
+    at 4 and forecasts the rest. "4+|held" also holds the last guidance. "12" is not guided. "12|6*1.5" is guided one
+    and a half times as strongly as the plan's scale says.
 
     Raises:
-        PlanError: a depth below 1, a guide that is no `Guide`, an own exit not below the depth, or a forecast together
-            with an unconditional pass.
+        PlanError: a depth below 1, a guide that is no `Guide`, an own exit not below the depth, a forecast together
+            with an unconditional pass, or a strength that is not above 0, or of no guide.
     """
 
     depth: int
@@ -76,6 +80,8 @@ class Step:
     Extrapolated features serve longer than held features (TaylorSeer, Liu et al. 2025, arXiv:2503.06923). A step
     extrapolates only the exit's gap (`dyndit.models.forecasts`).
     """
+    strength: float = 1.0
+    """Factor of the guidance: at the plan's scale s this step is guided at scale 1 + strength * (s - 1)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.guide, Guide):
@@ -83,6 +89,10 @@ class Step:
         depths = (self.depth, getattr(self.guide, "depth", 1))
         if any(not isinstance(depth, int) or isinstance(depth, bool) or depth < 1 for depth in depths):
             raise PlanError(f"step {self!s}: expected whole depths of at least 1")
+        if not bounds.is_number(self.strength) or self.strength <= 0:
+            raise PlanError(f"step {self.depth}: guidance of strength {self.strength!r:.40}, expected a number above 0")
+        if self.strength != 1 and self.guide == NoGuide():
+            raise PlanError(f"step {self.depth}: guidance of strength {self.strength:g} without a guide, expected 1")
         if isinstance(self.guide, OwnExit) and self.guide.depth >= self.depth:
             raise PlanError(
                 f"step {self!s}: guided by its own exit at {self.guide.depth}, expected one below {self.depth}"
@@ -95,17 +105,22 @@ class Step:
         """Run both branches at `depth`, or the conditional branch alone if not guided."""
         return cls(depth, Unconditional(depth) if guided else NoGuide())
 
+    def unguided(self) -> Self:
+        """Return this step without its guide."""
+        return replace(self, guide=NoGuide(), strength=1.0)
+
     def work(self) -> Work:
         """Return the branches and heads that run: `Step.parse("12|6").work()` is `Work((12, 6))`."""
+        common = {"forecast": self.forecast, "strength": self.strength}
         match self.guide:
             case Unconditional(depth):
-                return Work((self.depth, depth), forecast=self.forecast)
+                return Work((self.depth, depth), **common)
             case OwnExit(depth):
-                return Work((self.depth,), own_exit=depth, forecast=self.forecast)
+                return Work((self.depth,), own_exit=depth, **common)
             case Held():
-                return Work((self.depth,), held=True, forecast=self.forecast)
+                return Work((self.depth,), held=True, **common)
             case _:
-                return Work((self.depth,), forecast=self.forecast)
+                return Work((self.depth,), **common)
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -115,7 +130,8 @@ class Step:
 
     def __str__(self) -> str:
         guide = str(self.guide)
-        return f"{self.depth}{'+' * self.forecast}" + (f"|{guide}" if guide else "")
+        strength = "" if self.strength == 1 else f"*{self.strength!r}".removesuffix(".0")
+        return f"{self.depth}{'+' * self.forecast}" + (f"|{guide}{strength}" if guide else "")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -130,7 +146,10 @@ class Step:
             guide = Unconditional(int(found["uncond"]))
         elif found["own"]:
             guide = OwnExit(int(found["own"]))
-        return cls(int(found["depth"]), guide, bool(found["forecast"]))
+        step = cls(int(found["depth"]), guide, bool(found["forecast"]), float(found["strength"] or 1))
+        if str(step) != text:
+            raise PlanError(f"step {text!r:.40}: expected a depth such as {step!s}")
+        return step
 
     @classmethod
     def of_version_1(cls, cond: int, uncond: int) -> Self:
@@ -160,5 +179,5 @@ def locked(choices: Sequence[Step | str], guide: Guide) -> tuple[Step, ...]:
         shallow = isinstance(guide, OwnExit) and guide.depth >= step.depth
         beside_pass = isinstance(guide, Unconditional) and (step.forecast or guide.depth == step.depth)
         if not (shallow or beside_pass):
-            found.append(replace(step, guide=guide))
+            found.append(step.unguided() if guide == NoGuide() else replace(step, guide=guide))
     return tuple(dict.fromkeys(found))

@@ -284,6 +284,7 @@ class DynDiTHandle:
             (prediction,) = self.model.run([inputs], [depth])
             guided_by = (self._call.first[0], prediction)
             self._call.memory = replace(self._call.memory, guided=guided_by)
+            prediction = work.strengthened(*guided_by).to(prediction.dtype)
         else:
             prediction = self._call.first[-1].to(self._call.first[0].dtype)
         return prediction, [("uncond", len(inputs), depth)]

@@ -17,7 +17,6 @@ from dyndit.locks import locked
 from dyndit.models.conditions import Value
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.plans.plan import DepthPlan, Router, bind
-from dyndit.plans.step import NoGuide
 from dyndit.plans.table import ShiftTable
 from dyndit.progress import Advance, progress_bar
 from dyndit.sampling.budget import plan_within
@@ -399,4 +398,4 @@ def _facts(plan: DepthPlan) -> dict[str, Any]:
 
 def unguided(plan: DepthPlan) -> DepthPlan:
     """Return the plan without guides at the same guidance scale: an empty guidance interval."""
-    return plan.with_steps([replace(step, guide=NoGuide()) for step in plan.steps])
+    return plan.with_steps([step.unguided() for step in plan.steps])

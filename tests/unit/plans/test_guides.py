@@ -6,7 +6,7 @@ import torch
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.plans.schedules import guidance_interval, interval, own_exit, parse_router
-from dyndit.plans.step import NoGuide, OwnExit, Unconditional
+from dyndit.plans.step import NoGuide, OwnExit, Step, Unconditional
 from dyndit.process import DDPM, RectifiedFlow
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import Batch, advance, full_plan, start
@@ -51,3 +51,32 @@ def test_interval_is_the_guidance_interval_of_the_models_process(model) -> None:
         with pytest.raises(InputError, match="expected"):
             parse_router(text)
     assert OwnExit(3) not in {step.guide for step in plan.steps}
+
+
+@pytest.mark.parametrize("guide", ["6", "3", "e3"])
+@pytest.mark.parametrize("strength", [0.5, 2.0])
+def test_a_strength_is_another_scale_at_its_step(model, guide: str, strength: float) -> None:
+    """At the plan's scale s a step of strength f does what scale 1 + f (s - 1) does."""
+    scale = 1.5
+
+    def drawn(text: str, at: float) -> torch.Tensor:
+        plan = full_plan(model, "unipc", 3, at).with_steps([Step.parse(text)] * 3)
+        batch = Batch(torch.tensor([4, 1]), (0, 1), 0)
+        return advance(model, batch, start(model, batch, "unipc", 3), plan, Guidance(at)).x
+
+    strong = drawn(f"6|{guide}*{strength:g}", scale)
+    torch.testing.assert_close(strong, drawn(f"6|{guide}", 1 + strength * (scale - 1)), atol=1e-4, rtol=0)
+    assert not torch.equal(strong, drawn(f"6|{guide}", scale))
+
+
+def test_held_guidance_is_not_held_as_strong_as_it_was_used(model) -> None:
+    """A step holds the branches' difference, whatever the strength of the step that ran both."""
+    batch = Batch(torch.tensor([4, 1]), (0, 1), 0)
+
+    def after(first: str) -> list[torch.Tensor]:
+        plan = full_plan(model, "ddim", 2, 2.0).with_steps([Step.parse(first), Step.parse("6|held")])
+        trajectory = start(model, batch, "ddim", 2)
+        advance(model, batch, trajectory, plan, Guidance(2.0), stop=1)
+        return list(trajectory.memory.guided)
+
+    assert all(torch.equal(one, other) for one, other in zip(after("6|3"), after("6|3*2"), strict=True))

@@ -19,6 +19,9 @@ EXAMPLES = {
     "8|held": (Step(8, Held()), Work((8,), held=True)),
     "4+": (Step(4, forecast=True), Work((4,), forecast=True)),
     "4+|held": (Step(4, Held(), forecast=True), Work((4,), held=True, forecast=True)),
+    "12|6*1.5": (Step(12, Unconditional(6), strength=1.5), Work((12, 6), strength=1.5)),
+    "8|e4*2": (Step(8, OwnExit(4), strength=2.0), Work((8,), own_exit=4, strength=2.0)),
+    "4+|held*0.5": (Step(4, Held(), True, 0.5), Work((4,), held=True, forecast=True, strength=0.5)),
     "4+|e2": (Step(4, OwnExit(2), forecast=True), Work((4,), own_exit=2, forecast=True)),
 }
 
@@ -31,7 +34,8 @@ def valid_steps(draw: st.DrawFn) -> Step:
     if depth > 1:
         guides |= st.integers(1, depth - 1).map(OwnExit)
     guide = draw(guides)
-    return Step(depth, guide, not isinstance(guide, Unconditional) and draw(st.booleans()))
+    strength = 1.0 if guide == NoGuide() else draw(st.just(1.0) | st.sampled_from([0.25, 0.5, 1.5, 2.0, 3.0]))
+    return Step(depth, guide, not isinstance(guide, Unconditional) and draw(st.booleans()), strength)
 
 
 def of_version_1(step: Step) -> tuple[int, int]:
@@ -60,7 +64,7 @@ def test_steps_that_differ_print_differently(one: Step, other: Step) -> None:
 
 @given(step=valid_steps())
 def test_the_whole_numbers_of_version_1_are_the_same_step(step: Step) -> None:
-    assert Step.of_version_1(*of_version_1(step)) == step
+    assert Step.of_version_1(*of_version_1(step)) == replace(step, strength=1.0)
 
 
 @given(cond=st.integers(-28, 28).filter(bool), uncond=st.integers(-28, 28))
@@ -90,7 +94,7 @@ def test_the_work_of_a_step_is_its_branches_and_heads(step: Step) -> None:
     assert (len(work.depths) == 2) == isinstance(step.guide, Unconditional)
     assert work.blocks == step.depth + (step.guide.depth if isinstance(step.guide, Unconditional) else 0)
     assert work.heads_on_the_way == ((step.guide.depth,) if isinstance(step.guide, OwnExit) else ())
-    assert (work.held, work.forecast) == (step.guide == Held(), step.forecast)
+    assert (work.held, work.forecast, work.strength) == (step.guide == Held(), step.forecast, step.strength)
     assert set(step.exits) == {step.depth, getattr(step.guide, "depth", step.depth)}
 
 
@@ -103,6 +107,11 @@ def test_kept_gaps_are_heads_on_the_way_and_rise() -> None:
     assert work.keeping((8, 2)).blocks == 12
 
 
+@given(step=valid_steps())
+def test_a_guide_is_taken_away_with_its_strength(step: Step) -> None:
+    assert step.unguided() == Step(step.depth, forecast=step.forecast)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_equal_depths(guided: bool) -> None:
     assert str(Step.equal(7, guided)) == ("7|7" if guided else "7")
@@ -113,7 +122,25 @@ def test_equal_depths(guided: bool) -> None:
     [
         *("", " ", "0", "-4", "+4", "4.0", "1e1", "x", "012", "４", "4 ", " 4", "4\n", "four", "4++", "+", "|", "|4"),
         *("4|", "4|0", "4|-1", "4|06", "4|4|4", "4|e", "4|e0", "4|e-1", "4|E2", "4|2e", "4|hold", "4|heldx", "4||2"),
-        *("4+|", "4|2+", "4|held+", "held", "e4", "4,2", "(4, 2)", "9" * 60 + "x"),
+        *(
+            "4+|",
+            "4|2+",
+            "4|held+",
+            "held",
+            "e4",
+            "4,2",
+            "4*2",
+            "4|2*",
+            "4|2*1",
+            "4|2*1.50",
+            "4|2*02",
+            "4|2*.5",
+            "4|2*-1",
+            "4|2*nan",
+            "4+*2",
+            "(4, 2)",
+            "9" * 60 + "x",
+        ),
         *(None, 4, 4.0, b"4", ("4",), Step(4)),
     ],
     ids=repr,
@@ -125,7 +152,7 @@ def test_what_is_no_step_is_refused(text: object) -> None:
     assert len(str(caught.value)) < 120
 
 
-@given(text=st.text(alphabet="0123456789+|eheld .-\n٤", max_size=8))
+@given(text=st.text(alphabet="0123456789+|eheld* .-\n٤", max_size=8))
 def test_a_text_is_the_step_that_prints_it_or_refused(text: str) -> None:
     try:
         found = Step.parse(text)
@@ -153,6 +180,11 @@ def test_a_text_is_the_step_that_prints_it_or_refused(text: str) -> None:
         (lambda: Step.parse("4+|2"), "step 4+|2: forecasts beside an unconditional pass; expected none"),
         (lambda: Step.of_version_1(-4, 2), "step 4+|2: forecasts beside an unconditional pass"),
         (lambda: Step.of_version_1(0, 0), "step 0: expected whole depths"),
+        (lambda: Step(4, strength=2.0), "step 4: guidance of strength 2 without a guide, expected 1"),
+        (lambda: Step(4, Held(), strength=0.0), "step 4: guidance of strength 0.0, expected a number above 0"),
+        (lambda: Step(4, Held(), strength=float("inf")), "step 4: guidance of strength inf, expected a number"),
+        (lambda: Step(4, Held(), strength="2"), "step 4: guidance of strength '2', expected a number"),
+        (lambda: Step.parse("4|2*0"), "step 4: guidance of strength 0.0, expected a number above 0"),
         (lambda: Step(12, 6), "step 12: guide 6, expected a `Guide`"),  # it would print as "12|6" and not be guided
         (lambda: Step(12, None), "step 12: guide None, expected a `Guide`"),
         (lambda: Step(12, Held), "step 12: guide <class"),

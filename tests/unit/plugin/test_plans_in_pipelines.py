@@ -18,7 +18,7 @@ from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.step import Held, NoGuide, OwnExit, Unconditional, steps
+from dyndit.plans.step import Held, OwnExit, Unconditional, steps
 from dyndit.plugin.adapters import adapt
 from dyndit.plugin.apply import DynDiTHandle
 from dyndit.process import Process
@@ -27,7 +27,7 @@ from support.models import randomise
 from support.tiny_pipelines import TINY_PIPELINES, TinyPipeline, tiny_pipeline, whole
 
 FULL, SCALE, COUNT = 4, 4.0, 2
-GUIDED = steps("4|4", "3|1", "2+|held", "4|e2", "2+|e1", "1+", "2|held")
+GUIDED = steps("4|4", "3|1*2", "2+|held", "4|e2*1.5", "2+|e1", "1+", "2|held*0.5")
 UNGUIDED = steps("4", "2+", "3", "4", "2+", "1+", "1")
 HALF = [torch.bfloat16, torch.float16]
 
@@ -108,6 +108,7 @@ def by_hand(model: DynamicDepth, plan: DepthPlan, inputs: list[tuple[Inputs, ...
                 guide = every[depth]
             case Held():
                 guide = own - difference
+        guide = own - step.strength * (own - guide)
         found.append((own, guide)[: len(branches)])
     return found
 
@@ -162,7 +163,7 @@ def test_memory_ends_with_the_call(tiny: TinyPipeline, guided: bool) -> None:
     assert torch.equal(run(tiny, plan), picture)
 
     kinds = (OwnExit, Held) if guided else ()
-    less = [[replace(s, guide=NoGuide()) if isinstance(s.guide, kind) else s for s in plan.steps] for kind in kinds]
+    less = [[s.unguided() if isinstance(s.guide, kind) else s for s in plan.steps] for kind in kinds]
     for other in (*less, [replace(s, forecast=False) for s in plan.steps]):
         handle.plan = plan.with_steps(other)
         assert (run(tiny, plan) - picture).abs().max() > 1e-3 * picture.std()

@@ -64,6 +64,9 @@ class Distill:
     weighting: weight of an error by timestep: "even", or as in the KL between two paths, "path-kl"
     (`Process.path_kl_weights`).
     forecasts: also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories.
+    guides: exits that learn what full depth predicts without the condition, from states of the branch with it. As own
+    exits they then guide in place of the unconditional pass ("12|e5"). They are no good to leave at. Distilling takes a
+    second pass of the backbone. Needs a frozen native backbone.
 
     The backbone that trains is a copy; its teacher is the frozen original. The exits and the copy's full depth are
     both matched to the teacher's full depth, so that full depth stays close to the original.
@@ -85,6 +88,7 @@ class Distill:
     cfg_scale: float = 1.5
     weighting: Literal["even", "path-kl"] = "even"
     forecasts: bool = False
+    guides: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("backbone", "states", "weighting"):
@@ -107,7 +111,13 @@ class Distill:
                 missing layer, a choice that the backbone's family does not allow; or the first item cannot be read.
         """
         backbone = model.backbone
-        self.exits.resolved(backbone.num_blocks)
+        layers = self.exits.resolved(backbone.num_blocks).layers
+        if missing := sorted(set(self.guides) - set(layers)):
+            raise InputError(f"guides {missing}: no exits there; expected some of {', '.join(map(str, layers))}")
+        if self.guides and self.backbone != "frozen":
+            raise InputError(f"guides: backbone {self.backbone!r}; expected 'frozen'")
+        if self.guides and not backbone.condition.guided:
+            raise InputError("guides: this model was trained without a null condition; expected none")
         self._check_family(backbone)
         if self.states == "sampler" or self.forecasts:
             full_plan(model, self.solver, self.num_steps, self.cfg_scale)
@@ -125,7 +135,7 @@ class Distill:
         found = type(backbone)
         if self.backbone == "lora" and not issubclass(found, ClassConditionalDiT):
             raise InputError(f"backbone 'lora': needs a ClassConditionalDiT, found {found.__name__}")
-        for name in ("backbone", "states", "weighting", "forecasts"):
+        for name in ("backbone", "states", "weighting", "forecasts", "guides"):
             if getattr(self, name) != getattr(Distill, name) and backbone.foreign:
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a native backbone, found {found.__name__}")
 
@@ -159,7 +169,8 @@ class Distill:
                 data = self._trajectories(model, Path(out))
             items = conditioned(data, original.condition) if isinstance(data, Pictures) else data
             dynamic = DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
-            trained = _FrozenBackbone(dynamic) if backbone is original else _TaughtBackbone(dynamic, original)
+            frozen = backbone is original
+            trained = _FrozenBackbone(dynamic, self.guides) if frozen else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))
             own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("exits", "fit", "data"))
             identity = f"{model.identity.backbone} {exits.config} {' '.join(own)}"
@@ -242,9 +253,9 @@ class _Distillation(Task):
 class _FrozenBackbone(nn.Module):
     """Register the exits as parameters. Keep the backbone out of the optimiser, the EMA and the checkpoints."""
 
-    def __init__(self, dynamic: DynamicDepth) -> None:
+    def __init__(self, dynamic: DynamicDepth, guides: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.exits = dynamic.exits
+        self.exits, self.guides = dynamic.exits, guides
         self.dynamic = [dynamic]  # in a list, so that the backbone is no submodule
 
     def forward(self, x_t: Tensor, t: Tensor, y: Condition) -> Tensor:
@@ -253,7 +264,7 @@ class _FrozenBackbone(nn.Module):
         dynamic.backbone.to(x_t.device)
         # Exits train in single precision. Autocast runs them in the backbone's precision.
         with precision_of(dynamic.backbone):
-            return torch.stack(list(exit_errors(dynamic, x_t, t, y).values()))
+            return torch.stack(list(exit_errors(dynamic, x_t, t, y, self.guides).values()))
 
 
 class _TaughtBackbone(nn.Module):

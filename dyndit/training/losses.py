@@ -1,5 +1,7 @@
 """Losses to train a backbone, alone or with its exits, and to distil exits."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -31,14 +33,21 @@ def deep_supervision_loss(
     return loss + exit_weight * exits, figures | {"exits": exits.detach()}
 
 
-def exit_errors(model: DynamicDepth, x_t: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
+def exit_errors(
+    model: DynamicDepth, x_t: Tensor, t: Tensor, y: Condition, guides: Sequence[int] = ()
+) -> dict[int, Tensor]:
     """Return the squared error of every exit against the full model, per picture and output half.
 
+    guides: exits that are compared with what full depth predicts without the condition.
     -> {depth: (B, 2)}: mean square over the noise channels, and over the variance channels (0 without them).
     """
     predictions = model.every_exit(x_t, t, y)
     target = predictions.pop(model.num_blocks).detach()
-    return {depth: halves(prediction - target, x_t.shape[1]) for depth, prediction in predictions.items()}
+    targets = dict.fromkeys(predictions, target)
+    if guides:
+        with torch.no_grad():
+            targets |= dict.fromkeys(guides, model(x_t, t, model.backbone.condition.null(y)))
+    return {depth: halves(prediction - targets[depth], x_t.shape[1]) for depth, prediction in predictions.items()}
 
 
 def depth_errors(model: DynamicDepth, target: Tensor, x_t: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:

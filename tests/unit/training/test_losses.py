@@ -86,6 +86,21 @@ def test_exit_errors_are_mean_squares_of_both_halves(model: DynamicDepth, make_i
         assert (error > 0).all()
 
 
+def test_guides_are_compared_with_the_unconditional_prediction(model: DynamicDepth, make_inputs) -> None:
+    x, t, y = make_inputs(model.backbone)
+    errors, without = exit_errors(model, x, t, y, guides=(2, 5)), exit_errors(model, x, t, y)
+    null = model(x, t, model.backbone.condition.null(y))
+    for depth in model.exits.layers:
+        if depth in (2, 5):
+            square = (model(x, t, y, depth=depth) - null) ** 2  # of the branch with its labels
+            torch.testing.assert_close(errors[depth][:, 0], square[:, :1].mean((1, 2, 3)))
+            assert not torch.equal(errors[depth], without[depth])
+        else:
+            assert torch.equal(errors[depth], without[depth])
+    torch.stack(list(errors.values())).sum().backward()
+    assert all(p.grad is None for p in model.backbone.final_layer.parameters())
+
+
 def test_exit_errors_without_a_variance_half(make_model, make_inputs) -> None:
     model = make_model(learn_variance=False)
     for error in exit_errors(model, *make_inputs(model.backbone)).values():

@@ -199,6 +199,29 @@ def test_distillation_halves_the_error_and_leaves_the_trunk(head: str, backbone:
     assert (error["variance_error"] < fresh_error["variance_error"]).all()
 
 
+def test_guides_learn_the_unconditional_prediction(backbone: DynamicDepth, tmp_path: Path) -> None:
+    """From states of the branch with labels; exits that are no guides learn what they learn without guides."""
+    recipe = replace(DISTILL, exits=ExitConfig((1, 2, 3)), null_share=0.0)
+    model, _ = replace(recipe, guides=(2,)).run(backbone, DIGITS, tmp_path / "guides")
+    plain, _ = recipe.run(backbone, DIGITS, tmp_path / "plain")
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 1, 8, 8, generator=generator), torch.arange(64) % 10
+    t = torch.randint(1000, (64,), generator=generator)
+    with torch.no_grad():
+        full, null = model(x, t, y)[:, :1], model(x, t, torch.full_like(y, 10))[:, :1]
+        errors = {
+            (name, target): (each(x, t, y, depth=2)[:, :1] - wanted).square().mean().item()
+            for name, each in {"guide": model, "plain": plain}.items()
+            for target, wanted in {"full": full, "null": null}.items()
+        }
+    assert errors["guide", "null"] < errors["plain", "null"]
+    assert errors["plain", "full"] < errors["guide", "full"]
+    kept = [name for name, tensor in weights(plain.exits).items() if not name.startswith("heads.2.")]
+    assert kept
+    for name in kept:
+        torch.testing.assert_close(weights(model.exits)[name], weights(plain.exits)[name], atol=0.02, rtol=0)
+
+
 def test_distillation_depends_on_its_seed_alone(backbone: DynamicDepth, tmp_path: Path) -> None:
     """Also what a hidden layer starts with."""
     recipe = Distill(ExitConfig((2,), "wide"), replace(FIT, steps=2))
@@ -429,6 +452,18 @@ class Ones(torch.nn.Module):
 
     def forward(self, x, t, y):
         return torch.ones(3, len(x), 2)
+
+
+def test_impossible_guides_are_refused(make_model, tmp_path: Path) -> None:
+    model = make_model()
+    for changes, named in (
+        ({"guides": (2, 7)}, r"guides \[7\]: no exits there; expected some of 1, 2, 3, 4, 5"),
+        ({"guides": (2,), "backbone": "whole"}, "guides: backbone 'whole'; expected 'frozen'"),
+    ):
+        with pytest.raises(InputError, match=named):
+            Distill(fit=FIT, **changes).run(model, DIGITS, tmp_path)
+    with pytest.raises(InputError, match="without a null condition"):
+        Distill(fit=FIT, guides=(2,)).run(make_model(label_dropout=0.0), DIGITS, tmp_path)
 
 
 def test_path_kl_weights_errors_by_their_timestep() -> None:

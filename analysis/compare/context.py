@@ -16,6 +16,7 @@ from dyndit import sealed_csv
 from dyndit.analysis.compare.costs import COSTS, backbone_cost, exits_cost, note
 from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.metrics.extractors import Extractor
+from dyndit.analysis.metrics.extractors.joined import SEPARATOR
 from dyndit.analysis.metrics.features import Measured
 from dyndit.calibration.calibrate import measure_around, measure_bases, measure_moments
 from dyndit.calibration.measure import measure_shifts, of_few_features, part_of
@@ -65,6 +66,14 @@ def model_with_exits(
 
 DESCENT = 2
 """Distance of the seed of a descent's pictures from the table's seed; the seed between them is of fresh pictures."""
+
+
+def scaled(joined: Measured) -> Measured:
+    """Scale the parts of joined extractors, so that plans, rivals and scores are measured alike. Others stay."""
+    if SEPARATOR not in joined.extractor.name:
+        return joined
+    reduced: Any = of_few_features(joined.extractor, joined.features)[0]
+    return Measured(joined.given, reduced)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Variant:
     Its arms have the family "searched-NAME". A variant with another backbone adds "full-NAME": that backbone at full
     depth. A field left as None is inherited from the experiment. The calibration's solver, steps and scale test a table
     away from its calibration. train: trains another backbone from scratch, with exits if this recipe says so.
+    extractor: joins several of the comparison's extractors to calibrate by, such as "resnet20-cifar10+vgg-cifar10".
     """
 
     name: str
@@ -59,6 +60,7 @@ class Variant:
     calibration_cfg_scale: float | None = None
     refinements: int | None = None
     descent: Descent | None = None
+    extractor: str | None = None
     whole: bool | None = None
     points: tuple[tuple[str, int], ...] | None = None
     budgets: tuple[float, ...] | None = None

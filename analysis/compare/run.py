@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,19 +18,17 @@ from torch import nn
 
 from dyndit import files, manifest
 from dyndit.analysis.compare.arms import Arm
-from dyndit.analysis.compare.context import Context, model_with_exits
+from dyndit.analysis.compare.context import Context, model_with_exits, scaled
 from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
 from dyndit.analysis.compare.sources import SOURCES
 from dyndit.analysis.metrics.extractors import load_extractor
-from dyndit.analysis.metrics.extractors.joined import SEPARATOR
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured, read_runs
-from dyndit.calibration.measure import of_few_features
 from dyndit.calibration.samplers import ToPictures
 from dyndit.errors import InputError
 from dyndit.locks import locked
@@ -115,18 +112,10 @@ def prepared(
             folder, _ = find_autoencoder(inputs.vae or experiment.model)
             data, to_pictures = encode_latents(real, folder, out / LATENTS, 16), partial(decode_latents, decoder)
         references = tuple(Measured(PictureSet(experiment.data, real), one) for one in extractors)
-        references = (_scaled(references[0]), *references[1:])
+        references = (scaled(references[0]), *references[1:])
         model = _model(experiment, given, data, inputs, out, console)
         more = {"calibration": experiment.number, "to_pictures": to_pictures}
         yield Context(experiment, model, references, data, out, console, given, **more)
-
-
-def _scaled(joined: Measured) -> Measured:
-    """Scale the parts of joined extractors once, so that plans, rivals and scores are measured alike."""
-    if SEPARATOR not in joined.extractor.name:
-        return joined
-    scaled: Any = of_few_features(joined.extractor, joined.features)[0]
-    return Measured(joined.given, scaled)
 
 
 def _pictures(experiment: Experiment, given: DynamicDepth | None, inputs: Inputs) -> tuple[Pictures, nn.Module | None]:

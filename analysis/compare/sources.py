@@ -11,7 +11,7 @@ import pandas as pd
 
 from dyndit import sealed_csv
 from dyndit.analysis.compare.arms import Arm, Source
-from dyndit.analysis.compare.context import Context, model_with_exits
+from dyndit.analysis.compare.context import Context, model_with_exits, scaled
 from dyndit.analysis.compare.evolved import Evolved
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.analysis.compare.guidance import Guided
@@ -19,6 +19,9 @@ from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.analysis.compare.tuned import Tuned
+from dyndit.analysis.metrics.extractors.joined import SEPARATOR, join
+from dyndit.analysis.metrics.features import Measured
+from dyndit.errors import InputError, expected_one_of
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.schedules import constant, ramp, reversed_plan
@@ -145,6 +148,8 @@ class Variants:
             own = replace(own, model=model.to(context.model.device))
         else:
             own = replace(own, known=context.table)
+        if variant.extractor is not None:
+            own = replace(own, references=(_joined(context, variant), *context.references[1:]), known=None)
         within, family = _budgets_within(own, f"variant {variant.name}: "), f"searched-{variant.name}"
         arms: list[Arm] = []
         for solver, steps in own.experiment.dynamic_points:
@@ -152,6 +157,8 @@ class Variants:
                 full = own.full(solver, steps)
                 arms.append(Arm(f"full-{variant.name}", full, predicted_ms=own.predicted_ms(full)))
             arms += [_searched_arm(own, family, *found) for found in own.searched(solver, steps, within)]
+        if variant.extractor is not None:
+            arms = [replace(arm, predicted_fd=None) for arm in arms]  # of other features than the rows'
         return [replace(arm, model=own.model, variant=variant.name) for arm in arms]
 
 
@@ -206,6 +213,16 @@ SOURCES: tuple[Source, ...] = (
     Confidence(),
 )
 """Every source, in the order that makes the arms."""
+
+
+def _joined(context: Context, variant: Variant) -> Measured:
+    """Join the comparison's extractors that a variant is calibrated by. Raises InputError: it has no such extractor."""
+    there = {real.extractor.name: real for real in context.references}
+    names = (variant.extractor or "").split(SEPARATOR)
+    if missing := [name for name in names if name not in there]:
+        raise InputError(f"variant {variant.name}: extractor '{missing[0]}', {expected_one_of(missing[0], there)}")
+    parts = [there[name] for name in names]
+    return scaled(Measured(parts[0].given, join([part.extractor for part in parts])))
 
 
 def _budgets_within(context: Context, whose: str = "") -> list[float]:

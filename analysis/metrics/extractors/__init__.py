@@ -11,7 +11,7 @@ import pkgutil
 from pathlib import Path
 
 from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
-from dyndit.analysis.metrics.extractors.joined import SEPARATOR, Joined
+from dyndit.analysis.metrics.extractors.joined import SEPARATOR, join
 from dyndit.analysis.metrics.extractors.registry import REGISTRY
 from dyndit.errors import InputError, expected_one_of
 from dyndit.progress import progress_bar
@@ -45,9 +45,10 @@ def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
         raise InputError(f"--extractor: '{name}' names one twice, expected different extractors")
     if weights is not None and not Path(weights).is_file():
         raise InputError(f"--extractor-weights: no file {weights}, expected the weights of {names[0]}")
+    extractors = []
     with progress_bar(f"loading the extractor {name}"):
-        networks = [REGISTRY[one].build(weights if one == names[0] else None).to(device) for one in names]
-        if len(networks) == 1:
-            return Extractor(name, networks[0], state_hash(networks[0]), device, REGISTRY[name].spatial_layer)
-        joined = Joined(name, networks)
-        return Extractor(name, joined, state_hash(joined), device)
+        for one in names:
+            network = REGISTRY[one].build(weights if one == names[0] else None)
+            hashed = state_hash(network)
+            extractors.append(Extractor(one, network.to(device), hashed, device, REGISTRY[one].spatial_layer))
+    return join(extractors)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
+
 SEPARATOR = "+"
 """Between the names of extractors that are joined."""
 
@@ -45,3 +47,15 @@ class Joined(FeatureExtractorBase):
     def can_be_compiled() -> bool:
         """Return False, as its parts do."""
         return False
+
+
+def join(extractors: Sequence[Extractor]) -> Extractor:
+    """Return whole extractors of one device as one, named after them: "resnet20-cifar10+vgg-cifar10".
+
+    A single one is itself.
+    """
+    if len(extractors) == 1:
+        return extractors[0]
+    name = SEPARATOR.join(one.name for one in extractors)
+    network = Joined(name, [one.network for one in extractors])
+    return Extractor(name, network, state_hash(network), extractors[0].device)

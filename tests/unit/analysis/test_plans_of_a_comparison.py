@@ -4,19 +4,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from dyndit.analysis.compare.context import DESCENT, Context
-from dyndit.analysis.compare.experiment import Experiment, Inputs
+from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant
 from dyndit.analysis.compare.run import prepared, run
+from dyndit.analysis.compare.sources import Variants
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import RUNS, read_runs
 from dyndit.calibration.calibrate import measure_moments
-from dyndit.calibration.measure import CalibrationSettings
+from dyndit.calibration.measure import NUM_COMPONENTS, CalibrationSettings
+from dyndit.errors import InputError
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.descent import Descent
+from dyndit.plans.table import FILE, ShiftTable
 from dyndit.stats import frechet_distance
 from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
@@ -77,3 +81,21 @@ def test_a_comparison_is_calibrated_by_two_extractors_at_once(make_model, tmp_pa
         assert context.table.projection is not None
         plan = context.full("ddim", 4)
         assert context.distance(plan) == pytest.approx(frechet_distance(context.moments(plan), context.table.reference))
+
+
+def test_a_variant_is_calibrated_by_extractors_of_the_comparison(context: Context, tmp_path: Path) -> None:
+    """Of one extractor it is the comparison's own plan; of two, a plan of its own table."""
+    second = Measured(context.references[0].given, load_extractor("digits-lenet"))
+    variants = (Variant("one", extractor="digits"), Variant("two", extractor="digits+digits-lenet"))
+    experiment = replace(context.experiment, points=(("unipc", 4),), budgets=(0.6,), descent=None, variants=variants)
+    own = replace(context, experiment=experiment, references=(context.references[0], second), out=tmp_path)
+    object.__setattr__(own, "table", context.table)
+    one, two = Variants().arms(own)
+    assert one.plan.solver == two.plan.solver == "unipc"
+    assert (one.predicted_fd, two.predicted_fd) == (None, None)
+    tables = [ShiftTable.load(tmp_path / "variants" / name / "model" / FILE) for name in ("one", "two")]
+    assert torch.equal(tables[0].mean, context.table.mean)
+    assert tables[1].mean.shape[-1] == NUM_COMPONENTS
+    lacking = replace(own, experiment=replace(experiment, variants=(Variant("x", extractor="digits+inception"),)))
+    with pytest.raises(InputError, match="variant x: extractor 'inception'"):
+        Variants().arms(lacking)

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from dyndit.analysis.compare import run as comparison
 from dyndit.analysis.compare import tuned
@@ -14,23 +12,16 @@ from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.evolution import Evolution
 from dyndit.analysis.compare.experiment import Inputs
 from dyndit.analysis.compare.tuning import Tuning
-from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
 from dyndit.analysis.report.runs import append_run, read_runs, runs_below
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import write_report
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.models.dit import ClassConditionalDiT, DiTConfig
-from dyndit.models.dynamic import DynamicDepth
 from dyndit.recipes.cifar10_frontier import CHOICES
 from dyndit.recipes.studies import claim
 from dyndit.rounds import Repeats
 from dyndit.sealed_csv import rows_of
-from dyndit.storage import load as checkpoints
 from dyndit.training.match import Match
-from support.models import randomise
-from support.pictures import noise, save
 
-BACKBONE = DiTConfig(32, 16, 3, width=16, num_blocks=12, num_heads=2, num_classes=2)
 NUM_IMAGES = 66
 
 
@@ -53,22 +44,6 @@ def rehearsal() -> claim.Protocol:
     effort = Evolution(generations=1, population=2)
     small = {"steps": 4, "budget": 0.7, "counts": (2, 3, 4), "lock_steps": 3}
     return claim.Protocol(**small, calibration=chosen, evolution=effort, thinned=thinned)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    folder = tmp_path_factory.mktemp("inputs")
-    backbone = ClassConditionalDiT(BACKBONE)
-    randomise(backbone, seed=0)
-    checkpoints.save(DynamicDepth(backbone, pixel_space=True), folder / "model")
-    for k in range(80):
-        save(folder / "pictures" / "ab"[k % 2] / f"{k}.png", noise(32, 32, 3, seed=k))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(ResNet20().state_dict(), folder / "resnet20.safetensors")
-    return Inputs(
-        model=str(folder / "model"), data=str(folder / "pictures"), extractor_weights=folder / "resnet20.safetensors"
-    )
 
 
 def test_the_whole_protocol(

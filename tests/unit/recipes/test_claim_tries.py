@@ -1,0 +1,65 @@
+"""A rehearsal of the tries: every variant, on a tiny model, from the exits to the rows."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from dyndit.analysis.compare.experiment import Inputs, Variant
+from dyndit.analysis.compare.run import run
+from dyndit.analysis.report.runs import read_runs
+from dyndit.plans.plan import DepthPlan
+from dyndit.recipes.studies import claim, claim_tries
+from dyndit.training.distill import Distill
+
+NUM_IMAGES = 66
+
+
+def shorter(distill: Distill | None) -> Distill | None:
+    if distill is None:
+        return None
+    fit = replace(distill.fit, steps=2, batch_size=8, checkpoint_every=1, precision="fp32")
+    return replace(distill, fit=fit, num_steps=4, num_trajectories=8)
+
+
+def small(variant: Variant) -> Variant:
+    few = {"num_pictures": NUM_IMAGES, "num_bands": 3, "batch_size": NUM_IMAGES, "forecast_ages": 1}
+    calibration = variant.calibration and replace(variant.calibration, **few)
+    descent = variant.descent and replace(variant.descent, rounds=1, width=2, num_pictures=NUM_IMAGES)
+    return replace(variant, distill=shorter(variant.distill), calibration=calibration, descent=descent)
+
+
+def test_every_try_makes_a_plan(inputs: Inputs, tmp_path: Path) -> None:
+    whole = claim_tries.experiment
+    own = small(Variant("", calibration=whole.calibration)).calibration
+    assert own is not None
+    few = {"num_blocks": 1, "num_images": NUM_IMAGES, "batch_size": 33, "metrics": ("fd",), "precision": "fp32"}
+    points = dict.fromkeys(("points", "full_points", "unguided_points"), (("unipc", 4),))
+    experiment = replace(
+        whole,
+        distill=shorter(whole.distill),
+        calibration=own,
+        calibration_steps=3,
+        budgets=(0.7,),
+        variants=tuple(map(small, whole.variants)),
+        **few,
+        **points,
+    )
+    run(experiment, tmp_path, inputs, Console(quiet=True))
+    rows = read_runs(tmp_path)
+    names = [variant.name for variant in whole.variants]
+    assert set(rows["family"]) == {"full", "unguided", "searched", *(f"searched-{name}" for name in names)}
+    assert set(rows["extractor"]) == {"resnet20-cifar10", "vgg-cifar10"}
+    folders = [tmp_path / "variants" / name for name in names]
+    plans = {folder.name: DepthPlan.load(next(folder.glob("plan-*.json"))) for folder in folders}
+    routers = {name: plan.router for name, plan in plans.items()}
+    assert {name for name, router in routers.items() if router == "descended"} == {"descent", "joined-descent"}
+
+
+def test_the_claims_seeds_are_not_used() -> None:
+    tried, own = claim_tries.experiment, [claim.PROTOCOLS["main"].calibrated(number) for number in range(5)]
+    scoring = range(tried.first_seed, tried.first_seed + tried.num_blocks)
+    assert not {one.first_seed for one in own} & set(scoring)
+    assert tried.calibration.seed not in {one.calibration.seed + k for one in own for k in range(3)}
+    assert tried.distill.fit.seed not in {one.distill.fit.seed for one in own}
+    assert "efficientnet-lite0" not in (tried.extractor, *tried.more_extractors)

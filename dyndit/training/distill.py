@@ -60,7 +60,7 @@ class Distill:
     states: inputs to train exits on: "noised" pictures, or the states that the full model's own "sampler" meets.
     Recorded calls are used as they are.
     num_trajectories: trajectories of the sampler, every class in turn. Each gives `num_steps` states of either guidance
-    branch. solver, num_steps, cfg_scale: of that sampler.
+    branch. solver, num_steps, cfg_scale: of that sampler. solver: None is the usual one of the model's process.
     weighting: weight of an error by timestep: "even", or as in the KL between two paths, "path-kl"
     (`Process.path_kl_weights`).
     forecasts: also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories.
@@ -83,7 +83,7 @@ class Distill:
     lora_rank: int = 8
     states: Literal["noised", "sampler"] = "noised"
     num_trajectories: int = 512
-    solver: str = "ddim"
+    solver: str | None = None
     num_steps: int = 20
     cfg_scale: float = 1.5
     weighting: Literal["even", "path-kl"] = "even"
@@ -103,6 +103,9 @@ class Distill:
                 f"hold {self.hold:g}, backbone_rate {self.backbone_rate:g}: expected at least 0, and above 0"
             )
 
+    def _solver(self, process: Process) -> str:
+        return self.solver or process.usual_solver
+
     def check(self, model: DynamicDepth, data: Pictures | RecordedCalls) -> None:
         """Refuse data and exits that do not fit the model.
 
@@ -120,7 +123,7 @@ class Distill:
             raise InputError("guides: this model was trained without a null condition; expected none")
         self._check_family(backbone)
         if self.states == "sampler" or self.forecasts:
-            full_plan(model, self.solver, self.num_steps, self.cfg_scale)
+            full_plan(model, self._solver(model.process), self.num_steps, self.cfg_scale)
             if isinstance(data, RecordedCalls):
                 wanted = "states 'sampler'" if self.states == "sampler" else "forecasts"
                 raise InputError(f"{wanted}: recorded calls ({data.folder}) are states; expected pictures")
@@ -189,13 +192,14 @@ class Distill:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""
         layers = dynamic.depths[:-1]
         regression, seed = GapRegression(layers, dynamic.process), TRAJECTORIES_SEED + 1 + self.fit.seed
-        full, guidance = full_plan(dynamic, self.solver, self.num_steps, self.cfg_scale), Guidance(self.cfg_scale)
+        solver, guidance = self._solver(dynamic.process), Guidance(self.cfg_scale)
+        full = full_plan(dynamic, solver, self.num_steps, self.cfg_scale)
         device = next(dynamic.parameters()).device
         lows = range(0, _NUM_FORECAST, self.fit.batch_size)
         for low in tracked(lows, "learning forecasts", unit="batches"):
             numbers = range(low, min(_NUM_FORECAST, low + self.fit.batch_size))
             batch = batch_in_turn(dynamic, numbers, seed)
-            trajectory, gaps = start(dynamic, batch, self.solver, self.num_steps), []
+            trajectory, gaps = start(dynamic, batch, solver, self.num_steps), []
             for k in range(self.num_steps):
                 step: dict[str, Any] = {"first": k, "stop": k + 1, "also_keep": layers}
                 gaps.append(advance(dynamic, batch, trajectory, full, guidance, **step).memory.gaps[-1])
@@ -204,10 +208,10 @@ class Distill:
 
     def _trajectories(self, model: DynamicDepth, out: Path) -> RecordedCalls:
         """Return the states that the full model's sampler meets. They are drawn into `out` once."""
-        seed = TRAJECTORIES_SEED + self.fit.seed
-        name = f"states-{self.solver}-{self.num_steps}-{self.num_trajectories}-g{self.cfg_scale:g}-s{seed}"
+        seed, solver = TRAJECTORIES_SEED + self.fit.seed, self._solver(model.process)
+        name = f"states-{solver}-{self.num_steps}-{self.num_trajectories}-g{self.cfg_scale:g}-s{seed}"
         labels = model.backbone.condition.in_turn(self.num_trajectories)
-        options = {"solver": self.solver, "num_steps": self.num_steps, "cfg_scale": self.cfg_scale, "seed": seed}
+        options = {"solver": solver, "num_steps": self.num_steps, "cfg_scale": self.cfg_scale, "seed": seed}
         with PartialState().main_process_first():
             return recorded_sampling(model, labels, out / name, **options)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dyndit
+import dyndit.storage.pretrained
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.calibration.calibrate import calibrate
 from dyndit.calibration.measure import CalibrationSettings, measure_shifts, reduced
@@ -142,6 +143,8 @@ def test_exits_are_distilled_and_states_recorded_under_their_own_process_alone(
 ) -> None:
     recipe = Distill(fit=replace(FIT, steps=2), states="sampler", num_trajectories=4, **DRAW)
     recipe.run(trained, DIGITS, tmp_path)
+    replace(recipe, solver=None, num_steps=2).run(trained, DIGITS, tmp_path / "usual")  # its process' usual solver
+    assert next(path.name for path in (tmp_path / "usual").glob("states-*")).startswith("states-flow-euler-2-")
     other = DynamicDepth(trained.backbone, process=DDPM())
     with pytest.raises(InputError, match="steps the process flow, but this model's is ddpm"):
         recipe.run(other, DIGITS, tmp_path)

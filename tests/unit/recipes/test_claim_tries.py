@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+import pytest
 from rich.console import Console
 
 from dyndit.analysis.compare.experiment import Inputs, Variant
 from dyndit.analysis.compare.run import run
 from dyndit.analysis.report.runs import read_runs
 from dyndit.plans.plan import DepthPlan
-from dyndit.recipes.studies import claim, claim_tries
+from dyndit.recipes.studies import claim, claim_classes, claim_tries
 from dyndit.training.distill import Distill
 
 NUM_IMAGES = 66
@@ -29,7 +31,7 @@ def small(variant: Variant) -> Variant:
     return replace(variant, distill=shorter(variant.distill), calibration=calibration, descent=descent)
 
 
-def test_every_try_makes_a_plan(inputs: Inputs, tmp_path: Path) -> None:
+def test_every_try_makes_a_plan(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = claim_tries.experiment
     own = small(Variant("", calibration=whole.calibration)).calibration
     assert own is not None
@@ -54,6 +56,19 @@ def test_every_try_makes_a_plan(inputs: Inputs, tmp_path: Path) -> None:
     plans = {folder.name: DepthPlan.load(next(folder.glob("plan-*.json"))) for folder in folders}
     routers = {name: plan.router for name, plan in plans.items()}
     assert {name for name, router in routers.items() if router == "descended"} == {"descent", "joined-descent"}
+
+    claim_classes.main(tmp_path, inputs.data, inputs.extractor_weights, num_images=8)
+    said = capsys.readouterr().out
+    assert said.count("a plan per class gains") == 2
+    assert "class 0: " in said
+    assert said.count("class ") == 4  # two of pictures, two of the figures
+
+
+def test_a_plan_per_class_is_chosen_on_one_half_and_measured_on_the_other() -> None:
+    rows = [("a", 0, 0, 1.0), ("a", 0, 1, 3.0), ("a", 1, 0, 2.0), ("a", 1, 1, 4.0)]
+    rows += [("b", 0, 0, 2.0), ("b", 0, 1, 1.0), ("b", 1, 0, 1.5), ("b", 1, 1, 3.5)]
+    table = pd.DataFrame(rows, columns=["plan", "class", "half", "fd"])
+    assert claim_classes.compared(table, table) == ("a", {0: "a", 1: "b"}, [0.0, 0.5])
 
 
 def test_the_claims_seeds_are_not_used() -> None:

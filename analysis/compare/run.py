@@ -24,6 +24,7 @@ from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
 from dyndit.analysis.compare.sources import SOURCES
 from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.analysis.metrics.extractors.joined import first_of
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
@@ -95,12 +96,13 @@ def prepared(
     real, decoder = _pictures(experiment, given, inputs)
     for line in said_of(real.account):
         console.print(line, highlight=False)
-    extractor = load_extractor(experiment.extractor, inputs.extractor_weights, inputs.device)
-    extractors = [extractor, *(load_extractor(name, device=inputs.device) for name in experiment.more_extractors)]
+    weights = {first_of(experiment.extractor): inputs.extractor_weights}
+    names = (experiment.extractor, *experiment.more_extractors)
+    extractors = [load_extractor(name, weights.get(first_of(name)), inputs.device) for name in names]
     identity = {
         "trunk": "" if given is None else given.identity.backbone,
         "exits": "" if given is None else given.identity.exits,
-        "extractor": extractor.fingerprint,
+        "extractor": extractors[0].fingerprint,
         "witnesses": [witness.fingerprint for witness in extractors[1:]],
         "machine": manifest.machine(inputs.device),
     }

@@ -17,6 +17,11 @@ SEPARATOR = "+"
 """Between the names of extractors that are joined."""
 
 
+def first_of(name: str) -> str:
+    """Return the first of the names that are joined; of a single name, the name."""
+    return name.split(SEPARATOR)[0]
+
+
 class Joined(FeatureExtractorBase):
     """The features of several networks one after the other, and so their logits."""
 

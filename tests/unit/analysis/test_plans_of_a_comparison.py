@@ -99,3 +99,16 @@ def test_a_variant_is_calibrated_by_extractors_of_the_comparison(context: Contex
     lacking = replace(own, experiment=replace(experiment, variants=(Variant("x", extractor="digits+inception"),)))
     with pytest.raises(InputError, match="variant x: extractor 'inception'"):
         Variants().arms(lacking)
+
+
+def test_weights_are_of_the_first_extractor_wherever_it_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    """Calibrated by two, scored by each of them and by a third, of which one alone needs a file."""
+    two = "resnet20-cifar10+vgg-cifar10"
+    alone = ("resnet20-cifar10", "vgg-cifar10")
+    experiment = Experiment("", "", two, Distill(fit=FitConfig(steps=1, batch_size=8)), more_extractors=alone)
+    with prepared(experiment, tmp_path, inputs, Console(quiet=True)) as context:
+        names = [real.extractor.name for real in context.references]
+        assert names == [f"{two}-pca64", *alone]
+        parts = [real.extractor.network.state_dict() for real in context.references]
+        for number, part in enumerate(parts[1:]):
+            assert all(torch.equal(tensor, parts[0][f"networks.{number}.{name}"]) for name, tensor in part.items())

@@ -1,6 +1,7 @@
 """CIFAR-10: train a backbone further from given weights, to 60 epochs in all, with a learning rate that falls to zero.
 
-    TIMM_FUSED_ATTN=0 dyndit train cifar10_on --model WEIGHTS --data DIR --out runs/cifar10-on        # resumable
+    export TIMM_FUSED_ATTN=0                                                                          # on a CPU
+    dyndit train cifar10_on --model WEIGHTS --data DIR --out runs/cifar10-on                          # resumable
 
 WEIGHTS is a checkpoint of the recipe `cifar10`'s shape: 12 layers of width 192. Products run in bf16, and the module is
 compiled, which takes a C++ compiler on a CPU. TIMM_FUSED_ATTN=0 tells timm to write attention out: at 64 tokens in bf16

@@ -14,18 +14,19 @@ from rich.console import Console
 
 from dyndit import sealed_csv
 from dyndit.analysis.compare.costs import COSTS, backbone_cost, exits_cost, note
+from dyndit.analysis.compare.descents import Rounds
 from dyndit.analysis.compare.experiment import Experiment
 from dyndit.analysis.metrics.extractors import Extractor
-from dyndit.analysis.metrics.extractors.joined import SEPARATOR
 from dyndit.analysis.metrics.features import Measured
 from dyndit.calibration.calibrate import measure_around, measure_bases, measure_moments
+from dyndit.calibration.extractor import SEPARATOR
 from dyndit.calibration.measure import measure_shifts, of_few_features, part_of
 from dyndit.calibration.samplers import OwnSampler, ToPictures
 from dyndit.errors import CheckpointError
 from dyndit.files import remove
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.identity import same
-from dyndit.plans.descent import descended
+from dyndit.plans.descent import Descent, descended
 from dyndit.plans.plan import DepthPlan, bind, file_name
 from dyndit.plans.refined import refined
 from dyndit.plans.search import SearchSettings, search
@@ -165,11 +166,10 @@ class Context:
             if (self.out / name).exists():
                 plan = self.read_plan(name)
             else:
-                began = time.monotonic()
-                base = base or self.base(solver, steps)
-                plan = self._search(full, budget, base, smaller=[plan for _, plan, _ in found])
+                began, base = time.monotonic(), base or self.base(solver, steps)
+                plan, earlier = self._search(full, budget, base, smaller=[plan for _, plan, _ in found])
                 if on_found is not None:
-                    on_found(time.monotonic() - began)
+                    on_found(time.monotonic() - began + earlier)
                 plan.save(self.out / name)
             found.append((budget, plan, name))
         return found
@@ -182,7 +182,7 @@ class Context:
         """Add full depth's moments at the experiment's `latency_steps` to the table and its file; return the table."""
         options = {"solver": solver, "step_grid": self.experiment.latency_steps, "into": self._table_file}
         options |= {"batch_size": self.experiment.batch_size, "to_pictures": self.to_pictures}
-        return measure_bases(self.model, self.table, self.extractor, **options)
+        return measure_bases(self.model, self.table, self._seen_by(self.table), **options)
 
     @property
     def _table_file(self) -> Path:
@@ -194,24 +194,34 @@ class Context:
         experiment, scale = self.experiment, self.experiment.calibration_cfg_scale or self.experiment.cfg_scale
         return {"solver": experiment.calibration_solver, "num_steps": experiment.calibration_steps, "cfg_scale": scale}
 
-    def _search(self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]) -> DepthPlan:
+    def _search(
+        self, full: DepthPlan, budget: float, base: Moments, smaller: list[DepthPlan]
+    ) -> tuple[DepthPlan, float]:
+        """Return the plan, and the seconds that an earlier attempt spent on it."""
         chosen = self.experiment
         rounds, settings = chosen.refinements, SearchSettings(seed=chosen.search_seed, whole=chosen.whole)
-        options = {"base": base, "settings": settings}
+        options: dict[str, Any] = {"base": base, "settings": settings}
         if not rounds:
             plan = search(self.table, full, budget, starts=smaller, **options)
         else:
             plan = refined(self.table, full, budget, self.moments, rounds=rounds, smaller=smaller, **options)
         if chosen.descent is None:
-            return plan
-        return descended(self.table, full, plan, self._around, descent=chosen.descent, settings=settings)
+            return plan, 0.0
+        measure = self._rounds(full, chosen.descent)
+        options |= {"smaller": smaller, "descent": chosen.descent}
+        return descended(self.table, full, plan, measure, **options), measure.earlier
 
-    def _around(self, plan: DepthPlan, others: Sequence[DepthPlan]) -> list[Moments]:
-        """Measure a plan and others on the descent's own pictures."""
-        assert self.experiment.descent is not None  # else nobody asks
-        options = {"num_pictures": self.experiment.descent.num_pictures, "seed": self.table.seed + DESCENT}
-        options |= {"to_pictures": self.to_pictures, "batch_size": self.experiment.batch_size}
-        return measure_around(self.model, self._seen_by(self.table), plan, others, **options)
+    def _rounds(self, full: DepthPlan, descent: Descent) -> Rounds:
+        """Return how a descent measures plans on its own pictures, and where it keeps what it measured."""
+        options = {"num_pictures": descent.num_pictures, "seed": self.table.seed + DESCENT}
+        options |= {"batch_size": self.experiment.batch_size}
+        extractor, identity = self._seen_by(self.table), self.model.identity
+        key = f"{identity} {extractor.fingerprint} {full.solver} {full.cfg_scale} {full.timesteps} {options}"
+
+        def measure(plan: DepthPlan, others: Sequence[DepthPlan]) -> list[Moments]:
+            return measure_around(self.model, extractor, plan, others, to_pictures=self.to_pictures, **options)
+
+        return Rounds(self.out / "descent", key, measure)
 
     def _stored_table(self) -> ShiftTable | None:
         """Return the table in `out/model` if it is readable and belongs to this model and this extractor."""
@@ -244,6 +254,8 @@ class Context:
     def _known_table(self) -> ShiftTable | None:
         """Return the part of the known table that equals this context's table; None if entries are missing."""
         if self.known is None:
+            return None
+        if self.known.extractor_fingerprint != self._seen_by(self.known).fingerprint:
             return None
         calibration = self.experiment.calibration
         sampler = OwnSampler(self.model, **self._calibration_point, seed=calibration.seed)

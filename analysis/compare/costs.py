@@ -30,6 +30,7 @@ def exits_cost(model: DynamicDepth, distill: Distill, result: FitResult) -> dict
     macs, parameters = model_macs(model), sum(p.numel() for p in model.exits.parameters())
     heads = sum(macs.leave[depth] for depth in model.exits.layers)
     backbone = macs.full if distill.backbone == "frozen" else (1 + PASSES) * macs.full
+    backbone += macs.full * bool(distill.guides)  # the pass without the condition
     return {"parameters": parameters, **_cost(macs, backbone + PASSES * heads, distill.fit, result)}
 
 

@@ -43,7 +43,7 @@ class Evolved:
             return context.distance(peer.plan(full, context.model.depths), peer.model(context.model))
 
         chosen, place = experiment.calibration, context.out / "ecad" / f"{solver}-{steps}-b{budget:g}.json"
-        key = f"{context.model.identity.backbone} {context.extractor.fingerprint} {solver} {steps} "
+        key = f"{context.model.identity.backbone} {context.extractor.weights_fingerprint} {solver} {steps} "
         key += f"{experiment.cfg_scale} {experiment.precision} {chosen.seed} {chosen.num_pictures}"
         measured = Measurements.open(place, key)
         limit = budget * cost.plan_seconds(full)

@@ -14,8 +14,9 @@ from dyndit.analysis.compare.peers import PeerSettings
 from dyndit.analysis.compare.peers.confidence import ConfidenceSettings
 from dyndit.analysis.compare.tuning import Tuning
 from dyndit.calibration.calibrate import STEP_GRID
+from dyndit.calibration.extractor import SEPARATOR
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.errors import InputError
+from dyndit.errors import InputError, expected_one_of
 from dyndit.plans.descent import Descent
 from dyndit.process import Process
 from dyndit.training.config import FitConfig
@@ -189,6 +190,14 @@ class Experiment:
     def peer_budget(self) -> FitConfig:
         """Return the training of the peers that train."""
         return self.peer_fit or self.distill.fit
+
+    def check_extractors(self) -> None:
+        """Refuse a variant of extractors that the comparison does not have. Raises InputError."""
+        there = [name for name in (self.extractor, *self.more_extractors) if SEPARATOR not in name]
+        for variant in self.variants:
+            for name in [] if variant.extractor is None else variant.extractor.split(SEPARATOR):
+                if name not in there:
+                    raise InputError(f"variant {variant.name}: extractor '{name}', {expected_one_of(name, there)}")
 
     def fitted(self, process: Process, guided: bool) -> "Experiment":
         """Fill in the choices that the recipe leaves to the model. A model that cannot be guided is not guided."""

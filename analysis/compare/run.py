@@ -24,12 +24,12 @@ from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
 from dyndit.analysis.compare.sources import SOURCES
 from dyndit.analysis.metrics.extractors import load_extractor
-from dyndit.analysis.metrics.extractors.joined import first_of
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import count_macs, model_macs
 from dyndit.analysis.metrics.quality import score
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import COLUMNS, RUNS, append_run, measured, read_runs
+from dyndit.calibration.extractor import first_of
 from dyndit.calibration.samplers import ToPictures
 from dyndit.errors import InputError
 from dyndit.locks import locked
@@ -93,6 +93,7 @@ def prepared(
     if process is None:
         raise InputError("--from-scratch: this experiment has no recipe for its backbone")
     experiment = experiment.fitted(process, given is None or given.backbone.condition.guided)
+    experiment.check_extractors()
     real, decoder = _pictures(experiment, given, inputs)
     for line in said_of(real.account):
         console.print(line, highlight=False)

@@ -19,13 +19,14 @@ from dyndit.analysis.compare.peers import PeerContext
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth, measure_decisions, record_signals
 from dyndit.analysis.compare.peers.random_plan import shuffled
 from dyndit.analysis.compare.tuned import Tuned
-from dyndit.analysis.metrics.extractors.joined import SEPARATOR, join
+from dyndit.analysis.metrics.extractors.joined import join
 from dyndit.analysis.metrics.features import Measured
-from dyndit.errors import InputError, expected_one_of
+from dyndit.calibration.extractor import SEPARATOR
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.schedules import constant, ramp, reversed_plan
 from dyndit.plans.step_counts import LatencyBudget
+from dyndit.plans.table import ShiftTable
 from dyndit.progress import progress_bar
 from dyndit.sampling.loop import full_plan
 from dyndit.sampling.sample import unguided
@@ -136,9 +137,10 @@ class Variants:
 
     def arms(self, context: Context) -> list[Arm]:
         """See `Source`."""
-        return [arm for variant in context.experiment.variants for arm in self._of(context, variant)]
+        tables: dict[str, ShiftTable] = {}  # by the extractors that they were measured by
+        return [arm for variant in context.experiment.variants for arm in self._of(context, variant, tables)]
 
-    def _of(self, context: Context, variant: Variant) -> list[Arm]:
+    def _of(self, context: Context, variant: Variant, tables: dict[str, ShiftTable]) -> list[Arm]:
         """Return a variant's searched plans; with another backbone, also full depth of that backbone."""
         folder, model = context.out / "variants" / variant.name, context.model
         given = context.backbone if variant.train is None else None
@@ -149,7 +151,8 @@ class Variants:
         else:
             own = replace(own, known=context.table)
         if variant.extractor is not None:
-            own = replace(own, references=(_joined(context, variant), *context.references[1:]), known=None)
+            known = tables.get(variant.extractor) if variant.distill is None else None
+            own = replace(own, references=(_joined(context, variant), *context.references[1:]), known=known)
         within, family = _budgets_within(own, f"variant {variant.name}: "), f"searched-{variant.name}"
         arms: list[Arm] = []
         for solver, steps in own.experiment.dynamic_points:
@@ -157,6 +160,8 @@ class Variants:
                 full = own.full(solver, steps)
                 arms.append(Arm(f"full-{variant.name}", full, predicted_ms=own.predicted_ms(full)))
             arms += [_searched_arm(own, family, *found) for found in own.searched(solver, steps, within)]
+        if variant.extractor is not None and variant.distill is None:
+            tables.setdefault(variant.extractor, own.table)
         if variant.extractor is not None:
             arms = [replace(arm, predicted_fd=None) for arm in arms]  # of other features than the rows'
         return [replace(arm, model=own.model, variant=variant.name) for arm in arms]
@@ -216,12 +221,9 @@ SOURCES: tuple[Source, ...] = (
 
 
 def _joined(context: Context, variant: Variant) -> Measured:
-    """Join the comparison's extractors that a variant is calibrated by. Raises InputError: it has no such extractor."""
+    """Join the comparison's extractors that a variant is calibrated by."""
     there = {real.extractor.name: real for real in context.references}
-    names = (variant.extractor or "").split(SEPARATOR)
-    if missing := [name for name in names if name not in there]:
-        raise InputError(f"variant {variant.name}: extractor '{missing[0]}', {expected_one_of(missing[0], there)}")
-    parts = [there[name] for name in names]
+    parts = [there[name] for name in (variant.extractor or "").split(SEPARATOR)]
     return scaled(Measured(parts[0].given, join([part.extractor for part in parts])))
 
 

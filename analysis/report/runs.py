@@ -65,7 +65,7 @@ COLUMNS: dict[str, str] = {
 # A file may lack these columns, and then tells nothing of them.
 UNTOLD = ("noise", "labels", "resize", "reference", "macs_heads", "calibration")
 ALIKE = ("resize", "reference")  # rows of one run, extractor and metric have one value of these
-PLANS = ("searched", "refined", "chosen")
+PLANS = ("searched", "refined", "descended", "chosen")
 """Families of the plans that a calibration makes. A variant's plans have the family "searched-NAME"."""
 QUALITY = ("kid", "is", "precision", "recall")  # optional metrics beside fd
 # `threads` and `batch_size` distinguish settings and enter no computation, so they are labels.

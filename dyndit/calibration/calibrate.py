@@ -140,7 +140,7 @@ def _fitting(sampler: Sampler, table: ShiftTable) -> ShiftTable:
 
 def _extractor_of(table: ShiftTable, extractor: FeatureExtractor) -> FeatureExtractor:
     """Return the extractor with the table's reduction of features, and refuse another extractor."""
-    if table.projection is not None and extractor.projection is None:
+    if table.projection is not None and extractor.fingerprint != table.extractor_fingerprint:
         extractor = extractor.projected(table.projection)
     if extractor.fingerprint != table.extractor_fingerprint:
         found = table.extractor if table.extractor != extractor.name else f"other weights of {table.extractor}"

@@ -4,6 +4,14 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
+SEPARATOR = "+"
+"""Between the names of extractors that are joined to calibrate by: "resnet20-cifar10+vgg-cifar10"."""
+
+
+def first_of(name: str) -> str:
+    """Return the first of the names that are joined; of a single name, the name."""
+    return name.split(SEPARATOR)[0]
+
 
 class FeatureExtractor(Protocol):
     """Turn pictures into features. Their Fréchet distance to the features of real pictures measures quality."""

@@ -298,8 +298,8 @@ def of_few_features(extractor: FeatureExtractor, features: Tensor) -> tuple[Feat
     parts = getattr(extractor, "parts", ())
     if parts:
         kept = max(1, NUM_COMPONENTS // len(parts))
-        blocks = [_leading(part, kept) / part.var(dim=0).sum().sqrt() for part in features.split(parts, dim=1)]
-        projection = torch.block_diag(*blocks)
+        blocks = [(part, _leading(part, kept)) for part in features.split(parts, dim=1)]
+        projection = torch.block_diag(*(leading / (part @ leading).var(dim=0).sum().sqrt() for part, leading in blocks))
     elif features.shape[1] > MAX_FEATURES:
         projection = _leading(features, NUM_COMPONENTS)
     else:

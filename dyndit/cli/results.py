@@ -105,6 +105,7 @@ def evaluate(
     from dyndit.analysis.metrics.statistics import Told
     from dyndit.analysis.report import strips
     from dyndit.analysis.report.runs import RUNS, check_addable, holds, row_of_samples
+    from dyndit.calibration.extractor import SEPARATOR
     from dyndit.pictures.check import cache_folder
     from dyndit.pictures.collection import said_of
     from dyndit.pictures.resize import Resize
@@ -118,6 +119,8 @@ def evaluate(
     told = Told(about.reference_extractor, about.reference_resize, about.reference_count, about.reference_source)
     real = open_data(reference).uint8() if reference in PACKAGED else Path(reference)
     kept = cache or cache_folder()
+    if SEPARATOR in extractor:
+        raise InputError(f"--extractor {extractor}: joined extractors are to calibrate by; expected a single one")
     network = load_extractor(extractor, extractor_weights, device)
     reading: dict[str, Any] = {"resize": resize, "skip_damaged": skip_damaged}
     figures = compare(samples, real, network, metrics, force, cache=kept, told=told, **reading, **vars(more))

@@ -12,7 +12,7 @@ from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
 from dyndit.models.layers import TANH_GELU, modulate, zero_linear
 
-HeadName = Literal["adaln-linear", "wide"]
+HeadName = Literal["adaln-linear", "wide", "slim"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class ExitConfig:
     layers: depths in 1..L-1 after which an exit stands. Empty: after every layer of a model of up to 16 blocks, after
     every fourth layer of a deeper model (`default_layers`).
     head: "wide" puts an MLP before a layer of the final layer's shape; earlier exits get a wider MLP (`hidden_ratio`).
-    "adaln-linear", the plain head, has the shape of the model's final layer. Both start as the model's final layer.
+    "slim" puts an MLP as wide as the backbone there, which no condition modulates: half of a wide exit's parameters.
+    "adaln-linear", the plain head, has the shape of the model's final layer. All start as the model's final layer.
     """
 
     layers: tuple[int, ...] = ()
@@ -56,12 +57,12 @@ class AdaLNLinear(nn.Module):
 
 
 class WideHead(nn.Module):
-    """A modulated MLP, then a layer with the shape of the model's final layer."""
+    """A hidden layer, then a layer with the shape of the model's final layer."""
 
-    def __init__(self, backbone: Backbone, hidden: int) -> None:
+    def __init__(self, backbone: Backbone, hidden: nn.Module) -> None:
         super().__init__()
         self.final = backbone.new_exit_head()
-        self.hidden = HiddenLayer(backbone.width, hidden, backbone.cond_width).to(next(self.final.parameters()))
+        self.hidden = hidden.to(next(self.final.parameters()))
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
@@ -85,6 +86,20 @@ class HiddenLayer(nn.Module):
         return tokens + self.mlp(modulate(self.norm(tokens), shift, scale))
 
 
+class SlimLayer(nn.Module):
+    """An MLP as wide as the tokens, after a layer norm of its own. It starts as the identity, as `HiddenLayer` does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, width, act_layer=TANH_GELU)
+        zero_linear(self.mlp.fc2)
+
+    def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Add the MLP.  tokens: (B, N, D); cond is not read, as the blocks have put it into the tokens -> (B, N, D)."""
+        return tokens + self.mlp(self.norm(tokens))
+
+
 def hidden_ratio(depth: int, num_blocks: int) -> int:
     """Return the width of a wide exit's MLP in multiples of D: 4 in the first third of the backbone, then 2, then 0.
 
@@ -97,10 +112,21 @@ def hidden_ratio(depth: int, num_blocks: int) -> int:
 def wide_head(backbone: Backbone, depth: int) -> nn.Module:
     """Return the wide head after `depth` blocks, or a plain head if `hidden_ratio` is 0."""
     ratio = hidden_ratio(depth, backbone.num_blocks)
-    return WideHead(backbone, ratio * backbone.width) if ratio else AdaLNLinear(backbone, depth)
+    if not ratio:
+        return AdaLNLinear(backbone, depth)
+    return WideHead(backbone, HiddenLayer(backbone.width, ratio * backbone.width, backbone.cond_width))
 
 
-HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {"adaln-linear": AdaLNLinear, "wide": wide_head}
+def slim_head(backbone: Backbone, _depth: int) -> nn.Module:
+    """Return the slim head, the same after every depth."""
+    return WideHead(backbone, SlimLayer(backbone.width))
+
+
+HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {
+    "adaln-linear": AdaLNLinear,
+    "wide": wide_head,
+    "slim": slim_head,
+}
 """Builders of a head by name. A head maps (tokens (B, N, D), cond (B, D)) -> patches."""
 
 

@@ -13,7 +13,6 @@ from dyndit.errors import InputError
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
 from dyndit.plans.search import SearchSettings, limited, neighbours
-from dyndit.plans.step import Step
 from dyndit.plans.table import ShiftTable
 from dyndit.progress import progress_bar
 from dyndit.stats import Moments, frechet_distance
@@ -45,25 +44,35 @@ def descended(
     plan: DepthPlan,
     measure: MeasureAround,
     *,
+    base: Moments | None = None,
+    smaller: Sequence[DepthPlan] = (),
     descent: Descent | None = None,
     settings: SearchSettings | None = None,
 ) -> DepthPlan:
     """Return the best measured plan on the way from `plan`, within its budget.
 
-    full: the full plan at the same steps. measure: on other pictures than the table's.
+    full: the full plan at the same steps. measure: on other pictures than the table's. base: as of the search that
+    found the plan. smaller: plans of smaller budgets at the same steps; the best of them is the start if it measures
+    better.
 
     A round that finds nothing better goes on with the next neighbours. `plan.figures` holds descended_fd, the distance
-    on the pictures that chose the plan, which is optimistic, and descended_fd_from, that of the plan it started from.
+    on the pictures that chose the plan, which is optimistic, and descended_fd_from, that of the plan given.
 
     Raises:
-        InputError: the plan has no budget.
+        InputError: the plan has no budget, or no more pictures than features were measured.
     """
     descent, settings = descent or Descent(), settings or SearchSettings()
     if plan.budget is None:
         raise InputError("descent: the plan has no budget; expected a searched plan")
-    found = measure(plan, [])[0]
-    first = least = frechet_distance(found, table.reference)
-    seen = {plan.steps}
+    budget, starts = plan.budget, [plan, *smaller]
+    measured = measure(plan, smaller)
+    if (num := measured[0].num) <= (size := len(table.reference.mean)):
+        raise InputError(f"descent: {num} pictures for {size} features; expected more pictures than features")
+    distances = [frechet_distance(one, table.reference) for one in measured]
+    first, least = distances[0], min(distances)
+    best = distances.index(least)
+    plan, found = replace(starts[best], budget=budget), measured[best]
+    seen = {start.steps for start in starts}
     title = f"improving {plan.num_steps} steps at {plan.budget:.3g}"
     with progress_bar(title, unit="rounds") as advance:
         for number in range(descent.rounds):
@@ -72,7 +81,7 @@ def descended(
             around = around[: descent.width]
             if not around:
                 break
-            found, *measured = measure(plan, around)
+            _, *measured = measure(plan, around)
             seen |= {other.steps for other in around}
             distances = [frechet_distance(one, table.reference) for one in measured]
             best = min(range(len(around)), key=distances.__getitem__)
@@ -81,6 +90,9 @@ def descended(
         advance(descent.rounds, descent.rounds)
     figures = {name: value for name, value in plan.figures.items() if name != "calibrated_fd"}  # of the first plan
     figures |= {"descended_fd": least, "descended_fd_from": first}
+    base = table.base_at(full.solver, full.num_steps) if base is None else base  # as the prediction of full depth
+    predictor = Predictor(table, full.timesteps, base, full.calls)
+    figures |= {"predicted_fd": predictor.predict(plan), "predicted_fd_full": predictor.predict(full)}
     figures |= {"predicted_share_of_time": table.cost.share_of_time(plan), "share_of_blocks": plan.share_of_blocks}
     return replace(plan, router="descended", figures=figures)
 
@@ -96,8 +108,6 @@ def _around(
     candidates = neighbours(predictor, predictor.choice(plan), limit, settings)
     if not len(candidates):
         return []
-    values = predictor.distances(candidates)
-    predicted: dict[tuple[Step, ...], float] = {}
-    for row in values.argsort().tolist():
-        predicted.setdefault(tuple(predictor.choices[i] for i in candidates[row].tolist()), values[row].item())
-    return [plan.with_steps(steps, figures=plan.figures | {"predicted_fd": fd}) for steps, fd in predicted.items()]
+    order = predictor.distances(candidates).argsort().tolist()
+    steps = dict.fromkeys(tuple(predictor.choices[i] for i in candidates[row].tolist()) for row in order)
+    return [plan.with_steps(others) for others in steps]

@@ -52,6 +52,9 @@ class Held:
 
 Guide = NoGuide | Unconditional | OwnExit | Held
 
+WEAKEST, STRONGEST = 0.01, 100.0
+"""Bounds of a step's strength. Between them, Python writes numbers without an exponent."""
+
 _TEXT = re.compile(
     r"(?P<depth>[1-9]\d*)(?P<forecast>\+?)"
     r"(\|((?P<uncond>[1-9]\d*)|e(?P<own>[1-9]\d*)|(?P<held>held))(\*(?P<strength>\d+(\.\d+)?))?)?",
@@ -69,7 +72,7 @@ class Step:
 
     Raises:
         PlanError: a depth below 1, a guide that is no `Guide`, an own exit not below the depth, a forecast together
-            with an unconditional pass, or a strength that is not above 0, or of no guide.
+            with an unconditional pass, or a strength beyond its bounds, or of no guide.
     """
 
     depth: int
@@ -81,7 +84,7 @@ class Step:
     extrapolates only the exit's gap (`dyndit.models.forecasts`).
     """
     strength: float = 1.0
-    """Factor of the guidance: at the plan's scale s this step is guided at scale 1 + strength * (s - 1)."""
+    """Factor of the guidance, 0.01 to 100: at the plan's scale s the step is guided at scale 1 + strength * (s - 1)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.guide, Guide):
@@ -89,8 +92,10 @@ class Step:
         depths = (self.depth, getattr(self.guide, "depth", 1))
         if any(not isinstance(depth, int) or isinstance(depth, bool) or depth < 1 for depth in depths):
             raise PlanError(f"step {self!s}: expected whole depths of at least 1")
-        if not bounds.is_number(self.strength) or self.strength <= 0:
-            raise PlanError(f"step {self.depth}: guidance of strength {self.strength!r:.40}, expected a number above 0")
+        if not bounds.is_number(self.strength) or not WEAKEST <= self.strength <= STRONGEST:
+            expected = f"a number from {WEAKEST:g} to {STRONGEST:g}"
+            raise PlanError(f"step {self.depth}: guidance of strength {self.strength!r:.40}, expected {expected}")
+        object.__setattr__(self, "strength", float(self.strength))  # numpy's numbers print in another way
         if self.strength != 1 and self.guide == NoGuide():
             raise PlanError(f"step {self.depth}: guidance of strength {self.strength:g} without a guide, expected 1")
         if isinstance(self.guide, OwnExit) and self.guide.depth >= self.depth:
@@ -138,7 +143,7 @@ class Step:
         """Read the text that `str` writes. Raises PlanError for any other text."""
         found = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if found is None:
-            raise PlanError(f"step {text!r:.40}: expected a depth such as '12', '12|6', '8|e4', '4+' or '4+|held'")
+            raise PlanError(f"step {text!r:.40}: expected a depth such as '12', '12|6', '8|e4*2', '4+' or '4+|held'")
         guide: Guide = NoGuide()
         if found["held"]:
             guide = Held()
@@ -172,12 +177,12 @@ def locked(choices: Sequence[Step | str], guide: Guide) -> tuple[Step, ...]:
     """Give every choice this guide: `locked(("12|6", "8"), OwnExit(4))` is `steps("12|e4", "8|e4")`.
 
     Choices that cannot have it drop out: those not deeper than an own exit, and forecasts beside a pass. So does the
-    original model's step, which every table has. A search on the rest cannot choose its guidance.
+    original model's step, which every table has. Strengths become 1. A search on the rest cannot choose its guidance.
     """
     found = []
     for step in (Step.parse(choice) if isinstance(choice, str) else choice for choice in choices):
         shallow = isinstance(guide, OwnExit) and guide.depth >= step.depth
         beside_pass = isinstance(guide, Unconditional) and (step.forecast or guide.depth == step.depth)
         if not (shallow or beside_pass):
-            found.append(step.unguided() if guide == NoGuide() else replace(step, guide=guide))
+            found.append(replace(step.unguided(), guide=guide))
     return tuple(dict.fromkeys(found))

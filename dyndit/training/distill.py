@@ -64,9 +64,9 @@ class Distill:
     weighting: weight of an error by timestep: "even", or as in the KL between two paths, "path-kl"
     (`Process.path_kl_weights`).
     forecasts: also learn to correct the exits' forecasts (`models.forecasts`), from the sampler's trajectories.
-    guides: exits that learn what full depth predicts without the condition, from states of the branch with it. As own
-    exits they then guide in place of the unconditional pass ("12|e5"). They are no good to leave at. Distilling takes a
-    second pass of the backbone. Needs a frozen native backbone.
+    guides: exits that learn what full depth predicts without the condition, whatever branch they stand in. As own exits
+    they then guide in place of the unconditional pass ("12|e5"). They are no good to leave at, and nothing in the
+    model's files says so. Distilling takes a second pass of the backbone. Needs a frozen native backbone.
 
     The backbone that trains is a copy; its teacher is the frozen original. The exits and the copy's full depth are
     both matched to the teacher's full depth, so that full depth stays close to the original.
@@ -115,13 +115,13 @@ class Distill:
         """
         backbone = model.backbone
         layers = self.exits.resolved(backbone.num_blocks).layers
+        self._check_family(backbone)
         if missing := sorted(set(self.guides) - set(layers)):
             raise InputError(f"guides {missing}: no exits there; expected some of {', '.join(map(str, layers))}")
         if self.guides and self.backbone != "frozen":
             raise InputError(f"guides: backbone {self.backbone!r}; expected 'frozen'")
         if self.guides and not backbone.condition.guided:
             raise InputError("guides: this model was trained without a null condition; expected none")
-        self._check_family(backbone)
         if self.states == "sampler" or self.forecasts:
             full_plan(model, self._solver(model.process), self.num_steps, self.cfg_scale)
             if isinstance(data, RecordedCalls):

@@ -8,7 +8,7 @@ second half measures the class's Fréchet distance to its real pictures, under i
 mean over classes is least on the first half. It is the cheapest form of plans per class: choosing among plans that were
 searched for all classes. A search per class would need a table per class, ten times the calibration.
 
-Result: not yet measured.
+Result and minutes: not yet measured.
 """
 
 from collections.abc import Sequence

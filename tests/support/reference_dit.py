@@ -125,8 +125,12 @@ def reference_dit(
         if own_block := _under(exit_weights, "block"):
             tokens = _block(own_block, tokens, c, num_heads)
         if hidden := _under(exit_weights, "hidden"):
-            shift, scale = _parts(_linear(_under(hidden, "adaLN_modulation.1"), _silu(c)), 2)
-            tokens = tokens + _mlp(_under(hidden, "mlp"), _normalise(tokens) * (1 + scale) + shift)
+            if "norm.weight" in hidden:  # scale and shift of its own
+                inner = _normalise(tokens) * hidden["norm.weight"] + hidden["norm.bias"]
+            else:
+                shift, scale = _parts(_linear(_under(hidden, "adaLN_modulation.1"), _silu(c)), 2)
+                inner = _normalise(tokens) * (1 + scale) + shift
+            tokens = tokens + _mlp(_under(hidden, "mlp"), inner)
         if "scale" in exit_weights:
             tokens = tokens * (1 + exit_weights["scale"]) + exit_weights["shift"]
 

@@ -11,8 +11,9 @@ import pkgutil
 from pathlib import Path
 
 from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
-from dyndit.analysis.metrics.extractors.joined import SEPARATOR, join
+from dyndit.analysis.metrics.extractors.joined import join
 from dyndit.analysis.metrics.extractors.registry import REGISTRY
+from dyndit.calibration.extractor import SEPARATOR
 from dyndit.errors import InputError, expected_one_of
 from dyndit.progress import progress_bar
 
@@ -41,8 +42,6 @@ def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
     for one in names:
         if one not in EXTRACTORS:
             raise InputError(f"--extractor: '{one}', {expected_one_of(one, EXTRACTORS)}")
-    if len(set(names)) < len(names):
-        raise InputError(f"--extractor: '{name}' names one twice, expected different extractors")
     if weights is not None and not Path(weights).is_file():
         raise InputError(f"--extractor-weights: no file {weights}, expected the weights of {names[0]}")
     extractors = []

@@ -49,6 +49,11 @@ class Extractor:
         """Return how many features each of several joined networks has, once they have run; empty for a single one."""
         return () if self.projection is not None else getattr(self.network, "sizes", ())
 
+    @property
+    def weights_fingerprint(self) -> str:
+        """Return the fingerprint without a projection: that of the weights alone."""
+        return (self.whole or self).fingerprint
+
     def projected(self, projection: Tensor) -> "Extractor":
         """Return the same network with features @ projection, float64 (D, d), under its own name.
 

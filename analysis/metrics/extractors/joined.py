@@ -2,7 +2,7 @@
 
 A plan that is chosen by one network's features fits that network: another one sees losses that it does not see.
 Features of several networks leave a plan less to fit. Each network's part is reduced to its leading directions on real
-pictures and scaled to a total variance of one (`of_few_features`), so none outweighs the others by its features' size.
+pictures, and scaled so that these have a total variance of one (`of_few_features`): none outweighs the others.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
-
-SEPARATOR = "+"
-"""Between the names of extractors that are joined."""
-
-
-def first_of(name: str) -> str:
-    """Return the first of the names that are joined; of a single name, the name."""
-    return name.split(SEPARATOR)[0]
+from dyndit.calibration.extractor import SEPARATOR
+from dyndit.errors import InputError
 
 
 class Joined(FeatureExtractorBase):
@@ -28,15 +22,21 @@ class Joined(FeatureExtractorBase):
     def __init__(self, name: str, networks: Sequence[FeatureExtractorBase]) -> None:
         super().__init__(name, ["features", "logits"])
         self.networks = nn.ModuleList(networks)
-        self.sizes: tuple[int, ...] = ()
-        """Features of each network, known after the first batch."""
+        self._sizes: tuple[int, ...] = ()
         self.eval()
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         """Run uint8 (B, 3, H, W) -> features (B, sum of D), logits (B, sum of K)."""
         features, logits = zip(*(network(pictures) for network in self.networks), strict=True)
-        self.sizes = tuple(part.shape[1] for part in features)
+        self._sizes = tuple(part.shape[1] for part in features)
         return torch.cat(features, dim=1), torch.cat(logits, dim=1)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return the number of features of each network. Raises RuntimeError before the first batch."""
+        if not self._sizes:
+            raise RuntimeError("joined extractors: the number of features is known after the first batch alone")
+        return self._sizes
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -57,10 +57,12 @@ class Joined(FeatureExtractorBase):
 def join(extractors: Sequence[Extractor]) -> Extractor:
     """Return whole extractors of one device as one, named after them: "resnet20-cifar10+vgg-cifar10".
 
-    A single one is itself.
+    A single one is itself. Raises InputError: one is there twice.
     """
     if len(extractors) == 1:
         return extractors[0]
     name = SEPARATOR.join(one.name for one in extractors)
+    if len({one.fingerprint for one in extractors}) < len(extractors):
+        raise InputError(f"--extractor: {name} names one twice, expected different extractors")
     network = Joined(name, [one.network for one in extractors])
     return Extractor(name, network, state_hash(network), extractors[0].device)

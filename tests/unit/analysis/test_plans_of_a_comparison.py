@@ -7,7 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from dyndit.analysis.compare import context as contexts
+from dyndit.analysis.compare import descents
 from dyndit.analysis.compare.context import DESCENT, Context
+from dyndit.analysis.compare.descents import Rounds
 from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant
 from dyndit.analysis.compare.run import prepared, run
 from dyndit.analysis.compare.sources import Variants
@@ -15,13 +18,14 @@ from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.sets import PictureSet
 from dyndit.analysis.report.runs import RUNS, read_runs
-from dyndit.calibration.calibrate import measure_moments
+from dyndit.calibration.calibrate import measure_around, measure_moments
 from dyndit.calibration.measure import NUM_COMPONENTS, CalibrationSettings
 from dyndit.errors import InputError
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.descent import Descent
+from dyndit.plans.predictor import Predictor
 from dyndit.plans.table import FILE, ShiftTable
-from dyndit.stats import frechet_distance
+from dyndit.stats import Moments, frechet_distance
 from dyndit.storage import load as checkpoints
 from dyndit.training.config import FitConfig
 from dyndit.training.data import load_digits
@@ -55,10 +59,19 @@ def test_a_descent_draws_its_own_pictures(context: Context) -> None:
     found = measure_moments(context.model, context.extractor, plan, **drawn)
     assert frechet_distance(found, context.table.reference) == pytest.approx(plan.figures["descended_fd"])
     assert plan.figures["descended_fd"] <= plan.figures["descended_fd_from"]
+    assert DESCENT not in (0, 1)  # the table's pictures, and those that measure a plan on fresh seeds
+    predictor = Predictor(context.table, plan.timesteps, context.base("unipc", 4))
+    figures = {name: plan.figures[name] for name in ("predicted_fd", "predicted_fd_full")}
+    assert figures == {
+        "predicted_fd": pytest.approx(predictor.predict(plan)),
+        "predicted_fd_full": pytest.approx(predictor.predict(context.full("unipc", 4))),
+    }
     assert context.table.cost.share_of_time(plan) <= 0.6 * (1 + 1e-9)
 
 
-def test_a_comparison_is_calibrated_by_two_extractors_at_once(make_model, tmp_path: Path) -> None:
+def test_a_comparison_is_calibrated_by_two_extractors_at_once(
+    make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Table, plans, rivals and rows see the same scaled features, in a resumed run too."""
     checkpoints.save(make_model(), tmp_path / "model")
     experiment = Experiment(
@@ -77,13 +90,16 @@ def test_a_comparison_is_calibrated_by_two_extractors_at_once(make_model, tmp_pa
     run(experiment, tmp_path / "run", inputs, quiet)
     rows = read_runs(tmp_path / "run" / RUNS)
     assert set(rows["extractor"]) == {"digits+digits-lenet-pca64", "digits"}
+    monkeypatch.setattr(Context, "_measured_table", lambda _: pytest.fail("measured again"))
     with prepared(experiment, tmp_path / "run", inputs, quiet) as context:
         assert context.table.projection is not None
         plan = context.full("ddim", 4)
         assert context.distance(plan) == pytest.approx(frechet_distance(context.moments(plan), context.table.reference))
 
 
-def test_a_variant_is_calibrated_by_extractors_of_the_comparison(context: Context, tmp_path: Path) -> None:
+def test_a_variant_is_calibrated_by_extractors_of_the_comparison(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one extractor it is the comparison's own plan; of two, a plan of its own table."""
     second = Measured(context.references[0].given, load_extractor("digits-lenet"))
     variants = (Variant("one", extractor="digits"), Variant("two", extractor="digits+digits-lenet"))
@@ -96,9 +112,44 @@ def test_a_variant_is_calibrated_by_extractors_of_the_comparison(context: Contex
     tables = [ShiftTable.load(tmp_path / "variants" / name / "model" / FILE) for name in ("one", "two")]
     assert torch.equal(tables[0].mean, context.table.mean)
     assert tables[1].mean.shape[-1] == NUM_COMPONENTS
-    lacking = replace(own, experiment=replace(experiment, variants=(Variant("x", extractor="digits+inception"),)))
+    lacking = replace(experiment, extractor="digits", variants=(Variant("x", extractor="digits+inception"),))
     with pytest.raises(InputError, match="variant x: extractor 'inception'"):
-        Variants().arms(lacking)
+        lacking.check_extractors()
+    monkeypatch.setattr(Context, "_measured_table", lambda _: pytest.fail("measured again"))
+    again = replace(experiment, variants=(variants[1], replace(variants[1], name="three")))
+    resumed = replace(own, experiment=again)
+    object.__setattr__(resumed, "table", context.table)
+    first, second = Variants().arms(resumed)
+    assert first.plan == second.plan == two.plan
+
+
+def test_a_descent_that_was_killed_goes_on(context: Context, tmp_path: Path, monkeypatch) -> None:
+    """What its rounds measured is read, and their seconds count."""
+    own = replace(context, out=tmp_path)
+    object.__setattr__(own, "table", context.table)
+    calls, spent = [], []
+
+    def killed(*given: object, **options: object) -> list[Moments]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure_around(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts, "measure_around", killed)
+        with pytest.raises(KeyboardInterrupt):
+            own.searched("unipc", 4, (0.6,))
+    (kept,) = (tmp_path / "descent").glob("*.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts, "measure_around", lambda *a, **b: (calls.append(1), measure_around(*a, **b))[1])
+        patch.setattr(descents.time, "monotonic", lambda: 0.0)
+        ((_, plan, _),) = own.searched("unipc", 4, (0.6,), spent.append)
+    assert len(calls) == 2 + 2  # of three rounds the first is read
+    ((_, whole, _),) = context.searched("unipc", 4, (0.6,))
+    assert plan == whole
+    assert len(spent) == 1
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert Rounds(tmp_path / "descent", "", lambda *_: [])._read(kept, 1) is None
 
 
 def test_weights_are_of_the_first_extractor_wherever_it_is_named(inputs: Inputs, tmp_path: Path) -> None:

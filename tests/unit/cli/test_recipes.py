@@ -20,7 +20,7 @@ RUN = [
 ]
 KINDS = {"train": Train, "distill": Distill, "experiment": Experiment, "quickstart": Experiment}
 SCRIPTS = {
-    *("cifar10_classifier", "claim", "conditioning", "digits_classifier", "kid_coverage", "ladder"),
+    *("cifar10_classifier", "claim", "claim_classes", "conditioning", "digits_classifier", "kid_coverage", "ladder"),
     *("moving_digits_classifier", "plain_accelerate_loop"),
 }
 """Recipes that are run with `python -m`; the others define what the command line takes."""

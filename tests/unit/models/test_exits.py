@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from dyndit.cli import verbs
 from dyndit.errors import InputError
+from dyndit.models.dit import CARDS
 from dyndit.models.dynamic import DynamicDepth, compile_parts
 from dyndit.models.exits import HEADS, ExitConfig, Exits, default_layers, hidden_ratio
 from dyndit.plugin.apply import USUAL_EXITS
@@ -60,7 +61,7 @@ def test_config_is_sorted_and_filled_in() -> None:
     [
         (ExitConfig((0, 2)), r"exit layers \[0, 2\]: expected depths in 1..5"),
         (ExitConfig((6,)), r"exit layers \[6\]"),
-        (ExitConfig((2,), "mlp"), "exit head 'mlp': expected one of adaln-linear, wide$"),
+        (ExitConfig((2,), "mlp"), "exit head 'mlp': expected one of adaln-linear, wide, slim$"),
     ],
 )
 def test_bad_exits_are_refused(config: ExitConfig, named: str, make_backbone) -> None:
@@ -132,6 +133,16 @@ def test_wide_exits_narrow_with_depth(num_blocks: int) -> None:
     assert ratios[0] == 4
     assert ratios[-1] == 0 or num_blocks < 4
     assert set(ratios) <= {4, 2, 0}
+
+
+def test_slim_exits_are_a_tenth_of_a_backbone() -> None:
+    """The exits that plans use on CIFAR-10, against that backbone."""
+    backbone = CARDS["cifar10"].build()
+    num, wide, slim = (
+        sum(p.numel() for p in module.parameters())
+        for module in (backbone, *(Exits(backbone, ExitConfig((2, 4, 6, 8), head)) for head in ("wide", "slim")))
+    )
+    assert slim < 0.1 * num < wide
 
 
 def test_heads_of_the_same_shapes_are_alike(make_backbone) -> None:

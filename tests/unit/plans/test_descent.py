@@ -63,6 +63,7 @@ def test_where_shifts_add_up_the_searched_plan_stays() -> None:
     plan = descended(table, full, first, measure)
     assert plan.steps == first.steps
     assert plan.figures["descended_fd"] == pytest.approx(plan.figures["predicted_fd"])
+    assert plan.figures["predicted_fd"] == pytest.approx(first.figures["predicted_fd"])
 
 
 def test_it_wins_where_the_prediction_is_wrong_and_goes_further_in_more_rounds() -> None:
@@ -90,10 +91,28 @@ def test_what_the_search_may_not_take_is_not_drawn() -> None:
     assert len(distances) > 1
 
 
+def test_the_best_plan_of_a_smaller_budget_is_a_start_too() -> None:
+    """Where what more time buys was measured worse, the plan of less time stays."""
+    table = random_table(num_steps=5, num_depths=4, seed=2)
+    full = full_plan(table)
+    measure, distances = world(table, full, lambda plan: 0.2 * sum(step.work().blocks for step in plan.steps))
+    plans: list[DepthPlan] = []
+    for budget in (0.4, 0.5, 0.6, 0.8):
+        first = search(table, full, budget, starts=plans)
+        plans.append(descended(table, full, first, measure, smaller=plans, descent=Descent(1, 2)))
+    least = [plan.figures["descended_fd"] for plan in plans]
+    assert least == sorted(least, reverse=True)
+    assert [plan.budget for plan in plans] == [0.4, 0.5, 0.6, 0.8]
+    assert all(plan.figures["descended_fd"] == distances[plan.steps] for plan in plans)
+
+
 def test_impossible_descents_are_refused() -> None:
     table = random_table(num_steps=2, num_depths=4, seed=0)
     full = full_plan(table)
     with pytest.raises(InputError, match="no budget"):
         descended(table, full, full, lambda plan, others: pytest.fail("was drawn"))
+    few = Moments(table.reference.mean, table.reference.second, len(table.reference.mean))
+    with pytest.raises(InputError, match=r"descent: (\d+) pictures for \1 features"):
+        descended(table, full, search(table, full, 0.8), lambda plan, others: [few] * (1 + len(others)))
     with pytest.raises(InputError, match="width 0"):
         Descent(width=0)

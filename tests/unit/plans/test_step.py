@@ -3,13 +3,14 @@
 import re
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dyndit.errors import PlanError
 from dyndit.models.dynamic import Work
-from dyndit.plans.step import Guide, Held, NoGuide, OwnExit, Step, Unconditional, locked, steps
+from dyndit.plans.step import STRONGEST, WEAKEST, Guide, Held, NoGuide, OwnExit, Step, Unconditional, locked, steps
 
 EXAMPLES = {
     "12": (Step(12), Work((12,))),
@@ -34,7 +35,7 @@ def valid_steps(draw: st.DrawFn) -> Step:
     if depth > 1:
         guides |= st.integers(1, depth - 1).map(OwnExit)
     guide = draw(guides)
-    strength = 1.0 if guide == NoGuide() else draw(st.just(1.0) | st.sampled_from([0.25, 0.5, 1.5, 2.0, 3.0]))
+    strength = 1.0 if guide == NoGuide() else draw(st.just(1.0) | st.floats(WEAKEST, STRONGEST))
     return Step(depth, guide, not isinstance(guide, Unconditional) and draw(st.booleans()), strength)
 
 
@@ -96,6 +97,12 @@ def test_the_work_of_a_step_is_its_branches_and_heads(step: Step) -> None:
     assert work.heads_on_the_way == ((step.guide.depth,) if isinstance(step.guide, OwnExit) else ())
     assert (work.held, work.forecast, work.strength) == (step.guide == Held(), step.forecast, step.strength)
     assert set(step.exits) == {step.depth, getattr(step.guide, "depth", step.depth)}
+
+
+def test_numbers_of_other_kinds_are_strengths_too() -> None:
+    assert str(Step(8, OwnExit(4), strength=np.float32(0.5))) == "8|e4*0.5"
+    assert str(Step(8, OwnExit(4), strength=2)) == "8|e4*2"
+    assert Step(8, OwnExit(4), strength=1) == Step(8, OwnExit(4))
 
 
 def test_kept_gaps_are_heads_on_the_way_and_rise() -> None:
@@ -181,10 +188,10 @@ def test_a_text_is_the_step_that_prints_it_or_refused(text: str) -> None:
         (lambda: Step.of_version_1(-4, 2), "step 4+|2: forecasts beside an unconditional pass"),
         (lambda: Step.of_version_1(0, 0), "step 0: expected whole depths"),
         (lambda: Step(4, strength=2.0), "step 4: guidance of strength 2 without a guide, expected 1"),
-        (lambda: Step(4, Held(), strength=0.0), "step 4: guidance of strength 0.0, expected a number above 0"),
+        (lambda: Step(4, Held(), strength=0.0), "step 4: guidance of strength 0.0, expected a number from 0.01 to 100"),
         (lambda: Step(4, Held(), strength=float("inf")), "step 4: guidance of strength inf, expected a number"),
         (lambda: Step(4, Held(), strength="2"), "step 4: guidance of strength '2', expected a number"),
-        (lambda: Step.parse("4|2*0"), "step 4: guidance of strength 0.0, expected a number above 0"),
+        (lambda: Step.parse("4|2*0"), "step 4: guidance of strength 0.0, expected a number from 0.01 to 100"),
         (lambda: Step(12, 6), "step 12: guide 6, expected a `Guide`"),  # it would print as "12|6" and not be guided
         (lambda: Step(12, None), "step 12: guide None, expected a `Guide`"),
         (lambda: Step(12, Held), "step 12: guide <class"),
@@ -209,3 +216,4 @@ def test_choices_that_are_locked_to_a_guide_have_it_or_drop_out() -> None:
     assert locked(("4", "2", "8+", "8+|e2"), OwnExit(4)) == steps("8+|e4")  # not deeper than it; the same
     assert locked(("12", "8|2", "4+"), Unconditional(12)) == steps("8|12")  # the original; a forecast
     assert locked((Step(4), "8+|e2"), Held()) == steps("4|held", "8+|held")
+    assert locked(("12|6", "12|6*2", "8|e2*0.5"), OwnExit(4)) == steps("12|e4", "8|e4")  # strengths are guidance too

@@ -78,3 +78,18 @@ def test_the_claims_seeds_are_not_used() -> None:
     assert tried.calibration.seed not in {one.calibration.seed + k for one in own for k in range(3)}
     assert tried.distill.fit.seed not in {one.distill.fit.seed for one in own}
     assert "efficientnet-lite0" not in (tried.extractor, *tried.more_extractors)
+
+
+def test_the_plain_plan_is_a_calibration_of_the_claim() -> None:
+    of_claim, plain = claim.PROTOCOLS["main"].calibrated(claim_tries.NUMBER), claim_tries.plain
+    for name in (
+        "distill",
+        "calibration",
+        "points",
+        "budgets",
+        "refinements",
+        "search_seed",
+        "precision",
+        "batch_size",
+    ):
+        assert getattr(plain, name) == getattr(of_claim, name), name

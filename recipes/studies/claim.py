@@ -131,8 +131,8 @@ class Protocol:
         yield self.tuning("C-interval", *intervals, scales=SCALES[1:], **most)
         yield self.tuning("D", ConstantExit(8, 4), scales=SCALES[1:], **most | {"counts": 3})
         yield self.tuning("H", *grid(Student, depth=(4, 5, 6), passes=(True, False)), scales=SCALES, steps=self.counts)
-        yield self.tuning("K", *grid(Pruned, drop=(4, 6, 8)), scales=SCALES, steps=self.counts)
-        yield self.tuning("L", *grid(Width, share=(0.5, 0.6, 0.75)), scales=(scale,), steps=self.counts)
+        yield self.tuning("K", *grid(Pruned, drop=(4, 6)), scales=SCALES, steps=self.counts)
+        yield self.tuning("L", *grid(Width, share=(0.6,)), scales=(scale,), steps=self.counts)
         for family, peers in CACHES.items():
             yield self.tuning(family, *peers, scales=(scale,), steps=fewer, group="J", **limit)
 

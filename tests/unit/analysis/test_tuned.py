@@ -309,7 +309,7 @@ def test_a_time_that_no_setting_meets_has_no_arm(context: Context, tmp_path: Pat
 def test_the_claims_cost_is_estimated_from_full_depths_time() -> None:
     """Ten milliseconds a picture, an hour for each rival. By hand: B tries 7 scales at 15 counts."""
     found, protocol = claim.expected(claim.PROTOCOLS["main"], 10.0, 60.0), claim.Protocol()
-    assert found["trainings"] == 9 * 20  # three students, three pruned backbones, three widths
+    assert found["trainings"] == 6 * 20  # three students, two pruned backbones, a width
     assert found["evolution"] == 60
     only = replace(protocol, without=tuple({t.family for t in protocol.tunings(1.5, 60.0)} - {"B"}))
     assert claim.expected(only, 10.0, 60.0)["tuning"] == pytest.approx(7 * 15 * 128 * 4.5 / 60_000)

@@ -33,7 +33,7 @@ class Rounds:
     def __call__(self, plan: DepthPlan, others: Sequence[DepthPlan]) -> list[Moments]:
         """Return the moments under a plan and under others: see `MeasureAround`."""
         texts = [" ".join(map(str, one.steps)) for one in (plan, *others)]
-        name = hashlib.sha256("\n".join([self.key, *texts]).encode()).hexdigest()[:16]
+        name = hashlib.sha256("\n".join([self.key, f"{plan.cfg_scale!r}", *texts]).encode()).hexdigest()[:16]
         path = self.folder / f"{name}.safetensors"
         if (known := self._read(path, len(texts))) is not None:
             return known

@@ -25,17 +25,21 @@ MeasureAround = Callable[[DepthPlan, Sequence[DepthPlan]], list[Moments]]
 class Descent:
     """The effort of a descent.
 
-    rounds: draws of neighbours. width: neighbours per round. num_pictures: pictures per plan.
+    rounds: draws of neighbours; 0: none. width: neighbours per round. num_pictures: pictures per plan. scales: guidance
+    scales to draw the last plan at; the best of these and its own stays.
     """
 
     rounds: int = 6
     width: int = 12
     num_pictures: int = 512
+    scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise InputError(f"descent: {name} {value}, expected at least 1")
+        for name, least in (("rounds", 0), ("width", 1), ("num_pictures", 1)):
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"descent: {name} {value}, expected at least {least}")
+        if 1 in self.scales:
+            raise InputError("descent: guidance scale 1, which guides nothing; expected others")
 
 
 def descended(
@@ -53,7 +57,7 @@ def descended(
 
     full: the full plan at the same steps. measure: on other pictures than the table's. base: as of the search that
     found the plan. smaller: plans of smaller budgets at the same steps; the best of them is the start if it measures
-    better.
+    better. Those of another guidance scale are left out.
 
     A round that finds nothing better goes on with the next neighbours. `plan.figures` holds descended_fd, the distance
     on the pictures that chose the plan, which is optimistic, and descended_fd_from, that of the plan given.
@@ -64,8 +68,8 @@ def descended(
     descent, settings = descent or Descent(), settings or SearchSettings()
     if plan.budget is None:
         raise InputError("descent: the plan has no budget; expected a searched plan")
-    budget, starts = plan.budget, [plan, *smaller]
-    measured = measure(plan, smaller)
+    budget, starts = plan.budget, [plan, *(one for one in smaller if one.cfg_scale == plan.cfg_scale)]
+    measured = measure(plan, starts[1:])
     if (num := measured[0].num) <= (size := len(table.reference.mean)):
         raise InputError(f"descent: {num} pictures for {size} features; expected more pictures than features")
     distances = [frechet_distance(one, table.reference) for one in measured]
@@ -87,6 +91,10 @@ def descended(
             best = min(range(len(around)), key=distances.__getitem__)
             if distances[best] < least:
                 plan, found, least = around[best], measured[best], distances[best]
+        for scale in descent.scales:
+            distance = frechet_distance(measure(replace(plan, cfg_scale=scale), [])[0], table.reference)
+            if distance < least:
+                plan, least = replace(plan, cfg_scale=scale), distance
         advance(descent.rounds, descent.rounds)
     figures = {name: value for name, value in plan.figures.items() if name != "calibrated_fd"}  # of the first plan
     figures |= {"descended_fd": least, "descended_fd_from": first}

@@ -106,6 +106,26 @@ def test_the_best_plan_of_a_smaller_budget_is_a_start_too() -> None:
     assert all(plan.figures["descended_fd"] == distances[plan.steps] for plan in plans)
 
 
+def test_the_scale_that_measures_best_stays() -> None:
+    """The last plan is drawn at every scale; its own stays if none is better, and prefixes are not shared."""
+    table = random_table(num_steps=3, num_depths=4, seed=7)
+    full = full_plan(table)
+    measure, _ = world(table, full, lambda plan: abs(plan.cfg_scale - 2.5))
+    drawn = []
+
+    def noted(plan: DepthPlan, others: Sequence[DepthPlan]) -> list[Moments]:
+        drawn.append((plan.cfg_scale, len(others)))
+        return measure(plan, others)
+
+    first = search(table, full, 0.7)
+    plan = descended(table, full, first, noted, descent=Descent(rounds=0, scales=(2.0, 2.5, 3.0)))
+    assert (plan.steps, plan.cfg_scale) == (first.steps, 2.5)
+    assert drawn == [(first.cfg_scale, 0), (2.0, 0), (2.5, 0), (3.0, 0)]
+    assert plan.figures["descended_fd"] < plan.figures["descended_fd_from"]
+    again = descended(table, full, plan, measure, smaller=[first], descent=Descent(rounds=0, scales=(2.0, 3.0)))
+    assert again.cfg_scale == 2.5
+
+
 def test_impossible_descents_are_refused() -> None:
     table = random_table(num_steps=2, num_depths=4, seed=0)
     full = full_plan(table)
@@ -114,5 +134,6 @@ def test_impossible_descents_are_refused() -> None:
     few = Moments(table.reference.mean, table.reference.second, len(table.reference.mean))
     with pytest.raises(InputError, match=r"descent: (\d+) pictures for \1 features"):
         descended(table, full, search(table, full, 0.8), lambda plan, others: [few] * (1 + len(others)))
-    with pytest.raises(InputError, match="width 0"):
-        Descent(width=0)
+    for changes, said in (({"width": 0}, "width 0"), ({"rounds": -1}, "rounds -1"), ({"scales": (1.0,)}, "scale 1,")):
+        with pytest.raises(InputError, match=said):
+            Descent(**changes)

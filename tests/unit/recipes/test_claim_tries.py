@@ -27,7 +27,9 @@ def shorter(distill: Distill | None) -> Distill | None:
 def small(variant: Variant) -> Variant:
     few = {"num_pictures": NUM_IMAGES, "num_bands": 3, "batch_size": NUM_IMAGES, "forecast_ages": 1}
     calibration = variant.calibration and replace(variant.calibration, **few)
-    descent = variant.descent and replace(variant.descent, rounds=1, width=2, num_pictures=NUM_IMAGES)
+    descent = variant.descent
+    if descent is not None:
+        descent = replace(descent, rounds=min(1, descent.rounds), width=2, num_pictures=NUM_IMAGES)
     return replace(variant, distill=shorter(variant.distill), calibration=calibration, descent=descent)
 
 
@@ -55,7 +57,7 @@ def test_every_try_makes_a_plan(inputs: Inputs, tmp_path: Path, capsys: pytest.C
     folders = [tmp_path / "variants" / name for name in names]
     plans = {folder.name: DepthPlan.load(next(folder.glob("plan-*.json"))) for folder in folders}
     routers = {name: plan.router for name, plan in plans.items()}
-    assert {name for name, router in routers.items() if router == "descended"} == {"descent", "joined-descent"}
+    assert {name for name, router in routers.items() if router == "descended"} == {"descent", "joined-descent", "scale"}
 
     claim_classes.main(tmp_path, inputs.data, inputs.extractor_weights, num_images=8)
     said = capsys.readouterr().out

@@ -116,16 +116,16 @@ class Step:
 
     def work(self) -> Work:
         """Return the branches and heads that run: `Step.parse("12|6").work()` is `Work((12, 6))`."""
-        common = {"forecast": self.forecast, "strength": self.strength}
+        alone = Work((self.depth,), forecast=self.forecast, strength=self.strength)
         match self.guide:
             case Unconditional(depth):
-                return Work((self.depth, depth), **common)
+                return replace(alone, depths=(self.depth, depth))
             case OwnExit(depth):
-                return Work((self.depth,), own_exit=depth, **common)
+                return replace(alone, own_exit=depth)
             case Held():
-                return Work((self.depth,), held=True, **common)
+                return replace(alone, held=True)
             case _:
-                return Work((self.depth,), **common)
+                return alone
 
     @property
     def exits(self) -> tuple[int, ...]:

@@ -43,10 +43,11 @@ def exit_errors(
     """
     predictions = model.every_exit(x_t, t, y)
     target = predictions.pop(model.num_blocks).detach()
-    targets = dict.fromkeys(predictions, target)
+    targets: dict[int, Tensor] = dict.fromkeys(predictions, target)
     if guides:
         with torch.no_grad():
-            targets |= dict.fromkeys(guides, model(x_t, t, model.backbone.condition.null(y)))
+            unconditional: Tensor = model(x_t, t, model.backbone.condition.null(y))
+        targets |= {depth: unconditional for depth in guides}
     return {depth: halves(prediction - targets[depth], x_t.shape[1]) for depth, prediction in predictions.items()}
 
 

@@ -5,7 +5,7 @@
 
 WEIGHTS is a checkpoint of the recipe `cifar10`'s shape: 12 layers of width 192. Products run in bf16, and the module is
 compiled, which takes a C++ compiler on a CPU. TIMM_FUSED_ATTN=0 tells timm to write attention out: at 64 tokens in bf16
-the backward of torch's fused attention on CPUs takes 30% of a step (torch 2.14).
+the backward of torch's fused attention is slow on CPUs (torch 2.14).
 
 Measured: an earlier form of this recipe made `recipes/weights/cifar10`: 2,000 steps at 3e-4, EMA 0.998, not compiled,
 from a checkpoint of 3,468 steps of batch 128. FD-resnet20 of 400 pictures at 10 UniPC steps fell from 11.9 to 10.4,

@@ -47,7 +47,7 @@ def exit_errors(
     if guides:
         with torch.no_grad():
             unconditional: Tensor = model(x_t, t, model.backbone.condition.null(y))
-        targets |= {depth: unconditional for depth in guides}
+        targets |= dict.fromkeys(guides, unconditional)
     return {depth: halves(prediction - targets[depth], x_t.shape[1]) for depth, prediction in predictions.items()}
 
 

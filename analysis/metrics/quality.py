@@ -117,7 +117,7 @@ def evaluate(
     |---|---|
     | fd | fd |
     | kid | kid, kid_low, kid_high: 95% interval over disjoint blocks |
-    | is | is: exp of the mean KL over the classifier's own classes, 10 splits |
+    | is | is: exp of the mean KL over the classifier's own classes, 10 splits; left out by default if it has none |
     | prc | precision, recall (Kynkäänniemi et al. 2019, k = 3), on these features rather than VGG's |
     | sfid | sfid: the Fréchet distance on spatial features (Nash et al. 2021) |
     | memorisation | memorised, memorised_low, memorised_high, nearest_sample, nearest_held_out; see memorisation.py |
@@ -134,7 +134,9 @@ def evaluate(
     Raises InputError: no more pictures than features, or an unfinished folder of `dyndit sample`, unless `force` is set
     (which sets "forced"). An unknown metric, a missing set, or pictures that do not fit.
     """
-    _check_names(metrics, held_out, full)
+    if tuple(metrics) == DEFAULT_METRICS and not extractor.has_classes:
+        metrics = tuple(name for name in metrics if name != "is")
+    _check_names(metrics, extractor, held_out, full)
     sources = {"samples": samples, "reference": reference, "train": train, "held_out": held_out, "full": full}
     unfinished = [problem for source in sources.values() if (problem := problem_of(source))]
     if unfinished and not force:
@@ -213,10 +215,14 @@ def _origins(sets: Mapping[str, PictureSet], statistics: Statistics | None, resi
     return found | ({"skipped": skipped} if skipped else {})
 
 
-def _check_names(metrics: Sequence[str], held_out: object, full: object) -> None:
+def _check_names(metrics: Sequence[str], extractor: Extractor, held_out: object, full: object) -> None:
     for name in metrics:
         if name not in (known := metrics_by_name()):
             raise InputError(f"--metrics: '{name}', expected some of {', '.join(known)}{did_you_mean(name, known)}")
+    if "is" in metrics and not extractor.has_classes:
+        raise InputError(f"--metrics is: {extractor.name} knows no classes; expected another extractor")
+    if "sfid" in metrics and not extractor.spatial_layer:
+        raise InputError(f"--metrics sfid: {extractor.name} has no spatial features; expected another extractor")
     if "memorisation" in metrics and held_out is None:
         raise InputError("--held-out: missing, expected real pictures not trained on, for memorisation")
     if "paired" in metrics and full is None:

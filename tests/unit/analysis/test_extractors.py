@@ -1,10 +1,16 @@
 """Extractors: sizes, weights, names, and that a picture's features do not depend on its batch mates."""
 
 import importlib.util
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
@@ -14,11 +20,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.extractors.cifar10 import ResNet20
 from dyndit.calibration.measure import NUM_COMPONENTS, of_few_features
+from dyndit.cli import main
 from dyndit.errors import CheckpointError, InputError
 from dyndit.pictures import as_rgb
 from dyndit.recipes.studies import digits_classifier, moving_digits_classifier
 from dyndit.stats import frechet_distance, moments
 from dyndit.training.data import open_data
+from support.pictures import save
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
 
@@ -305,3 +313,104 @@ def test_impossible_joins_are_refused(name: str, said: str) -> None:
 def test_joined_extractors_have_no_spatial_features() -> None:
     with pytest.raises(InputError, match="sfid"):
         load_extractor("digits+digits-lenet").outputs(pictures(2, 8, 1), spatial=True)
+
+
+SMALL_DINO = "dinov2-vit-s-14"
+
+
+@pytest.fixture(scope="module")
+def dinov2_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of DINOv2's own architecture, in a file as it is published: positions of 37 x 37 patches."""
+    network = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(t.shape, generator=generator) * 0.05 for name, t in network.state_dict().items()}
+    scales = [name for name in state if name.endswith(("gamma", "norm1.weight", "norm2.weight", "norm.weight"))]
+    state |= {name: 1 + state[name] for name in scales}
+    assert state["pos_embed"].shape == (1, 1 + 37**2, 384)
+    state["pos_embed"] *= 20
+    path = tmp_path_factory.mktemp("weights") / "dinov2_vits14_pretrain.pth"
+    torch.save(state | {"mask_token": torch.zeros(1, 384)}, path)
+    return path
+
+
+def dinov2_by_hand(state: dict[str, torch.Tensor], x: torch.Tensor, antialias: bool = False) -> torch.Tensor:
+    """The class token of a ViT-S/14 after its last norm.  x: (B, 3, 224, 224), normalised -> (B, 384)."""
+    width, heads = 384, 6
+    patches = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
+    tokens = torch.cat([state["cls_token"].expand(len(x), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+    grid = state["pos_embed"][:, 1:].reshape(1, 37, 37, width).permute(0, 3, 1, 2)
+    # As published: 16 patches and a tenth, so that rounding does not lose a row.
+    scale = 16.1 / math.sqrt(37 * 37)
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", antialias=antialias)
+    grid = grid.permute(0, 2, 3, 1).reshape(1, 256, width)
+    tokens = tokens + torch.cat([state["pos_embed"][:, :1], grid], dim=1)
+
+    def norm(name: str, given: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(given, (width,), state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
+
+    def linear(name: str, given: torch.Tensor) -> torch.Tensor:
+        return F.linear(given, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    for k in range(12):
+        block = f"blocks.{k}"
+        q, key, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", tokens)).chunk(3, dim=-1)
+        q, key, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, key, v))
+        weights = (q @ key.transpose(-2, -1) / math.sqrt(width // heads)).softmax(-1)
+        attended = linear(f"{block}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        tokens = tokens + state[f"{block}.ls1.gamma"] * attended
+        inner = linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", tokens))))
+        tokens = tokens + state[f"{block}.ls2.gamma"] * inner
+    return norm("norm", tokens)[:, 0]
+
+
+def test_dinov2_is_the_published_network(dinov2_weights: Path) -> None:
+    """Against another implementation, from Pillow's resized pictures; a picture sees no batch mates."""
+    extractor, given = load_extractor(SMALL_DINO, dinov2_weights), pictures(3, 40)
+    assert extractor.metric_name == "FD-dinov2-vit-s-14"
+    resized = [Image.fromarray(p.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC) for p in given]
+    x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in resized]) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    state = torch.load(dinov2_weights, weights_only=True)
+    with torch.no_grad():
+        expected, blurred = (dinov2_by_hand(state, (x - mean) / std, smooth) for smooth in (False, True))
+    found = extractor.features(given)
+    assert found.shape == (3, 384)
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 0.01  # torch and Pillow round a byte in a hundred differently
+    assert ((found - blurred).norm(dim=1) / expected.norm(dim=1)).min() > 5 * error.max()
+    alone = torch.cat([extractor.features(picture[None]) for picture in given])
+    torch.testing.assert_close(alone, found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_user_with_the_file_gets_fd_dinov2(dinov2_weights: Path, tmp_path: Path, capsys) -> None:
+    for name, seed in (("made", 0), ("real", 1)):
+        for number, picture in enumerate(pictures(20, 32, seed=seed)):
+            save(tmp_path / name / f"{number}.png", picture.permute(1, 2, 0).numpy())
+    given = [str(tmp_path / "made"), "--reference", str(tmp_path / "real"), "--extractor", SMALL_DINO]
+    given += ["--extractor-weights", str(dinov2_weights), "--force"]
+    main(["evaluate", *given, "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    extractor = load_extractor(SMALL_DINO, dinov2_weights)
+    sets = [moments(extractor.features(pictures(20, 32, seed=seed))) for seed in (0, 1)]
+    assert found["fd"] == pytest.approx(frechet_distance(*sets), rel=1e-4)
+    assert found["metric"] == "FD-dinov2-vit-s-14"
+    assert "is" not in found  # it knows no classes
+    for metric, said in (("is", "knows no classes"), ("sfid", "no spatial features")):
+        with pytest.raises(SystemExit) as left:
+            main(["evaluate", *given, "--metrics", metric])
+        assert left.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_other_files_are_no_dinov2(dinov2_weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected dinov2_vitl14_pretrain\.pth as published"):
+        load_extractor("dinov2-vit-l-14")
+    with pytest.raises(CheckpointError, match=r"tensor 'cls_token' is \(1, 1, 384\)"):
+        load_extractor("dinov2-vit-b-14", dinov2_weights)
+    state = torch.load(dinov2_weights, weights_only=True)
+    torch.save(state | {"pos_embed": state["pos_embed"][:, :-1]}, tmp_path / "cut.pth")
+    with pytest.raises(CheckpointError, match="positions of 1368 patches, expected a square"):
+        load_extractor(SMALL_DINO, tmp_path / "cut.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="no dict of tensors"):
+        load_extractor(SMALL_DINO, tmp_path / "list.pth")

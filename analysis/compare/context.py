@@ -5,7 +5,7 @@ Every stage stores its result on disk. A valid stored result is reused.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ def model_with_exits(
 
 DESCENT = 2
 """Distance of the seed of a descent's pictures from the table's seed; the seed between them is of fresh pictures."""
+SEARCHES = 1_000
+"""Distance between the seeds of several searches for one plan."""
 
 
 def scaled(joined: Measured) -> Measured:
@@ -208,7 +210,9 @@ class Context:
         if chosen.descent is None:
             return plan, 0.0
         measure = self._rounds(full, chosen.descent)
-        options |= {"smaller": smaller, "descent": chosen.descent}
+        seeds = [chosen.search_seed + SEARCHES * k for k in range(1, chosen.descent.searches)]
+        more = [search(self.table, full, budget, base=base, settings=replace(settings, seed=seed)) for seed in seeds]
+        options |= {"starts": [*smaller, *more], "descent": chosen.descent}
         return descended(self.table, full, plan, measure, **options), measure.earlier
 
     def _rounds(self, full: DepthPlan, descent: Descent) -> Rounds:

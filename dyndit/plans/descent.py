@@ -25,17 +25,19 @@ MeasureAround = Callable[[DepthPlan, Sequence[DepthPlan]], list[Moments]]
 class Descent:
     """The effort of a descent.
 
-    rounds: draws of neighbours; 0: none. width: neighbours per round. num_pictures: pictures per plan. scales: guidance
-    scales to draw the last plan at; the best of these and its own stays.
+    rounds: draws of neighbours; 0: none. width: neighbours per round. num_pictures: pictures per plan. searches: with
+    other seeds, whose plans are drawn too, and the best of them is the start. scales: guidance scales to draw the last
+    plan at; the best of these and its own stays.
     """
 
     rounds: int = 6
     width: int = 12
     num_pictures: int = 512
+    searches: int = 1
     scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 0), ("width", 1), ("num_pictures", 1)):
+        for name, least in (("rounds", 0), ("width", 1), ("num_pictures", 1), ("searches", 1)):
             if (value := getattr(self, name)) < least:
                 raise InputError(f"descent: {name} {value}, expected at least {least}")
         if 1 in self.scales:
@@ -49,15 +51,15 @@ def descended(
     measure: MeasureAround,
     *,
     base: Moments | None = None,
-    smaller: Sequence[DepthPlan] = (),
+    starts: Sequence[DepthPlan] = (),
     descent: Descent | None = None,
     settings: SearchSettings | None = None,
 ) -> DepthPlan:
     """Return the best measured plan on the way from `plan`, within its budget.
 
     full: the full plan at the same steps. measure: on other pictures than the table's. base: as of the search that
-    found the plan. smaller: plans of smaller budgets at the same steps; the best of them is the start if it measures
-    better. Those of another guidance scale are left out.
+    found the plan. starts: more plans within the budget, at the same steps; the best one measured is the start. Plans
+    of another guidance scale are left out.
 
     A round that finds nothing better goes on with the next neighbours. `plan.figures` holds descended_fd, the distance
     on the pictures that chose the plan, which is optimistic, and descended_fd_from, that of the plan given.
@@ -68,15 +70,16 @@ def descended(
     descent, settings = descent or Descent(), settings or SearchSettings()
     if plan.budget is None:
         raise InputError("descent: the plan has no budget; expected a searched plan")
-    budget, starts = plan.budget, [plan, *(one for one in smaller if one.cfg_scale == plan.cfg_scale)]
-    measured = measure(plan, starts[1:])
+    alike = {one.steps: one for one in starts if one.cfg_scale == plan.cfg_scale and one.steps != plan.steps}
+    budget, beginnings = plan.budget, [plan, *alike.values()]
+    measured = measure(plan, beginnings[1:])
     if (num := measured[0].num) <= (size := len(table.reference.mean)):
         raise InputError(f"descent: {num} pictures for {size} features; expected more pictures than features")
     distances = [frechet_distance(one, table.reference) for one in measured]
     first, least = distances[0], min(distances)
     best = distances.index(least)
-    plan, found = replace(starts[best], budget=budget), measured[best]
-    seen = {start.steps for start in starts}
+    plan, found = replace(beginnings[best], budget=budget), measured[best]
+    seen = {one.steps for one in beginnings}
     title = f"improving {plan.num_steps} steps at {plan.budget:.3g}"
     with progress_bar(title, unit="rounds") as advance:
         for number in range(descent.rounds):

@@ -12,6 +12,7 @@ The plain plan is a calibration of docs/results/claim/protocol.md, on seeds that
 | descent | measured descent from the searched plan, on 512 pictures of other seeds that share prefixes |
 | joined | calibrated by `resnet20-cifar10` and `vgg-cifar10` at once |
 | joined-descent | both |
+| searches | the best of five searches, on those 512 pictures |
 | scale | the searched plan at the guidance scale that does best on those 512 pictures |
 | strengths | steps may be guided half or twice as strongly |
 | guides | exits after 3 and 5 blocks learn the unconditional prediction, and may guide in its place |
@@ -60,6 +61,7 @@ experiment = replace(
         Variant("descent", descent=Descent()),
         Variant("joined", extractor=JOINED),
         Variant("joined-descent", extractor=JOINED, descent=Descent()),
+        Variant("searches", descent=Descent(rounds=0, searches=5)),
         Variant("scale", descent=Descent(rounds=0, scales=(1.25, 1.75, 2.0, 2.5, 3.0))),
         Variant("strengths", calibration=replace(table, choices=CHOICES + STRENGTHS)),
         Variant("guides", distill=replace(more_exits, guides=(3, 5)), calibration=more_choices),

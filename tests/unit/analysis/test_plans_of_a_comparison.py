@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dyndit.analysis.compare import context as contexts
 from dyndit.analysis.compare import descents
-from dyndit.analysis.compare.context import DESCENT, Context
+from dyndit.analysis.compare.context import DESCENT, SEARCHES, Context
 from dyndit.analysis.compare.descents import Rounds
 from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant
 from dyndit.analysis.compare.run import prepared, run
@@ -23,7 +23,10 @@ from dyndit.calibration.measure import NUM_COMPONENTS, CalibrationSettings
 from dyndit.errors import InputError
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.descent import Descent
+from dyndit.plans.plan import DepthPlan
 from dyndit.plans.predictor import Predictor
+from dyndit.plans.search import SearchSettings
+from dyndit.plans.step import steps
 from dyndit.plans.table import FILE, ShiftTable
 from dyndit.stats import Moments, frechet_distance
 from dyndit.storage import load as checkpoints
@@ -67,6 +70,30 @@ def test_a_descent_draws_its_own_pictures(context: Context) -> None:
         "predicted_fd_full": pytest.approx(predictor.predict(context.full("unipc", 4))),
     }
     assert context.table.cost.share_of_time(plan) <= 0.6 * (1 + 1e-9)
+
+
+def test_the_best_of_several_searches_is_the_start(context: Context, tmp_path: Path, monkeypatch) -> None:
+    """Each has a seed of its own; what is drawn on the descent's pictures decides."""
+    searched, drawn = contexts.search, {}
+    others = {SEARCHES: "2 2 3|3 3|3", 2 * SEARCHES: "3|3 3 2 3|3"}
+
+    def noted(*given: object, settings: SearchSettings, **options: object) -> DepthPlan:
+        plan = searched(*given, settings=settings, **options)
+        if settings.seed in others:
+            plan = plan.with_steps(steps(*others[settings.seed].split()))
+        return drawn.setdefault(settings.seed, plan)
+
+    monkeypatch.setattr(contexts, "search", noted)
+    descent = Descent(rounds=0, num_pictures=75, searches=3)
+    own = replace(context, experiment=replace(context.experiment, descent=descent), out=tmp_path)
+    object.__setattr__(own, "table", context.table)
+    ((_, plan, _),) = own.searched("unipc", 4, (0.6,))
+    assert set(drawn) == {0, *others}
+    pictures = {"num_pictures": 75, "seed": context.experiment.calibration.seed + DESCENT, "batch_size": 40}
+    found = [measure_moments(context.model, context.extractor, one, **pictures) for one in drawn.values()]
+    distances = [frechet_distance(one, context.table.reference) for one in found]
+    assert plan.steps == list(drawn.values())[distances.index(min(distances))].steps
+    assert plan.figures["descended_fd"] == pytest.approx(min(distances))
 
 
 def test_a_comparison_is_calibrated_by_two_extractors_at_once(

@@ -99,7 +99,7 @@ def test_the_best_plan_of_a_smaller_budget_is_a_start_too() -> None:
     plans: list[DepthPlan] = []
     for budget in (0.4, 0.5, 0.6, 0.8):
         first = search(table, full, budget, starts=plans)
-        plans.append(descended(table, full, first, measure, smaller=plans, descent=Descent(1, 2)))
+        plans.append(descended(table, full, first, measure, starts=plans, descent=Descent(1, 2)))
     least = [plan.figures["descended_fd"] for plan in plans]
     assert least == sorted(least, reverse=True)
     assert [plan.budget for plan in plans] == [0.4, 0.5, 0.6, 0.8]
@@ -122,7 +122,7 @@ def test_the_scale_that_measures_best_stays() -> None:
     assert (plan.steps, plan.cfg_scale) == (first.steps, 2.5)
     assert drawn == [(first.cfg_scale, 0), (2.0, 0), (2.5, 0), (3.0, 0)]
     assert plan.figures["descended_fd"] < plan.figures["descended_fd_from"]
-    again = descended(table, full, plan, measure, smaller=[first], descent=Descent(rounds=0, scales=(2.0, 3.0)))
+    again = descended(table, full, plan, measure, starts=[first], descent=Descent(rounds=0, scales=(2.0, 3.0)))
     assert again.cfg_scale == 2.5
 
 

@@ -157,6 +157,8 @@ class Experiment:
     cfg_scale: float = 1.5
     metrics: tuple[str, ...] = ("fd", "kid", "prc")
     """Metrics of `evaluate` for every arm and block: "fd", and any of "kid", "is", "prc" (precision and recall)."""
+    prc_members: int = 0
+    """Real pictures that precision and recall take; 0: all. Their cost grows with the square."""
     more_extractors: tuple[str, ...] = ()
     """More extractors that score the same pictures; no plan is chosen with them."""
     first_seed: int = 0

@@ -323,7 +323,7 @@ class Comparison:
         for real in self.references:
             row = figures | {"extractor": real.extractor.name, "metric": real.extractor.metric_name}
             row["predicted_fd"] = arm.predicted_fd if real is self.references[0] else None
-            scores = score(pictures, real, experiment.metrics)
+            scores = score(pictures, real, experiment.metrics, experiment.prc_members)
             rows.append(dict.fromkeys(COLUMNS) | row | {k: v for k, v in scores.items() if k in COLUMNS})
         return rows
 

@@ -41,6 +41,7 @@ class Measured:
     def __init__(self, given: PictureSet, extractor: Extractor, spatial: bool = False, cache: Path | None = None):
         """spatial: compute the spatial features too. cache: a folder; None keeps nothing."""
         self.given, self.extractor, self.spatial, self.cache = given, extractor, spatial, cache
+        self._radii: dict[int, Tensor] = {}
 
     @cached_property
     def features(self) -> Tensor:
@@ -52,10 +53,15 @@ class Measured:
         """Return the logits, (N, K) float64."""
         return self._outputs["logits"]
 
-    @cached_property
-    def radii(self) -> Tensor:
-        """Return the radius of each picture's ball, (N,): see `manifold`."""
-        return radii(self.features)
+    def members(self, num: int = 0) -> tuple[Tensor, Tensor]:
+        """Return features and radii of the balls of `num` pictures, (num, D) and (num,): see `manifold`.
+
+        num: the first ones by their hashes, which is a random choice; 0, or more than there are: all.
+        """
+        features = self.features[: num or None]
+        if len(features) not in self._radii:
+            self._radii[len(features)] = radii(features)
+        return features, self._radii[len(features)]
 
     @cached_property
     def num(self) -> int | None:

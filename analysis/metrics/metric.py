@@ -17,7 +17,10 @@ Figures = dict[str, float | int | str | bool | None]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The samples and the sets to compare them with. held_out, full, lpips: only if a metric needs them."""
+    """The samples and the sets to compare them with. held_out, full, lpips: only if a metric needs them.
+
+    members: pictures of the reference that precision and recall take; 0: all.
+    """
 
     samples: Measured
     reference: Measured
@@ -25,6 +28,7 @@ class Comparison:
     held_out: Measured | None = None
     full: PictureSet | None = None
     lpips: Lpips | None = None
+    members: int = 0
 
 
 Metric = Callable[[Comparison], Figures]

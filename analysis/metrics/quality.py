@@ -65,9 +65,10 @@ def _precision_recall(c: Comparison) -> Figures:
     fewest = min(len(c.samples.features), len(c.reference.features))
     if fewest < NEIGHBOURS + 2:
         raise InputError(f"--metrics prc: {fewest} pictures, expected at least {NEIGHBOURS + 2}")
+    (samples, own), (reference, reach) = c.samples.members(), c.reference.members(c.members)
     return {
-        "precision": share_within(c.samples.features, c.reference.features, c.reference.radii),
-        "recall": share_within(c.reference.features, c.samples.features, c.samples.radii),
+        "precision": share_within(samples, reference, reach),
+        "recall": share_within(reference, samples, own),
     }
 
 
@@ -170,14 +171,15 @@ def evaluate(
     return result | _origins(sets, comparison.reference.statistics, resize)
 
 
-def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",)) -> Figures:
+def score(pictures: Tensor, reference: Measured, metrics: Sequence[str] = ("fd",), members: int = 0) -> Figures:
     """Compute figures of `evaluate` for pictures, uint8 (N, C, H, W), on a measured reference.
 
     metrics: any that need no other set: fd, kid, is, prc, sfid, fd-infinity. The number of pictures is not checked.
+    members: pictures of the reference that precision and recall take; 0: all.
     Raises InputError as `evaluate`.
     """
     samples = Measured(read_set(pictures, "samples"), reference.extractor, reference.spatial)
-    comparison = Comparison(samples, reference, reference)
+    comparison = Comparison(samples, reference, reference, members=members)
     return {key: value for name in metrics for key, value in metrics_by_name()[name](comparison).items()}
 
 

@@ -67,6 +67,7 @@ calibration = replace(
     calibration=replace(frontier.calibration, num_pictures=128, batch_size=64),
     peers=(),
     metrics=("fd", "kid", "prc"),
+    prc_members=5_000,
     more_extractors=("vgg-cifar10", "efficientnet-lite0"),
     first_seed=10_000,
     num_blocks=1,

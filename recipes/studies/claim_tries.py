@@ -48,6 +48,7 @@ plain = replace(
     budgets=(0.45,),
     peers=(),
     metrics=("fd", "kid", "prc"),
+    prc_members=5_000,
 ).calibrated(NUMBER)
 table, distill = plain.calibration, plain.distill
 more_exits = replace(distill, exits=ExitConfig((2, 3, 4, 5, 6, 8)))

@@ -12,9 +12,10 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dyndit.analysis.metrics.extractors import load_extractor
+from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.metric import metrics_by_name
-from dyndit.analysis.metrics.quality import evaluate, reference_statistics
-from dyndit.analysis.metrics.sets import save_statistics
+from dyndit.analysis.metrics.quality import evaluate, reference_statistics, score
+from dyndit.analysis.metrics.sets import read_set, save_statistics
 from dyndit.analysis.report.runs import read_runs
 from dyndit.cli import main
 from dyndit.errors import InputError
@@ -233,3 +234,18 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path: Path, capsys, arguments: 
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dyndit: ")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_precision_of_some_members_is_that_of_the_first_by_hash() -> None:
+    """A tenth of the reference serves, whatever the order of its pictures."""
+    extractor, made, known = load_extractor("digits"), digits(40, 0) // 4, real(0, 400)
+    shuffled = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(1))]
+    found = [
+        score(made, Measured(read_set(given, "reference"), extractor), ("prc",), members)
+        for given, members in ((known, 40), (shuffled, 40), (known, 0), (known, 400), (known, 4_000))
+    ]
+    assert found[0] == found[1]
+    assert found[2] == found[3] == found[4] != found[0]
+    few = Measured(read_set(known, "reference"), extractor).features[:40]
+    theirs = prc_features_to_metric(extractor.features(made), few, verbose=False)
+    assert found[0] == {name: pytest.approx(theirs[name]) for name in ("precision", "recall")}

@@ -34,6 +34,7 @@ from dyndit.calibration.samplers import ToPictures
 from dyndit.errors import InputError
 from dyndit.locks import locked
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.pictures.check import cache_folder
 from dyndit.pictures.collection import said_of
 from dyndit.progress import progress_bar, tracked
 from dyndit.rounds import Reading, Repeats, paired_rounds
@@ -114,7 +115,8 @@ def prepared(
         if decoder is not None:
             folder, _ = find_autoencoder(inputs.vae or experiment.model)
             data, to_pictures = encode_latents(real, folder, out / LATENTS, 16), partial(decode_latents, decoder)
-        references = tuple(Measured(PictureSet(experiment.data, real), one) for one in extractors)
+        given_set, cache = PictureSet(experiment.data, real), cache_folder()
+        references = tuple(Measured(given_set, one, cache=cache) for one in extractors)
         references = (scaled(references[0]), *references[1:])
         model = _model(experiment, given, data, inputs, out, console)
         more = {"calibration": experiment.number, "to_pictures": to_pictures}

@@ -46,7 +46,7 @@ class Extractor:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Return how many features each of several joined networks has, once they have run; empty for a single one."""
+        """Return how many features each of several joined networks has; empty for a single one."""
         return () if self.projection is not None else getattr(self.network, "sizes", ())
 
     @property

@@ -15,6 +15,9 @@ from dyndit.analysis.metrics.extractors.extractor import Extractor, state_hash
 from dyndit.calibration.extractor import SEPARATOR
 from dyndit.errors import InputError
 
+ANY = 32
+"""Side of a picture for networks that take any."""
+
 
 class Joined(FeatureExtractorBase):
     """The features of several networks one after the other, and so their logits."""
@@ -22,21 +25,14 @@ class Joined(FeatureExtractorBase):
     def __init__(self, name: str, networks: Sequence[FeatureExtractorBase]) -> None:
         super().__init__(name, ["features", "logits"])
         self.networks = nn.ModuleList(networks)
-        self._sizes: tuple[int, ...] = ()
+        self.sizes = tuple(_size_of(network) for network in networks)
+        """Features of each network."""
         self.eval()
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         """Run uint8 (B, 3, H, W) -> features (B, sum of D), logits (B, sum of K)."""
         features, logits = zip(*(network(pictures) for network in self.networks), strict=True)
-        self._sizes = tuple(part.shape[1] for part in features)
         return torch.cat(features, dim=1), torch.cat(logits, dim=1)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Return the number of features of each network. Raises RuntimeError before the first batch."""
-        if not self._sizes:
-            raise RuntimeError("joined extractors: the number of features is known after the first batch alone")
-        return self._sizes
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -52,6 +48,14 @@ class Joined(FeatureExtractorBase):
     def can_be_compiled() -> bool:
         """Return False, as its parts do."""
         return False
+
+
+@torch.inference_mode()
+def _size_of(network: FeatureExtractorBase) -> int:
+    """Return the number of features, from a black picture of a size that the network takes."""
+    side = getattr(network, "size", ANY)
+    like = next(network.parameters())
+    return network(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=like.device))[0].shape[1]
 
 
 def join(extractors: Sequence[Extractor]) -> Extractor:

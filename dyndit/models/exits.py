@@ -3,6 +3,7 @@ bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from timm.layers import Mlp
@@ -59,10 +60,10 @@ class AdaLNLinear(nn.Module):
 class WideHead(nn.Module):
     """A hidden layer, then a layer with the shape of the model's final layer."""
 
-    def __init__(self, backbone: Backbone, hidden: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, hidden: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.final = backbone.new_exit_head()
-        self.hidden = hidden.to(next(self.final.parameters()))
+        self.final = backbone.new_exit_head()  # first: both draw from the generator of first weights
+        self.hidden = hidden().to(next(self.final.parameters()))
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Predict patches.  tokens: (B, N, D), cond: (B, D) -> (B, N, patch * patch * C_out)."""
@@ -114,12 +115,12 @@ def wide_head(backbone: Backbone, depth: int) -> nn.Module:
     ratio = hidden_ratio(depth, backbone.num_blocks)
     if not ratio:
         return AdaLNLinear(backbone, depth)
-    return WideHead(backbone, HiddenLayer(backbone.width, ratio * backbone.width, backbone.cond_width))
+    return WideHead(backbone, partial(HiddenLayer, backbone.width, ratio * backbone.width, backbone.cond_width))
 
 
 def slim_head(backbone: Backbone, _depth: int) -> nn.Module:
     """Return the slim head, the same after every depth."""
-    return WideHead(backbone, SlimLayer(backbone.width))
+    return WideHead(backbone, partial(SlimLayer, backbone.width))
 
 
 HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {

@@ -15,7 +15,8 @@ from dyndit.plans.descent import MeasureAround
 from dyndit.plans.plan import DepthPlan
 from dyndit.stats import Moments
 
-SECONDS = "seconds"
+PARTS, SECONDS = ("mean", "second"), "seconds"
+"""Names in a round's file: of a plan's moments, and of the time that they took."""
 
 
 @dataclass
@@ -59,9 +60,6 @@ class Rounds:
             return None
         self.earlier += seconds
         return found
-
-
-PARTS = ("mean", "second")
 
 
 def _moments(tensors: dict[str, Tensor], number: int, num: int) -> Moments:

@@ -8,7 +8,7 @@ Full depth of every folder of weights draws the same seeds, in bf16: UniPC, 20 s
 scores them against all pictures of DIR. What is printed, from the blocks in `backbones.csv`, is the mean over blocks
 with its 95% interval, and the paired difference to the first backbone.
 
-Result (recipes/weights/cifar10/README.md): 18,000 more steps bring FD-resnet20 from 9.82 to 6.13, FD-vgg from 9.40 to
+Measured (recipes/weights/cifar10/README.md): 18,000 more steps bring FD-resnet20 from 9.82 to 6.13, FD-vgg from 9.40 to
 3.61, FD-efficientnet-lite0 from 408 to 245. 21 minutes on 2 cores of an AMD EPYC with AVX-512 BF16, 2026-11-29, six of
 them for features of the real pictures.
 """

@@ -292,8 +292,8 @@ def test_a_schedule_of_version_1_stays_unbound(tmp_path: Path, make_model: MakeM
 
 
 def test_plans_of_version_1_fit_the_backbone_they_were_made_for() -> None:
-    model = checkpoints.load(ROOT / "recipes" / "weights" / "cifar10")
-    plan = DepthPlan.load(ROOT / "docs" / "results" / "cifar10" / "plans" / "plan-unipc-10-b0.45.json")
+    model = checkpoints.load("digits")
+    plan = DepthPlan.load(ROOT / "docs" / "results" / "peers" / "plans" / "plan-unipc-10-b0.45.json")
     assert plan.backbone == f"v1:{model.backbone.checksum()}"
     model.check_identity(plan.backbone, "", origin="plan")
     for other in ("v1:0123456789abcdef", model.backbone.checksum()):  # without its mark it is another kind of hash

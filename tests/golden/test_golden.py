@@ -4,7 +4,8 @@
 machine and the torch release that it was recorded with, outputs are equal to the bit. Elsewhere kernels round
 differently, and pictures agree to two of 255 levels.
 
-Cases of the CIFAR-10 backbone were recorded again when its weights were replaced, by code that drew the old ones as above.
+Cases of the CIFAR-10 backbone were recorded again when its weights were replaced, by code that drew those of the old
+weights as 3b06d2a did.
 
 A case that is meant to change is recorded again with `python tests/golden/test_golden.py NAME...`.
 """

@@ -8,7 +8,7 @@ Only shapes matter, so the parts of a model are counted once, on one fake pictur
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.conditions import Condition, Conditioning
-from dyndit.models.dynamic import DynamicDepth, Work
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.forecasts import NUM_TERMS
+from dyndit.models.recall import Left
+from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.sample import sample
 
@@ -44,6 +47,8 @@ class Macs:
     """Counts of the exit head by depth; at full depth, of the model's own head."""
     tokens: int = 0
     """Length of the sequence that the blocks run on."""
+    recall: dict[int, int] = field(default_factory=dict)
+    """Counts of the head of learned forecasts by depth."""
 
     def branch(self, depth: int) -> int:
         """Count one branch of one picture up to `depth` blocks."""
@@ -62,13 +67,21 @@ class Macs:
 
     def heads(self, plan: DepthPlan) -> int:
         """Count the exit heads alone over a sampling of one picture, without the model's own head."""
-        depth, works = len(self.blocks), zip(plan.calls_by_step, plan.works, strict=True)
-        exits = ((n, (*work.depths, *work.heads_on_the_way)) for n, work in works)
-        return sum(n * self.leave[d] for n, depths in exits for d in depths if d != depth)
+        return sum(n * self._heads(work) for n, work in zip(plan.calls_by_step, plan.works, strict=True))
 
     def work(self, work: Work) -> int:
         """Count one step of one picture: its branches, and the exit heads on the way."""
-        return sum(map(self.branch, work.depths)) + sum(self.leave[depth] for depth in work.heads_on_the_way)
+        depth = len(self.blocks)
+        own = work.depths.count(depth) * self.leave[depth]
+        return sum(self.embed + sum(self.blocks[:depth]) for depth in work.depths) + own + self._heads(work)
+
+    def _heads(self, work: Work) -> int:
+        """Count the exit heads that one picture runs at one step."""
+        ends = [self._end(depth, work.forecast) for depth in work.depths if depth != len(self.blocks)]
+        return sum(ends) + sum(self.leave[depth] for depth in work.heads_beside(self.recall))
+
+    def _end(self, depth: int, forecast: bool) -> int:
+        return self.recall[depth] if forecast and depth in self.recall else self.leave[depth]
 
 
 def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
@@ -85,12 +98,17 @@ def model_macs(model: DynamicDepth, inputs: Inputs | None = None) -> Macs:
         def embed() -> None:
             states.append(model.backbone.embed(given.x, given.t, given.y))
 
-        embedding, blocks, leave = count_macs(embed), [], {}
+        embedding, blocks, leave, recall = count_macs(embed), [], {}, {}
         for index in range(model.num_blocks):
             blocks.append(count_macs(lambda index=index: states.append(model.backbone.block(index, states[-1]))))
             if index + 1 in model.depths:
                 leave[index + 1] = count_macs(lambda depth=index + 1: model.leave(states[-1], depth))
-    return Macs(embedding, tuple(blocks), leave, states[0].tokens.shape[1])
+        if model.exits is not None:
+            exits, when, last = model.exits, torch.zeros(NUM_TERMS), states[-1].for_head()[0]
+            for depth in exits.config.recall:
+                left = Left(0.0, {depth: states[depth].for_head()[0], model.num_blocks: last})
+                recall[depth] = count_macs(lambda d=depth, left=left: exits.recalled(states[d], d, left, when))
+    return Macs(embedding, tuple(blocks), leave, states[0].tokens.shape[1], recall)
 
 
 def plan_macs(model: DynamicDepth, plan: DepthPlan) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -16,103 +17,13 @@ from dyndit.errors import InputError
 from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
-from dyndit.models.forecasts import Gaps, forecast_gap, remembered
+from dyndit.models.forecasts import basis, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, AutoencoderRecord, Identity, check, identity_of, sketch, tensors_hash
 from dyndit.models.own import check_backbone
+from dyndit.models.recall import Left
+from dyndit.models.work import Memory, StepInputs
 from dyndit.process import Process
 from dyndit.progress import progress_bar
-
-
-@dataclass(frozen=True)
-class Work:
-    """The branches and heads of one step.
-
-    Example: `Work((12, 6))` runs 12 blocks with the condition and 6 without it; `Work((8,), own_exit=4)` runs 8 blocks
-    and, on the way, the exit head after block 4.
-    """
-
-    depths: tuple[int, ...]
-    """Blocks that each branch runs: the conditional branch first, then the unconditional branch if it runs."""
-    own_exit: int = 0
-    """Depth of the conditional branch's exit that guides it; 0: no exit guides it."""
-    held: bool = False
-    """Guide by the difference between both branches at the last step that ran both branches."""
-    forecast: bool = False
-    """Add a forecast of the gap to full depth to the conditional exit's prediction."""
-    strength: float = 1.0
-    """Factor of the guidance: the guiding prediction moves away from the conditional one by it."""
-    kept: tuple[int, ...] = ()
-    """Exits whose gap to full depth is remembered for later forecasts, rising. Their heads run at this step."""
-
-    @property
-    def blocks(self) -> int:
-        """Return the number of blocks run, summed over all branches."""
-        return sum(self.depths)
-
-    @property
-    def heads_on_the_way(self) -> tuple[int, ...]:
-        """Return the exit heads that run without ending a branch, in rising order."""
-        return tuple(sorted({*self.kept, *((self.own_exit,) if self.own_exit else ())}))
-
-    def strengthened(self, conditional: Tensor, guide: Tensor) -> Tensor:
-        """Move the guiding prediction away from the conditional one, both (B, C_out, ...); by 1 it stays, bit for bit.
-
-        Guidance at any scale s then adds strength * (s - 1) times their difference: no caller has to know of it.
-        """
-        if self.strength == 1:
-            return guide
-        return conditional.float() - self.strength * (conditional.float() - guide.float())
-
-    def keeping(self, depths: tuple[int, ...]) -> Self:
-        """Return this work with the gaps of these exits remembered too."""
-        return replace(self, kept=tuple(sorted({*self.kept, *depths})))
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """The inputs of a model at one step of the sampling loop.
-
-    k: the step, from 0. branches: the inputs of each branch, the conditional branch first. Their x has the scale and
-    the precision that the network takes. work: blocks and heads to run, one depth per branch. timesteps: all timesteps
-    of the sampling, falling, as plain floats. uncond_first: stack the unconditional rows first if depths are equal.
-    """
-
-    k: int
-    branches: tuple[Inputs, ...]
-    work: Work
-    timesteps: tuple[float, ...]
-    uncond_first: bool = False
-
-    @property
-    def x_t(self) -> Tensor:
-        """Return the conditional branch's pictures, (B, C, H, W)."""
-        return self.branches[0].x
-
-    @property
-    def times(self) -> Tensor:
-        """Return the conditional branch's timesteps, (B,)."""
-        return self.branches[0].t
-
-    @property
-    def labels(self) -> tuple[Condition, ...]:
-        """Return the condition of each branch."""
-        return tuple(branch.y for branch in self.branches)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Values that a step leaves for later steps. Never written to, so trajectories that fork share it.
-
-    gaps: the exits' gaps to full depth at the last two full steps. guided: both branches' predictions at the last step
-    that ran both, the conditional prediction first; None before such a step.
-    """
-
-    gaps: tuple[Gaps, ...] = ()
-    guided: tuple[Tensor, Tensor] | None = None
-
-    def __deepcopy__(self, _memo: object) -> Self:
-        return self
-
 
 _OPTIONS_OF_DIFFUSERS = {
     *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap"),
@@ -226,15 +137,30 @@ class DynamicDepth(ModelMixin):
         first; in a guided step the prediction that guides it follows.
         """
         memory, work, timestep = memory or Memory(), step.work, step.timesteps[step.k]
-        passing = work.heads_on_the_way
-        predictions = self.run(step.branches, work.depths, passing, uncond_first=step.uncond_first)
+        recall = self.exits.config.recall if self.exits is not None else ()
+        passing, keep = work.heads_beside(recall), [depth for depth in work.kept if depth in recall]
+        seen: dict[int, Tensor] = {}
+        leave = None
+        if work.forecast and work.depths[0] in recall:
+            assert memory.left is not None  # `DepthPlan` has seen to it
+            leave = partial(self.recalled, left=memory.left, timestep=timestep)
+        predictions = self.run(
+            step.branches,
+            work.depths,
+            passing,
+            uncond_first=step.uncond_first,
+            seen=seen,
+            keep=[*keep, self.num_blocks] if keep else (),
+            leave=leave,
+        )
         num = len(step.branches)
         own, passed = predictions[:num], dict(zip(passing, predictions[num:], strict=True))
-        if work.forecast:
+        if work.forecast and leave is None:
             gains = None if self.exits is None else self.exits.gains_of(work.depths[0])
             own[0] = own[0] + forecast_gap(memory.gaps, work.depths[0], timestep, self.process, gains)
-        if work.kept:
-            gaps = {depth: own[0] - passed[depth] for depth in work.kept}
+        if keep:
+            memory = replace(memory, left=Left(timestep, seen))
+        if gaps := {depth: own[0] - passed[depth] for depth in work.kept if depth not in recall}:
             memory = replace(memory, gaps=remembered(memory.gaps, timestep, gaps))
         if len(own) == 2:
             memory = replace(memory, guided=(own[0], own[1]))
@@ -261,12 +187,16 @@ class DynamicDepth(ModelMixin):
         passing: Sequence[int] = (),
         *,
         uncond_first: bool = False,
+        keep: Sequence[int] = (),
+        seen: dict[int, Tensor] | None = None,
+        leave: Callable[[State, int], Tensor] | None = None,
     ) -> list[Tensor]:
         """Run all branches as one batch. After each exit depth, remove the rows that leave there.
 
         depths: one of `self.depths` per branch. passing: more exits of the first branch, rising, below its own depth.
-        uncond_first: stack equally deep branches in reverse order. -> a prediction per branch, in the order given, then
-        a prediction per exit in `passing`.
+        uncond_first: stack equally deep branches in reverse order. seen: is given the first branch's tokens after each
+        depth in `keep`, (B, N, D). leave: predicts at the end of a branch (default: `self.leave`).
+        -> a prediction per branch, in the order given, then a prediction per exit in `passing`.
         """
         order = sorted(range(len(branches)), key=lambda i: (depths[i], -i if uncond_first else i))
         joined = Inputs.joined([branches[i] for i in order])
@@ -279,9 +209,11 @@ class DynamicDepth(ModelMixin):
                 if index + 1 in passing:
                     first = state.rows(before_first, before_first + len(branches[0]))
                     predictions.append(self.leave(first, index + 1))
+                if seen is not None and index + 1 in keep:
+                    seen[index + 1], _ = state.rows(before_first, before_first + len(branches[0])).for_head()
             leaving = list(group)
             sizes = [len(branches[i]) for i in leaving]
-            prediction = self.leave(state.rows(0, sum(sizes)), depth)
+            prediction = (leave or self.leave)(state.rows(0, sum(sizes)), depth)
             for branch, rows in zip(leaving, prediction.split(sizes), strict=True):
                 predictions[branch] = rows
             state, done = state.rows(sum(sizes), None), depth
@@ -294,6 +226,12 @@ class DynamicDepth(ModelMixin):
             return self.backbone.head(state)
         assert self.exits is not None  # `depths` has no other depth without exits
         return self.backbone.unpatchify(self.exits.patches(state, depth), state)
+
+    def recalled(self, state: State, depth: int, left: Left, timestep: float) -> Tensor:
+        """Predict full depth after `depth` blocks from what a full-depth step left -> (B, C_out, H, W)."""
+        assert self.exits is not None  # so has the plan's check
+        when = basis(timestep, left.timestep, self.process).to(state.tokens.device)
+        return self.backbone.unpatchify(self.exits.recalled(state, depth, left, when), state)
 
     def every_exit(self, x: Tensor, t: Tensor, y: Condition) -> dict[int, Tensor]:
         """Predict at every depth in one pass.  -> {depth: (B, C_out, H, W)}."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
 from dyndit.models.layers import TANH_GELU, modulate, zero_linear
+from dyndit.models.recall import Left, RecallHead
 
 HeadName = Literal["adaln-linear", "wide", "slim"]
 
@@ -25,10 +26,13 @@ class ExitConfig:
     head: "wide" puts an MLP before a layer of the final layer's shape; earlier exits get a wider MLP (`hidden_ratio`).
     "slim" puts an MLP as wide as the backbone there, which no condition modulates: half of a wide exit's parameters.
     "adaln-linear", the plain head, has the shape of the model's final layer. All start as the model's final layer.
+    recall: depths, some of the layers, whose forecasts ("4+") a second head learns (`dyndit.models.recall`). Those of
+    the other depths extrapolate.
     """
 
     layers: tuple[int, ...] = ()
     head: HeadName = "wide"
+    recall: tuple[int, ...] = ()
 
     def resolved(self, num_blocks: int) -> "ExitConfig":
         """Fill in the default layers. Raises InputError for a layer outside 1..L-1, or an unknown head."""
@@ -37,7 +41,9 @@ class ExitConfig:
             raise InputError(f"exit layers {list(layers)}: expected depths in 1..{num_blocks - 1}")
         if self.head not in HEADS:
             raise InputError(f"exit head {self.head!r}: {expected_one_of(self.head, HEADS)}")
-        return ExitConfig(layers, self.head)
+        if not set(self.recall) <= set(layers):
+            raise InputError(f"exit recall {list(self.recall)}: expected some of the layers, {list(layers)}")
+        return ExitConfig(layers, self.head, tuple(sorted(set(self.recall))))
 
 
 def default_layers(num_blocks: int) -> tuple[int, ...]:
@@ -138,6 +144,7 @@ class Exits(nn.Module):
         super().__init__()
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
+        self.recalls = nn.ModuleDict({str(layer): RecallHead(backbone) for layer in self.config.recall})
         self.gains: nn.Parameter | None
         self.register_parameter("gains", None)
         """Learned correction of forecasts, (E, 2, NUM_TERMS), or None (`dyndit.models.forecasts`)."""
@@ -155,6 +162,15 @@ class Exits(nn.Module):
         """Predict at the exit after `depth` blocks, as patches: (B, N, patch * patch * C_out)."""
         return self.heads[str(depth)](*state.for_head())
 
+    def recalled(self, state: State, depth: int, left: Left, when: Tensor) -> Tensor:
+        """Predict full depth from the state after `depth` blocks and from what a full-depth step left, as patches.
+
+        when: `forecasts.basis` of both steps, (NUM_TERMS,) or (B, NUM_TERMS). -> (B, N, patch * patch * C_out)
+        """
+        tokens, cond = state.for_head()
+        then, last = left.tokens[depth], left.tokens[max(left.tokens)]
+        return self.recalls[str(depth)](tokens, cond, then, last, when)
+
     def alike(self) -> dict[int, int]:
         """Map each depth to the first depth whose head has the same shapes and therefore the same cost."""
         first: dict[object, int] = {}
@@ -163,4 +179,4 @@ class Exits(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return plain data for the side-car's metadata."""
-        return asdict(self.config)
+        return {name: value for name, value in asdict(self.config).items() if name != "recall" or value}

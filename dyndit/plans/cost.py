@@ -20,6 +20,8 @@ class PartTimes:
     """Seconds by depth, for heads whose cost differs from `exit`."""
     blocks: tuple[float, ...] = ()
     """Seconds of each block, if blocks differ; (): all take `block`."""
+    recalls: Mapping[int, float] = field(default_factory=dict)
+    """Seconds by depth, for heads of learned forecasts."""
 
     def through(self, first: int, last: int) -> float:
         """Return the seconds from depth `first` to depth `last`."""
@@ -41,14 +43,17 @@ class CostModel:
     def step_seconds(self, step: Step) -> float:
         """Predict the seconds of a step. A guide by the branch's own exit costs that exit's head.
 
-        A forecast costs its exit's head twice, because the full-depth step before it ran the head too.
+        A forecast costs its exit's head twice, because the full-depth step before it ran the head too. A learned one
+        costs a head of its own, once.
         """
         work = step.work()
-        heads = [*work.heads_on_the_way, *((step.depth,) if work.forecast else ())]
-        extra = sum(self._leave(self.one, depth) for depth in heads)
+        extra = sum(self._leave(self.one, depth) for depth in work.heads_on_the_way)
         if len(work.depths) == 1:
             (depth,) = work.depths
-            return self.solver + self.one.embed + self.one.through(0, depth) + self._leave(self.one, depth) + extra
+            leave = self._leave(self.one, depth)
+            if work.forecast:
+                leave = self.one.recalls.get(depth, 2 * leave)
+            return self.solver + self.one.embed + self.one.through(0, depth) + leave + extra
         shallow, deep = sorted(work.depths)
         seconds = self.solver + self.two.embed + self.two.through(0, shallow)
         if shallow == deep:
@@ -81,8 +86,11 @@ class CostModel:
         """Build from the output of `describe`, also after JSON has turned its keys into text."""
 
         def parts(times: dict[str, Any]) -> PartTimes:
-            exits = {int(depth): seconds for depth, seconds in times["exits"].items()}
-            known: dict[str, Any] = {**times, "exits": exits, "blocks": tuple(times.get("blocks", ()))}
+            heads = {
+                kind: {int(depth): seconds for depth, seconds in times.get(kind, {}).items()}
+                for kind in ("exits", "recalls")
+            }
+            known: dict[str, Any] = {**times, **heads, "blocks": tuple(times.get("blocks", ()))}
             return PartTimes(**known)
 
         both: dict[str, Any] = {"one": parts(data["one"]), "two": parts(data["two"])}

@@ -10,6 +10,7 @@ import torch
 from dyndit.clock import Clock
 from dyndit.models.base import Backbone, Inputs, State
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.recall import Left
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.rounds import paired_times
 from dyndit.sampling.guidance import Guidance
@@ -58,6 +59,7 @@ def measure_parts(
     """
     backbone, device = model.backbone, one.x.device
     first_alike = model.exits.alike() if model.exits is not None else {}
+    recall = model.exits.config.recall if model.exits is not None else ()
     shallowest = model.depths[0]  # L without exits
     exits = sorted({shallowest, *first_alike.values()})
     names = backbone.block_kinds()
@@ -72,6 +74,9 @@ def measure_parts(
             parts[f"{name}.blocks.{kind}"] = run
         for depth in exits:
             parts[f"{name}.exit.{depth}"] = lambda depth=depth: model.leave(state, depth)
+        for depth in recall:
+            left = Left(0.0, dict.fromkeys((depth, model.num_blocks), state.for_head()[0]))
+            parts[f"{name}.recall.{depth}"] = lambda depth=depth, left=left: model.recalled(state, depth, left, 0.0)
         parts[f"{name}.head"] = lambda: backbone.head(state)
 
     add("one", one)
@@ -89,7 +94,8 @@ def measure_parts(
         block = sum(blocks) / len(blocks)
         leave = {depth: factor * seconds[f"{name}.exit.{depth}"] for depth in exits}
         others = {depth: leave[first] for depth, first in first_alike.items() if first != shallowest}
-        return PartTimes(embed, block, leave[shallowest], head, others, blocks if len(set(kinds)) > 1 else ())
+        recalls = {depth: factor * seconds[f"{name}.recall.{depth}"] for depth in recall}
+        return PartTimes(embed, block, leave[shallowest], head, others, blocks if len(set(kinds)) > 1 else (), recalls)
 
     both = times("one", 2) if two is None else times("two")
     # A pipeline of one step has no time between calls.

@@ -178,7 +178,7 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
         raise CheckpointError(f"{path}: damaged (its tensors do not have the recorded hash)")
     try:
         config = json.loads(metadata["config"])
-        exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"]))
+        exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"], tuple(config.get("recall", ()))))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = first_line(error)
         raise CheckpointError(f"{path}: damaged (no exits are described by its metadata: {found})") from error

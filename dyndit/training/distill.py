@@ -1,6 +1,6 @@
 """Distil exits: train them on the full model's own predictions."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -27,11 +27,15 @@ from dyndit.training.data import Pictures, check_fit
 from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.lora import trainable_copy, with_adapters
 from dyndit.training.losses import depth_errors, exit_errors
+from dyndit.training.recall import RECALLING, train_recall, trajectories
 from dyndit.training.recorded import RecordedCalls, recorded_sampling
 from dyndit.training.states import TRAJECTORIES_SEED, States, noised
 
 _NUM_FORECAST = 128
 """Number of trajectories to learn corrections of forecasts on: eight numbers for each exit."""
+
+RECALL = "recall"
+"""Folder of the training of learned forecasts, in the folder of the exits'."""
 
 DISTILLING = FitConfig(
     steps=1_000, batch_size=64, learning_rate=1e-3, warmup_steps=25, schedule="cosine", ema_decay=0.99, flip=False
@@ -68,6 +72,10 @@ class Distill:
     they then guide in place of the unconditional pass ("12|e5"). They are no good to leave at, and nothing in the
     model's files says so. Distilling takes a second pass of the backbone. Needs a frozen native backbone.
 
+    recall_fit: the training of the heads of learned forecasts (`ExitConfig(recall=...)`), after the exits', on the
+    tokens of `num_trajectories` pictures of the sampler. These are held in memory: 2 (E + 1) K N D bytes for each
+    picture, with E such heads and K sampling steps.
+
     The backbone that trains is a copy; its teacher is the frozen original. The exits and the copy's full depth are
     both matched to the teacher's full depth, so that full depth stays close to the original.
     """
@@ -89,6 +97,7 @@ class Distill:
     weighting: Literal["even", "path-kl"] = "even"
     forecasts: bool = False
     guides: tuple[int, ...] = ()
+    recall_fit: FitConfig = RECALLING
 
     def __post_init__(self) -> None:
         for name in ("backbone", "states", "weighting"):
@@ -122,7 +131,7 @@ class Distill:
             raise InputError(f"guides: backbone {self.backbone!r}; expected 'frozen'")
         if self.guides and not backbone.condition.guided:
             raise InputError("guides: this model was trained without a null condition; expected none")
-        if self.states == "sampler" or self.forecasts:
+        if self.states == "sampler" or self.forecasts or self.exits.recall:
             full_plan(model, self._solver(model.process), self.num_steps, self.cfg_scale)
             if isinstance(data, RecordedCalls):
                 wanted = "states 'sampler'" if self.states == "sampler" else "forecasts"
@@ -138,6 +147,8 @@ class Distill:
         found = type(backbone)
         if self.backbone == "lora" and not issubclass(found, ClassConditionalDiT):
             raise InputError(f"backbone 'lora': needs a ClassConditionalDiT, found {found.__name__}")
+        if self.exits.recall and backbone.foreign:
+            raise InputError(f"recall {list(self.exits.recall)}: needs a native backbone, found {found.__name__}")
         for name in ("backbone", "states", "weighting", "forecasts", "guides"):
             if getattr(self, name) != getattr(Distill, name) and backbone.foreign:
                 raise InputError(f"{name} {getattr(self, name)!r}: needs a native backbone, found {found.__name__}")
@@ -162,7 +173,7 @@ class Distill:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.fit.seed)
                 # Exits start as copies of the backbone's head, which may be in half precision and frozen.
-                exits = Exits(original, self.exits).float().requires_grad_(True)
+                exits = Exits(original, replace(self.exits, recall=())).float().requires_grad_(True)
                 backbone = original if self.backbone == "frozen" else trainable_copy(original)
                 adapted: Any = backbone  # a ClassConditionalDiT, as `check` has seen
                 adapters = with_adapters(adapted, self.lora_rank) if self.backbone == "lora" else None
@@ -175,7 +186,8 @@ class Distill:
             frozen = backbone is original
             trained = _FrozenBackbone(dynamic, self.guides) if frozen else _TaughtBackbone(dynamic, original)
             task = _Distillation(trained, self, model.process, self._states(model, data))
-            own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("exits", "fit", "data"))
+            others = ("exits", "fit", "data", "recall_fit")
+            own = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in others)
             identity = f"{model.identity.backbone} {exits.config} {' '.join(own)}"
             rates = {"backbone.": self.backbone_rate}
             result = fit(task, items, self.fit, Path(out), identity=identity, rates=rates, extend=extend)
@@ -186,7 +198,28 @@ class Distill:
         dynamic.to(next(original.parameters()).device)
         if self.forecasts:
             exits.gains = nn.Parameter(self._gains(dynamic))
+        if self.exits.recall:
+            dynamic = self._with_recall(dynamic, Path(out) / RECALL)
         return dynamic, result
+
+    def _with_recall(self, model: DynamicDepth, out: Path) -> DynamicDepth:
+        """Add the heads of learned forecasts, and train them on guided trajectories of `num_steps` steps."""
+        assert model.exits is not None
+        seed, before = self.fit.seed, model.exits
+        device = next(before.parameters()).device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            exits = Exits(model.backbone, self.exits).float()
+        exits.gains = before.gains
+        exits.load_state_dict(before.state_dict(), strict=False)
+        model = DynamicDepth(model.backbone, exits, pixel_space=model.pixel_space, process=model.process).eval()
+        model.to(device)
+        how = {"solver": self._solver(model.process), "num_steps": self.num_steps, "cfg_scale": self.cfg_scale}
+        options = {"seed": TRAJECTORIES_SEED + 2 + seed, "precision": self.recall_fit.precision, "batch_size": 64}
+        with borrowed(model.backbone):
+            data = trajectories(model, exits.config.recall, self.num_trajectories, **options, **how)
+            train_recall(model, data, self.recall_fit, self.variance_weight, out)
+        return model.to(device)
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""

@@ -134,7 +134,8 @@ class Distill:
         if self.states == "sampler" or self.forecasts or self.exits.recall:
             full_plan(model, self._solver(model.process), self.num_steps, self.cfg_scale)
             if isinstance(data, RecordedCalls):
-                wanted = "states 'sampler'" if self.states == "sampler" else "forecasts"
+                wanted = "recall" if self.exits.recall else "forecasts"
+                wanted = "states 'sampler'" if self.states == "sampler" else wanted
                 raise InputError(f"{wanted}: recorded calls ({data.folder}) are states; expected pictures")
         if isinstance(data, RecordedCalls):
             data.check(model)

@@ -17,10 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.conditions import Condition, Conditioning
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, Work
 from dyndit.models.forecasts import NUM_TERMS
 from dyndit.models.recall import Left
-from dyndit.models.work import Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.sample import sample
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from diffusers import ModelMixin
@@ -19,36 +19,92 @@ from dyndit.models.conditions import Condition
 from dyndit.models.exits import Exits
 from dyndit.models.forecasts import basis, forecast_gap, remembered
 from dyndit.models.identity import VERSION_1, AutoencoderRecord, Identity, check, identity_of, sketch, tensors_hash
+from dyndit.models.memory import Memory
 from dyndit.models.own import check_backbone
 from dyndit.models.recall import Left
-from dyndit.models.work import Memory, StepInputs
+from dyndit.models.storing import OPTIONS_OF_DIFFUSERS, Storage
 from dyndit.process import Process
 from dyndit.progress import progress_bar
 
-_OPTIONS_OF_DIFFUSERS = {
-    *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap"),
-    *("variant", "use_safetensors", "use_flashpack", "quantization_config", "cached_folder", "cache_dir", "token"),
-    *("provider", "sess_options", "provider_options", "local_files_only", "force_download", "proxies", "subfolder"),
-}
-"""Options that `DiffusionPipeline.from_pretrained` passes to every component, used or not."""
 
+@dataclass(frozen=True)
+class Work:
+    """The branches and heads of one step.
 
-class Storage(Protocol):
-    """Saves and loads models. `dyndit.storage.pretrained` implements it and sets `DynamicDepth.storage`.
-
-    The model imports no file format, so that file formats can import the model.
+    Example: `Work((12, 6))` runs 12 blocks with the condition and 6 without it; `Work((8,), own_exit=4)` runs 8 blocks
+    and, on the way, the exit head after block 4.
     """
 
-    def save(self, model: DynamicDepth, folder: Path, **options: Any) -> None:
-        """See `DynamicDepth.save_pretrained`."""
+    depths: tuple[int, ...]
+    """Blocks that each branch runs: the conditional branch first, then the unconditional branch if it runs."""
+    own_exit: int = 0
+    """Depth of the conditional branch's exit that guides it; 0: no exit guides it."""
+    held: bool = False
+    """Guide by the difference between both branches at the last step that ran both branches."""
+    forecast: bool = False
+    """Add a forecast of the gap to full depth to the conditional exit's prediction."""
+    strength: float = 1.0
+    """Factor of the guidance: the guiding prediction moves away from the conditional one by it."""
+    kept: tuple[int, ...] = ()
+    """Exits whose forecasts at later steps build on this step, rising. Heads of those that extrapolate run at it."""
 
-    def load(self, path_or_hub_id: str | Path, **options: Any) -> DynamicDepth:
-        """See `DynamicDepth.from_pretrained`."""
-        ...
+    @property
+    def blocks(self) -> int:
+        """Return the number of blocks run, summed over all branches."""
+        return sum(self.depths)
 
-    def push(self, model: DynamicDepth, repo_id: str, **options: Any) -> str:
-        """See `DynamicDepth.push_to_hub`."""
-        ...
+    @property
+    def heads_on_the_way(self) -> tuple[int, ...]:
+        """Return the exit heads that run without ending a branch, in rising order, if all forecasts extrapolate."""
+        return self.heads_beside(())
+
+    def heads_beside(self, recall: Collection[int]) -> tuple[int, ...]:
+        """Return the same for a model whose forecasts at the depths `recall` are learned: they need no exit head."""
+        return tuple(sorted({*self.kept} - {*recall} | ({self.own_exit} if self.own_exit else set())))
+
+    def strengthened(self, conditional: Tensor, guide: Tensor) -> Tensor:
+        """Move the guiding prediction away from the conditional one, both (B, C_out, ...); by 1 it stays, bit for bit.
+
+        Guidance at any scale s then adds strength * (s - 1) times their difference: no caller has to know of it.
+        """
+        if self.strength == 1:
+            return guide
+        return conditional.float() - self.strength * (conditional.float() - guide.float())
+
+    def keeping(self, depths: tuple[int, ...]) -> Self:
+        """Return this work with what forecasts at these exits need remembered too."""
+        return replace(self, kept=tuple(sorted({*self.kept, *depths})))
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The inputs of a model at one step of the sampling loop.
+
+    k: the step, from 0. branches: the inputs of each branch, the conditional branch first. Their x has the scale and
+    the precision that the network takes. work: blocks and heads to run, one depth per branch. timesteps: all timesteps
+    of the sampling, falling, as plain floats. uncond_first: stack the unconditional rows first if depths are equal.
+    """
+
+    k: int
+    branches: tuple[Inputs, ...]
+    work: Work
+    timesteps: tuple[float, ...]
+    uncond_first: bool = False
+
+    @property
+    def x_t(self) -> Tensor:
+        """Return the conditional branch's pictures, (B, C, H, W)."""
+        return self.branches[0].x
+
+    @property
+    def times(self) -> Tensor:
+        """Return the conditional branch's timesteps, (B,)."""
+        return self.branches[0].t
+
+    @property
+    def labels(self) -> tuple[Condition, ...]:
+        """Return the condition of each branch."""
+        return tuple(branch.y for branch in self.branches)
 
 
 class DynamicDepth(ModelMixin):
@@ -299,7 +355,7 @@ class DynamicDepth(ModelMixin):
             CheckpointError: the checkpoint is missing, damaged or foreign.
             InputError: an option that neither this method nor diffusers knows.
         """
-        if unknown := sorted(of_diffusers.keys() - _OPTIONS_OF_DIFFUSERS):
+        if unknown := sorted(of_diffusers.keys() - OPTIONS_OF_DIFFUSERS):
             raise InputError(f"from_pretrained: option {unknown[0]}; expected num_heads, revision or torch_dtype")
         model = cls._stored().load(path_or_hub_id, num_heads=num_heads, revision=revision, trust=trust)
         if wanted := dtype or torch_dtype:

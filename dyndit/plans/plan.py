@@ -10,9 +10,8 @@ from typing import Any, Self
 
 from dyndit import bounds, files, seals
 from dyndit.errors import PlanError, first_line
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, Work
 from dyndit.models.identity import VERSION_1
-from dyndit.models.work import Work
 from dyndit.plans.step import Held, NoGuide, Step, Unconditional
 from dyndit.process import Process
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from dyndit import bounds
 from dyndit.errors import PlanError
-from dyndit.models.work import Work
+from dyndit.models.dynamic import Work
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from dyndit.clock import Clock
 from dyndit.errors import InputError, PlanError
 from dyndit.models.base import Inputs
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.models.identity import same
-from dyndit.models.work import StepInputs, Work
 from dyndit.plans.plan import DepthPlan, Router, bind
 from dyndit.plans.schedules import skips
 from dyndit.plugin import checks

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dyndit.errors import InputError
-from dyndit.models.work import Memory
+from dyndit.models.memory import Memory
 
 
 def find_step(timesteps: Sequence[float], timestep: float, slack: float, last: int) -> int | None:

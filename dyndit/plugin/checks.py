@@ -12,7 +12,7 @@ from torch import nn
 from dyndit.errors import InputError, PlanError
 from dyndit.models.base import Inputs
 from dyndit.models.conditions import Conditioning
-from dyndit.models.work import Work
+from dyndit.models.dynamic import Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.plugin.adapters import Adapter
 from dyndit.plugin.call import Call

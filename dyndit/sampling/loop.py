@@ -19,8 +19,7 @@ from dyndit.clock import Clock
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.conditions import Condition
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.solvers import (

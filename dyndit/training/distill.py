@@ -215,10 +215,11 @@ class Distill:
         exits.load_state_dict(before.state_dict(), strict=False)
         model = DynamicDepth(model.backbone, exits, pixel_space=model.pixel_space, process=model.process).eval()
         model.to(device)
-        how = {"solver": self._solver(model.process), "num_steps": self.num_steps, "cfg_scale": self.cfg_scale}
-        options = {"seed": TRAJECTORIES_SEED + 2 + seed, "precision": self.recall_fit.precision, "batch_size": 64}
+        solver, steps, scale = self._solver(model.process), self.num_steps, self.cfg_scale
+        how: dict[str, Any] = {"solver": solver, "num_steps": steps, "cfg_scale": scale, "batch_size": 64}
+        how |= {"seed": TRAJECTORIES_SEED + 2 + seed, "precision": self.recall_fit.precision}
         with borrowed(model.backbone):
-            data = trajectories(model, exits.config.recall, self.num_trajectories, **options, **how)
+            data = trajectories(model, exits.config.recall, self.num_trajectories, **how)
             train_recall(model, data, self.recall_fit, self.variance_weight, out)
         return model.to(device)
 

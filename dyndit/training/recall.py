@@ -27,7 +27,7 @@ RECALLING = FitConfig(
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Trajectories:
     """The tokens of R sampled pictures at K steps of full depth, conditional branch. An item is a picture's number.
 
@@ -55,7 +55,7 @@ def trajectories(
     how: solver, num_steps, cfg_scale.
     """
     full, device = full_plan(model, **how), next(model.parameters()).device
-    parts: list[list[list[Tensor]]] = []
+    parts: list[list[Tensor]] = []
     kept = (*depths, model.num_blocks)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for low in tracked(range(0, num, batch_size), "sampling what forecasts learn from", unit="batches"):
@@ -114,18 +114,17 @@ class _Heads(nn.Module):
     def __init__(self, model: DynamicDepth, exits: Exits) -> None:
         super().__init__()
         self.recalls = exits.recalls
-        self.others = [model, exits, model.backbone.new_exit_head().requires_grad_(False)]  # no submodules
+        self.model, self.final = [model], [model.backbone.new_exit_head().requires_grad_(False)]  # no submodules
 
     def forward(self, tokens: Mapping[int, tuple[Tensor, Tensor]], cond: Tensor, when: Tensor) -> Tensor:
         """Return squared errors, (E, B, 2) of E heads.  tokens: (now, then) by depth, each (B, N, D)."""
-        model, exits, final = self.others
-        backbone, last = model.backbone, max(tokens)
+        backbone, final, last = self.model[0].backbone, self.final[0], max(tokens)
         state = State(tokens[last][0], cond)
         target = backbone.unpatchify(final.to(cond.device)(tokens[last][0], cond), state)
         left = {depth: then for depth, (_, then) in tokens.items()}
         errors: list[Tensor] = []
-        for depth in exits.config.recall:
-            head = exits.recalls[str(depth)]
+        for name, head in self.recalls.items():
+            depth = int(name)
             patches = head(tokens[depth][0], cond, left[depth], left[last], when)
             errors.append(halves(backbone.unpatchify(patches, state) - target, backbone.in_channels))
         return torch.stack(errors)

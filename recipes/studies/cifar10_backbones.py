@@ -41,7 +41,7 @@ ROWS = "backbones.csv"
 def scored(model: Path, seed: int, num_images: int, references: list[Measured], device: str) -> list[dict[str, object]]:
     """Draw a block of balanced classes at full depth, and return a row per extractor."""
     loaded = checkpoints.load(str(model)).float().to(device)
-    labels = [index % loaded.backbone.condition.num_classes for index in range(num_images)]
+    labels = loaded.backbone.condition.in_turn(num_images)
     with torch.autocast(device, torch.bfloat16):
         drawn = sample(loaded, labels, solver="unipc", num_steps=20, cfg_scale=1.5, seed=seed, batch_size=50)
     told = {"model": str(model), "backbone": loaded.identity.backbone, "seed": seed, "pictures": num_images}

@@ -15,9 +15,8 @@ import pytest
 
 import dyndit
 from dyndit.cli import main
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.models.work import StepInputs, Work
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.plans.predictor import Predictor

@@ -28,8 +28,7 @@ from dyndit.calibration.samplers import CALIBRATION_SEED, batches_of
 from dyndit.errors import CheckpointError, InputError
 from dyndit.files import read_json, write_json
 from dyndit.models.base import Inputs
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.progress import tracked
 from dyndit.sampling.guidance import Guidance

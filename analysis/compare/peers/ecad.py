@@ -19,9 +19,8 @@ from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.clock import Clock
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.models.layers import DiTBlock, modulate
-from dyndit.models.work import StepInputs
 from dyndit.plans.cost import CostModel
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Guide, Held, NoGuide

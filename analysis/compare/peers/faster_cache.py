@@ -18,7 +18,7 @@ from torch import nn
 
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import StepInputs
 
 
 class FasterCachePeer(DiffusersPeer):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyndit.analysis.compare.peers.stale import Kept, Stale
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import StepInputs
 from dyndit.process import Process
 
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.storage.diffusers_folder import to_diffusers
 

@@ -14,8 +14,7 @@ from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import own_exit
 from dyndit.sampling.guidance import Guidance

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from dyndit.analysis.compare.peers.diffusers_full import DiffusersFull
 from dyndit.analysis.compare.peers.foreign import DiffusersCache, DiffusersPeer
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.sampling.sample import sample
 
 PICTURES, SEED, GUIDANCE = 32, 1_000_003, 1.5

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.errors import InputError
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 
 

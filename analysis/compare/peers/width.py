@@ -25,8 +25,7 @@ from dyndit.analysis.compare.peers.base import Peer, PeerContext, PeerSettings
 from dyndit.analysis.compare.peers.pruned import noised_inputs
 from dyndit.errors import InputError
 from dyndit.models.dit import ClassConditionalDiT
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs
+from dyndit.models.dynamic import DynamicDepth, StepInputs
 from dyndit.plans.plan import DepthPlan
 from dyndit.process import Process
 from dyndit.training.data import Pictures

@@ -152,7 +152,7 @@ def test_an_own_guide_costs_no_pass_and_stands_beside_one(model) -> None:
 
 def test_the_own_guide_beside_a_pass_is_the_papers_sum(model, make_inputs) -> None:
     """Each branch: exit + own * (full - exit) on the noise channels; the variance is full depth's."""
-    from dyndit.models.work import StepInputs, Work
+    from dyndit.models.dynamic import StepInputs, Work
 
     x, t, y = make_inputs(model.backbone)
     null = torch.full_like(y, model.backbone.condition.null_label)

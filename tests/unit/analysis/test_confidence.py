@@ -19,8 +19,7 @@ from dyndit.analysis.compare.peers.confidence import (
 )
 from dyndit.errors import CheckpointError, InputError
 from dyndit.models.base import Inputs
-from dyndit.models.dynamic import DynamicDepth
-from dyndit.models.work import StepInputs, Work
+from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import constant, ramp
 from dyndit.plans.step import Step

@@ -31,9 +31,8 @@ from dyndit.analysis.compare.sources import Peers
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dit import DiTConfig
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
 from dyndit.models.exits import ExitConfig
-from dyndit.models.work import StepInputs, Work
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.schedules import ramp
 from dyndit.plans.step import Step

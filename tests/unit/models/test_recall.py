@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from dyndit.analysis.metrics.macs import model_macs, sampling_macs
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
-from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
 from dyndit.models.exits import ExitConfig, Exits
-from dyndit.models.work import StepInputs, Work
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import Step, steps

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyndit.errors import PlanError
-from dyndit.models.work import Work
+from dyndit.models.dynamic import Work
 from dyndit.plans.step import STRONGEST, WEAKEST, Guide, Held, NoGuide, OwnExit, Step, Unconditional, locked, steps
 
 EXAMPLES = {

@@ -220,7 +220,8 @@ class Distill:
         how |= {"seed": TRAJECTORIES_SEED + 2 + seed, "precision": self.recall_fit.precision}
         with borrowed(model.backbone):
             data = trajectories(model, exits.config.recall, self.num_trajectories, **how)
-            train_recall(model, data, self.recall_fit, self.variance_weight, out)
+            fit = replace(self.recall_fit, seed=self.recall_fit.seed + seed)
+            train_recall(model, data, fit, self.variance_weight, out)
         return model.to(device)
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:

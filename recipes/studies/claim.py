@@ -37,12 +37,14 @@ from dyndit.analysis.compare.peers.internal_guidance import InternalGuidance
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.analysis.compare.peers.mag_cache import MagCache
 from dyndit.analysis.compare.peers.pruned import Pruned
+from dyndit.analysis.compare.peers.skips import Skips
 from dyndit.analysis.compare.peers.student import Student
 from dyndit.analysis.compare.peers.taylorseer import TaylorSeer
 from dyndit.analysis.compare.peers.width import Width
 from dyndit.analysis.compare.run import compare, prepared
 from dyndit.analysis.compare.tuned import TUNING, choose
 from dyndit.analysis.compare.tuning import Tuning
+from dyndit.models.exits import ExitConfig
 from dyndit.plans.plan import file_name
 from dyndit.plans.step import Guide, OwnExit, Unconditional, locked
 from dyndit.recipes.cifar10_frontier import CHOICES
@@ -51,7 +53,10 @@ from dyndit.recipes.cifar10_frontier import experiment as frontier
 LEAST_SCALE = 1.25
 """Scale of plans if full depth does best without guidance: a plan of scale 1 has nothing to guide."""
 SCALES = (1.0, LEAST_SCALE, 1.5, 1.75, 2.0, 2.5, 3.0)
-EXITS = (2, 4, 6, 8)
+EXITS, RECALL = (2, 4, 6, 8), (2, 4)
+"""Depths of the exits, all that plans leave at or are guided by, and of those with learned forecasts."""
+AGES = 3
+"""Steps of the table, each two of the plan's, for which a forecast is measured."""
 
 FULL = GuidanceInterval(0.0, math.inf)
 CACHES: dict[str, tuple[PeerSettings, ...]] = {
@@ -62,9 +67,18 @@ CACHES: dict[str, tuple[PeerSettings, ...]] = {
     "J-forecast": grid(Forecast, every=(2, 3, 4), depth=EXITS[:3], along=("step", "snr")),
 }
 
+exits = replace(
+    frontier.distill,
+    exits=ExitConfig(EXITS, recall=RECALL),
+    forecasts=False,  # those of the choices are learned
+    num_trajectories=1_024,
+    cfg_scale=2.5,  # about what full depth takes
+    recall_fit=replace(frontier.distill.recall_fit, steps=2_000, precision=frontier.distill.fit.precision),
+)
 calibration = replace(
     frontier,
-    calibration=replace(frontier.calibration, num_pictures=128, batch_size=64),
+    distill=exits,
+    calibration=replace(frontier.calibration, num_pictures=128, batch_size=64, forecast_ages=AGES),
     peers=(),
     metrics=("fd", "kid", "prc"),
     prc_members=5_000,
@@ -130,7 +144,9 @@ class Protocol:
         yield self.tuning("C-pass", *beside, scales=(1.25, 1.5, 2.0), group="C", **most)
         intervals = grid(GuidanceInterval, low=(0.0, 0.2, 0.5, 1.0), high=(5.0, 10.0, 17.0, 40.0, math.inf))
         yield self.tuning("C-interval", *intervals, scales=SCALES[1:], **most)
-        yield self.tuning("D", ConstantExit(8, 4), scales=SCALES[1:], **most | {"counts": 3})
+        plainest = {"scales": SCALES[1:], "group": "D"} | most | {"counts": 3}
+        yield self.tuning("D-constant", ConstantExit(8, 4), **plainest)
+        yield self.tuning("D-skips", *grid(Skips, every=(2, 3, 4, 5), depth=RECALL[:1]), **plainest)
         yield self.tuning("H", *grid(Student, depth=(4, 5, 6), passes=(True, False)), scales=SCALES, steps=self.counts)
         yield self.tuning("K", *grid(Pruned, drop=(4, 6)), scales=SCALES, steps=self.counts)
         yield self.tuning("L", *grid(Width, share=(0.6,)), scales=(scale,), steps=self.counts)
@@ -173,7 +189,7 @@ PROTOCOLS = {
 def of_choices(lock: Guide) -> dict[str, object]:
     """Return the choices of a locked calibration. Forecasts have ages if one is left."""
     choices = locked(CHOICES, lock)
-    return {"choices": choices, "forecast_ages": 2 * any(choice.forecast for choice in choices)}
+    return {"choices": choices, "forecast_ages": AGES * any(choice.forecast for choice in choices)}
 
 
 def carry_out(

@@ -5,7 +5,8 @@
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim-tries        # resumable
 
 The plain plan is a calibration of docs/results/claim/protocol.md, on seeds that the claim does not use, calibrated by
-`resnet20-cifar10`. The primary extractor of the claim scores nothing here.
+`resnet20-cifar10`. It is guided at scale 2.5, about the best one of full depth by that extractor; the claim tunes it. The
+primary extractor of the claim scores nothing here.
 
 | variant | change |
 |---|---|
@@ -14,10 +15,11 @@ The plain plan is a calibration of docs/results/claim/protocol.md, on seeds that
 | joined-descent | both |
 | searches | the best of five searches, on those 512 pictures |
 | scale | the searched plan at the guidance scale that does best on those 512 pictures |
-| strengths | steps may be guided half or twice as strongly |
+| strengths | steps may be guided half or twice as strongly, forecasts 0.7 or 1.4 times |
+| linear | forecasts extrapolate, in place of learning from what a full-depth step left |
 | guides | exits after 3 and 5 blocks learn the unconditional prediction, and may guide in its place |
-| longer | exits after 2, 4, 6 and 8 blocks alone, which plans use, trained for 4,000 updates in place of 1,000 |
-| slim | exits after 2, 4, 6 and 8 blocks alone, their MLP as wide as the backbone: 8% of its parameters |
+| longer | exits and forecasts learn for 4,000 updates, in place of 1,000 and 2,000 |
+| slim | the exits' MLP is as wide as the backbone |
 
 Both extractors score the joined variants' pictures of fresh seeds, but both chose their plans.
 
@@ -36,24 +38,31 @@ NUMBER = 9
 """Number of the calibration; the claim's are 0 to 4."""
 JOINED = "resnet20-cifar10+vgg-cifar10"
 STRENGTHS = tuple(f"{step}*{f}" for step in ("12|6", "12|e4", "8|4", "8|e4", "6|e2") for f in ("0.5", "2"))
+STRENGTHS += ("2+|held*0.7", "2+|held*1.4")
 GUIDED = ("12|e5", "12|e3", "8|e5", "8|e3", "6|e5", "6|e3", "4|e3")
 
 point = (("unipc", 20),)
+used = ExitConfig((2, 4, 6, 8), recall=(2, 4))
+exits = frontier.distill
+recall_fit = replace(exits.recall_fit, steps=2_000, precision=exits.fit.precision)
+exits = replace(exits, exits=used, forecasts=False, num_trajectories=1_024, cfg_scale=2.5, recall_fit=recall_fit)
 plain = replace(
     frontier,
-    calibration=replace(frontier.calibration, num_pictures=128, batch_size=64),
+    distill=exits,
+    calibration=replace(frontier.calibration, num_pictures=128, batch_size=64, forecast_ages=3),
     points=point,
     full_points=point,
     unguided_points=point,
     budgets=(0.45,),
+    cfg_scale=2.5,
     peers=(),
     metrics=("fd", "kid", "prc"),
     prc_members=5_000,
 ).calibrated(NUMBER)
-table, distill = plain.calibration, plain.distill
-used = ExitConfig((2, 4, 6, 8))
-more_exits = replace(distill, exits=ExitConfig((2, 3, 4, 5, 6, 8)))
-more_choices = replace(table, choices=CHOICES + GUIDED)
+table, exits = plain.calibration, plain.distill
+linear = replace(exits, exits=replace(used, recall=()), forecasts=True)
+more_exits = replace(exits, exits=replace(used, layers=(2, 3, 4, 5, 6, 8)), guides=(3, 5))
+longer = {"fit": replace(exits.fit, steps=4_000), "recall_fit": replace(recall_fit, steps=4_000)}
 experiment = replace(
     plain,
     first_seed=20_000,
@@ -66,8 +75,9 @@ experiment = replace(
         Variant("searches", descent=Descent(rounds=0, searches=5)),
         Variant("scale", descent=Descent(rounds=0, scales=(1.25, 1.75, 2.0, 2.5, 3.0))),
         Variant("strengths", calibration=replace(table, choices=CHOICES + STRENGTHS)),
-        Variant("guides", distill=replace(more_exits, guides=(3, 5)), calibration=more_choices),
-        Variant("longer", distill=replace(distill, exits=used, fit=replace(distill.fit, steps=4_000))),
-        Variant("slim", distill=replace(distill, exits=replace(used, head="slim"))),
+        Variant("linear", distill=linear),
+        Variant("guides", distill=more_exits, calibration=replace(table, choices=CHOICES + GUIDED)),
+        Variant("longer", distill=replace(exits, **longer)),
+        Variant("slim", distill=replace(exits, exits=replace(used, head="slim"))),
     ),
 )

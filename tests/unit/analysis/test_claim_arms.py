@@ -13,6 +13,7 @@ from dyndit.analysis.compare.peers.constant_exit import ConstantExit
 from dyndit.analysis.compare.peers.ecad import Ecad, PartShares, part_shares, periodic, run_of
 from dyndit.analysis.compare.peers.internal_guidance import InternalGuidance
 from dyndit.analysis.compare.peers.random_plan import shuffled
+from dyndit.analysis.compare.peers.skips import Skips
 from dyndit.analysis.compare.peers.student import AtDepth, Student, cut
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
@@ -137,6 +138,13 @@ def test_a_constant_exit_is_its_depth_at_every_step(model) -> None:
     assert set(map(str, planned(ConstantExit(4, 2), model, 1.0).steps)) == {"4"}
 
 
+def test_skips_are_full_steps_and_forecasts_that_hold_their_guidance(model) -> None:
+    peer = Skips(3, 2)
+    assert list(map(str, planned(peer, model).steps)) == ["6|6", "6|6", "2+|held", "2+|held", "6|6", "6|6"]
+    assert list(map(str, planned(peer, model, 1.0).steps)) == ["6", "6", "2+", "2+", "6", "6"]
+    assert peer.model(model) is model
+
+
 def test_an_own_guide_costs_no_pass_and_stands_beside_one(model) -> None:
     alone, beside = InternalGuidance(4, high=50.0), InternalGuidance(4, 1.5, high=50.0)
     assert alone.model(model) is model
@@ -229,6 +237,8 @@ def test_locked_choices_have_one_guide() -> None:
         (lambda m: planned(Ecad(genome=("q" + "1" * 12,) * 6), m), "genome with 'q1"),
         (lambda m: ConstantExit(4, 4), "guide 4"),
         (lambda m: ConstantExit(7).model(m), "depth 7"),
+        (lambda m: Skips(1, 2), "peer skips: every 1"),
+        (lambda m: Skips(2, 6).model(m), "depth 6"),
         (lambda m: InternalGuidance(6).model(m), "exit 6"),
         (lambda m: Student(6).model(m), "depth 6"),
         (lambda m: Student(4).model(m), "context"),

@@ -36,7 +36,9 @@ def rehearsal() -> claim.Protocol:
     """The protocol with its depths, choices and arms, of few steps, pictures, updates and settings."""
     whole = claim.calibration
     distill = replace(whole.distill, num_steps=4, num_trajectories=8)
-    distill = replace(distill, fit=replace(distill.fit, steps=2, batch_size=8, checkpoint_every=1, precision="fp32"))
+    short = {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "precision": "fp32"}
+    fits = {name: replace(getattr(distill, name), **short) for name in ("fit", "recall_fit")}
+    distill = replace(distill, **fits)
     table = CalibrationSettings(num_pictures=66, num_bands=3, batch_size=66, choices=CHOICES, forecast_ages=1)
     few = {"num_images": NUM_IMAGES, "batch_size": 33, "more_extractors": ("vgg-cifar10",), "calibration_steps": 3}
     few |= {"precision": "fp32"}  # a CPU without bf16 products would take 400 times as long

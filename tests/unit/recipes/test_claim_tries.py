@@ -20,8 +20,9 @@ NUM_IMAGES = 66
 def shorter(distill: Distill | None) -> Distill | None:
     if distill is None:
         return None
-    fit = replace(distill.fit, steps=2, batch_size=8, checkpoint_every=1, precision="fp32")
-    return replace(distill, fit=fit, num_steps=4, num_trajectories=8)
+    few = {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "precision": "fp32"}
+    fits = {name: replace(getattr(distill, name), **few) for name in ("fit", "recall_fit")}
+    return replace(distill, **fits, num_steps=4, num_trajectories=8)
 
 
 def small(variant: Variant) -> Variant:

@@ -15,7 +15,7 @@ SAVING, FEW, PRECISION, NEAR = {True: 0.30, False: 0.40}, 10, -0.01, 0.01
 which a simpler arm does nearly as well."""
 SIMPLER = {
     "C": "guidance by an own exit at full depth",
-    "D": "heads and their guide at one depth",
+    "D": "the same heads without a search",
     "H": "a smaller student",
 }
 """Arms that would show that choosing by timestep is not what saves the time."""

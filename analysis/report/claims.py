@@ -25,7 +25,7 @@ RIVALS = {
     "B": ("B", "full depth in fewer steps"),
     "C": ("C", "full depth guided by its own exit"),
     "C'": ("C-interval", "guidance in an interval"),
-    "D": ("D", "the same heads at one depth"),
+    "D": ("D", "the same heads without a search"),
     "F": ("shuffled", "the same steps shuffled"),
     "H": ("H", "a smaller student"),
     "I": ("ecad", "an evolved cache"),

@@ -5,8 +5,8 @@
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim-tries        # resumable
 
 The plain plan is a calibration of docs/results/claim/protocol.md, on seeds that the claim does not use, calibrated by
-`resnet20-cifar10`. It is guided at scale 2.5, about the best one of full depth by that extractor; the claim tunes it. The
-primary extractor of the claim scores nothing here.
+`resnet20-cifar10`. It is guided at scale 2.5, about what full depth does best at by that extractor. The claim tunes it.
+The primary extractor of the claim scores nothing here.
 
 | variant | change |
 |---|---|

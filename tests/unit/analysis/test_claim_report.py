@@ -140,14 +140,14 @@ OUTCOMES = [
     (
         {"D": {"fd": lambda c: 9.0 + c % 2 * 4}},
         1,
-        "It is not shown to be better than D, the same heads at one depth at",
+        "It is not shown to be better than D, the same heads without a search at",
     ),
     (
         {"C": {"fd": 10.15}},
         -1,
         "The timestep-aware plan is not what saves the time; guidance by an own exit at full depth",
     ),
-    ({"D": {"fd": 10.15}}, -1, "not what saves the time; heads and their guide at one depth does nearly as well."),
+    ({"D": {"fd": 10.15}}, -1, "not what saves the time; the same heads without a search does nearly as well."),
     ({"H": {"fd": 10.15}}, -1, "not what saves the time; a smaller student does nearly as well."),
     ({"shuffled": {"fd": lambda c: 10 + c % 2 * 0.3}}, -1, "The order of the steps does not matter"),
     ({"K": None}, 2, "K, a pruned backbone has no arm within the time; it left the comparison."),
@@ -180,7 +180,7 @@ def test_a_missing_row_is_named_and_its_comparison_left_out() -> None:
     assert all(found[k]["diff"] == whole[k]["diff"] for k in RIVALS if k != "D")
     assert found["B"]["corrected"] == whole["B"]["corrected"]  # it still counts as a comparison
     assert (
-        "not shown to be better than D, the same heads at one depth at equal time (left out: no row"
+        "not shown to be better than D, the same heads without a search at equal time (left out: no row"
         in sentences(claim)[1]
     )
     goal = goals(claim)[5]

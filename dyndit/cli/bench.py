@@ -121,7 +121,7 @@ def _timed(measure: "Callable[..., pd.DataFrame]", until: float, out: Path | Non
     """
     import pandas as pd
 
-    from dyndit import files
+    from dyndit import sealed_csv
     from dyndit.analysis.compare.bench_verdict import head, of_size, ratios
 
     done: list[pd.DataFrame] = []  # a table per batch size that is done
@@ -130,7 +130,7 @@ def _timed(measure: "Callable[..., pd.DataFrame]", until: float, out: Path | Non
     def on_round(rows: pd.DataFrame) -> str:
         now[:] = [rows]
         if out is not None:
-            files.write_text(out, pd.concat(done + now).to_csv(index=False))
+            sealed_csv.write(out, pd.concat(done + now))
         return ratios(rows)
 
     def on_size(rows: pd.DataFrame) -> None:

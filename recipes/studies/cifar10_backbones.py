@@ -74,15 +74,20 @@ def main(
     extractors = [load_extractor(name, files.get(name), device) for name in EXTRACTORS]
     references = [Measured(real, one, cache=cache_folder()) for one in extractors]
     out.mkdir(parents=True, exist_ok=True)
-    kept = out / ROWS
-    done = pd.read_csv(kept) if kept.exists() else pd.DataFrame(columns=["model", "seed"])
-    seen = set(zip(done["model"], done["seed"], strict=True))
-    wanted = list(product(range(FIRST_SEED, FIRST_SEED + num_blocks), models))
-    missing = [(seed, model) for seed, model in wanted if (str(model), seed) not in seen]
+    kept, weights = out / ROWS, {str(model): checkpoints.load(str(model)).identity.backbone for model in models}
+    seen = set(_of(weights, kept)[["seed", "model"]].itertuples(index=False, name=None)) if kept.exists() else set()
+    wanted = product(range(FIRST_SEED, FIRST_SEED + num_blocks), models)
+    missing = [(seed, model) for seed, model in wanted if (seed, str(model)) not in seen]
     for seed, model in tracked(missing, "drawing blocks", unit="blocks"):
         rows = pd.DataFrame(scored(model, seed, num_images, references, device))
         rows.to_csv(kept, mode="a", header=not kept.exists(), index=False)
-    print(table(pd.read_csv(kept)))
+    print(table(_of(weights, kept)))
+
+
+def _of(weights: dict[str, str], kept: Path) -> pd.DataFrame:
+    """Read the rows of these folders' present weights, which may have changed.  weights: identity by folder."""
+    rows = pd.read_csv(kept)
+    return rows[rows["model"].map(weights) == rows["backbone"]]
 
 
 if __name__ == "__main__":

@@ -37,3 +37,10 @@ def test_it_resumes_and_pairs_the_seeds(
         expected = mean.loc[line[1], str(both[1])] - mean.loc[line[1], str(first)]
         assert difference == pytest.approx(expected, abs=0.01)
     assert len(said) == 2
+
+    randomise(other.backbone, seed=2)
+    checkpoints.save(DynamicDepth(other.backbone, pixel_space=True), both[1])
+    cifar10_backbones.main(both, inputs.data, Path(inputs.extractor_weights or ""), out, 4, 2)
+    assert len(pd.read_csv(out / cifar10_backbones.ROWS)) == 2 * 2 * 3
+    found = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if str(both[1]) in line]
+    assert [line[2] for line in found] != [line[2] for line in said]

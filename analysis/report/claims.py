@@ -15,6 +15,7 @@ import pandas as pd
 
 from dyndit.analysis.report.frontier import MISSING
 from dyndit.analysis.report.runs import GROUP, TEXT, label
+from dyndit.calibration.extractor import SEPARATOR
 from dyndit.errors import InputError
 from dyndit.stats import Interval, holm, over_calibrations
 
@@ -66,8 +67,9 @@ class Claim:
 
     @cached_property
     def extractors(self) -> tuple[str, ...]:
-        """Return the extractors, the primary one first."""
-        return tuple(sorted(set(self.rows["extractor"]), key=lambda name: (name != PRIMARY, name)))
+        """Return the extractors, the primary one first. Joined ones calibrate alone: they judge nothing."""
+        names = {name for name in self.rows["extractor"] if SEPARATOR not in name}
+        return tuple(sorted(names, key=lambda name: (name != PRIMARY, name)))
 
     @property
     def point(self) -> str:

@@ -78,6 +78,15 @@ def by_letter(claim: Claim, extractor: str = PRIMARY, arms=RIVALS) -> dict[str, 
     return {row["letter"]: row for row in claim.comparisons(extractor, arms).to_dict("records")}
 
 
+def test_joined_extractors_judge_nothing() -> None:
+    runs, joined = runs_of(), "resnet20-cifar10+vgg-cifar10"
+    more = [rows[rows["extractor"] == "vgg-cifar10"].assign(extractor=joined, fd=99.0) for rows in runs]
+    (claim,) = claims_of([pd.concat(both) for both in zip(runs, more, strict=True)], 0.03)
+    assert claim.extractors == claim_of().extractors
+    assert sentences(claim) == sentences(claim_of())
+    assert goals(claim) == goals(claim_of())
+
+
 def fds(family: str, changes: dict[str, dict] | None = None) -> list[float]:
     rows = pd.concat(runs_of(changes))
     rows = rows[(rows["family"] == family) & (rows["extractor"] == PRIMARY) & (rows["role"] == "score")]

@@ -31,7 +31,12 @@ def exits_cost(model: DynamicDepth, distill: Distill, result: FitResult) -> dict
     heads = sum(macs.leave[depth] for depth in model.exits.layers)
     backbone = macs.full if distill.backbone == "frozen" else (1 + PASSES) * macs.full
     backbone += macs.full * bool(distill.guides)  # the pass without the condition
-    return {"parameters": parameters, **_cost(macs, backbone + PASSES * heads, distill.fit, result)}
+    cost = _cost(macs, backbone + PASSES * heads, distill.fit, result)
+    if macs.recall:  # learned on both branches of sampled trajectories
+        sampled = 2 * macs.full * distill.num_steps * distill.num_trajectories
+        seen = distill.recall_fit.steps * distill.recall_fit.batch_size
+        cost["training_flops"] += flops(sampled + PASSES * sum(macs.recall.values()) * seen)
+    return {"parameters": parameters, **cost}
 
 
 def _cost(macs: Macs, per_picture: int, fit: FitConfig, result: FitResult) -> dict[str, float]:
@@ -43,7 +48,7 @@ def _cost(macs: Macs, per_picture: int, fit: FitConfig, result: FitResult) -> di
         "pictures": pictures,
         "training_flops": flops(per_picture) * pictures,
         # A resumed run is charged for all of its updates at the pace of the last call.
-        "seconds": result.seconds / result.updates * fit.steps if result.updates else math.nan,
+        "seconds": result.whole(fit.steps),
     }
 
 

@@ -213,7 +213,8 @@ def distill(
     errors = exit_errors.exit_error_table(dynamic, pictures)
     sealed_csv.write(out / exit_errors.FILE, errors)
     identity = dynamic.identity
-    facts = {"fit": vars(fit), "seconds": result.seconds, "exits": identity.exits, "trunk": identity.backbone}
+    seconds = result.seconds + result.beside
+    facts = {"fit": vars(fit), "seconds": seconds, "exits": identity.exits, "trunk": identity.backbone}
     facts |= {"pictures": pictures.account, "extended": list(result.extended)}
     files.write_json(out / manifest.MANIFEST, manifest.describe(settings, **facts))
     if identity.backbone != original:

@@ -1,5 +1,6 @@
 """Distil exits: train them on the full model's own predictions."""
 
+import time
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -197,14 +198,20 @@ class Distill:
                 adapters.merge_and_unload()
             dynamic.eval()
         dynamic.to(next(original.parameters()).device)
+        began, more = time.monotonic(), 0.0
         if self.forecasts:
             exits.gains = nn.Parameter(self._gains(dynamic))
+            more = time.monotonic() - began
         if self.exits.recall:
-            dynamic = self._with_recall(dynamic, Path(out) / RECALL)
-        return dynamic, result
+            dynamic, seconds = self._with_recall(dynamic, Path(out) / RECALL)
+            more += seconds
+        return dynamic, replace(result, beside=more)
 
-    def _with_recall(self, model: DynamicDepth, out: Path) -> DynamicDepth:
-        """Add the heads of learned forecasts, and train them on guided trajectories of `num_steps` steps."""
+    def _with_recall(self, model: DynamicDepth, out: Path) -> tuple[DynamicDepth, float]:
+        """Add the heads of learned forecasts, and train them on guided trajectories of `num_steps` steps.
+
+        -> the model, and the seconds that this took.
+        """
         assert model.exits is not None
         seed, before = self.fit.seed, model.exits
         device = next(before.parameters()).device
@@ -219,10 +226,12 @@ class Distill:
         how: dict[str, Any] = {"solver": solver, "num_steps": steps, "cfg_scale": scale, "batch_size": 64}
         how |= {"seed": TRAJECTORIES_SEED + 2 + seed, "precision": self.recall_fit.precision}
         with borrowed(model.backbone):
+            began = time.monotonic()
             data = trajectories(model, exits.config.recall, self.num_trajectories, **how)
+            sampled = time.monotonic() - began
             fit = replace(self.recall_fit, seed=self.recall_fit.seed + seed)
-            train_recall(model, data, fit, self.variance_weight, out)
-        return model.to(device)
+            result = train_recall(model, data, fit, self.variance_weight, out)
+        return model.to(device), sampled + result.whole(fit.steps)
 
     def _gains(self, dynamic: DynamicDepth) -> Tensor:
         """Learn corrections of forecasts on guided trajectories of `num_steps` steps.  -> (E, 2, NUM_TERMS)."""

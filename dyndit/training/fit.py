@@ -7,6 +7,7 @@ resumed run ends with the same bits as an uninterrupted run.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +90,11 @@ class FitResult:
     seconds: float  # of this call, without a resumed run's earlier part
     updates: int  # steps of this call
     extended: tuple[int, ...] = ()  # steps at which the run was extended along another schedule
+    beside: float = 0.0  # seconds of what a recipe did besides these steps
+
+    def whole(self, steps: int) -> float:
+        """Return the seconds of all `steps`, at this call's pace, and of what came beside. NaN: this call took none."""
+        return self.seconds / self.updates * steps + self.beside if self.updates else math.nan
 
     def __repr__(self) -> str:
         last = f"{len(self.losses)} steps" + (f", loss {self.losses['loss'].iloc[-1]:.4g}" if len(self.losses) else "")

@@ -17,7 +17,7 @@ from dyndit.progress import tracked
 from dyndit.sampling.guidance import Guidance
 from dyndit.sampling.loop import advance, batch_in_turn, full_plan, start
 from dyndit.training.config import FitConfig
-from dyndit.training.fit import Task, fit
+from dyndit.training.fit import FitResult, Task, fit
 from dyndit.training.losses import halves
 
 OLDEST = 8
@@ -130,8 +130,10 @@ class _Heads(nn.Module):
         return torch.stack(errors)
 
 
-def train_recall(model: DynamicDepth, data: Trajectories, config: FitConfig, variance_weight: float, out: Path) -> None:
-    """Train the recall heads of a model in place. A stopped run resumes in `out`."""
+def train_recall(
+    model: DynamicDepth, data: Trajectories, config: FitConfig, variance_weight: float, out: Path
+) -> FitResult:
+    """Train the recall heads of a model in place -> the loop's record. A stopped run resumes in `out`."""
     assert model.exits is not None
     exits = model.exits
     for parameter in exits.recalls.parameters():
@@ -141,3 +143,4 @@ def train_recall(model: DynamicDepth, data: Trajectories, config: FitConfig, var
     result = fit(task, data, config, out, identity=identity)
     task.trainable.load_state_dict(result.ema)
     exits.eval()
+    return result

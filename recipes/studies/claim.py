@@ -249,9 +249,12 @@ def expected(protocol: Protocol, full_ms: float, minutes: float) -> dict[str, fl
 
 
 def minutes_of(out: Path) -> float:
-    """Return the minutes from the backbone to the plan: exits, table, search and measured plans."""
+    """Return the minutes from the backbone to the plan: exits, table, search and measured plans.
+
+    Not a number if one was stopped between its end and its row: then its time is not known.
+    """
     costs = pd.concat([pd.read_csv(out / stage / COSTS) for stage in ("scale", "plan")])
-    return float(costs["seconds"].sum()) / 60
+    return float(costs["seconds"].sum(skipna=False)) / 60
 
 
 def main(

@@ -10,6 +10,7 @@ import pytest
 from dyndit.analysis.compare.costs import backbone_cost, exits_cost, note
 from dyndit.analysis.metrics.macs import model_macs
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import Exits
 from dyndit.training.config import FitConfig
 from dyndit.training.distill import Distill
 from dyndit.training.fit import FitResult
@@ -34,6 +35,20 @@ def test_an_update_is_three_passes_of_the_backbone_and_of_the_heads(model: Dynam
     assert frozen["training_flops"] == 2 * (macs.full + 3 * heads) * 40
     assert whole["training_flops"] == 2 * (4 * macs.full + 3 * heads) * 40
     assert frozen["parameters"] == sum(p.numel() for p in model.exits.parameters())
+
+
+def test_learned_forecasts_are_charged_for_what_they_see_and_for_their_heads(make_model) -> None:
+    plain = make_model()
+    exits = Exits(plain.backbone, replace(plain.exits.config, recall=(2,)))
+    model = DynamicDepth(plain.backbone, exits)
+    distill = Distill(fit=FIT, exits=exits.config, num_steps=5, num_trajectories=3, recall_fit=replace(FIT, steps=2))
+    found, alone = (exits_cost(one, distill, replace(result(5.0, 10), beside=2.0)) for one in (model, plain))
+    macs = model_macs(model)
+    assert macs.recall[2] > macs.leave[2]
+    more = 2 * (2 * macs.full * 5 * 3 + 3 * macs.recall[2] * 2 * 4)
+    assert found["training_flops"] == alone["training_flops"] + more
+    assert found["parameters"] == sum(p.numel() for p in exits.parameters()) > alone["parameters"]
+    assert found["seconds"] == 7.0
 
 
 def test_a_resumed_training_is_charged_for_all_its_updates(model: DynamicDepth) -> None:

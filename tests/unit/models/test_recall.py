@@ -196,12 +196,13 @@ def test_exits_are_the_same_with_and_without_learned_forecasts(distilled, recipe
 def test_a_stopped_training_ends_with_the_same_bits(distilled, recipe, model, tmp_path: Path) -> None:
     found, _ = distilled
     short = replace(recipe, recall_fit=replace(recipe.recall_fit, schedule="constant"))
-    first = short.run(model, load_digits(), tmp_path / "whole")[0]
+    first, record = short.run(model, load_digits(), tmp_path / "whole")
     half = replace(short, recall_fit=replace(short.recall_fit, steps=15))
     half.run(model, load_digits(), tmp_path / "halves")
     second = short.run(model, load_digits(), tmp_path / "halves")[0]
     assert first.identity == second.identity
     assert first.identity != found.identity
+    assert record.beside > 0  # the time of the forecasts' training
 
 
 def test_recorded_calls_are_refused(recipe, model, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Distill:
 
     recall_fit: the training of the heads of learned forecasts (`ExitConfig(recall=...)`), after the exits', on the
     tokens of `num_trajectories` pictures of the sampler. These are held in memory: 2 (E + 1) K N D bytes for each
-    picture, with E such heads and K sampling steps.
+    picture, with E such heads and K sampling steps. Its seed counts on from that of `fit`.
 
     The backbone that trains is a copy; its teacher is the frozen original. The exits and the copy's full depth are
     both matched to the teacher's full depth, so that full depth stays close to the original.

@@ -1,0 +1,42 @@
+"""CIFAR-10: which exits give the claim a better searched plan? One change at a time, UniPC-20, budget 0.45.
+
+    export TIMM_FUSED_ATTN=0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1                               # on a CPU
+    dyndit compare claim_tries_exits --model recipes/weights/cifar10 --data DIR \\
+        --extractor-weights resnet20-cifar10.safetensors --out runs/claim-tries-exits  # resumable
+
+The plain plan is that of `claim_tries`, drawn on other seeds. Each variant has exits and a table of its own.
+
+| variant | change |
+|---|---|
+| linear | forecasts extrapolate, in place of learning from what a full-depth step left |
+| guides | exits after 3 and 5 blocks learn the unconditional prediction, and may guide in its place |
+| slim | the exits' MLP is as wide as the backbone |
+| longer | exits and forecasts learn for 4,000 updates, in place of 1,000 and 2,000 |
+
+Result and minutes: not yet measured.
+"""
+
+from dataclasses import replace
+
+from dyndit.analysis.compare.experiment import Variant
+from dyndit.recipes.cifar10_frontier import CHOICES
+from dyndit.recipes.studies.claim_tries import experiment as plans
+from dyndit.recipes.studies.claim_tries import plain
+
+GUIDED = ("12|e5", "12|e3", "8|e5", "8|e3", "6|e5", "6|e3", "4|e3")
+
+table, exits = plain.calibration, plain.distill
+linear = replace(exits, exits=replace(exits.exits, recall=()), forecasts=True)
+more_exits = replace(exits, exits=replace(exits.exits, layers=(2, 3, 4, 5, 6, 8)), guides=(3, 5))
+slim = replace(exits, exits=replace(exits.exits, head="slim"))
+longer = {"fit": replace(exits.fit, steps=4_000), "recall_fit": replace(exits.recall_fit, steps=4_000)}
+experiment = replace(
+    plans,
+    first_seed=20_100,
+    variants=(
+        Variant("linear", distill=linear),
+        Variant("guides", distill=more_exits, calibration=replace(table, choices=CHOICES + GUIDED)),
+        Variant("slim", distill=slim),
+        Variant("longer", distill=replace(exits, **longer)),
+    ),
+)

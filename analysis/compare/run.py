@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dyndit import files, manifest
+from dyndit import files, manifest, seals
 from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context, model_with_exits, scaled
+from dyndit.analysis.compare.drawn import EVERY, FOLDER, Drawn, Parts
 from dyndit.analysis.compare.experiment import Experiment, Inputs, settings_of
 from dyndit.analysis.compare.peers import Peer
 from dyndit.analysis.compare.peers.confidence import ConfidentDepth
@@ -189,7 +190,7 @@ class Comparison:
         """Sample and score every arm on every seed block.
 
         Within a block the arms take turns batch by batch, so a machine that slows down slows all arms. After an
-        interrupted block, the arms without a row draw it again.
+        interrupted block, the arms without a row go on after the last batches that were kept (`drawn.Parts`).
         """
         experiment, path = self.experiment, self.out / RUNS
         for real in self.references:
@@ -209,16 +210,34 @@ class Comparison:
         with progress_bar("sampling and scoring", self.console, unit="batches") as advance:
             advance(count, total)
             for block, waiting in missing.items():
-                drawn: dict[str, list[Samples]] = {arm.name: [] for arm in waiting}
-                for batch in range(batches):
+                parts = self._parts(block, waiting)
+                known = list(parts.read())
+                drawn = {arm.name: [part[arm.name] for part in known] for arm in waiting}
+                fresh: dict[str, list[Drawn]] = {arm.name: [] for arm in waiting}
+                advance(count := count + len(known) * EVERY * len(waiting), total)
+                for batch in range(len(known) * EVERY, batches):
                     num = min(size, experiment.num_images - batch * size)
                     for arm in in_turn(waiting, block, batch):
-                        part = self._draw(arm, seed=first + block, num=num, first=batch * size, stats=True)
-                        drawn[arm.name].append(part)
+                        made = self._draw(arm, seed=first + block, num=num, first=batch * size, stats=True)
+                        fresh[arm.name].append(Drawn.of(made))
                         count += 1
                         advance(count, total)
+                    if (batch + 1) % EVERY == 0 and batch + 1 < batches:
+                        parts.write(batch // EVERY, fresh)
+                        for arm in waiting:
+                            drawn[arm.name] += fresh.pop(arm.name)
+                            fresh[arm.name] = []
                 for arm in waiting:
-                    append_run(path, *self._rows(arm, block, drawn.pop(arm.name), *macs[arm.name]))
+                    pictures = drawn.pop(arm.name) + fresh.pop(arm.name)
+                    append_run(path, *self._rows(arm, block, pictures, *macs[arm.name]))
+                parts.remove()
+
+    def _parts(self, block: int, arms: list[Arm]) -> Parts:
+        """Return where the batches of a block are kept until its rows are written."""
+        chosen = self.experiment
+        depends = [self.model.identity, chosen.first_seed + block, chosen.num_images, chosen.batch_size]
+        depends += [(arm.plan.steps, arm.plan.timesteps, arm.plan.cfg_scale) for arm in arms]
+        return Parts(self.out / FOLDER / str(block), [arm.name for arm in arms], seals.checksum(str(depends)))
 
     def time(self, arms: list[Arm]) -> None:
         """Time every arm in batches of `time_batch`, in turns: rows of role "time" with the scored figures.
@@ -280,7 +299,7 @@ class Comparison:
         return sample(arm.model or self.model, labels, plan=plan, **options)
 
     def _rows(
-        self, arm: Arm, block: int, drawn: list[Samples], macs: float, macs_heads: float | None = None
+        self, arm: Arm, block: int, drawn: list[Drawn], macs: float, macs_heads: float | None = None
     ) -> list[dict[str, object]]:
         """Score the batches of one arm in one block; return a row of runs.csv for each extractor."""
         experiment, plan, parameter = self.experiment, arm.plan, next(self.model.parameters())
@@ -307,7 +326,7 @@ class Comparison:
             "mean_depth_cond": cond,
             "mean_depth_uncond": uncond,
             "ms_per_picture": 1e3 * sum(part.seconds for part in drawn) / experiment.num_images,
-            "ms_denoiser": 1e3 * sum(sum(part.network_seconds) for part in drawn) / experiment.num_images,
+            "ms_denoiser": 1e3 * sum(part.network for part in drawn) / experiment.num_images,
             "noise": kind_of(plan.solver),
             "labels": "balanced",
             "resize": "",

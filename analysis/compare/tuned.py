@@ -1,5 +1,7 @@
 """Choose a rival's settings on the calibration seeds, at a time, and make an arm of the best one.
 
+The best setting then takes the searched plan's time, or the next slower step count: a rival never has less.
+
 An arm chosen on the pictures that score it looks better than it is. So settings are chosen on the table's seeds, by the
 extractor that plans are calibrated on. Everything that was tried is in `tuning.csv`, which also makes it resumable.
 """
@@ -31,7 +33,7 @@ calibration seeds; empty if the time was over the limit. seconds: of training, t
 
 NUMBERS = ("cfg_scale", "share", "fd", "seconds")
 MATCHED, RATIO = "matched.csv", (*KEY, "ratio")
-"""A row per arm that was timed against the searched plan: its time over the plan's, median over rounds."""
+"""A row per setting that was timed against the searched plan: its time over the plan's, median over rounds."""
 MATCHING, ROUNDS = 0.02, Repeats(6, until=0.02, most=30)
 """Times are equal within this share; rounds of timing."""
 
@@ -65,11 +67,9 @@ class Tuned:
                 advance(number + 1, len(tunings))
         for tuning, best in found:
             rivals = [other for one, other in found if one.group == tuning.group] if tuning.group else [best]
-            wins = best is min(rivals, key=lambda one: one.fd)
-            family = tuning.group if tuning.group and wins else tuning.family
-            arms.append(_arm(context, family, best))
-            if tuning.matched and wins and (other := neighbour(context, tuning, best)):
-                arms.append(_arm(context, family, *other))
+            if best is min(rivals, key=lambda one: one.fd):
+                made = matched(context, tuning, best) if tuning.matched else best
+                arms.append(_arm(context, tuning.group or tuning.family, made))
         return arms
 
 
@@ -108,11 +108,11 @@ def candidate_plan(peer: PeerSettings, model: DynamicDepth, solver: str, steps: 
     return bind(peer.plan(full_plan(model, solver, steps, cfg_scale), model.depths), model)
 
 
-def neighbour(context: Context, tuning: Tuning, best: Candidate) -> tuple[Candidate, str] | None:
-    """Return the best setting with one step count more or fewer, and "slower" or "faster"; None if times are matched.
+def matched(context: Context, tuning: Tuning, best: Candidate) -> Candidate:
+    """Return the best setting at the least step count of the tuning that takes the searched plan's time.
 
-    Its time is compared with the searched plan of the tuning's share, in turns. The report interpolates between both
-    step counts. None also if the tuning has no such step count. The ratio is kept in `matched.csv`.
+    It is timed against the plan of the tuning's share, in turns, and other step counts are taken to cost in proportion.
+    Times are equal within `MATCHING`. If no count takes as long, the largest stays. The ratio is kept in `matched.csv`.
     """
     path, plan = context.out / MATCHED, best.plan
     key = (tuning.family, best.peer.name, best.peer.label, plan.solver, str(plan.num_steps), str(plan.cfg_scale))
@@ -126,14 +126,13 @@ def neighbour(context: Context, tuning: Tuning, best: Candidate) -> tuple[Candid
         sealed_csv.write(path, found)
     else:
         ratio = float(known["ratio"].iloc[0])
-    if abs(ratio - 1) <= MATCHING:
-        return None
-    others = [steps for steps in tuning.steps if (steps > plan.num_steps) == (ratio < 1) and steps != plan.num_steps]
-    if not others:
-        return None
-    steps = min(others, key=lambda steps: abs(steps - plan.num_steps))
+    counts = sorted({*tuning.steps, plan.num_steps})
+    long_enough = [steps for steps in counts if ratio * steps / plan.num_steps >= 1 - MATCHING]
+    steps = min(long_enough, default=counts[-1])
+    if steps == plan.num_steps:
+        return best
     other = candidate_plan(best.peer, best.model, plan.solver, steps, plan.cfg_scale)
-    return replace(best, plan=other, fd=math.nan), "slower" if ratio < 1 else "faster"
+    return replace(best, plan=other, fd=math.nan)
 
 
 def _ratio(context: Context, tuning: Tuning, best: Candidate) -> float:
@@ -153,10 +152,10 @@ def _ratio(context: Context, tuning: Tuning, best: Candidate) -> float:
     return float((table["rival"] / table["searched"]).median())
 
 
-def _arm(context: Context, family: str, best: Candidate, variant: str = "") -> Arm:
+def _arm(context: Context, family: str, best: Candidate) -> Arm:
     predicted = context.predicted_ms(best.plan) if best.model is context.model else None
     made = {"model": best.model, "peer": best.peer, "predicted_ms": predicted, "calibration": context.calibration}
-    return Arm(family, best.plan, None, f"{best.peer.name}-{best.peer.label}", variant, swept=True, **made)
+    return Arm(family, best.plan, None, f"{best.peer.name}-{best.peer.label}", swept=True, **made)
 
 
 def _number(text: str) -> float | None:

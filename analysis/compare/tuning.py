@@ -35,9 +35,9 @@ class Tuning:
     minutes: float = 0.0
     """Minutes of training, timing and drawing. Settings that come later are left out. 0: no limit."""
     group: str = ""
-    """Tunings of one group compete: the arm of least distance on the calibration seeds takes the group as family."""
+    """Tunings of one group compete: the one of least distance on the calibration seeds is the arm, of this family."""
     matched: bool = False
-    """Measure a second step count if the arm's time differs from the searched plan's of this share (`matched`)."""
+    """Give the arm the searched plan's time of this share, or the next slower step count (`tuned.matched`)."""
 
     def __post_init__(self) -> None:
         for name in ("peers", "scales", "steps"):

@@ -7,7 +7,7 @@ import pandas as pd
 
 from dyndit.analysis.report.cells import Column, Table, filled, share
 from dyndit.analysis.report.claim_goals import goals, named, p_value, sentences
-from dyndit.analysis.report.claims import EXPLAINING, OTHERS, PRIMARY, RIVALS, Claim
+from dyndit.analysis.report.claims import EXPLAINING, PRIMARY, RIVALS, Claim
 from dyndit.analysis.report.frontier import summary
 from dyndit.analysis.report.runs import GROUP, scored_rows
 from dyndit.analysis.report.savings import with_parts
@@ -16,8 +16,8 @@ from dyndit.analysis.report.tables import arms_table
 WORDS = {True: "met", False: "missed", None: "not judged"}
 HOW = (
     "Lower FD is better. Every interval is Student's 95% interval over calibrations, and every p value that of the "
-    "paired t test over them; p is corrected after Holm over the comparisons of one table. FD at equal time: the arm's "
-    "own if its time is within 2% of the plan's, else interpolated in log time to its next step count, if it has one."
+    "paired t test over them; p is corrected after Holm over the comparisons of one table. Times are equal within 2%. "
+    "A rival that has no step count of the plan's time takes more: the note says so."
 )
 
 
@@ -47,12 +47,12 @@ def comparisons_table(claim: Claim, extractor: str, arms: Mapping[str, tuple[str
     why = decides if rivals else "These arms explain, and decide nothing. "
     return filled(
         "rivals at equal time" if rivals else "what the plan is made of",
-        f"{why}G − X: the searched plan's FD less the arm's at equal time, over {claim.words}; p: two-sided paired t "
+        f"{why}G − X: the searched plan's FD less the arm's, over {claim.words}; p: two-sided paired t "
         f"test, and after Holm over these {int((frame['calibrations'] > 0).sum())} comparisons.",
         "claim.comparisons: stats.over_calibrations of FD at G's time, stats.holm",
         [
             Column("rival", named),
-            Column("FD at G's time", "fd", share),
+            Column("FD", "fd", share),
             Column("G − X ± 95%", "diff", "{:+.2f}".format),
             Column("p", "p", p_value),
             Column("p, Holm", "corrected", p_value),
@@ -67,9 +67,15 @@ def comparisons_table(claim: Claim, extractor: str, arms: Mapping[str, tuple[str
 def normalised(claim: Claim, extractor: str) -> pd.DataFrame:
     """Return the scored rows as figures draw them: an arm per family, calibrations in the place of seed blocks."""
     rows = scored_rows(claim.rows[claim.rows["extractor"] == extractor]).reset_index(drop=True)
-    arms = rows["family"] + rows["variant"].where(rows["variant"].isin(OTHERS), "").radd(" ").str.rstrip()
-    common = {"run": "claim", "cfg_scale": rows["cfg_scale"].min(), "plan": "", "predicted_fd": math.nan}
-    return rows.assign(arm=arms, block=rows["calibration"], calibration="", **common)
+    machines = " and ".join(sorted(set(rows["machine"])))
+    common = {
+        "run": "claim",
+        "machine": machines,
+        "cfg_scale": rows["cfg_scale"].min(),
+        "plan": "",
+        "predicted_fd": math.nan,
+    }
+    return rows.assign(arm=rows["family"], block=rows["calibration"], calibration="", **common)
 
 
 def tables_of_claim(claim: Claim, extractor: str) -> list[Table]:

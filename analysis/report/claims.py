@@ -44,17 +44,18 @@ FAMILIES = {FULL, PLAN, *(family for family, _ in (*RIVALS.values(), *EXPLAINING
 LEVEL, MATCHING = 0.05, 0.02
 """Level of a corrected p value; times are equal within this share."""
 BETTER, WORSE, OPEN = "better", "worse", "not shown"
-MORE, LESS = "more time and no nearer step count", "less time and no nearer step count"
-OTHERS = ("slower", "faster")
-"""Variants of a rival: the next step count, if its time is not the plan's."""
-KEY = [name for name in GROUP if name not in ("run", "cfg_scale", "extractor", "metric")]
+MORE, LESS = "more time", "less time"
+KEY = [name for name in GROUP if name not in ("run", "machine", "cfg_scale", "extractor", "metric")]
 TEXTS = tuple(name for name in KEY if name in TEXT)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """The rows of one claim: all calibrations and extractors, of one machine and model."""
+    """The rows of one claim: all calibrations and extractors, of one model.
+
+    Calibrations may come from several machines: times are compared within a calibration alone.
+    """
 
     rows: pd.DataFrame
     """Scored and timed rows, calibrations as whole numbers."""
@@ -87,9 +88,8 @@ class Claim:
         return rows[(rows["extractor"] == extractor) & (rows["family"] == family) & (rows["role"] == role)]
 
     def values(self, extractor: str, family: str, column: str = "fd", role: str = "score") -> dict[int, float]:
-        """Return a figure of a family by calibration, without neighbours in steps."""
+        """Return a figure of a family by calibration."""
         rows = self.of(extractor, family, role)
-        rows = rows[~rows["variant"].isin(OTHERS)]
         return {k: float(v) for k, v in zip(rows["calibration"], rows[column], strict=True) if pd.notna(v)}
 
     def lacking(self, *figures: Mapping[int, float]) -> list[int]:
@@ -113,7 +113,7 @@ class Claim:
     def comparisons(self, extractor: str, arms: Mapping[str, tuple[str, str]] = RIVALS) -> pd.DataFrame:
         """Compare G with every arm: a row per letter, the strongest rival first.
 
-        Columns: letter, what, calibrations, ratio (mean of the arm's time over G's), fd (mean at equal time), diff
+        Columns: letter, what, calibrations, ratio (mean of the arm's time over G's), fd (mean), diff
         (Interval of G - X), p, corrected, outcome (is G BETTER, WORSE, or OPEN; "" without a figure), note. An arm that
         took more time than G does not make it WORSE.
         """
@@ -133,18 +133,17 @@ class Claim:
     def _compared(self, extractor: str, letter: str, family: str, what: str) -> dict[str, object]:
         own, plan = self.of(extractor, family), self.values(extractor, PLAN)
         times = self.values(extractor, PLAN, "ms_per_picture")
-        there = set(own[~own["variant"].isin(OTHERS)]["calibration"])
+        there = set(own["calibration"])
         row = {"letter": letter, "what": what, "calibrations": len(there), "ratio": math.nan, "fd": math.nan}
         row |= {"diff": MISSING, "p": math.nan, "note": ""}
         if not there:
             return row | {"note": "no arm: out of reach at this time, or not asked for"}
         if lacking := self.lacking(dict.fromkeys(there, 0.0), plan, times):
             return row | {"note": f"left out: no row for calibration {listed(lacking)}"}
-        found = {k: _at_equal_time(own[own["calibration"] == k], times[k]) for k in self.calibrations}
-        fds = {k: fd for k, (fd, _, _) in found.items()}
+        fds, own_times = (self.values(extractor, family, column) for column in ("fd", "ms_per_picture"))
         difference, p = over_calibrations(plan, fds)
-        ratio = float(np.mean([ratio for _, ratio, _ in found.values()]))
-        kinds = {k: kind for k, (_, _, kind) in found.items()}
+        ratios = {k: own_times[k] / times[k] for k in self.calibrations}
+        ratio, kinds = float(np.mean([*ratios.values()])), {k: _matched(ratios[k]) for k in self.calibrations}
         note = "; ".join(
             f"{kind}: {listed([k for k in kinds if kinds[k] == kind])}" for kind in sorted(set(kinds.values()) - {""})
         )
@@ -152,22 +151,15 @@ class Claim:
         return row | {"diff": difference, "p": p, "note": note}
 
 
-def _at_equal_time(own: pd.DataFrame, time: float) -> tuple[float, float, str]:
-    """Return an arm's FD at G's time, the ratio of its own time to G's, and what was done if they are not equal."""
-    main, points = own[~own["variant"].isin(OTHERS)].iloc[0], own.sort_values("ms_per_picture")
-    ratio, times = float(main["ms_per_picture"] / time), points["ms_per_picture"].astype(float).to_numpy()
-    if abs(ratio - 1) <= MATCHING:
-        return float(main["fd"]), ratio, ""
-    fd = float(np.interp(math.log(time), np.log(times), points["fd"].astype(float)))
-    if times[0] > (1 + MATCHING) * time:
-        return fd, ratio, MORE
-    return fd, ratio, "interpolated" if times[-1] >= (1 - MATCHING) * time else LESS
+def _matched(ratio: float) -> str:
+    """Say how an arm's time differs from G's; "" if they are matched."""
+    return "" if abs(ratio - 1) <= MATCHING else MORE if ratio > 1 else LESS
 
 
 def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
-    """Join the runs of a protocol, a claim for each machine, model, setting and point of G.
+    """Join the runs of a protocol, a claim for each model, setting and point of G.
 
-    Raises InputError: a calibration has a row twice.
+    Raises InputError: a calibration has a row twice, or rows of several machines.
     """
     rows = pd.concat(map(_numbered, runs), ignore_index=True)
     rows = rows.assign(**{name: rows[name].map(label) for name in (*TEXTS, "variant")})
@@ -185,8 +177,16 @@ def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
             )
         same = [name for name in (*KEY, "point") if name != "batch_size"]
         timed = rows[(rows["role"] == "time") & (rows[same] == own[same].iloc[0]).all(axis=1)]
+        _check_machines(own)
         found.append(Claim(pd.concat([own, timed]).sort_values(["extractor", "calibration", "arm", "role"]), margin))
     return found
+
+
+def _check_machines(rows: pd.DataFrame) -> None:
+    """Raise InputError for a calibration of several machines: its times do not compare."""
+    for number, own in rows.groupby("calibration"):
+        if len(machines := sorted(set(own["machine"].map(label)))) > 1:
+            raise InputError(f"calibration {number}: rows of {' and of '.join(machines)}; expected one machine")
 
 
 def _numbered(runs: pd.DataFrame) -> pd.DataFrame:

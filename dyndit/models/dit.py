@@ -156,7 +156,9 @@ class ClassConditionalDiT(Backbone):
             t = t / Process.num_timesteps
         if self._config.convention == "sit":
             t = 1 - t
-        tokens = self.x_embedder(x) + self.pos_embed
+        # Patches come channels first in memory. Every block would keep that order, which is slower, and the code that
+        # torch 2.14 compiles for it on CPUs gives NaN in bf16.
+        tokens = self.x_embedder(x).contiguous() + self.pos_embed
         return self._conditioning.state(tokens, self.t_embedder(t), self.y_embedder(y))
 
     def block(self, index: int, state: State) -> State:

@@ -3,32 +3,33 @@
     export TIMM_FUSED_ATTN=0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1                               # on a CPU
     python -m dyndit.recipes.studies.claim --number 0 --model WEIGHTS --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim/0                        # resumable
-    python -m dyndit.recipes.studies.claim ... --minutes 60 --updates 2000                         # resumable
     dyndit report runs/claim --margin 0.03
 
-Run the first command for the numbers 0 to 4: exits, the scale of full depth, the table, the plan. It prints the minutes
-that this took. Then run the second for each, with the minutes of the longest of the five: rivals are trained and tuned
-for as long, every arm is drawn and scored, and timed in batches of 1. The report joins the five. WEIGHTS is a backbone
-of the recipe `cifar10`'s shape; `--protocol unipc-10` and `flow` are the replications. Depths are the protocol's for 12
-blocks.
+Run the first command for the numbers 0 to 4: exits, the scale of full depth, the table, the plan. Rivals then train and
+are tuned for as many minutes as that took, and every arm is drawn, scored, and timed in batches of 1. The report joins
+the five, which may come from different machines. WEIGHTS is a backbone of the recipe `cifar10`'s shape; `--protocol
+unipc-10` and `flow` are the replications. Depths are the protocol's for 12 blocks.
 
 Result and minutes: not yet measured.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import pandas as pd
 import tyro
 
 from dyndit import files
+from dyndit.analysis.compare.context import Context
 from dyndit.analysis.compare.costs import COSTS, note
 from dyndit.analysis.compare.evolution import Evolution
 from dyndit.analysis.compare.experiment import Experiment, Inputs, Variant
-from dyndit.analysis.compare.peers import PeerSettings, grid
+from dyndit.analysis.compare.peers import PeerContext, PeerSettings, grid
 from dyndit.analysis.compare.peers.constant_exit import ConstantExit
 from dyndit.analysis.compare.peers.faster_cache import FasterCache
 from dyndit.analysis.compare.peers.first_block_cache import FirstBlockCache
@@ -44,20 +45,23 @@ from dyndit.analysis.compare.peers.width import Width
 from dyndit.analysis.compare.run import compare, prepared
 from dyndit.analysis.compare.tuned import TUNING, choose
 from dyndit.analysis.compare.tuning import Tuning
+from dyndit.errors import InputError
 from dyndit.models.exits import ExitConfig
 from dyndit.plans.plan import file_name
 from dyndit.plans.step import Guide, OwnExit, Unconditional, locked
 from dyndit.recipes.cifar10_frontier import CHOICES
 from dyndit.recipes.cifar10_frontier import experiment as frontier
 
-LEAST_SCALE = 1.25
+LEAST_SCALE = 1.5
 """Scale of plans if full depth does best without guidance: a plan of scale 1 has nothing to guide."""
-SCALES = (1.0, LEAST_SCALE, 1.5, 1.75, 2.0, 2.5, 3.0)
+SCALES = (1.0, LEAST_SCALE, 2.0, 2.5, 3.0)
 EXITS, RECALL = (2, 4, 6, 8), (2, 4)
 """Depths of the exits, all that plans leave at or are guided by, and of those with learned forecasts."""
 AGES = 3
 """Steps of the table, each two of the plan's, for which a forecast is measured."""
 
+STUDENTS, TIMED, EFFORT = (4, 5, 6), 100, "effort.json"
+"""Blocks of the students; updates to time; file of what every rival has."""
 FULL = GuidanceInterval(0.0, math.inf)
 CACHES: dict[str, tuple[PeerSettings, ...]] = {
     "J-faster-cache": grid(FasterCache, uncond=(2, 3, 5), attention=(1, 2), below=(641, 901)),
@@ -78,7 +82,11 @@ exits = replace(
 calibration = replace(
     frontier,
     distill=exits,
-    calibration=replace(frontier.calibration, num_pictures=128, batch_size=64, forecast_ages=AGES),
+    calibration=replace(frontier.calibration, num_pictures=80, batch_size=80, forecast_ages=AGES),
+    full_points=(),
+    full_steps=(),  # full depth is tuned: A
+    unguided_points=(),
+    unguided_steps=(),
     peers=(),
     metrics=("fd", "kid", "prc"),
     prc_members=5_000,
@@ -114,8 +122,7 @@ class Protocol:
     def calibrated(self, number: int) -> Experiment:
         """Return a calibration with the searched plan alone."""
         point = ((self.solver, self.steps),)
-        points = {"points": point, "full_points": point, "unguided_points": point}
-        return replace(self.calibration, budgets=(self.budget,), **points).calibrated(number)
+        return replace(self.calibration, budgets=(self.budget,), points=point).calibrated(number)
 
     def tuning(self, family: str, *peers: PeerSettings, **choices: object) -> Tuning:
         """Return a tuning at the plan's time."""
@@ -142,12 +149,12 @@ class Protocol:
         yield self.own_guide
         beside = grid(InternalGuidance, exit=EXITS, own=(1.25, 1.5, 2.0))
         yield self.tuning("C-pass", *beside, scales=(1.25, 1.5, 2.0), group="C", **most)
-        intervals = grid(GuidanceInterval, low=(0.0, 0.2, 0.5, 1.0), high=(5.0, 10.0, 17.0, 40.0, math.inf))
+        intervals = grid(GuidanceInterval, low=(0.0, 0.5, 1.0), high=(5.0, 17.0, math.inf))
         yield self.tuning("C-interval", *intervals, scales=SCALES[1:], **most)
         plainest = {"scales": SCALES[1:], "group": "D"} | most | {"counts": 3}
         yield self.tuning("D-constant", ConstantExit(8, 4), **plainest)
         yield self.tuning("D-skips", *grid(Skips, every=(2, 3, 4, 5), depth=RECALL[:1]), **plainest)
-        yield self.tuning("H", *grid(Student, depth=(4, 5, 6), passes=(True, False)), scales=SCALES, steps=self.counts)
+        yield self.tuning("H", *grid(Student, depth=STUDENTS, passes=(True, False)), scales=SCALES, steps=self.counts)
         yield self.tuning("K", *grid(Pruned, drop=(4, 6)), scales=SCALES, steps=self.counts)
         yield self.tuning("L", *grid(Width, share=(0.6,)), scales=(scale,), steps=self.counts)
         for family, peers in CACHES.items():
@@ -192,15 +199,8 @@ def of_choices(lock: Guide) -> dict[str, object]:
     return {"choices": choices, "forecast_ages": AGES * any(choice.forecast for choice in choices)}
 
 
-def carry_out(
-    number: int,
-    inputs: Inputs,
-    out: Path,
-    minutes: float = 0.0,
-    updates: int = 2_000,
-    protocol: Protocol = PROTOCOLS["main"],
-) -> Path:
-    """Calibrate; with `minutes`, also tune every rival, and draw and score all arms. Return the plan or the report."""
+def carry_out(number: int, inputs: Inputs, out: Path, protocol: Protocol = PROTOCOLS["main"]) -> Path:
+    """Calibrate, tune every rival for as long, and draw and score all arms. Return the report."""
     first = protocol.calibrated(number)
     with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
         scale = max(LEAST_SCALE, choose(context, protocol.full_scale).plan.cfg_scale)
@@ -215,12 +215,11 @@ def carry_out(
 
         ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,), noted)
         full_ms = context.predicted_ms(context.full(protocol.solver, protocol.steps))
+        minutes, updates = effort(context, out)
     print(f"calibration {number}: scale {scale:g}, guide e{guide}, {minutes_of(out):.1f} minutes\n{plan}")
-    if not minutes:
-        stages = expected(protocol, full_ms, minutes_of(out))
-        parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
-        print(f"with --minutes {minutes_of(out):.0f}, minutes at most: {parts}; scoring them comes on top")
-        return out / "plan" / file
+    stages = expected(protocol, full_ms, minutes)
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
+    print(f"to come, minutes at most: {parts}; each training has {updates} updates", flush=True)
     inputs = replace(inputs, model=str(out / "plan" / "model"))
     arms, folder = protocol.compared(number, scale, guide, minutes, updates), out / f"claim-{number}"
     with prepared(arms, folder, inputs) as context:
@@ -241,11 +240,37 @@ def expected(protocol: Protocol, full_ms: float, minutes: float) -> dict[str, fl
     limits = [one.minutes or math.inf for one in chosen.tunings]
     trained = {(peer.name, getattr(peer, "depth", peer.label)) for one in chosen.tunings for peer in one.peers}
     trained = [peer for peer in trained if peer[0] in (Student.name, Pruned.name, Width.name)]
-    # G, F, I and each lock take the plan's time, as every tuning and its neighbour do; A and full depth take their own.
-    arms = 3 + len(chosen.variants) + 2 * len(chosen.tunings)
-    scored = chosen.num_images * (arms * ms + 3 * full_ms) / 6e4
+    # G, F, I and each lock take the plan's time, as every group of tunings does; A takes its own.
+    arms = 3 + len(chosen.variants) + len({one.group or one.family for one in chosen.tunings} - {"A"})
+    scored = chosen.num_images * (arms * ms + full_ms) / 6e4
     stages = {"trainings": len(trained) * minutes / 3, "tuning": sum(map(min, drawn, limits))}
     return stages | {"evolution": minutes, "pictures to score": scored}
+
+
+def effort(context: Context, out: Path) -> tuple[int, int]:
+    """Return the minutes that every rival has, those of the calibration rounded up, and the updates of a training.
+
+    Raises:
+        InputError: the calibration was stopped where its time was lost.
+    """
+    path = out / EFFORT
+    if not path.exists():
+        if math.isnan(spent := minutes_of(out)):
+            raise InputError(f"{out}: a stage was stopped before its time was noted; expected a calibration elsewhere")
+        minutes = math.ceil(spent)
+        files.write_json(path, {"minutes": minutes, "updates": updates_within(context, minutes / 3)})
+    found = files.read_json(path)
+    return int(found["minutes"]), int(found["updates"])
+
+
+def updates_within(context: Context, minutes: float) -> int:
+    """Return how many updates of the deepest student take this long. `TIMED` are timed."""
+    fit = replace(context.experiment.distill.fit, steps=TIMED)
+    with TemporaryDirectory() as folder:
+        began = time.monotonic()
+        _ = Student(max(STUDENTS)).model(context.model, PeerContext(Path(folder), context.data, fit))
+        seconds = time.monotonic() - began
+    return max(1, round(TIMED * 60 * minutes / seconds))
 
 
 def minutes_of(out: Path) -> float:
@@ -263,14 +288,12 @@ def main(
     data: str,
     extractor_weights: Path,
     out: Path,
-    minutes: float = 0.0,
-    updates: int = 2_000,
     protocol: Literal["main", "unipc-10", "flow"] = "main",
     device: str = "auto",
 ) -> None:
-    """Calibrate; with `minutes`, also tune every rival, and draw and score all arms."""
+    """Calibrate, tune every rival for as long, and draw and score all arms."""
     inputs = Inputs(model=model, data=data, extractor_weights=extractor_weights, device=device)
-    print(carry_out(number, inputs, out, minutes, updates, PROTOCOLS[protocol]))
+    print(carry_out(number, inputs, out, PROTOCOLS[protocol]))
 
 
 if __name__ == "__main__":

@@ -240,44 +240,28 @@ def test_correction_is_monotone(values: dict[str, float]) -> None:
     assert all(lower[name] <= found[name] + 1e-12 for name in values)
 
 
-def neighbours(ms: float, fd: float) -> list[pd.DataFrame]:
-    """C took less time than G; its next step count took this much."""
-    runs = runs_of({"C": {"ms": 36.0, "fd": 12.0}})
-    for k, frame in enumerate(runs):
-        own = frame[(frame["family"] == "C") & (frame["role"] == "score")]
-        other = own.assign(arm=f"C-slower-c{k}", variant="slower", ms_per_picture=ms, fd=own["fd"] - 12.0 + fd)
-        runs[k] = pd.concat([frame, other], ignore_index=True)
-    return runs
-
-
-@pytest.mark.parametrize(
-    ("ms", "fd", "note"),
-    [(56.25, 11.0, "interpolated"), (44.5, 11.0, "interpolated"), (40.0, 11.0, "less time and no nearer step count")],
-    ids=["halfway in log time", "matched: its own figure", "still faster: its own figure"],
-)
-def test_times_that_differ_are_interpolated_in_log_time(ms: float, fd: float, note: str) -> None:
-    (claim,) = claims_of(neighbours(ms, fd), 0.03)
-    row, plain = by_letter(claim)["C"], by_letter(claim_of({"C": {"ms": 36.0, "fd": 12.0}}))["C"]
-    assert row["ratio"] == pytest.approx(36 / 45)
-    assert plain["diff"].mean - row["diff"].mean == pytest.approx(-0.5 if ms > 45 else -1.0)
-    assert row["note"] == f"{note}: 0, 1, 2, 3, 4"
-    assert plain["note"] == "less time and no nearer step count: 0, 1, 2, 3, 4"
-    assert row["outcome"] == BETTER
-
-
 def test_a_rival_of_more_time_is_named() -> None:
     """It is better, but not at equal time; a rival that loses all the same has lost."""
-    found = by_letter(claim_of({"ecad": {"ms": 50.0, "fd": 9.0}, "K": {"ms": 50.0}, "B": {"fd": 9.0}}))
-    assert found["I"]["note"] == found["K"]["note"] == "more time and no nearer step count: 0, 1, 2, 3, 4"
+    changes = {"ecad": {"ms": 50.0, "fd": 9.0}, "K": {"ms": 50.0}, "B": {"fd": 9.0}, "C": {"ms": 36.0, "fd": 12.0}}
+    found = by_letter(claim_of(changes | {"J": {"ms": 45.8}}))
+    assert found["I"]["note"] == found["K"]["note"] == "more time: 0, 1, 2, 3, 4"
+    assert (found["C"]["note"], found["C"]["ratio"]) == ("less time: 0, 1, 2, 3, 4", pytest.approx(0.8))
+    assert found["J"]["note"] == ""
     assert found["I"]["corrected"] < 0.05
     assert [found[letter]["outcome"] for letter in "IKB"] == [OPEN, BETTER, WORSE]
 
 
-def test_machines_are_claims_of_their_own() -> None:
-    runs = runs_of()
-    runs[4]["machine"] = "gpu"
-    found = claims_of(runs, 0.03)
-    assert [claim.calibrations for claim in found] == [(0, 1, 2, 3), (4,)]
+def test_calibrations_of_several_machines_are_one_claim() -> None:
+    """Times are compared within a calibration: another machine may be twice as fast."""
+    runs, one = runs_of(), claim_of()
+    runs[4] = runs[4].assign(machine="gpu", ms_per_picture=runs[4]["ms_per_picture"] / 2)
+    (claim,) = claims_of(runs, 0.03)
+    assert claim.calibrations == (0, 1, 2, 3, 4)
+    assert sentences(claim) == sentences(one)
+    assert claim.saved()[0].mean == pytest.approx(one.saved()[0].mean)
+    runs[4].loc[runs[4]["family"] == "B", "machine"] = "cpu"
+    with pytest.raises(InputError, match="calibration 4: rows of cpu and of gpu; expected one machine"):
+        claims_of(runs, 0.03)
 
 
 def test_replications_are_claims_of_their_own() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dyndit.analysis.compare.arms import Arm
 from dyndit.analysis.compare.context import Context
+from dyndit.analysis.compare.drawn import Drawn
 from dyndit.analysis.compare.experiment import Experiment, settings_of
 from dyndit.analysis.compare.experiment import Inputs as Given
 from dyndit.analysis.compare.peers import Peer, PeerContext, PeerSettings, grid, peers
@@ -28,6 +29,7 @@ from dyndit.analysis.compare.peers.switch import Switch, TwoModels
 from dyndit.analysis.compare.peers.width import Width
 from dyndit.analysis.compare.run import Comparison, in_turn
 from dyndit.analysis.compare.sources import Peers
+from dyndit.analysis.report.runs import read_runs
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dit import DiTConfig
@@ -463,8 +465,38 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
     assert rows.loc[("pruned-ddim-3-drop1-byeffect", 0), "share_of_blocks"] == pytest.approx(5 / 6)
     # The pictures are those that one call over the whole block gives.
     whole = sample(model, [i % 10 for i in range(70)], plan=arms[0].plan, num_steps=3, seed=1, batch_size=30)
-    for found, row in zip((rows, witness), comparison._rows(arms[0], 1, [whole], 0.0), strict=True):
+    for found, row in zip((rows, witness), comparison._rows(arms[0], 1, [Drawn.of(whole)], 0.0), strict=True):
         assert found.loc[("full-ddim-3", 1), "fd"] == pytest.approx(row["fd"], rel=1e-9)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_block_that_was_stopped_goes_on_within_it(comparison, model, monkeypatch, damaged: bool) -> None:
+    """Kept batches are not drawn again, and the rows are those of an undisturbed run. A damaged file is drawn again."""
+    monkeypatch.setattr("dyndit.analysis.compare.run.EVERY", 2)
+    monkeypatch.setattr("dyndit.analysis.compare.drawn.EVERY", 2)
+    arms = [Arm("full", full_plan(model, "ddim", steps, 1.5)) for steps in (2, 3)]
+    comparison = replace(comparison, experiment=replace(comparison.experiment, batch_size=14, num_blocks=1))
+    undisturbed = replace(comparison, out=comparison.out / "whole")
+    undisturbed.measure(arms)
+    monkeypatch.setattr("dyndit.analysis.compare.run.sample", Recorder(stop_after=9))
+    with pytest.raises(KeyboardInterrupt):
+        comparison.measure(arms)
+    kept = sorted((comparison.out / "drawn" / "0").iterdir())
+    assert [path.name for path in kept] == ["000000.safetensors", "000001.safetensors"]
+    if damaged:
+        kept[1].write_bytes(kept[1].read_bytes()[:-1])
+    monkeypatch.setattr("dyndit.analysis.compare.run.sample", resumed := Recorder())
+    comparison.measure(arms)
+    assert [first for _, first, *_ in resumed.calls] == ([28, 28, 42, 42] if damaged else []) + [56, 56]
+    found, whole = (read_runs(one.out) for one in (comparison, undisturbed))
+    figures = ["arm", "extractor", "fd", "kid", "precision", "recall"]
+    pd.testing.assert_frame_equal(found[figures], whole[figures])
+    assert not list((comparison.out / "drawn" / "0").iterdir())
+    parts = comparison._parts(0, arms)
+    parts.write(0, {arm.name: [Drawn(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 1.0, 0.5)] for arm in arms})
+    assert [part[arms[0].name].seconds for part in parts.read()] == [1.0]
+    others = replace(arms[0], plan=replace(arms[0].plan, cfg_scale=2.0)), arms[1]
+    assert not list(comparison._parts(0, [*others]).read())  # the same names, other pictures
 
 
 def test_an_experiments_peers_are_told_apart_in_its_manifest(comparison) -> None:

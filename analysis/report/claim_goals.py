@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from dyndit.analysis.report.cells import percent
@@ -84,12 +83,14 @@ def sentences(claim: Claim) -> list[str]:
     """Write what the protocol makes of the outcome: the headline first, nothing softer."""
     found = goals(claim)
     if len(claim.calibrations) < 2:
-        return [f"One calibration: nothing is shown. The searched plan saves {percent(claim.saved()[0])} of the time."]
+        saved, lacking = claim.saved()
+        saves = "" if lacking else f" The searched plan saves {percent(saved)} of the time."
+        return [f"One calibration: nothing is shown.{saves}"]
     saying = [*_headline(claim, found)]
     if claim.extractors[0] != PRIMARY:
         return [*saying, f"Not scored by {PRIMARY}, which decides about rivals: they are not judged."]
     frame = claim.comparisons(PRIMARY)
-    return [*_clearly_better(frame), *saying, *_of_rivals(frame), *_what_else(claim, frame)]
+    return [*_clearly_better(frame), *saying, *_of_rivals(frame), *_what_else(frame)]
 
 
 def _headline(claim: Claim, found: Sequence[Goal]) -> Iterator[str]:
@@ -132,12 +133,11 @@ def _of_rivals(frame: pd.DataFrame) -> Iterator[str]:
         yield f"{named(row)} has no arm within the time; it left the comparison."
 
 
-def _what_else(claim: Claim, frame: pd.DataFrame) -> Iterator[str]:
+def _what_else(frame: pd.DataFrame) -> Iterator[str]:
     """Write the sentences on simpler arms and on the order of the steps."""
-    plan = float(np.mean(list(claim.values(PRIMARY, PLAN).values())))
     by_letter = {row["letter"]: row for _, row in frame.iterrows() if row["outcome"]}
     for letter, what in SIMPLER.items():
-        if letter in by_letter and by_letter[letter]["fd"] < (1 + NEAR) * plan:
+        if letter in by_letter and by_letter[letter]["fd"] < (1 + NEAR) * by_letter[letter]["plan_fd"]:
             yield f"The timestep-aware plan is not what saves the time; {what} does nearly as well."
     if "F" in by_letter and not by_letter["F"]["diff"].excludes(0):
         yield "The order of the steps does not matter: the same steps shuffled do as well."

@@ -7,7 +7,7 @@ import pandas as pd
 
 from dyndit.analysis.report.cells import Column, Table, filled, share
 from dyndit.analysis.report.claim_goals import goals, named, p_value, sentences
-from dyndit.analysis.report.claims import EXPLAINING, PRIMARY, RIVALS, Claim
+from dyndit.analysis.report.claims import EXPLAINING, FULL, PLAN, PRIMARY, RIVALS, Claim
 from dyndit.analysis.report.frontier import summary
 from dyndit.analysis.report.runs import GROUP, scored_rows
 from dyndit.analysis.report.savings import with_parts
@@ -66,7 +66,9 @@ def comparisons_table(claim: Claim, extractor: str, arms: Mapping[str, tuple[str
 
 def normalised(claim: Claim, extractor: str) -> pd.DataFrame:
     """Return the scored rows as figures draw them: an arm per family, calibrations in the place of seed blocks."""
-    rows = scored_rows(claim.rows[claim.rows["extractor"] == extractor]).reset_index(drop=True)
+    rows = scored_rows(claim.rows[claim.rows["extractor"] == extractor])
+    with_full = set(rows.loc[rows["family"] == FULL, "run"])  # G stands in other runs of a calibration too
+    rows = rows[(rows["family"] != PLAN) | rows["run"].isin(with_full)].reset_index(drop=True)
     machines = " and ".join(sorted(set(rows["machine"])))
     common = {
         "run": "claim",

@@ -54,7 +54,8 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 class Claim:
     """The rows of one claim: all calibrations and extractors, of one model.
 
-    Calibrations may come from several machines: times are compared within a calibration alone.
+    Calibrations may come from several machines, and one from several runs: G is in each, and every arm is compared with
+    the G of its own run, drawn in turns with it on one machine.
     """
 
     rows: pd.DataFrame
@@ -87,10 +88,11 @@ class Claim:
         rows = self.rows
         return rows[(rows["extractor"] == extractor) & (rows["family"] == family) & (rows["role"] == role)]
 
-    def values(self, extractor: str, family: str, column: str = "fd", role: str = "score") -> dict[int, float]:
-        """Return a figure of a family by calibration."""
-        rows = self.of(extractor, family, role)
-        return {k: float(v) for k, v in zip(rows["calibration"], rows[column], strict=True) if pd.notna(v)}
+    def paired(self, extractor: str, family: str, column: str = "fd", role: str = "score") -> list[dict[int, float]]:
+        """Return a figure of G, and of an arm, by calibration: G's of the arm's run."""
+        arm, plan = (self.of(extractor, name, role).set_index(["calibration", "run"]) for name in (family, PLAN))
+        plan = plan[plan.index.isin(arm.index)]
+        return [{k: float(v) for (k, _), v in rows[column].dropna().items()} for rows in (plan, arm)]
 
     def lacking(self, *figures: Mapping[int, float]) -> list[int]:
         """Return the calibrations that one of the figures lacks."""
@@ -98,14 +100,14 @@ class Claim:
 
     def saved(self, role: str = "score") -> tuple[Interval, list[int]]:
         """Return the share of A's time that G saves, and the calibrations without it."""
-        found = [self.values(self.extractors[0], family, "ms_per_picture", role) for family in (PLAN, FULL)]
+        found = self.paired(self.extractors[0], FULL, "ms_per_picture", role)
         if lacking := self.lacking(*found):
             return MISSING, lacking
         return over_calibrations({k: 1 - found[0][k] / found[1][k] for k in self.calibrations})[0], []
 
     def against_full(self, extractor: str, column: str = "fd") -> tuple[Interval, float, list[int]]:
         """Return G - A of a figure, A's mean, and the calibrations without it."""
-        plan, full = (self.values(extractor, family, column) for family in (PLAN, FULL))
+        plan, full = self.paired(extractor, FULL, column)
         if lacking := self.lacking(plan, full):
             return MISSING, math.nan, lacking
         return over_calibrations(plan, full)[0], float(np.mean([full[k] for k in self.calibrations])), []
@@ -113,7 +115,7 @@ class Claim:
     def comparisons(self, extractor: str, arms: Mapping[str, tuple[str, str]] = RIVALS) -> pd.DataFrame:
         """Compare G with every arm: a row per letter, the strongest rival first.
 
-        Columns: letter, what, calibrations, ratio (mean of the arm's time over G's), fd (mean), diff
+        Columns: letter, what, calibrations, ratio (mean of the arm's time over G's), fd, plan_fd (means), diff
         (Interval of G - X), p, corrected, outcome (is G BETTER, WORSE, or OPEN; "" without a figure), note. An arm that
         took more time than G does not make it WORSE.
         """
@@ -126,28 +128,27 @@ class Claim:
             if row["corrected"] <= LEVEL and (row["diff"].mean < 0 or MORE not in row["note"]):
                 outcome = BETTER if row["diff"].mean < 0 else WORSE
             row["outcome"] = "" if math.isnan(row["diff"].mean) else outcome
-        columns = ["letter", "what", "calibrations", "ratio", "fd", "diff", "p", "corrected", "outcome", "note"]
+        columns = ["letter", "what", "calibrations", "ratio", "fd", "plan_fd", "diff", "p", "corrected", "outcome"]
+        columns += ["note"]
         rows.sort(key=lambda row: (math.isnan(row["diff"].mean), -np.nan_to_num(row["diff"].mean), row["letter"]))
         return pd.DataFrame(rows, columns=columns)
 
     def _compared(self, extractor: str, letter: str, family: str, what: str) -> dict[str, object]:
-        own, plan = self.of(extractor, family), self.values(extractor, PLAN)
-        times = self.values(extractor, PLAN, "ms_per_picture")
-        there = set(own["calibration"])
-        row = {"letter": letter, "what": what, "calibrations": len(there), "ratio": math.nan, "fd": math.nan}
-        row |= {"diff": MISSING, "p": math.nan, "note": ""}
-        if not there:
+        plan, fds = self.paired(extractor, family)
+        times, own_times = self.paired(extractor, family, "ms_per_picture")
+        row = {"letter": letter, "what": what, "calibrations": len(own_times), "note": ""}
+        row |= {**dict.fromkeys(("ratio", "fd", "plan_fd", "p"), math.nan), "diff": MISSING}
+        if not own_times:
             return row | {"note": "no arm: out of reach at this time, or not asked for"}
-        if lacking := self.lacking(dict.fromkeys(there, 0.0), plan, times):
+        if lacking := self.lacking(plan, fds, times):
             return row | {"note": f"left out: no row for calibration {listed(lacking)}"}
-        fds, own_times = (self.values(extractor, family, column) for column in ("fd", "ms_per_picture"))
         difference, p = over_calibrations(plan, fds)
         ratios = {k: own_times[k] / times[k] for k in self.calibrations}
         ratio, kinds = float(np.mean([*ratios.values()])), {k: _matched(ratios[k]) for k in self.calibrations}
         note = "; ".join(
             f"{kind}: {listed([k for k in kinds if kinds[k] == kind])}" for kind in sorted(set(kinds.values()) - {""})
         )
-        row |= {"ratio": ratio, "fd": float(np.mean(list(fds.values())))}
+        row |= {"ratio": ratio, "fd": float(np.mean([*fds.values()])), "plan_fd": float(np.mean([*plan.values()]))}
         return row | {"diff": difference, "p": p, "note": note}
 
 
@@ -159,7 +160,7 @@ def _matched(ratio: float) -> str:
 def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
     """Join the runs of a protocol, a claim for each model, setting and point of G.
 
-    Raises InputError: a calibration has a row twice, or rows of several machines.
+    Raises InputError: a calibration has a row twice; only G may stand in several runs.
     """
     rows = pd.concat(map(_numbered, runs), ignore_index=True)
     rows = rows.assign(**{name: rows[name].map(label) for name in (*TEXTS, "variant")})
@@ -167,7 +168,8 @@ def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
     scored = rows[rows["role"] == "score"]
     for _, own in scored.groupby([*KEY, "point"], sort=True):
         known = own[own["family"].isin(FAMILIES)]
-        twice = known[known.duplicated(["extractor", "calibration", "family", "variant"], keep=False)]
+        known = known.assign(once=known["run"].where(known["family"] == PLAN, ""))
+        twice = known[known.duplicated(["extractor", "calibration", "family", "once"], keep=False)]
         if len(twice):
             first = twice.iloc[0]
             runs_of = " and ".join(sorted(set(twice["run"]))) or "one run"
@@ -177,16 +179,8 @@ def claims_of(runs: Sequence[pd.DataFrame], margin: float) -> list[Claim]:
             )
         same = [name for name in (*KEY, "point") if name != "batch_size"]
         timed = rows[(rows["role"] == "time") & (rows[same] == own[same].iloc[0]).all(axis=1)]
-        _check_machines(own)
         found.append(Claim(pd.concat([own, timed]).sort_values(["extractor", "calibration", "arm", "role"]), margin))
     return found
-
-
-def _check_machines(rows: pd.DataFrame) -> None:
-    """Raise InputError for a calibration of several machines: its times do not compare."""
-    for number, own in rows.groupby("calibration"):
-        if len(machines := sorted(set(own["machine"].map(label)))) > 1:
-            raise InputError(f"calibration {number}: rows of {' and of '.join(machines)}; expected one machine")
 
 
 def _numbered(runs: pd.DataFrame) -> pd.DataFrame:

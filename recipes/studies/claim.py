@@ -1,14 +1,16 @@
 """The claim of docs/results/claim/protocol.md: one calibration, its searched plan, and every rival tuned beside it.
 
     export TIMM_FUSED_ATTN=0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1                               # on a CPU
-    python -m dyndit.recipes.studies.claim --number 0 --model WEIGHTS --data DIR \\
+    python -m dyndit.recipes.studies.claim --number 0 --part plans --model WEIGHTS --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim/0                        # resumable
+    python -m dyndit.recipes.studies.claim --number 0 --part rivals ...                            # resumable
     dyndit report runs/claim --margin 0.03
 
-Run the first command for the numbers 0 to 4: exits, the scale of full depth, the table, the plan. Rivals then train and
-are tuned for as many minutes as that took, and every arm is drawn, scored, and timed in batches of 1. The report joins
-the five, which may come from different machines. WEIGHTS is a backbone of the recipe `cifar10`'s shape; `--protocol
-unipc-10` and `flow` are the replications. Depths are the protocol's for 12 blocks.
+Run both parts for the numbers 0 to 4. Each calibrates, unless its folder holds the calibration: exits, the scale of
+full depth, the table, the plan. Its arms train and are tuned for as many minutes as that took. They are drawn in turns
+with the plan, scored, and timed in batches of 1. The report joins the parts, which may come from different machines.
+WEIGHTS is a backbone of the recipe `cifar10`'s shape; `--protocol unipc-10` and `flow` are the replications. Depths are
+the protocol's for 12 blocks.
 
 Result and minutes: not yet measured.
 """
@@ -49,19 +51,21 @@ from dyndit.errors import InputError
 from dyndit.models.exits import ExitConfig
 from dyndit.plans.plan import file_name
 from dyndit.plans.step import Guide, OwnExit, Unconditional, locked
-from dyndit.recipes.cifar10_frontier import CHOICES
 from dyndit.recipes.cifar10_frontier import experiment as frontier
 
 LEAST_SCALE = 1.5
 """Scale of plans if full depth does best without guidance: a plan of scale 1 has nothing to guide."""
 SCALES = (1.0, LEAST_SCALE, 2.0, 2.5, 3.0)
-EXITS, RECALL = (2, 4, 6, 8), (2, 4)
+EXITS, RECALL = (2, 4, 6, 8), (2,)
 """Depths of the exits, all that plans leave at or are guided by, and of those with learned forecasts."""
-AGES = 3
+CHOICES = ("12|e4", "12", "8|4", "8|e4", "6|e2", "4|e2", "2+", "2+|held")
+AGES = 2
 """Steps of the table, each two of the plan's, for which a forecast is measured."""
 
 STUDENTS, TIMED, EFFORT = (4, 5, 6), 100, "effort.json"
-"""Blocks of the students; updates to time; file of what every rival has."""
+"""Blocks of the students; updates to time; file of how many a training has."""
+Part = Literal["plans", "rivals"]
+"""What a run holds: the arms that run G's backbone and exits, or those that train or cache."""
 FULL = GuidanceInterval(0.0, math.inf)
 CACHES: dict[str, tuple[PeerSettings, ...]] = {
     "J-faster-cache": grid(FasterCache, uncond=(2, 3, 5), attention=(1, 2), below=(641, 901)),
@@ -82,7 +86,7 @@ exits = replace(
 calibration = replace(
     frontier,
     distill=exits,
-    calibration=replace(frontier.calibration, num_pictures=80, batch_size=80, forecast_ages=AGES),
+    calibration=replace(frontier.calibration, num_pictures=80, batch_size=80, choices=CHOICES, forecast_ages=AGES),
     full_points=(),
     full_steps=(),  # full depth is tuned: A
     unguided_points=(),
@@ -171,18 +175,29 @@ class Protocol:
                 budgets=(round(self.budget * self.steps / steps, 3),),
             )
 
-    def compared(self, number: int, scale: float, guide: int, minutes: float, updates: int) -> Experiment:
-        """Return all arms of a calibration.  updates: of each training of H, K and L, to fill a third of `minutes`."""
+    def plans(self, number: int, scale: float, minutes: float, guide: int) -> Experiment:
+        """Return part "plans": A to G. Nothing trains but G's exits.  guide: the exit that C took without a pass."""
         chosen = replace(self.calibrated(number), cfg_scale=scale, shuffle_seeds=(number,))
+        locks = tuple(one for one in self.locks(chosen, guide) if one.name not in self.without)
+        return replace(chosen, tunings=self._tunings(scale, minutes, among_rivals=False), variants=locks)
+
+    def rivals(self, number: int, scale: float, minutes: float, updates: int) -> Experiment:
+        """Return part "rivals": G, and H to L.  updates: of each training, to fill a third of `minutes`."""
+        chosen = replace(self.calibrated(number), cfg_scale=scale)
         return replace(
             chosen,
-            tunings=tuple(one for one in self.tunings(scale, minutes) if one.family not in self.without),
-            variants=tuple(one for one in self.locks(chosen, guide) if one.name not in self.without),
+            tunings=self._tunings(scale, minutes, among_rivals=True),
             evolution=replace(self.evolution, minutes=minutes, seed=number),
             peer_fit=replace(chosen.distill.fit, steps=updates),
         )
 
+    def _tunings(self, scale: float, minutes: float, *, among_rivals: bool) -> tuple[Tuning, ...]:
+        found = [one for one in self.tunings(scale, minutes) if one.family not in self.without]
+        return tuple(one for one in found if ((one.group or one.family) in RIVALS) == among_rivals)
 
+
+RIVALS = ("H", "J", "K", "L")
+"""Tuned arms of part "rivals", beside the evolved one."""
 LESS = ("E1", "E2", "K", "L")
 FLOW = replace(calibration, calibration_solver="flow-euler", distill=replace(calibration.distill, solver="flow-euler"))
 PROTOCOLS = {
@@ -199,12 +214,12 @@ def of_choices(lock: Guide) -> dict[str, object]:
     return {"choices": choices, "forecast_ages": AGES * any(choice.forecast for choice in choices)}
 
 
-def carry_out(number: int, inputs: Inputs, out: Path, protocol: Protocol = PROTOCOLS["main"]) -> Path:
-    """Calibrate, tune every rival for as long, and draw and score all arms. Return the report."""
+def carry_out(number: int, part: Part, inputs: Inputs, out: Path, protocol: Protocol = PROTOCOLS["main"]) -> Path:
+    """Calibrate, tune the arms of a part for as long, draw and score them. Return the report."""
     first = protocol.calibrated(number)
     with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
         scale = max(LEAST_SCALE, choose(context, protocol.full_scale).plan.cfg_scale)
-        guide = choose(context, protocol.own_guide).peer.exit
+        guide = choose(context, protocol.own_guide).peer.exit if part == "plans" else 0
     planned, inputs = replace(first, cfg_scale=scale), replace(inputs, model=str(out / "scale" / "model"))
     with prepared(planned, out / "plan", inputs) as context, planned.autocast(context.model.device.type):
         file = file_name(protocol.solver, protocol.steps, protocol.budget)
@@ -214,14 +229,18 @@ def carry_out(number: int, inputs: Inputs, out: Path, protocol: Protocol = PROTO
             note(context.out / COSTS, {"name": "plan", "seed": first.search_seed, "seconds": seconds})
 
         ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,), noted)
-        full_ms = context.predicted_ms(context.full(protocol.solver, protocol.steps))
-        minutes, updates = effort(context, out)
-    print(f"calibration {number}: scale {scale:g}, guide e{guide}, {minutes_of(out):.1f} minutes\n{plan}")
-    stages = expected(protocol, full_ms, minutes)
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
-    print(f"to come, minutes at most: {parts}; each training has {updates} updates", flush=True)
-    inputs = replace(inputs, model=str(out / "plan" / "model"))
-    arms, folder = protocol.compared(number, scale, guide, minutes, updates), out / f"claim-{number}"
+        full_ms, minutes = (
+            context.predicted_ms(context.full(protocol.solver, protocol.steps)),
+            math.ceil(minutes_of(out)),
+        )
+        if part == "rivals":
+            arms = protocol.rivals(number, scale, minutes, updates_within(context, minutes / 3, out))
+        else:
+            arms = protocol.plans(number, scale, minutes, guide)
+    print(f"calibration {number}: scale {scale:g}, {minutes_of(out):.1f} minutes\n{plan}")
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in expected(protocol, arms, full_ms).items())
+    print(f"to come, minutes at most: {parts}", flush=True)
+    inputs, folder = replace(inputs, model=str(out / "plan" / "model")), out / f"{part}-{number}"
     with prepared(arms, folder, inputs) as context:
         for chosen in (out / "scale" / TUNING, out / "plan" / file):  # once, so that every stage has the same
             if not (place := context.out / chosen.name).exists():
@@ -230,60 +249,53 @@ def carry_out(number: int, inputs: Inputs, out: Path, protocol: Protocol = PROTO
     return folder / "report.html"
 
 
-def expected(protocol: Protocol, full_ms: float, minutes: float) -> dict[str, float]:
-    """Estimate the minutes of the second command, at most, by stage.  full_ms: of full depth, per picture."""
-    chosen, ms = protocol.compared(0, LEAST_SCALE, EXITS[0], minutes, 1), protocol.budget * full_ms
+def expected(protocol: Protocol, part: Experiment, full_ms: float) -> dict[str, float]:
+    """Estimate the minutes of a part, at most, by stage.  full_ms: of full depth, per picture."""
+    ms, size = protocol.budget * full_ms, part.calibration.num_pictures
     drawn = [
-        len(one.peers) * len(one.scales) * (one.counts or len(one.steps)) * chosen.calibration.num_pictures * ms / 6e4
-        for one in chosen.tunings
+        len(one.peers) * len(one.scales) * (one.counts or len(one.steps)) * size * ms / 6e4 for one in part.tunings
     ]
-    limits = [one.minutes or math.inf for one in chosen.tunings]
-    trained = {(peer.name, getattr(peer, "depth", peer.label)) for one in chosen.tunings for peer in one.peers}
+    limits = [one.minutes or math.inf for one in part.tunings]
+    trained = {(peer.name, getattr(peer, "depth", peer.label)) for one in part.tunings for peer in one.peers}
     trained = [peer for peer in trained if peer[0] in (Student.name, Pruned.name, Width.name)]
-    # G, F, I and each lock take the plan's time, as every group of tunings does; A takes its own.
-    arms = 3 + len(chosen.variants) + len({one.group or one.family for one in chosen.tunings} - {"A"})
-    scored = chosen.num_images * (arms * ms + full_ms) / 6e4
+    minutes = 0.0 if part.evolution is None else part.evolution.minutes
+    # All arms take the plan's time but A, which takes its own.
+    families = {one.group or one.family for one in part.tunings}
+    arms = 1 + len(part.variants) + len(families - {"A"}) + (part.evolution is not None) + len(part.shuffle_seeds)
+    scored = part.num_images * (arms * ms + full_ms * ("A" in families)) / 6e4
     stages = {"trainings": len(trained) * minutes / 3, "tuning": sum(map(min, drawn, limits))}
     return stages | {"evolution": minutes, "pictures to score": scored}
 
 
-def effort(context: Context, out: Path) -> tuple[int, int]:
-    """Return the minutes that every rival has, those of the calibration rounded up, and the updates of a training.
-
-    Raises:
-        InputError: the calibration was stopped where its time was lost.
-    """
-    path = out / EFFORT
-    if not path.exists():
-        if math.isnan(spent := minutes_of(out)):
-            raise InputError(f"{out}: a stage was stopped before its time was noted; expected a calibration elsewhere")
-        minutes = math.ceil(spent)
-        files.write_json(path, {"minutes": minutes, "updates": updates_within(context, minutes / 3)})
-    found = files.read_json(path)
-    return int(found["minutes"]), int(found["updates"])
-
-
-def updates_within(context: Context, minutes: float) -> int:
-    """Return how many updates of the deepest student take this long. `TIMED` are timed."""
+def updates_within(context: Context, minutes: float, out: Path) -> int:
+    """Return how many updates of the deepest student take this long. `TIMED` are timed, once for the folder."""
+    if (path := out / EFFORT).exists():
+        return int(files.read_json(path)["updates"])
     fit = replace(context.experiment.distill.fit, steps=TIMED)
     with TemporaryDirectory() as folder:
         began = time.monotonic()
         _ = Student(max(STUDENTS)).model(context.model, PeerContext(Path(folder), context.data, fit))
         seconds = time.monotonic() - began
-    return max(1, round(TIMED * 60 * minutes / seconds))
+    updates = max(1, round(TIMED * 60 * minutes / seconds))
+    files.write_json(path, {"updates": updates, "timed": TIMED, "seconds": seconds})
+    return updates
 
 
 def minutes_of(out: Path) -> float:
     """Return the minutes from the backbone to the plan: exits, table, search and measured plans.
 
-    Not a number if one was stopped between its end and its row: then its time is not known.
+    Raises:
+        InputError: a stage was stopped between its end and its row, so its time is lost.
     """
     costs = pd.concat([pd.read_csv(out / stage / COSTS) for stage in ("scale", "plan")])
-    return float(costs["seconds"].sum(skipna=False)) / 60
+    if math.isnan(seconds := float(costs["seconds"].sum(skipna=False))):
+        raise InputError(f"{out}: a stage was stopped before its time was noted; expected a calibration elsewhere")
+    return seconds / 60
 
 
 def main(
     number: int,
+    part: Part,
     model: str,
     data: str,
     extractor_weights: Path,
@@ -291,9 +303,9 @@ def main(
     protocol: Literal["main", "unipc-10", "flow"] = "main",
     device: str = "auto",
 ) -> None:
-    """Calibrate, tune every rival for as long, and draw and score all arms."""
+    """Calibrate, tune the arms of a part for as long, draw and score them."""
     inputs = Inputs(model=model, data=data, extractor_weights=extractor_weights, device=device)
-    print(carry_out(number, inputs, out, PROTOCOLS[protocol]))
+    print(carry_out(number, part, inputs, out, PROTOCOLS[protocol]))
 
 
 if __name__ == "__main__":

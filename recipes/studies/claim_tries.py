@@ -4,18 +4,18 @@
     dyndit compare claim_tries --model recipes/weights/cifar10 --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim-tries        # resumable
 
-The plain plan is a calibration of docs/results/claim/protocol.md, on seeds that the claim does not use, calibrated by
-`resnet20-cifar10`. It is guided at scale 2.5, about what full depth does best at by that extractor. The claim tunes it.
-The primary extractor of the claim scores nothing here.
+Plans are made as in docs/results/claim/protocol.md, on seeds that the claim does not use, calibrated by
+`resnet20-cifar10`. They are guided at scale 2.5, about what full depth does best at by that extractor. The claim tunes
+it. Its primary extractor scores nothing here. The own plan may guide steps twice as strongly, and hold 0.7 or 1.4 times
+of the guidance.
 
 | variant | change |
 |---|---|
-| descent | measured descent from the searched plan, on 512 pictures of other seeds that share prefixes |
+| plain | every step is guided as strongly as the scale says |
+| searches | the best of five searches, on 512 pictures of other seeds |
+| descent | measured descent from the searched plan, on those pictures, which share prefixes |
 | joined | calibrated by `resnet20-cifar10` and `vgg-cifar10` at once |
-| joined-descent | both |
-| searches | the best of five searches, on those 512 pictures |
-| scale | the searched plan at the guidance scale that does best on those 512 pictures |
-| strengths | steps may be guided half or twice as strongly, forecasts 0.7 or 1.4 times |
+| joined-plain | both |
 
 Both extractors score the joined variants' pictures of fresh seeds, but both chose their plans. `claim_tries_exits`
 changes the exits in place of the plan.
@@ -28,45 +28,46 @@ from dataclasses import replace
 from dyndit.analysis.compare.experiment import Variant
 from dyndit.models.exits import ExitConfig
 from dyndit.plans.descent import Descent
-from dyndit.recipes.cifar10_frontier import CHOICES
 from dyndit.recipes.cifar10_frontier import experiment as frontier
+from dyndit.recipes.studies.claim import AGES, CHOICES
 
 NUMBER = 9
 """Number of the calibration; the claim's are 0 to 4."""
 JOINED = "resnet20-cifar10+vgg-cifar10"
-STRENGTHS = tuple(f"{step}*{f}" for step in ("12|6", "12|e4", "8|4", "8|e4", "6|e2") for f in ("0.5", "2"))
-STRENGTHS += ("2+|held*0.7", "2+|held*1.4")
+STRENGTHS = ("12|e4*2", "8|e4*2", "2+|held*0.7", "2+|held*1.4")
 
 point = (("unipc", 20),)
 used = ExitConfig((2, 4, 6, 8), recall=(2, 4))
 exits = frontier.distill
 recall_fit = replace(exits.recall_fit, steps=2_000, precision=exits.fit.precision)
 exits = replace(exits, exits=used, forecasts=False, num_trajectories=1_024, cfg_scale=2.5, recall_fit=recall_fit)
+calibration = replace(frontier.calibration, num_pictures=80, batch_size=80, forecast_ages=AGES)
 plain = replace(
     frontier,
     distill=exits,
-    calibration=replace(frontier.calibration, num_pictures=80, batch_size=80, forecast_ages=3),
+    calibration=replace(calibration, choices=CHOICES),
     points=point,
     full_points=point,
-    unguided_points=point,
+    unguided_points=(),
+    unguided_steps=(),
     budgets=(0.45,),
     cfg_scale=2.5,
     peers=(),
     metrics=("fd", "kid", "prc"),
     prc_members=5_000,
 ).calibrated(NUMBER)
-table = plain.calibration
+strong = replace(plain.calibration, choices=CHOICES + STRENGTHS)
 experiment = replace(
     plain,
+    calibration=strong,
     first_seed=20_000,
     num_blocks=5,
-    num_images=400,
+    num_images=300,
     variants=(
-        Variant("descent", descent=Descent()),
-        Variant("joined", extractor=JOINED),
-        Variant("joined-descent", extractor=JOINED, descent=Descent()),
+        Variant("plain", calibration=plain.calibration),
         Variant("searches", descent=Descent(rounds=0, searches=5)),
-        Variant("scale", descent=Descent(rounds=0, scales=(1.25, 1.75, 2.0, 2.5, 3.0))),
-        Variant("strengths", calibration=replace(table, choices=CHOICES + STRENGTHS)),
+        Variant("descent", descent=Descent(rounds=3, width=8)),
+        Variant("joined", extractor=JOINED),
+        Variant("joined-plain", extractor=JOINED, calibration=plain.calibration),
     ),
 )

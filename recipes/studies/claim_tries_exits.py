@@ -19,7 +19,7 @@ Result and minutes: not yet measured.
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.recipes.cifar10_frontier import CHOICES
+from dyndit.recipes.studies.claim import CHOICES
 from dyndit.recipes.studies.claim_tries import experiment as plans
 from dyndit.recipes.studies.claim_tries import plain
 
@@ -32,6 +32,7 @@ slim = replace(exits, exits=replace(exits.exits, head="slim"))
 longer = {"fit": replace(exits.fit, steps=4_000), "recall_fit": replace(exits.recall_fit, steps=4_000)}
 experiment = replace(
     plans,
+    calibration=plain.calibration,
     first_seed=20_100,
     variants=(
         Variant("linear", distill=linear),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndit.analysis.report.claim_goals import goals, sentences
-from dyndit.analysis.report.claim_tables import goals_table, tables_of_claim
+from dyndit.analysis.report.claim_tables import goals_table, normalised, tables_of_claim
 from dyndit.analysis.report.claims import BETTER, EXPLAINING, OPEN, PRIMARY, RIVALS, WORSE, Claim, claims_of, is_claim
 from dyndit.analysis.report.contents import contents_of, table_record
 from dyndit.analysis.report.runs import append_run, runs_below
@@ -259,9 +259,32 @@ def test_calibrations_of_several_machines_are_one_claim() -> None:
     assert claim.calibrations == (0, 1, 2, 3, 4)
     assert sentences(claim) == sentences(one)
     assert claim.saved()[0].mean == pytest.approx(one.saved()[0].mean)
-    runs[4].loc[runs[4]["family"] == "B", "machine"] = "cpu"
-    with pytest.raises(InputError, match="calibration 4: rows of cpu and of gpu; expected one machine"):
-        claims_of(runs, 0.03)
+
+
+def test_an_arm_is_compared_with_the_plan_of_its_own_run() -> None:
+    """The plan was drawn again beside H to L, on a faster machine, and came out better by 0.5."""
+    later = {"H", "ecad", "J", "K", "L"}
+    split = []
+    for frame in runs_of():
+        mine = frame["family"].isin(later | {"searched"})
+        second = frame[mine].assign(machine="gpu", run=frame["run"] + "-rivals")
+        second["ms_per_picture"] /= 2
+        second.loc[second["family"] == "searched", "fd"] -= 0.5
+        split += [frame[~frame["family"].isin(later)], second]
+    (claim,) = claims_of(split, 0.03)
+    one = claim_of()
+    found, before = (by_letter(each, arms=RIVALS | EXPLAINING) for each in (claim, one))
+    for letter, family in FAMILIES.items():
+        moved = -0.5 if family in later else 0.0
+        assert found[letter]["diff"].mean == pytest.approx(before[letter]["diff"].mean + moved)
+        assert found[letter]["ratio"] == pytest.approx(before[letter]["ratio"])
+        assert found[letter]["note"] == before[letter]["note"] == ""
+    assert [(goal.name, goal.measured) for goal in goals(claim)][:5] == [
+        (goal.name, goal.measured) for goal in goals(one)
+    ][:5]
+    assert len(normalised(claim, PRIMARY)) == len(normalised(one, PRIMARY))
+    with pytest.raises(InputError, match=r"calibration 0, family H: two rows by .*; expected one"):
+        claims_of([*split, split[1].assign(run="again")], 0.03)
 
 
 def test_replications_are_claims_of_their_own() -> None:

@@ -301,41 +301,54 @@ def test_a_time_that_no_setting_meets_has_no_arm(context: Context, tmp_path: Pat
 
 
 def test_the_claims_cost_is_estimated_from_full_depths_time() -> None:
-    """Ten milliseconds a picture, an hour for each rival. By hand: B tries 7 scales at 15 counts."""
-    found, protocol = claim.expected(claim.PROTOCOLS["main"], 10.0, 60.0), claim.Protocol()
+    """Ten milliseconds a picture, an hour for each rival. By hand: B tries 5 scales at 15 counts of 80 pictures."""
+    protocol = claim.Protocol()
+    plans, rivals = protocol.plans(3, 1.5, 60.0, guide=4), protocol.rivals(3, 1.5, 60.0, updates=100)
+    found = claim.expected(protocol, rivals, 10.0)
     assert found["trainings"] == 6 * 20  # three students, two pruned backbones, a width
     assert found["evolution"] == 60
+    assert found["pictures to score"] == pytest.approx(6 * 4.5 * rivals.num_images / 60_000)  # G, H to L
+    assert claim.expected(protocol, rivals, 20.0)["pictures to score"] == 2 * found["pictures to score"]
+    found = claim.expected(protocol, plans, 10.0)
+    assert (found["trainings"], found["evolution"]) == (0, 0)
+    assert found["pictures to score"] == pytest.approx((8 * 4.5 + 10) * plans.num_images / 60_000)  # A, B to G, two E
     only = replace(protocol, without=tuple({t.family for t in protocol.tunings(1.5, 60.0)} - {"B"}))
-    assert claim.expected(only, 10.0, 60.0)["tuning"] == pytest.approx(7 * 15 * 128 * 4.5 / 60_000)
-    assert claim.expected(only, 1e6, 60.0)["tuning"] == 60  # its limit
-    assert claim.expected(protocol, 20.0, 60.0)["pictures to score"] == 2 * found["pictures to score"]
+    only = only.plans(3, 1.5, 60.0, guide=4)
+    assert claim.expected(protocol, only, 10.0)["tuning"] == pytest.approx(5 * 15 * 80 * 4.5 / 60_000)
+    assert claim.expected(protocol, only, 1e6)["tuning"] == 60  # its limit
 
 
 def test_the_claims_recipe_has_every_arm_of_the_protocol() -> None:
     """Seeds as the page says, the rivals by letter, and settings that a manifest can hold."""
-    found = claim.Protocol().compared(3, 1.5, 4, minutes=60.0, updates=100)
-    families = {tuning.family for tuning in found.tunings}
+    plans, rivals = claim.Protocol().plans(3, 1.5, 60.0, 4), claim.Protocol().rivals(3, 1.5, 60.0, 100)
+    tunings = (*plans.tunings, *rivals.tunings)
     plainest = {"D-constant": "D", "D-skips": "D"}
-    assert families == {*"ABHKL", "C-own", "C-pass", "C-interval", *plainest, *claim.CACHES}
-    groups = {tuning.family: tuning.group for tuning in found.tunings if tuning.group}
+    families = {*"ABHKL", "C-own", "C-pass", "C-interval", *plainest, *claim.CACHES}
+    assert sorted(tuning.family for tuning in tunings) == sorted(families)  # each in one part
+    assert {tuning.family for tuning in rivals.tunings} == {*"HKL", *claim.CACHES}
+    groups = {tuning.family: tuning.group for tuning in tunings if tuning.group}
     assert groups == {"C-own": "C", "C-pass": "C", **plainest, **dict.fromkeys(claim.CACHES, "J")}
     reported = {family for family, _ in (RIVALS | EXPLAINING).values()}
     reported -= {"shuffled", "ecad", "searched-E1", "searched-E2"}
     assert reported <= families - groups.keys() | set(groups.values())
-    assert [tuning.family for tuning in found.tunings if not tuning.matched] == ["A"]
-    assert [variant.name for variant in found.variants] == ["E1", "E2"]
-    assert (found.first_seed, found.shuffle_seeds, found.search_seed, found.evolution.seed) == (10_003, (3,), 3, 3)
-    assert found.calibration.seed == 1_003_003
-    assert found.distill.fit.seed == found.peer_fit.seed == 3_000
-    assert {tuning.share for tuning in found.tunings} == {None, 0.45}
+    assert [tuning.family for tuning in tunings if not tuning.matched] == ["A"]
+    assert [variant.name for variant in plans.variants] == ["E1", "E2"]
+    assert (rivals.variants, rivals.shuffle_seeds, plans.evolution) == ((), (), None)
+    assert (plans.shuffle_seeds, rivals.evolution.seed) == ((3,), 3)
+    for found in (plans, rivals):
+        assert (found.first_seed, found.search_seed, found.calibration.seed) == (10_003, 3, 1_003_003)
+        assert found.distill.fit.seed == found.peer_budget.seed == 3_000
+    assert {tuning.share for tuning in tunings} == {None, 0.45}
     assert [round(share * CARDS["cifar10"].num_blocks) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3)] == list(claim.EXITS)
-    for tuning in found.tunings:
+    for tuning in tunings:
         assert len({(peer.name, peer.label) for peer in tuning.peers}) == len(tuning.peers)
-    few = claim.PROTOCOLS["unipc-10"].compared(3, 1.5, 4, minutes=60.0, updates=100)
-    assert {tuning.family for tuning in few.tunings} == families - {"K", "L"}
+    few = claim.PROTOCOLS["unipc-10"].plans(3, 1.5, 60.0, 4)
+    assert {tuning.family for tuning in few.tunings} == {tuning.family for tuning in plans.tunings}
     assert few.variants == ()
     assert few.tunings[1].steps == tuple(range(3, 11))
-    flow = claim.PROTOCOLS["flow"].compared(3, 1.5, 4, minutes=60.0, updates=100)
+    rest = claim.PROTOCOLS["unipc-10"].rivals(3, 1.5, 60.0, 100)
+    assert {tuning.family for tuning in rest.tunings} == {"H", *claim.CACHES}
+    flow = claim.PROTOCOLS["flow"].plans(3, 1.5, 60.0, 4)
     assert {flow.calibration_solver, flow.distill.solver, flow.points[0][0], flow.tunings[0].solver} == {"flow-euler"}
-    settings = settings_of(found, Inputs(), load_digits())
+    settings = settings_of(rivals, Inputs(), load_digits())
     assert files.to_json(Path("manifest.json"), settings)

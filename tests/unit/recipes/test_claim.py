@@ -1,6 +1,5 @@
-"""A rehearsal of the claim: a calibration of its script, on a tiny model, from the backbone to the report."""
+"""A rehearsal of the claim: both parts of a calibration, on a tiny model, from the backbone to the report."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from dyndit.analysis.report.runs import append_run, read_runs, runs_below
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import write_report
 from dyndit.calibration.measure import CalibrationSettings
-from dyndit.files import read_json
-from dyndit.recipes.cifar10_frontier import CHOICES
 from dyndit.recipes.studies import claim
 from dyndit.rounds import Repeats
 from dyndit.sealed_csv import rows_of
@@ -41,7 +38,7 @@ def rehearsal() -> claim.Protocol:
     short = {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "precision": "fp32"}
     fits = {name: replace(getattr(distill, name), **short) for name in ("fit", "recall_fit")}
     distill = replace(distill, **fits)
-    table = CalibrationSettings(num_pictures=66, num_bands=3, batch_size=66, choices=CHOICES, forecast_ages=1)
+    table = CalibrationSettings(num_pictures=66, num_bands=3, batch_size=66, choices=claim.CHOICES, forecast_ages=1)
     few = {"num_images": NUM_IMAGES, "batch_size": 33, "more_extractors": ("vgg-cifar10",), "calibration_steps": 3}
     few |= {"precision": "fp32"}  # a CPU without bf16 products would take 400 times as long
     chosen = replace(whole, distill=distill, calibration=table, **few)
@@ -50,7 +47,9 @@ def rehearsal() -> claim.Protocol:
     return claim.Protocol(**small, calibration=chosen, evolution=effort, thinned=thinned)
 
 
-def test_the_whole_protocol(
+@pytest.mark.parametrize("part", ["plans", "rivals"])
+def test_a_whole_part(
+    part: claim.Part,
     rehearsal: claim.Protocol,
     inputs: Inputs,
     tmp_path: Path,
@@ -63,8 +62,8 @@ def test_the_whole_protocol(
     monkeypatch.setattr(claim, "TIMED", 2)
     out, written, updates_within = tmp_path / "1", [], claim.updates_within
 
-    def few_updates(context: Context, minutes: float) -> int:
-        assert updates_within(context, minutes) > 2
+    def few_updates(context: Context, minutes: float, out: Path) -> int:
+        assert updates_within(context, minutes, out) > 2
         return 2
 
     monkeypatch.setattr(claim, "updates_within", few_updates)
@@ -78,41 +77,46 @@ def test_the_whole_protocol(
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "append_run", stopped)
         with pytest.raises(KeyboardInterrupt):
-            claim.carry_out(1, inputs, out, protocol=rehearsal)
+            claim.carry_out(1, part, inputs, out, protocol=rehearsal)
     assert "calibration 1: scale " in (said := capsys.readouterr().out)
     assert f"{claim.minutes_of(out):.1f} minutes" in said
-    effort = read_json(out / claim.EFFORT)
-    assert (effort["minutes"], effort["updates"]) == (math.ceil(claim.minutes_of(out)), 2)
-    folder, plan = out / "claim-1", out / "plan" / "plan-unipc-4-b0.8.json"
+    assert (out / claim.EFFORT).exists() == (part == "rivals")
+    folder, plan = out / f"{part}-1", out / "plan" / "plan-unipc-4-b0.8.json"
     tuning, rows = (folder / "tuning.csv").read_text(), read_runs(folder)
     assert rows["arm"].nunique() == 2
     with monkeypatch.context() as patch:
         for place in (Context, "distance"), (Context, "_measured_table"), (Match, "train"), (tuned, "_ratio"):
             patch.setattr(*place, lambda *_, **__: pytest.fail("done again"))
-        page = claim.carry_out(1, inputs, out, protocol=rehearsal)
+        page = claim.carry_out(1, part, inputs, out, protocol=rehearsal)
     assert page == folder / "report.html"
     assert (folder / "tuning.csv").read_text() == tuning
     once, then = ([row[:-1] for row in rows_of(at / "tuning.csv")] for at in (out / "scale", folder))  # without seals
     assert then[: len(once)] == once  # A and C are chosen once
     assert (folder / plan.name).read_bytes() == plan.read_bytes()
-    _check_rows(read_runs(folder), rows)
+    _check_rows(part, read_runs(folder), rows)
     text = (folder / "report.md").read_text()
     assert "One calibration: nothing is shown." in text
+    assert ("The searched plan saves" in text) == (part == "plans")
     assert verify(folder) == []
     assert page.is_file()
     write_report(runs_below(out), tmp_path / "report", margin=0.03)  # the folder of a calibration is one too
     assert (tmp_path / "report" / "report.md").read_text().count("### Rivals at equal time") == 2
 
 
-def _check_rows(rows: pd.DataFrame, before: pd.DataFrame) -> None:
-    """Every arm of the protocol by both extractors, scored on its seeds and timed alone."""
+ARMS = {
+    "plans": {"A", "B", "C", "C-interval", "D", "searched", "shuffled"},
+    "rivals": {"H", "K", "L", "J", "ecad", "searched"},
+}
+"""Families of a part, without the locked searches, of which a tiny model may reach one alone."""
+
+
+def _check_rows(part: claim.Part, rows: pd.DataFrame, before: pd.DataFrame) -> None:
+    """Every arm of the part by both extractors, scored on its seeds and timed alone."""
     scored, timed = (rows[rows["role"] == role] for role in ("score", "time"))
     assert scored["fd"].head(len(before)).tolist() == before["fd"].tolist()
-    families = set(scored["family"])
-    arms = {"A", "B", "C", "C-interval", "D", "H", "K", "L", "J", "ecad", "searched", "shuffled"}
-    assert arms <= families
-    assert {"searched-E1", "searched-E2"} & families
-    assert families <= arms | {"searched-E1", "searched-E2"}
+    families, locks = set(scored["family"]), {"searched-E1", "searched-E2"}
+    assert families - locks == ARMS[part]
+    assert bool(families & locks) == (part == "plans")
     assert set(scored["seed"]) == {10_001}
     assert set(scored["calibration"]) == {"1"}
     assert set(timed["arm"]) == set(scored["arm"])

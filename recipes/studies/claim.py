@@ -58,7 +58,7 @@ LEAST_SCALE = 1.5
 SCALES = (1.0, LEAST_SCALE, 2.0, 2.5, 3.0)
 EXITS, RECALL = (2, 4, 6, 8), (2,)
 """Depths of the exits, all that plans leave at or are guided by, and of those with learned forecasts."""
-CHOICES = ("12|e4", "12", "8|4", "8|e4", "6|e2", "4|e2", "2+", "2+|held")
+CHOICES = ("12|e4", "12|e4*2", "8|4", "8|e4*2", "6|e2", "4|e2", "2+|held", "2+|held*1.4")
 AGES = 2
 """Steps of the table, each two of the plan's, for which a forecast is measured."""
 
@@ -79,9 +79,10 @@ exits = replace(
     frontier.distill,
     exits=ExitConfig(EXITS, recall=RECALL),
     forecasts=False,  # those of the choices are learned
-    num_trajectories=1_024,
+    num_trajectories=512,
     cfg_scale=2.5,  # about what full depth takes
-    recall_fit=replace(frontier.distill.recall_fit, steps=2_000, precision=frontier.distill.fit.precision),
+    fit=replace(frontier.distill.fit, steps=500, checkpoint_every=100),
+    recall_fit=replace(frontier.distill.recall_fit, steps=700, precision=frontier.distill.fit.precision),
 )
 calibration = replace(
     frontier,
@@ -97,7 +98,7 @@ calibration = replace(
     more_extractors=("vgg-cifar10", "efficientnet-lite0"),
     first_seed=10_000,
     num_blocks=1,
-    num_images=5_000,
+    num_images=2_000,
     batch_size=50,
     time_batch=1,
 )

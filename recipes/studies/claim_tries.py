@@ -29,11 +29,11 @@ from dyndit.analysis.compare.experiment import Variant
 from dyndit.models.exits import ExitConfig
 from dyndit.plans.descent import Descent
 from dyndit.recipes.cifar10_frontier import experiment as frontier
-from dyndit.recipes.studies.claim import AGES, CHOICES
 
 NUMBER = 9
 """Number of the calibration; the claim's are 0 to 4."""
 JOINED = "resnet20-cifar10+vgg-cifar10"
+CHOICES = ("12|e4", "12", "8|4", "8|e4", "6|e2", "4|e2", "2+", "2+|held")
 STRENGTHS = ("12|e4*2", "8|e4*2", "2+|held*0.7", "2+|held*1.4")
 
 point = (("unipc", 20),)
@@ -41,7 +41,7 @@ used = ExitConfig((2, 4, 6, 8), recall=(2, 4))
 exits = frontier.distill
 recall_fit = replace(exits.recall_fit, steps=2_000, precision=exits.fit.precision)
 exits = replace(exits, exits=used, forecasts=False, num_trajectories=1_024, cfg_scale=2.5, recall_fit=recall_fit)
-calibration = replace(frontier.calibration, num_pictures=80, batch_size=80, forecast_ages=AGES)
+calibration = replace(frontier.calibration, num_pictures=80, batch_size=80, forecast_ages=2)
 plain = replace(
     frontier,
     distill=exits,

@@ -4,7 +4,8 @@
     dyndit compare claim_tries_exits --model recipes/weights/cifar10 --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim-tries-exits  # resumable
 
-The plain plan is that of `claim_tries`, drawn on other seeds. Each variant has exits and a table of its own.
+The own plan has the claim's choices, and the exits of `claim_tries`, which learn for longer than the claim's. Each
+variant has exits and a table of its own.
 
 | variant | change |
 |---|---|
@@ -25,14 +26,14 @@ from dyndit.recipes.studies.claim_tries import plain
 
 GUIDED = ("12|e5", "12|e3", "8|e5", "8|e3", "6|e5", "6|e3", "4|e3")
 
-table, exits = plain.calibration, plain.distill
+table, exits = replace(plain.calibration, choices=CHOICES), plain.distill
 linear = replace(exits, exits=replace(exits.exits, recall=()), forecasts=True)
 more_exits = replace(exits, exits=replace(exits.exits, layers=(2, 3, 4, 5, 6, 8)), guides=(3, 5))
 slim = replace(exits, exits=replace(exits.exits, head="slim"))
 longer = {"fit": replace(exits.fit, steps=4_000), "recall_fit": replace(exits.recall_fit, steps=4_000)}
 experiment = replace(
     plans,
-    calibration=plain.calibration,
+    calibration=table,
     first_seed=20_100,
     variants=(
         Variant("linear", distill=linear),

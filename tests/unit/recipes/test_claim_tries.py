@@ -90,9 +90,12 @@ def test_the_claims_seeds_are_not_used() -> None:
         assert "efficientnet-lite0" not in (tried.extractor, *tried.more_extractors)
 
 
-def test_the_plain_plan_is_made_as_the_claims() -> None:
+def test_plans_are_made_as_the_claims() -> None:
     """From exits that are trained for longer."""
-    of_claim, plain = claim.PROTOCOLS["main"].calibrated(claim_tries.NUMBER), claim_tries.plain
-    for name in ("calibration", "points", "budgets", "refinements", "search_seed", "precision", "batch_size"):
-        assert getattr(plain, name) == getattr(of_claim, name), name
-    assert plain.distill.fit.seed == of_claim.distill.fit.seed
+    of_claim = claim.PROTOCOLS["main"].calibrated(claim_tries.NUMBER)
+    for tried in (claim_tries.experiment, claim_tries_exits.experiment):
+        for name in ("points", "budgets", "refinements", "search_seed", "precision", "batch_size"):
+            assert getattr(tried, name) == getattr(of_claim, name), name
+        assert tried.distill.fit.seed == of_claim.distill.fit.seed
+    assert claim_tries_exits.experiment.calibration == of_claim.calibration
+    assert set(claim.CHOICES) < {*claim_tries.CHOICES, *claim_tries.STRENGTHS}

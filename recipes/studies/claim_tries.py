@@ -22,8 +22,8 @@ changes the exits in place of the plan.
 
 Measured (docs/results/claim-tries): strengths gain 1.34 ± 0.21 of FD-resnet20 and 0.36 ± 0.25 of FD-vgg, and the own
 plan differs from full depth by -0.02 ± 0.32 and +0.24 ± 0.38 in 43% of its time. Five searches find one plan; descent
-gains nothing on fresh pictures; joined extractors lose. On 2 cores of an Intel Xeon with AMX, 2026-11-29: a table 11 minutes, sampling 18; the
-exits were not timed alone.
+gains nothing on fresh pictures; joined extractors lose. On 2 cores of an Intel Xeon with AMX, 2026-11-29: a table 11
+minutes, sampling 18; the exits were not timed alone.
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
 """Choose a rival's settings on the calibration seeds, at a time, and make an arm of the best one.
 
-The best setting then takes the searched plan's time, or the next slower step count: a rival never has less.
+The best setting then takes the searched plan's time, or the next slower step count. A rival has less time only if
+none of its step counts takes as long.
 
 An arm chosen on the pictures that score it looks better than it is. So settings are chosen on the table's seeds, by the
 extractor that plans are calibrated on. Everything that was tried is in `tuning.csv`, which also makes it resumable.

@@ -230,10 +230,8 @@ def carry_out(number: int, part: Part, inputs: Inputs, out: Path, protocol: Prot
             note(context.out / COSTS, {"name": "plan", "seed": first.search_seed, "seconds": seconds})
 
         ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,), noted)
-        full_ms, minutes = (
-            context.predicted_ms(context.full(protocol.solver, protocol.steps)),
-            math.ceil(minutes_of(out)),
-        )
+        full_ms = context.predicted_ms(context.full(protocol.solver, protocol.steps))
+        minutes = math.ceil(minutes_of(out))
         if part == "rivals":
             arms = protocol.rivals(number, scale, minutes, updates_within(context, minutes / 3, out))
         else:

@@ -473,7 +473,6 @@ def test_the_comparison_measures_peers_in_turn_and_goes_on(comparison, model, mo
 def test_a_block_that_was_stopped_goes_on_within_it(comparison, model, monkeypatch, damaged: bool) -> None:
     """Kept batches are not drawn again, and the rows are those of an undisturbed run. A damaged file is drawn again."""
     monkeypatch.setattr("dyndit.analysis.compare.run.EVERY", 2)
-    monkeypatch.setattr("dyndit.analysis.compare.drawn.EVERY", 2)
     arms = [Arm("full", full_plan(model, "ddim", steps, 1.5)) for steps in (2, 3)]
     comparison = replace(comparison, experiment=replace(comparison.experiment, batch_size=14, num_blocks=1))
     undisturbed = replace(comparison, out=comparison.out / "whole")

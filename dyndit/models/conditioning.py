@@ -17,12 +17,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from dyndit.models.base import State
-from dyndit.models.layers import TANH_GELU, DiTBlock, FinalLayer, modulate, zero_linear
+from dyndit.models.layers import DiTBlock, FinalLayer, Mlp, modulate, zero_linear
 
 ConditioningName = Literal["in-context", "cross-attention", "adaln", "adaln-zero"]
 
@@ -38,7 +37,7 @@ class PlainBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
         """Run the block.  x: (B, N + 2, D) with the condition among the tokens; `given` is not read."""

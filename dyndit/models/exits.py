@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
-from dyndit.models.layers import TANH_GELU, modulate, zero_linear
+from dyndit.models.layers import Mlp, modulate, zero_linear
 from dyndit.models.recall import Left, RecallHead
 
 HeadName = Literal["adaln-linear", "wide", "slim"]
@@ -82,7 +81,7 @@ class HiddenLayer(nn.Module):
     def __init__(self, width: int, hidden: int, cond_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, hidden, act_layer=TANH_GELU)
+        self.mlp = Mlp(width, hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 2 * width))
         zero_linear(self.mlp.fc2)
         zero_linear(self.adaLN_modulation[-1])
@@ -99,7 +98,7 @@ class SlimLayer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, width, act_layer=TANH_GELU)
+        self.mlp = Mlp(width, width)
         zero_linear(self.mlp.fc2)
 
     def forward(self, tokens: Tensor, cond: Tensor) -> Tensor:

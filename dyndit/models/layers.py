@@ -1,11 +1,12 @@
 """Layers of Diffusion Transformers: functions hold the maths, modules hold the parameters."""
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import timm.layers
 import torch
-from timm.layers import Mlp
+import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
@@ -69,6 +70,43 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+@cache
+def _fuses_bf16() -> bool:
+    """Whether this torch build and this CPU have oneDNN's bf16 product that ends in an activation."""
+    mkldnn: Any = torch.ops.mkldnn
+    built = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_linear_pointwise")
+    return built and bool(mkldnn._is_mkldnn_bf16_supported())
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return GELU of a linear map, in its tanh form.  x: (..., D), weight: (H, D), bias: (H,) -> (..., H).
+
+    On a CPU, bf16 inference takes the product of oneDNN that applies the activation itself. Torch's own tanh costs
+    about as much as the product does. Outputs differ by bf16 rounding.
+    """
+    halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if x.device.type == "cpu" and halved and inference and _fuses_bf16():
+        mkldnn: Any = torch.ops.mkldnn
+        inputs = (tensor.to(torch.bfloat16) for tensor in (x, weight, bias))
+        return mkldnn._linear_pointwise(*inputs, "gelu", [], "tanh")
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+class Mlp(timm.layers.Mlp):
+    """The MLP of a transformer block, with tanh GELU.  x: (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(width, hidden, act_layer=TANH_GELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the MLP.  x: (..., D) -> (..., D)."""
+        first = self.fc1
+        if type(first) is nn.Linear and not (first._forward_hooks or first._forward_pre_hooks):
+            return self.fc2(linear_gelu(x, first.weight, first.bias))
+        return super().forward(x)  # adapters, quantised layers and watchers have a forward of their own
+
+
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
 
@@ -81,7 +119,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=False)
         self.attn = Attention(width, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps or norm_eps, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.num_modulations * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +21,7 @@ from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.captions import POOLED, TOKENS, Encoded, Words
 from dyndit.models.conditions import ClassLabels, Condition, Conditioning, ConditionType
-from dyndit.models.layers import TANH_GELU, FinalLayer, TimestepEmbedder, modulate, position_features, zero_linear
+from dyndit.models.layers import FinalLayer, Mlp, TimestepEmbedder, modulate, position_features, zero_linear
 from dyndit.models.sizes import check_sizes, sides
 from dyndit.process import RectifiedFlow
 
@@ -292,7 +292,7 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if pre_only else 6) * width))
         if not pre_only:
             self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-            self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=TANH_GELU)
+            self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def queries(self, tokens: Tensor, cond: Tensor) -> tuple[tuple[Tensor, ...], *tuple[Tensor, ...]]:
         """Return queries, keys and values, (B, H, N, D / H) each, and the modulation that `update` takes."""

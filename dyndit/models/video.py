@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dyndit.errors import InputError
 from dyndit.models.base import Backbone, State
 from dyndit.models.conditions import ClassLabels
-from dyndit.models.layers import TANH_GELU, FinalLayer, LabelEmbedder, TimestepEmbedder, modulate, zero_linear
+from dyndit.models.layers import FinalLayer, LabelEmbedder, Mlp, TimestepEmbedder, modulate, zero_linear
 from dyndit.models.sizes import check_sizes, sides
 
 Attends = Literal["factorised", "full"]
@@ -140,7 +139,7 @@ class VideoBlock(nn.Module):
         self.attn = RotaryAttention(c.width, c.num_heads)
         if self.factorised:
             self.time_attn = RotaryAttention(c.width, c.num_heads)
-        self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio), act_layer=TANH_GELU)
+        self.mlp = Mlp(c.width, int(c.width * c.mlp_ratio))
         num = 9 if self.factorised else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, num * c.width))
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import dyndit
-from dyndit import manifest
+from dyndit import files, manifest
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.plan import DepthPlan
@@ -39,7 +39,9 @@ from support.tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 RECORDED = Path(__file__).with_name("outputs.npz")
-PUBLISHED = sorted((ROOT / "docs" / "results").glob("*/plans/*.json"))
+PUBLISHED = [
+    path for path in sorted((ROOT / "docs" / "results").glob("*/plans/*.json")) if files.read_json(path)["version"] == 1
+]
 """Plans of version 1, as the published comparisons left them."""
 SOLVERS = ("ddpm", "ddim", "dpmpp", "unipc", "euler")
 """The solvers that outputs were recorded of."""

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from dyndit.analysis.compare.peers.pruned import noised_inputs
 from dyndit.errors import InputError
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth, StepInputs
+from dyndit.models.layers import Mlp, linear_gelu
 from dyndit.plans.plan import DepthPlan
 from dyndit.process import Process
 from dyndit.training.data import Pictures
@@ -106,7 +106,7 @@ class FewerChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the MLP.  x: (B, N, D) -> (B, N, D)."""
         first, second, num = self.whole.fc1, self.whole.fc2, self.num
-        channels = self.whole.act(F.linear(x, first.weight[:num], first.bias[:num]))
+        channels = linear_gelu(x, first.weight[:num], first.bias[:num])
         return F.linear(channels, second.weight[:, :num], second.bias)
 
 

@@ -37,6 +37,8 @@ MATCHED, RATIO = "matched.csv", (*KEY, "ratio")
 """A row per setting that was timed against the searched plan: its time over the plan's, median over rounds."""
 MATCHING, ROUNDS = 0.02, Repeats(6, until=0.02, most=30)
 """Times are equal within this share; rounds of timing."""
+GLANCE = Repeats(2, warmup=0)
+"""Rounds that say which step counts of a setting are worth drawing."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,13 @@ def matched(context: Context, tuning: Tuning, best: Candidate) -> Candidate:
 
 
 def _ratio(context: Context, tuning: Tuning, best: Candidate) -> float:
-    """Time batches of a setting and of the searched plan in turns; return the median ratio."""
+    """Return how many times as long as the searched plan a setting takes."""
     ((_, searched, _),) = context.searched(tuning.solver, tuning.reference, (tuning.share,))
+    return _times_as_long(context, best, searched, ROUNDS, f"matching {tuning.family}")
+
+
+def _times_as_long(context: Context, rival: Candidate, plan: DepthPlan, rounds: Repeats, title: str) -> float:
+    """Time batches of a setting and of a plan of the comparison's model in turns; return the median ratio."""
     size = context.experiment.batch_size
     labels = context.model.backbone.condition.in_turn(size)
 
@@ -147,10 +154,10 @@ def _ratio(context: Context, tuning: Tuning, best: Candidate) -> float:
         options |= {"seed": context.experiment.calibration.seed, "batch_size": size}
         return [Reading("", sample(model, labels, plan=plan, **options).seconds)]
 
-    arms = {"searched": lambda: call(context.model, searched), "rival": lambda: call(best.model, best.plan)}
-    times = paired_rounds(arms, ROUNDS, "searched", title=f"matching {tuning.family}")
+    arms = {"plan": lambda: call(context.model, plan), "rival": lambda: call(rival.model, rival.plan)}
+    times = paired_rounds(arms, rounds, "plan", title=title)
     table = times.pivot(index="round", columns="arm", values="seconds")
-    return float((table["rival"] / table["searched"]).median())
+    return float((table["rival"] / table["plan"]).median())
 
 
 def _arm(context: Context, family: str, best: Candidate) -> Arm:
@@ -177,7 +184,8 @@ class _Log:
             for row in found.to_dict("records")
         ]
         self.reference = context.full(tuning.solver, tuning.reference)
-        self.full_seconds: float | None = None
+        self.timed: dict[tuple[PeerSettings, bool], float] = {}
+        """Shares at the reference steps, by setting and whether it is guided."""
 
     def row(self, candidate: Candidate, began: float) -> dict[str, object]:
         """Return the row of a candidate: known, or timed and, within the limit, drawn and measured now."""
@@ -196,18 +204,17 @@ class _Log:
         return row
 
     def _share(self, candidate: Candidate) -> float:
-        """Predict the share of full depth's time. Time one batch of a model that the cost model does not know."""
-        if candidate.model is self.context.model and not self.tuning.timed:
-            cost = self.context.table.cost
-            return cost.plan_seconds(candidate.plan) / cost.plan_seconds(self.reference)
-        if self.full_seconds is None:
-            self.full_seconds = self._seconds(self.context.model, self.reference)
-        return self._seconds(candidate.model, candidate.plan) / self.full_seconds
+        """Predict the share of full depth's time.
 
-    def _seconds(self, model: DynamicDepth, plan: DepthPlan) -> float:
-        """Time one batch: the faster of two, after one that warms up."""
-        size = self.context.experiment.batch_size
-        labels = self.context.model.backbone.condition.in_turn(size)
-        options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale}
-        options |= {"seed": self.context.experiment.calibration.seed, "batch_size": size}
-        return min([sample(model, labels, plan=plan, **options).seconds for _ in range(3)][1:])
+        The table's cost model does so for plans of the comparison's model. A peer with a model of its own is timed
+        once, at the reference steps, in turns with full depth; its other step counts are taken to cost in proportion.
+        """
+        peer, model, plan = candidate.peer, candidate.model, candidate.plan
+        if model is self.context.model:
+            cost = self.context.table.cost
+            return cost.plan_seconds(plan) / cost.plan_seconds(self.reference)
+        if (key := (peer, plan.cfg_scale != 1)) not in self.timed:
+            at = candidate_plan(peer, model, plan.solver, self.tuning.reference, plan.cfg_scale)
+            one, title = Candidate(peer, model, at), f"timing {peer.name}"
+            self.timed[key] = _times_as_long(self.context, one, self.reference, GLANCE, title)
+        return self.timed[key] * plan.num_steps / self.tuning.reference

@@ -28,8 +28,6 @@ class Tuning:
     share: float | None = None
     """Limit of time, as a share of full depth's at `reference` steps and the experiment's scale; None: no limit."""
     reference: int = 20
-    timed: bool = False
-    """Time one batch of every setting, also of those that the shift table's cost model knows: no table is needed."""
     counts: int = 1
     """Step counts to draw of each setting: the largest ones within the limit. 0: all of them."""
     minutes: float = 0.0

@@ -141,9 +141,9 @@ class Protocol:
 
     @property
     def own_guide(self) -> Tuning:
-        """Return C without a pass. Its grid is tried whole, before there is a table."""
+        """Return C without a pass. Its grid is tried whole: E2 takes its exit."""
         settings = grid(InternalGuidance, exit=EXITS, own=(0.0,), low=(0.0, 0.5), high=(math.inf, 17.0))
-        return self.tuning("C-own", *settings, scales=SCALES[1:], steps=self.counts, timed=True, group="C")
+        return self.tuning("C-own", *settings, scales=SCALES[1:], steps=self.counts, group="C")
 
     def tunings(self, scale: float, minutes: float) -> Iterator[Tuning]:
         """Yield every tuned arm.  scale: of plans. Arms that train, H, K and L, tune beyond the minutes."""
@@ -220,7 +220,6 @@ def carry_out(number: int, part: Part, inputs: Inputs, out: Path, protocol: Prot
     first = protocol.calibrated(number)
     with prepared(first, out / "scale", inputs) as context, first.autocast(context.model.device.type):
         scale = max(LEAST_SCALE, choose(context, protocol.full_scale).plan.cfg_scale)
-        guide = choose(context, protocol.own_guide).peer.exit if part == "plans" else 0
     planned, inputs = replace(first, cfg_scale=scale), replace(inputs, model=str(out / "scale" / "model"))
     with prepared(planned, out / "plan", inputs) as context, planned.autocast(context.model.device.type):
         file = file_name(protocol.solver, protocol.steps, protocol.budget)
@@ -232,6 +231,8 @@ def carry_out(number: int, part: Part, inputs: Inputs, out: Path, protocol: Prot
         ((_, plan, _),) = context.searched(protocol.solver, protocol.steps, (protocol.budget,), noted)
         full_ms = context.predicted_ms(context.full(protocol.solver, protocol.steps))
         minutes = math.ceil(minutes_of(out))
+        copy_once(out / "scale" / TUNING, context.out)
+        guide = choose(context, protocol.own_guide).peer.exit if part == "plans" else 0
         if part == "rivals":
             arms = protocol.rivals(number, scale, minutes, updates_within(context, minutes / 3, out))
         else:
@@ -241,11 +242,16 @@ def carry_out(number: int, part: Part, inputs: Inputs, out: Path, protocol: Prot
     print(f"to come, minutes at most: {parts}", flush=True)
     inputs, folder = replace(inputs, model=str(out / "plan" / "model")), out / f"{part}-{number}"
     with prepared(arms, folder, inputs) as context:
-        for chosen in (out / "scale" / TUNING, out / "plan" / file):  # once, so that every stage has the same
-            if not (place := context.out / chosen.name).exists():
-                files.copy(chosen, place)
+        for chosen in (TUNING, file):
+            copy_once(out / "plan" / chosen, context.out)
         compare(context)
     return folder / "report.html"
+
+
+def copy_once(path: Path, folder: Path) -> None:
+    """Give a folder what an earlier stage chose, unless it has it: it may have grown there."""
+    if not (place := folder / path.name).exists():
+        files.copy(path, place)
 
 
 def expected(protocol: Protocol, part: Experiment, full_ms: float) -> dict[str, float]:

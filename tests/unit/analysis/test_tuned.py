@@ -20,7 +20,7 @@ from dyndit.analysis.compare.peers.ecad import Ecad
 from dyndit.analysis.compare.peers.interval import GuidanceInterval
 from dyndit.analysis.compare.run import Comparison
 from dyndit.analysis.compare.sources import Searched, Variants
-from dyndit.analysis.compare.tuned import TUNING, Tuned, choose
+from dyndit.analysis.compare.tuned import TUNING, Candidate, Tuned, choose
 from dyndit.analysis.compare.tuning import SLACK, Tuning
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
@@ -31,6 +31,7 @@ from dyndit.calibration.measure import CalibrationSettings
 from dyndit.errors import InputError
 from dyndit.models.dit import CARDS
 from dyndit.plans.cost import CostModel, PartTimes
+from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import OwnExit, locked
 from dyndit.recipes.studies import claim
 from dyndit.rounds import Repeats
@@ -110,26 +111,47 @@ def test_it_resumes_from_what_was_tried(context: Context, tmp_path: Path, monkey
 
 
 def test_a_model_that_is_no_plan_is_timed(context: Context, tmp_path: Path, monkeypatch) -> None:
-    seconds = iter([10.0, 5.0, 7.0])
-    monkeypatch.setattr(tuned._Log, "_seconds", lambda *_: next(seconds))
-    own = with_tuning(context, tmp_path, peers=(Ecad(2), Ecad(3)), steps=(4,), share=0.6)
+    """Once per setting and guidance, at the reference steps; its other step counts and scales cost in proportion."""
+    asked, shares = [], {("every2", True): 0.5, ("every2", False): 0.25, ("every3", True): 0.8, ("every3", False): 0.4}
+
+    def timed(own: Context, rival: Candidate, plan: DepthPlan, *_: object) -> float:
+        assert (rival.plan.num_steps, plan) == (4, own.full("ddim", 4))
+        assert rival.model is not own.model
+        asked.append((rival.peer.label, rival.plan.cfg_scale > 1))
+        return shares[asked[-1]]
+
+    monkeypatch.setattr(tuned, "_times_as_long", timed)
+    own = with_tuning(context, tmp_path, peers=(Ecad(2), Ecad(3)), scales=(1.0, 1.5, 2.0), steps=(3, 4, 5), share=0.6)
     (arm,) = Tuned().arms(own)
-    assert pd.read_csv(tmp_path / TUNING)["share"].tolist() == [0.5, 0.7]
-    assert arm.settings == "ecad-every2"
+    assert sorted(asked) == sorted(shares)
+    drawn = pd.read_csv(tmp_path / TUNING).dropna(subset="fd")
+    found = {(row["settings"], row["cfg_scale"]): (row["steps"], row["share"]) for _, row in drawn.iterrows()}
+    assert found == {
+        ("every2", 1.0): (5, 0.3125),
+        ("every2", 1.5): (4, 0.5),
+        ("every2", 2.0): (4, 0.5),
+        ("every3", 1.0): (5, 0.5),
+        ("every3", 1.5): (3, pytest.approx(0.6)),
+        ("every3", 2.0): (3, pytest.approx(0.6)),
+    }
     assert arm.predicted_ms is None
+
+
+def test_a_setting_is_really_timed(context: Context, tmp_path: Path) -> None:
+    own = with_tuning(context, tmp_path, peers=(Ecad(2),), steps=(4,), share=10.0)
+    choose(own, own.experiment.tunings[0])
+    assert 0.05 < pd.read_csv(tmp_path / TUNING)["share"].item() < 10
 
 
 def test_a_scale_can_be_chosen_before_there_is_a_table(context: Context, tmp_path: Path) -> None:
     """As the claim does: the table is measured at the scale that full depth does best with."""
     own = with_tuning(context, tmp_path, peers=DEPTHS[2:], scales=(1.0, 1.5, 3.0), steps=(4,))
-    timed = replace(own.experiment.tunings[0], share=0.9, timed=True, steps=(2, 4))
     del vars(own)["table"]
     best = choose(own, own.experiment.tunings[0])
     rows = pd.read_csv(tmp_path / TUNING)
     assert best.plan.cfg_scale == rows.loc[rows["fd"].idxmin(), "cfg_scale"]
     assert (rows["share"] == 0).all()
     assert rows["fd"].min() == pytest.approx(own.distance(best.plan))
-    assert choose(own, replace(timed, family="timed")).plan.num_steps in (2, 4)
     assert "table" not in vars(own)
     assert not (tmp_path / "model").exists()
 

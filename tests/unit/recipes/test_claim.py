@@ -90,7 +90,7 @@ def test_a_whole_part(
         page = claim.carry_out(1, part, inputs, out, protocol=rehearsal)
     assert page == folder / "report.html"
     assert (folder / "tuning.csv").read_text() == tuning
-    once, then = ([row[:-1] for row in rows_of(at / "tuning.csv")] for at in (out / "scale", folder))  # without seals
+    once, then = ([row[:-1] for row in rows_of(at / "tuning.csv")] for at in (out / "plan", folder))  # without seals
     assert then[: len(once)] == once  # A and C are chosen once
     assert (folder / plan.name).read_bytes() == plan.read_bytes()
     _check_rows(part, read_runs(folder), rows)

@@ -430,6 +430,7 @@ PUBLISHED = [
     "tables",
     "cifar10-ablation",
     "cifar10-rivals",
+    "claim",
     "claim-tries",
 ]
 

@@ -24,7 +24,7 @@ from dyndit.training.match import Match
 
 @dataclass(frozen=True)
 class Student(PeerSettings):
-    """depth: blocks of the student; the model has an exit there. passes: guide by an unconditional pass of as many."""
+    """depth: blocks of the student, fewer than the model has. passes: guide by an unconditional pass of as many."""
 
     name: ClassVar[str] = "student"
     compared: ClassVar = ((4,), (6,), (6, False))
@@ -34,10 +34,10 @@ class Student(PeerSettings):
     passes: bool = True
 
     def model(self, model: DynamicDepth, context: PeerContext | None = None) -> DynamicDepth:
-        """Train the student, or load it. Raises InputError: no context, no exit at `depth`, or an adapted backbone."""
-        if self.depth not in model.depths[:-1]:
-            found = f"depth {self.depth}: the model has exits after {list(model.depths[:-1])}"
-            raise InputError(f"peer {self.name}: {found}; expected one of them")
+        """Train the student, or load it. Raises InputError: no context, too great a depth, or an adapted backbone."""
+        if self.depth >= model.backbone.num_blocks:
+            found = f"depth {self.depth}: the model has {model.backbone.num_blocks} blocks"
+            raise InputError(f"peer {self.name}: {found}; expected fewer than it has")
         if context is None:
             raise InputError(f"peer {self.name}: needs a context to train in")
 
@@ -67,7 +67,8 @@ def cut(model: DynamicDepth, depth: int) -> DynamicDepth:
     for unused in (*backbone.blocks[depth:], backbone.final_layer):
         unused.requires_grad_(False)
     exits = Exits(backbone, ExitConfig((depth,), model.exits.config.head)).float().requires_grad_(True)
-    exits.heads[str(depth)].load_state_dict(model.exits.heads[str(depth)].state_dict())
+    if depth in model.exits.layers:  # else the head starts as distillation starts it
+        exits.heads[str(depth)].load_state_dict(model.exits.heads[str(depth)].state_dict())
     return DynamicDepth(backbone, exits, pixel_space=model.pixel_space, process=model.process)
 
 

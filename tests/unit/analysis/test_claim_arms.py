@@ -18,6 +18,7 @@ from dyndit.analysis.compare.peers.student import AtDepth, Student, cut
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import ExitConfig, Exits
 from dyndit.plans.cost import CostModel, PartTimes
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import OwnExit, Unconditional, locked, steps
@@ -201,6 +202,18 @@ def test_a_student_is_trained_once_for_its_model_and_budget(model, context, monk
     assert Student(2, False).model(model, context).identity == first.identity
     with pytest.raises(TypeError):
         Student(2).model(model, replace(context, fit=replace(FIT, steps=4)))
+
+
+def test_a_student_may_be_cut_where_the_model_has_no_exit(model, context, make_inputs) -> None:
+    """Its head is a new one, and all that runs trains."""
+    fewer = DynamicDepth(model.backbone, Exits(model.backbone, ExitConfig((2, 4), "wide")), pixel_space=True)
+    trained = Student(3).model(fewer, context)
+    assert set(map(str, planned(Student(3), trained).steps)) == {"3|3"}
+    inputs = make_inputs(model.backbone)
+    with torch.no_grad():
+        started, found = (AtDepth(one, 3)(*inputs) for one in (cut(fewer, 3), trained))
+    assert torch.isfinite(found).all()
+    assert not torch.equal(started, found)
 
 
 def test_a_student_that_trains_comes_nearer_to_full_depth(model, tmp_path: Path, make_inputs) -> None:

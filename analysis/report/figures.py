@@ -92,9 +92,12 @@ class _Look:
 def headline_figure(runs: pd.DataFrame, most: int = 3) -> Figure | None:
     """Draw the frontier of full depth, plans, and the `most` families of rivals that reach the lowest FD in their time.
 
-    Return None if there are so few families that `frontier_figure` shows them as clearly.
+    Return None if there are so few families that `frontier_figure` shows them as clearly, or if full depth is not among
+    them, as in a claim, where every family is one arm.
     """
     arms = _arms(runs)
+    if "full" not in set(arms["family"]):
+        return None
     rivals = arms[~arms["family"].isin([*SWEEPS, *PLANS])]
     plans = arms[arms["family"].isin(PLANS)]
     if plans.empty or rivals["family"].nunique() <= most:
@@ -109,15 +112,16 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
     """Draw FD over time per picture, a panel per solver: full depth over steps, dynamic depth over budgets.
 
     runs: of one machine and one model. Bars are 95% intervals of each arm alone; paired differences are more precise,
-    as arms share seeds. Arms far above the frontier are drawn at the upper edge with their FD.
+    as arms share seeds. Arms far above full depth and plans are drawn at the upper edge with their FD; where full depth
+    is not among the families, as in a claim, the axis covers every arm.
     """
     arms, metric = _arms(runs), runs["metric"].iloc[0]
     solvers = list(dict.fromkeys(arms["solver"]))
     width = 8.0 if len(solvers) > 1 else 6.5
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(len(solvers), min(2, len(solvers)), width, 3.7, sharey=True)
-        main = arms[arms["family"].isin(["full", *PLANS])]
-        main = arms if main.empty else main
+        frontier = arms["family"].isin(["full", *PLANS])
+        main = arms[frontier] if (arms["family"] == "full").any() else arms
         low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
         span = (high - low) or 1.0  # a lone row has no extent
         top = high + 0.08 * span

@@ -14,6 +14,7 @@ from dyndit.analysis.report.claim_goals import goals, sentences
 from dyndit.analysis.report.claim_tables import goals_table, normalised, tables_of_claim
 from dyndit.analysis.report.claims import BETTER, EXPLAINING, OPEN, PRIMARY, RIVALS, WORSE, Claim, claims_of, is_claim
 from dyndit.analysis.report.contents import contents_of, table_record
+from dyndit.analysis.report.figures import frontier_figure, headline_figure
 from dyndit.analysis.report.runs import append_run, runs_below
 from dyndit.analysis.report.verify import verify
 from dyndit.analysis.report.write import write_report
@@ -354,3 +355,14 @@ def test_other_runs_stand_beside_a_claim(folder: Path, tmp_path: Path) -> None:
     assert [bool(content.claim) for content in contents] == [True] * 3 + [False]
     write_report([*runs_below(folder), other.parent], tmp_path / "out", margin=0.03)
     assert verify(tmp_path / "out") == []
+
+
+def test_a_claims_figure_shows_every_arm_on_its_axis() -> None:
+    claim = claim_of({"full": None, "searched-E2": {"fd": 17.0}})
+    rows = normalised(claim, PRIMARY)
+    assert headline_figure(rows) is None, "the frontier is the one figure"
+    (axis,) = frontier_figure(rows).axes
+    low, high = axis.get_ylim()
+    assert low < rows["fd"].min()
+    assert high > rows["fd"].max()
+    assert not [text for text in axis.texts if "↑" in text.get_text()]

@@ -29,6 +29,9 @@ MOST_FAMILIES_BY_STEPS = 4
 LABEL_SHARE = 0.06
 """Share of a panel's width and height that a label takes, about."""
 
+FAR = 2.0
+"""In a claim, arms above this factor of the lowest FD are drawn at the upper edge."""
+
 # Families with a sweep over steps: lines, labelled with the number of steps.
 SWEEPS = {
     "full": {"color": INK, "ls": "-", "label": "full depth (label: steps)"},
@@ -113,7 +116,7 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
 
     runs: of one machine and one model. Bars are 95% intervals of each arm alone; paired differences are more precise,
     as arms share seeds. Arms far above full depth and plans are drawn at the upper edge with their FD; where full depth
-    is not among the families, as in a claim, the axis covers every arm.
+    is not among the families, as in a claim, those above `FAR` times the lowest FD are.
     """
     arms, metric = _arms(runs), runs["metric"].iloc[0]
     solvers = list(dict.fromkeys(arms["solver"]))
@@ -121,7 +124,7 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(len(solvers), min(2, len(solvers)), width, 3.7, sharey=True)
         frontier = arms["family"].isin(["full", *PLANS])
-        main = arms[frontier] if (arms["family"] == "full").any() else arms
+        main = arms[frontier if (arms["family"] == "full").any() else arms["fd"] <= FAR * arms["fd"].min()]
         low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
         span = (high - low) or 1.0  # a lone row has no extent
         top = high + 0.08 * span
@@ -157,6 +160,7 @@ def _draw_frontier(axis: Axes, arms: pd.DataFrame, look: _Look, top: float) -> N
             text = axis.annotate(f"{int(steps)}", (ms, fd), **offset, color=style["color"], zorder=5)
             text.set(path_effects=[withStroke(linewidth=2, foreground="white")], clip_on=True)
     dynamic = arms[~arms["family"].isin(SWEEPS)]
+    beyond, width = [], float(np.ptp(np.log(arms["ms"]))) or 1.0  # labels at the edge stand below one another
     for (family, steps, _), group in dynamic.groupby(["family", "steps", "calibration"], sort=False):
         group = group.sort_values("ms")
         marker, colour = look.marker(family), look.colour(family, steps)
@@ -170,7 +174,9 @@ def _draw_frontier(axis: Axes, arms: pd.DataFrame, look: _Look, top: float) -> N
         edge = axis.get_xaxis_transform()
         axis.plot(above["ms"], [0.97] * len(above), marker, color=colour, ms=4.5, mew=0, transform=edge)
         for ms, fd in zip(above["ms"], above["fd"], strict=True):
-            place = {"xytext": (0, -5), "textcoords": "offset points", "ha": "center", "va": "top"}
+            near = sum(abs(math.log(ms / other)) < 1.5 * LABEL_SHARE * width for other in beyond)
+            beyond.append(ms)
+            place = {"xytext": (0, -5 - 9 * near), "textcoords": "offset points", "ha": "center", "va": "top"}
             axis.annotate(f"↑{fd:.0f}", (ms, 0.97), xycoords=edge, **place, fontsize=7, color=colour)
 
 

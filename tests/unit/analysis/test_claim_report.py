@@ -307,12 +307,23 @@ def test_other_runs_stand_beside_a_claim(folder: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "out") == []
 
 
-def test_a_claims_figure_shows_every_arm_on_its_axis() -> None:
-    claim = claim_of({"full": None, "searched-E2": {"fd": 17.0}})
+def test_a_claims_figure_shows_every_arm() -> None:
+    claim = claim_of({"full": None, "searched-E2": {"fd": 17.0}, "H": {"fd": 60.0}})
     rows = normalised(claim, PRIMARY)
     assert headline_figure(rows) is None, "the frontier is the one figure"
     (axis,) = frontier_figure(rows).axes
     low, high = axis.get_ylim()
     assert low < rows["fd"].min()
-    assert high > rows["fd"].max()
-    assert not [text for text in axis.texts if "↑" in text.get_text()]
+    assert rows.loc[rows["family"] == "searched-E2", "fd"].max() < high < 60
+    assert [text.get_text() for text in axis.texts if "↑" in text.get_text()] == ["↑61"], "at the edge, with its FD"
+
+
+def test_figures_draw_an_arm_of_another_run_at_its_share_of_that_runs_plan() -> None:
+    rows = pd.DataFrame(rows_of(0, {"full": None}))
+    other = rows[rows["family"].isin(["H", "searched"])].assign(run="rivals-0")  # half as fast a machine
+    other = other.assign(ms_per_picture=2 * other["ms_per_picture"], ms_denoiser=2 * other["ms_denoiser"])
+    (claim,) = claims_of([rows[rows["family"] != "H"], other], 0.03)
+    drawn = normalised(claim, PRIMARY).set_index("family")["ms_per_picture"]
+    assert drawn.index.is_unique
+    assert drawn["H"] == pytest.approx(drawn["searched"])
+    assert drawn["searched"] == pytest.approx(45.0)

@@ -172,6 +172,7 @@ def main(runs: Path | None = None) -> None:
     """Publish the parts, if a folder is named; write report and table."""
     if runs is not None:
         publish(runs)
+    del sys.argv[1:]  # the report, which records its command, rests on what is published, not on where it ran
     report()
     found, readme = table(claim_in(), costs_in()), README.read_text(encoding="utf-8")
     if MARKS.search(readme):

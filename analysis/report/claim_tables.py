@@ -17,8 +17,8 @@ WORDS = {True: "met", False: "missed", None: "not judged"}
 HOW = (
     "Lower FD is better. Every interval is Student's 95% interval over calibrations, and every p value that of the "
     "paired t test over them; p is corrected after Holm over the comparisons of one table. Times are equal within 2%. "
-    "A rival that has no step count of the plan's time takes more: the note says so. Figures draw an arm of a run "
-    "without A at its share of that run's plan's time."
+    "A rival that has no step count of the plan's time takes more: the note says so. Figures draw each arm "
+    "at its share of its own run's plan, in the plan's mean time."
 )
 
 
@@ -68,16 +68,14 @@ def comparisons_table(claim: Claim, extractor: str, arms: Mapping[str, tuple[str
 def normalised(claim: Claim, extractor: str) -> pd.DataFrame:
     """Return the scored rows as figures draw them: an arm per family, calibrations in the place of seed blocks.
 
-    G stands in every run of a calibration. It is drawn as in the run with A, and an arm of another run at its share of
-    that run's G: a machine is not as fast in every run.
+    Every arm is drawn at its share of its own run's G, in the mean time of G in the runs with A: a machine is not as
+    fast in every run. G stands in every run of a calibration, and is drawn once.
     """
     rows = scored_rows(claim.rows[claim.rows["extractor"] == extractor])
     with_full = set(rows.loc[rows["family"] == FULL, "run"])
     plans = rows[rows["family"] == PLAN].set_index(["calibration", "run"])["ms_per_picture"]
-    drawn = {calibration: ms for (calibration, run), ms in plans.items() if run in with_full}
-    scales = [
-        drawn.get(c, plans[c, run]) / plans[c, run] for c, run in zip(rows["calibration"], rows["run"], strict=True)
-    ]
+    mean = plans[plans.index.isin(with_full, level="run")].mean()
+    scales = [mean / plans[key] for key in zip(rows["calibration"], rows["run"], strict=True)]
     rows = rows.assign(**{name: rows[name] * scales for name in ("ms_per_picture", "ms_denoiser")})
     rows = rows[(rows["family"] != PLAN) | rows["run"].isin(with_full)].reset_index(drop=True)
     machines = " and ".join(sorted(set(rows["machine"])))

@@ -125,7 +125,7 @@ def frontier_figure(runs: pd.DataFrame) -> Figure:
         figure, axes = panels(len(solvers), min(2, len(solvers)), width, 3.7, sharey=True)
         frontier = arms["family"].isin(["full", *PLANS])
         main = arms[frontier if (arms["family"] == "full").any() else arms["fd"] <= FAR * arms["fd"].min()]
-        low, high = (main["fd"] - main["half"]).min(), (main["fd"] + main["half"]).max()
+        low, high = max(0.0, (main["fd"] - main["half"]).min()), (main["fd"] + main["half"]).max()
         span = (high - low) or 1.0  # a lone row has no extent
         top = high + 0.08 * span
         look = _Look.of(arms)

@@ -153,6 +153,7 @@ def fit(
         if is_main:
             files.sweep(out)
         first, text = checkpoints.restore(run, resume, quiet=not is_main)
+        torch.clear_autocast_cache()  # as after every step: these weights are others
         log = Log(out, first, text, config, accelerator, progress and is_main)
         accelerator.wait_for_everyone()
         if first < config.steps:
@@ -180,7 +181,7 @@ def _train(
     alone = accelerator.num_processes == 1
     prepared, optimizer = accelerator.prepare(trainable, run.optimizer)
     module: Any = torch.compile(prepared) if config.compile else prepared
-    autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     flip = config.flip and data.can_flip
     parameters = [p for p in trainable.parameters() if p.requires_grad]
     generator, num_parts, saved, buffers = torch.Generator(), 1, first, list(trainable.buffers())
@@ -217,6 +218,7 @@ def _train(
         saved = step
 
     with (
+        torch.autocast(device.type, enabled=False),  # a caller's: backward would run under it
         modes_kept(trainable),
         signals() as caught,
         torch.random.fork_rng([device] if device.type == "cuda" else []),  # the loop seeds it at every step
@@ -248,6 +250,7 @@ def _train(
                 whole = None
                 optimizer.step()
                 optimizer.zero_grad()
+                torch.clear_autocast_cache()  # within a caller's autocast the casts of the old weights would stay
                 run.ema.update(step)
                 log.add(step + 1, config.learning_rate_at(step), norm, figures)
                 done = whole = step + 1

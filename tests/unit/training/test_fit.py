@@ -392,6 +392,25 @@ def test_bf16_keeps_the_weights_in_fp32_and_leaves_no_trace(tmp_path: Path) -> N
     assert task.trainable.training == Denoise().trainable.training
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_callers_autocast_changes_no_bit(precision: str, tmp_path: Path) -> None:
+    """Within it the inner autocast does not drop its casts: a step would run on the weights before it."""
+    config = replace(CONFIG, precision=precision)
+    alone = run(tmp_path / "alone", config)
+    with torch.autocast("cpu", torch.bfloat16):
+        task = Denoise()
+        with torch.no_grad():
+            task.trainable.eval()(DIGITS[0][0][None])  # casts the first weights, without gradients
+        task.trainable.train()
+        within = run(tmp_path / "within", config, task)
+        ended = task.trainable.eval()(DIGITS[0][0][None])
+    assert same(alone, within)
+    fresh = Denoise().trainable
+    fresh.load_state_dict(within.weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ended, fresh.eval()(DIGITS[0][0][None]))
+
+
 def test_the_mode_of_every_module_is_given_back(tmp_path: Path) -> None:
     task = Denoise()
     task.trainable.eval()

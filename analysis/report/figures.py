@@ -213,8 +213,11 @@ def time_figure(runs: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def spread_figure(runs: pd.DataFrame) -> Figure:
-    """Draw FD of every arm in every seed block, a line per arm, a colour per block: the effect of seeds alone."""
+def spread_figure(runs: pd.DataFrame, unit: str = "seed block") -> Figure:
+    """Draw FD of every arm in every seed block, a line per arm, a colour per block: the effect of seeds alone.
+
+    unit: what `block` counts, for the legend. A claim has calibrations there.
+    """
     scored = runs[runs["role"] == "score"]
     arms = list(dict.fromkeys(scored["arm"]))
     with matplotlib.rc_context(STYLE):
@@ -229,7 +232,7 @@ def spread_figure(runs: pd.DataFrame) -> Figure:
             number_log(axis.xaxis)
         axis.set_xlabel(f"{scored['metric'].iloc[0]} (lower is better)")
         if scored["block"].nunique() <= 12:
-            axis.legend(title="seed block", loc="center left", bbox_to_anchor=(1.0, 0.5))
+            axis.legend(title=unit, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -282,6 +282,8 @@ def test_a_folder_of_calibrations_is_one_report(folder: Path, capsys: pytest.Cap
     assert text.count("### Rivals at equal time") == len(EXTRACTORS)
     assert text.count("### Goals") == 1
     assert "One calibration" not in text
+    assert "in every calibration." in text
+    assert "in every seed block." not in text, "calibrations are what the figure shows"
     assert verify(folder) == []
     (folder / "report.md").write_text(text.replace("| met |", "| missed |", 1))
     assert any("'missed', recomputed 'met'" in line for line in verify(folder))

@@ -35,6 +35,11 @@ class Content:
     claim: tuple[Path, ...] = ()
     """The runs files of a claim, whose calibrations are joined; empty: no claim."""
 
+    @property
+    def unit(self) -> str:
+        """What the rows of an arm are, one each."""
+        return "calibration" if self.claim else "seed block"
+
 
 def contents_of(paths: Sequence[Path], margin: float) -> list[Content]:
     """Compute all printed contents of these runs from their rows. Raises InputError."""

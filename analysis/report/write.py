@@ -54,10 +54,9 @@ DRAWN = {
     "guidance": "Quality over the guidance scale, a line per way to guide. Bars are 95% intervals over seed blocks.",
     "time": "Time per picture, in the denoiser and elsewhere.",
     "side-by-side": "The same seeds side by side: a column per seed, a row per set of pictures.",
-    "spread": "The Fréchet distance of every arm in every seed block.",
+    "spread": "The Fréchet distance of every arm in every {unit}.",
 }
-DRAWN_OF_CLAIM = {"spread": "The Fréchet distance of every arm in every calibration."}
-"""Captions of a claim, where calibrations stand in the place of seed blocks."""
+"""Captions. {unit}: what the rows of an arm are, `Content.unit`."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _pictures(content: Content, out: Path, suffix: str, made: Mapping[str, objec
         facts = source | {"figure": name, "files": {file.name: sha256(file) for file in files}}
         facts |= _of_errors(content, out) if name == "exit-errors" else {}
         _write_manifest(out / f"{name}{suffix}.manifest.json", content, facts, made)
-        found.append(Picture(files[0], (DRAWN | DRAWN_OF_CLAIM if content.claim else DRAWN)[name]))
+        found.append(Picture(files[0], DRAWN[name].format(unit=content.unit)))
     for name, caption in CAPTIONS.items() if content.first_of_run else ():
         file = content.source.parent / name
         if file.is_file() and REPLACED.get(name) not in figures_drawn:
@@ -258,7 +257,7 @@ def _drawn(content: Content) -> dict[str, Figure]:
         drawn["time"] = times
     if content.first_of_run and len(rows := strips.shared(folder, scored)) > 1:
         drawn["side-by-side"] = figures.samples_figure(rows)
-    return drawn | {"spread": figures.spread_figure(scored, "calibration" if content.claim else "seed block")}
+    return drawn | {"spread": figures.spread_figure(scored, content.unit)}
 
 
 def _joined(names: Sequence[str]) -> str:

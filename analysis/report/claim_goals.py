@@ -93,6 +93,23 @@ def sentences(claim: Claim) -> list[str]:
     return [*_clearly_better(frame), *saying, *_of_rivals(frame), *_what_else(frame)]
 
 
+def summary(claim: Claim) -> list[str]:
+    """Write `sentences` with all rivals that are not beaten in one of them, for a page that shows the table too.
+
+    claim: two calibrations at least, scored by the extractor that decides.
+    """
+    frame = claim.comparisons(PRIMARY)
+    told = [f"{named(row)} ({_difference(row)})" for row in _not_beaten(frame)]
+    rivals = _of_rivals(frame)
+    if told:
+        rivals = [f"It is not shown to be better at equal time than {'; '.join(told)}.", *_absent(frame)]
+    return [*_clearly_better(frame), *_headline(claim, goals(claim)), *rivals, *_what_else(frame)]
+
+
+def _difference(row: pd.Series) -> str:
+    return f"{row['diff']:+.2f}" if row["outcome"] else row["note"]
+
+
 def _headline(claim: Claim, found: Sequence[Goal]) -> Iterator[str]:
     """Write the first sentence: quality, time and precision."""
     quality, times, precision = found[: len(claim.extractors)], found[len(claim.extractors) : -2], found[-1]
@@ -126,9 +143,17 @@ def _of_rivals(frame: pd.DataFrame) -> Iterator[str]:
     there = frame[frame["calibrations"] > 0]
     if len(there) and (there["outcome"] == BETTER).all():
         yield f"At equal time it is better than each of {number_word(len(there))} alternatives."
-    for _, row in there[there["outcome"] != BETTER].iterrows():
+    for row in _not_beaten(frame):
         numbers = _numbers(row) if row["outcome"] else row["note"]
         yield f"It is not shown to be better than {named(row)} at equal time ({numbers})."
+    yield from _absent(frame)
+
+
+def _not_beaten(frame: pd.DataFrame) -> list[pd.Series]:
+    return [row for _, row in frame[(frame["calibrations"] > 0) & (frame["outcome"] != BETTER)].iterrows()]
+
+
+def _absent(frame: pd.DataFrame) -> Iterator[str]:
     for _, row in frame[frame["calibrations"] == 0].iterrows():
         yield f"{named(row)} has no arm within the time; it left the comparison."
 

@@ -1,15 +1,16 @@
-"""Publish the parts of the claim, report them, and write the README's table from the published rows.
+"""Publish the parts of the claim, report them, and write the tables of README and results page from the published rows.
 
-    python docs/scripts/claim.py runs/claim    # copy the parts that ran in runs/claim/0 to 4; then report and table
-    python docs/scripts/claim.py               # report and table alone
+    python docs/scripts/claim.py runs/claim    # copy the parts that ran in runs/claim/0 to 4; then report and tables
+    python docs/scripts/claim.py               # report and tables alone
 
-The table stands between two marks in README.md. Without the marks it is printed.
+Each page's table stands between two marks.
 """
 
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from operator import add
 from pathlib import Path
 from statistics import fmean
 
@@ -21,13 +22,25 @@ from dyndit.analysis import read_runs, write_report
 from dyndit.analysis.compare.costs import COSTS
 from dyndit.analysis.compare.tuned import MATCHED, TUNING
 from dyndit.analysis.report.cells import number, percent
-from dyndit.analysis.report.claim_goals import p_value, sentences
-from dyndit.analysis.report.claims import BETTER, FULL, PLAN, PRIMARY, RIVALS, WORSE, Claim, claims_of
+from dyndit.analysis.report.claim_goals import goals, p_value, summary
+from dyndit.analysis.report.claims import (
+    BETTER,
+    EXPLAINING,
+    FULL,
+    LEVEL,
+    PLAN,
+    PRIMARY,
+    RIVALS,
+    WORSE,
+    Claim,
+    claims_of,
+)
 from dyndit.analysis.report.runs import RUNS, runs_below
 from dyndit.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER, README, BACKBONE = ROOT / "docs/results/claim", ROOT / "README.md", ROOT / "recipes/weights/cifar10"
+FOLDER, BACKBONE = ROOT / "docs/results/claim", ROOT / "recipes/weights/cifar10"
+README, RESULTS = ROOT / "README.md", ROOT / "docs/results.md"
 MARKS = re.compile(r"(?<=<!-- claim -->\n).*?(?=<!-- end of claim -->)", re.DOTALL)
 MARGIN = 0.03
 PARTS, STAGES = ("plans", "rivals"), ("scale", "plan")
@@ -36,6 +49,8 @@ WHOLE = (RUNS, MATCHED, "exit-errors.csv")
 """Files of a part that are published as the run wrote them; its plans are too."""
 STEPS = ("exits", "table", "plan")
 """What a calibration spends its minutes on."""
+FAMILIES = (RIVALS, EXPLAINING)
+"""Families of comparisons, each corrected by itself."""
 NEAREST = 3
 """Rivals in the README's table; the report has all."""
 
@@ -97,33 +112,74 @@ def costs_in(folder: Path = FOLDER) -> pd.DataFrame:
 
 
 def table(claim: Claim, costs: pd.DataFrame) -> str:
-    """Write the README's part: the protocol's sentences, the table, and what the plan costs.
+    """Write the README's part: the protocol's sentences, a table of goals and nearest rivals, and what the plan costs.
 
     costs: rows of all parts' trainings.csv.
     """
-    head = ["the plan, less ...", "its time / the plan's", *(f"FD-{name}" for name in claim.extractors), "precision"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], _against_full(claim), *_against_rivals(claim)]
+    head = ["the plan", "asked for", *(f"by {name}" for name in claim.extractors)]
+    lines = [head, ["---", "---", *["---:"] * len(claim.extractors)], *_goals(claim)]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([" ".join(sentences(claim)), rows, _rests_on(claim, costs)]) + "\n"
+    headline, *others = summary(claim)
+    return "\n\n".join([f"**{headline}** {' '.join(others)}", rows, _rests_on(claim, costs)]) + "\n"
 
 
-def _against_full(claim: Claim) -> list[str]:
-    """Return the row of full depth; bold where quality is unchanged."""
-    cells = []
-    for name in claim.extractors:
-        difference, full, _ = claim.against_full(name)
-        cells.append(_bold(f"{difference:+.2f}", when=difference.high <= claim.margin * full) + f" of {full:.2f}")
-    return [f"full depth, {claim.point}", _ratio(claim, FULL), *cells, _precision(claim, FULL)]
-
-
-def _against_rivals(claim: Claim) -> Iterator[list[str]]:
-    """Yield the rows of the nearest rivals by the extractor that decides; bold where the plan is better."""
-    frames = {name: claim.comparisons(name).set_index("letter") for name in claim.extractors}
-    first = frames[claim.extractors[0]]
+def _goals(claim: Claim) -> Iterator[list[str]]:
+    """Yield the rows: every goal, and below the third the nearest rivals; bold where a goal is met."""
+    found, names = goals(claim), claim.extractors
+    quality, times, (rivals, precision) = found[: len(names)], found[len(names) : -2], found[-2:]
+    cells = [_bold(goal.measured, when=goal.met) for goal in quality]
+    fulls = [f" of {claim.against_full(name)[1]:.2f}" for name in names]
+    yield ["1 FD, less full depth's", f"upper limit at most {claim.margin:.0%}", *map(add, cells, fulls)]
+    for goal in times:
+        yield [goal.name, goal.asked, _bold(goal.measured, when=goal.met), *[""] * (len(names) - 1)]
+    frames = {name: claim.comparisons(name).set_index("letter") for name in names}
+    counts = [
+        f"{(frame['outcome'] == BETTER).sum()} of {(frame['calibrations'] > 0).sum()}" for frame in frames.values()
+    ]
+    yield [rivals.name, "better than each", _bold(counts[0], when=rivals.met), *counts[1:]]
+    first = frames[names[0]]
     for letter in first.index[first["outcome"] != ""][:NEAREST]:
-        family, what = RIVALS[letter]
-        cells = [_told(frames[name].loc[letter]) for name in claim.extractors]
-        yield [f"{letter}: {what}", _ratio(claim, family), *cells, _precision(claim, family)]
+        _, what = RIVALS[letter]
+        against = f"FD, less that of {letter}: {what}, at {first['ratio'][letter]:.2f} times the plan's time"
+        yield [against, f"below 0, p at most {LEVEL:g}", *(_told(frames[name].loc[letter]) for name in names)]
+    falls = [f"{claim.against_full(name, 'precision')[0]:+.3f}" for name in names]
+    yield ["4 precision, less full depth's", precision.asked, _bold(falls[0], when=precision.met), *falls[1:]]
+
+
+def _beaten(frame: pd.DataFrame) -> str:
+    return f"{(frame['outcome'] == BETTER).sum()} of {(frame['calibrations'] > 0).sum()}"
+
+
+def arms(claim: Claim) -> str:
+    """Write the results page's part: every arm's FD by every extractor, and what the plan's is less.
+
+    Arms come in the order of FD by the first extractor. Bold: the plan is better, corrected within its family.
+    """
+    names = claim.extractors
+    head = ["arm", "its time / the plan's", *(cell for name in names for cell in (f"FD-{name}", "the plan's, less"))]
+    families = [{name: claim.comparisons(name, family).set_index("letter") for name in names} for family in FAMILIES]
+    rows = [_arm(letter, frames) for frames in families for letter in frames[names[0]].index]
+    plan, full = ([f"{fmean(claim.paired(name, FULL)[k].values()):.2f}" for name in names] for k in (0, 1))
+    against = [f"{claim.against_full(name)[0]:+.2f}" for name in names]
+    times = claim.paired(names[0], FULL, "ms_per_picture")
+    ratio = f"{fmean(times[1][k] / times[0][k] for k in times[1]):.2f}"
+    rows += [["**G: the searched plan**", "1", *(cell for fd in plan for cell in (fd, ""))]]
+    rows += [["A: full depth", ratio, *(cell for pair in zip(full, against, strict=True) for cell in pair)]]
+    rows.sort(key=lambda cells: float(cells[2]) if cells[2] != "–" else math.inf)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _arm(letter: str, frames: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Return the row of a rival; dashes where a calibration's row is missing."""
+    found = [frame.loc[letter] for frame in frames.values()]
+    cells = [cell for row in found for cell in (_decimals(row["fd"]), _told(row))]
+    return [f"{letter}: {found[0]['what']}", _decimals(found[0]["ratio"]), *cells]
+
+
+def _decimals(value: float) -> str:
+    """Write two decimals; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def _told(row: pd.Series) -> str:
@@ -132,20 +188,8 @@ def _told(row: pd.Series) -> str:
     return _bold(f"{row['diff']:+.2f}", when=row["outcome"] == BETTER) + p + ", worse" * (row["outcome"] == WORSE)
 
 
-def _bold(text: str, *, when: bool) -> str:
+def _bold(text: str, *, when: bool | None) -> str:
     return f"**{text}**" if when else text
-
-
-def _ratio(claim: Claim, family: str) -> str:
-    """Write an arm's time over the plan's, the mean over calibrations."""
-    plan, own = claim.paired(claim.extractors[0], family, "ms_per_picture")
-    return f"{fmean(own[k] / plan[k] for k in own):.2f}"
-
-
-def _precision(claim: Claim, family: str) -> str:
-    """Write the plan's precision less an arm's, the mean over calibrations."""
-    plan, own = claim.paired(claim.extractors[0], family, "precision")
-    return f"{fmean(plan[k] - own[k] for k in own):+.2f}"
 
 
 def _rests_on(claim: Claim, costs: pd.DataFrame) -> str:
@@ -161,24 +205,26 @@ def _rests_on(claim: Claim, costs: pd.DataFrame) -> str:
     told = [
         f"Lower FD is better. {claim.words.capitalize()} of {rows['num_images'].iloc[0]:,.0f} pictures an arm; "
         f"intervals, and p values after Holm, over calibrations; {machines}.",
-        f"Bold: unchanged within {claim.margin:.0%}, or better. {PRIMARY} decides: nothing was chosen by it.",
+        f"Bold: the goal is met, or the plan is better. {PRIMARY} decides goals 3 and 4: nothing was chosen by it.",
         f"A picture takes {ms} ms where full depth takes {full_ms}, in batches of {batch}; one by one {once} is saved.",
         f"The plan costs {minutes[list(STEPS)].sum():.0f} minutes ({spent}), and {added:.0%} more parameters.",
     ]
     return " ".join(told)
 
 
+def tables(claim: Claim, costs: pd.DataFrame) -> dict[Path, str]:
+    """Return what stands between the marks of each page."""
+    return {README: table(claim, costs), RESULTS: arms(claim)}
+
+
 def main(runs: Path | None = None) -> None:
-    """Publish the parts, if a folder is named; write report and table."""
+    """Publish the parts, if a folder is named; write report and tables."""
     if runs is not None:
         publish(runs)
     del sys.argv[1:]  # the report, which records its command, rests on what is published, not on where it ran
     report()
-    found, readme = table(claim_in(), costs_in()), README.read_text(encoding="utf-8")
-    if MARKS.search(readme):
-        files.write_text(README, MARKS.sub(lambda _: found, readme))
-    else:
-        print(found)
+    for page, found in tables(claim_in(), costs_in()).items():
+        files.write_text(page, MARKS.sub(lambda _, found=found: found, page.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

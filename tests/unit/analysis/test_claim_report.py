@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndit.analysis.report.claim_goals import goals, sentences
+from dyndit.analysis.report.claim_goals import goals, sentences, summary
 from dyndit.analysis.report.claim_tables import goals_table, normalised, tables_of_claim
 from dyndit.analysis.report.claims import BETTER, EXPLAINING, OPEN, PRIMARY, RIVALS, WORSE, Claim, claims_of, is_claim
 from dyndit.analysis.report.contents import contents_of, table_record
@@ -120,6 +120,19 @@ def test_every_outcome_has_its_sentence(changes: dict, place: int, text: str) ->
     found = sentences(claim_of(changes))
     assert text in found[place], found
     assert not any("at unchanged quality" in sentence for sentence in found if changes is WORSE_BY_VGG)
+
+
+@pytest.mark.parametrize("changes", [{}, *(changes for changes, _, _ in OUTCOMES)])
+def test_the_summary_says_what_the_sentences_say(changes: dict) -> None:
+    claim = claim_of(changes)
+    whole, short = sentences(claim), summary(claim)
+    apart = [sentence for sentence in whole if sentence.startswith("It is not shown")]
+    joined = [sentence for sentence in short if sentence.startswith("It is not shown")]
+    assert [sentence for sentence in short if sentence not in joined] == [s for s in whole if s not in apart]
+    assert len(joined) == min(len(apart), 1)
+    for sentence in apart:
+        rival, rest = sentence.removeprefix("It is not shown to be better than ").split(" at equal time (difference ")
+        assert f"{rival} ({rest.split(',')[0]})" in joined[0]
 
 
 def test_goals_are_missed_where_they_are_missed() -> None:

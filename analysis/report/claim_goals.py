@@ -93,13 +93,17 @@ def sentences(claim: Claim) -> list[str]:
     return [*_clearly_better(frame), *saying, *_of_rivals(frame), *_what_else(frame)]
 
 
-def summary(claim: Claim) -> list[str]:
-    """Write `sentences` with all rivals that are not beaten in one of them, for a page that shows the table too.
+def summary(claim: Claim, below: int) -> list[str]:
+    """Write `sentences` with all rivals that are not beaten in one of them, for a page that has a table too.
 
-    claim: two calibrations at least, scored by the extractor that decides.
+    claim: two calibrations at least, scored by the extractor that decides. below: how many of the strongest rivals
+    stand in that table with their differences; letters are enough for them.
     """
     frame = claim.comparisons(PRIMARY)
-    told = [f"{named(row)} ({_difference(row)})" for row in _not_beaten(frame)]
+    shown = set(frame["letter"][frame["outcome"] != ""][:below])
+    rows = _not_beaten(frame)
+    told = [f"{row['letter']} (below)" for row in rows if row["letter"] in shown]
+    told += [f"{named(row)} ({_difference(row)})" for row in rows if row["letter"] not in shown]
     rivals = _of_rivals(frame)
     if told:
         rivals = [f"It is not shown to be better at equal time than {'; '.join(told)}.", *_absent(frame)]

@@ -10,7 +10,6 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from operator import add
 from pathlib import Path
 from statistics import fmean
 
@@ -21,7 +20,7 @@ from dyndit import files, sealed_csv, seals
 from dyndit.analysis import read_runs, write_report
 from dyndit.analysis.compare.costs import COSTS
 from dyndit.analysis.compare.tuned import MATCHED, TUNING
-from dyndit.analysis.report.cells import number, percent
+from dyndit.analysis.report.cells import number
 from dyndit.analysis.report.claim_goals import goals, p_value, summary
 from dyndit.analysis.report.claims import (
     BETTER,
@@ -41,7 +40,7 @@ from dyndit.manifest import MANIFEST
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER, BACKBONE = ROOT / "docs/results/claim", ROOT / "recipes/weights/cifar10"
 README, RESULTS = ROOT / "README.md", ROOT / "docs/results.md"
-MARKS = re.compile(r"(?<=<!-- claim -->\n).*?(?=<!-- end of claim -->)", re.DOTALL)
+MARKS = re.compile(r"(?<=<!--claim-->\n).*?(?=<!--/claim-->)", re.DOTALL)
 MARGIN = 0.03
 PARTS, STAGES = ("plans", "rivals"), ("scale", "plan")
 """Parts of a calibration's folder, and the stages that they share."""
@@ -116,10 +115,10 @@ def table(claim: Claim, costs: pd.DataFrame) -> str:
 
     costs: rows of all parts' trainings.csv.
     """
-    head = ["the plan", "asked for", *(f"by {name}" for name in claim.extractors)]
-    lines = [head, ["---", "---", *["---:"] * len(claim.extractors)], *_goals(claim)]
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    headline, *others = summary(claim)
+    names = claim.extractors
+    lines = [["the plan", *(f"FD-{name}" for name in names)], ["---", *["---:"] * len(names)], *_goals(claim)]
+    rows = "\n".join(f"|{'|'.join(line)}|" for line in lines)
+    headline, *others = summary(claim, NEAREST)
     return "\n\n".join([f"**{headline}** {' '.join(others)}", rows, _rests_on(claim, costs)]) + "\n"
 
 
@@ -128,22 +127,20 @@ def _goals(claim: Claim) -> Iterator[list[str]]:
     found, names = goals(claim), claim.extractors
     quality, times, (rivals, precision) = found[: len(names)], found[len(names) : -2], found[-2:]
     cells = [_bold(goal.measured, when=goal.met) for goal in quality]
-    fulls = [f" of {claim.against_full(name)[1]:.2f}" for name in names]
-    yield ["1 FD, less full depth's", f"upper limit at most {claim.margin:.0%}", *map(add, cells, fulls)]
-    for goal in times:
-        yield [goal.name, goal.asked, _bold(goal.measured, when=goal.met), *[""] * (len(names) - 1)]
+    yield [f"1 less full depth, upper limit ≤ {claim.margin:.0%}", *cells]
+    name, asked = " and ".join(goal.name.removeprefix("2 time saved, ") for goal in times), times[0].asked
+    saved = " and ".join(_bold(goal.measured, when=goal.met) for goal in times)
+    yield [f"2 time saved, {name}, {asked.replace('at least', '≥')}", saved, *[""] * (len(names) - 1)]
     frames = {name: claim.comparisons(name).set_index("letter") for name in names}
-    counts = [
-        f"{(frame['outcome'] == BETTER).sum()} of {(frame['calibrations'] > 0).sum()}" for frame in frames.values()
-    ]
-    yield [rivals.name, "better than each", _bold(counts[0], when=rivals.met), *counts[1:]]
+    first_count, *counts = map(_beaten, frames.values())
+    yield [f"{rivals.name}, better than each", _bold(first_count, when=rivals.met), *counts]
     first = frames[names[0]]
     for letter in first.index[first["outcome"] != ""][:NEAREST]:
-        _, what = RIVALS[letter]
-        against = f"FD, less that of {letter}: {what}, at {first['ratio'][letter]:.2f} times the plan's time"
-        yield [against, f"below 0, p at most {LEVEL:g}", *(_told(frames[name].loc[letter]) for name in names)]
+        cells = [_difference(frames[name].loc[letter]) for name in names]
+        yield [f"less {letter}, {RIVALS[letter][1]} (time × {first['ratio'][letter]:.2f})", *cells]
     falls = [f"{claim.against_full(name, 'precision')[0]:+.3f}" for name in names]
-    yield ["4 precision, less full depth's", precision.asked, _bold(falls[0], when=precision.met), *falls[1:]]
+    asked = precision.asked.replace("at least", "≥")
+    yield [f"4 precision less full depth's, {asked}", _bold(falls[0], when=precision.met), *falls[1:]]
 
 
 def _beaten(frame: pd.DataFrame) -> str:
@@ -185,7 +182,12 @@ def _decimals(value: float) -> str:
 def _told(row: pd.Series) -> str:
     """Write a difference of FD, with its corrected p value where there is one."""
     p = "" if math.isnan(row["corrected"]) else f" (p {p_value(row['corrected'])})"
-    return _bold(f"{row['diff']:+.2f}", when=row["outcome"] == BETTER) + p + ", worse" * (row["outcome"] == WORSE)
+    return _difference(row) + p
+
+
+def _difference(row: pd.Series) -> str:
+    """Write a difference of FD: bold if the plan is better, with a word if it is clearly worse."""
+    return _bold(f"{row['diff']:+.2f}", when=row["outcome"] == BETTER) + " worse" * (row["outcome"] == WORSE)
 
 
 def _bold(text: str, *, when: bool | None) -> str:
@@ -196,18 +198,16 @@ def _rests_on(claim: Claim, costs: pd.DataFrame) -> str:
     """Say what the table rests on, and what a plan costs."""
     plans, full = claim.paired(claim.extractors[0], FULL, "ms_per_picture")
     rows, minutes = claim.of(claim.extractors[0], PLAN), costs.groupby("name")["seconds"].mean() / 60
-    spent = ", ".join(f"{name} {minutes[name]:.0f}" for name in STEPS)
     backbone = sum(weight.numel() for weight in dyndit.load(str(BACKBONE)).backbone.parameters())
     added = costs.loc[costs["name"] == STEPS[0], "parameters"].iloc[0] / backbone
     machines = " and ".join(sorted(set(rows["machine"])))
-    batch, once = rows["batch_size"].iloc[0], percent(claim.saved("time")[0])
+    batch = rows["batch_size"].iloc[0]
     ms, full_ms = (number(fmean(found.values())) for found in (plans, full))
     told = [
-        f"Lower FD is better. {claim.words.capitalize()} of {rows['num_images'].iloc[0]:,.0f} pictures an arm; "
-        f"intervals, and p values after Holm, over calibrations; {machines}.",
-        f"Bold: the goal is met, or the plan is better. {PRIMARY} decides goals 3 and 4: nothing was chosen by it.",
-        f"A picture takes {ms} ms where full depth takes {full_ms}, in batches of {batch}; one by one {once} is saved.",
-        f"The plan costs {minutes[list(STEPS)].sum():.0f} minutes ({spent}), and {added:.0%} more parameters.",
+        f"{claim.words.capitalize()} of {rows['num_images'].iloc[0]:,.0f} pictures an arm, 95% over them; {machines}.",
+        f"Bold: goal met, or plan better (p ≤ {LEVEL:g} after Holm). {PRIMARY} decides: nothing was chosen by it.",
+        f"{ms} ms a picture, full depth {full_ms} (batches of {batch}).",
+        f"The plan costs {minutes[list(STEPS)].sum():.0f} minutes and {added:.0%} more parameters.",
     ]
     return " ".join(told)
 

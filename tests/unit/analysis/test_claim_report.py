@@ -122,17 +122,21 @@ def test_every_outcome_has_its_sentence(changes: dict, place: int, text: str) ->
     assert not any("at unchanged quality" in sentence for sentence in found if changes is WORSE_BY_VGG)
 
 
+@pytest.mark.parametrize("below", [0, 2])
 @pytest.mark.parametrize("changes", [{}, *(changes for changes, _, _ in OUTCOMES)])
-def test_the_summary_says_what_the_sentences_say(changes: dict) -> None:
+def test_the_summary_says_what_the_sentences_say(changes: dict, below: int) -> None:
     claim = claim_of(changes)
-    whole, short = sentences(claim), summary(claim)
+    whole, short = sentences(claim), summary(claim, below)
     apart = [sentence for sentence in whole if sentence.startswith("It is not shown")]
     joined = [sentence for sentence in short if sentence.startswith("It is not shown")]
     assert [sentence for sentence in short if sentence not in joined] == [s for s in whole if s not in apart]
     assert len(joined) == min(len(apart), 1)
+    strongest = list(claim.comparisons(PRIMARY)["letter"])[:below]
     for sentence in apart:
         rival, rest = sentence.removeprefix("It is not shown to be better than ").split(" at equal time (difference ")
-        assert f"{rival} ({rest.split(',')[0]})" in joined[0]
+        letter = rival.split(",")[0]
+        told = f"{letter} (below)" if letter in strongest else f"{rival} ({rest.split(',')[0]})"
+        assert told in joined[0]
 
 
 def test_goals_are_missed_where_they_are_missed() -> None:

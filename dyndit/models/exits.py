@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dyndit.errors import InputError, expected_one_of
 from dyndit.models.base import Backbone, State
 from dyndit.models.layers import Mlp, modulate, zero_linear
-from dyndit.models.recall import Left, RecallHead
+from dyndit.models.recall import RATIO, Left, RecallHead
 
 HeadName = Literal["adaln-linear", "wide", "slim"]
 
@@ -27,11 +27,13 @@ class ExitConfig:
     "adaln-linear", the plain head, has the shape of the model's final layer. All start as the model's final layer.
     recall: depths, some of the layers, whose forecasts ("4+") a second head learns (`dyndit.models.recall`). Those of
     the other depths extrapolate.
+    recall_ratio: width of the MLP of such a head, in multiples of the backbone's.
     """
 
     layers: tuple[int, ...] = ()
     head: HeadName = "wide"
     recall: tuple[int, ...] = ()
+    recall_ratio: int = RATIO
 
     def resolved(self, num_blocks: int) -> "ExitConfig":
         """Fill in the default layers. Raises InputError for a layer outside 1..L-1, or an unknown head."""
@@ -42,7 +44,9 @@ class ExitConfig:
             raise InputError(f"exit head {self.head!r}: {expected_one_of(self.head, HEADS)}")
         if not set(self.recall) <= set(layers):
             raise InputError(f"exit recall {list(self.recall)}: expected some of the layers, {list(layers)}")
-        return ExitConfig(layers, self.head, tuple(sorted(set(self.recall))))
+        if self.recall_ratio < 1:
+            raise InputError(f"exit recall_ratio {self.recall_ratio}: expected at least 1")
+        return ExitConfig(layers, self.head, tuple(sorted(set(self.recall))), self.recall_ratio)
 
 
 def default_layers(num_blocks: int) -> tuple[int, ...]:
@@ -143,7 +147,8 @@ class Exits(nn.Module):
         super().__init__()
         self.config = config.resolved(backbone.num_blocks)
         self.heads = nn.ModuleDict({str(layer): HEADS[config.head](backbone, layer) for layer in self.config.layers})
-        self.recalls = nn.ModuleDict({str(layer): RecallHead(backbone) for layer in self.config.recall})
+        ratio = self.config.recall_ratio
+        self.recalls = nn.ModuleDict({str(layer): RecallHead(backbone, ratio) for layer in self.config.recall})
         self.gains: nn.Parameter | None
         self.register_parameter("gains", None)
         """Learned correction of forecasts, (E, 2, NUM_TERMS), or None (`dyndit.models.forecasts`)."""
@@ -177,5 +182,6 @@ class Exits(nn.Module):
         return {depth: first.setdefault(shapes[depth], depth) for depth in self.layers}
 
     def describe(self) -> dict[str, Any]:
-        """Return plain data for the side-car's metadata."""
-        return {name: value for name, value in asdict(self.config).items() if name != "recall" or value}
+        """Return plain data for the side-car's metadata. Without learned forecasts it does not speak of them."""
+        config, usual = asdict(self.config), {"recall": (), "recall_ratio": RATIO}
+        return {name: value for name, value in config.items() if name not in usual or value != usual[name]}

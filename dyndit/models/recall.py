@@ -22,7 +22,7 @@ from dyndit.models.forecasts import NUM_TERMS
 from dyndit.models.layers import modulate, zero_linear
 
 RATIO = 2
-"""Width of the MLP in multiples of D."""
+"""Width of the MLP in multiples of D, unless told."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Left:
 class RecallHead(nn.Module):
     """The head of learned forecasts at one depth."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, ratio: int = RATIO) -> None:
         super().__init__()
         self.final = backbone.new_exit_head()
-        width, cond, hidden = backbone.width, backbone.cond_width, RATIO * backbone.width
+        width, cond, hidden = backbone.width, backbone.cond_width, ratio * backbone.width
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.since = nn.Sequential(nn.Linear(NUM_TERMS, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond, 2 * hidden))

@@ -178,7 +178,9 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
         raise CheckpointError(f"{path}: damaged (its tensors do not have the recorded hash)")
     try:
         config = json.loads(metadata["config"])
-        exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"], tuple(config.get("recall", ()))))
+        told = {name: config[name] for name in ("recall_ratio",) if name in config}
+        recall = tuple(config.get("recall", ()))
+        exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"], recall, **told))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = first_line(error)
         raise CheckpointError(f"{path}: damaged (no exits are described by its metadata: {found})") from error

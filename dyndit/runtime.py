@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import threading
@@ -129,3 +130,24 @@ def chosen_dtype(dtype: str, device: str) -> "torch.dtype | None":
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: {expected_one_of(dtype, ('auto', *DTYPES))}")
     return None if dtype == "own" else getattr(torch, dtype)
+
+
+def emulates_bf16(device: str) -> bool:
+    """Whether products in bfloat16 are emulated on a device, and slower there than those in single precision."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def warn_of_emulation(device: str, precision: str) -> None:
+    """Say once in a process that a precision of "bf16" is emulated on the device."""
+    if precision == "bf16" and device not in _warned and emulates_bf16(device):
+        _warned.add(device)
+        print("warning: bf16 is emulated here, and slower than fp32; --dtype float32 computes in fp32", file=sys.stderr)
+
+
+_warned: set[str] = set()

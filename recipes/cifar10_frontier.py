@@ -7,8 +7,8 @@ The backbone is `recipes/weights/cifar10`, or any checkpoint of 32 x 32 pixels a
 subfolder of pictures per class. The backbone's weights stay the same: wide exits are distilled beside them, with
 forecasts of the gap to full depth. Plans are searched on a table of 10 DDIM steps with a band for each step. The table
 serves 20 steps and UniPC too; two measured plans correct each prediction. A second extractor, `vgg-cifar10`, scores the
-same pictures; no plan is chosen by it. Products run in bf16, for every arm and in distilling. On a machine without
-bf16, choose `precision="fp32"` for both.
+same pictures; no plan is chosen by it. Products run in bf16, for every arm and in distilling. On a machine that
+only emulates bf16, add `--dtype float32`.
 
 The peers are FasterCache, which led on the digits, and a guidance interval. Full depth without guidance is measured
 too. The budgets lie below the 60% of the time that the field promises, so a plan that keeps quality saves more.

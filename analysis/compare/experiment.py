@@ -225,10 +225,29 @@ class Experiment:
             controls=None,
         )
 
+    def in_precision(self, precision: Literal["fp32", "bf16"]) -> "Experiment":
+        """Return the experiment with sampling and every training in a precision."""
+        variants = tuple(
+            replace(one, distill=one.distill and one.distill.in_precision(precision), train=_in(one.train, precision))
+            for one in self.variants
+        )
+        return replace(
+            self,
+            precision=precision,
+            distill=self.distill.in_precision(precision),
+            train=_in(self.train, precision),
+            peer_fit=self.peer_fit and replace(self.peer_fit, precision=precision),
+            variants=variants,
+        )
+
     def autocast(self, device: str) -> AbstractContextManager:
         """Return the context that sets the sampling precision."""
         halved = self.precision == "bf16"
         return torch.autocast(torch.device(device).type, torch.bfloat16) if halved else nullcontext()
+
+
+def _in(train: Train | None, precision: Literal["fp32", "bf16"]) -> Train | None:
+    return train and replace(train, fit=replace(train.fit, precision=precision))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from dyndit.pictures.check import cache_folder
 from dyndit.pictures.collection import said_of
 from dyndit.progress import progress_bar, tracked
 from dyndit.rounds import Reading, Repeats, paired_rounds
-from dyndit.runtime import chosen_device
+from dyndit.runtime import chosen_device, warn_of_emulation
 from dyndit.sampling.loop import to_uint8
 from dyndit.sampling.sample import Samples, sample
 from dyndit.sampling.solvers import kind_of
@@ -86,6 +86,7 @@ def prepared(
     inputs, console = inputs or Inputs(), console or Console(stderr=True)
     inputs = replace(inputs, device=chosen_device(inputs.device))
     experiment = inputs.applied(experiment)
+    warn_of_emulation(inputs.device, experiment.precision)
     given, process = None, experiment.train.process if experiment.train is not None else None
     if not inputs.from_scratch:
         options = {"process": inputs.process or None, "num_heads": inputs.num_heads, "weights": inputs.weights}

@@ -200,6 +200,8 @@ def distill(
     settings = {"verb": "distill", "recipe": recipe, "data": pictures.fingerprint, "model": original}
     with PartialState().main_process_first():
         manifest.claim(out, settings, shared=("latents",), pictures=pictures.account)
+    if "precision" in changes:
+        chosen = chosen.in_precision(changes["precision"])
     fit = replace(chosen.fit, **changes)
     dynamic, result = replace(chosen, fit=fit).run(loaded.model, pictures, out / "distillation", extend=extend)
     if not PartialState().is_main_process:

@@ -1,7 +1,7 @@
 """Verbs that measure and show results: evaluate, report, compare, quickstart."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +291,7 @@ def _compare(recipe: str, attribute: str, out: Path, *, json_: bool, dtype: str,
 
     chosen = find(recipe, attribute, Experiment)
     if precision := trainings.precision_of(dtype, _device(str(inputs["device"]))):
-        chosen = replace(chosen, precision=precision)
+        chosen = chosen.in_precision(precision)
     comparison.run(chosen, out, Inputs(**inputs))
     show(out, chosen.margin)
     print(f"report: {out / 'report.html'}")

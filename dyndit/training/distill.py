@@ -113,6 +113,11 @@ class Distill:
                 f"hold {self.hold:g}, backbone_rate {self.backbone_rate:g}: expected at least 0, and above 0"
             )
 
+    def in_precision(self, precision: Literal["fp32", "bf16"]) -> "Distill":
+        """Return the recipe with both of its trainings in a precision."""
+        fits = {name: replace(getattr(self, name), precision=precision) for name in ("fit", "recall_fit")}
+        return replace(self, **fits)
+
     def _solver(self, process: Process) -> str:
         return self.solver or process.usual_solver
 

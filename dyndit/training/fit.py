@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from dyndit import files
 from dyndit.errors import InputError, first_line
 from dyndit.locks import locked
+from dyndit.runtime import warn_of_emulation
 from dyndit.training.batches import StepBatches
 from dyndit.training.borrowed import modes_kept
 from dyndit.training.checkpoints import Checkpoints, Ema, Run, Weights, to_cpu
@@ -140,6 +141,8 @@ def fit(
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(f"accelerate: found {accelerator.distributed_type}, expected one or many plain processes")
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if is_main:
+        warn_of_emulation(accelerator.device.type, config.precision)
     parts = (0, config.steps, config.accumulation, rank, world)
     groups = getattr(data, "groups", ())  # of `Pictures` of several shapes
     batches = StepBatches(len(data), config.batch_size, config.seed, *parts, groups)

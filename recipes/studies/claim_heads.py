@@ -3,7 +3,7 @@
     export TIMM_FUSED_ATTN=0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1                               # on a CPU
     python -m dyndit.recipes.studies.claim_heads --model recipes/weights/cifar10 --data DIR \\
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim-heads \\
-        --plans docs/results/claim/plans-?/plans/*.json                                            # resumable
+        --plans docs/results/claim/plans-?/plans/plan-*.json                                       # resumable
 
 The plans are the five that the claim's calibrations searched. Every set of exits is trained as the claim trains, with a
 seed of its own, and draws the same noise and labels under every plan; the arms take turns batch by batch.
@@ -44,12 +44,13 @@ from dyndit.models.exits import ExitConfig
 from dyndit.pictures.check import cache_folder
 from dyndit.plans.plan import DepthPlan, bind
 from dyndit.progress import progress_bar
-from dyndit.recipes.studies.claim import EXITS, RECALL, exits
+from dyndit.recipes.cifar10_frontier import experiment as frontier
 from dyndit.sampling.sample import sample
 from dyndit.stats import frechet_distance, moments, paired_interval
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures, open_data
 
+EXITS, RECALL = (2, 4, 6, 8), (2,)
 SEED, TRAINING_SEED = 22_000, 8_000
 """Of pictures and of training; no comparison has them."""
 BATCH = 50
@@ -61,6 +62,17 @@ SETS = {
     "light": ExitConfig(EXITS, "adaln-linear", recall=RECALL, recall_ratio=1),
 }
 Precision = Literal["fp32", "bf16"]
+
+exits = replace(
+    frontier.distill,
+    exits=SETS["wide"],
+    forecasts=False,
+    num_trajectories=512,
+    cfg_scale=2.5,
+    fit=replace(frontier.distill.fit, steps=500, checkpoint_every=100),
+    recall_fit=replace(frontier.distill.recall_fit, steps=700, precision=frontier.distill.fit.precision),
+)
+"""The claim's, but for the seed."""
 
 
 def trained(name: str, backbone: DynamicDepth, data: Pictures, out: Path, precision: Precision) -> DynamicDepth:

@@ -209,3 +209,16 @@ def test_recorded_calls_are_refused(recipe, model, tmp_path: Path) -> None:
     record_sampling(model, [1, 2], tmp_path / "calls", num_steps=2)
     with pytest.raises(InputError, match=r"recall: recorded calls .* are states; expected pictures"):
         recipe.check(model, RecordedCalls(tmp_path / "calls"))
+
+
+def test_a_narrower_head_has_its_width_in_its_file(model, tmp_path: Path) -> None:
+    narrow = Exits(model.backbone, replace(model.exits.config, recall_ratio=1)).requires_grad_(False)
+    whole, half = (exits.recalls["1"].fc1.out_features for exits in (model.exits, narrow))
+    assert whole == 2 * half == 2 * model.backbone.width
+    checkpoints.save(DynamicDepth(model.backbone, narrow, pixel_space=model.pixel_space), tmp_path / "model")
+    read = checkpoints.load(tmp_path / "model").exits
+    assert read.config == narrow.config
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), narrow.parameters(), strict=True))
+    assert "recall_ratio" not in model.exits.describe()
+    with pytest.raises(InputError, match="recall_ratio 0: expected at least 1"):
+        Exits(model.backbone, replace(model.exits.config, recall_ratio=0))

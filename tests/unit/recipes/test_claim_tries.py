@@ -12,7 +12,10 @@ from dyndit.analysis.compare.experiment import Inputs, Variant
 from dyndit.analysis.compare.run import run
 from dyndit.analysis.report.runs import read_runs
 from dyndit.plans.plan import DepthPlan
-from dyndit.recipes.studies import claim, claim_classes, claim_tries, claim_tries_exits
+from dyndit.plans.step import steps
+from dyndit.recipes.studies import claim, claim_classes, claim_heads, claim_tries, claim_tries_exits
+from dyndit.sampling.loop import full_plan
+from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
 
 NUM_IMAGES = 66
@@ -99,3 +102,36 @@ def test_plans_are_made_as_the_claims() -> None:
         assert tried.distill.fit.seed == of_claim.distill.fit.seed
     assert claim_tries_exits.experiment.calibration == of_claim.calibration
     assert set(claim.CHOICES) < {*claim_tries.CHOICES, *claim_tries.STRENGTHS}
+
+
+def test_lighter_heads_draw_the_given_plans_of_other_exits(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoints.load(inputs.model)
+    assert model.exits is None
+    whole = full_plan(model, "unipc", 4, 1.5)
+    texts = ("12|12", "2+|held*1.4", "8|e4*2", "12|12")
+    plans = tmp_path / "a.json", tmp_path / "b.json"
+    for file, order in zip(plans, (texts, texts[::-1]), strict=True):
+        replace(whole.with_steps(steps(*order)), exits="of others").save(file)
+    monkeypatch.setattr(claim_heads, "exits", shorter(claim_heads.exits))
+    monkeypatch.setattr(claim_heads, "BATCH", 33)
+    out = tmp_path / "run"
+    options = {"num_images": NUM_IMAGES, "precision": "fp32"}
+    given = inputs.model, inputs.data, inputs.extractor_weights, plans, out
+    claim_heads.main(*given, num_blocks=1, **options)
+    first = pd.read_csv(out / claim_heads.ROWS).drop(columns="checksum")
+    claim_heads.main(*given, num_blocks=2, **options)
+    rows = pd.read_csv(out / claim_heads.ROWS).drop(columns="checksum")
+    assert rows[: len(first)].equals(first)
+    assert len(rows) == 3 * 2 * 2
+    assert "light: " in capsys.readouterr().out
+    found = claim_heads.compared(rows, "slim")
+    means = rows.groupby(["heads", "plan"]).mean(numeric_only=True)
+    for name in ("resnet20-cifar10", "vgg-cifar10"):
+        assert found[name][0] == pytest.approx((means.loc["slim"][name] - means.loc["wide"][name]).mean())
+
+
+def test_heads_are_the_claims_and_the_light_ones_a_tenth_of_the_backbone() -> None:
+    assert replace(claim_heads.exits, fit=claim.exits.fit) == claim.exits
+    assert replace(claim_heads.exits.fit, seed=claim.exits.fit.seed) == claim.exits.fit

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dyndit.errors import InputError, expected_one_of
 
@@ -140,7 +140,9 @@ def emulates_bf16(device: str) -> bool:
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.device(device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    cpu: Any = torch.cpu  # torch has no public name for these; without them nothing is known, and nothing is said
+    asked = (getattr(cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return all(supported is not None and not supported() for supported in asked)
 
 
 def warn_of_emulation(device: str, precision: str) -> None:

@@ -13,6 +13,8 @@ from dyndit.models.base import Backbone, State
 from dyndit.models.layers import Mlp, modulate, zero_linear
 from dyndit.models.recall import RATIO, Left, RecallHead
 
+WIDEST = 8
+"""Greatest width of a forecast's MLP, in multiples of the backbone's."""
 HeadName = Literal["adaln-linear", "wide", "slim"]
 
 
@@ -44,8 +46,8 @@ class ExitConfig:
             raise InputError(f"exit head {self.head!r}: {expected_one_of(self.head, HEADS)}")
         if not set(self.recall) <= set(layers):
             raise InputError(f"exit recall {list(self.recall)}: expected some of the layers, {list(layers)}")
-        if self.recall_ratio < 1:
-            raise InputError(f"exit recall_ratio {self.recall_ratio}: expected at least 1")
+        if self.recall_ratio not in range(1, WIDEST + 1):  # a file may say anything, and memory is taken for it
+            raise InputError(f"exit recall_ratio {self.recall_ratio}: expected 1 to {WIDEST}")
         return ExitConfig(layers, self.head, tuple(sorted(set(self.recall))), self.recall_ratio)
 
 

@@ -178,9 +178,8 @@ def read_exits(path: Path, backbone: Backbone, *, check_identity: bool = True, p
         raise CheckpointError(f"{path}: damaged (its tensors do not have the recorded hash)")
     try:
         config = json.loads(metadata["config"])
-        told = {name: config[name] for name in ("recall_ratio",) if name in config}
-        recall = tuple(config.get("recall", ()))
-        exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"], recall, **told))
+        recall, ratio = tuple(config.get("recall", ())), config.get("recall_ratio", ExitConfig.recall_ratio)
+        exits = Exits(backbone, ExitConfig(tuple(config["layers"]), config["head"], recall, ratio))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = first_line(error)
         raise CheckpointError(f"{path}: damaged (no exits are described by its metadata: {found})") from error

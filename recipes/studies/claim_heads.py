@@ -5,8 +5,8 @@
         --extractor-weights resnet20-cifar10.safetensors --out runs/claim-heads \\
         --plans docs/results/claim/plans-?/plans/plan-*.json                                       # resumable
 
-The plans are the five that the claim's calibrations searched. Every set of exits is trained as the claim trains, with a
-seed of its own, and draws the same noise and labels under every plan; the arms take turns batch by batch.
+The plans are the five that the claim's calibrations searched. Every set of exits is trained as the claim trains, all
+from one seed, and draws the same noise and labels under every plan; the arms take turns batch by batch.
 
 | heads | exits | learned forecasts |
 |---|---|---|
@@ -83,11 +83,9 @@ def trained(name: str, backbone: DynamicDepth, data: Pictures, out: Path, precis
     folder = out / name / "model"
     if not (folder / checkpoints.EXITS).exists():
         print(f"{name}: training", flush=True)
-        fit = replace(exits.fit, seed=TRAINING_SEED, precision=precision)
-        recall_fit = replace(exits.recall_fit, precision=precision)
-        distill = replace(exits, exits=SETS[name], fit=fit, recall_fit=recall_fit)
+        distill = replace(exits, exits=SETS[name], fit=replace(exits.fit, seed=TRAINING_SEED))
         began = time.monotonic()
-        model, _ = distill.run(backbone, data, out / name)
+        model, _ = distill.in_precision(precision).run(backbone, data, out / name)
         checkpoints.save(model, folder)
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     return checkpoints.load(folder)

@@ -220,5 +220,6 @@ def test_a_narrower_head_has_its_width_in_its_file(model, tmp_path: Path) -> Non
     assert read.config == narrow.config
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), narrow.parameters(), strict=True))
     assert "recall_ratio" not in model.exits.describe()
-    with pytest.raises(InputError, match="recall_ratio 0: expected at least 1"):
-        Exits(model.backbone, replace(model.exits.config, recall_ratio=0))
+    for ratio in (0, 10**9):
+        with pytest.raises(InputError, match=f"recall_ratio {ratio}: expected 1 to 8"):
+            Exits(model.backbone, replace(model.exits.config, recall_ratio=ratio))

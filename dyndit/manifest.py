@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from dyndit import files, seals
+from dyndit import files, runtime, seals
 from dyndit.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -22,7 +22,11 @@ PACKAGES = ("dyndit", "torch", "diffusers", "accelerate", "timm", "torch-fidelit
 
 
 def machine(device: str = "cpu") -> str:
-    """Name the hardware of a device. Times are compared only under one name."""
+    """Name the hardware of a device. Times are compared only under one name.
+
+    A CPU's model alone does not tell: hosts name several generations "AMD EPYC". Its widest instructions and whether it
+    multiplies in bfloat16 are part of the name.
+    """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -30,7 +34,8 @@ def machine(device: str = "cpu") -> str:
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    able = torch.backends.cpu.get_cpu_capability() + " without bf16" * runtime.emulates_bf16("cpu")
+    return f"{model}, {able}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def describe(settings: dict[str, Any], **facts: Any) -> dict[str, Any]:

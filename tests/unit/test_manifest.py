@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dyndit import manifest
 from dyndit.errors import InputError
@@ -101,3 +102,12 @@ def test_descriptions_take_facts() -> None:
     found = manifest.describe({"a": 1}, seconds=2.5)
     assert (found["settings"], found["seconds"]) == ({"a": 1}, 2.5)
     assert manifest.machine() in found["machine"]
+
+
+@pytest.mark.parametrize(("emulated", "told"), [(True, ", AVX2 without bf16, "), (False, ", AVX2, ")])
+def test_generations_of_one_model_name_are_two_machines(
+    monkeypatch: pytest.MonkeyPatch, emulated: bool, told: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(manifest.runtime, "emulates_bf16", lambda _: emulated)
+    assert told in manifest.machine()

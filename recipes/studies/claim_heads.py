@@ -159,7 +159,7 @@ def main(
                     features = one.extractor.features(torch.cat(parts))
                     row[one.extractor.name] = frechet_distance(moments(features), one.moments())
                 scored.append(row)
-            known = [rows.drop(columns="checksum", errors="ignore")] * (not rows.empty)
+            known = [rows] * (not rows.empty)
             sealed_csv.write(path, pd.concat([*known, pd.DataFrame(scored)]))
             rows = sealed_csv.read(path, KEY)
     print(rows.groupby(["heads", "plan"]).mean(numeric_only=True).drop(columns="block").round(3).to_string())

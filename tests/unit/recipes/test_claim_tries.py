@@ -8,9 +8,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from dyndit import sealed_csv
 from dyndit.analysis.compare.experiment import Inputs, Variant
 from dyndit.analysis.compare.run import run
 from dyndit.analysis.report.runs import read_runs
+from dyndit.models.dynamic import DynamicDepth
+from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import steps
 from dyndit.recipes.studies import claim, claim_classes, claim_heads, claim_tries, claim_tries_exits
@@ -38,10 +41,21 @@ def small(variant: Variant) -> Variant:
     return replace(variant, distill=shorter(variant.distill), calibration=calibration, descent=descent)
 
 
+@pytest.fixture
+def plans(inputs: Inputs, tmp_path: Path) -> tuple[Path, Path]:
+    """Two plans that were made for exits of others."""
+    model = checkpoints.load(inputs.model)
+    assert model.exits is None
+    whole = full_plan(model, "unipc", 4, 1.5)
+    texts = ("12|12", "2+|held*1.4", "8|e4*2", "12|12")
+    files = tmp_path / "a.json", tmp_path / "b.json"
+    for file, order in zip(files, (texts, texts[::-1]), strict=True):
+        replace(whole.with_steps(steps(*order)), exits="of others").save(file)
+    return files
+
+
 @pytest.mark.parametrize("tries", [claim_tries, claim_tries_exits])
-def test_every_try_makes_a_plan(
-    tries: ModuleType, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_try_makes_a_plan(tries: ModuleType, inputs: Inputs, tmp_path: Path) -> None:
     whole = tries.experiment
     own = small(Variant("", calibration=whole.calibration)).calibration
     assert own is not None
@@ -66,21 +80,37 @@ def test_every_try_makes_a_plan(
     plans = {folder.name: DepthPlan.load(next(folder.glob("plan-*.json"))) for folder in folders}
     descended = {name for name, plan in plans.items() if plan.router == "descended"}
     assert descended == {"descent", "searches"} & set(names)
-    if tries is not claim_tries:
-        return
-
-    claim_classes.main(tmp_path, inputs.data, inputs.extractor_weights, num_images=8)
-    said = capsys.readouterr().out
-    assert said.count("a plan per class gains") == 2
-    assert "class 0: " in said
-    assert said.count("class ") == 4  # two of pictures, two of the figures
 
 
 def test_a_plan_per_class_is_chosen_on_one_half_and_measured_on_the_other() -> None:
-    rows = [("a", 0, 0, 1.0), ("a", 0, 1, 3.0), ("a", 1, 0, 2.0), ("a", 1, 1, 4.0)]
-    rows += [("b", 0, 0, 2.0), ("b", 0, 1, 1.0), ("b", 1, 0, 1.5), ("b", 1, 1, 3.5)]
-    table = pd.DataFrame(rows, columns=["plan", "class", "half", "fd"])
-    assert claim_classes.compared(table, table) == ("a", {0: "a", 1: "b"}, [0.0, 0.5])
+    rows = [("a", 0, "chooses", 1.0, 9.0), ("a", 0, "measures", 9.0, 3.0), ("a", 1, "chooses", 2.0, 9.0)]
+    rows += [("a", 1, "measures", 9.0, 4.0), ("b", 0, "chooses", 2.0, 0.0), ("b", 0, "measures", 9.0, 1.0)]
+    rows += [("b", 1, "chooses", 1.5, 0.0), ("b", 1, "measures", 9.0, 3.5)]
+    table = pd.DataFrame(rows, columns=["plan", "class", "half", "mine", "another"])
+    one, own, found = claim_classes.compared(table, "mine", "another")
+    assert (one, own) == ("a", {0: "a", 1: "b"})
+    assert found["one plan"].tolist() == [3.0, 4.0]
+    assert found["own plan"].tolist() == [3.0, 3.5]
+
+
+def test_plans_per_class_go_on_where_they_stopped(
+    inputs: Inputs, plans: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoints.load(inputs.model)
+    folder = tmp_path / "model"
+    checkpoints.save(DynamicDepth(model.backbone, Exits(model.backbone, claim_heads.SETS["wide"])), folder)
+    out, options = tmp_path / "run", {"num_images": 8, "precision": "fp32"}
+    given = str(folder), inputs.data, inputs.extractor_weights, plans, out
+    claim_classes.main(*given, **options)
+    path = out / claim_classes.ROWS
+    whole, said = path.read_bytes(), capsys.readouterr().out
+    assert said.count("a plan per class have") == 2
+    assert "class 0: plan" in said
+    rows = sealed_csv.read(path, claim_classes.KEY)
+    assert len(rows) == 2 * model.backbone.condition.num_classes * 2
+    sealed_csv.write(path, rows[rows["plan"] == "plan0"])
+    claim_classes.main(*given, **options)
+    assert path.read_bytes() == whole
 
 
 def test_the_claims_seeds_are_not_used() -> None:
@@ -105,15 +135,12 @@ def test_plans_are_made_as_the_claims() -> None:
 
 
 def test_lighter_heads_draw_the_given_plans_of_other_exits(
-    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs,
+    plans: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = checkpoints.load(inputs.model)
-    assert model.exits is None
-    whole = full_plan(model, "unipc", 4, 1.5)
-    texts = ("12|12", "2+|held*1.4", "8|e4*2", "12|12")
-    plans = tmp_path / "a.json", tmp_path / "b.json"
-    for file, order in zip(plans, (texts, texts[::-1]), strict=True):
-        replace(whole.with_steps(steps(*order)), exits="of others").save(file)
     monkeypatch.setattr(claim_heads, "exits", shorter(claim_heads.exits))
     monkeypatch.setattr(claim_heads, "BATCH", 33)
     out = tmp_path / "run"

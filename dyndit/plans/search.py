@@ -85,20 +85,25 @@ def limited(predictor: Predictor, full: DepthPlan, budget: float, settings: Sear
     return predictor, limit
 
 
+Ends = dict[tuple[int, ...], tuple[Tensor, float]]
+"""Plans on the paths of a search -> where the path ended: a choice, (K,), and its predicted distance."""
+
+
 def _best(
     predictor: Predictor, starts: Sequence[Tensor], limit: float, settings: SearchSettings, title: str
 ) -> tuple[Tensor, float]:
     """Improve every start, then the best one after each kick -> the best choice (K,), its predicted distance."""
+    ends: Ends = {}
     with progress_bar(title, unit="starts") as advance:
         found, total = [], len(starts) + settings.num_kicks
         for choice in starts:
             advance(len(found), total)
-            found.append(_improve(predictor, choice, limit, settings))
+            found.append(_improve(predictor, choice, limit, settings, ends))
         best, best_value = min(found, key=lambda improved: improved[1])
         kicks = torch.Generator().manual_seed(settings.seed)
         for kick in range(settings.num_kicks):
             advance(len(found) + kick, total)
-            choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings)
+            choice, value = _improve(predictor, _kicked(predictor, best, limit, kicks), limit, settings, ends)
             if value < best_value:
                 best, best_value = choice, value
         advance(total, total)
@@ -146,8 +151,16 @@ def _kicked(predictor: Predictor, choice: Tensor, limit: float, generator: torch
     return settled if predictor.spent(settled) <= limit else before
 
 
-def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings) -> tuple[Tensor, float]:
-    """Search locally from one plan.  choice: (K,) -> the improved choice (K,), its predicted distance."""
+def _improve(
+    predictor: Predictor, choice: Tensor, limit: float, settings: SearchSettings, ends: Ends
+) -> tuple[Tensor, float]:
+    """Search locally from one plan.  choice: (K,) -> the improved choice (K,), its predicted distance.
+
+    ends: where paths have ended, and is added to. A plan has one best move, so paths that meet go on as one.
+    """
+    path = [tuple(choice.tolist())]
+    if path[0] in ends:
+        return ends[path[0]]
     value = predictor.distances(choice[None]).item()
     for _ in range(settings.max_moves):
         candidates = neighbours(predictor, choice, limit, settings)
@@ -158,6 +171,11 @@ def _improve(predictor: Predictor, choice: Tensor, limit: float, settings: Searc
         if values[best].item() >= value - 1e-9:
             break
         choice, value = candidates[best], values[best].item()
+        if (here := tuple(choice.tolist())) in ends:
+            choice, value = ends[here]
+            break
+        path.append(here)
+    ends.update(dict.fromkeys(path, (choice, value)))
     return choice, value
 
 

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dyndit.models.base import Backbone
 from dyndit.models.dit import ClassConditionalDiT
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig, Exits
+from dyndit.plans.search import SearchSettings
 from support.models import TINY, MakeBackbone, MakeModel, randomise
 
 torch.set_num_threads(1)
@@ -90,3 +92,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("DYNDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("DYNDIT_PROGRESS", "off")  # what a slow machine would say in between
         yield
+
+
+@pytest.fixture
+def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches end early, where a test is not about what they find."""
+    quick = partial(SearchSettings, num_starts=1, num_kicks=0, evaluations=8)
+    for module in ("dyndit.plans.search", "dyndit.plans.descent", "dyndit.analysis.compare.context"):
+        monkeypatch.setattr(f"{module}.SearchSettings", quick)

@@ -21,6 +21,8 @@ from dyndit.cli.recipes import find, quickstarts
 from dyndit.models import families
 from support.tiny_verbs import fixed_cost
 
+pytestmark = pytest.mark.usefixtures("quick_search")
+
 SMALL = """
 from dataclasses import replace
 

@@ -46,6 +46,8 @@ from dyndit.training.data import load_digits
 from dyndit.training.distill import Distill
 from dyndit.training.train import Train
 
+pytestmark = pytest.mark.usefixtures("quick_search")
+
 LABELS, STEPS = [3, 1, 4, 1, 5], 6
 FIT = FitConfig(steps=3, batch_size=8, learning_rate=1e-3, ema_decay=0.5)
 OURS = (Ecad, FixedExits, Forecast, GuidanceInterval, InternalGuidance, Pruned, RandomPlan, Stale, TwoModels, Width)

@@ -20,7 +20,6 @@ from dyndit.calibration import samplers
 from dyndit.cli import VERBS, main
 from dyndit.errors import CheckpointError
 from dyndit.plans.cost import CostModel, PartTimes
-from dyndit.plans.search import SearchSettings
 from dyndit.plans.step import Held
 from dyndit.plans.table import ShiftTable
 from dyndit.sampling.solvers import SOLVERS
@@ -107,11 +106,10 @@ def test_another_budget_needs_no_new_table(workshop: Path, capsys, monkeypatch) 
     assert plan.figures["predicted_fd"] == figures["predicted_fd"]
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_steps_are_chosen_for_a_time_or_a_distance(workshop: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     import shutil
 
-    quick = partial(SearchSettings, num_starts=1, num_kicks=0, evaluations=8)
-    monkeypatch.setattr("dyndit.plans.search.SearchSettings", quick)
     monkeypatch.setattr("dyndit.calibration.calibrate.measure_shifts", None)  # the table is there
     model = tmp_path / "model"
     shutil.copytree(workshop / "model", model)
@@ -254,6 +252,7 @@ def test_convert_then_load(workshop: Path, tmp_path: Path) -> None:
     assert dyndit.load(tmp_path / "native").identity.backbone == dyndit.load(workshop / "trunk").identity.backbone
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     out = tmp_path / "run"
     arguments = ["compare", str(workshop / "recipe.py"), "--out", str(out), "--model", str(workshop / "trunk")]
@@ -309,6 +308,7 @@ def test_compare_from_trunk_to_report_and_again(workshop: Path, tmp_path: Path, 
     assert (tmp_path / "report" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_compare_takes_a_model_with_its_exits_and_table(workshop: Path, tmp_path: Path, monkeypatch) -> None:
     """Also in half precision, at one point alone: nothing is distilled or measured, plans come from the table given."""
     recipe = tmp_path / "recipe.py"

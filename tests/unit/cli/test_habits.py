@@ -18,6 +18,8 @@ from dyndit.plans.table import ShiftTable
 from dyndit.training import trackers
 from support.tiny_verbs import RECIPE
 
+pytestmark = pytest.mark.usefixtures("quick_search")
+
 SMALL = ["--num-pictures", "70", "--batch-size", "35", "--table-steps", "2", "--num-bands", "1", "--num-depths", "1"]
 
 

@@ -21,6 +21,8 @@ from support.autoencoders import make_autoencoder
 from support.models import MakeModel
 from support.tiny_verbs import fixed_cost
 
+pytestmark = pytest.mark.usefixtures("quick_search")
+
 SMALL = replace(
     my_checkpoint.experiment,
     distill=replace(my_checkpoint.experiment.distill, fit=FitConfig(2, 8)),

@@ -21,6 +21,8 @@ from dyndit.rounds import Repeats
 from dyndit.sealed_csv import rows_of
 from dyndit.training.match import Match
 
+pytestmark = pytest.mark.usefixtures("quick_search")
+
 NUM_IMAGES = 66
 
 

@@ -21,6 +21,8 @@ from dyndit.sampling.loop import full_plan
 from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
 
+pytestmark = pytest.mark.usefixtures("quick_search")
+
 NUM_IMAGES = 66
 
 

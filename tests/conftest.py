@@ -1,5 +1,6 @@
 """Tiny models for every test. Their weights are random all through, so that depth, labels and exits matter."""
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,6 +24,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what is 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("dyndit", deadline=None, max_examples=50)
 settings.load_profile("dyndit")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later collection of garbage: every test would pay for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -93,8 +93,19 @@ def _area(ours: Arms, full: Arms) -> dict[str, object]:
 def _frontier(arms: Arms, weights: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
     """Evaluate the frontier of weighted mean FD at these log times.  weights: (R, N), log_ms: (K,) -> (R, K)."""
     lines, times = weights @ arms.fds.T, np.log(arms.ms)
+    num = len(times)
     before = np.minimum.accumulate(np.pad(lines[:, :-1], ((0, 0), (1, 0)), constant_values=np.inf), axis=1)
-    return np.stack([np.interp(log_ms, times[new], line[new]) for line, new in zip(lines, lines < before, strict=True)])
+    new, index = lines < before, np.arange(num)
+    log_ms = np.maximum(log_ms, times[0])
+    place = np.searchsorted(times, log_ms, side="right") - 1
+    last = np.maximum.accumulate(np.where(new, index, 0), axis=1)[:, place]
+    coming = np.minimum.accumulate(np.where(new, index, num)[:, ::-1], axis=1)[:, ::-1]
+    following = np.pad(coming, ((0, 0), (0, 1)), constant_values=num)[:, place + 1]
+    following = np.where(following < num, following, last)  # flat after the last arm
+    width = times[following] - times[last]
+    share = np.divide(log_ms - times[last], width, out=np.zeros_like(width), where=width > 0)
+    start, end = (np.take_along_axis(lines, knots, axis=1) for knots in (last, following))
+    return start + share * (end - start)
 
 
 def budget_grid(low: float, high: float) -> list[float]:
@@ -170,9 +181,11 @@ def against_full(runs: pd.DataFrame) -> pd.DataFrame:
         full = arms_of(rows[rows["family"] == "full"]) if (rows["family"] == "full").any() else None
         for name, arm in rows[rows["family"] != "full"].groupby("arm", sort=False):
             row = dict(zip((*GROUP, "solver"), key, strict=True)) | {"arm": name, "family": arm["family"].iloc[0]}
-            both = pd.concat([arm, rows[rows["family"] == "full"]])
-            if full is not None and len(full.names) > 1 and arms_of(both).fds.size:
-                found.append(row | _against_full(arms_of(both)))
+            if full is None or len(full.names) < 2:
+                continue
+            both = arms_of(pd.concat([arm, rows[rows["family"] == "full"]]))
+            if both.fds.size:
+                found.append(row | _against_full(both))
     columns = ["solver", "arm", "family", "ms", "time_saved", "saved_at_least", "fd_diff"]
     return pd.DataFrame(found, columns=[*GROUP, *columns])
 
@@ -181,13 +194,13 @@ def _against_full(both: Arms) -> dict[str, object]:
     full, ours = both.of("full"), both.pick(both.families != "full")
     ms, log_ms, num_blocks = float(ours.ms[0]), np.log(full.ms), full.fds.shape[1]
 
+    at_this_time = np.array([np.interp(math.log(ms), log_ms, arm) for arm in np.eye(len(log_ms))])  # of each arm
+
     def saved(weights: np.ndarray) -> np.ndarray:
-        lines, fds = weights @ full.fds.T, weights @ ours.fds[0]
-        return np.array([_saved(ms, log_ms, line, fd) for line, fd in zip(lines, fds, strict=True)])
+        return _saved(ms, log_ms, weights @ full.fds.T, weights @ ours.fds[0])
 
     def difference(weights: np.ndarray) -> np.ndarray:
-        lines = weights @ full.fds.T
-        return weights @ ours.fds[0] - np.array([np.interp(math.log(ms), log_ms, line) for line in lines])
+        return weights @ (ours.fds[0] - at_this_time @ full.fds)
 
     time_saved = bootstrap_interval(saved, num_blocks)
     inside = full.ms[0] <= ms <= full.ms[-1]
@@ -199,15 +212,13 @@ def _against_full(both: Arms) -> dict[str, object]:
     }
 
 
-def _saved(ms: float, log_ms: np.ndarray, line: np.ndarray, fd: float) -> float:
-    """Return 1 - ms / the time when the line first reaches this FD; log_ms and line: (K,), rising in time."""
-    if line[0] < fd:
-        return -math.inf
-    reached = np.flatnonzero(line <= fd)
-    if not len(reached):
-        return math.inf
-    k = int(reached[0])
-    if k == 0:
-        return 1 - ms / math.exp(log_ms[0])
-    weight = (line[k - 1] - fd) / (line[k - 1] - line[k])
-    return 1 - ms / math.exp((1 - weight) * log_ms[k - 1] + weight * log_ms[k])
+def _saved(ms: float, log_ms: np.ndarray, lines: np.ndarray, fds: np.ndarray) -> np.ndarray:
+    """Return 1 - ms / the time when each line first reaches its FD.  log_ms: (K,), rising, lines: (R, K), fds: (R,)."""
+    reached, rows = lines <= fds[:, None], np.arange(len(lines))
+    first = reached.argmax(axis=1)
+    before = np.maximum(first - 1, 0)
+    above, below = lines[rows, before], lines[rows, first]
+    weight = np.divide(above - fds, above - below, out=np.ones_like(fds), where=above > below)
+    found = 1 - ms / np.exp((1 - weight) * log_ms[before] + weight * log_ms[first])
+    found = np.where(reached.any(axis=1), found, math.inf)
+    return np.where(lines[:, 0] < fds, -math.inf, found)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndit.analysis.metrics.macs import model_macs, sampling_macs
+from dyndit.analysis.metrics.macs import Macs, model_macs, sampling_macs
 from dyndit.errors import InputError
 from dyndit.models.base import Inputs
 from dyndit.models.dynamic import DynamicDepth, StepInputs, Work
@@ -50,6 +50,11 @@ def plain(model) -> DynamicDepth:
     return DynamicDepth(model.backbone, exits, pixel_space=model.pixel_space).eval()
 
 
+@pytest.fixture(scope="module")
+def macs(model) -> Macs:
+    return model_macs(model)
+
+
 def draw(model: DynamicDepth, plan: DepthPlan, batch_size: int = 5) -> torch.Tensor:
     options = {"solver": plan.solver, "num_steps": plan.num_steps, "cfg_scale": plan.cfg_scale}
     return sample(model, LABELS, plan=plan, batch_size=batch_size, **options).pictures
@@ -83,12 +88,12 @@ def test_plans_without_their_forecasts_are_untouched(model, plain, middle) -> No
 
 @settings(max_examples=20)
 @given(middle=forecasting)
-def test_multiply_accumulates_are_those_that_run(model, middle) -> None:
+def test_multiply_accumulates_are_those_that_run(model, macs, middle) -> None:
     """No exit head runs at a full step for a learned forecast, and none beside the head that forecasts."""
     plan = plan_of(model, "6|6", *middle, "6|6")
-    assert model_macs(model).plan(plan) == sampling_macs(model, plan)
+    assert macs.plan(plan) == sampling_macs(model, plan)
     whole = full_plan(model, "ddim", STEPS, 1.5)
-    assert model_macs(model).heads(whole) == 0
+    assert macs.heads(whole) == 0
 
 
 @settings(max_examples=8)

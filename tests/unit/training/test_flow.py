@@ -95,6 +95,7 @@ def table(distilled: DynamicDepth) -> ShiftTable:
     return measure_shifts(distilled, extractor, reference, num_steps=8, settings=settings, cost=COST)
 
 
+@pytest.mark.usefixtures("quick_search")
 @pytest.mark.parametrize("solver", ["flow-euler", "flow-heun", "flow-sde"])
 @pytest.mark.parametrize("num_steps", [4, 8, 10, 20])
 def test_plans_of_a_flow_are_searched_at_any_number_of_steps(

@@ -16,7 +16,9 @@ A gain is the one plan's distance less the own plan's; its interval is over the 
 per class are better if the lower limit is above zero by both extractors, `vgg-cifar10` having chosen nothing. The
 claim's primary extractor scores nothing here.
 
-Result and minutes: not yet measured.
+Measured (docs/results/claim-classes): a plan per class gains 0.99 ± 0.76 of FD-resnet20 (one plan 7.82) and 1.65 ± 1.66
+of FD-vgg (7.08), so it is not shown to be better. By FD-vgg another of the plans, for all classes, is better than both.
+In fp32 on 2 cores of an AMD EPYC without bf16, 2026-12-01: 10 to 12 minutes a plan.
 """
 
 from collections.abc import Sequence

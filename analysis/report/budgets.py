@@ -193,7 +193,6 @@ def against_full(runs: pd.DataFrame) -> pd.DataFrame:
 def _against_full(both: Arms) -> dict[str, object]:
     full, ours = both.of("full"), both.pick(both.families != "full")
     ms, log_ms, num_blocks = float(ours.ms[0]), np.log(full.ms), full.fds.shape[1]
-
     at_this_time = np.array([np.interp(math.log(ms), log_ms, arm) for arm in np.eye(len(log_ms))])  # of each arm
 
     def saved(weights: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -350,7 +351,10 @@ class Comparison:
         return rows
 
 
-def in_turn(arms: list[Arm], block: int, batch: int) -> list[Arm]:
+OneOf = TypeVar("OneOf")
+
+
+def in_turn(arms: Iterable[OneOf], block: int, batch: int) -> list[OneOf]:
     """Order the arms for a batch: at random on even batches, then backwards on odd batches.
 
     Over two batches each arm runs once before and once after every other arm, so a steady drift cancels.

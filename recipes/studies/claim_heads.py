@@ -29,15 +29,17 @@ the pictures about 75.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 import torch
 import tyro
+from torch import Tensor
 
-from dyndit import manifest, sealed_csv
-from dyndit.analysis.compare.run import in_turn
+from dyndit import manifest
+from dyndit.analysis.compare.blocks import drawn_in_blocks
 from dyndit.analysis.metrics.extractors import load_extractor
 from dyndit.analysis.metrics.features import Measured
 from dyndit.analysis.metrics.macs import model_macs
@@ -46,10 +48,9 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import ExitConfig
 from dyndit.pictures.check import cache_folder
 from dyndit.plans.plan import DepthPlan, bind
-from dyndit.progress import progress_bar
 from dyndit.recipes.cifar10_frontier import experiment as frontier
 from dyndit.sampling.sample import sample
-from dyndit.stats import frechet_distance, moments, paired_interval
+from dyndit.stats import paired_interval
 from dyndit.storage import load as checkpoints
 from dyndit.training.data import Pictures, open_data
 
@@ -58,7 +59,6 @@ SEED, TRAINING_SEED = 22_000, 8_000
 """Of pictures and of training; no comparison has them."""
 BATCH = 50
 ROWS = "heads.csv"
-KEY = ("heads", "plan", "block")
 SETS = {
     "wide": ExitConfig(EXITS, recall=RECALL),
     "slim": ExitConfig(EXITS, "slim", recall=RECALL),
@@ -97,6 +97,13 @@ def plans_for(files: Sequence[Path], model: DynamicDepth) -> dict[str, DepthPlan
     return {
         f"plan{k}": bind(plan, model, origin=str(file)) for k, (plan, file) in enumerate(zip(plans, files, strict=True))
     }
+
+
+def _drawn(model: DynamicDepth, plan: DepthPlan, precision: Precision, block: int, batch: int) -> Tensor:
+    labels = model.backbone.condition.in_turn(BATCH, batch * BATCH)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        how = {"seed": SEED + block, "first_index": batch * BATCH, "batch_size": BATCH, "progress": False}
+        return sample(model, labels, plan=plan, **how).pictures
 
 
 def _run_by(file: Path) -> str:
@@ -139,29 +146,8 @@ def main(
     models = {name: trained(name, backbone, pictures, out, precision) for name in SETS}
     arms = [(name, key, plan) for name, one in models.items() for key, plan in plans_for(plans, one).items()]
     real = [Measured(PictureSet(data, pictures), one, cache=cache_folder()) for one in extractors]
-    rows = sealed_csv.read(path, KEY) if (path := out / ROWS).exists() else pd.DataFrame({name: [] for name in KEY})
-    with progress_bar("sampling and scoring", unit="batches") as advance:
-        for block in range(num_blocks):
-            if block in set(rows["block"]):
-                continue
-            drawn = {arm[:2]: [] for arm in arms}
-            for batch in range(num_images // BATCH):
-                advance(block * (num_images // BATCH) + batch, num_blocks * (num_images // BATCH))
-                for name, key, plan in in_turn(arms, block, batch):
-                    labels = models[name].backbone.condition.in_turn(BATCH, batch * BATCH)
-                    how = {"seed": SEED + block, "first_index": batch * BATCH, "batch_size": BATCH, "progress": False}
-                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                        drawn[name, key].append(sample(models[name], labels, plan=plan, **how).pictures)
-            scored = []
-            for (name, key), parts in drawn.items():
-                row = {"heads": name, "plan": key, "block": block}
-                for one in real:
-                    features = one.extractor.features(torch.cat(parts))
-                    row[one.extractor.name] = frechet_distance(moments(features), one.moments())
-                scored.append(row)
-            known = [rows] * (not rows.empty)
-            sealed_csv.write(path, pd.concat([*known, pd.DataFrame(scored)]))
-            rows = sealed_csv.read(path, KEY)
+    draws = {arm[:2]: partial(_drawn, models[arm[0]], arm[2], precision) for arm in arms}
+    rows = drawn_in_blocks(out / ROWS, ("heads", "plan"), draws, real, (num_blocks, num_images // BATCH))
     print(rows.groupby(["heads", "plan"]).mean(numeric_only=True).drop(columns="block").round(3).to_string())
     for name, one in models.items():
         macs = model_macs(one)

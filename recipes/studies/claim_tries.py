@@ -17,7 +17,7 @@ of the guidance.
 | joined | calibrated by `resnet20-cifar10` and `vgg-cifar10` at once |
 | joined-plain | both |
 
-Both extractors score the joined variants' pictures of fresh seeds, but both chose their plans. `claim_tries_exits`
+Both extractors score the joined variants' pictures of fresh seeds, but both chose their plans. `claim_fitted`
 changes the exits in place of the plan.
 
 Measured (docs/results/claim-tries): strengths gain 1.34 ± 0.21 of FD-resnet20 and 0.36 ± 0.25 of FD-vgg, and the own

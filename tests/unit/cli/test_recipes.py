@@ -20,7 +20,8 @@ RUN = [
 ]
 KINDS = {"train": Train, "distill": Distill, "experiment": Experiment, "quickstart": Experiment}
 SCRIPTS = {
-    *("cifar10_backbones", "cifar10_classifier", "claim", "claim_classes", "claim_heads", "conditioning"),
+    *("cifar10_backbones", "cifar10_classifier", "claim", "claim_classes", "claim_fitted", "claim_heads"),
+    "conditioning",
     *("digits_classifier", "kid_coverage", "ladder", "moving_digits_classifier", "plain_accelerate_loop"),
 }
 """Recipes that are run with `python -m`; the others define what the command line takes."""

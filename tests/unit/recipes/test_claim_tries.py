@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -16,7 +15,7 @@ from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan
 from dyndit.plans.step import steps
-from dyndit.recipes.studies import claim, claim_classes, claim_heads, claim_tries, claim_tries_exits
+from dyndit.recipes.studies import claim, claim_classes, claim_fitted, claim_heads, claim_tries
 from dyndit.sampling.loop import full_plan
 from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
@@ -56,9 +55,8 @@ def plans(inputs: Inputs, tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
-@pytest.mark.parametrize("tries", [claim_tries, claim_tries_exits])
-def test_every_try_makes_a_plan(tries: ModuleType, inputs: Inputs, tmp_path: Path) -> None:
-    whole = tries.experiment
+def test_every_try_makes_a_plan(inputs: Inputs, tmp_path: Path) -> None:
+    whole = claim_tries.experiment
     own = small(Variant("", calibration=whole.calibration)).calibration
     assert own is not None
     few = {"num_blocks": 1, "num_images": NUM_IMAGES, "batch_size": 33, "metrics": ("fd",), "precision": "fp32"}
@@ -117,22 +115,20 @@ def test_plans_per_class_go_on_where_they_stopped(
 
 def test_the_claims_seeds_are_not_used() -> None:
     own = [claim.PROTOCOLS["main"].calibrated(number) for number in range(5)]
-    for tried in (claim_tries.experiment, claim_tries_exits.experiment):
-        scoring = range(tried.first_seed, tried.first_seed + tried.num_blocks)
-        assert not {one.first_seed for one in own} & set(scoring)
-        assert tried.calibration.seed not in {one.calibration.seed + k for one in own for k in range(3)}
-        assert tried.distill.fit.seed not in {one.distill.fit.seed for one in own}
-        assert "efficientnet-lite0" not in (tried.extractor, *tried.more_extractors)
+    tried = claim_tries.experiment
+    scoring = range(tried.first_seed, tried.first_seed + tried.num_blocks)
+    assert not {one.first_seed for one in own} & set(scoring)
+    assert tried.calibration.seed not in {one.calibration.seed + k for one in own for k in range(3)}
+    assert tried.distill.fit.seed not in {one.distill.fit.seed for one in own}
+    assert "efficientnet-lite0" not in (tried.extractor, *tried.more_extractors)
 
 
 def test_plans_are_made_as_the_claims() -> None:
     """From exits that are trained for longer."""
-    of_claim = claim.PROTOCOLS["main"].calibrated(claim_tries.NUMBER)
-    for tried in (claim_tries.experiment, claim_tries_exits.experiment):
-        for name in ("points", "budgets", "refinements", "search_seed", "precision", "batch_size"):
-            assert getattr(tried, name) == getattr(of_claim, name), name
-        assert tried.distill.fit.seed == of_claim.distill.fit.seed
-    assert claim_tries_exits.experiment.calibration == of_claim.calibration
+    of_claim, tried = claim.PROTOCOLS["main"].calibrated(claim_tries.NUMBER), claim_tries.experiment
+    for name in ("points", "budgets", "refinements", "search_seed", "precision", "batch_size"):
+        assert getattr(tried, name) == getattr(of_claim, name), name
+    assert tried.distill.fit.seed == of_claim.distill.fit.seed
     assert set(claim.CHOICES) < {*claim_tries.CHOICES, *claim_tries.STRENGTHS}
 
 

@@ -14,9 +14,7 @@ from dyndit.analysis.report.runs import read_runs
 from dyndit.models.dynamic import DynamicDepth
 from dyndit.models.exits import Exits
 from dyndit.plans.plan import DepthPlan
-from dyndit.plans.step import steps
-from dyndit.recipes.studies import claim, claim_classes, claim_fitted, claim_heads, claim_tries
-from dyndit.sampling.loop import full_plan
+from dyndit.recipes.studies import claim, claim_classes, claim_heads, claim_tries
 from dyndit.storage import load as checkpoints
 from dyndit.training.distill import Distill
 
@@ -40,19 +38,6 @@ def small(variant: Variant) -> Variant:
     if descent is not None:
         descent = replace(descent, rounds=min(1, descent.rounds), width=2, num_pictures=NUM_IMAGES)
     return replace(variant, distill=shorter(variant.distill), calibration=calibration, descent=descent)
-
-
-@pytest.fixture
-def plans(inputs: Inputs, tmp_path: Path) -> tuple[Path, Path]:
-    """Two plans that were made for exits of others."""
-    model = checkpoints.load(inputs.model)
-    assert model.exits is None
-    whole = full_plan(model, "unipc", 4, 1.5)
-    texts = ("12|12", "2+|held*1.4", "8|e4*2", "12|12")
-    files = tmp_path / "a.json", tmp_path / "b.json"
-    for file, order in zip(files, (texts, texts[::-1]), strict=True):
-        replace(whole.with_steps(steps(*order)), exits="of others").save(file)
-    return files
 
 
 def test_every_try_makes_a_plan(inputs: Inputs, tmp_path: Path) -> None:

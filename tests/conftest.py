@@ -1,11 +1,14 @@
 """Tiny models for every test. Their weights are random all through, so that depth, labels and exits matter."""
 
 import gc
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes too: two at a time, on two cores
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,16 @@ class _Digits(Pictures):
 
 def load_digits() -> Pictures:
     """Load scikit-learn's 1,797 scanned digits: 8x8, one channel, 10 classes. Ink 0 to 16 becomes -1 to 1."""
+    return _Digits(*_scans())
+
+
+@cache
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """Read the scans and their digits, once: (1797, 8, 8) float32 and (1797,)."""
     from sklearn import datasets
 
     bunch: Any = datasets.load_digits()
-    return _Digits(bunch.images.astype(np.float32), bunch.target)
+    return bunch.images.astype(np.float32), bunch.target
 
 
 class _CaptionedDigits(_Digits):
@@ -139,10 +145,7 @@ class _CaptionedDigits(_Digits):
 
 def load_captioned_digits() -> Pictures:
     """Load 7,188 digits with captions such as "number seven, bold, tilted": the 1,797 scans in four styles each."""
-    from sklearn import datasets
-
-    bunch: Any = datasets.load_digits()
-    return _CaptionedDigits(bunch.images.astype(np.float32), bunch.target, repeats=4)
+    return _CaptionedDigits(*_scans(), repeats=4)
 
 
 class _MovingDigits(Pictures):
@@ -179,10 +182,8 @@ class _MovingDigits(Pictures):
 
 def load_moving_digits() -> Pictures:
     """Load 4,800 clips of one or two bouncing scans of a class: 8 frames of 16 x 16, and other shapes."""
-    from sklearn import datasets
-
-    bunch: Any = datasets.load_digits()
-    return _MovingDigits(bunch.images.astype(np.uint8), bunch.target.astype(np.uint8), moving.NUM_CLIPS)
+    levels, labels = (values.astype(np.uint8) for values in _scans())
+    return _MovingDigits(levels, labels, moving.NUM_CLIPS)
 
 
 PACKAGED: dict[str, Callable[[], Pictures]] = {

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,8 +93,13 @@ class Train:
         """Build the backbone without weights, on the meta device. It shows the shape and condition that it takes."""
         if isinstance(self.backbone, Architecture):
             return self.backbone.outline
+        return self._outline
+
+    @cached_property
+    def _outline(self) -> Backbone:
+        config: Any = self.backbone
         with torch.device("meta"):
-            return self.backbone.build()
+            return config.build()
 
     def run(
         self,
